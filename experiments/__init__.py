@@ -1,0 +1,1 @@
+"""Command-line experiments: thin programs over the jaxckpt library."""

@@ -1,0 +1,58 @@
+"""What every command line here shares: flags over a TOML file over defaults, errors in one line.
+
+A refused command line prints one plain line on stderr, exits with code 2, and has not imported JAX.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cyclopts import App, CycloptsError, config
+
+from experiments.config import ConfigError, load_toml
+from experiments.data import DataError
+from jaxckpt.plans import PlanError
+
+USER_ERRORS = (PlanError, ConfigError, DataError, NotImplementedError)
+
+
+def main(command: Callable, tokens: Sequence[str] | None = None):
+    """Runs `command` with a command line, and turns what a user got wrong into one line.
+
+    Args:
+      command: A function whose parameters are the flags; its docstring is the help.
+      tokens: The command line without the program's name; `sys.argv` by default.
+
+    Raises:
+      SystemExit: With code 2 after an error of the user's.
+    """
+    tokens = list(sys.argv[1:] if tokens is None else tokens)
+    app = App(name=f"python -m {command.__module__}", result_action="return_value")
+    if command.__module__ == "__main__":
+        app.name = (f"python -m experiments.{Path(sys.argv[0]).stem}",)
+    app.default(command)
+    try:
+        app.config = (config.Dict(_config_flags(tokens), source="the configuration file"),)
+        function, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
+    except (CycloptsError, ValueError) as error:
+        fail(error)
+    try:
+        function(*bound.args, **bound.kwargs)
+    except USER_ERRORS as error:
+        fail(error)
+
+
+def fail(error: Exception | str):
+    """Prints one line on stderr and exits with code 2."""
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _config_flags(tokens: Sequence[str]) -> dict[str, object]:
+    """Returns the flags that the file named by `--config` sets, or none."""
+    for position, token in enumerate(tokens):
+        if token.startswith("--config="):
+            return load_toml(Path(token.partition("=")[2]))
+        if token == "--config" and position + 1 < len(tokens):
+            return load_toml(Path(tokens[position + 1]))
+    return {}

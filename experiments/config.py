@@ -1,0 +1,187 @@
+"""The configuration of a training run: frozen data, its TOML form, and what is wrong with one.
+
+Every field is a flag (`batch_size` is `--batch-size`); a TOML file groups them in tables:
+
+    steps = 200
+    [model]
+    num_blocks = 8
+    [optimizer]
+    learning_rate = 3e-3
+
+Nothing here imports JAX.
+"""
+
+import dataclasses
+import tomllib
+import typing
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from jaxckpt.models.config import TransformerConfig
+from jaxckpt.plans import Plan, PlanError
+from jaxckpt.plans.errors import nearest
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run: one line with what is valid and the nearest guess."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up, cosine decay to a tenth, and clipping by the global norm.
+
+    Attributes:
+      learning_rate: The rate at the end of the warm-up.
+      warmup_steps: Steps from 0 to `learning_rate`.
+      weight_decay: Decoupled decay of the matrices; scales of norms are left alone.
+      beta1: Decay of the first moment.
+      beta2: Decay of the second moment.
+      clip_norm: Largest global norm of the gradients.
+    """
+
+    learning_rate: float = 3e-3
+    warmup_steps: int = 20
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        _at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay")
+        if not self.clip_norm > 0:
+            raise ConfigError(f"clip_norm is {self.clip_norm}; it is above 0, such as 1.0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} is a decay in [0, 1), not {getattr(self, name)}")
+
+
+@Parameter(name="*")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run.
+
+    Attributes:
+      model: Shapes of the Transformer.
+      optimizer: AdamW's settings.
+      data: A text file, a folder, a quoted glob, or a token file (.npy, .bin); by default the
+        source text of Python's standard library.
+      token_dtype: Type of the numbers in a .bin token file.
+      remat: The checkpointing plan, such as sqrt, uniform:4+dots or 4xfull/none.
+      unroll: Blocks unrolled in one trip of the stack's loop.
+      steps: Training steps.
+      batch_size: Sequences a step.
+      seq_len: Tokens a sequence.
+      seed: Of parameters, data order and dropout.
+      validate_every: Steps between validations; 0 validates at the end alone.
+      validation_batches: Batches of one validation.
+      out: Folder for metrics.jsonl and config.toml; by default runs/ and the time.
+      overwrite: Replace a run that `out` already holds.
+    """
+
+    model: Annotated[TransformerConfig, Parameter(name="*")] = TransformerConfig()
+    optimizer: Annotated[OptimizerConfig, Parameter(name="*")] = OptimizerConfig()
+    data: str | None = None
+    token_dtype: Literal["uint16", "uint32"] = "uint16"
+    remat: str = "sqrt"
+    unroll: int = 1
+    steps: int = 150
+    batch_size: int = 16
+    seq_len: int = 128
+    seed: int = 0
+    validate_every: int = 0
+    validation_batches: int = 8
+    out: Path | None = None
+    overwrite: Annotated[bool, Parameter(negative="")] = False
+
+    def __post_init__(self):
+        _at_least(self, 1, "unroll", "steps", "batch_size", "seq_len", "validation_batches")
+        _at_least(self, 0, "validate_every", "seed")
+        if self.plan.stages[0].schedule == "auto":
+            raise PlanError(
+                "plan 'auto' needs the planner and a budget, which this version does not have "
+                "yet; name a plan, such as sqrt"
+            )
+
+    @property
+    def plan(self) -> Plan:
+        """The plan, bound to the model's number of blocks.
+
+        Raises:
+          PlanError: It does not parse or does not fit.
+        """
+        return Plan.parse(self.remat).bind(self.model.num_blocks)
+
+    def to_dict(self) -> dict[str, object]:
+        """Returns the fields as TOML and JSON hold them; unset ones are left out."""
+
+        def plain(value):
+            if isinstance(value, dict):
+                return {key: plain(item) for key, item in value.items() if item is not None}
+            return str(value) if isinstance(value, Path) else value
+
+        return plain(dataclasses.asdict(self))
+
+
+def load_toml(path: Path) -> dict[str, object]:
+    """Returns the flags that a configuration file sets, as `{"batch-size": 16, ...}`.
+
+    Raises:
+      ConfigError: No such file, not TOML, an unknown key or table, or a value of another type.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        folder = path.parent if path.parent.is_dir() else Path()
+        names = sorted(str(file) for file in folder.glob("*.toml"))
+        found = f"; there are: {', '.join(names)}" if names else ""
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise ConfigError(
+            f"cannot read configuration {str(path)!r}: {reason}{nearest(str(path), names)}{found}"
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"configuration {str(path)!r} is not UTF-8 text") from None
+    try:
+        tables = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"configuration {str(path)!r} is not TOML: {error}") from None
+    return dict(_flags(tables, TrainConfig, str(path)))
+
+
+def _flags(table: dict[str, object], owner: type, place: str):
+    """Yields `(flag, value)` of every key, those of nested tables too."""
+    hints = typing.get_type_hints(owner)
+    for key, value in table.items():
+        if key not in hints:
+            raise ConfigError(
+                f"{place} has an unknown key {key!r}{nearest(key, hints)}; "
+                f"valid: {', '.join(hints)}"
+            )
+        inner = hints[key]
+        if dataclasses.is_dataclass(inner):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{place}: {key} is a table, written [{key}]")
+            yield from _flags(value, inner, f"{place} [{key}]")
+        else:
+            yield key.replace("_", "-"), _typed(key, value, inner, place)
+
+
+def _typed(key: str, value: object, hint, place: str):
+    """Returns `value` if TOML's type is the field's; a TOML file does not turn text to numbers."""
+    wanted = {"int": int, "float": (int, float), "bool": bool}.get(
+        getattr(hint, "__name__", ""), str
+    )
+    right = isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
+    if not right:
+        name = getattr(hint, "__name__", "str") if wanted is not str else "str"
+        raise ConfigError(
+            f"{place}: {key} = {value!r} is {type(value).__name__}, where {name} is needed"
+        )
+    return value
+
+
+def _at_least(config, least: int, *names: str):
+    for name in names:
+        if not getattr(config, name) >= least:
+            raise ConfigError(f"{name} is {getattr(config, name)}; the least is {least}")

@@ -1,0 +1,36 @@
+"""Train a Transformer on text under a checkpointing plan.
+
+python -m experiments.train --remat=sqrt
+python -m experiments.train --config configs/small.toml --steps 50 --remat=uniform:4+dots
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from experiments.cli import main
+from experiments.config import TrainConfig
+
+
+def train(
+    settings: TrainConfig = TrainConfig(),
+    *,
+    config: Annotated[Path | None, Parameter(help="TOML file with any of the settings.")] = None,
+):
+    """Train a Transformer under a checkpointing plan, and say what memory a step takes."""
+    from experiments.data import check_corpus, load_corpus
+    from experiments.record import run_folder
+
+    del config  # read before the other flags were parsed; see experiments.cli
+    folder = run_folder(settings)
+    corpus = load_corpus(settings.data, token_dtype=settings.token_dtype)
+    check_corpus(corpus, seq_len=settings.seq_len, vocab_size=settings.model.vocab_size)
+
+    from experiments.loop import run  # only now is JAX imported
+
+    run(settings, corpus, folder)
+
+
+if __name__ == "__main__":
+    main(train)

@@ -1,0 +1,42 @@
+"""jaxckpt: activation checkpointing for JAX and Flax, with the compiler's own memory numbers.
+
+    y = jaxckpt.scan_blocks(block, params, x, remat="sqrt")
+    print(jaxckpt.measure(train_step, state, batch, donate_argnums=0))
+
+Importing this package imports nothing else: every name below is loaded when it is first used, and
+plans and schedules never load JAX.
+"""
+
+import importlib
+
+# Public name -> module that defines it; a name without an attribute of its own is the module.
+_PUBLIC = {
+    "MemoryReport": "jaxckpt.memory.report",
+    "Plan": "jaxckpt.plans",
+    "PlanError": "jaxckpt.plans",
+    "Policy": "jaxckpt.plans",
+    "Stage": "jaxckpt.plans",
+    "chain": "jaxckpt.transforms.chain",
+    "linen": "jaxckpt.linen",
+    "measure": "jaxckpt.memory.measure",
+    "models": "jaxckpt.models",
+    "scan_blocks": "jaxckpt.transforms.stack",
+    "schedules": "jaxckpt.plans.schedules",
+    "tag": "jaxckpt.transforms.tags",
+}
+
+__all__ = list(_PUBLIC)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'jaxckpt' has no attribute {name!r}")
+    module = importlib.import_module(_PUBLIC[name])
+    value = getattr(module, name, module)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted([*globals(), *_PUBLIC])

@@ -1,0 +1,1 @@
+"""Memory of a compiled step, as XLA reports it."""

@@ -1,0 +1,67 @@
+"""The shape of a decoder-only Transformer, as frozen data without JAX."""
+
+import dataclasses
+from typing import Literal
+
+_DTYPES = {"bf16": "bfloat16", "f32": "float32"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Shapes and options of `jaxckpt.models.Transformer`; the defaults are a small model.
+
+    Attributes:
+      vocab_size: Number of token ids; 256 for bytes.
+      num_blocks: Blocks in the stack (L).
+      d_model: Width of the residual stream.
+      num_heads: Query heads.
+      num_kv_heads: Key and value heads; divides `num_heads`.
+      head_dim: Size of one head, even; independent of `d_model`, as in Qwen3.
+      d_ff: Width of the SwiGLU.
+      qk_norm: Whether queries and keys are normalized per head (Qwen3).
+      tied_embeddings: Whether the head reuses the embedding table.
+      rope_theta: Base of the rotary frequencies.
+      norm_eps: Epsilon of every RMSNorm.
+      dropout: Rate of dropout on each branch's output; 0 turns it off.
+      dtype: Dtype of the computation; parameters are float32 either way.
+
+    Raises:
+      ValueError: A size below 1, heads that do not divide, an odd head, a rate outside [0, 1).
+    """
+
+    vocab_size: int = 256
+    num_blocks: int = 8
+    d_model: int = 128
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    d_ff: int = 384
+    qk_norm: bool = True
+    tied_embeddings: bool = True
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    dropout: float = 0.0
+    dtype: Literal["float32", "bfloat16", "f32", "bf16"] = "float32"
+
+    def __post_init__(self):
+        sizes = ("vocab_size", "num_blocks", "d_model", "num_heads", "num_kv_heads", "head_dim")
+        for name in (*sizes, "d_ff"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; the least is 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}; "
+                f"valid: {', '.join(str(n) for n in _divisors(self.num_heads))}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim {self.head_dim} is odd; rotary positions turn pairs of components, so "
+                f"it is even, such as {self.head_dim + 1}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is a rate in [0, 1), not {self.dropout}")
+        object.__setattr__(self, "dtype", _DTYPES.get(self.dtype, self.dtype))
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

@@ -1,0 +1,155 @@
+"""A pre-norm decoder-only Transformer in Flax Linen, checkpointed by a plan.
+
+Shapes: B batch, S sequence, D d_model, H query heads, K key/value heads, N head size, F d_ff,
+V vocabulary. Parameter names are those of Qwen3, so that its weights fit: `embed_tokens`,
+`layers` (stacked `[L, ...]`), `norm`, `lm_head`.
+
+Values are tagged for the policies: `q`, `k`, `v` (projections), `attn` (attention's output), `mid`
+(the residual stream between the branches), `gate`, `up` (the MLP's projections).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxckpt.linen import Stack
+from jaxckpt.models.attention import causal_attention
+from jaxckpt.models.config import TransformerConfig
+from jaxckpt.plans import Plan
+from jaxckpt.transforms.tags import tag
+
+_INIT = nn.initializers.normal(0.02)
+
+
+class Transformer(nn.Module):
+    """Tokens in, logits out.
+
+    Attributes:
+      config: Shapes and options.
+      remat: The plan of the stack, or its text.
+      unroll: Blocks unrolled in one trip of the stack's loop.
+    """
+
+    config: TransformerConfig
+    remat: str | Plan = "full"
+    unroll: int = 1
+
+    @nn.compact
+    def __call__(self, tokens_BS, *, deterministic: bool = True):
+        """Returns logits `[B, S, V]`.
+
+        Args:
+          tokens_BS: Token ids, integers.
+          deterministic: Turns dropout off; with it on, `rngs={"dropout": key}` is needed.
+        """
+        config = self.config
+        embed = nn.Embed(
+            config.vocab_size,
+            config.d_model,
+            dtype=config.dtype,
+            embedding_init=_INIT,
+            name="embed_tokens",
+        )
+        x_BSD = embed(tokens_BS)
+        block = functools.partial(Block, config=config)
+        stack = Stack(block, config.num_blocks, remat=self.remat, unroll=self.unroll, name="layers")
+        rotary = rotary_table(tokens_BS.shape[1], config.head_dim, config.rope_theta)
+        x_BSD = stack(x_BSD, rotary, deterministic=deterministic)
+        x_BSD = RMSNorm(config, name="norm")(x_BSD)
+        if config.tied_embeddings:
+            return embed.attend(x_BSD)
+        return _dense(config, config.vocab_size, "lm_head")(x_BSD)
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU, each behind an RMSNorm and added to the residual stream."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_BSD, rotary, *, deterministic: bool = True):
+        config = self.config
+        dropout = nn.Dropout(config.dropout, deterministic=deterministic)
+        branch_BSD = Attention(config, name="self_attn")(
+            RMSNorm(config, name="input_layernorm")(x_BSD), rotary
+        )
+        x_BSD = tag(x_BSD + dropout(branch_BSD), "mid")
+        branch_BSD = SwiGLU(config, name="mlp")(
+            RMSNorm(config, name="post_attention_layernorm")(x_BSD)
+        )
+        return x_BSD + dropout(branch_BSD)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions and optional query/key norms."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_BSD, rotary):
+        config = self.config
+
+        def project(name: str, heads: int):
+            y = tag(_dense(config, heads * config.head_dim, f"{name}_proj")(x_BSD), name)
+            return y.reshape(*x_BSD.shape[:2], heads, config.head_dim)
+
+        q_BSHN = project("q", config.num_heads)
+        k_BSKN = project("k", config.num_kv_heads)
+        v_BSKN = project("v", config.num_kv_heads)
+        if config.qk_norm:
+            q_BSHN = RMSNorm(config, name="q_norm")(q_BSHN)
+            k_BSKN = RMSNorm(config, name="k_norm")(k_BSKN)
+        attn_BSHN = causal_attention(rotate(q_BSHN, rotary), rotate(k_BSKN, rotary), v_BSKN)
+        attn_BSE = tag(attn_BSHN.reshape(*x_BSD.shape[:2], -1), "attn")
+        return _dense(config, config.d_model, "o_proj")(attn_BSE)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, GLU variants improve Transformer)."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_BSD):
+        config = self.config
+        gate_BSF = tag(_dense(config, config.d_ff, "gate_proj")(x_BSD), "gate")
+        up_BSF = tag(_dense(config, config.d_ff, "up_proj")(x_BSD), "up")
+        return _dense(config, config.d_model, "down_proj")(nn.silu(gate_BSF) * up_BSF)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis, in float32 until the scale (Zhang, Sennrich 2019).
+
+    The order of the products is Qwen3's. It also keeps gradients bit-equal between plans, which
+    `flax.linen.RMSNorm` (scale folded into the reciprocal first) does not.
+    """
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        square = jnp.square(x.astype(jnp.float32)).mean(axis=-1, keepdims=True)
+        normed = x.astype(jnp.float32) * jax.lax.rsqrt(square + self.config.norm_eps)
+        return normed.astype(self.config.dtype) * scale.astype(self.config.dtype)
+
+
+def rotary_table(size: int, head_dim: int, theta: float):
+    """Returns cosines and sines `[2, S, N/2]` of the rotary angles (Su et al. 2021, RoFormer)."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = jnp.arange(size, dtype=jnp.float32)[:, None] * frequencies
+    return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
+
+
+def rotate(x_BSHN, rotary):
+    """Returns `x_BSHN` turned by its positions; component i is paired with i + N/2 (Qwen3)."""
+    cos_S1N, sin_S1N = rotary[:, :, None, :]
+    first, second = jnp.split(x_BSHN.astype(jnp.float32), 2, axis=-1)
+    turned = [first * cos_S1N - second * sin_S1N, second * cos_S1N + first * sin_S1N]
+    return jnp.concatenate(turned, axis=-1).astype(x_BSHN.dtype)
+
+
+def _dense(config: TransformerConfig, features: int, name: str) -> nn.Dense:
+    return nn.Dense(features, use_bias=False, dtype=config.dtype, kernel_init=_INIT, name=name)

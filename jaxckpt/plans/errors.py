@@ -1,0 +1,19 @@
+"""Errors about plans, and the nearest guess that every one of them offers."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class PlanError(ValueError):
+    """A plan that cannot be meant: one line with what was given, what is valid, the nearest guess."""
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """Returns `" (did you mean 'x'?)"` for the closest valid word, or `""` if none is close."""
+    close = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def mark(text: str, start: int, stop: int) -> str:
+    """Returns `text` with the characters from `start` to `stop` marked as `>>...<<`."""
+    return f"{text[:start]}>>{text[start:stop]}<<{text[stop:]}"

@@ -1,0 +1,277 @@
+"""A plan as frozen data: `Plan` is a tuple of `Stage`s, a `Stage` one schedule and its policies.
+
+    plan = Plan.parse("14xfull/attention+names:q,k")
+    plan.bind(28).stages[1].count    # 14
+
+Everything is validated where it is made, without JAX. What only the block can tell (whether a name
+matches anything) is checked when the block is traced.
+"""
+
+import dataclasses
+import fnmatch
+import re
+from typing import Self
+
+from jaxckpt.plans import words
+from jaxckpt.plans.errors import PlanError, nearest
+
+NAME = re.compile(r"[A-Za-z0-9_.\-]+")  # a tag; safe in every shell without quotes
+PATTERN = re.compile(r"[A-Za-z0-9_.\-*]+")  # a tag or a glob over tags
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What one block keeps: a word of `words.POLICIES` and, where it takes them, names.
+
+    Attributes:
+      kind: `"dots"`, `"dots_no_batch"`, `"names"`, `"attention"` or `"offload"`.
+      names: Tags or `*` globs, in the order given; `("carry",)` in `offload:carry`.
+
+    Raises:
+      PlanError: An unknown kind, names missing, empty, ill-formed or not taken.
+    """
+
+    kind: str
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.kind not in words.POLICIES:
+            raise PlanError(
+                f"{self.kind!r} is not a policy{nearest(self.kind, words.POLICIES)}; "
+                f"policies: {', '.join(words.POLICIES)}"
+            )
+        if not words.POLICIES[self.kind].takes_names:
+            if self.names:
+                raise PlanError(f"{self.kind} takes no names; did you mean names:{self.names[0]}?")
+            return
+        if not self.names:
+            raise PlanError(f"{self.kind} needs names, such as {self.kind}:q,k")
+        for name in self.names:
+            if not PATTERN.fullmatch(name):
+                what = repr(name) if name else "an empty name"
+                raise PlanError(
+                    f"{what} in {self.kind}:{','.join(self.names)} is not valid; "
+                    "names are letters, digits, '_', '.', '-' and '*' for globs"
+                )
+        if self.kind == "names" and words.CARRY in self.names:
+            raise PlanError(
+                f"{words.CARRY!r} is a reserved word, not a tag; did you mean offload:carry? "
+                "(every schedule keeps its carries)"
+            )
+        object.__setattr__(self, "names", tuple(dict.fromkeys(self.names)))
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{','.join(self.names)}" if self.names else self.kind
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A run of consecutive blocks under one schedule and one set of policies.
+
+    Attributes:
+      count: Number of blocks, or None for "the rest" (the last stage only).
+      schedule: A word of `words.SCHEDULES`.
+      argument: The number after the colon: segments, blocks a segment, or carries.
+      policies: What a block keeps; at most one `Policy` of a kind, in the table's order.
+
+    Raises:
+      PlanError: A schedule, argument or policy that is unknown or does not fit.
+    """
+
+    count: int | None = None
+    schedule: str
+    argument: int | None = None
+    policies: tuple[Policy, ...] = ()
+
+    def __post_init__(self):
+        word = words.SCHEDULES.get(self.schedule)
+        if word is None:
+            raise PlanError(
+                f"{self.schedule!r} is not a schedule{nearest(self.schedule, words.SCHEDULES)}; "
+                f"schedules: {', '.join(words.SCHEDULES)}"
+            )
+        if self.count is not None and self.count < 1:
+            raise PlanError(f"a stage of {self.count} blocks; a count is at least 1")
+        self._check_argument(word)
+        object.__setattr__(self, "policies", _merge(self.policies))
+        self._check_policies(word)
+
+    def _check_argument(self, word: words.ScheduleWord):
+        if word.argument is None:
+            if self.argument is not None:
+                takers = [f"{name}:N" for name, w in words.SCHEDULES.items() if w.argument]
+                raise PlanError(
+                    f"{self.schedule} takes no number (given {self.argument}); "
+                    f"those that do: {', '.join(takers)}"
+                )
+            return
+        if self.argument is None:
+            raise PlanError(
+                f"{self.schedule} needs its number of {word.argument}, such as {self.schedule}:4"
+            )
+        if self.argument < 1:
+            raise PlanError(
+                f"{self.schedule}:{self.argument} asks for {self.argument} {word.argument}; "
+                f"the least is {self.schedule}:1"
+            )
+        if self.count is not None and self.argument > self.count:
+            raise PlanError(
+                f"{self.schedule}:{self.argument} asks for {self.argument} {word.argument}, but "
+                f"the stage has {self.count} {_blocks(self.count)}; the most is "
+                f"{self.schedule}:{self.count}"
+            )
+
+    def _check_policies(self, word: words.ScheduleWord):
+        kinds = [policy.kind for policy in self.policies]
+        if "dots" in kinds and "dots_no_batch" in kinds:
+            raise PlanError(
+                "dots and dots_no_batch say different things of matmuls with batch dimensions; "
+                "write one of them"
+            )
+        _check_disjoint(self.policies)
+        for policy in self.policies:
+            if policy.kind in word.policies or str(policy) in word.policies:
+                continue
+            takers = [
+                name
+                for name, other in words.SCHEDULES.items()
+                if policy.kind in other.policies or str(policy) in other.policies
+            ]
+            takes = f"{self.schedule} takes " + (" and ".join(word.policies) or "no policy")
+            raise PlanError(f"{takes}, not {policy}; {', '.join(takers)} take {policy}")
+
+    @property
+    def offloads_carry(self) -> bool:
+        """Whether the carries that the schedule keeps go to the host."""
+        return any(p.kind == "offload" and words.CARRY in p.names for p in self.policies)
+
+    def __str__(self) -> str:
+        count = "" if self.count is None else f"{self.count}x"
+        schedule = self.schedule if self.argument is None else f"{self.schedule}:{self.argument}"
+        parts = [str(policy) for policy in self.policies]
+        if self.schedule != "full" or not parts:
+            parts.insert(0, schedule)
+        return count + "+".join(parts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a stack of blocks is checkpointed: stages that cover its blocks in order.
+
+    `Plan.parse(text)` makes one from the grammar; `str(plan)` prints it, and parses back to an
+    equal plan. Hashable, so it may be a static argument.
+
+    Attributes:
+      stages: At least one; only the last may leave its count out.
+
+    Raises:
+      PlanError: No stage, a count missing before the last stage, or `auto` beside other stages.
+    """
+
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self):
+        if not self.stages:
+            raise PlanError("a plan has at least one stage, such as 'sqrt'")
+        text = str(self)
+        if len(self.stages) > 1 and any(stage.schedule == "auto" for stage in self.stages):
+            raise PlanError(f"plan {text!r}: auto chooses the whole plan, so it stands alone")
+        for stage in self.stages[:-1]:
+            if stage.count is None:
+                raise PlanError(
+                    f"plan {text!r}: stage {str(stage)!r} needs a count, such as 4x{stage}; "
+                    "only the last stage may leave it out"
+                )
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Returns the plan that `text` says; `docs/plans.md` has the grammar.
+
+        Raises:
+          PlanError: With the text, the place marked, what is valid and the nearest guess.
+        """
+        if not isinstance(text, str):
+            raise PlanError(f"a plan is parsed from text such as 'sqrt', not from {text!r}")
+        from jaxckpt.plans import grammar  # the parser builds what this module defines
+
+        return cls(stages=grammar.parse_stages(text))
+
+    @property
+    def num_blocks(self) -> int | None:
+        """The number of blocks the plan covers, or None while the last count is open."""
+        if self.stages[-1].count is None:
+            return None
+        return sum(stage.count for stage in self.stages)
+
+    def bind(self, num_blocks: int) -> Self:
+        """Returns the same plan for a stack of `num_blocks` blocks: every count is a number.
+
+        Raises:
+          PlanError: The counts do not add up to `num_blocks`, or a stage is too short for its
+            schedule's number.
+        """
+        if num_blocks < 1:
+            raise PlanError(f"a stack of {num_blocks} blocks; a plan needs at least 1")
+        fixed = sum(stage.count or 0 for stage in self.stages)
+        if self.num_blocks is not None:
+            if fixed != num_blocks:
+                raise PlanError(
+                    f"plan {str(self)!r} covers {fixed} {_blocks(fixed)}, the stack has "
+                    f"{num_blocks}; leave the last count out to mean the rest"
+                )
+            return self
+        if fixed >= num_blocks:
+            raise PlanError(
+                f"plan {str(self)!r} leaves no block for its last stage: {fixed} counted, "
+                f"the stack has {num_blocks}"
+            )
+        last = self.stages[-1]
+        try:
+            last = dataclasses.replace(last, count=num_blocks - fixed)
+        except PlanError as error:
+            raise PlanError(f"plan {str(self)!r} on {num_blocks} blocks: {error}") from None
+        return dataclasses.replace(self, stages=(*self.stages[:-1], last))
+
+    def __str__(self) -> str:
+        return "/".join(str(stage) for stage in self.stages)
+
+
+def as_plan(remat: "str | Plan") -> Plan:
+    """Returns `remat` as a `Plan`; every public function takes either form.
+
+    Raises:
+      PlanError: `remat` is neither, or does not parse.
+    """
+    if isinstance(remat, Plan):
+        return remat
+    if isinstance(remat, str):
+        return Plan.parse(remat)
+    raise PlanError(f"remat is a plan such as 'sqrt' or a jaxckpt.Plan, not {remat!r}")
+
+
+def _blocks(count: int) -> str:
+    return "block" if count == 1 else "blocks"
+
+
+def _merge(policies: tuple[Policy, ...]) -> tuple[Policy, ...]:
+    """Adds up policies of one kind and puts kinds in the table's order: one spelling a meaning."""
+    merged = []
+    for kind in words.POLICIES:
+        same = [policy for policy in policies if policy.kind == kind]
+        if same:
+            names = tuple(name for policy in same for name in policy.names)
+            merged.append(Policy(kind=kind, names=names))
+    return tuple(merged)
+
+
+def _check_disjoint(policies: tuple[Policy, ...]):
+    """Refuses a value that is both kept on the device and moved to the host."""
+    kept = [name for policy in policies if policy.kind == "names" for name in policy.names]
+    moved = [name for policy in policies if policy.kind == "offload" for name in policy.names]
+    for one in kept:
+        for other in moved:
+            if fnmatch.fnmatchcase(one, other) or fnmatch.fnmatchcase(other, one):
+                raise PlanError(
+                    f"names:{one} keeps on the device what offload:{other} moves to the host; "
+                    "name each value once"
+                )

@@ -1,0 +1,1 @@
+"""JAX transforms: from a plan to a differentiable function."""

@@ -1,0 +1,82 @@
+"""Checks that every way to run blocks shares, made before anything is differentiated."""
+
+from collections.abc import Callable
+
+import jax
+
+from jaxckpt.plans import Plan, PlanError
+from jaxckpt.transforms import policies, tags
+
+
+def stack_length(params) -> int:
+    """Returns L, the leading size that all leaves of `params` share.
+
+    Raises:
+      ValueError: No leaves, a scalar leaf, or leading sizes that differ (the leaves are named).
+    """
+    sizes = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        shape = jax.typeof(leaf).shape
+        if not shape:
+            raise ValueError(
+                f"params{jax.tree_util.keystr(path)} is a scalar; every leaf of a stack's "
+                "parameters is [L, ...]"
+            )
+        sizes.setdefault(shape[0], jax.tree_util.keystr(path))
+    if not sizes:
+        raise ValueError(
+            "params has no arrays, so the number of blocks is unknown; pass jnp.arange(L) as "
+            "params for blocks without parameters"
+        )
+    if len(sizes) > 1:
+        found = ", ".join(f"params{path} has {size}" for size, path in sizes.items())
+        raise ValueError(f"the leading sizes of a stack's parameters differ: {found}")
+    return next(iter(sizes))
+
+
+def first_block(params):
+    """Returns the abstract parameters of one block: every leaf without its leading axis."""
+    return jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), params)
+
+
+def check_carry(block: Callable, carry, *args):
+    """Raises if `block(carry, *args)` does not return what it was given.
+
+    Raises:
+      ValueError: The structure, a shape or a dtype of the carry changes.
+    """
+    given = tags.abstract(carry)
+    made = jax.eval_shape(block, given, *args)
+    if jax.tree.structure(given) != jax.tree.structure(made):
+        raise ValueError(
+            "a block returns the carry it was given, but the structure changes from "
+            f"{jax.tree.structure(given)} to {jax.tree.structure(made)}"
+        )
+    pairs = zip(jax.tree_util.tree_leaves_with_path(given), jax.tree.leaves(made), strict=True)
+    for (path, before), after in pairs:
+        if (before.shape, before.dtype) != (after.shape, after.dtype):
+            raise ValueError(
+                f"a block returns the carry it was given, but carry{jax.tree_util.keystr(path)} "
+                f"changes from {before.dtype}{list(before.shape)} to "
+                f"{after.dtype}{list(after.shape)}"
+            )
+
+
+def check_policies(plan: Plan, offered: Callable[[], tags.Tags]):
+    """Raises if a policy of the plan would find nothing to keep or move.
+
+    Args:
+      plan: A plan.
+      offered: Called once, and only if a policy names something, for the block's tags.
+
+    Raises:
+      PlanError: As `policies.check`, with the plan's text.
+    """
+    if not any(policies.needs_tags(stage.policies) for stage in plan.stages):
+        return
+    found = offered()
+    try:
+        for stage in plan.stages:
+            policies.check(stage.policies, found)
+    except PlanError as error:
+        raise PlanError(f"plan {str(plan)!r}: {error}") from None

@@ -1,0 +1,336 @@
+"""The schedule executor: any legal schedule over a stack, by flat loops under one custom VJP.
+
+Nested `jax.checkpoint` cannot run an optimal schedule, and nested loops copy weights and their
+gradients at each level. Here a schedule is a table (`tables.make_table`):
+
+- forward: one scan over the blocks writes the inputs that the schedule keeps into slots;
+- backward: one scan over the table's rows. A row loads a slot, runs blocks forward and stores
+  inputs again (its moves), then records and reverses its own blocks; gradients of the parameters
+  are written in place into arrays of the parameters' shape.
+
+The stacked parameters are indexed inside the loops, never copied; compile time does not depend on
+the number of blocks. Only first-order reverse mode is supported; `full` and the nested path
+support every transform.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+
+from jaxckpt.plans import Stage, words
+from jaxckpt.plans.actions import Schedule
+from jaxckpt.plans.stage_schedule import schedule_of
+from jaxckpt.transforms import tags
+from jaxckpt.transforms.blocks import first_block
+from jaxckpt.transforms.policies import checkpoint_policy
+from jaxckpt.transforms.recording import Recorder, differentiate, inexact, pick
+from jaxckpt.transforms.tables import Table, make_table
+
+
+# The schedules that the executor runs; `none` and `full` are plain loops.
+SCHEDULES = frozenset({"uniform", "every", "sqrt", "log", "binomial"})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hoisted:
+    """A block as a closed function of flat leaves; what it closed over became a const.
+
+    Attributes:
+      call: `call(carry, params_i, consts) -> carry`, all of them lists of leaves.
+      consts: The const leaves: the caller's, then those the block closed over.
+    """
+
+    call: Callable
+    consts: list[Any]
+    carry_tree: Any
+
+
+def hoist(block: Callable, carry, params_i, consts) -> Hoisted:
+    """Returns `block(carry, params_i, *consts)` with every closed-over array as a const.
+
+    A function under `jax.custom_vjp` must not close over traced values, and closed-over values
+    are to get gradients too.
+
+    Args:
+      block: The block.
+      carry: Its input, arrays or abstract.
+      params_i: One block's parameters, abstract.
+      consts: A tuple of arrays.
+    """
+    carry_tree = jax.tree.structure(carry)
+    params_tree = jax.tree.structure(params_i)
+    const_leaves, consts_tree = jax.tree.flatten(consts)
+
+    def flat(carry, params_i, consts):
+        out = block(
+            jax.tree.unflatten(carry_tree, carry),
+            jax.tree.unflatten(params_tree, params_i),
+            *jax.tree.unflatten(consts_tree, consts),
+        )
+        return jax.tree.leaves(out)
+
+    closed = jax.make_jaxpr(flat)(jax.tree.leaves(carry), jax.tree.leaves(params_i), const_leaves)
+    given = len(const_leaves)
+
+    def call(carry, params_i, consts):
+        body = core.ClosedJaxpr(closed.jaxpr, consts[given:])
+        return core.jaxpr_as_fun(body)(*carry, *params_i, *consts[:given])
+
+    return Hoisted(call=call, consts=[*const_leaves, *closed.consts], carry_tree=carry_tree)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """How a schedule is run.
+
+    Attributes:
+      keep_last: The first row's blocks are recorded in the forward pass. Otherwise their input
+        alone is handed to the backward pass, which runs them once more.
+      offload: Slots live in pinned host memory.
+      unroll: Blocks unrolled in one trip of the forward pass.
+      checkpoint: How a block is wrapped before it is recorded, or None.
+    """
+
+    keep_last: bool = False
+    offload: bool = False
+    unroll: int = 1
+    checkpoint: Callable | None = None
+
+
+def run_stage(block: Callable, params, carry, consts, stage: Stage, unroll: int):
+    """Returns the carry after a bound stage of one of `SCHEDULES`; see `run_schedule`."""
+    kept = tuple(p for p in stage.policies if str(p) != f"offload:{words.CARRY}")
+    policy = checkpoint_policy(kept)
+    # A block is recorded in one loop and reversed in another, which keeps them apart.
+    checkpoint = functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
+    run = Run(
+        keep_last=stage.schedule in ("uniform", "every"),
+        offload=stage.offloads_carry,
+        unroll=unroll,
+        checkpoint=checkpoint if kept else None,
+    )
+    return run_schedule(block, params, carry, consts, schedule_of(stage), run)
+
+
+def run_schedule(block: Callable, params, carry, consts, schedule: Schedule, run: Run):
+    """Runs a stack of blocks under a schedule.
+
+    Args:
+      block: `block(carry, params_i, *consts) -> carry`, carry-preserving.
+      params: Leaves `[L, ...]`.
+      carry: The first block's input.
+      consts: A tuple; with closed-over arrays they get gradients.
+      schedule: For L blocks, executable (`tables.make_table`).
+      run: How.
+
+    Returns:
+      The last block's carry.
+    """
+    one = first_block(params)
+    hoisted = hoist(block, tags.abstract(carry), one, consts)
+    leaves = jax.tree.leaves(carry)
+    table, recorder = make_table(schedule), None
+    if run.keep_last or table.largest_row > 1:
+        call = hoisted.call if run.checkpoint is None else run.checkpoint(hoisted.call)
+        recorder = Recorder.trace(
+            call, tags.abstract(leaves), jax.tree.leaves(one), tags.abstract(hoisted.consts)
+        )
+    loops = _Loops(
+        call=hoisted.call, table=table, run=run, length=schedule.num_blocks, recorder=recorder
+    )
+    try:
+        out = _with_gradient(loops)(jax.tree.leaves(params), leaves, hoisted.consts)
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise NotImplementedError(_FIRST_ORDER) from None
+    return jax.tree.unflatten(hoisted.carry_tree, out)
+
+
+_FIRST_ORDER = (
+    "the schedule executor has gradients (reverse mode, first order) alone; "
+    "remat='full' or nested=True has forward-mode and higher derivatives"
+)
+
+
+@jax.custom_jvp
+def _first_order(x):
+    """Returns `x`; whoever differentiates the backward pass is told what to do instead."""
+    return x
+
+
+@_first_order.defjvp
+def _(primals, tangents):
+    raise NotImplementedError(_FIRST_ORDER)
+
+
+def _with_gradient(loops: "_Loops") -> Callable:
+    """Returns `stack(params, carry, consts) -> carry` over lists of leaves."""
+
+    @jax.custom_vjp
+    def stack(params, carry, consts):
+        return loops.sweep(params, carry, consts, 0, loops.length)
+
+    stack.defvjp(loops.forward, loops.backward)
+    return stack
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Loops:
+    """The forward and the backward pass of one stack; every array is an argument."""
+
+    call: Callable
+    table: Table
+    run: Run
+    length: int
+    recorder: Recorder | None
+
+    def sweep(self, params, carry, consts, start, stop):
+        """Runs blocks `start..stop` and stores nothing."""
+        body = lambda i, carry: self.call(carry, _row(params, i), consts)
+        return lax.fori_loop(start, stop, body, carry)
+
+    def forward(self, params, carry, consts):
+        """Returns the output, and what the backward pass is handed."""
+        first = int(self.table.rows["record"][0]) if self.run.keep_last else self.length
+
+        def body(state, step):
+            carry, slots = state
+            index, slot = step
+            slots = self._store(slots, slot, carry)
+            return (self.call(carry, _row(params, index), consts), slots), None
+
+        state = (carry, self._empty_slots(carry))
+        steps = (jnp.arange(first), jnp.asarray(self.table.sweep_slots[:first]))
+        unroll = min(self.run.unroll, max(first, 1))
+        (carry, slots), _ = lax.scan(body, state, steps, length=first, unroll=unroll)
+        kept = self._empty_records()
+        if self.run.keep_last:
+            carry, kept = self._record(params, carry, consts, kept, first, first, self.length)
+        return carry, (params, consts, slots, kept)
+
+    def backward(self, residuals, grads):
+        """Returns the gradients of parameters, carry and consts; None where there are none."""
+        params, consts, slots, kept = residuals
+        moving = inexact(slots), inexact(params), inexact(consts)
+        params = _guard(params, moving[1])
+        grads = _guard(grads, moving[0])
+        state = (
+            slots,
+            kept,
+            pick(grads, moving[0]),
+            [jnp.zeros_like(params[i]) for i in moving[1]],
+            [jnp.zeros_like(consts[i]) for i in moving[2]],
+        )
+        rows = {name: jnp.asarray(column) for name, column in self.table.rows.items()}
+        # Blocks that the forward pass has recorded are not recorded again.
+        rows["again"] = jnp.asarray(self.table.rows["record"])
+        if self.run.keep_last:
+            rows["again"] = rows["again"].at[0].set(self.length)
+        body = lambda state, row: (self._run_row(params, consts, state, row), None)
+        (_, _, grad_carry, grad_params, grad_consts), _ = lax.scan(body, state, rows)
+        groups = zip(
+            (grad_params, grad_carry, grad_consts),
+            (moving[1], moving[0], moving[2]),
+            (params, slots, consts),
+            strict=True,
+        )
+        return tuple(_spread(grads, places, like) for grads, places, like in groups)
+
+    def _run_row(self, params, consts, state, row):
+        """Loads, moves, advances, records and reverses one row of the table."""
+        slots, kept, *grads = state
+        moves = {name: jnp.asarray(column) for name, column in self.table.moves.items()}
+
+        def move(index, state):
+            carry, slots = state
+            carry = self.sweep(params, carry, consts, moves["start"][index], moves["stop"][index])
+            return carry, self._store(slots, moves["slot"][index], carry)
+
+        carry = self._load(slots, row["load"])
+        if self.table.num_moves:
+            state = (carry, slots)
+            carry, slots = lax.fori_loop(row["first_move"], row["last_move"], move, state)
+        carry = self.sweep(params, carry, consts, row["advance"], row["record"])
+        if self.recorder is None:
+            _, reverse = differentiate(self.call, carry, _row(params, row["record"]), consts)
+            grads = _accumulate(reverse, row["record"], *grads)
+            return slots, kept, *grads
+        _, kept = self._record(
+            params, carry, consts, kept, row["record"], row["again"], row["stop"]
+        )
+
+        def reverse_block(count, grads):
+            index = row["stop"] - 1 - count
+            residuals = _row(kept, index - row["record"])
+            reverse = self.recorder.reverse(residuals, _row(params, index), consts)
+            return _accumulate(reverse, index, *grads)
+
+        grads = lax.fori_loop(0, row["stop"] - row["record"], reverse_block, tuple(grads))
+        return slots, kept, *grads
+
+    def _record(self, params, carry, consts, kept, base, start, stop):
+        """Records blocks `start..stop`; block i's residuals go to place `i - base` of `kept`."""
+
+        def body(index, state):
+            carry, kept = state
+            carry, residuals = self.recorder.record(carry, _row(params, index), consts)
+            return carry, _write(kept, index - base, residuals)
+
+        return lax.fori_loop(start, stop, body, (carry, kept))
+
+    def _empty_records(self) -> list:
+        if self.recorder is None:
+            return []
+        rows = self.table.largest_row
+        return [jnp.zeros((rows, *x.shape), x.dtype) for x in self.recorder.kept()]
+
+    def _empty_slots(self, carry) -> list:
+        # Copies of the input rather than zeros: right for key dtypes and for any sharding.
+        return [
+            self._move(lax.broadcast(x, (self.table.num_slots + 1,)), jax.memory.Space.Host)
+            for x in carry
+        ]
+
+    def _store(self, slots, slot, carry):
+        return _write(slots, slot, [self._move(x, jax.memory.Space.Host) for x in carry])
+
+    def _load(self, slots, slot):
+        return [self._move(x, jax.memory.Space.Device) for x in _row(slots, slot)]
+
+    def _move(self, x, space):
+        return jax.device_put(x, space) if self.run.offload else x
+
+
+def _accumulate(reverse: Callable, index, grad_carry, grad_params, grad_consts):
+    """Reverses one block: its parameters' gradients are written, the consts' are added."""
+    grad_carry, of_params, of_consts = reverse(grad_carry)
+    grad_params = _write(grad_params, index, of_params)
+    return grad_carry, grad_params, [a + b for a, b in zip(grad_consts, of_consts, strict=True)]
+
+
+def _guard(leaves, places) -> list:
+    return [_first_order(leaf) if i in places else leaf for i, leaf in enumerate(leaves)]
+
+
+def _row(leaves, index) -> list:
+    return [lax.dynamic_index_in_dim(x, index, keepdims=False) for x in leaves]
+
+
+def _write(leaves, index, rows) -> list:
+    return [
+        lax.dynamic_update_index_in_dim(x, row, index, 0)
+        for x, row in zip(leaves, rows, strict=True)
+    ]
+
+
+def _spread(grads, places, like) -> list:
+    """Returns a list like `like` with `grads` at `places` and None elsewhere."""
+    found = dict(zip(places, grads, strict=True))
+    return [found.get(position) for position in range(len(like))]

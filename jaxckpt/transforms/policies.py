@@ -1,0 +1,137 @@
+"""From a stage's policies to the one callable that `jax.checkpoint` asks about every equation.
+
+A policy is asked `policy(primitive, *avals, **params)` and answers whether the equation's outputs
+are saved, moved to the host or recomputed. Ours are made from JAX's public factories and cached,
+because JAX compares policies by identity and would trace anew for each new object.
+"""
+
+import fnmatch
+import functools
+from collections.abc import Callable, Iterable
+
+import jax
+
+from jaxckpt.plans import PlanError, Policy, words
+from jaxckpt.plans.errors import nearest
+from jaxckpt.transforms import tags
+from jaxckpt.transforms.tags import Tags
+
+# JAX releases on which an offloaded residual of a scan comes back wrong, without an error.
+_BAD_OFFLOAD = {("gpu", "0.11.0"): "gradients of offloaded scan residuals are silently wrong"}
+
+
+def needs_tags(policies: Iterable[Policy]) -> bool:
+    """Returns whether `check` has to know what the block offers."""
+    return any(p.kind == "attention" or set(p.names) - {words.CARRY} for p in policies)
+
+
+def check(policies: Iterable[Policy], offered: Tags):
+    """Raises where a policy would silently do nothing, or two say different things.
+
+    Args:
+      policies: A stage's policies.
+      offered: What the block offers, from `tags.tags_of`.
+
+    Raises:
+      PlanError: A name or glob that matches nothing, one value both kept and moved, or
+        `attention` for a block without a kernel that jaxckpt knows.
+    """
+    matched = {"names": set(), "offload": set()}
+    for policy in policies:
+        if policy.kind == "attention" and not offered.attention:
+            raise PlanError(
+                "policy 'attention' finds no attention kernel in the block; it knows "
+                "jaxckpt.models.attention and cuDNN's; names:... can keep tagged values instead"
+            )
+        for pattern in set(policy.names) - {words.CARRY}:
+            matched[policy.kind].update(_matches(policy.kind, pattern, offered.names))
+    both = matched["names"] & matched["offload"]
+    if both:
+        raise PlanError(
+            f"{min(both)!r} is both kept (names) and moved to the host (offload); "
+            "name each value once"
+        )
+
+
+def _matches(kind: str, pattern: str, names: tuple[str, ...]) -> list[str]:
+    matching = fnmatch.filter(names, pattern)
+    if not matching:
+        has = f"it has: {', '.join(names)}" if names else "it has none; see jaxckpt.tag"
+        raise PlanError(
+            f"{kind}:{pattern} matches no tag of the block{nearest(pattern, names)}; {has}"
+        )
+    return matching
+
+
+@functools.cache
+def checkpoint_policy(policies: tuple[Policy, ...]) -> Callable | None:
+    """Returns the policy for `jax.checkpoint`, or None where nothing is kept.
+
+    A tagged value's own rule comes before `dots`: `dots+offload:q` moves q to the host although
+    it is a matmul's output.
+
+    Raises:
+      PlanError: Offload on a JAX release known to return wrong gradients.
+    """
+    if not policies:
+        return None
+    patterns = {policy.kind: policy.names for policy in policies}
+    saved = _matcher(patterns.get("names", ()))
+    moved = _matcher(
+        tags.CARRY if name == words.CARRY else name for name in patterns.get("offload", ())
+    )
+    dots = _dots_policy(patterns)
+    attention = "attention" in patterns
+    if "offload" in patterns:
+        _refuse_bad_offload()
+
+    def policy(primitive, *avals, **params):
+        if primitive.name == "name":
+            name = params["name"]
+            if moved(name):
+                return _offload_policy(name)(primitive, *avals, **params)
+            return saved(name) or (attention and name == tags.ATTENTION)
+        if attention and primitive.name in tags.ATTENTION_PRIMITIVES:
+            return True
+        return dots(primitive, *avals, **params)
+
+    return policy
+
+
+def _matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
+    """Returns whether a tag matches; globs never match the reserved tags."""
+    patterns = tuple(patterns)
+
+    def matches(name: str) -> bool:
+        if tags.is_reserved(name):
+            return name in patterns
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+    return matches
+
+
+def _dots_policy(kinds) -> Callable:
+    if "dots" in kinds:
+        return jax.checkpoint_policies.dots_saveable
+    if "dots_no_batch" in kinds:
+        return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint_policies.nothing_saveable
+
+
+def _refuse_bad_offload():
+    reason = _BAD_OFFLOAD.get((jax.default_backend(), jax.__version__))
+    if reason:
+        raise PlanError(
+            f"offload is refused on jax {jax.__version__} ({jax.default_backend()}): {reason}; "
+            "use another jax release, or a plan without offload"
+        )
+
+
+@functools.cache
+def _offload_policy(name: str) -> Callable:
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[name],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )

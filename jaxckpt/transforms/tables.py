@@ -1,0 +1,137 @@
+"""A schedule's actions as integer tables that one compiled loop can follow.
+
+The first sweep of a schedule becomes `sweep_slots`: where to write each block's input. What comes
+after is cut into rows, one for each run of blocks that are recorded and reversed together: load a
+slot, make some moves (advance and store), advance to the row's first block, record, reverse.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from jaxckpt.plans.actions import Advance, Free, Load, Record, Reverse, Schedule, Store
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """What the executor's loops read; all arrays are int32.
+
+    Attributes:
+      num_slots: Slots in use; one more holds what the first row starts from.
+      sweep_slots: `[num_blocks]`: the slot that input i of the forward pass is written to.
+        Inputs between two stores go to the slot of the later one, which overwrites them, so that
+        every trip of the sweep does the same work; those after the last store go to the spare
+        slot `num_slots`, where the last of them is what the first row starts from.
+      rows: Columns of `[number of rows]`: `load`, `first_move`, `last_move` (exclusive),
+        `advance`, `record`, `stop`. Blocks `advance..record` are run, `record..stop` recorded
+        and reversed.
+      moves: Columns of `[number of moves]`: `start`, `stop`, `slot`.
+      num_moves: Number of moves; the columns hold one unused entry where it is 0.
+      largest_row: The most blocks that are recorded together.
+    """
+
+    num_slots: int
+    sweep_slots: np.ndarray
+    rows: dict[str, np.ndarray]
+    moves: dict[str, np.ndarray]
+    num_moves: int
+    largest_row: int
+
+
+def make_table(schedule: Schedule) -> Table:
+    """Returns the table of a legal schedule.
+
+    Raises:
+      ValueError: A row that does not begin with a load, or blocks recorded apart and reversed
+        together, which the executor's loops cannot follow.
+    """
+    groups = _groups(schedule)
+    num_slots = schedule.peak_slots
+    used = [action.slot for action in schedule.actions if isinstance(action, Store)]
+    num_slots = max([num_slots, *(slot + 1 for slot in used)])
+    stores, first = _sweep(groups[0])
+    sweep_slots = np.full([schedule.num_blocks], num_slots, np.int32)
+    for position, slot in sorted(stores.items(), reverse=True):
+        sweep_slots[: position + 1] = slot
+    rows = [(num_slots, [], first, first, schedule.num_blocks)]
+    rows += [_row(group) for group in groups[1:]]
+    moves = [move for row in rows for move in row[1]]
+    last = np.cumsum([len(row[1]) for row in rows])
+    columns = zip(*((load, adv, rec, stop) for load, _, adv, rec, stop in rows), strict=True)
+    load, advance, record, stop = (np.array(column, np.int32) for column in columns)
+    return Table(
+        num_slots=num_slots,
+        sweep_slots=sweep_slots,
+        rows={
+            "load": load,
+            "first_move": np.array([0, *last[:-1]], np.int32),
+            "last_move": last.astype(np.int32),
+            "advance": advance,
+            "record": record,
+            "stop": stop,
+        },
+        # A table is never empty, so that it can be indexed in a loop of no trips.
+        moves={
+            name: np.array([move[column] for move in moves] or [0], np.int32)
+            for column, name in enumerate(("start", "stop", "slot"))
+        },
+        num_moves=len(moves),
+        largest_row=int((stop - record).max()),
+    )
+
+
+def _groups(schedule: Schedule) -> list[list]:
+    """Cuts the actions after every last `Reverse` of a row."""
+    groups, group = [], []
+    for action in schedule.actions:
+        if group and isinstance(group[-1], Reverse) and not isinstance(action, Reverse):
+            if isinstance(action, Free):  # a slot that its row no longer needs
+                continue
+            groups.append(group)
+            group = []
+        group.append(action)
+    return [*groups, group]
+
+
+def _sweep(group: list) -> tuple[dict[int, int], int]:
+    """Returns where the first sweep stores, `{input: slot}`, and its first recorded block."""
+    stores, position = {}, 0
+    for action in group:
+        if isinstance(action, Store):
+            stores[position] = action.slot
+        elif isinstance(action, Advance):
+            position = action.stop
+        elif isinstance(action, Record):
+            _check_reversed(group, action)
+            return stores, action.start
+    raise ValueError("the schedule's first sweep records no block")
+
+
+def _row(group: list) -> tuple[int, list[tuple[int, int, int]], int, int, int]:
+    """Returns `(load, moves, advance, record, stop)` of a later row."""
+    if not isinstance(group[0], Load):
+        raise ValueError(f"a row of the executor starts with a load, not {group[0]}")
+    moves, start, position = [], None, None
+    for action in group[1:]:
+        if isinstance(action, Advance):
+            start = action.start if start is None else start
+            position = action.stop
+        elif isinstance(action, Store):
+            if start is None:
+                raise ValueError(f"{action} copies the carry that was just loaded")
+            moves.append((start, position, action.slot))
+            start = position
+        elif isinstance(action, Record):
+            _check_reversed(group, action)
+            start = action.start if start is None else start
+            return group[0].slot, moves, start, action.start, action.stop
+        elif isinstance(action, Load):
+            raise ValueError(f"a row of the executor loads one slot; {action} is a second")
+    raise ValueError("a row of the schedule records no block")
+
+
+def _check_reversed(group: list, record: Record):
+    """Raises unless the row reverses all that it records, from the last block to the first."""
+    reversed_blocks = [action.block for action in group if isinstance(action, Reverse)]
+    if reversed_blocks != list(range(record.stop - 1, record.start - 1, -1)):
+        raise ValueError(f"the executor reverses {record} at once, not in {reversed_blocks}")

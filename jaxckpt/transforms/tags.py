@@ -1,0 +1,89 @@
+"""Tags: names for values inside a block, so that policies can speak of them.
+
+    q = jaxckpt.tag(q, "q")     # then --remat=names:q keeps it, --remat=offload:q moves it
+
+A tag is JAX's own `checkpoint_name`, so tags that a model already carries work as well.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxckpt.plans import PlanError, words
+from jaxckpt.plans.plan import NAME
+from jaxckpt.transforms import jaxprs
+
+# Tags of our own. The prefix keeps them apart from users' tags and out of every glob.
+_RESERVED = "jaxckpt."
+CARRY = _RESERVED + "carry"
+ATTENTION = _RESERVED + "attention"
+
+# Attention kernels whose outputs are what their own backward pass needs; values inside a kernel's
+# custom VJP carry no tag, but a policy sees the primitive.
+ATTENTION_PRIMITIVES = frozenset({"dot_product_attention_fwd_wrapper"})
+
+
+def tag(x, name: str):
+    """Returns `x` named `name` for the policies `names:` and `offload:`.
+
+    Args:
+      x: An array or a pytree of arrays.
+      name: Letters, digits, `_`, `.` and `-`; not `carry`, which means a block's input.
+
+    Raises:
+      PlanError: A name that the plan grammar could not spell, or a reserved one.
+    """
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise PlanError(f"tag {name!r} is not valid; tags are letters, digits, '_', '.' and '-'")
+    if name == words.CARRY or is_reserved(name):
+        raise PlanError(f"tag {name!r} is reserved; 'carry' means a block's input and needs no tag")
+    return checkpoint_name(x, name)
+
+
+def tag_reserved(x, name: str):
+    """Returns `x` under one of this module's own tags (`CARRY`, `ATTENTION`)."""
+    return checkpoint_name(x, name)
+
+
+def is_reserved(name: str) -> bool:
+    """Returns whether `name` is one of this module's own tags."""
+    return name.startswith(_RESERVED)
+
+
+class Tags(NamedTuple):
+    """What a block offers to policies.
+
+    Attributes:
+      names: The users' tags, sorted.
+      attention: Whether it holds an attention kernel whose residuals can be kept.
+    """
+
+    names: tuple[str, ...]
+    attention: bool
+
+
+def tags_of(fn: Callable, *args) -> Tags:
+    """Returns the tags in `fn`'s forward pass, also inside calls, loops and custom VJPs.
+
+    Args:
+      fn: A function of pytrees of arrays.
+      *args: Its arguments, arrays or abstract ones.
+    """
+    names, primitives = set(), set()
+    for equation in jaxprs.equations(jaxprs.linearized(fn, *args)):
+        primitives.add(equation.primitive.name)
+        if equation.primitive.name == "name":
+            names.add(equation.params["name"])
+    return Tags(
+        names=tuple(sorted(name for name in names if not is_reserved(name))),
+        attention=ATTENTION in names or not ATTENTION_PRIMITIVES.isdisjoint(primitives),
+    )
+
+
+def abstract(tree):
+    """Returns `tree` with every array (or scalar) as its `jax.ShapeDtypeStruct`."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(jax.typeof(x).shape, jax.typeof(x).dtype), tree
+    )
