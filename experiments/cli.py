@@ -3,6 +3,7 @@
 A refused command line prints one plain line on stderr, exits with code 2, and has not imported JAX.
 """
 
+import importlib.metadata
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,16 +21,19 @@ def main(command: Callable, tokens: Sequence[str] | None = None):
     """Runs `command` with a command line, and turns what a user got wrong into one line.
 
     Args:
-      command: A function whose parameters are the flags; its docstring is the help.
+      command: A function named like its module; its parameters are the flags, its docstring the
+        help.
       tokens: The command line without the program's name; `sys.argv` by default.
 
     Raises:
       SystemExit: With code 2 after an error of the user's.
     """
     tokens = list(sys.argv[1:] if tokens is None else tokens)
-    app = App(name=f"python -m {command.__module__}", result_action="return_value")
-    if command.__module__ == "__main__":
-        app.name = (f"python -m experiments.{Path(sys.argv[0]).stem}",)
+    app = App(
+        name=f"python -m experiments.{command.__name__}",
+        version=lambda: importlib.metadata.version("jaxckpt"),
+        help_format="plaintext",
+    )
     app.default(command)
     try:
         app.config = (config.Dict(_config_flags(tokens), source="the configuration file"),)

@@ -28,6 +28,12 @@ class ConfigError(ValueError):
     """A configuration that cannot be run: one line with what is valid and the nearest guess."""
 
 
+def _at_least(config, least: int, *names: str):
+    for name in names:
+        if not getattr(config, name) >= least:
+            raise ConfigError(f"{name} is {getattr(config, name)}; the least is {least}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW with linear warm-up, cosine decay to a tenth, and clipping by the global norm.
@@ -179,9 +185,3 @@ def _typed(key: str, value: object, hint, place: str):
             f"{place}: {key} = {value!r} is {type(value).__name__}, where {name} is needed"
         )
     return value
-
-
-def _at_least(config, least: int, *names: str):
-    for name in names:
-        if not getattr(config, name) >= least:
-            raise ConfigError(f"{name} is {getattr(config, name)}; the least is {least}")

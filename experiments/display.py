@@ -17,7 +17,6 @@ class Display:
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._steps = steps
         self._started = time.perf_counter()
-        self._last_line = 0.0
         self._progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=20),
@@ -31,6 +30,7 @@ class Display:
         self._task = self._progress.add_task("train", total=steps, metrics="")
 
     def __enter__(self):
+        self._started = time.perf_counter()
         self._progress.start()
         return self
 
@@ -57,10 +57,8 @@ class Display:
             self._plain(row["step"], text)
 
     def _plain(self, step: int, text: str):
-        """Prints the first and last step and one every two seconds between them."""
-        now = time.perf_counter()
-        if step not in (1, self._steps) and now - self._last_line < 2.0:
+        """Prints the first step, the last, and every tenth part of the run."""
+        if step not in (1, self._steps) and step % max(1, self._steps // 10):
             return
-        self._last_line = now
-        left = (now - self._started) / step * (self._steps - step)
+        left = (time.perf_counter() - self._started) / step * (self._steps - step)
         self.print(f"step {step}/{self._steps}  {text}  left {left:.0f} s")

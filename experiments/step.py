@@ -83,7 +83,7 @@ def make_train_step(config: TrainConfig):
             params=optax.apply_updates(state.params, updates),
             optimizer=optimizer_state,
         )
-        return state, {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
+        return state, {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
 
     return train_step
 

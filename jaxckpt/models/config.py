@@ -31,11 +31,11 @@ class TransformerConfig:
 
     vocab_size: int = 256
     num_blocks: int = 8
-    d_model: int = 128
+    d_model: int = 64
     num_heads: int = 4
     num_kv_heads: int = 2
-    head_dim: int = 32
-    d_ff: int = 384
+    head_dim: int = 16
+    d_ff: int = 192
     qk_norm: bool = True
     tied_embeddings: bool = True
     rope_theta: float = 1e6

@@ -107,14 +107,18 @@ class _Sizes:
         pairs = map(operator.add, self.carry[start + 1 : stop - 1], self.carry[start + 2 : stop])
         return self.carry[stop] + max(itertools.chain((self.carry[start + 1],), pairs))
 
-    def record(self, start: int, stop: int) -> int:
-        """Returns the room for recording the first block of a run and for reversing it."""
-        return self.residual[start] + max(self.carry[start + 1], self.carry[stop])
+    def record(self, block: int) -> int:
+        """Returns the room for reversing a recorded block.
+
+        Recording it, beside the gradient of the run's output, takes no more than what the blocks
+        behind it take, which hold that gradient too.
+        """
+        return self.residual[block] + self.carry[block + 1]
 
     def keep_all(self) -> int:
         """Returns the peak of recording the whole chain at once."""
         before = itertools.accumulate(self.residual[:-1], initial=0)
-        return max(kept + self.record(i, self.num_blocks) for i, kept in enumerate(before))
+        return max(kept + self.record(i) for i, kept in enumerate(before))
 
 
 def _in_units(budget: int, sizes: _Sizes) -> tuple[int, int, _Sizes]:
@@ -136,12 +140,12 @@ def _least_peak(forward: Sequence[float], sizes: _Sizes) -> tuple[int, Choose]:
     """
     ran = tuple(itertools.accumulate(forward, initial=0))
     best = {
-        (i, i + 1): (size + sizes.carry[i + 1], 0, i) for i, size in enumerate(sizes.residual)
+        (block, block + 1): (sizes.record(block), 0, block) for block in range(sizes.num_blocks)
     }  # run -> (peak, extra cost, split)
 
     def ways(start: int, stop: int):
         peak, cost, _ = best[start + 1, stop]
-        yield max(sizes.record(start, stop), sizes.residual[start] + peak), cost, start
+        yield max(sizes.record(start), sizes.residual[start] + peak), cost, start
         sweep = sizes.sweep(start, stop)
         for split in range(start + 1, stop):
             (left, left_cost, _), (right, right_cost, _) = best[start, split], best[split, stop]
@@ -227,7 +231,7 @@ class _Program:
 
     def _record_row(self, start: int, stop: int) -> list[float]:
         """Returns the costs of recording the first block and doing the best with the others."""
-        taken, least = self.sizes.residual[start], self.sizes.record(start, stop)
+        taken, least = self.sizes.residual[start], self.sizes.record(start)
         after = [0.0] * (self.room + 1) if stop - start == 1 else self.rows[start + 1, stop]
         row = _shifted(after, taken)
         return [math.inf] * min(least, len(row)) + row[least:]

@@ -226,7 +226,7 @@ class _Bytes:
         self.pairs = [before + after for before, after in itertools.pairwise(self.carry_bytes)]
 
     def run(self, action: Action, is_read_later: bool):
-        """Counts one legal action: the peak while it runs, and what is held after it."""
+        """Counts one legal action: the peak while it runs, and behind it."""
         current = self.machine.current
         gradient = self._gradient(self.machine.next_reverse + 1)
         match action:
@@ -247,8 +247,7 @@ class _Bytes:
                     self._record(block, True)
                     self._reach(gradient)
                 current = stop
-            case Reverse(block):
-                self._reach(gradient + is_read_later * self._beside(current))
+            case Reverse(block):  # holds no more than what the action before it left
                 self._record(block, False)
                 gradient = self._gradient(block)
         self._reach(gradient + is_read_later * self._beside(current))

@@ -31,6 +31,7 @@ from jaxckpt.transforms.blocks import first_block
 from jaxckpt.transforms.policies import checkpoint_policy
 from jaxckpt.transforms.recording import Recorder, differentiate, inexact, pick
 from jaxckpt.transforms.tables import Table, make_table
+from jaxckpt.transforms.trips import trips
 
 
 # The schedules that the executor runs; `none` and `full` are plain loops.
@@ -246,25 +247,33 @@ class _Loops:
     def _run_row(self, params, consts, state, row):
         """Loads, moves, advances, records and reverses one row of the table."""
         slots, kept, *grads = state
+        num_rows = len(self.table.rows["load"])
         moves = {name: jnp.asarray(column) for name, column in self.table.moves.items()}
 
         def move(index, state):
             carry, slots = state
-            carry = self.sweep(params, carry, consts, moves["start"][index], moves["stop"][index])
+            start, stop = moves["start"][index], moves["stop"][index]
+            with trips(self.table.blocks_moved, self.table.num_moves):
+                carry = self.sweep(params, carry, consts, start, stop)
             return carry, self._store(slots, moves["slot"][index], carry)
 
         carry = self._load(slots, row["load"])
         if self.table.num_moves:
-            state = (carry, slots)
-            carry, slots = lax.fori_loop(row["first_move"], row["last_move"], move, state)
-        carry = self.sweep(params, carry, consts, row["advance"], row["record"])
+            with trips(self.table.num_moves, num_rows):
+                carry, slots = lax.fori_loop(
+                    row["first_move"], row["last_move"], move, (carry, slots)
+                )
+        with trips(self.table.blocks_advanced, num_rows):
+            carry = self.sweep(params, carry, consts, row["advance"], row["record"])
         if self.recorder is None:
             _, reverse = differentiate(self.call, carry, _row(params, row["record"]), consts)
             grads = _accumulate(reverse, row["record"], *grads)
             return slots, kept, *grads
-        _, kept = self._record(
-            params, carry, consts, kept, row["record"], row["again"], row["stop"]
-        )
+        kept_blocks = self.length - int(self.table.rows["record"][0]) if self.run.keep_last else 0
+        with trips(self.length - kept_blocks, num_rows):
+            _, kept = self._record(
+                params, carry, consts, kept, row["record"], row["again"], row["stop"]
+            )
 
         def reverse_block(count, grads):
             index = row["stop"] - 1 - count
@@ -272,7 +281,8 @@ class _Loops:
             reverse = self.recorder.reverse(residuals, _row(params, index), consts)
             return _accumulate(reverse, index, *grads)
 
-        grads = lax.fori_loop(0, row["stop"] - row["record"], reverse_block, tuple(grads))
+        with trips(self.length, num_rows):
+            grads = lax.fori_loop(0, row["stop"] - row["record"], reverse_block, tuple(grads))
         return slots, kept, *grads
 
     def _record(self, params, carry, consts, kept, base, start, stop):

@@ -37,6 +37,16 @@ class Table:
     num_moves: int
     largest_row: int
 
+    @property
+    def blocks_moved(self) -> int:
+        """Blocks run by all moves together."""
+        return int((self.moves["stop"] - self.moves["start"]).sum())
+
+    @property
+    def blocks_advanced(self) -> int:
+        """Blocks run by all rows together between their moves and their records."""
+        return int((self.rows["record"] - self.rows["advance"]).sum())
+
 
 def make_table(schedule: Schedule) -> Table:
     """Returns the table of a legal schedule.

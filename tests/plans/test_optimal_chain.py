@@ -165,15 +165,24 @@ def test_no_persistent_schedule_is_cheaper(chain, beyond):
     assert cost_or_none(chain, budget) == cheapest(**chain, budget=budget)
 
 
-@pytest.mark.parametrize("budget", range(17, 39, 3))
-def test_six_different_blocks(budget):
-    chain = dict(
-        forward=[3, 1, 4, 1, 5, 9],
-        backward=[1] * 6,
-        carry_bytes=[9, 2, 6, 5, 3, 5, 2],
-        residual_bytes=[7, 9, 8, 9, 8, 6],
-    )
-    assert cost_or_none(chain, budget) == cheapest(**chain, budget=budget)
+@pytest.mark.parametrize(
+    "least, forward, carry_bytes, residual_bytes",
+    [
+        # The block in the middle decides: input 6, residuals 8, gradient 5.
+        (19, [3, 1, 4, 1, 5, 9], [9, 2, 6, 5, 3, 5, 2], [7, 9, 8, 9, 8, 6]),
+        # The first sweep decides: two carries of 6 beside the gradient of the output, 9.
+        (21, [1, 1, 1, 1], [1, 6, 6, 1, 9], [6, 6, 1, 9]),
+        # Blocks alike but for their outputs, and runs alike but for their inputs.
+        (15, [1, 1, 1, 1, 1], [2, 2, 2, 6, 1, 6], [7, 7, 7, 7, 7]),
+    ],
+)
+def test_chains_made_for_one_term_of_the_recurrence(least, forward, carry_bytes, residual_bytes):
+    chain = dict(forward=forward, backward=forward)
+    chain |= dict(carry_bytes=carry_bytes, residual_bytes=residual_bytes)
+    assert least_budget(chain) == least
+    assert cheapest(**chain, budget=least - 1) is None
+    for budget in range(least, least + 20, 2):
+        assert cost_or_none(chain, budget) == cheapest(**chain, budget=budget)
 
 
 def test_giving_a_carry_up_early_can_be_cheaper():
@@ -260,6 +269,9 @@ def test_the_input_and_its_size_do_not_matter():
     first = optimal_chain(**chain, budget=budget)
     chain["carry_bytes"][0] = 10**6
     assert optimal_chain(**chain, budget=budget).actions == first.actions
+    large = equal_blocks(num_blocks=4, residual=40 * 10**6, carry=10**6)
+    large["carry_bytes"][0] = 7  # which would leave no common divisor
+    assert optimal_chain(**large, budget=10**8).unit_bytes == 1
 
 
 def test_64_blocks_and_500_units_take_seconds():

@@ -1,4 +1,4 @@
-"""Schedules without sizes: legality, counts, optimality, and the order of what is run again."""
+"""Schedules and their simulator: legality, counts, bytes, optimality, the order of re-runs."""
 
 import heapq
 import itertools
@@ -315,6 +315,38 @@ def test_counts_of_a_schedule_written_by_hand():
         advanced=2, recorded=3, extra_forwards=2, peak_slots=2, peak_residual_blocks=1,
         evaluations=(2, 2, 1), loads=2, stores=2, extra_forward_cost=None, peak_bytes=None,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "probe, peak",
+    [
+        ("", 300 + 100),  # three copies of the output, and its gradient
+        ("L0 A0-1", 300 + 100 + 50),  # the chain's input is free, the block's output is not
+        ("L0 A0-1 A1-2", 300 + 100 + 50 + 40),  # a carry that no slot holds is the next's input
+        ("L0 A0-2", 300 + 100 + 50 + 40),
+        ("L0 A0-1 S4 A1-2 F4", 300 + 100 + 50 + 40),  # or a slot holds it, once
+        ("L0 A0-1 S4 S5 F4 F5", 300 + 100 + 50 + 50),  # two slots are two copies
+    ],
+)
+def test_bytes_of_a_schedule_written_by_hand(probe, peak):
+    before, after = "S0 A0-3 S1 S2 S3", "F1 F2 F3 L0 A0-2 R2-3 B2 L0 A0-1 R1-2 B1 L0 F0 R0-1 B0"
+    costs = schedules.ChainCosts(
+        forward=[1, 1, 1],
+        backward=[2, 2, 2],
+        carry_bytes=[9999, 50, 40, 100],
+        residual_bytes=[50, 40, 100],
+    )
+    schedule = Schedule(3, parse(f"{before} {probe} {after}"))
+    assert schedules.simulate(schedule, costs=costs).peak_bytes == peak
+
+
+def test_the_input_of_a_recorded_block_is_held_once():
+    costs = schedules.ChainCosts(
+        forward=[1, 3], backward=[2, 2], carry_bytes=[0, 50, 40], residual_bytes=[50, 45]
+    )
+    schedule = Schedule(2, parse("S0 A0-1 S1 R1-2 L1 F1 A1-2 B1 L0 F0 R0-1 B0"), costs=costs)
+    assert schedule.peak_bytes == 45 + 50 + 40 + 40  # residuals, input, a new output, a gradient
+    assert schedule.extra_forward_cost == 1 + 3
 
 
 def test_a_thousand_blocks_take_no_time():

@@ -6,8 +6,8 @@ import pytest
 
 import jaxckpt
 from jaxckpt.memory.flops import count_flops
-from jaxckpt.plans import schedules
-from jaxckpt.plans.stage_schedule import log_slots
+from jaxckpt.plans import Plan, schedules
+from jaxckpt.plans.stage_schedule import log_slots, schedule_of
 from jaxckpt.plans.two_level import two_level
 from tests.transforms import cases
 
@@ -65,6 +65,20 @@ def test_policies_recompute_the_matmuls_they_do_not_keep():
     assert flops("dots") == flops("dots_no_batch") == none
     assert flops("names:hidden") == flops("offload:hidden") == none
     assert flops("2xnone/full") == none + 4 * product
+
+
+@pytest.mark.parametrize("plan", ["uniform:2", "uniform:6", "sqrt", "log", "binomial:1"])
+def test_the_executors_flops_are_those_of_its_schedule(plan):
+    """A block that only runs forward makes two products, a reversed one those and four more."""
+    product = 2 * cases.BATCH * cases.WIDTH * 2 * cases.WIDTH
+    schedule = schedule_of(Plan.parse(plan).bind(6).stages[0])
+    recorded = 6 * 6 * product
+    if plan.startswith("uniform"):
+        again = schedule.extra_forwards
+        # A recorded block's last product is no residual, and nothing else asks for it.
+        assert flops(plan) == recorded + again * 2 * product
+    else:
+        assert flops(plan) == recorded + (schedule.extra_forwards + 1) * 2 * product
 
 
 def residual_bytes(plan: str, num_blocks: int = 8) -> int:

@@ -1,0 +1,71 @@
+"""Windows over a corpus: which tokens a step sees is a pure function of its number."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batches:
+    """Random windows of a token array.
+
+    The window of row r at step s depends on the seed and on `s * batch_size + r` alone. So a
+    run's position in the data is its step, and a batch cut into parts sees the same rows.
+
+    Attributes:
+      tokens: One-dimensional integers, perhaps a memory map.
+      batch_size: Rows of a batch.
+      seq_len: Tokens a row is trained on; a row has one more, its last target.
+      seed: Of the order.
+    """
+
+    tokens: np.ndarray
+    batch_size: int
+    seq_len: int
+    seed: int = 0
+
+    def at(self, step: int) -> np.ndarray:
+        """Returns the batch of a step, int32 `[batch_size, seq_len + 1]`."""
+        rows = np.arange(self.batch_size, dtype=np.uint64) + np.uint64(step * self.batch_size)
+        starts = _mix(rows, self.seed) % np.uint64(len(self.tokens) - self.seq_len)
+        return _windows(self.tokens, starts.astype(np.int64), self.seq_len)
+
+
+def validation_batches(
+    tokens: np.ndarray, *, batch_size: int, seq_len: int, max_batches: int
+) -> tuple[np.ndarray, ...]:
+    """Returns fixed, evenly spaced windows, the same in every run.
+
+    Args:
+      tokens: One-dimensional integers with at least `seq_len + 1` entries.
+      batch_size: Rows of a batch.
+      seq_len: Tokens of a row, beside its last target.
+      max_batches: The most batches; fewer where the text has fewer separate windows.
+
+    Returns:
+      At least one int32 array `[batch_size, seq_len + 1]`.
+    """
+    separate = max(1, len(tokens) // ((seq_len + 1) * batch_size))
+    count = min(max_batches, separate) * batch_size
+    starts = np.linspace(0, len(tokens) - seq_len - 1, count).astype(np.int64)
+    windows = _windows(tokens, starts, seq_len)
+    return tuple(windows.reshape(-1, batch_size, seq_len + 1))
+
+
+def _windows(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> np.ndarray:
+    return tokens[starts[:, None] + np.arange(seq_len + 1)].astype(np.int32)
+
+
+def _mix(numbers: np.ndarray, seed: int) -> np.ndarray:
+    """Returns a well-mixed uint64 of each number and the seed (SplitMix64, Steele et al. 2014).
+
+    The seed is mixed by itself first, so that seeds next to each other give unrelated orders.
+    """
+    offset = _finalize(np.array([seed + 1], np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    return _finalize((numbers + offset) * np.uint64(0x9E3779B97F4A7C15))
+
+
+def _finalize(z: np.ndarray) -> np.ndarray:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

@@ -1,0 +1,73 @@
+"""The train step: the same curve under every plan, nothing recompiled, state donated."""
+
+import dataclasses
+import json
+
+import chex
+import jax
+import numpy as np
+
+from experiments.config import TrainConfig
+from experiments.data import Corpus
+from experiments.loop import run
+from experiments.step import init_state, make_train_step
+from jaxckpt.models import TransformerConfig
+
+MODEL = TransformerConfig(
+    num_blocks=5, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=32, dropout=0.1
+)
+CONFIG = TrainConfig(model=MODEL, steps=6, batch_size=2, seq_len=16, validation_batches=1)
+
+
+def corpus() -> Corpus:
+    tokens = np.random.default_rng(0).integers(0, 256, 4000).astype(np.uint8)
+    return Corpus(train=tokens[:3000], validation=tokens[3000:], sha256="0" * 64, name="random")
+
+
+def losses(tmp_path, plan: str) -> list[float]:
+    folder = tmp_path / plan.replace("/", "-")
+    run(dataclasses.replace(CONFIG, remat=plan, out=folder), corpus(), folder)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row.get("loss", row.get("validation_loss")) for row in rows[1:]]
+
+
+def test_curves_of_plans_lie_on_each_other(tmp_path):
+    want = losses(tmp_path, "none")
+    assert len(want) == 7
+    assert want[0] != want[5]
+    for plan in ("sqrt", "2xdots/log", "attention+names:gate"):
+        np.testing.assert_allclose(losses(tmp_path, plan), want, rtol=1e-5, err_msg=plan)
+
+
+def test_nothing_recompiles_and_state_is_donated():
+    traced = chex.assert_max_traces(make_train_step(CONFIG), n=1)
+    step = jax.jit(traced, donate_argnums=0)
+    state = jax.jit(lambda: init_state(CONFIG))()
+    tokens = np.zeros([2, 17], np.int32)
+    before = state.params["embed_tokens"]["embedding"]
+    for _ in range(3):
+        state, metrics = step(state, tokens)
+    assert before.is_deleted()
+    assert np.isfinite(metrics["loss"])
+
+
+def test_norms_do_not_decay():
+    """With a zero gradient, weight decay shrinks matrices and leaves scales at one."""
+    from experiments.step import make_optimizer
+
+    optimizer = make_optimizer(dataclasses.replace(CONFIG.optimizer, warmup_steps=0), 10)
+    params = jax.jit(lambda: init_state(CONFIG))().params
+    zeros = jax.tree.map(np.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    assert np.abs(updates["layers"]["mlp"]["up_proj"]["kernel"]).max() > 0
+    assert np.abs(updates["layers"]["input_layernorm"]["scale"]).max() == 0
+
+
+def test_bf16_computes_in_bf16_and_keeps_float32_weights():
+    model = dataclasses.replace(MODEL, dtype="bf16")
+    config = dataclasses.replace(CONFIG, model=model, remat="sqrt")
+    state = jax.eval_shape(lambda: init_state(config))
+    chex.assert_type(jax.tree.leaves(state.params), np.float32)
+    tokens = jax.ShapeDtypeStruct((2, 17), np.int32)
+    text = str(jax.make_jaxpr(make_train_step(config))(state, tokens))
+    assert "bf16[2,16,16]" in text
