@@ -12,6 +12,7 @@ from cyclopts import App, CycloptsError, config
 
 from experiments.config import ConfigError, load_toml
 from experiments.data import DataError
+from experiments.record import RunError
 from jaxckpt.plans import PlanError
 
 USER_ERRORS = (PlanError, ConfigError, DataError, NotImplementedError)
@@ -26,7 +27,7 @@ def main(command: Callable, tokens: Sequence[str] | None = None):
       tokens: The command line without the program's name; `sys.argv` by default.
 
     Raises:
-      SystemExit: With code 2 after an error of the user's.
+      SystemExit: With code 2 after an error of the user's, 1 after one that ends a run.
     """
     tokens = list(sys.argv[1:] if tokens is None else tokens)
     app = App(
@@ -44,12 +45,14 @@ def main(command: Callable, tokens: Sequence[str] | None = None):
         function(*bound.args, **bound.kwargs)
     except USER_ERRORS as error:
         fail(error)
+    except RunError as error:
+        fail(error, code=1)
 
 
-def fail(error: Exception | str):
-    """Prints one line on stderr and exits with code 2."""
+def fail(error: Exception | str, code: int = 2):
+    """Prints one line on stderr and exits."""
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def _config_flags(tokens: Sequence[str]) -> dict[str, object]:

@@ -12,6 +12,7 @@ Nothing here imports JAX.
 """
 
 import dataclasses
+import os
 import tomllib
 import typing
 from pathlib import Path
@@ -45,6 +46,7 @@ class OptimizerConfig:
       beta1: Decay of the first moment.
       beta2: Decay of the second moment.
       clip_norm: Largest global norm of the gradients.
+      decay_steps: Steps of warm-up and decay together; 0 takes the run's steps.
     """
 
     learning_rate: float = 3e-3
@@ -53,9 +55,10 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     clip_norm: float = 1.0
+    decay_steps: int = 0
 
     def __post_init__(self):
-        _at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay")
+        _at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "decay_steps")
         if not self.clip_norm > 0:
             raise ConfigError(f"clip_norm is {self.clip_norm}; it is above 0, such as 1.0")
         for name in ("beta1", "beta2"):
@@ -78,12 +81,20 @@ class TrainConfig:
       unroll: Blocks unrolled in one trip of the stack's loop.
       steps: Training steps.
       batch_size: Sequences a step.
+      accumulate: Parts that a batch is cut into; their gradients are added up one after another.
       seq_len: Tokens a sequence.
       seed: Of parameters, data order and dropout.
       validate_every: Steps between validations; 0 validates at the end alone.
       validation_batches: Batches of one validation.
       out: Folder for metrics.jsonl and config.toml; by default runs/ and the time.
       overwrite: Replace a run that `out` already holds.
+      resume: Go on from the last checkpoint in `out`, also under another plan.
+      save_every: Steps between checkpoints; 0 saves when the run is told to stop alone.
+      keep: Checkpoints kept.
+      max_skipped: Steps in a row with non-finite gradients after which the run ends.
+      sample: Print a few lines that the trained model writes.
+      tensorboard: Also write TensorBoard event files to `out`.
+      compile_cache: Folder of compiled steps, so that the next run starts sooner.
     """
 
     model: Annotated[TransformerConfig, Parameter(name="*")] = TransformerConfig()
@@ -94,16 +105,33 @@ class TrainConfig:
     unroll: int = 1
     steps: int = 150
     batch_size: int = 16
+    accumulate: int = 1
     seq_len: int = 128
     seed: int = 0
     validate_every: int = 0
     validation_batches: int = 8
     out: Path | None = None
     overwrite: Annotated[bool, Parameter(negative="")] = False
+    resume: Annotated[bool, Parameter(negative="")] = False
+    save_every: int = 0
+    keep: int = 3
+    max_skipped: int = 10
+    sample: Annotated[bool, Parameter(negative="")] = False
+    tensorboard: Annotated[bool, Parameter(negative="")] = False
+    compile_cache: Path = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "jaxckpt/compiled"
 
     def __post_init__(self):
         _at_least(self, 1, "unroll", "steps", "batch_size", "seq_len", "validation_batches")
-        _at_least(self, 0, "validate_every", "seed")
+        _at_least(self, 1, "accumulate", "keep", "max_skipped")
+        _at_least(self, 0, "validate_every", "seed", "save_every")
+        if self.batch_size % self.accumulate:
+            parts = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
+            raise ConfigError(
+                f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}; "
+                f"valid: {', '.join(map(str, parts))}"
+            )
+        if self.resume and self.overwrite:
+            raise ConfigError("--resume goes on with a run, --overwrite replaces it; name one")
         if self.plan.stages[0].schedule == "auto":
             raise PlanError(
                 "plan 'auto' needs the planner and a budget, which this version does not have "

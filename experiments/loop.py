@@ -1,17 +1,21 @@
-"""The training loop: compile, say what it will take, then step, record and validate."""
+"""The training loop: compile, say what it will take, then step, record, validate and save."""
 
 import time
 from pathlib import Path
 
 import jax
 
-from experiments.config import TrainConfig
+from experiments.checkpoints import Checkpoints, about_run, check_same_run
+from experiments.config import ConfigError, TrainConfig
 from experiments.data import Batches, Corpus, validation_batches
 from experiments.display import Display
-from experiments.record import Record
-from experiments.step import init_state, make_train_step, make_validation_step
+from experiments.record import Record, RunError
+from experiments.step import TrainState, init_state, make_train_step, make_validation_step
+from experiments.stopping import StopRequest
 from jaxckpt.memory.measure import compile_step
 from jaxckpt.memory.report import MemoryReport, gib, report_of
+
+_SAMPLED_TOKENS = 240
 
 
 def run(config: TrainConfig, corpus: Corpus, folder: Path):
@@ -22,20 +26,44 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path):
 
     Raises:
       PlanError: The plan names what the model's blocks do not have.
+      ConfigError: There is no checkpoint to resume from, or it is of another run.
+      RunError: The disk is full, or gradients stay non-finite.
     """
+    jax.config.update("jax_compilation_cache_dir", str(config.compile_cache.expanduser()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     display = Display(config.steps)
     display.print(f"data    {corpus.summary}")
     display.print(f"plan    {config.remat} on {config.model.num_blocks} blocks")
+    checkpoints = Checkpoints(folder, config.keep)
+    resumed = _find_checkpoint(config, corpus, checkpoints) if config.resume else None
     step, report, compile_seconds = _compile(config)
+    state = _first_state(checkpoints, resumed, config)
     display.print(str(report))
     display.print(f"compiled in {compile_seconds:.1f} s; predicted peak {gib(report.peak_bytes)}")
-    record = Record(folder, config, _header(config, corpus, report, compile_seconds))
+    if resumed is not None:
+        display.print(f"resumed at step {resumed} from {checkpoints.folder}")
+    record = Record(folder, config, _header(config, corpus, report, compile_seconds), resumed)
+    training = _Training(config, corpus, step, report, record, checkpoints, display)
     try:
-        with display:
-            loss = _train(config, corpus, step, report, record, display)
-        display.print(f"validation loss {loss:.4f} nats a token; record in {record.path}")
+        with display, StopRequest() as stop:
+            training.run(state, stop)
     finally:
         record.close()
+
+
+def _find_checkpoint(config: TrainConfig, corpus: Corpus, checkpoints: Checkpoints) -> int:
+    step = checkpoints.latest()
+    if step is None:
+        raise ConfigError(f"{checkpoints.folder} holds no complete checkpoint to resume from")
+    check_same_run(config, corpus.sha256, checkpoints.about(step))
+    return step
+
+
+def _first_state(checkpoints: Checkpoints, resumed: int | None, config: TrainConfig) -> TrainState:
+    make = lambda: init_state(config)
+    if resumed is None:
+        return jax.jit(make)()
+    return checkpoints.load(resumed, jax.eval_shape(make))
 
 
 def _compile(config: TrainConfig):
@@ -65,41 +93,98 @@ def _header(config: TrainConfig, corpus: Corpus, report: MemoryReport, compile_s
     }
 
 
-def _train(config, corpus, step, report, record, display) -> float:
-    """Runs every step; returns the last validation loss in nats a token."""
-    batches = Batches(
-        tokens=corpus.train,
-        batch_size=config.batch_size,
-        seq_len=config.seq_len,
-        seed=config.seed,
-    )
-    validate = _validator(config, corpus)
-    state = jax.jit(lambda: init_state(config))()
-    loss = float("nan")
-    for number in range(1, config.steps + 1):
+class _Training:
+    """One run from its first state to its last: what the loop's parts share."""
+
+    def __init__(self, config, corpus, step, report, record, checkpoints, display):
+        self.config, self.corpus, self.step, self.report = config, corpus, step, report
+        self.record, self.checkpoints, self.display = record, checkpoints, display
+        self.validate = _validator(config, corpus)
+        self.writer = _tensorboard(config, record.path.parent)
+
+    def run(self, state: TrainState, stop: StopRequest):
+        """Steps until the end or a request to stop."""
+        config = self.config
+        batches = Batches(
+            tokens=self.corpus.train,
+            batch_size=config.batch_size,
+            seq_len=config.seq_len,
+            seed=config.seed,
+        )
+        loss = None
+        for number in range(int(state.step) + 1, config.steps + 1):
+            state = self._step(state, batches, number)
+            every = config.validate_every
+            if number == config.steps or (every and number % every == 0):
+                loss = self._validate(state, number)
+            if stop.signal_name:
+                self._save(state)
+                self.checkpoints.wait()
+                self.display.print(
+                    f"{stop.signal_name}: saved step {number} in {self.checkpoints.folder}; "
+                    "--resume goes on from there"
+                )
+                return
+            if config.save_every and (number % config.save_every == 0 or number == config.steps):
+                self._save(state)
+        self.checkpoints.wait()
+        if loss is None:  # a resumed run that had nothing left to do
+            loss = self._validate(state, config.steps)
+        self.display.print(f"validation loss {loss:.4f} nats a token; record in {self.record.path}")
+        if config.sample:
+            self._sample(state)
+
+    def _step(self, state: TrainState, batches: Batches, number: int) -> TrainState:
+        config = self.config
         tokens = batches.at(number - 1)
         started = time.perf_counter()
-        state, metrics = step(state, tokens)
+        state, metrics = self.step(state, tokens)
         metrics = jax.device_get(metrics)  # waits for the step
         seconds = time.perf_counter() - started
         row = {
             "step": number,
-            **{name: float(value) for name, value in metrics.items()},
+            "loss": float(metrics["loss"]),
+            "gradient_norm": float(metrics["gradient_norm"]),
+            "skipped": int(metrics["skipped"]),
             "step_seconds": seconds,
             "tokens_per_second": config.batch_size * config.seq_len / seconds,
         }
         actual = runtime_peak_bytes()
         if actual is not None:
             row["peak_bytes_in_use"] = actual
-        record.write(row)
-        display.step(row, _memory_text(report, actual))
-        every = config.validate_every
-        if number == config.steps or (every and number % every == 0):
-            loss = validate(state.params)
-            record.write({"step": number, "validation_loss": loss})
-            if number < config.steps:
-                display.print(f"step {number}  validation loss {loss:.4f}")
-    return loss
+        self._write(row)
+        self.display.step(row, _memory_text(self.report, actual))
+        if metrics["skipped_in_row"] >= config.max_skipped:
+            raise RunError(
+                f"gradients were not finite for {config.max_skipped} steps in a row, the last at "
+                f"step {number}; a lower --learning-rate may help, --max-skipped sets the limit"
+            )
+        return state
+
+    def _validate(self, state: TrainState, number: int) -> float:
+        loss = self.validate(state.params)
+        self._write({"step": number, "validation_loss": loss})
+        if number < self.config.steps:
+            self.display.print(f"step {number}  validation loss {loss:.4f}")
+        return loss
+
+    def _save(self, state: TrainState):
+        about = about_run(self.config, self.corpus.sha256, int(state.step))
+        self.checkpoints.save(state, about)
+
+    def _sample(self, state: TrainState):
+        from experiments.sample import sample_text
+
+        prompt = self.corpus.validation[: self.config.seq_len]
+        text = sample_text(self.config, state.params, prompt, _SAMPLED_TOKENS)
+        self.display.print(f"--- the model goes on after the bar ---\n{text}")
+
+    def _write(self, row: dict[str, object]):
+        self.record.write(row)
+        if self.writer is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self.writer.add_scalar(name, value, row["step"])
 
 
 def _validator(config: TrainConfig, corpus: Corpus):
@@ -112,6 +197,14 @@ def _validator(config: TrainConfig, corpus: Corpus):
     )
     step = jax.jit(make_validation_step(config))
     return lambda params: sum(float(step(params, tokens)) for tokens in batches) / len(batches)
+
+
+def _tensorboard(config: TrainConfig, folder: Path):
+    if not config.tensorboard:
+        return None
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(folder))
 
 
 def runtime_peak_bytes() -> int | None:

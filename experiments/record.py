@@ -2,7 +2,9 @@
 
 import importlib.metadata
 import json
+import math
 import platform
+import shutil
 import time
 from pathlib import Path
 
@@ -14,18 +16,28 @@ METRICS = "metrics.jsonl"
 CONFIG = "config.toml"
 
 
+class RunError(RuntimeError):
+    """What ends a run that began well: one line, exit code 1."""
+
+
 def run_folder(config: TrainConfig) -> Path:
     """Returns the folder a run writes to, without making it.
 
     Raises:
-      ConfigError: It holds a run already, or cannot be a folder.
+      ConfigError: It holds a run already, holds none to resume, or cannot be a folder.
     """
     folder = config.out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {str(folder)!r} is a file; name a folder")
-    if (folder / METRICS).exists() and not config.overwrite:
+    if config.resume:
+        if config.out is None:
+            raise ConfigError("--resume needs --out, the folder of the run to go on with")
+        if not (folder / METRICS).is_file():
+            raise ConfigError(f"--out {str(folder)!r} holds no run to resume; leave --resume out")
+    elif (folder / METRICS).exists() and not config.overwrite:
         raise ConfigError(
-            f"--out {str(folder)!r} already holds a run; --overwrite replaces it, or name another"
+            f"--out {str(folder)!r} already holds a run; --resume goes on with it, --overwrite "
+            "replaces it, or name another folder"
         )
     return folder
 
@@ -33,32 +45,81 @@ def run_folder(config: TrainConfig) -> Path:
 class Record:
     """Appends one JSON object a line to `metrics.jsonl`; every line is on disk once written."""
 
-    def __init__(self, folder: Path, config: TrainConfig, header: dict[str, object]):
-        """Makes the folder, writes the configuration as run and the first object.
+    def __init__(
+        self, folder: Path, config: TrainConfig, header: dict[str, object], resumed: int | None
+    ):
+        """Makes the folder, writes the configuration as run and an object that begins the run.
 
         Args:
           folder: From `run_folder`.
           config: The configuration as run.
-          header: What the first object says beside versions and platform.
+          header: What that object says beside versions and platform.
+          resumed: The step that the run goes on from; rows of later steps are cut off.
+
+        Raises:
+          RunError: The folder cannot be written.
         """
         self.path = folder / METRICS
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(tomli_w.dumps(config.to_dict()), encoding="utf-8")
-        self._file = self.path.open("w", encoding="utf-8", buffering=1)
-        self.write({"versions": versions(), "platform": platform.platform(), **header})
+        row = {"versions": versions(), "platform": platform.platform(), **header}
+        try:
+            if resumed is None:
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_whole(folder / CONFIG, tomli_w.dumps(config.to_dict()))
+            if resumed is None:
+                _write_whole(self.path, "")
+            else:
+                _write_whole(self.path, "".join(_rows_until(self.path, resumed)))
+                row["resumed_from_step"] = resumed
+            self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise RunError(f"cannot write to {folder}: {error.strerror}") from None
+        self.write(row)
 
     def write(self, row: dict[str, object]):
-        """Appends one object."""
-        self._file.write(json.dumps(row) + "\n")
+        """Appends one object; numbers that JSON cannot hold become null.
+
+        Raises:
+          RunError: The disk is full, say.
+        """
+        row = {key: None if _is_not_finite(value) else value for key, value in row.items()}
+        try:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        except OSError as error:
+            raise RunError(f"cannot write {self.path}: {error.strerror}") from None
 
     def close(self):
         """Closes the file."""
         self._file.close()
 
 
+def _rows_until(path: Path, step: int) -> list[str]:
+    """Returns the lines of a record up to a step; a line that a killed run tore is dropped."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row.get("step", row.get("resumed_from_step", 0)) <= step:
+            kept.append(line if line.endswith("\n") else line + "\n")
+    return kept
+
+
+def _write_whole(path: Path, text: str):
+    """Writes a file that is either the old one or the new one, never half of it."""
+    temporary = path.with_suffix(path.suffix + ".new")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _is_not_finite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that decide a run's numbers."""
-    packages = ("jaxckpt", "jax", "jaxlib", "flax", "optax", "numpy")
+    packages = ("jaxckpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     found = {"python": platform.python_version()}
     for package in packages:
         try:

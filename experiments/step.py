@@ -17,15 +17,21 @@ class TrainState(NamedTuple):
       step: Steps done, an int32 scalar; with the seed it gives the dropout key.
       params: The model's parameters, float32.
       optimizer: Optax's state.
+      skipped: Steps whose gradients were not finite, an int32 scalar.
+      skipped_in_row: Those since the last step that was taken.
     """
 
     step: jax.Array
     params: dict
     optimizer: optax.OptState
+    skipped: jax.Array
+    skipped_in_row: jax.Array
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Returns AdamW with clipping and a warm-up, cosine schedule over `steps` steps."""
+    """Returns AdamW with clipping and a warm-up, cosine schedule over `steps` steps,
+    or over `config.decay_steps` if they are set."""
+    steps = config.decay_steps or steps
     warmup = min(config.warmup_steps, steps - 1)
     rate = optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else config.learning_rate,
@@ -53,39 +59,82 @@ def init_state(config: TrainConfig) -> TrainState:
     params = Transformer(config.model, remat="none").init(jax.random.key(config.seed), tokens_BS)
     params = params["params"]
     optimizer = make_optimizer(config.optimizer, config.steps).init(params)
-    return TrainState(step=jnp.zeros([], jnp.int32), params=params, optimizer=optimizer)
+    zero = jnp.zeros([], jnp.int32)
+    return TrainState(
+        step=zero, params=params, optimizer=optimizer, skipped=zero, skipped_in_row=zero
+    )
 
 
 def make_train_step(config: TrainConfig):
     """Returns `train_step(state, tokens) -> (state, metrics)`, to be jitted with `state` donated.
 
     `tokens` is `[batch_size, seq_len + 1]` integers: inputs and, shifted by one, targets. The
-    metrics are scalars: `loss` in nats a token and `gradient_norm` before clipping.
+    metrics are scalars: `loss` in nats a token, `gradient_norm` before clipping, `skipped` and
+    `skipped_in_row`. A step whose gradients are not finite changes nothing but those two and the
+    step's number, so that the data goes on.
 
     Raises (when traced):
       PlanError: The plan names what the blocks do not have.
     """
-    model = Transformer(config.model, remat=config.plan, unroll=config.unroll)
     optimizer = make_optimizer(config.optimizer, config.steps)
+    gradients_of = _accumulated(config, jax.value_and_grad(_make_loss(config)))
 
-    def loss_fn(params, tokens, key):
+    def train_step(state: TrainState, tokens):
+        key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
+        loss, gradients = gradients_of(state.params, tokens, key)
+        norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        taken = (optax.apply_updates(state.params, updates), optimizer_state)
+        params, optimizer_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), taken, (state.params, state.optimizer)
+        )
+        skipped = 1 - finite.astype(jnp.int32)
+        state = TrainState(
+            step=state.step + 1,
+            params=params,
+            optimizer=optimizer_state,
+            skipped=state.skipped + skipped,
+            skipped_in_row=(state.skipped_in_row + 1) * skipped,
+        )
+        metrics = {"loss": loss, "gradient_norm": norm}
+        counts = {"skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
+        return state, metrics | counts
+
+    return train_step
+
+
+def _make_loss(config: TrainConfig):
+    """Returns `loss(params, tokens, key)` in nats a token."""
+    model = Transformer(config.model, remat=config.plan, unroll=config.unroll)
+
+    def loss(params, tokens, key):
         logits_BSV = model.apply(
             {"params": params}, tokens[:, :-1], deterministic=False, rngs={"dropout": key}
         )
         return next_token_loss(logits_BSV, tokens[:, 1:])
 
-    def train_step(state: TrainState, tokens):
-        key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
-        loss, gradients = jax.value_and_grad(loss_fn)(state.params, tokens, key)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        state = TrainState(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            optimizer=optimizer_state,
-        )
-        return state, {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
+    return loss
 
-    return train_step
+
+def _accumulated(config: TrainConfig, value_and_grad):
+    """Returns `value_and_grad` over a batch in parts: only one part's activations are live."""
+    if config.accumulate == 1:
+        return value_and_grad
+    parts = config.accumulate
+
+    def accumulated(params, tokens, key):
+        def add_part(total, part):
+            index, tokens = part
+            found = value_and_grad(params, tokens, jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, total, found), None
+
+        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros([]), params))
+        split = (jnp.arange(parts), tokens.reshape(parts, -1, tokens.shape[-1]))
+        total, _ = jax.lax.scan(add_part, zero, split)
+        return jax.tree.map(lambda x: x / parts, total)
+
+    return accumulated
 
 
 def make_validation_step(config: TrainConfig):

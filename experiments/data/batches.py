@@ -4,6 +4,8 @@ import dataclasses
 
 import numpy as np
 
+from experiments.data.sources import DataError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batches:
@@ -16,13 +18,19 @@ class Batches:
       tokens: One-dimensional integers, perhaps a memory map.
       batch_size: Rows of a batch.
       seq_len: Tokens a row is trained on; a row has one more, its last target.
-      seed: Of the order.
+      seed: Of the order; any whole number (seeds 2^64 apart are the same).
+
+    Raises:
+      DataError: The tokens do not hold a single window.
     """
 
     tokens: np.ndarray
     batch_size: int
     seq_len: int
     seed: int = 0
+
+    def __post_init__(self):
+        _check_window(self.tokens, self.seq_len)
 
     def at(self, step: int) -> np.ndarray:
         """Returns the batch of a step, int32 `[batch_size, seq_len + 1]`."""
@@ -43,13 +51,25 @@ def validation_batches(
       max_batches: The most batches; fewer where the text has fewer separate windows.
 
     Returns:
-      At least one int32 array `[batch_size, seq_len + 1]`.
+      At least one int32 array `[batch_size, seq_len + 1]`. Windows do not overlap where the text
+      has a whole batch of separate ones.
+
+    Raises:
+      DataError: The tokens do not hold a single window.
     """
+    _check_window(tokens, seq_len)
     separate = max(1, len(tokens) // ((seq_len + 1) * batch_size))
     count = min(max_batches, separate) * batch_size
     starts = np.linspace(0, len(tokens) - seq_len - 1, count).astype(np.int64)
     windows = _windows(tokens, starts, seq_len)
     return tuple(windows.reshape(-1, batch_size, seq_len + 1))
+
+
+def _check_window(tokens: np.ndarray, seq_len: int):
+    if len(tokens) < seq_len + 1:
+        raise DataError(
+            f"{len(tokens)} tokens hold no window: seq_len {seq_len} needs {seq_len + 1}"
+        )
 
 
 def _windows(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> np.ndarray:
@@ -61,7 +81,7 @@ def _mix(numbers: np.ndarray, seed: int) -> np.ndarray:
 
     The seed is mixed by itself first, so that seeds next to each other give unrelated orders.
     """
-    offset = _finalize(np.array([seed + 1], np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    offset = _finalize(np.array([(seed + 1) % 2**64], np.uint64) * np.uint64(0x9E3779B97F4A7C15))
     return _finalize((numbers + offset) * np.uint64(0x9E3779B97F4A7C15))
 
 

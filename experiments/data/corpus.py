@@ -1,4 +1,9 @@
-"""A corpus: token ids for training and validation, with the hash of what they were made from."""
+"""A corpus: token ids for training and validation, with the hash of what they were made from.
+
+Text is split by file: of the sorted files every tenth (the last one, where there are fewer than
+ten) is for validation, and each file is ended by one newline byte so that files stay apart. A
+single file is split by position and nothing is added to it, and so is a token file.
+"""
 
 import dataclasses
 import hashlib
@@ -7,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.data.sources import DataError, standard_library, text_files
-from experiments.data.tokens import SUFFIXES, chunks, map_tokens
+from experiments.data.sources import DataError, find_files, read_texts, standard_library
+from experiments.data.tokens import SUFFIXES, chunks, map_tokens, scan
 
 # Of ten files the tenth is for validation; of a single file the last tenth.
 _FOLDS = 10
@@ -24,7 +29,8 @@ class Corpus:
       sha256: Hash of the text: names, boundaries, order and contents.
       name: What it was made from.
       num_files: Files read.
-      skipped_files: Files left out because they are empty or not text.
+      skipped_files: Files left out because they are hidden, empty or not text.
+      largest_token: The largest token id, where reading the text has found it already.
     """
 
     train: np.ndarray
@@ -33,6 +39,7 @@ class Corpus:
     name: str
     num_files: int = 1
     skipped_files: int = 0
+    largest_token: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -56,7 +63,10 @@ def load_corpus(path: str | None, *, token_dtype: str = "uint16") -> Corpus:
     Args:
       path: A text file, a folder, a glob, or a `.npy` or `.bin` token file; None is the source
         text of Python's standard library.
-      token_dtype: The numbers of a `.bin` file.
+      token_dtype: The numbers of a `.bin` file, `"uint16"` or `"uint32"`.
+
+    Returns:
+      The corpus; tokens of a token file stay in a memory map.
 
     Raises:
       DataError: Nothing readable there.
@@ -64,10 +74,14 @@ def load_corpus(path: str | None, *, token_dtype: str = "uint16") -> Corpus:
     if path is None:
         version = ".".join(platform.python_version_tuple()[:2])
         return _from_texts(f"Python {version} standard library", standard_library(), 0)
-    if Path(path).suffix in SUFFIXES and not Path(path).is_dir():
-        return _from_tokens(path, token_dtype)
-    texts, skipped = text_files(path)
-    return _from_texts(path, texts, skipped)
+    files, base, hidden = find_files(path)
+    if len(files) == 1 and files[0].suffix in SUFFIXES and not Path(path).is_dir():
+        return _from_tokens(path, map_tokens(files[0], token_dtype))
+    texts, skipped = read_texts(files, base)
+    if not texts:
+        what = "is empty or not text" if Path(path).is_file() else "holds no text file"
+        raise DataError(f"--data {path!r} {what} ({hidden + skipped} skipped)")
+    return _from_texts(path, texts, hidden + skipped)
 
 
 def check_corpus(corpus: Corpus, *, seq_len: int, vocab_size: int):
@@ -83,8 +97,10 @@ def check_corpus(corpus: Corpus, *, seq_len: int, vocab_size: int):
                 f"{corpus.name}: the {part} part has {found} tokens, a window of --seq-len "
                 f"{seq_len} needs {seq_len + 1}; a tenth of the text is kept for validation"
             )
-    parts = (corpus.train, corpus.validation)
-    largest = max(int(chunk.max()) for part in parts for chunk in chunks(part))
+    largest = corpus.largest_token
+    if largest is None:
+        parts = (corpus.train, corpus.validation)
+        largest = max(int(chunk.max()) for part in parts for chunk in chunks(part))
     if largest >= vocab_size:
         raise DataError(
             f"{corpus.name} has token {largest}, the model's vocabulary ends at {vocab_size - 1}; "
@@ -93,22 +109,26 @@ def check_corpus(corpus: Corpus, *, seq_len: int, vocab_size: int):
 
 
 def _from_texts(name: str, texts: list[tuple[str, bytes]], skipped: int) -> Corpus:
-    """Returns the bytes of all files, each ended by a newline so that files stay apart."""
+    """Returns the corpus of all files; names and lengths are hashed with the contents."""
     digest = hashlib.sha256()
     for path, text in texts:
-        digest.update(f"{path}\0{len(text)}\0".encode())
+        # A file's name need not be UTF-8; Python carries its odd bytes as surrogates.
+        digest.update(f"{path}\0{len(text)}\0".encode(errors="surrogateescape"))
         digest.update(text)
     if len(texts) == 1:
-        text = texts[0][1]
-        cut = len(text) - len(text) // _FOLDS
-        train, validation = [text[:cut]], [text[cut:]]
+        train, validation = _cut(np.frombuffer(texts[0][1], np.uint8))
     else:
         fold = min(_FOLDS, len(texts))
-        validation = [text for index, (_, text) in enumerate(texts) if index % fold == fold - 1]
-        train = [text for index, (_, text) in enumerate(texts) if index % fold != fold - 1]
+        is_held_out = [index % fold == fold - 1 for index in range(len(texts))]
+        train, validation = (
+            _join(
+                [text for (_, text), held in zip(texts, is_held_out, strict=True) if held == part]
+            )
+            for part in (False, True)
+        )
     return Corpus(
-        train=_join(train),
-        validation=_join(validation),
+        train=train,
+        validation=validation,
         sha256=digest.hexdigest(),
         name=name,
         num_files=len(texts),
@@ -116,14 +136,19 @@ def _from_texts(name: str, texts: list[tuple[str, bytes]], skipped: int) -> Corp
     )
 
 
-def _from_tokens(path: str, token_dtype: str) -> Corpus:
-    tokens = map_tokens(Path(path), token_dtype)
-    digest = hashlib.sha256(tokens.dtype.str.encode())
-    for chunk in chunks(tokens):
-        digest.update(chunk.tobytes())
+def _from_tokens(name: str, tokens: np.ndarray) -> Corpus:
+    sha256, largest = scan(tokens)
+    train, validation = _cut(tokens)
+    return Corpus(
+        train=train, validation=validation, sha256=sha256, name=name, largest_token=largest
+    )
+
+
+def _cut(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the first nine tenths and the last tenth; parts of a memory map stay mapped."""
     cut = len(tokens) - len(tokens) // _FOLDS
-    return Corpus(train=tokens[:cut], validation=tokens[cut:], sha256=digest.hexdigest(), name=path)
+    return tokens[:cut], tokens[cut:]
 
 
 def _join(texts: list[bytes]) -> np.ndarray:
-    return np.frombuffer(b"\n".join(texts) + b"\n", np.uint8)
+    return np.frombuffer(b"\n".join([*texts, b""]), np.uint8)

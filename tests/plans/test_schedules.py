@@ -349,6 +349,14 @@ def test_the_input_of_a_recorded_block_is_held_once():
     assert schedule.extra_forward_cost == 1 + 3
 
 
+def test_a_slot_weighs_nothing_while_its_carry_is_among_recorded_residuals():
+    costs = schedules.ChainCosts(
+        forward=[1, 3], backward=[2, 2], carry_bytes=[0, 50, 40], residual_bytes=[50, 45]
+    )
+    schedule = Schedule(2, parse("S0 A0-1 R1-2 S1 B1 L0 F0 R0-1 B0 F1"), costs=costs)
+    assert schedule.peak_bytes == 40 + 50 + 50  # the slot again, residuals, a gradient
+
+
 def test_a_thousand_blocks_take_no_time():
     start = time.perf_counter()
     assert schedules.binomial(1000, 12).extra_forwards == 4 * 1000 - math.comb(16, 13)

@@ -1,0 +1,165 @@
+"""Checkpoints of a run by Orbax: atomic, asynchronous, the last few kept.
+
+A checkpoint is the train state and, as JSON beside it, what made it: configuration, corpus hash,
+data position and versions. Orbax writes to a temporary folder and renames it when it is complete,
+so a killed run leaves the last complete one.
+"""
+
+import functools
+import logging
+from pathlib import Path
+
+import jax
+
+from experiments.config import ConfigError, TrainConfig
+from experiments.record import RunError, versions
+from experiments.step import TrainState
+
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of one run's folder.
+
+    Attributes:
+      folder: Where they are; made with the first save.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder = (folder / FOLDER).absolute()
+        self._keep = keep
+        self._opened = None
+
+    def latest(self) -> int | None:
+        """Returns the step of the last complete checkpoint, or None."""
+        if not self.folder.is_dir():
+            return None
+        newest = self._checkpointer.latest
+        return None if newest is None else int(newest.step)
+
+    def save(self, state: TrainState, about: dict[str, object]):
+        """Starts to save `state`; it is copied to the host before this returns.
+
+        A save still going on is waited for: none is left out.
+
+        Raises:
+          RunError: The save before this one failed, or this one cannot start.
+        """
+        self.wait()
+        step = int(state.step)
+        save = functools.partial(self._checkpointer.save_async, force=True, custom_metadata=about)
+        self._do("save", step, save, step, state)
+
+    def wait(self):
+        """Waits until everything is on disk.
+
+        Raises:
+          RunError: It cannot be written.
+        """
+        if self._opened is not None:
+            self._do("save", None, self._opened.wait)
+
+    def about(self, step: int) -> dict[str, object]:
+        """Returns the JSON saved with a step.
+
+        Raises:
+          ConfigError: It is not there or cannot be read.
+        """
+        try:
+            found = self._checkpointer.metadata(step).custom_metadata
+        except Exception as error:  # Orbax and TensorStore raise many types for a torn file
+            raise self._unreadable(step, error) from None
+        if not isinstance(found, dict) or "config" not in found:
+            raise self._unreadable(step, "it was not written by experiments.train")
+        return found
+
+    def load(self, step: int, like: TrainState) -> TrainState:
+        """Returns the state of a step.
+
+        Args:
+          step: From `latest`.
+          like: The abstract state; its shardings say where the arrays go.
+
+        Raises:
+          ConfigError: The checkpoint cannot be read or holds other arrays.
+        """
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
+        try:
+            return self._checkpointer.load(step, like)
+        except Exception as error:  # see `about`
+            raise self._unreadable(step, error) from None
+
+    @property
+    def _checkpointer(self):
+        if self._opened is None:
+            logging.getLogger("absl").setLevel(logging.ERROR)
+            from orbax.checkpoint import v1  # slow to import, and most runs never save
+
+            self._opened = v1.training.Checkpointer(
+                self.folder,
+                preservation_policy=v1.training.preservation_policies.LatestN(self._keep),
+                cleanup_tmp_directories=True,
+            )
+        return self._opened
+
+    def _do(self, verb: str, step: int | None, call, *args):
+        try:
+            call(*args)
+        except Exception as error:  # a full disk surfaces as one of many types
+            which = "the checkpoint" if step is None else f"the checkpoint of step {step}"
+            raise RunError(f"cannot {verb} {which} in {self.folder}: {_line(error)}") from None
+
+    def _unreadable(self, step: int, error: Exception | str) -> ConfigError:
+        return ConfigError(
+            f"checkpoint {step} in {self.folder} cannot be read: {_line(error)}; remove "
+            f"{self.folder / str(step)} to resume from an earlier one"
+        )
+
+
+def about_run(config: TrainConfig, corpus_sha256: str, step: int) -> dict[str, object]:
+    """Returns what a checkpoint says of itself."""
+    return {
+        "config": config.to_dict(),
+        "corpus_sha256": corpus_sha256,
+        "data_position": step * config.batch_size,
+        "seed": config.seed,
+        "versions": versions(),
+    }
+
+
+def check_same_run(config: TrainConfig, corpus_sha256: str, about: dict[str, object]):
+    """Raises unless a run may go on from a checkpoint.
+
+    Plan, unrolling, accumulation and what concerns folders and validation may differ: the
+    arithmetic of a step does not depend on them. All else has to be the same.
+
+    Raises:
+      ConfigError: Naming every difference.
+    """
+    saved, given = identity(about["config"]), identity(config.to_dict())
+    saved["corpus"], given["corpus"] = about["corpus_sha256"][:12], corpus_sha256[:12]
+    different = [
+        f"{key} was {saved.get(key)!r}, is {given.get(key)!r}"
+        for key in sorted(saved.keys() | given.keys())
+        if saved.get(key) != given.get(key)
+    ]
+    if different:
+        raise ConfigError(
+            f"cannot resume, the checkpoint is of another run: {'; '.join(different)}"
+        )
+
+
+def identity(config: dict[str, object]) -> dict[str, object]:
+    """Returns the settings that decide a step's arithmetic, flat: model, optimizer, batch, seed."""
+    kept = {key: config[key] for key in ("batch_size", "seq_len", "seed")}
+    for table in ("model", "optimizer"):
+        kept.update({f"{table}.{key}": value for key, value in config[table].items()})
+    # The learning rate follows the length of the decay, which is the run's unless it is set.
+    kept["optimizer.decay_steps"] = config["optimizer"]["decay_steps"] or config["steps"]
+    return kept
+
+
+def _line(error: Exception | str) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -1,0 +1,46 @@
+"""Sampling: what a trained byte-level model writes, so that a person sees what was learned."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.config import TrainConfig
+from jaxckpt.models import Transformer
+
+_TEMPERATURE = 0.8
+
+
+def sample_text(config: TrainConfig, params, prompt: np.ndarray, length: int) -> str:
+    """Returns the prompt's end and `length` sampled tokens as text.
+
+    Each token runs the whole window again: simple, and fast enough for a few lines.
+
+    Args:
+      config: Of the run.
+      params: The model's parameters.
+      prompt: Token ids `[seq_len]` to continue.
+      length: Tokens to draw.
+    """
+    model = Transformer(config.model, remat="none")
+
+    @jax.jit
+    def draw(window_S, key):
+        logits_V = model.apply({"params": params}, window_S[None])[0, -1].astype(jnp.float32)
+        token = jax.random.categorical(key, logits_V / _TEMPERATURE)
+        return jnp.append(window_S[1:], token.astype(window_S.dtype))
+
+    window_S = jnp.asarray(prompt[: config.seq_len], jnp.int32)
+    drawn = []
+    for key in jax.random.split(jax.random.key(config.seed), length):
+        window_S = draw(window_S, key)
+        drawn.append(int(window_S[-1]))
+    return f"{_text(prompt[-40:], config)}|{_text(np.array(drawn), config)}"
+
+
+def _text(tokens: np.ndarray, config: TrainConfig) -> str:
+    if config.model.vocab_size > 256:
+        return " ".join(str(token) for token in tokens)  # no tokenizer to turn them into text
+    text = bytes(tokens.astype(np.uint8)).decode("utf-8", errors="replace")
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )

@@ -1,0 +1,107 @@
+"""Runs of experiments.train in processes of their own, as the tests of survival need them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1
+
+ROOT = Path(__file__).parents[2]
+TINY = (
+    "--num-blocks=3",
+    "--d-model=16",
+    "--num-heads=2",
+    "--num-kv-heads=1",
+    "--head-dim=8",
+    "--d-ff=32",
+    "--dropout=0.1",
+    "--batch-size=4",
+    "--seq-len=16",
+    "--validation-batches=1",
+    "--remat=full",
+)
+
+
+def start(*flags, cache: Path, preexec_fn=None) -> subprocess.Popen:
+    """Starts a tiny run; flags given here win over `TINY`."""
+    given = {str(flag).partition("=")[0] for flag in flags}
+    flags = [flag for flag in TINY if flag.partition("=")[0] not in given] + [*map(str, flags)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.train", *flags, f"--compile-cache={cache}"],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=preexec_fn,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    """Waits; returns exit code, standard output and standard error."""
+    out, err = process.communicate(timeout=180)
+    return process.returncode, out, err
+
+
+def train(*flags, cache: Path, **options) -> str:
+    """Runs to the end; returns what was printed.
+
+    Raises:
+      AssertionError: The run failed.
+    """
+    code, out, err = finish(start(*flags, cache=cache, **options))
+    assert code == 0, err
+    return out
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    """Returns `(step, loss)` of every step, and of every validation."""
+    return [
+        (row["step"], row.get("loss", row.get("validation_loss")))
+        for row in rows(folder)
+        if "step" in row
+    ]
+
+
+def last_step(folder: Path) -> int:
+    """Returns the last step on record, torn lines aside; 0 without a record."""
+    path = folder / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    found = [line for line in text.splitlines() if line.startswith('{"step"')]
+    return max((int(line.split(":")[1].split(",")[0]) for line in found), default=0)
+
+
+def checkpoint(folder: Path) -> tuple[int, dict[str, np.ndarray]]:
+    """Returns the last checkpoint's step and arrays, read by Orbax."""
+    checkpointer = v1.training.Checkpointer(folder / "checkpoints")
+    try:
+        step = checkpointer.latest.step
+        tree = checkpointer.load(step, checkpointer.metadata(step).metadata)
+    finally:
+        checkpointer.close()
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return step, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same_end(folder: Path, expected: Path):
+    """Asserts that two runs have the same curves and, to the bit, the same last state."""
+    assert losses(folder) == losses(expected)
+    (step, state), (expected_step, expected_state) = checkpoint(folder), checkpoint(expected)
+    assert step == expected_step
+    assert state.keys() == expected_state.keys()
+    for name, leaf in state.items():
+        np.testing.assert_array_equal(leaf, expected_state[name], err_msg=name)
+
+
+def kill(process: subprocess.Popen):
+    process.send_signal(signal.SIGKILL)
+    process.communicate()

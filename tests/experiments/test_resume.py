@@ -1,0 +1,218 @@
+"""Runs that are stopped, killed or out of disk go on as if nothing had happened."""
+
+import json
+import os
+import random
+import resource
+import signal
+import time
+
+import pytest
+
+from tests.experiments import runs
+
+KILLS = int(os.environ.get("JAXCKPT_KILLS", "5"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache):
+    """A run of 12 steps that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    runs.train("--steps=12", "--save-every=1", "--validate-every=4", f"--out={folder}", cache=cache)
+    assert len(runs.losses(folder)) == 12 + 3
+    return folder
+
+
+FLAGS = ("--save-every=1", "--validate-every=4")
+
+
+@pytest.mark.parametrize("plan", ["full", "sqrt", "1xdots/log"])
+def test_a_run_goes_on_bit_equal_under_any_plan(plan, whole, cache, tmp_path):
+    out = f"--out={tmp_path / 'run'}"
+    runs.train("--steps=5", "--decay-steps=12", *FLAGS, out, cache=cache)
+    text = runs.train("--steps=12", *FLAGS, out, "--resume", f"--remat={plan}", cache=cache)
+    assert "resumed at step 5" in text
+    heads = [row for row in runs.rows(tmp_path / "run") if "versions" in row]
+    assert [head.get("resumed_from_step") for head in heads] == [None, 5]
+    # The run of five steps ended with a validation that the whole run did not make.
+    kept = [row for row in runs.losses(tmp_path / "run") if row[0] != 5]
+    assert kept == [row for row in runs.losses(whole) if row[0] != 5]
+    assert runs.checkpoint(tmp_path / "run")[0] == 12
+    state, expected = runs.checkpoint(tmp_path / "run")[1], runs.checkpoint(whole)[1]
+    assert all((state[name] == expected[name]).all() for name in expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_says_where_and_exits_cleanly(number, whole, cache, tmp_path):
+    folder = tmp_path / "run"
+    process = runs.start("--steps=100000", "--decay-steps=12", f"--out={folder}", cache=cache)
+    while runs.last_step(folder) < 3:
+        time.sleep(0.01)
+    process.send_signal(number)
+    code, out, err = runs.finish(process)
+    assert code == 0, err
+    step = runs.checkpoint(folder)[0]
+    assert f"{signal.Signals(number).name}: saved step {step} in {folder / 'checkpoints'}" in out
+    assert "Traceback" not in err
+
+
+def test_a_second_signal_exits_at_once(cache, tmp_path):
+    folder = tmp_path / "run"
+    # A step that takes long, so that both signals fall into it.
+    process = runs.start(
+        "--steps=9", "--batch-size=512", "--seq-len=256", f"--out={folder}", cache=cache
+    )
+    while runs.last_step(folder) < 1:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    started = time.perf_counter()
+    code, _, _ = runs.finish(process)
+    assert code in (143, -signal.SIGTERM) and time.perf_counter() - started < 10
+    assert not (folder / "checkpoints").exists()
+
+
+def test_killed_at_random_moments(whole, cache, tmp_path):
+    """SIGKILL, most often in the middle of a save; every time the run goes on and ends equal."""
+    folder, rng = tmp_path / "run", random.Random(0)
+    kills = 0
+    while kills < KILLS:
+        resume = ["--resume"] if (folder / "checkpoints").exists() else ["--overwrite"]
+        process = runs.start("--steps=12", *FLAGS, f"--out={folder}", *resume, cache=cache)
+        begun = runs.last_step(folder) if resume == ["--resume"] else 0
+        target = min(begun + rng.randint(0, 3), 11)
+        while process.poll() is None and runs.last_step(folder) < target:
+            time.sleep(0.002)
+        time.sleep(rng.random() * (3.0 if target == 0 else 0.2))
+        if process.poll() is not None:  # it came to its end first: begin again
+            assert process.returncode == 0, runs.finish(process)[2]
+            runs.finish(process)
+            runs.assert_same_end(folder, whole)
+            folder = tmp_path / f"run{kills}"
+            continue
+        runs.kill(process)
+        kills += 1
+    resume = ["--resume"] if (folder / "checkpoints").exists() else ["--overwrite"]
+    code, _, err = runs.finish(
+        runs.start("--steps=12", *FLAGS, f"--out={folder}", *resume, cache=cache)
+    )
+    if code == 2 and "holds no complete checkpoint" in err:
+        runs.train("--steps=12", *FLAGS, f"--out={folder}", "--overwrite", cache=cache)
+    else:
+        assert code == 0, err
+    runs.assert_same_end(folder, whole)
+
+
+def test_a_full_disk_ends_with_one_line_and_leaves_the_last_checkpoint(whole, cache, tmp_path):
+    folder = tmp_path / "run"
+    runs.train("--steps=4", "--decay-steps=12", *FLAGS, f"--out={folder}", cache=cache)
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    flags = ("--steps=12", *FLAGS, f"--out={folder}", "--resume")
+    code, _, err = runs.finish(runs.start(*flags, cache=cache, preexec_fn=limit))
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 1 and len(lines) == 1 and "Traceback" not in err, err
+    assert "cannot save the checkpoint" in lines[0]
+    assert runs.checkpoint(folder)[0] == 4
+    runs.train(*flags, cache=cache)
+    assert runs.checkpoint(folder)[0] == 12
+
+
+def refused(*flags, cache) -> str:
+    code, _, err = runs.finish(runs.start(*flags, cache=cache))
+    assert code == 2 and err.count("\n") == 1 and err.startswith("error: "), err
+    return err
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+DIFFERENT = [
+    (["--d-model=24"], "model.d_model was 16, is 24"),
+    (["--learning-rate=0.5"], "optimizer.learning_rate was 0.003, is 0.5"),
+    (["--seed=3", "--batch-size=8"], "batch_size was 4, is 8; seed was 0, is 3"),
+    (["--steps=13"], "optimizer.decay_steps was 12, is 13"),
+    (["--data=README.md"], "corpus was"),
+]
+
+
+def test_another_run_is_refused_with_what_differs(whole, cache):
+    before = snapshot(whole)
+    for flags, message in DIFFERENT:
+        steps = [] if any("steps" in flag for flag in flags) else ["--steps=12"]
+        err = refused(*steps, *flags, f"--out={whole}", "--resume", cache=cache)
+        assert "the checkpoint is of another run" in err and message in err
+    assert snapshot(whole) == before
+
+
+def test_folders_that_cannot_be_resumed(whole, cache, tmp_path):
+    missing = refused("--steps=12", f"--out={tmp_path / 'no'}", "--resume", cache=cache)
+    assert "holds no run to resume" in missing and not (tmp_path / "no").exists()
+    assert "needs --out" in refused("--resume", cache=cache)
+    assert "name one" in refused("--resume", "--overwrite", f"--out={whole}", cache=cache)
+
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text())
+    resume = ("--steps=12", f"--out={folder}", "--resume")
+    assert "holds no complete checkpoint" in refused(*resume, cache=cache)
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints/notes.txt").write_text("not a checkpoint")
+    assert "holds no complete checkpoint" in refused(*resume, cache=cache)
+    torn = folder / "checkpoints/7"
+    torn.mkdir()
+    (torn / "commit_success.txt").write_text("")
+    (torn / "_CHECKPOINT_METADATA").write_text("{}")
+    before = snapshot(folder)
+    err = refused(*resume, cache=cache)
+    assert "checkpoint 7 in" in err and "cannot be read" in err
+    assert snapshot(folder) == before
+
+
+def test_steps_with_gradients_that_are_not_finite(cache, tmp_path):
+    folder = tmp_path / "run"
+    process = runs.start(
+        "--steps=40",
+        "--learning-rate=1e30",
+        "--warmup-steps=0",
+        "--max-skipped=5",
+        f"--out={folder}",
+        cache=cache,
+    )
+    code, _, err = runs.finish(process)
+    assert code == 1 and err.count("\n") == 1, err
+    assert "gradients were not finite for 5 steps in a row" in err
+    skipped = [row["skipped"] for row in runs.rows(folder) if "skipped" in row]
+    assert skipped[-5:] == [1, 2, 3, 4, 5] and skipped[0] == 0
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["loss"] is None
+
+
+def test_a_second_start_takes_the_compiled_step_from_the_cache(tmp_path):
+    flags = ("--steps=1", "--num-blocks=8", "--remat=log")
+    seconds = []
+    for name in ("cold", "warm"):
+        runs.train(*flags, f"--out={tmp_path / name}", cache=tmp_path / "cache")
+        seconds.append(runs.rows(tmp_path / name)[0]["compile_seconds"])
+    assert seconds[1] < 0.7 * seconds[0], seconds
+
+
+def test_accumulate_that_does_not_divide_the_batch(cache, tmp_path):
+    err = refused("--accumulate=3", f"--out={tmp_path / 'run'}", cache=cache)
+    assert "accumulate 3 does not divide batch_size 4; valid: 1, 2, 4" in err
+
+
+def test_sample_and_tensorboard(cache, tmp_path):
+    folder = tmp_path / "run"
+    text = runs.train("--steps=2", "--sample", "--tensorboard", f"--out={folder}", cache=cache)
+    assert "the model goes on after the bar" in text
+    assert list(folder.glob("events.out.tfevents.*"))
