@@ -5,6 +5,7 @@ data position and versions. Orbax writes to a temporary folder and renames it wh
 so a killed run leaves the last complete one.
 """
 
+import contextlib
 import functools
 import logging
 from pathlib import Path
@@ -29,6 +30,7 @@ class Checkpoints:
         self.folder = (folder / FOLDER).absolute()
         self._keep = keep
         self._opened = None
+        self._writing = False
 
     def latest(self) -> int | None:
         """Returns the step of the last complete checkpoint, or None."""
@@ -45,6 +47,10 @@ class Checkpoints:
         Raises:
           RunError: The save before this one failed, or this one cannot start.
         """
+        if not self._writing:
+            # What a killed run left half-written is removed now, not when one looks.
+            self.close()
+            self._opened, self._writing = self._open(writing=True), True
         self.wait()
         step = int(state.step)
         save = functools.partial(self._checkpointer.save_async, force=True, custom_metadata=about)
@@ -90,18 +96,29 @@ class Checkpoints:
         except Exception as error:  # see `about`
             raise self._unreadable(step, error) from None
 
+    def close(self):
+        """Lets go of the folder; what failed while saving was said by `save` and `wait`."""
+        if self._opened is not None:
+            with contextlib.suppress(Exception):  # it raises the error of a failed save again
+                self._opened.close()
+            self._opened = None
+
     @property
     def _checkpointer(self):
         if self._opened is None:
-            logging.getLogger("absl").setLevel(logging.ERROR)
-            from orbax.checkpoint import v1  # slow to import, and most runs never save
-
-            self._opened = v1.training.Checkpointer(
-                self.folder,
-                preservation_policy=v1.training.preservation_policies.LatestN(self._keep),
-                cleanup_tmp_directories=True,
-            )
+            self._opened = self._open(writing=False)
         return self._opened
+
+    def _open(self, *, writing: bool):
+        # Orbax logs with tracebacks what is raised here anyway.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        from orbax.checkpoint import v1  # slow to import, and most runs never save
+
+        return v1.training.Checkpointer(
+            self.folder,
+            preservation_policy=v1.training.preservation_policies.LatestN(self._keep),
+            cleanup_tmp_directories=writing,
+        )
 
     def _do(self, verb: str, step: int | None, call, *args):
         try:

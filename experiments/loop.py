@@ -1,5 +1,6 @@
 """The training loop: compile, say what it will take, then step, record, validate and save."""
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -34,21 +35,21 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path):
     display = Display(config.steps)
     display.print(f"data    {corpus.summary}")
     display.print(f"plan    {config.remat} on {config.model.num_blocks} blocks")
-    checkpoints = Checkpoints(folder, config.keep)
-    resumed = _find_checkpoint(config, corpus, checkpoints) if config.resume else None
-    step, report, compile_seconds = _compile(config)
-    state = _first_state(checkpoints, resumed, config)
-    display.print(str(report))
-    display.print(f"compiled in {compile_seconds:.1f} s; predicted peak {gib(report.peak_bytes)}")
-    if resumed is not None:
-        display.print(f"resumed at step {resumed} from {checkpoints.folder}")
-    record = Record(folder, config, _header(config, corpus, report, compile_seconds), resumed)
-    training = _Training(config, corpus, step, report, record, checkpoints, display)
-    try:
-        with display, StopRequest() as stop:
-            training.run(state, stop)
-    finally:
-        record.close()
+    with contextlib.closing(Checkpoints(folder, config.keep)) as checkpoints:
+        resumed = _find_checkpoint(config, corpus, checkpoints) if config.resume else None
+        step, report, compile_seconds = _compile(config)
+        state = _first_state(checkpoints, resumed, config)
+        display.print(str(report))
+        display.print(
+            f"compiled in {compile_seconds:.1f} s; predicted peak {gib(report.peak_bytes)}"
+        )
+        if resumed is not None:
+            display.print(f"resumed at step {resumed} from {checkpoints.folder}")
+        header = _header(config, corpus, report, compile_seconds)
+        with contextlib.closing(Record(folder, config, header, resumed)) as record:
+            training = _Training(config, corpus, step, report, record, checkpoints, display)
+            with display, StopRequest() as stop:
+                training.run(state, stop)
 
 
 def _find_checkpoint(config: TrainConfig, corpus: Corpus, checkpoints: Checkpoints) -> int:

@@ -2,10 +2,14 @@
 
 import os
 import signal
+import threading
 
 
 class StopRequest:
-    """A context in which SIGTERM and SIGINT set `signal_name` once and end the process twice.
+    """A context in which the first SIGTERM or SIGINT sets `signal_name`, a second ends the process.
+
+    Python runs signal handlers between bytecodes of the main thread, which may wait for a step for
+    long. So a thread reads signals from the wake-up pipe, and the second one acts at once.
 
     Attributes:
       signal_name: None until a signal came, then its name.
@@ -15,17 +19,28 @@ class StopRequest:
         self.signal_name: str | None = None
 
     def __enter__(self):
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        # The handlers do nothing, but without one a signal would not reach the pipe.
         self._before = {
-            number: signal.signal(number, self._handle)
+            number: signal.signal(number, lambda *_: None)
             for number in (signal.SIGTERM, signal.SIGINT)
         }
+        threading.Thread(target=self._watch, args=(tuple(self._before),), daemon=True).start()
         return self
 
     def __exit__(self, *_):
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._writer)
 
-    def _handle(self, number, _):
-        if self.signal_name is not None:
-            os._exit(128 + number)
-        self.signal_name = signal.Signals(number).name
+    def _watch(self, watched: tuple[int, ...]):
+        while number := os.read(self._reader, 1):
+            if number[0] not in watched:
+                continue
+            if self.signal_name is not None:
+                os._exit(128 + number[0])
+            self.signal_name = signal.Signals(number[0]).name
+        os.close(self._reader)

@@ -27,18 +27,23 @@ TINY = (
 )
 
 
-def start(*flags, cache: Path, preexec_fn=None) -> subprocess.Popen:
-    """Starts a tiny run; flags given here win over `TINY`."""
+def start(*flags, cache: Path, largest_file_kib: int | None = None) -> subprocess.Popen:
+    """Starts a tiny run; flags given here win over `TINY`.
+
+    With `largest_file_kib`, writing more than that to a file fails, as on a full disk.
+    """
     given = {str(flag).partition("=")[0] for flag in flags}
     flags = [flag for flag in TINY if flag.partition("=")[0] not in given] + [*map(str, flags)]
+    command = [sys.executable, "-m", "experiments.train", *flags, f"--compile-cache={cache}"]
+    if largest_file_kib is not None:
+        command = ["bash", "-c", f'ulimit -f {largest_file_kib} && exec "$@"', "bash", *command]
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.train", *flags, f"--compile-cache={cache}"],
+        command,
         cwd=ROOT,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=preexec_fn,
     )
 
 

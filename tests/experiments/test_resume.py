@@ -1,9 +1,7 @@
 """Runs that are stopped, killed or out of disk go on as if nothing had happened."""
 
-import json
 import os
 import random
-import resource
 import signal
 import time
 
@@ -31,8 +29,8 @@ def whole(tmp_path_factory, cache):
 FLAGS = ("--save-every=1", "--validate-every=4")
 
 
-@pytest.mark.parametrize("plan", ["full", "sqrt", "1xdots/log"])
-def test_a_run_goes_on_bit_equal_under_any_plan(plan, whole, cache, tmp_path):
+@pytest.mark.parametrize("plan", ["full", "sqrt"])
+def test_a_run_goes_on_bit_equal_under_another_plan(plan, whole, cache, tmp_path):
     out = f"--out={tmp_path / 'run'}"
     runs.train("--steps=5", "--decay-steps=12", *FLAGS, out, cache=cache)
     text = runs.train("--steps=12", *FLAGS, out, "--resume", f"--remat={plan}", cache=cache)
@@ -113,12 +111,8 @@ def test_a_full_disk_ends_with_one_line_and_leaves_the_last_checkpoint(whole, ca
     folder = tmp_path / "run"
     runs.train("--steps=4", "--decay-steps=12", *FLAGS, f"--out={folder}", cache=cache)
 
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-
     flags = ("--steps=12", *FLAGS, f"--out={folder}", "--resume")
-    code, _, err = runs.finish(runs.start(*flags, cache=cache, preexec_fn=limit))
+    code, _, err = runs.finish(runs.start(*flags, cache=cache, largest_file_kib=40))
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 1 and len(lines) == 1 and "Traceback" not in err, err
     assert "cannot save the checkpoint" in lines[0]
@@ -194,7 +188,7 @@ def test_steps_with_gradients_that_are_not_finite(cache, tmp_path):
     assert "gradients were not finite for 5 steps in a row" in err
     skipped = [row["skipped"] for row in runs.rows(folder) if "skipped" in row]
     assert skipped[-5:] == [1, 2, 3, 4, 5] and skipped[0] == 0
-    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["loss"] is None
+    assert runs.rows(folder)[-1]["gradient_norm"] is None
 
 
 def test_a_second_start_takes_the_compiled_step_from_the_cache(tmp_path):
