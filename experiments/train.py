@@ -20,8 +20,10 @@ def train(
 ):
     """Train a Transformer under a checkpointing plan, and say what memory a step takes."""
     from experiments.data import check_corpus, load_corpus
-    from experiments.record import run_folder
+    from experiments.record import check_tensorboard, run_folder
 
+    if settings.tensorboard:
+        check_tensorboard()
     del config  # read before the other flags were parsed; see experiments.cli
     folder = run_folder(settings)
     corpus = load_corpus(settings.data, token_dtype=settings.token_dtype)

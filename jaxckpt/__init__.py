@@ -3,11 +3,15 @@
     y = jaxckpt.scan_blocks(block, params, x, remat="sqrt")
     print(jaxckpt.measure(train_step, state, batch, donate_argnums=0))
 
-Importing this package imports nothing else: every name below is loaded when it is first used, and
-plans and schedules never load JAX.
+Importing this package imports nothing but a check of versions: every name below is loaded when it
+is first used, and plans and schedules never load JAX.
 """
 
 import importlib
+
+from jaxckpt import compatibility
+
+compatibility.check_installed()
 
 # Public name -> module that defines it; a name without an attribute of its own is the module.
 _PUBLIC = {

@@ -296,10 +296,7 @@ class _Loops:
         return lax.fori_loop(start, stop, body, (carry, kept))
 
     def _empty_records(self) -> list:
-        if self.recorder is None:
-            return []
-        rows = self.table.largest_row
-        return [jnp.zeros((rows, *x.shape), x.dtype) for x in self.recorder.kept()]
+        return [] if self.recorder is None else self.recorder.empty(self.table.largest_row)
 
     def _empty_slots(self, carry) -> list:
         # Copies of the input rather than zeros: right for key dtypes and for any sharding.

@@ -94,11 +94,11 @@ class Recorder:
         )
         return cls(run=run, num_carry=len(carry), residual_tree=trees[-1], sources=sources)
 
-    def kept(self) -> list[jax.ShapeDtypeStruct]:
-        """Returns the shapes of one block's kept residuals."""
+    def empty(self, num_blocks: int) -> list[jax.Array]:
+        """Returns room for the kept residuals of blocks, each leaf in the memory its policy says."""
         residuals = self.run.out_avals[self.num_carry :]
         return [
-            jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+            jax.device_put(jnp.zeros((num_blocks, *aval.shape), aval.dtype), aval.memory_space)
             for aval, source in zip(residuals, self.sources, strict=True)
             if source is None
         ]

@@ -27,10 +27,17 @@ TINY = (
 )
 
 
-def start(*flags, cache: Path, largest_file_kib: int | None = None) -> subprocess.Popen:
+def start(
+    *flags,
+    cache: Path,
+    largest_file_kib: int | None = None,
+    devices: int = 1,
+    first_path: Path = ROOT,
+) -> subprocess.Popen:
     """Starts a tiny run; flags given here win over `TINY`.
 
-    With `largest_file_kib`, writing more than that to a file fails, as on a full disk.
+    With `largest_file_kib`, writing more than that to a file fails, as on a full disk. `devices`
+    is how many devices JAX finds, `first_path` where Python looks for modules first.
     """
     given = {str(flag).partition("=")[0] for flag in flags}
     flags = [flag for flag in TINY if flag.partition("=")[0] not in given] + [*map(str, flags)]
@@ -40,7 +47,13 @@ def start(*flags, cache: Path, largest_file_kib: int | None = None) -> subproces
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"},
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": f"{first_path}{os.pathsep}{ROOT}",
+            "PYTHONUNBUFFERED": "1",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -5,6 +5,7 @@ import random
 import signal
 import time
 
+import numpy as np
 import pytest
 
 from tests.experiments import runs
@@ -43,6 +44,26 @@ def test_a_run_goes_on_bit_equal_under_another_plan(plan, whole, cache, tmp_path
     assert runs.checkpoint(tmp_path / "run")[0] == 12
     state, expected = runs.checkpoint(tmp_path / "run")[1], runs.checkpoint(whole)[1]
     assert all((state[name] == expected[name]).all() for name in expected)
+
+
+def test_a_run_goes_on_with_another_number_of_devices(whole, cache, tmp_path):
+    out = f"--out={tmp_path / 'run'}"
+    runs.train("--steps=5", "--decay-steps=12", *FLAGS, out, cache=cache, devices=2)
+    runs.train("--steps=12", *FLAGS, out, "--resume", cache=cache, devices=4)
+    state, expected = runs.checkpoint(tmp_path / "run")[1], runs.checkpoint(whole)[1]
+    assert all((state[name] == expected[name]).all() for name in expected)
+
+
+def test_a_run_goes_on_with_its_batch_in_parts(tmp_path, cache):
+    """Sums of gradients associate differently, so this is equal to float tolerance."""
+    ends = []
+    for name, flags in {"whole": [], "parts": ["--accumulate=2", "--remat=log"]}.items():
+        out = f"--out={tmp_path / name}"
+        first = ("--steps=2", "--decay-steps=6", "--dropout=0", "--save-every=2", out)
+        runs.train(*first, cache=cache)
+        runs.train("--steps=6", "--dropout=0", out, "--resume", *flags, cache=cache)
+        ends.append([loss for _, loss in runs.losses(tmp_path / name)])
+    assert np.allclose(*ends, rtol=1e-5) and len(set(ends[0])) == len(ends[0])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -121,8 +142,8 @@ def test_a_full_disk_ends_with_one_line_and_leaves_the_last_checkpoint(whole, ca
     assert runs.checkpoint(folder)[0] == 12
 
 
-def refused(*flags, cache) -> str:
-    code, _, err = runs.finish(runs.start(*flags, cache=cache))
+def refused(*flags, **options) -> str:
+    code, _, err = runs.finish(runs.start(*flags, **options))
     assert code == 2 and err.count("\n") == 1 and err.startswith("error: "), err
     return err
 
@@ -210,3 +231,10 @@ def test_sample_and_tensorboard(cache, tmp_path):
     text = runs.train("--steps=2", "--sample", "--tensorboard", f"--out={folder}", cache=cache)
     assert "the model goes on after the bar" in text
     assert list(folder.glob("events.out.tfevents.*"))
+
+
+def test_tensorboard_without_its_extra(cache, tmp_path):
+    (tmp_path / "tensorboardX.py").write_text("raise ModuleNotFoundError(name='tensorboardX')")
+    out = f"--out={tmp_path / 'run'}"
+    err = refused("--tensorboard", out, cache=cache, first_path=tmp_path)
+    assert "pip install 'jaxckpt[tensorboard]'" in err and not (tmp_path / "run").exists()

@@ -6,12 +6,16 @@ import json
 import chex
 import jax
 import numpy as np
+import optax
+import pytest
 
+import jaxckpt
 from experiments.config import TrainConfig
 from experiments.data import Corpus
 from experiments.loop import run
 from experiments.step import init_state, make_train_step
 from jaxckpt.models import TransformerConfig
+from tests.transforms.cases import relative_error
 
 MODEL = TransformerConfig(
     num_blocks=5, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=32, dropout=0.1
@@ -71,3 +75,47 @@ def test_bf16_computes_in_bf16_and_keeps_float32_weights():
     tokens = jax.ShapeDtypeStruct((2, 17), np.int32)
     text = str(jax.make_jaxpr(make_train_step(config))(state, tokens))
     assert "bf16[2,16,16]" in text
+
+
+def first_gradients(config: TrainConfig):
+    """Returns the loss and the gradients of a first step; AdamW's first moment holds them."""
+    state = jax.jit(lambda: init_state(config))()
+    tokens = np.random.default_rng(1).integers(0, 256, [config.batch_size, config.seq_len + 1])
+    state, metrics = jax.jit(make_train_step(config))(state, tokens)
+    adam = next(x for x in jax.tree.leaves(state.optimizer, is_leaf=is_adam) if is_adam(x))
+    return metrics["loss"], adam.mu
+
+
+def is_adam(x) -> bool:
+    return isinstance(x, optax.ScaleByAdamState)
+
+
+@pytest.mark.parametrize("plan", ["full", "sqrt"])
+def test_accumulated_gradients_are_those_of_the_whole_batch(plan):
+    model = dataclasses.replace(MODEL, dropout=0.0)
+    config = dataclasses.replace(CONFIG, model=model, remat=plan, batch_size=8)
+    want = first_gradients(config)
+    for parts in (2, 8):
+        got = first_gradients(dataclasses.replace(config, accumulate=parts))
+        assert relative_error(got, want) < 1e-5
+    # The twin: other data has other gradients by far more than that.
+    other = first_gradients(dataclasses.replace(config, batch_size=4))
+    assert relative_error(other, want) > 1e-2
+
+
+def temp_bytes(parts: int) -> int:
+    config = dataclasses.replace(
+        CONFIG, remat="none", batch_size=32, seq_len=64, accumulate=parts
+    )
+    state = jax.eval_shape(lambda: init_state(config))
+    tokens = jax.ShapeDtypeStruct((32, 65), "int32")
+    return jaxckpt.measure(make_train_step(config), state, tokens, donate_argnums=0).temp_bytes
+
+
+def test_activations_fall_as_one_over_the_parts():
+    """Twice the parts save half of what the step before saved: temp = fixed + activations / N."""
+    two, four, eight = map(temp_bytes, (2, 4, 8))
+    activations = temp_bytes(1)
+    assert 1.9 < (two - four) / (four - eight) < 2.1
+    # What N = 2 -> 4 saves is a quarter of all activations.
+    assert 0.9 * activations < 4 * (two - four) <= 1.05 * activations

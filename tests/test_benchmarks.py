@@ -1,0 +1,100 @@
+"""`python -m benchmarks.executor`: its parts in small form, its exit code, what it writes."""
+
+import json
+
+import pytest
+
+from benchmarks import (
+    compile_time,
+    copies,
+    document,
+    equality,
+    evaluations,
+    executor,
+    nested,
+    temp,
+)
+
+MODULES = {
+    "equality": equality,
+    "evaluations": evaluations,
+    "temp": temp,
+    "nested": nested,
+    "compile": compile_time,
+    "copies": copies,
+}
+
+
+def test_the_documented_table_names_the_command_that_made_it():
+    page = document.PATH.read_text()
+    table = page.split(document.BEGIN)[1].split(document.END)[0]
+    assert table.startswith("\nMade by `python -m benchmarks.executor")
+    assert "--write-docs" in table.splitlines()[1]
+    for plan in temp.PLANS:
+        assert f"| {plan} |" in table
+    assert "| NO |" not in table
+
+
+@pytest.mark.parametrize("part", executor.PARTS)
+def test_part_in_quick_form(part):
+    result = MODULES[part].run(quick=True)
+    assert result.rows
+    assert result.failures == []
+    json.dumps(result.as_json())
+
+
+def test_a_doctored_result_fails_the_command(monkeypatch, tmp_path, capsys):
+    """`log` is given memory that grows like `full`'s: one line says so, and the exit code is 1."""
+    output = tmp_path / "found" / "executor.json"
+    flags = ["--part", "temp", "--quick", "--output", str(output)]
+    monkeypatch.setattr(temp, "local", lambda fn, params, carry: carry.size * 4 * params.shape[0])
+    with pytest.raises(SystemExit) as exit:
+        executor.main(flags)
+    assert exit.value.code == 1
+    assert "temp: cpu" in (printed := capsys.readouterr().out)
+    assert "log: carries a doubling 24.000, at most 1.1" in printed
+    record = json.loads(output.read_text())
+    assert record["command"] == " ".join(["python -m benchmarks.executor", *flags])
+    assert len(record["failures"]) == 3  # sqrt, log and binomial:8; full grows as it should
+    assert {"commit", "versions", "device", "backend"} <= set(record)
+
+
+def test_the_checks_see_what_they_are_for():
+    row = {"block": "MLP with dropout", "L": 7, "plan": "log"}
+    row |= {"loss": 0.0, "params": 1e-7, "carry": 0.0, "consts": 1e-7}
+    assert len(equality.check([row], exact=True)) == 1
+    assert equality.check([row], exact=False) == []
+    row = {"L": 4, "plan": "log", "evaluated": 9, "expected": 8, "each_block": False}
+    assert "9 blocks ran, 8 expected" in evaluations.check([row])[0]
+    assert compile_time.check([{"plan": "log", "ratio": float("nan")}])
+    module = "%copy.1 = f32[32,512,512]{2,1,0} copy(f32[32,512,512]{2,1,0} %x)"
+    assert copies.count_copies(module) == 1
+    assert copies.count_copies(module.replace("copy(", "add(")) == 0
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--part", "tmp"], "temp"),
+        (["--width", "100"], "--width is 100; heads are of 128"),
+        (["--write-docs", "--quick"], "--write-docs writes the whole table"),
+    ],
+)
+def test_a_refused_command_line_is_one_line(flags, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        executor.main(flags)
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_what_stands_around_the_documented_table_stays(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"above\n{document.BEGIN}\nold\n{document.END}\nbelow\n")
+    result = temp.Result(title="", rows=[{"plan": "log", "L=16": None}])
+    record = {"command": "python -m x", "versions": {"jax": "1"}, "device": "cpu"}
+    document.write(result, record, page)
+    assert page.read_text() == (
+        f"above\n{document.BEGIN}\nMade by `python -m x` on cpu, jax 1.\n\n"
+        f"| plan | L=16 |\n| --- | --- |\n| log | - |\n{document.END}\nbelow\n"
+    )
