@@ -42,6 +42,20 @@ def run_folder(config: TrainConfig) -> Path:
     return folder
 
 
+def check_tensorboard():
+    """Raises unless TensorBoard files can be written.
+
+    Raises:
+      ConfigError: The package that writes them is not installed.
+    """
+    try:
+        import tensorboardX as _
+    except ImportError:
+        raise ConfigError(
+            "--tensorboard needs the package tensorboardX: pip install 'jaxckpt[tensorboard]'"
+        ) from None
+
+
 class Record:
     """Appends one JSON object a line to `metrics.jsonl`; every line is on disk once written."""
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 
 from jaxckpt.plans import Plan, PlanError
+from jaxckpt.plans.actions import Schedule
 from jaxckpt.transforms import policies, tags
 
 
@@ -60,6 +61,42 @@ def check_carry(block: Callable, carry, *args):
                 f"changes from {before.dtype}{list(before.shape)} to "
                 f"{after.dtype}{list(after.shape)}"
             )
+
+
+def check_mesh(*trees):
+    """Raises if an array is sharded over an Explicit axis of a mesh, which no slot could follow.
+
+    Raises:
+      NotImplementedError: Naming what works.
+    """
+    for leaf in jax.tree.leaves(trees):
+        sharding = jax.typeof(leaf).sharding
+        # An array's type tells its sharding over Explicit axes alone.
+        if any(axis is not None for axis in sharding.spec):
+            raise NotImplementedError(
+                f"the schedule executor does not run on Explicit mesh axes (here {sharding.spec}); "
+                "make the mesh with axis_types=(jax.sharding.AxisType.Auto, ...), or use "
+                "remat='full', 'none' or policies"
+            )
+
+
+def check_schedule(schedule: Schedule, num_blocks: int, nested: bool):
+    """Raises unless a schedule given in place of a plan can be run over `num_blocks` blocks.
+
+    Raises:
+      IllegalSchedule: An action of it is illegal where it stands.
+      ValueError: It is made for another number of blocks.
+      NotImplementedError: `nested`, which has no way to follow a schedule.
+    """
+    if schedule.num_blocks != num_blocks:
+        raise ValueError(
+            f"{schedule.name} is made for {schedule.num_blocks} blocks, there are {num_blocks}"
+        )
+    if nested:
+        raise NotImplementedError(
+            f"{schedule.name} needs the schedule executor; nested=True runs plans, such as 'sqrt'"
+        )
+    schedule.counts  # noqa: B018  replays it, and raises where it is illegal
 
 
 def check_policies(plan: Plan, offered: Callable[[], tags.Tags]):

@@ -12,37 +12,65 @@ from collections.abc import Callable, Sequence
 import jax
 
 from jaxckpt.plans import Plan, as_plan
-from jaxckpt.transforms import nested, tags
-from jaxckpt.transforms.blocks import check_policies
+from jaxckpt.plans.actions import Schedule
+from jaxckpt.transforms import chain_executor, executor, tags
+from jaxckpt.transforms import nested as reference
+from jaxckpt.transforms.blocks import check_policies, check_schedule
 
 
-def chain(blocks: Sequence[Callable], carry, *, remat: str | Plan = "sqrt"):
-    """Runs different blocks one after another, checkpointed by a plan.
+def chain(
+    blocks: Sequence[Callable],
+    carry,
+    *,
+    remat: str | Plan | Schedule = "sqrt",
+    nested: bool = False,
+):
+    """Runs different blocks one after another, checkpointed by a plan or a schedule.
 
     Args:
       blocks: Functions `carry -> carry`; shapes may change from one to the next.
       carry: The first block's input, any pytree of arrays.
-      remat: A plan or its text. A name counts as matched if any block has it.
+      remat: A plan or its text, or a schedule for as many blocks, such as what
+        `schedules.optimal_chain` plans under a budget. A name counts as matched if any block has
+        it.
+      nested: Runs a plan's schedules by nested `jax.checkpoint` instead of the executor. That
+        recomputes more and keeps more, but has forward-mode and higher derivatives.
 
     Returns:
       The last block's output; differentiable in `carry` and in what the blocks close over.
 
     Raises:
       PlanError: The plan does not parse, does not fit the blocks, or names what no block has.
-      ValueError: No blocks.
-      NotImplementedError: A schedule that needs more than nested `jax.checkpoint`.
+      ValueError: No blocks, or a schedule that is illegal or for another number of blocks.
+      NotImplementedError: `auto`, `binomial` or a schedule with `nested`, or a second derivative
+        through the executor.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxckpt
+      >>> plan = jaxckpt.schedules.optimal_chain(
+      ...     forward=[1, 1, 1], backward=[2, 2, 2],
+      ...     carry_bytes=[4, 4, 4, 4], residual_bytes=[12, 12, 12], budget=20)
+      >>> loss = lambda w: jaxckpt.chain([lambda x: jnp.sin(w * x)] * 3, 1.0, remat=plan)
+      >>> plan.extra_forwards, jax.grad(loss)(0.0)
+      (3, Array(0., dtype=float32))
     """
     blocks = tuple(blocks)
     if not blocks:
         raise ValueError("a chain needs at least one block")
+    if isinstance(remat, Schedule):
+        check_schedule(remat, len(blocks), nested)
+        return chain_executor.run_schedule(blocks, carry, remat)
     given = as_plan(remat)
     plan = given.bind(len(blocks))
     check_policies(given, lambda: _tags_of(blocks, carry))
-    apply = lambda carry, block: block(carry)
     start = 0
     for stage in plan.stages:
-        part = nested.Listed(blocks=blocks[start : start + stage.count])
-        carry = nested.run_stage(part, apply, carry, stage)
+        part = blocks[start : start + stage.count]
+        if not nested and stage.schedule in executor.SCHEDULES:
+            carry = chain_executor.run_stage(part, carry, stage)
+        else:
+            apply = lambda carry, block: block(carry)
+            carry = reference.run_stage(reference.Listed(blocks=part), apply, carry, stage)
         start += stage.count
     return carry
 

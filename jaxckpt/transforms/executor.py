@@ -16,74 +16,25 @@ support every transform.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend import core
 
 from jaxckpt.plans import Stage, words
-from jaxckpt.plans.actions import Schedule
+from jaxckpt.plans.actions import Load, Record, Schedule
 from jaxckpt.plans.stage_schedule import schedule_of
-from jaxckpt.transforms import tags
-from jaxckpt.transforms.blocks import first_block
+from jaxckpt.transforms import first_order, tags
+from jaxckpt.transforms.blocks import check_mesh, first_block
+from jaxckpt.transforms.hoisting import hoist
 from jaxckpt.transforms.policies import checkpoint_policy
-from jaxckpt.transforms.recording import Recorder, differentiate, inexact, pick
+from jaxckpt.transforms.recording import Recorder, differentiate, inexact, pick, spread
 from jaxckpt.transforms.tables import Table, make_table
 from jaxckpt.transforms.trips import trips
 
 
 # The schedules that the executor runs; `none` and `full` are plain loops.
 SCHEDULES = frozenset({"uniform", "every", "sqrt", "log", "binomial"})
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Hoisted:
-    """A block as a closed function of flat leaves; what it closed over became a const.
-
-    Attributes:
-      call: `call(carry, params_i, consts) -> carry`, all of them lists of leaves.
-      consts: The const leaves: the caller's, then those the block closed over.
-    """
-
-    call: Callable
-    consts: list[Any]
-    carry_tree: Any
-
-
-def hoist(block: Callable, carry, params_i, consts) -> Hoisted:
-    """Returns `block(carry, params_i, *consts)` with every closed-over array as a const.
-
-    A function under `jax.custom_vjp` must not close over traced values, and closed-over values
-    are to get gradients too.
-
-    Args:
-      block: The block.
-      carry: Its input, arrays or abstract.
-      params_i: One block's parameters, abstract.
-      consts: A tuple of arrays.
-    """
-    carry_tree = jax.tree.structure(carry)
-    params_tree = jax.tree.structure(params_i)
-    const_leaves, consts_tree = jax.tree.flatten(consts)
-
-    def flat(carry, params_i, consts):
-        out = block(
-            jax.tree.unflatten(carry_tree, carry),
-            jax.tree.unflatten(params_tree, params_i),
-            *jax.tree.unflatten(consts_tree, consts),
-        )
-        return jax.tree.leaves(out)
-
-    closed = jax.make_jaxpr(flat)(jax.tree.leaves(carry), jax.tree.leaves(params_i), const_leaves)
-    given = len(const_leaves)
-
-    def call(carry, params_i, consts):
-        body = core.ClosedJaxpr(closed.jaxpr, consts[given:])
-        return core.jaxpr_as_fun(body)(*carry, *params_i, *consts[:given])
-
-    return Hoisted(call=call, consts=[*const_leaves, *closed.consts], carry_tree=carry_tree)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,19 +55,30 @@ class Run:
     checkpoint: Callable | None = None
 
 
+def keeps_segments(schedule: Schedule) -> bool:
+    """Whether a schedule records several blocks in its first sweep, as `uniform` does.
+
+    Their residuals are then handed to the backward pass. A single last block's are not: its input
+    is, which is no more than one carry.
+    """
+    first = next(action for action in schedule.actions if isinstance(action, Load | Record))
+    return isinstance(first, Record) and first.stop - first.start > 1
+
+
 def run_stage(block: Callable, params, carry, consts, stage: Stage, unroll: int):
     """Returns the carry after a bound stage of one of `SCHEDULES`; see `run_schedule`."""
     kept = tuple(p for p in stage.policies if str(p) != f"offload:{words.CARRY}")
     policy = checkpoint_policy(kept)
     # A block is recorded in one loop and reversed in another, which keeps them apart.
     checkpoint = functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
+    schedule = schedule_of(stage)
     run = Run(
         keep_last=stage.schedule in ("uniform", "every"),
         offload=stage.offloads_carry,
         unroll=unroll,
         checkpoint=checkpoint if kept else None,
     )
-    return run_schedule(block, params, carry, consts, schedule_of(stage), run)
+    return run_schedule(block, params, carry, consts, schedule, run)
 
 
 def run_schedule(block: Callable, params, carry, consts, schedule: Schedule, run: Run):
@@ -132,7 +94,12 @@ def run_schedule(block: Callable, params, carry, consts, schedule: Schedule, run
 
     Returns:
       The last block's carry.
+
+    Raises:
+      NotImplementedError: Arrays sharded over Explicit mesh axes.
+      ValueError: A schedule that the loops cannot follow.
     """
+    check_mesh(params, carry, consts)
     one = first_block(params)
     hoisted = hoist(block, tags.abstract(carry), one, consts)
     leaves = jax.tree.leaves(carry)
@@ -145,30 +112,9 @@ def run_schedule(block: Callable, params, carry, consts, schedule: Schedule, run
     loops = _Loops(
         call=hoisted.call, table=table, run=run, length=schedule.num_blocks, recorder=recorder
     )
-    try:
+    with first_order.explained():
         out = _with_gradient(loops)(jax.tree.leaves(params), leaves, hoisted.consts)
-    except TypeError as error:
-        if "forward-mode" not in str(error):
-            raise
-        raise NotImplementedError(_FIRST_ORDER) from None
-    return jax.tree.unflatten(hoisted.carry_tree, out)
-
-
-_FIRST_ORDER = (
-    "the schedule executor has gradients (reverse mode, first order) alone; "
-    "remat='full' or nested=True has forward-mode and higher derivatives"
-)
-
-
-@jax.custom_jvp
-def _first_order(x):
-    """Returns `x`; whoever differentiates the backward pass is told what to do instead."""
-    return x
-
-
-@_first_order.defjvp
-def _(primals, tangents):
-    raise NotImplementedError(_FIRST_ORDER)
+    return jax.tree.unflatten(hoisted.out_tree, out)
 
 
 def _with_gradient(loops: "_Loops") -> Callable:
@@ -220,8 +166,8 @@ class _Loops:
         """Returns the gradients of parameters, carry and consts; None where there are none."""
         params, consts, slots, kept = residuals
         moving = inexact(slots), inexact(params), inexact(consts)
-        params = _guard(params, moving[1])
-        grads = _guard(grads, moving[0])
+        params = first_order.guard(params, moving[1])
+        grads = first_order.guard(grads, moving[0])
         state = (
             slots,
             kept,
@@ -242,7 +188,7 @@ class _Loops:
             (params, slots, consts),
             strict=True,
         )
-        return tuple(_spread(grads, places, like) for grads, places, like in groups)
+        return tuple(spread(grads, places, like) for grads, places, like in groups)
 
     def _run_row(self, params, consts, state, row):
         """Loads, moves, advances, records and reverses one row of the table."""
@@ -322,10 +268,6 @@ def _accumulate(reverse: Callable, index, grad_carry, grad_params, grad_consts):
     return grad_carry, grad_params, [a + b for a, b in zip(grad_consts, of_consts, strict=True)]
 
 
-def _guard(leaves, places) -> list:
-    return [_first_order(leaf) if i in places else leaf for i, leaf in enumerate(leaves)]
-
-
 def _row(leaves, index) -> list:
     return [lax.dynamic_index_in_dim(x, index, keepdims=False) for x in leaves]
 
@@ -335,9 +277,3 @@ def _write(leaves, index, rows) -> list:
         lax.dynamic_update_index_in_dim(x, row, index, 0)
         for x, row in zip(leaves, rows, strict=True)
     ]
-
-
-def _spread(grads, places, like) -> list:
-    """Returns a list like `like` with `grads` at `places` and None elsewhere."""
-    found = dict(zip(places, grads, strict=True))
-    return [found.get(position) for position in range(len(like))]

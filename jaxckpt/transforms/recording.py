@@ -28,6 +28,12 @@ def pick(leaves: Sequence, positions: Sequence[int]) -> list:
     return [leaves[position] for position in positions]
 
 
+def spread(grads: Sequence, places: Sequence[int], like: Sequence) -> list:
+    """Returns a list like `like` with `grads` at `places` and None elsewhere."""
+    found = dict(zip(places, grads, strict=True))
+    return [found.get(position) for position in range(len(like))]
+
+
 def differentiate(call: Callable, carry: Sequence, params_i: Sequence, consts: Sequence):
     """Runs a block under `jax.vjp` with respect to every leaf that has a gradient.
 
@@ -50,7 +56,7 @@ def differentiate(call: Callable, carry: Sequence, params_i: Sequence, consts: S
             for position, leaf in zip(positions, leaves, strict=True):
                 group[position] = leaf
         out = call(*full)
-        return pick(out, places[0]), out
+        return pick(out, inexact(out)), out
 
     moving = [pick(group, positions) for group, positions in zip(groups, places, strict=True)]
     _, reverse, out = jax.vjp(fn, *moving, has_aux=True)

@@ -13,9 +13,16 @@ import jax
 from jax import lax
 
 from jaxckpt.plans import Plan, Stage, as_plan
+from jaxckpt.plans.actions import Schedule
 from jaxckpt.transforms import executor, tags
 from jaxckpt.transforms import nested as reference
-from jaxckpt.transforms.blocks import check_carry, check_policies, first_block, stack_length
+from jaxckpt.transforms.blocks import (
+    check_carry,
+    check_policies,
+    check_schedule,
+    first_block,
+    stack_length,
+)
 
 
 def scan_blocks(
@@ -23,7 +30,7 @@ def scan_blocks(
     params,
     carry,
     *consts,
-    remat: str | Plan = "sqrt",
+    remat: str | Plan | Schedule = "sqrt",
     unroll: int = 1,
     nested: bool = False,
 ):
@@ -35,7 +42,8 @@ def scan_blocks(
       params: A pytree whose leaves are `[L, ...]`.
       carry: The first block's input, any pytree of arrays.
       *consts: Handed to every block; they get gradients too.
-      remat: A plan or its text, such as `"sqrt"` or `"8xfull/dots"`.
+      remat: A plan or its text, such as `"sqrt"` or `"8xfull/dots"`, or a schedule for L blocks
+        that reverses at once what it records, such as `schedules.binomial(32, slots=4)`.
       unroll: Blocks unrolled in one trip of a loop; 1 compiles fastest. A schedule's re-runs have
         no fixed number of trips and are never unrolled, its forward pass is.
       nested: Runs schedules by nested `jax.checkpoint` instead of the executor. That recomputes
@@ -46,9 +54,10 @@ def scan_blocks(
 
     Raises:
       PlanError: The plan does not parse, does not fit L blocks, or names what no block has.
-      ValueError: Leading sizes that differ, a block that changes its carry, or a bad `unroll`.
-      NotImplementedError: `auto`, `binomial` with `nested`, or a second derivative through the
-        executor.
+      ValueError: Leading sizes that differ, a block that changes its carry, a bad `unroll`, or a
+        schedule that is illegal, for another number of blocks, or only for `jaxckpt.chain`.
+      NotImplementedError: `auto`, `binomial` or a schedule with `nested`, or a second derivative
+        through the executor.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxckpt
@@ -61,9 +70,14 @@ def scan_blocks(
     if isinstance(unroll, bool) or not isinstance(unroll, int) or unroll < 1:
         raise ValueError(f"unroll is a whole number of blocks, at least 1, not {unroll!r}")
     num_blocks = stack_length(params)
+    one = (tags.abstract(carry), first_block(params), *tags.abstract(consts))
+    if isinstance(remat, Schedule):
+        check_schedule(remat, num_blocks, nested)
+        check_carry(block, *one)
+        run = executor.Run(keep_last=executor.keeps_segments(remat), unroll=unroll)
+        return executor.run_schedule(block, params, carry, consts, remat, run)
     given = as_plan(remat)
     plan = given.bind(num_blocks)
-    one = (tags.abstract(carry), first_block(params), *tags.abstract(consts))
     check_carry(block, *one)
     check_policies(given, lambda: tags.tags_of(block, *one))
     start = 0

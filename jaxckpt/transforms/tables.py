@@ -53,18 +53,27 @@ def make_table(schedule: Schedule) -> Table:
 
     Raises:
       ValueError: A row that does not begin with a load, or blocks recorded apart and reversed
-        together, which the executor's loops cannot follow.
+        together, which the executor's loops cannot follow; `jaxckpt.chain` can.
     """
+    try:
+        return _make_table(schedule)
+    except ValueError as error:
+        raise ValueError(
+            f"{schedule.name} does not run over stacked blocks: {error}; jaxckpt.chain runs any "
+            "schedule over a list of blocks"
+        ) from None
+
+
+def _make_table(schedule: Schedule) -> Table:
     groups = _groups(schedule)
     num_slots = schedule.peak_slots
     used = [action.slot for action in schedule.actions if isinstance(action, Store)]
     num_slots = max([num_slots, *(slot + 1 for slot in used)])
-    stores, first = _sweep(groups[0])
+    stores, first_row = _first_group(groups[0], num_slots, schedule.num_blocks)
     sweep_slots = np.full([schedule.num_blocks], num_slots, np.int32)
     for position, slot in sorted(stores.items(), reverse=True):
         sweep_slots[: position + 1] = slot
-    rows = [(num_slots, [], first, first, schedule.num_blocks)]
-    rows += [_row(group) for group in groups[1:]]
+    rows = [first_row, *(_row(group) for group in groups[1:])]
     moves = [move for row in rows for move in row[1]]
     last = np.cumsum([len(row[1]) for row in rows])
     columns = zip(*((load, adv, rec, stop) for load, _, adv, rec, stop in rows), strict=True)
@@ -103,17 +112,23 @@ def _groups(schedule: Schedule) -> list[list]:
     return [*groups, group]
 
 
-def _sweep(group: list) -> tuple[dict[int, int], int]:
-    """Returns where the first sweep stores, `{input: slot}`, and its first recorded block."""
+def _first_group(group: list, spare: int, num_blocks: int) -> tuple[dict[int, int], tuple]:
+    """Returns where the first sweep stores, `{input: slot}`, and the first row as `_row` does.
+
+    A sweep that records its last blocks goes on from where it is, which is the spare slot; one
+    that runs through to the end comes back by a load.
+    """
     stores, position = {}, 0
-    for action in group:
+    for place, action in enumerate(group):
         if isinstance(action, Store):
             stores[position] = action.slot
         elif isinstance(action, Advance):
             position = action.stop
+        elif isinstance(action, Load):
+            return stores, _row(group[place:])
         elif isinstance(action, Record):
             _check_reversed(group, action)
-            return stores, action.start
+            return stores, (spare, [], action.start, action.start, num_blocks)
     raise ValueError("the schedule's first sweep records no block")
 
 

@@ -276,16 +276,16 @@ def test_the_input_and_its_size_do_not_matter():
 
 def test_64_blocks_and_500_units_take_seconds():
     chain = random_chain(seed=1, num_blocks=64)
-    start = time.perf_counter()
+    start = time.process_time()
     schedule = optimal_chain(**chain, budget=500)
-    assert time.perf_counter() - start < 5.0
+    assert time.process_time() - start < 5.0
     assert schedule.unit_bytes == 1 and schedule.peak_bytes <= 500 and schedule.extra_forwards > 0
 
 
 def test_equal_blocks_are_solved_once():
-    start = time.perf_counter()
+    start = time.process_time()
     schedule = optimal_chain(**equal_blocks(128, 17), budget=400)
-    assert time.perf_counter() - start < 5.0
+    assert time.process_time() - start < 5.0
     assert schedule.peak_bytes <= 400
 
 

@@ -358,12 +358,12 @@ def test_a_slot_weighs_nothing_while_its_carry_is_among_recorded_residuals():
 
 
 def test_a_thousand_blocks_take_no_time():
-    start = time.perf_counter()
+    start = time.process_time()
     assert schedules.binomial(1000, 12).extra_forwards == 4 * 1000 - math.comb(16, 13)
     assert schedules.binomial(1000, 1).extra_forwards == 1000 * 999 // 2
     assert len(schedules.binomial(1000, 1).actions) <= 4 * 1000
     assert schedules.recursive(1000).peak_slots == 10
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
 
 
 # --- values and errors

@@ -1,0 +1,199 @@
+"""The schedule executor for different blocks: any legal schedule, action by action.
+
+Blocks that differ cannot share a loop, so the actions of a schedule are unrolled into the program:
+those up to the first `Reverse` are the forward pass, the rest the backward pass. What the first
+part leaves in slots and records is handed to the second. All of it stands under one custom VJP;
+only first-order reverse mode is supported.
+
+Blocks run again in the backward pass look the same to XLA as in the forward pass, and would be
+merged with them. Barriers that wait for the gradient keep them apart. XLA's CPU backend drops
+barriers before it merges (jax 0.10): there a chain is right, but saves less than its schedule says.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxckpt.plans import Stage, words
+from jaxckpt.plans.actions import Action, Advance, Free, Load, Record, Reverse, Schedule, Store
+from jaxckpt.plans.stage_schedule import schedule_of
+from jaxckpt.transforms import first_order, tags
+from jaxckpt.transforms.hoisting import hoist
+from jaxckpt.transforms.policies import checkpoint_policy
+from jaxckpt.transforms.recording import differentiate, inexact, pick, spread
+
+
+def run_stage(blocks: Sequence[Callable], carry, stage: Stage):
+    """Returns the carry after a bound stage that has a schedule; see `run_schedule`."""
+    kept = tuple(p for p in stage.policies if str(p) != f"offload:{words.CARRY}")
+    # Its own barriers would only stand beside ours.
+    wrap = functools.partial(jax.checkpoint, policy=checkpoint_policy(kept), prevent_cse=True)
+    schedule = schedule_of(stage)
+    return run_schedule(
+        blocks, carry, schedule, checkpoint=wrap if kept else None, offload=stage.offloads_carry
+    )
+
+
+def run_schedule(
+    blocks: Sequence[Callable],
+    carry,
+    schedule: Schedule,
+    *,
+    checkpoint: Callable | None = None,
+    offload: bool = False,
+):
+    """Runs different blocks under a schedule.
+
+    Args:
+      blocks: L functions `carry -> carry`; what they close over gets gradients.
+      carry: The first block's input.
+      schedule: Legal, for L blocks.
+      checkpoint: How a block is wrapped before it is recorded, or None.
+      offload: Slots live in pinned host memory.
+
+    Returns:
+      The last block's carry.
+
+    Raises:
+      IllegalSchedule: The schedule cannot be run.
+    """
+    schedule.counts  # noqa: B018  replays it: an illegal one is refused here, before tracing
+    hoisted, shape = [], tags.abstract(carry)
+    for block in blocks:
+        hoisted.append(hoist(lambda carry, _, block=block: block(carry), shape))
+        shape = hoisted[-1].out
+    walk = _Walk(
+        calls=tuple(one.call for one in hoisted),
+        actions=schedule.actions,
+        checkpoint=checkpoint or (lambda call: call),
+        offload=offload,
+    )
+    with first_order.explained():
+        out = _with_gradient(walk)(jax.tree.leaves(carry), [one.consts for one in hoisted])
+    return jax.tree.unflatten(jax.tree.structure(shape), out)
+
+
+def _with_gradient(walk: "_Walk") -> Callable:
+    """Returns `chain(carry, consts) -> carry` over lists of leaves, one list of consts a block."""
+
+    @jax.custom_vjp
+    def chain(carry, consts):
+        for call, consts_i in zip(walk.calls, consts, strict=True):
+            carry = call(carry, [], consts_i)
+        return carry
+
+    chain.defvjp(walk.forward, walk.backward)
+    return chain
+
+
+@dataclasses.dataclass
+class _Held:
+    """What a walk over actions holds at one moment.
+
+    Attributes:
+      carry: The current carry.
+      slots: Stored carries.
+      records: For each recorded block, its reversal: a pytree of its residuals.
+      grad: The gradient of the output of the next block to reverse; None in the forward pass.
+    """
+
+    carry: list[Any]
+    slots: dict[int, list[Any]] = dataclasses.field(default_factory=dict)
+    records: dict[int, Any] = dataclasses.field(default_factory=dict)
+    grad: list[Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Walk:
+    """The forward and the backward pass of one chain; every array is an argument."""
+
+    calls: tuple[Callable, ...]
+    actions: tuple[Action, ...]
+    checkpoint: Callable
+    offload: bool
+
+    @functools.cached_property
+    def first_reverse(self) -> int:
+        """Where the backward pass begins among the actions."""
+        return next(n for n, action in enumerate(self.actions) if isinstance(action, Reverse))
+
+    def forward(self, carry, consts):
+        """Returns the output, and what the backward pass is handed."""
+        held, out = _Held(carry=carry), None
+        for action in self.actions[: self.first_reverse]:
+            self._run(action, held, consts)
+            if isinstance(action, Record) and action.stop == len(self.calls):
+                out = held.carry
+        return out, (carry, consts, held.slots, held.records)
+
+    def backward(self, residuals, grads):
+        """Returns the gradients of the carry and of every block's consts."""
+        carry, consts, slots, records = _guard_all(residuals)
+        grads = first_order.guard(grads, inexact(grads))
+        held = _Held(carry=carry, slots=dict(slots), records=dict(records))
+        held.grad = pick(grads, inexact(grads))
+        of_consts: list[list] = [[] for _ in consts]
+        for action in self.actions[self.first_reverse :]:
+            if isinstance(action, Reverse):
+                reverse = held.records.pop(action.block)
+                held.grad, _, of_consts[action.block] = reverse(held.grad)
+            else:
+                self._run(action, held, consts)
+        return (
+            spread(held.grad, inexact(carry), carry),
+            [spread(g, inexact(c), c) for g, c in zip(of_consts, consts, strict=True)],
+        )
+
+    def _run(self, action: Action, held: _Held, consts):
+        """Runs any action but a `Reverse`."""
+        match action:
+            case Store(slot):
+                held.slots[slot] = self._move(held.carry, jax.memory.Space.Host)
+            case Load(slot):
+                held.carry = self._move(held.slots[slot], jax.memory.Space.Device)
+            case Free(slot):
+                del held.slots[slot]
+            case Advance(start, stop):
+                for block in range(start, stop):
+                    consts_i = _after_gradient(held, consts[block])
+                    held.carry = self.calls[block](held.carry, [], consts_i)
+            case Record(start, stop):
+                for block in range(start, stop):
+                    consts_i = _after_gradient(held, consts[block])
+                    call = self.checkpoint(self.calls[block])
+                    held.carry, held.records[block] = differentiate(call, held.carry, [], consts_i)
+
+    def _move(self, carry, space):
+        return [jax.device_put(x, space) for x in carry] if self.offload else carry
+
+
+def _guard_all(tree):
+    """Returns the tree with every leaf that has a gradient guarded against a second one."""
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, first_order.guard(leaves, inexact(leaves)))
+
+
+def _after_gradient(held: _Held, consts_i: list) -> list:
+    """Makes a block of the backward pass wait for the gradient; returns its consts.
+
+    In the forward pass there is none to wait for.
+    """
+    if held.grad is None:
+        return consts_i
+    held.carry, held.grad, consts_i = _barrier((held.carry, held.grad, consts_i))
+    return consts_i
+
+
+def _barrier(tree):
+    """Returns the tree behind one optimization barrier; key arrays by what they are made of."""
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    data = jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
+    wrap = lambda x, like: (
+        jax.random.wrap_key_data(x, impl=jax.random.key_impl(like)) if is_key(like) else x
+    )
+    return jax.tree.map(wrap, lax.optimization_barrier(data), tree)
