@@ -1,22 +1,11 @@
-"""A TPU that is not there, as a compile target: libtpu compiles for it on any machine.
+"""A TPU that is not there, as a compile target: `jaxckpt.measure` needs no chip."""
 
-libtpu takes a lock of the machine, reads its environment when it is loaded, and prints banners.
-"""
-
-import contextlib
 import importlib.util
 import os
 from collections.abc import Callable
 
 TPU = "TPU v5e (not present)"
-TOPOLOGY = "v5e:2x2"  # compiled for one of its chips
-
-_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+TARGET = "v5e-1"
 
 
 class Unavailable(RuntimeError):
@@ -24,12 +13,9 @@ class Unavailable(RuntimeError):
 
 
 def prepare():
-    """Sets what libtpu reads from the environment; call it before JAX is imported."""
-    if importlib.util.find_spec("libtpu") is None or os.path.exists("/dev/accel0"):
-        return
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if importlib.util.find_spec("jax_plugins") is None:  # else a GPU may be the local backend
+    """Keeps JAX from taking libtpu for a chip of this machine; call it before JAX is imported."""
+    is_there = lambda module: importlib.util.find_spec(module) is not None
+    if is_there("libtpu") and not is_there("jax_plugins") and not os.path.exists("/dev/accel0"):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
@@ -37,46 +23,18 @@ def tpu() -> Callable:
     """Returns `compile_temp(fn, *abstract)` for one chip of an absent TPU v5e.
 
     Raises:
-      Unavailable: libtpu is not installed, or refuses the topology.
+      Unavailable: libtpu is not installed.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        raise Unavailable("libtpu is not installed (pip install libtpu)")
-    import jax
-    from jax.experimental import topologies
+    from jaxckpt.memory import launch, targets
+    from jaxckpt.memory.measure import measure
 
     try:
-        with _quiet():
-            topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY)
-    except Exception as error:  # whatever the plugin raises, the other targets are still measured
-        raise Unavailable(" ".join(str(error).split())) from error
-    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+        launch.check_available(targets.parse_target(TARGET))
+    except launch.Unavailable as error:
+        raise Unavailable(str(error)) from error
 
     def compile_temp(fn, *args):
-        args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in args]
-        lowered = jax.jit(fn).trace(*args).lower(lowering_platforms=("tpu",))
-        try:
-            with _quiet():
-                stats = lowered.compile().memory_analysis()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" in str(error):
-                return None
-            raise
-        # Temporaries can read less than what the compiler's own peak leaves to them.
-        outside = stats.argument_size_in_bytes + stats.output_size_in_bytes
-        outside -= stats.alias_size_in_bytes
-        return max(stats.temp_size_in_bytes, stats.peak_memory_in_bytes - outside)
+        report = measure(fn, *args, target=TARGET)
+        return report.temp_bytes if report.fits else None
 
     return compile_temp
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Sends file descriptor 2 to nowhere: libtpu's banners are not written by Python."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)

@@ -1,55 +1,162 @@
 """FLOPs of a function, counted from its jaxpr.
 
 XLA's own cost analysis counts a loop's body once; here a `scan` counts it times its length, so a
-recomputed block shows. Matrix products and convolutions are counted, two operations a
-multiply-add; elementwise work is left out, as in the usual model-FLOPs figures.
+recomputed block shows. Matrix products, convolutions and attention kernels are counted, two
+operations a multiply-add, as the kernels run them: a causal kernel that skips what is masked counts
+half, and the backward pass of flash attention counts the product that it recomputes. Elementwise
+work is left out, as in the usual model-FLOPs figures.
+
+`_TABLE` says how a primitive is counted; a new kernel is one entry and one function.
 """
 
 import math
 from fractions import Fraction
+from typing import NamedTuple
 
+import jax
+import numpy as np
 from jax.extend import core
 
-from jaxckpt.transforms.jaxprs import subjaxprs
+from jaxckpt.memory.flat import Flat, Step, bodies, flatten
 from jaxckpt.transforms.trips import mean_trips
 
 
 def count_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> int:
-    """Returns the FLOPs of all matrix products and convolutions in a jaxpr.
+    """Returns the FLOPs of all matrix products, convolutions and attention kernels in a jaxpr.
 
     A `cond` counts its most expensive branch. A `while` loop's trip count is not in the jaxpr:
-    the executor's loops say theirs, the body of any other counts once.
+    the executor's loops say theirs, the body of any other counts once. A Pallas kernel counts what
+    its `cost_estimate` says, or else its body once for each point of its grid; of splash
+    attention's grid, the blocks that its mask leaves (all of them where the mask is no constant).
     """
-    return int(_total(jaxpr))
+    return int(_total(flatten(jaxpr)))
 
 
-def _total(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> Fraction | int:
-    if isinstance(jaxpr, core.ClosedJaxpr):
-        jaxpr = jaxpr.jaxpr
-    return sum(_flops(equation) for equation in jaxpr.eqns)
+def step_flops(step: Step) -> Fraction | int:
+    """Returns the FLOPs of one step, those of a loop or kernel with all its trips."""
+    count = _TABLE.get(step.name)
+    if count is not None:
+        return count(step)
+    inner = [_total(body) for body in bodies(step)]
+    return max(inner, default=0) if step.name == "cond" else sum(inner) * trips(step)
 
 
-def _flops(equation: core.JaxprEqn) -> Fraction | int:
-    name = equation.primitive.name
-    if name == "dot_general":
-        return _dot_flops(equation)
-    if name == "conv_general_dilated":
-        return _conv_flops(equation)
-    inner = [_total(jaxpr) for jaxpr in subjaxprs(equation)]
-    if name == "cond":
-        return max(inner, default=0)
-    if name == "scan":
-        return sum(inner) * equation.params["length"]
-    return sum(inner) * (mean_trips(equation) if name == "while" else 1)
+def trips(step: Step) -> Fraction | int:
+    """Returns how often a loop's body runs, on average over runs; 1 for what is no loop."""
+    if step.name == "scan":
+        return step.params["length"]
+    return mean_trips(step.equation) if step.name == "while" else 1
 
 
-def _dot_flops(equation: core.JaxprEqn) -> int:
-    (contracted, _), _ = equation.params["dimension_numbers"]
-    depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-    return 2 * depth * math.prod(equation.outvars[0].aval.shape)
+def is_kernel(step: Step) -> bool:
+    """Returns whether a step is one product or one kernel, with FLOPs of its own."""
+    return step.name in _TABLE
 
 
-def _conv_flops(equation: core.JaxprEqn) -> int:
-    kernel = equation.invars[1].aval.shape
-    out_features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
-    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // out_features
+class AttentionShape(NamedTuple):
+    """Sizes of an attention kernel: `rows` queries a head against `columns` keys."""
+
+    batch: int
+    heads: int
+    rows: int
+    columns: int
+    head_dim: int
+
+
+def attention_shape(step: Step) -> AttentionShape | None:
+    """Returns the sizes of a cuDNN attention kernel, or None for any other step."""
+    if not step.name.startswith("dot_product_attention"):
+        return None
+    query, key = step.inputs[0].aval.shape, step.inputs[1].aval.shape
+    if int(step.params["layout"]) == 1:  # [B, H, S, N]; else [B, S, H, N]
+        batch, heads, rows, head_dim = query
+        return AttentionShape(batch, heads, rows, key[2], head_dim)
+    batch, rows, heads, head_dim = query
+    return AttentionShape(batch, heads, rows, key[1], head_dim)
+
+
+def _total(flat: Flat) -> Fraction | int:
+    return sum(step_flops(step) for step in flat.steps)
+
+
+def _dot(step: Step) -> int:
+    (contracted, _), _ = step.params["dimension_numbers"]
+    return 2 * _depth(step, contracted) * math.prod(step.outputs[0].aval.shape)
+
+
+def _ragged_dot(step: Step) -> int:
+    """A row of one operand meets one group of the other: no FLOPs depend on the group sizes."""
+    numbers = step.params["ragged_dot_dimension_numbers"]
+    (contracted, _), _ = numbers.dot_dimension_numbers
+    flops = 2 * _depth(step, contracted) * math.prod(step.outputs[0].aval.shape)
+    if set(numbers.lhs_ragged_dimensions) <= set(contracted):
+        # The gradient of the groups: each takes its own rows, and the output has them all.
+        flops //= step.inputs[2].aval.shape[-1]
+    return flops
+
+
+def _depth(step: Step, axes) -> int:
+    return math.prod(step.inputs[0].aval.shape[axis] for axis in axes)
+
+
+def _conv(step: Step) -> int:
+    kernel = step.inputs[1].aval.shape
+    out_features = kernel[step.params["dimension_numbers"].rhs_spec[0]]
+    return 2 * math.prod(step.outputs[0].aval.shape) * math.prod(kernel) // out_features
+
+
+def _attention(products: int):
+    """Returns the count of a cuDNN attention kernel that runs `products` [S, T] products.
+
+    Forward: q k^T and p v. Backward: q k^T again, then the gradients of p, v, q and k (Dao et al.
+    2022, FlashAttention, algorithm 4).
+    """
+
+    def count(step: Step) -> int:
+        shape = attention_shape(step)
+        pairs = shape.rows * shape.columns
+        if _is_causal(step.params["mask_type"]):
+            pairs //= 2
+        window = step.params.get("sliding_window_length")
+        if window:
+            pairs = min(pairs, shape.rows * window)
+        return products * 2 * shape.batch * shape.heads * pairs * shape.head_dim
+
+    return count
+
+
+def _is_causal(mask_type) -> bool:
+    return "CAUSAL" in getattr(mask_type, "name", str(mask_type))
+
+
+def _pallas(step: Step) -> Fraction | int:
+    estimate = step.params.get("cost_estimate")
+    if estimate is not None:
+        return int(estimate.flops)
+    grid = [size for size in step.params["grid_mapping"].grid if isinstance(size, int)]
+    body = sum(_total(inner) for inner in bodies(step))
+    return int(body * math.prod(grid) * _splash_fraction(step))
+
+
+def _splash_fraction(step: Step) -> Fraction:
+    """Returns which part of splash attention's grid its mask leaves; 1 for other kernels."""
+    if "splash_m" not in str(step.equation.source_info.name_stack):
+        return Fraction(1)
+    block_mask = step.inputs[1].constant  # [heads or 1, rows, columns]; 0 is skipped
+    if block_mask is None or isinstance(block_mask, jax.core.Tracer):
+        return Fraction(1)
+    block_mask = np.asarray(block_mask)
+    return Fraction(int(np.count_nonzero(block_mask)), block_mask.size)
+
+
+# Primitive -> FLOPs of one step of it.
+_TABLE = {
+    "dot_general": _dot,
+    "ragged_dot_general": _ragged_dot,
+    "conv_general_dilated": _conv,
+    "dot_product_attention_fwd_wrapper": _attention(2),
+    "dot_product_attention_bwd_wrapper": _attention(5),
+    "dot_product_attention_fp8_fwd_wrapper": _attention(2),
+    "dot_product_attention_fp8_bwd_wrapper": _attention(5),
+    "pallas_call": _pallas,
+}

@@ -1,38 +1,58 @@
-"""`measure`: compile a function and read the memory it needs, without running it.
+"""`measure`: compile a function for a chip and read the memory it needs, without running it.
 
     print(jaxckpt.measure(train_step, state, batch, donate_argnums=0))
+    print(jaxckpt.measure(train_step, state, batch, donate_argnums=0, target="v5e-1"))
 
-Arguments may be arrays or `jax.ShapeDtypeStruct`s; nothing is allocated for the latter.
+Arguments may be arrays or `jax.ShapeDtypeStruct`s; nothing is allocated for the latter. The chip
+need not be there (`absent.py`).
 """
 
+import tempfile
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 
+from jaxckpt.memory import absent, launch, statistics, traveling
 from jaxckpt.memory.flops import count_flops
-from jaxckpt.memory.report import MemoryReport, report_of
+from jaxckpt.memory.report import MemoryReport
+from jaxckpt.memory.targets import Target, parse_target
 
 
 def measure(
     fn: Callable,
     *args,
-    target: str = "local",
+    target: str | Target = "local",
     donate_argnums: int | Sequence[int] = (),
     static_argnums: int | Sequence[int] = (),
 ) -> MemoryReport:
-    """Compiles `fn(*args)` and returns the memory that XLA says it needs.
+    """Compiles `fn(*args)` for a chip and returns the memory that XLA says it needs.
+
+    For a chip other than this process's own, a fresh process compiles, and its report is kept on
+    disk: the same program is compiled once. A step that does not fit has a report too, whose
+    `headroom_bytes` is negative.
+
+    On a target of several devices the report is of one of them. Arguments with a `NamedSharding`
+    (its mesh may be a `jax.sharding.AbstractMesh`) are spread over a mesh of the target's devices
+    with the same axes; without any, everything is replicated, and each device holds all of it.
 
     Args:
       fn: A function, or one already under `jax.jit`: its own donations then hold if none are
         given here.
       *args: Arrays or abstract values.
-      target: `"local"`, the backend of this process.
+      target: `"local"`, the backend of this process, or a chip: `"v5e-1"`, `"h100"`;
+        `jaxckpt.memory.targets` has them all.
       donate_argnums: Arguments whose memory outputs may reuse. Without it a training step counts
         parameters and optimizer state twice.
       static_argnums: Arguments that are compile-time constants.
 
     Raises:
-      ValueError: An unknown target.
+      TargetError: An unknown target.
+      Unavailable: The target's compiler is not installed; the message says how to.
+      PlacementError: Arguments are sharded over more or fewer devices than the target has.
+      TravelError: `fn` cannot be handed to another process.
+      WorkerError: Compiling for an absent chip failed.
 
     Example:
       >>> import jax.numpy as jnp, jaxckpt
@@ -40,27 +60,50 @@ def measure(
       >>> report.argument_bytes, report.output_bytes, report.flops
       (262144, 262144, 33554432)
     """
-    compiled, flops = compile_step(
-        fn, *args, target=target, donate_argnums=donate_argnums, static_argnums=static_argnums
+    target = parse_target(target)
+    jitted = _jitted(fn, donate_argnums, static_argnums)
+    if target.backend == "local":
+        return _measure_here(jitted, args)
+    launch.check_available(target)
+    traveler = traveling.pack(jitted, args, target.backend)
+    return absent.measure_program(
+        traveler.program,
+        target=target,
+        digest=traveler.digest(),
+        names=list(traveler.names),
+        donated=list(traveler.donated),
+        placement=traveler.placement,
+        flops=traveler.flops,
     )
-    return report_of(compiled, target=target, flops=flops)
 
 
 def compile_step(
     fn: Callable,
     *args,
-    target: str = "local",
     donate_argnums: int | Sequence[int] = (),
     static_argnums: int | Sequence[int] = (),
 ):
-    """Returns `(compiled, flops)`: the executable of `fn(*args)` and the FLOPs of one call.
+    """Returns `(compiled, flops)`: the executable of `fn(*args)` here and the FLOPs of one call.
 
-    Arguments and errors are those of `measure`; a loop that runs the executable compiles once.
+    Arguments are those of `measure`; a loop that runs the executable compiles once.
     """
-    if target != "local":
-        raise ValueError(f"target {target!r} is not known; valid: local")
-    jitted = fn
-    if not hasattr(fn, "trace") or donate_argnums != () or static_argnums != ():
-        jitted = jax.jit(fn, donate_argnums=donate_argnums, static_argnums=static_argnums)
-    traced = jitted.trace(*args)
+    traced = _jitted(fn, donate_argnums, static_argnums).trace(*args)
     return traced.lower().compile(), count_flops(traced.jaxpr)
+
+
+def _jitted(fn: Callable, donate_argnums, static_argnums) -> Callable:
+    if hasattr(fn, "trace") and donate_argnums == () and static_argnums == ():
+        return fn
+    return jax.jit(fn, donate_argnums=donate_argnums, static_argnums=static_argnums)
+
+
+def _measure_here(jitted: Callable, args: Sequence) -> MemoryReport:
+    traced = jitted.trace(*args)
+    lowered = traced.lower()
+    with tempfile.TemporaryDirectory(prefix="jaxckpt-") as dump:
+        started = time.perf_counter()
+        compiled = lowered.compile(compiler_options={"xla_dump_to": dump})
+        seconds = time.perf_counter() - started
+        return statistics.report_of(
+            compiled, flops=count_flops(traced.jaxpr), compile_seconds=seconds, dump=Path(dump)
+        )

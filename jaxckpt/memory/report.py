@@ -1,8 +1,16 @@
-"""`MemoryReport`: what a compiled step needs, in bytes, with where each number comes from."""
+"""`MemoryReport`: what a compiled step needs, in bytes, with where each number comes from.
+
+Reports are plain data: this module imports no JAX, so that one kept on disk is read at once.
+`statistics.py` makes them.
+"""
 
 import dataclasses
+from typing import Any
 
-import jax
+from jaxckpt.memory.buffers import Buffer
+from jaxckpt.memory.units import gib
+
+_SHOWN_BUFFERS = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +29,9 @@ class MemoryReport:
       target: The chip it is compiled for.
       source: Who says so: backend and rule.
       jax_version: The JAX that compiled it.
+      usable_bytes: What a program may fill of the device; None if unknown.
+      buffers: The largest buffers at the peak, largest first, as the compiler wrote them down.
+      compile_seconds: How long the compiler took, when it was asked; not compared.
     """
 
     peak_bytes: int
@@ -34,31 +45,76 @@ class MemoryReport:
     target: str
     source: str
     jax_version: str
+    usable_bytes: int | None = None
+    buffers: tuple[Buffer, ...] = ()
+    compile_seconds: float | None = dataclasses.field(default=None, compare=False)
+
+    @property
+    def headroom_bytes(self) -> int | None:
+        """What is left of the device at the peak, negative if it does not fit; None if unknown."""
+        return None if self.usable_bytes is None else self.usable_bytes - self.peak_bytes
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the step fits the device; None if what is usable is unknown."""
+        return None if self.headroom_bytes is None else self.headroom_bytes >= 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the report as JSON values, from which `from_json` makes an equal one."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "MemoryReport":
+        """Returns the report of `as_json`.
+
+        Raises:
+          KeyError, TypeError: The values are not those of a report.
+        """
+        buffers = tuple(Buffer(**one) for one in values["buffers"])
+        return cls(**(values | {"buffers": buffers}))
 
     def __str__(self) -> str:
-        rows = [("peak", self.peak_bytes, "on the device at the worst moment")]
-        rows += [
-            ("arguments", self.argument_bytes, ""),
-            ("outputs", self.output_bytes, f"of them {gib(self.alias_bytes)} in donated arguments"),
-            ("temporaries", self.temp_bytes, "residuals, gradients, working memory"),
-            ("host", self.host_bytes, "offloaded values"),
-            ("code", self.code_bytes, ""),
-        ]
         lines = [f"memory of one step on {self.target} ({self.source}, jax {self.jax_version})"]
-        lines += [f"  {name:<12}{gib(size):>12}  {note}".rstrip() for name, size, note in rows]
-        if self.flops is not None:
-            lines.append(f"  {'matmul FLOPs':<12}{self.flops:>12.3e}")
+        lines += [f"  {name:<12}{text:>12}  {note}".rstrip() for name, text, note in self._rows()]
+        lines += self._buffer_lines()
         return "\n".join(lines)
 
+    def _rows(self) -> list[tuple[str, str, str]]:
+        rows = [
+            ("peak", gib(self.peak_bytes), "on the device at the worst moment"),
+            ("arguments", gib(self.argument_bytes), ""),
+            ("outputs", gib(self.output_bytes), f"{gib(self.alias_bytes)} in donated arguments"),
+            ("temporaries", gib(self.temp_bytes), "residuals, gradients, working memory"),
+            ("host", gib(self.host_bytes), "offloaded values"),
+            ("code", gib(self.code_bytes), ""),
+        ]
+        if self.usable_bytes is not None:
+            left = self.headroom_bytes
+            note = f"{gib(left)} left" if left >= 0 else f"{gib(-left)} too little"
+            rows.append(("usable", gib(self.usable_bytes), note))
+        if self.flops is not None:
+            rows.append(("matmul FLOPs", f"{self.flops:.3e}", ""))
+        if self.compile_seconds is not None:
+            rows.append(("compiled in", f"{self.compile_seconds:.1f} s", ""))
+        return rows
 
-def gib(size: int) -> str:
-    """Returns bytes as text in GiB, with more digits for small sizes."""
-    value = size / 2**30
-    return f"{value:.2f} GiB" if value >= 1 else f"{value:.4f} GiB"
+    def _buffer_lines(self) -> list[str]:
+        shown = self.buffers[:_SHOWN_BUFFERS]
+        lines = ["  largest buffers at the peak"] if shown else []
+        for one in shown:
+            parts = [f"{gib(one.size_bytes):>14}", one.shape, _short(one.operation), one.source]
+            lines.append("  " + "  ".join(part for part in parts if part))
+        return lines
+
+
+def _short(operation: str) -> str:
+    """Returns the end of a JAX operation's path, which is where it says what it does."""
+    parts = operation.split("/")
+    return operation if len(parts) < 5 else "/".join(["...", *parts[-3:]])
 
 
 def report_of(compiled, *, target: str = "local", flops: int | None = None) -> MemoryReport:
-    """Returns the report of an already compiled function.
+    """Returns the report of an already compiled function on this process's backend.
 
     Args:
       compiled: What `jax.jit(f).lower(...).compile()` returns.
@@ -68,37 +124,6 @@ def report_of(compiled, *, target: str = "local", flops: int | None = None) -> M
     Raises:
       RuntimeError: The backend has no memory analysis.
     """
-    stats = compiled.memory_analysis()
-    backend = jax.default_backend()
-    if stats is None:
-        raise RuntimeError(f"XLA's {backend} backend gives no memory analysis")
-    total = (
-        stats.argument_size_in_bytes
-        + stats.output_size_in_bytes
-        - stats.alias_size_in_bytes
-        + stats.temp_size_in_bytes
-    )
-    peak, rule = total, "argument + output - alias + temp"
-    if backend == "tpu" and getattr(stats, "peak_memory_in_bytes", 0):
-        # On TPU temporaries can read 0 while the compiler's own peak is right; on CPU that peak
-        # ignores temporaries.
-        peak, rule = stats.peak_memory_in_bytes, "compiler's peak"
-    host = (
-        stats.host_argument_size_in_bytes
-        + stats.host_output_size_in_bytes
-        - stats.host_alias_size_in_bytes
-        + stats.host_temp_size_in_bytes
-    )
-    return MemoryReport(
-        peak_bytes=peak,
-        argument_bytes=stats.argument_size_in_bytes,
-        output_bytes=stats.output_size_in_bytes,
-        alias_bytes=stats.alias_size_in_bytes,
-        temp_bytes=stats.temp_size_in_bytes,
-        host_bytes=host,
-        code_bytes=stats.generated_code_size_in_bytes,
-        flops=flops,
-        target=target,
-        source=f"XLA {backend}, {rule}",
-        jax_version=jax.__version__,
-    )
+    from jaxckpt.memory import statistics  # it imports JAX
+
+    return statistics.report_of(compiled, target=target, flops=flops)

@@ -32,7 +32,6 @@ from jaxckpt.transforms.recording import Recorder, differentiate, inexact, pick,
 from jaxckpt.transforms.tables import Table, make_table
 from jaxckpt.transforms.trips import trips
 
-
 # The schedules that the executor runs; `none` and `full` are plain loops.
 SCHEDULES = frozenset({"uniform", "every", "sqrt", "log", "binomial"})
 

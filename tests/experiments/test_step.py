@@ -104,9 +104,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(plan):
 
 
 def temp_bytes(parts: int) -> int:
-    config = dataclasses.replace(
-        CONFIG, remat="none", batch_size=32, seq_len=64, accumulate=parts
-    )
+    config = dataclasses.replace(CONFIG, remat="none", batch_size=32, seq_len=64, accumulate=parts)
     state = jax.eval_shape(lambda: init_state(config))
     tokens = jax.ShapeDtypeStruct((32, 65), "int32")
     return jaxckpt.measure(make_train_step(config), state, tokens, donate_argnums=0).temp_bytes

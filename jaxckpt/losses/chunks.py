@@ -1,0 +1,108 @@
+"""How tokens are cut into chunks: the same few positions of every row at a time.
+
+`[B, S, D]` is cut along S, so that a chunk is `[B, S / n, D]`. A batch that is sharded over B
+stays sharded inside the chunk and every device works on each of them; chunks of the flattened
+tokens would each lie on one device.
+"""
+
+import dataclasses
+import math
+import operator
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+from jax import lax
+
+# Less than this is never worth cutting: the launch of a chunk's kernels would show.
+_SMALL_BYTES = 64 * 2**20
+_LOGIT_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chunks:
+    """Chunks of `size` positions each of `length`; the last one may be smaller.
+
+    Attributes:
+      length: Positions in a row (S).
+      size: Positions in a chunk; at least 1.
+    """
+
+    length: int
+    size: int
+
+    def sweep(self, step: Callable, state):
+        """Returns `step(state, start, size)` folded over the chunks, whole ones in one loop.
+
+        Args:
+          step: From the state, a chunk's first position and its static size to the next state.
+          state: Any pytree of arrays.
+        """
+        whole, rest = divmod(self.length, self.size)
+        if whole == 1:
+            state = step(state, 0, self.size)
+        elif whole:
+            starts = self.size * jnp.arange(whole, dtype=jnp.int32)
+            body = lambda state, start: (step(state, start, self.size), None)
+            state, _ = lax.scan(body, state, starts)
+        if rest:
+            state = step(state, whole * self.size, rest)
+        return state
+
+
+def choose_chunks(
+    tokens_shape: Sequence[int], width: int, vocab_size: int, token_shards: int
+) -> Chunks:
+    """Returns chunks whose logits weigh, on each device, what the weights' gradient weighs.
+
+    Both are float32, so that is D tokens a device: as many as keep the arithmetic of a chunk (in
+    proportion to its tokens) above the reading and writing of the D x V sums. Nor do they weigh
+    less than 64 MiB, so a small problem is one chunk. The chunks are as few as that allows, and
+    then as even: the last one is smaller by less than their number.
+
+    Args:
+      tokens_shape: Rows' axes, then positions.
+      width: D.
+      vocab_size: V.
+      token_shards: Devices that share the tokens.
+    """
+    *rows, length = tokens_shape
+    small = _SMALL_BYTES // (_LOGIT_BYTES * vocab_size)
+    tokens = token_shards * max(width, small, 1)
+    size = max(tokens // max(math.prod(rows), 1), 1)
+    count = max(-(-length // size), 1)
+    return Chunks(length=length, size=max(-(-length // count), 1))
+
+
+def given_chunks(tokens_shape: Sequence[int], chunk_tokens: int) -> Chunks:
+    """Returns chunks of exactly `chunk_tokens` tokens.
+
+    Args:
+      tokens_shape: Rows' axes, then positions.
+      chunk_tokens: Tokens of one chunk, all rows together.
+
+    Raises:
+      ValueError: Not an integer, or one that does not cut every row evenly.
+    """
+    *rows, length = tokens_shape
+    rows = math.prod(rows)
+    try:
+        chunk_tokens = operator.index(chunk_tokens)
+    except TypeError:
+        raise ValueError(f"chunk_tokens is {chunk_tokens!r}; valid: an integer or None") from None
+    if not rows * length:
+        return Chunks(length=length, size=max(length, 1))
+    valid = [rows * size for size in _divisors(length)]
+    if chunk_tokens not in valid:
+        below = [n for n in valid if n < chunk_tokens][-1:]
+        above = [n for n in valid if n > chunk_tokens][:1]
+        raise ValueError(
+            f"chunk_tokens {chunk_tokens} does not cut {rows} rows of {length} positions evenly; "
+            f"nearest valid: {', '.join(str(n) for n in below + above)}; a chunk takes a divisor "
+            f"of {length} from every row"
+        )
+    return Chunks(length=length, size=chunk_tokens // rows)
+
+
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})

@@ -1,0 +1,113 @@
+"""What a linear cross entropy takes: shapes, dtypes and options, checked before anything runs."""
+
+import dataclasses
+import numbers
+
+import jax
+import jax.numpy as jnp
+
+from jaxckpt.plans.errors import nearest
+
+LAYOUTS = ("DV", "VD")
+REDUCTIONS = ("mean", "sum")
+_COMPUTE_DTYPES = ("bfloat16", "float32", "float64")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is summed over the tokens, and how.
+
+    Attributes:
+      layout: Axes of the weights, `"DV"` or `"VD"`.
+      ignore_index: The target that is not counted, or None.
+      z_loss: Weight of the squared log-partition function.
+      reduction: `"mean"` over the counted tokens, or `"sum"`.
+
+    Raises:
+      ValueError: An unknown word, a weight that is negative or not a Python number, an index that
+        is not a Python integer.
+    """
+
+    layout: str
+    ignore_index: int | None
+    z_loss: float
+    reduction: str
+
+    def __post_init__(self):
+        check_word("layout", self.layout, LAYOUTS)
+        check_word("reduction", self.reduction, REDUCTIONS)
+        if not isinstance(self.z_loss, numbers.Real) or not self.z_loss >= 0:
+            raise ValueError(f"z_loss is {self.z_loss!r}; valid: a Python number, 0 or more")
+        if self.ignore_index is not None:
+            if not isinstance(self.ignore_index, numbers.Integral):
+                raise ValueError(
+                    f"ignore_index is {self.ignore_index!r}; valid: a Python integer or None"
+                )
+            object.__setattr__(self, "ignore_index", int(self.ignore_index))
+        object.__setattr__(self, "z_loss", float(self.z_loss))
+
+    @property
+    def width_axis(self) -> int:
+        """The axis of the weights that is contracted with the hidden state."""
+        return self.layout.index("D")
+
+
+def check_word(option: str, word, valid: tuple[str, ...]):
+    """Raises a `ValueError` for an option that is none of its valid words."""
+    if word not in valid:
+        raise ValueError(
+            f"{option} is {word!r}; valid: {', '.join(valid)}{nearest(str(word), valid)}"
+        )
+
+
+def check_arrays(x, w, targets, options: Options):
+    """Raises a `ValueError` for shapes and dtypes that do not go together."""
+    if x.ndim < 2:
+        raise ValueError(f"x is {list(x.shape)}; valid: [..., tokens, D], two axes or more")
+    if x.dtype.name not in _COMPUTE_DTYPES:
+        raise ValueError(f"x is {x.dtype.name}; valid: {', '.join(_COMPUTE_DTYPES)}")
+    if w.ndim != 2 or not jnp.issubdtype(w.dtype, jnp.floating):
+        raise ValueError(
+            f"w is {w.dtype.name}{list(w.shape)}; valid: floating, two axes, layout "
+            f"{options.layout}"
+        )
+    width = x.shape[-1]
+    if w.shape[options.width_axis] != width:
+        other = LAYOUTS[1 - LAYOUTS.index(options.layout)]
+        fits = w.shape[1 - options.width_axis] == width
+        raise ValueError(
+            f"w is {list(w.shape)} with layout {options.layout!r}, but D is {width}, the last axis "
+            f"of x{f' (did you mean layout={other!r}?)' if fits else ''}"
+        )
+    if targets.shape != x.shape[:-1]:
+        raise ValueError(f"targets are {list(targets.shape)}; valid: {list(x.shape[:-1])}, as x")
+    _check_targets_dtype(targets.dtype, options.ignore_index)
+
+
+def _check_targets_dtype(dtype, ignore_index: int | None):
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"targets are {dtype.name}; valid: an integer dtype")
+    limits = jnp.iinfo(dtype)
+    if ignore_index is not None and not limits.min <= ignore_index <= limits.max:
+        raise ValueError(
+            f"ignore_index {ignore_index} is no {dtype.name}, the targets' dtype; valid: "
+            f"{limits.min} to {limits.max}"
+        )
+
+
+def counted_tokens(targets, options: Options):
+    """Returns which targets are counted, a boolean array of their shape."""
+    if options.ignore_index is None:
+        return jnp.ones(targets.shape, bool)
+    return targets != jnp.asarray(options.ignore_index, targets.dtype)
+
+
+def in_vocabulary(targets, vocab_size: int):
+    """Returns which targets are token ids, compared in the targets' own dtype."""
+    largest = min(vocab_size - 1, jnp.iinfo(targets.dtype).max)
+    return (targets >= 0) & (targets <= jnp.asarray(largest, targets.dtype))
+
+
+def accumulator_dtype(x) -> jnp.dtype:
+    """Returns the dtype of logits, losses and summed gradients: float32, or float64 for it."""
+    return jnp.promote_types(jax.typeof(x).dtype, jnp.float32)

@@ -1,0 +1,244 @@
+"""Linear cross entropy whose gradients are made in the forward pass, a chunk of tokens at a time.
+
+    loss = jaxckpt.losses.linear_cross_entropy(hidden_BSD, lm_head_DV, targets_BS)
+
+Logits of a large vocabulary are the largest array of many training steps: 8 x 1024 tokens and
+151936 ids are 4.6 GiB in float32, and their gradient as much again. The loss is the end of the
+forward pass, so its gradient can be made at once, up to the factor that the backward pass brings:
+a chunk's logits turn into its part of both gradients and are gone. Nothing is computed twice, and
+what is handed to the backward pass weighs what the inputs weigh.
+
+Derivatives: `jax.grad` and `jax.vjp`, and on top of a gradient any other, at that one's price: a
+Hessian-vector product as `jax.jvp` of the gradient holds one chunk's logits, `jax.grad` of the
+gradient all of them. Forward mode of the loss itself is an error; `plain_linear_cross_entropy`
+has it. Under `jax.checkpoint` all of this would run twice: leave the loss outside.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxckpt.losses import inputs
+from jaxckpt.losses.chunks import Chunks, choose_chunks, given_chunks
+
+_NO_FORWARD_MODE = (
+    "linear_cross_entropy has reverse-mode gradients (jax.grad, jax.vjp) alone; "
+    "plain_linear_cross_entropy has forward mode too"
+)
+
+
+def linear_cross_entropy(
+    x,
+    w,
+    targets,
+    *,
+    layout: str = "DV",
+    chunk_tokens: int | None = None,
+    token_shards: int = 1,
+    ignore_index: int | None = None,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    return_count: bool = False,
+):
+    """Returns the cross entropy of `softmax(x @ w)` and integer targets, in nats.
+
+    A token's loss is `lse - logit[target] + z_loss * lse**2`, with `lse` the logsumexp of its
+    logits. Products are computed in the dtype of `x` (to which `w` is cast) and summed in float32,
+    the gradient of `w` over all chunks too; each gradient has its input's dtype. Without
+    differentiation no gradient is computed.
+
+    Chunks are cut along the last axis of tokens, the same positions of every row: with `[B, S, D]`
+    a batch sharded over B stays so. Not along S, which an SPMD program would gather for every
+    chunk: a sequence in n shards is handed over as `[B, n, S / n, D]`.
+
+    Under SPMD, on meshes of `Auto` axes, `w` may be sharded too. Over V that costs, a chunk, three
+    reductions of a float a token and one of a `[tokens, D]` gradient of `x`; logits stay where
+    they are. Over D (FSDP), gather it first: `with_sharding_constraint`. Tokens over several
+    devices cost a reduction of the gradient of `w`, which some compilers do for every chunk (TPU's
+    does it once). With `token_shards` each device sums its own in the loop, and there is one
+    reduction after it; a flattened `[tokens, D]` stays sharded then as well.
+
+    Args:
+      x: Hidden states `[..., S, D]`, bfloat16, float32 or float64.
+      w: The head's weights, floating: `[D, V]`, or with `layout="VD"` `[V, D]`.
+      targets: Token ids `[..., S]`, any integer dtype. One that is not in 0..V-1, nor ignored,
+        makes loss and gradients NaN.
+      layout: Axes of `w`: `"DV"`, a dense kernel, or `"VD"`, an embedding table (tied weights).
+      chunk_tokens: Tokens of one chunk, over all devices; a divisor of S from every row. By
+        default the logits of a chunk weigh what the float32 gradient of `w` weighs (D tokens a
+        device), at least 64 MiB; a last chunk may then be smaller.
+      token_shards: Devices over which the first axis of `x` is sharded; it divides that axis.
+      ignore_index: A target that is not counted, such as padding.
+      z_loss: Weight of the squared log-partition function, a Python number (PaLM, Chowdhery et
+        al. 2022, section 5: 1e-4).
+      reduction: `"mean"` over the counted tokens (0 if there are none) or `"sum"`.
+      return_count: Whether the number of counted tokens, an int32 scalar, is returned as well.
+
+    Returns:
+      The loss, a float32 scalar (float64 if `x` is), or `(loss, count)`.
+
+    Raises:
+      ValueError: Shapes, dtypes or options that do not go together; a chunk that does not divide.
+      NotImplementedError: Forward-mode differentiation (JAX's own TypeError where `jax.jit` finds
+        it).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxckpt
+      >>> x, w = jnp.ones([2, 8, 4]), jnp.zeros([4, 16])
+      >>> loss = jaxckpt.losses.linear_cross_entropy(x, w, jnp.zeros([2, 8], int), chunk_tokens=4)
+      >>> print(f"{loss:.4f}")  # log 16
+      2.7726
+    """
+    options = inputs.Options(
+        layout=layout, ignore_index=ignore_index, z_loss=z_loss, reduction=reduction
+    )
+    x, w, targets = jnp.asarray(x), jnp.asarray(w), jnp.asarray(targets)
+    inputs.check_arrays(x, w, targets, options)
+    x, targets = _split_shards(x, targets, token_shards)
+    vocab_size = w.shape[1 - options.width_axis]
+    if chunk_tokens is None:
+        chunks = choose_chunks(targets.shape, x.shape[-1], vocab_size, token_shards)
+    else:
+        chunks = given_chunks(targets.shape, chunk_tokens)
+    head = _Head(options=options, chunks=chunks, sharded=token_shards > 1)
+    try:
+        loss = _jitted(head, x, w, targets)
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise NotImplementedError(_NO_FORWARD_MODE) from None
+    if return_count:
+        return loss, inputs.counted_tokens(targets, options).sum(dtype=jnp.int32)
+    return loss
+
+
+def _split_shards(x, targets, token_shards: int):
+    """Returns both with their first axis as `[token_shards, rest]`, if there are several."""
+    first = x.shape[0]
+    if isinstance(token_shards, bool) or not isinstance(token_shards, int) or token_shards < 1:
+        raise ValueError(f"token_shards is {token_shards!r}; valid: an integer, 1 or more")
+    if first % token_shards:
+        valid = max(n for n in range(1, token_shards) if first % n == 0)
+        raise ValueError(
+            f"token_shards {token_shards} does not divide {first}, the first axis of x "
+            f"{list(x.shape)} (did you mean {valid}?)"
+        )
+    if token_shards == 1:
+        return x, targets
+    split = lambda array: array.reshape(token_shards, first // token_shards, *array.shape[1:])
+    return split(x), split(targets)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Head:
+    """A loss head but for its arrays: hashable, so that equal calls compile once.
+
+    Attributes:
+      options: What is summed.
+      chunks: How the tokens are cut.
+      sharded: Whether the first axis of `x` is one of shards, each with sums of its own.
+    """
+
+    options: inputs.Options
+    chunks: Chunks
+    sharded: bool
+
+    def run(self, x, w, targets, *, differentiated: bool):
+        """Returns the loss, and its gradients of `x` and `w` or, not differentiated, `()`."""
+        ids, weights = self._weigh(targets, w.shape[1 - self.options.width_axis], x)
+        kernel = w.astype(x.dtype)  # once, not in every chunk
+        sums, axis = inputs.accumulator_dtype(x), x.ndim - 2
+        shards = x.shape[:1] if self.sharded else ()
+        state = (jnp.zeros(shards, sums),)
+        if differentiated:
+            state += jnp.zeros_like(x), jnp.zeros((*shards, *w.shape), sums)
+
+        def step(state, start, size):
+            cut = lambda array, axis: lax.dynamic_slice_in_dim(array, start, size, axis)
+            part = cut(x, axis)
+            loss, grad_logits = self._chunk(part, kernel, cut(ids, axis), cut(weights, axis))
+            total, *grads = state
+            if not grads:
+                return (total + loss,)
+            part_grad = self._grad_x(grad_logits, kernel).astype(x.dtype)
+            grad_x = lax.dynamic_update_slice_in_dim(grads[0], part_grad, start, axis)
+            return total + loss, grad_x, grads[1] + self._grad_w(part, grad_logits)
+
+        loss, *grads = self.chunks.sweep(step, state)
+        if grads:
+            grad_w = grads[1].sum(axis=0) if self.sharded else grads[1]
+            grads[1] = grad_w.astype(w.dtype)
+        return loss.sum(), tuple(grads)
+
+    def _weigh(self, targets, vocab_size: int, x):
+        """Returns int32 ids, and weights: 0 for ignored tokens, NaN for ids that do not exist."""
+        dtype = inputs.accumulator_dtype(x)
+        counted = inputs.counted_tokens(targets, self.options)
+        known = inputs.in_vocabulary(targets, vocab_size)
+        weight = jnp.ones([], dtype)
+        if self.options.reduction == "mean":
+            weight /= jnp.maximum(counted.sum(dtype=jnp.int32), 1).astype(dtype)
+        weights = jnp.where(counted, jnp.where(known, weight, jnp.nan), 0)
+        return jnp.where(known, targets, 0).astype(jnp.int32), weights
+
+    def _chunk(self, x, kernel, ids, weights):
+        """Returns the loss of a chunk, one a shard, and its logits' gradient in `x`'s dtype.
+
+        The target's logit is picked by comparison, not by index: that is elementwise, so it fuses
+        with its neighbors and a vocabulary over several devices is not gathered.
+        """
+        logits = self._dot(x, kernel, [x.ndim - 1], [self.options.width_axis])
+        is_target = lax.broadcasted_iota(jnp.int32, logits.shape, ids.ndim) == ids[..., None]
+        lse = jax.nn.logsumexp(logits, axis=-1)
+        picked = jnp.where(is_target, logits, 0).sum(axis=-1)
+        z_loss = self.options.z_loss
+        losses = weights * (lse - picked + z_loss * jnp.square(lse))
+        loss = losses.sum(axis=range(int(self.sharded), losses.ndim))
+        # d lse / d logits is the softmax, and lse has the factor 1 + 2 z lse.
+        softmax = jnp.exp(logits - lse[..., None])
+        factor = (weights * (1 + 2 * z_loss * lse))[..., None]
+        grad = factor * softmax - jnp.where(is_target, weights[..., None], 0)
+        return loss, grad.astype(x.dtype)
+
+    def _grad_x(self, grad_logits, kernel):
+        return self._dot(grad_logits, kernel, [grad_logits.ndim - 1], [1 - self.options.width_axis])
+
+    def _grad_w(self, x, grad_logits):
+        """Returns the gradient of the weights in their layout, one a shard."""
+        pair = (x, grad_logits) if self.options.layout == "DV" else (grad_logits, x)
+        batch = [0] if self.sharded else []
+        tokens = list(range(len(batch), x.ndim - 1))
+        return self._dot(*pair, tokens, tokens, batch)
+
+    @staticmethod
+    def _dot(a, b, contract_a, contract_b, batch=()):
+        return lax.dot_general(
+            a,
+            b,
+            ((contract_a, contract_b), (batch, batch)),
+            preferred_element_type=inputs.accumulator_dtype(a),
+        )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(head: _Head, x, w, targets):
+    return head.run(x, w, targets, differentiated=False)[0]
+
+
+def _forward(head: _Head, x, w, targets):
+    # A gradient that nobody asks for is dead code, which XLA removes from the loop.
+    return head.run(x, w, targets, differentiated=True)
+
+
+def _backward(head: _Head, grads, cotangent):
+    """Returns both gradients times what came in; computed in float32, and free where it is 1."""
+    scale = lambda grad: (cotangent * grad.astype(cotangent.dtype)).astype(grad.dtype)
+    return *map(scale, grads), None
+
+
+_loss.defvjp(_forward, _backward)
+# A call outside of `jax.jit` compiles once, too.
+_jitted = jax.jit(_loss, static_argnums=0)

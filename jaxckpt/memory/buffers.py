@@ -1,0 +1,180 @@
+"""What the compiler wrote about its buffers, read from an `xla_dump_to` folder. No JAX import.
+
+XLA dumps a buffer assignment (every allocation and the values in it) and, since jaxlib 0.8 or so,
+the values that are alive at the peak. `read_buffers` lists the largest of the latter; where there
+is no such list, the largest values of which no two share memory. Names of instructions lead to the
+operation and the source line in the program's text. These are texts for people and change with
+every version: what is not understood is left out, and nothing here raises.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxckpt.memory.source_lines import SourceLines
+
+_ASSIGNMENT = "-buffer-assignment.txt"
+_TOTAL = re.compile(r"Total bytes(?: used)?: (\d+)")
+_ALLOCATION = re.compile(r"allocation (\d+):.*?size (\d+)(.*)")
+_VALUE = re.compile(
+    r"\s+value: <\d+ (?P<name>\S+?)(?:\{(?P<index>[\d,]*)\})?(?P<phi> \(phi\))? @\d+> "
+    r"\(size=(?P<size>\d+),offset=(?P<offset>\d+)\): (?P<shape>.+)"
+)
+_PEAK = re.compile(r"Live ranges at \d+ \(peak\):\n((?:    \S+: \d+ bytes.*\n)*)")
+_ALIVE = re.compile(r"    (\S+?)\{([\d,]*)\}: (\d+) bytes")
+_LAYOUT = re.compile(r"\{[^{}]*\}")
+_WHOLE = '/call_exported"'  # the program as a whole, to the process that compiles it
+_METADATA = re.compile(r"^\s*(?:ROOT )?%?(?P<name>\S+) = .*?metadata=\{(?P<text>[^}]*)\}", re.M)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Buffer:
+    """One value in memory.
+
+    Attributes:
+      size_bytes: What it takes, padding included.
+      shape: dtype and dimensions, `bf16[24,20000,2048]`.
+      operation: What made it, in JAX's words if the compiler kept them; else the instruction.
+      source: `file.py:line`, or "" if the compiler does not say.
+    """
+
+    size_bytes: int
+    shape: str
+    operation: str
+    source: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Totals:
+    """Bytes of an assignment: `total_bytes` is all that the program needs on the device."""
+
+    total_bytes: int
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Value:
+    allocation: int
+    name: str
+    index: str
+    phi: bool
+    size: int
+    offset: int
+    shape: str
+
+
+def read_buffers(folder: Path, most: int = 20) -> tuple[Buffer, ...]:
+    """Returns the largest buffers of the largest program that was dumped, largest first."""
+    stem = _largest(folder)
+    if stem is None:
+        return ()
+    every = list(_values(_read(f"{stem}{_ASSIGNMENT}")))
+    alive = {(n, index) for n, index, _ in _ALIVE.findall(_peak(_read(f"{stem}-live-range.txt")))}
+    values = [v for v in every if (v.name, v.index) in alive] or every
+    program = _read(f"{stem}.txt")
+    metadata = {found["name"]: found["text"] for found in _METADATA.finditer(program)}
+    lines = SourceLines(program)
+    describe = lambda value: _description(value, every, metadata)
+    return tuple(_buffer(v, describe(v), lines) for v in _disjoint(values, most))
+
+
+def read_totals(folder: Path) -> Totals | None:
+    """Returns the totals of the largest program that was dumped, one that did not fit included."""
+    stem = _largest(folder)
+    if stem is None:
+        return None
+    kinds = [(int(size), kind) for _, size, kind in _allocations(_read(f"{stem}{_ASSIGNMENT}"))]
+    is_argument = lambda kind: re.search(r"\bparameter \d", kind) is not None
+    return Totals(
+        total_bytes=_total(stem),
+        argument_bytes=sum(size for size, kind in kinds if is_argument(kind)),
+        output_bytes=sum(size for size, kind in kinds if "maybe-live-out" in kind),
+        alias_bytes=sum(s for s, kind in kinds if is_argument(kind) and "maybe-live-out" in kind),
+    )
+
+
+def _largest(folder: Path) -> str | None:
+    """Returns the path of the largest program's files, up to where their names part."""
+    stems = [str(path).removesuffix(_ASSIGNMENT) for path in folder.glob(f"*{_ASSIGNMENT}")]
+    stems = [stem for stem in stems if _total(stem)]
+    return max(stems, key=_total, default=None)
+
+
+def _total(stem: str) -> int:
+    found = _TOTAL.search(_read(f"{stem}-memory-usage-report.txt"))
+    return int(found[1]) if found else 0
+
+
+def _allocations(assignment: str) -> list[tuple[str, str, str]]:
+    return _ALLOCATION.findall(assignment)
+
+
+def _values(assignment: str) -> Iterator[_Value]:
+    """Yields the values of allocations in main memory: `color` marks other memory spaces."""
+    allocation, is_main = -1, False
+    for line in assignment.splitlines():
+        if head := _ALLOCATION.match(line):
+            allocation, is_main = int(head[1]), "color" not in head[3]
+        elif is_main and (found := _VALUE.match(line)):
+            yield _Value(
+                allocation=allocation,
+                name=found["name"],
+                index=found["index"] or "",
+                phi=found["phi"] is not None,
+                size=int(found["size"]),
+                offset=int(found["offset"]),
+                shape=found["shape"],
+            )
+
+
+def _peak(live_range: str) -> str:
+    found = _PEAK.search(live_range)
+    return found[1] if found else ""
+
+
+def _disjoint(values: list[_Value], most: int) -> list[_Value]:
+    """Returns the largest values of which no two share memory; of equals, no loop's copy first."""
+    chosen: list[_Value] = []
+    for value in sorted(values, key=lambda v: (-v.size, v.phi, v.allocation, v.offset)):
+        if len(chosen) == most:
+            break
+        if not any(_overlap(value, other) for other in chosen):
+            chosen.append(value)
+    return chosen
+
+
+def _overlap(a: _Value, b: _Value) -> bool:
+    same = a.allocation == b.allocation
+    return same and a.offset < b.offset + b.size and b.offset < a.offset + a.size
+
+
+def _description(value: _Value, every: list[_Value], metadata: dict[str, str]) -> str:
+    """Returns the metadata of a value, or of what is written over it in place.
+
+    A loop's stacked output is allocated by an instruction that says nothing; the update of it in
+    the loop's body, in the same memory, says what is stacked.
+    """
+    place = (value.allocation, value.offset, value.size)
+    same = [v.name for v in every if (v.allocation, v.offset, v.size) == place]
+    texts = [metadata.get(name, "") for name in (value.name, *same)]
+    texts = [text for text in texts if "op_name=" in text and _WHOLE not in text]
+    return texts[0] if texts else f'op_name="{value.name}"'
+
+
+def _buffer(value: _Value, description: str, lines: SourceLines) -> Buffer:
+    return Buffer(
+        size_bytes=value.size,
+        shape=_LAYOUT.sub("", value.shape),
+        operation=re.search(r'op_name="([^"]*)"', description)[1],
+        source=lines.of(description),
+    )
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,171 @@
+"""`explain`: every residual of a block, what it weighs and what making it again would cost.
+
+    print(jaxckpt.explain(block, params_i, x, num_blocks=28, plan="dots"))
+
+The block is traced, never run, so arguments may be `jax.ShapeDtypeStruct`s. What is listed is
+what `jax.vjp` keeps; XLA may drop a copy or merge two arrays that are equal.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+from jaxckpt.memory.explanation import Explanation, Row
+from jaxckpt.memory.flat import Value
+from jaxckpt.memory.flops import step_flops
+from jaxckpt.memory.residuals import (
+    Residual,
+    Trace,
+    checkpointed,
+    single_stage,
+    slice_of,
+)
+from jaxckpt.memory.source import where
+from jaxckpt.plans import Plan, as_plan
+from jaxckpt.transforms import tags
+from jaxckpt.transforms.blocks import check_policies
+
+# Left out of the text that says how a value is made again.
+_SHAPES = ("reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim")
+_SILENT = frozenset(("name", "reduce_precision", "device_put", "convert_element_type", *_SHAPES))
+
+
+def explain(
+    block: Callable,
+    params_i,
+    carry,
+    *consts,
+    num_blocks: int | None = None,
+    plan: str | Plan | None = None,
+) -> Explanation:
+    """Returns every residual of one block, and what a plan does with it.
+
+    Args:
+      block: `block(carry, params_i, *consts) -> carry`, as for `jaxckpt.scan_blocks`.
+      params_i: The parameters of one block, arrays or abstract.
+      carry: The block's input, arrays or abstract.
+      *consts: What all blocks share.
+      num_blocks: Adds a column for a stack of so many blocks.
+      plan: A plan of one stage: adds what it does with each residual, as `jax.checkpoint` says.
+        Of `uniform` and `every` this is a block of the live segment.
+
+    Raises:
+      PlanError: A plan that does not parse, has several stages, or names what the block has not.
+      ValueError: `num_blocks` below 1.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxckpt
+      >>> block = lambda x, w: jnp.sin(jaxckpt.tag(x @ w, "product"))
+      >>> found = jaxckpt.explain(block, jnp.ones([8, 8]), jnp.ones([4, 8]))
+      >>> found.residual_bytes, found.carry_bytes
+      (256, 128)
+    """
+    if num_blocks is not None and (isinstance(num_blocks, bool) or num_blocks < 1):
+        raise ValueError(f"num_blocks is {num_blocks}; a stack has at least 1 block")
+    trace = Trace(block, params_i, carry, consts)
+    kept = None
+    if plan is not None:
+        plan, stage = as_plan(plan), single_stage(plan)
+        check_policies(plan, lambda: tags.tags_of(block, carry, params_i, *consts))
+        kept = Trace(checkpointed(block, stage), params_i, carry, consts)
+    rows = [_row(*found) for found in _matched(trace, kept)]
+    rows.sort(key=lambda row: -max(row.residual_bytes, row.saved_bytes or 0, row.host_bytes or 0))
+    return Explanation(
+        rows=tuple(rows),
+        carry_bytes=sum(value.nbytes for value in trace.carry),
+        shared_bytes=sum(value.nbytes for value in dict.fromkeys(trace.shared)),
+        num_blocks=num_blocks,
+        plan=None if plan is None else str(plan),
+    )
+
+
+def _matched(trace: Trace, kept: Trace | None):
+    """Yields `(trace, residuals, residuals under the plan)` for each row."""
+    plain = _grouped(trace)
+    under = {} if kept is None else _grouped(kept)
+    for key, residuals in plain.items():
+        yield trace, residuals, None if kept is None else under.pop(key, [])
+    for residuals in under.values():
+        yield kept, [], residuals
+
+
+def _grouped(trace: Trace) -> dict[tuple, list[Residual]]:
+    """Returns the residuals by row: one a value, all arrays of an attention kernel together."""
+    groups: dict[tuple, list[Residual]] = {}
+    for residual in trace.residuals:
+        key = trace.kernels.get(residual.origin, residual.key)
+        groups.setdefault(key, []).append(residual)
+    return groups
+
+
+def _row(trace: Trace, residuals: list[Residual], under: list[Residual] | None) -> Row:
+    shown = residuals or under
+    largest = max(shown, key=lambda residual: residual.origin.nbytes).origin
+    flops = sum(step_flops(step) for step in slice_of(residual.origin for residual in shown))
+    name = _name(trace, largest)
+    row = Row(
+        name=name,
+        source="" if largest.step is None else where(largest.step),
+        shape=tuple(largest.aval.shape),
+        dtype=str(largest.aval.dtype),
+        num_arrays=len(shown),
+        residual_bytes=_bytes(residuals),
+        recompute_flops=int(flops),
+        recompute=_chain(trace, largest),
+    )
+    if under is None:
+        return row
+    return dataclasses.replace(
+        row,
+        decision=_decision(residuals, under),
+        saved_bytes=_bytes(r for r in under if not r.is_host),
+        host_bytes=_bytes(r for r in under if r.is_host),
+    )
+
+
+def _bytes(residuals: Iterable[Residual]) -> int:
+    return sum(residual.value.nbytes for residual in residuals)
+
+
+def _decision(residuals: list[Residual], under: list[Residual]) -> str:
+    if not under:
+        return "recomputed"
+    places = {residual.is_host for residual in under}
+    if len(places) > 1:
+        return "saved+host"
+    keys = {residual.key for residual in under}
+    if any(residual.key not in keys for residual in residuals):
+        return "partly saved"
+    return "host" if places == {True} else "saved"
+
+
+def _name(trace: Trace, largest: Value) -> str:
+    if largest in trace.carry:
+        return trace.labels[largest]
+    if largest in trace.kernels:
+        return "attention"
+    if largest in trace.tags:
+        return trace.tags[largest][0]
+    if largest.step is None:
+        return "a constant"
+    sources = {v for step in slice_of([largest]) for v in step.inputs if v in trace.labels}
+    if len(sources) == 1 and not sources & set(trace.carry):
+        return f"{largest.step.name} of {trace.labels[sources.pop()]}"
+    return largest.step.name
+
+
+def _chain(trace: Trace, value: Value, longest: int = 3) -> str:
+    """Returns the steps that make `value` from the carry, last step first, casts left out."""
+    names = []
+    while value.step is not None:
+        if not names or value.step.name not in _SILENT:
+            names.append(value.step.name)
+        if not value.step.inputs:
+            break
+        value = max(
+            value.step.inputs, key=lambda v: (v in trace.moving, v.constant is None, v.nbytes)
+        )
+    if value in trace.labels:
+        names.append(trace.labels[value])
+    if len(names) > longest + 2:
+        names[longest:-1] = [f"{len(names) - longest - 1} more"]
+    return " < ".join(names)

@@ -1,0 +1,178 @@
+"""A jaxpr without calls: one list of steps whose values know where they come from.
+
+    flat = flatten(jax.make_jaxpr(fn)(*args))
+    [step.name for step in flat.steps]
+
+Calls (`jit`, `jax.checkpoint`, custom derivatives) are replaced by what they call, so a value can
+be followed across them. Loops, branches and kernels stay steps; `bodies` opens them. A value that
+is a constant of the jaxpr carries it along, into loops too.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jax.extend import core
+
+from jaxckpt.transforms.jaxprs import subjaxprs
+
+# Primitives that only call their one jaxpr, by all names they had.
+_JAX_CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
+_CUSTOM_CALLS = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+_CALLS = frozenset(_JAX_CALLS + _CUSTOM_CALLS)
+
+
+@dataclasses.dataclass(eq=False)
+class Value:
+    """One array of the program; two values are the same only if they are one object.
+
+    Attributes:
+      aval: Shape and dtype.
+      step: The step that makes it, or None for an input or a constant.
+      constant: The array (or scalar) if it is one.
+    """
+
+    aval: Any
+    step: "Step | None" = None
+    constant: Any = None
+
+    @property
+    def nbytes(self) -> int:
+        """The array's bytes; 0 for what is no array."""
+        return nbytes(self.aval)
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Step:
+    """One equation with its inputs and outputs as values, and the calls it was found in."""
+
+    equation: core.JaxprEqn
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...] = ()
+    calls: tuple[core.JaxprEqn, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The primitive's name."""
+        return self.equation.primitive.name
+
+    @property
+    def params(self) -> dict:
+        """The equation's parameters."""
+        return self.equation.params
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Flat:
+    """A whole function: `inputs`, `constants` it closes over, `steps` in order, `outputs`."""
+
+    inputs: tuple[Value, ...]
+    constants: tuple[Value, ...]
+    steps: tuple[Step, ...]
+    outputs: tuple[Value, ...]
+
+    def live_steps(self, outputs: Sequence[Value] | None = None) -> list[Step]:
+        """Returns the steps that `outputs` (default: all) or an effect need, in order."""
+        needed = set(self.outputs if outputs is None else outputs)
+        live = []
+        for step in reversed(self.steps):
+            if step.equation.effects or not needed.isdisjoint(step.outputs):
+                live.append(step)
+                needed.update(step.inputs)
+        return live[::-1]
+
+
+def flatten(
+    jaxpr: core.ClosedJaxpr | core.Jaxpr, inputs: Sequence[Value | None] | None = None
+) -> Flat:
+    """Returns a jaxpr as a `Flat`.
+
+    Args:
+      jaxpr: Closed or open.
+      inputs: Values to use as inputs instead of fresh ones, where they are not None.
+    """
+    closed = isinstance(jaxpr, core.ClosedJaxpr)
+    consts = jaxpr.consts if closed else ()
+    jaxpr = jaxpr.jaxpr if closed else jaxpr
+    fresh = [Value(var.aval) for var in jaxpr.invars]
+    pairs = zip(inputs or [None] * len(fresh), fresh, strict=True)
+    inputs = tuple(given or made for given, made in pairs)
+    known = list(consts) or [None] * len(jaxpr.constvars)
+    constants = [Value(var.aval, constant=c) for var, c in zip(jaxpr.constvars, known, strict=True)]
+    steps = []
+    outputs = _inline(jaxpr, constants, inputs, (), steps)
+    return Flat(
+        inputs=inputs, constants=tuple(constants), steps=tuple(steps), outputs=tuple(outputs)
+    )
+
+
+def bodies(step: Step) -> Iterator[Flat]:
+    """Yields the functions in a step's parameters: a loop's body, a cond's branches, a kernel."""
+    for jaxpr in subjaxprs(step.equation):
+        open_jaxpr = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
+        shared = [None] * len(open_jaxpr.invars)
+        if step.name == "scan":
+            # What changes from trip to trip is no constant.
+            for place in range(scan_consts(step, open_jaxpr)):
+                value = step.inputs[place]
+                shared[place] = Value(value.aval, constant=value.constant)
+        yield flatten(jaxpr, shared)
+
+
+def scan_consts(step: Step, body: core.Jaxpr) -> int:
+    """Returns how many of a scan's leading inputs are the same in every trip.
+
+    JAX's releases write the numbers of constants, carries and rows down in different ways; ranks
+    tell them apart in all of them: only rows lose their leading axis.
+    """
+    rows = sum(
+        value.aval.ndim > var.aval.ndim for value, var in zip(step.inputs, body.invars, strict=True)
+    )
+    carries = sum(
+        value.aval.ndim == var.aval.ndim
+        for value, var in zip(step.outputs, body.outvars, strict=True)
+    )
+    return len(step.inputs) - carries - rows
+
+
+def nbytes(aval) -> int:
+    """Returns the bytes of an abstract array; 0 for what is none (tokens, references)."""
+    shape, dtype = getattr(aval, "shape", None), getattr(aval, "dtype", None)
+    if shape is None or dtype is None:
+        return 0
+    return math.prod(shape) * dtype.itemsize
+
+
+def _inline(jaxpr: core.Jaxpr, constants, inputs, calls, steps: list) -> list[Value]:
+    """Appends the steps of `jaxpr` to `steps` and returns the values of its outputs."""
+    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *inputs], strict=True))
+
+    def read(atom) -> Value:
+        if isinstance(atom, core.Literal):
+            return Value(atom.aval, constant=atom.val)
+        return env[atom]
+
+    for equation in jaxpr.eqns:
+        values = tuple(read(atom) for atom in equation.invars)
+        called = _called(equation)
+        if called is not None:
+            inner = [
+                Value(v.aval, constant=c)
+                for v, c in zip(called.jaxpr.constvars, called.consts, strict=True)
+            ]
+            outputs = _inline(called.jaxpr, inner, values, (*calls, equation), steps)
+        else:
+            step = Step(equation=equation, inputs=values, calls=calls)
+            step.outputs = outputs = tuple(Value(var.aval, step) for var in equation.outvars)
+            steps.append(step)
+        env.update(zip(equation.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _called(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:
+    """Returns what a call calls, or None for an equation that is no call."""
+    if equation.primitive.name not in _CALLS:
+        return None
+    inner = next(subjaxprs(equation))
+    return inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())

@@ -1,0 +1,124 @@
+"""A report from what XLA says of a compiled program: the rule for each number on each backend.
+
+The same field means different things on different backends, so each has its rule:
+
+- CPU and GPU: the peak is argument + output - alias + temp. CPU's own peak ignores temporaries.
+- TPU: the peak is the compiler's own; its `temp` may read 0 or hold the arguments too, depending on
+  the version, so temporaries are what the peak leaves beside arguments and outputs.
+- TPU, refused at compile time: the peak is what the program needed in all, from the buffer
+  assignment that the compiler leaves behind; up to some percent above what its own peak would be.
+
+Host memory is apart from all of these.
+"""
+
+from pathlib import Path
+
+import jax
+
+from jaxckpt.memory.buffers import Totals, read_buffers, read_totals
+from jaxckpt.memory.oom import OutOfMemory
+from jaxckpt.memory.report import MemoryReport
+
+
+def report_of(
+    compiled,
+    *,
+    target: str = "local",
+    backend: str | None = None,
+    flops: int | None = None,
+    usable_bytes: int | None = None,
+    compile_seconds: float | None = None,
+    dump: Path | None = None,
+) -> MemoryReport:
+    """Returns the report of a compiled function.
+
+    Args:
+      compiled: What `jax.jit(f).lower(...).compile()` returns.
+      target: The chip it was compiled for.
+      backend: `"cpu"`, `"tpu"` or `"cuda"`; by default this process's.
+      flops: FLOPs of one call, if they were counted.
+      usable_bytes: What a program may fill of the chip; by default what this process's device says.
+      compile_seconds: How long it took.
+      dump: The folder it was compiled into with `xla_dump_to`.
+
+    Raises:
+      RuntimeError: The backend has no memory analysis.
+    """
+    if usable_bytes is None and backend is None:
+        usable_bytes = local_usable_bytes()
+    backend = backend or jax.default_backend()
+    stats = compiled.memory_analysis()
+    if stats is None:
+        raise RuntimeError(f"XLA's {backend} backend gives no memory analysis")
+    outside = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    temp, rule = stats.temp_size_in_bytes, "argument + output - alias + temp"
+    if backend == "tpu" and getattr(stats, "peak_memory_in_bytes", 0):
+        temp, rule = max(stats.peak_memory_in_bytes - outside, 0), "compiler's peak"
+    peak = stats.peak_memory_in_bytes if rule == "compiler's peak" else outside + temp
+    host = (
+        stats.host_argument_size_in_bytes
+        + stats.host_output_size_in_bytes
+        - stats.host_alias_size_in_bytes
+        + stats.host_temp_size_in_bytes
+    )
+    return MemoryReport(
+        peak_bytes=peak,
+        argument_bytes=stats.argument_size_in_bytes,
+        output_bytes=stats.output_size_in_bytes,
+        alias_bytes=stats.alias_size_in_bytes,
+        temp_bytes=temp,
+        host_bytes=host,
+        code_bytes=stats.generated_code_size_in_bytes,
+        flops=flops,
+        target=target,
+        source=f"XLA {backend}, {rule}",
+        jax_version=jax.__version__,
+        usable_bytes=usable_bytes,
+        buffers=read_buffers(dump) if dump is not None else (),
+        compile_seconds=compile_seconds,
+    )
+
+
+def refused(
+    found: OutOfMemory,
+    *,
+    target: str,
+    dump: Path,
+    flops: int | None,
+    usable_bytes: int,
+    compile_seconds: float,
+) -> MemoryReport:
+    """Returns the report of a program that libtpu refused for want of memory.
+
+    Its exact figures are in the buffer assignment that libtpu dumps before it refuses; without
+    one, the refusal's own figure is all there is.
+    """
+    totals = read_totals(dump) or Totals(
+        total_bytes=found.needed_bytes, argument_bytes=0, output_bytes=0, alias_bytes=0
+    )
+    outside = totals.argument_bytes + totals.output_bytes - totals.alias_bytes
+    # A text that names a lesser limit than the table's is right: it is that libtpu's own.
+    usable_bytes = min(usable_bytes, found.available_bytes or usable_bytes)
+    return MemoryReport(
+        # The total is never within what is usable, or the program would not have been refused.
+        peak_bytes=max(totals.total_bytes, found.needed_bytes, usable_bytes + 1),
+        argument_bytes=totals.argument_bytes,
+        output_bytes=totals.output_bytes,
+        alias_bytes=totals.alias_bytes,
+        temp_bytes=max(totals.total_bytes - outside, 0),
+        host_bytes=0,
+        code_bytes=0,
+        flops=flops,
+        target=target,
+        source="XLA tpu, refused: all that the program needs",
+        jax_version=jax.__version__,
+        usable_bytes=usable_bytes,
+        buffers=read_buffers(dump),
+        compile_seconds=compile_seconds,
+    )
+
+
+def local_usable_bytes() -> int | None:
+    """Returns what this process may fill of its first device; None where the backend is silent."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats.get("bytes_limit") if stats else None

@@ -1,0 +1,136 @@
+"""A user's function made ready for another process, by `jax.export`: bytes and JSON, no pickle.
+
+The other process compiles the program again for the target, with the same donations and argument
+shardings (`worker.py`). What cannot travel says so in one line: such a step is built in the other
+process by an `Entry` (`absent.py`) instead.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export
+
+from jaxckpt.memory import placements
+from jaxckpt.memory.flops import count_flops
+
+# Source locations, in references and in a table: a program is the same wherever it is written.
+_STRING = r'"(?:[^"\\]|\\.)*"'
+_LOCATION = re.compile(
+    rf'^#loc.*\n|\s*\bloc\((?:{_STRING}|[^()"]|\((?:{_STRING}|[^()"])*\))*\)', re.MULTILINE
+)
+_CUSTOM_CALL = re.compile(r"custom_call @([\w.$]+)\(")
+
+
+class TravelError(RuntimeError):
+    """A function that cannot be handed to the process that compiles: one line, with a way out."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traveler:
+    """A function on its way.
+
+    Attributes:
+      program: The exported function, in `jax.export`'s format.
+      text: The lowered module as text, without source locations.
+      names: For each flat argument, where it is: `args[0].params['w']`.
+      donated: For each flat argument, whether outputs may reuse it.
+      placement: Its arguments' shardings, as `placements.describe` has them.
+      flops: Of one call.
+    """
+
+    program: bytes
+    text: str
+    names: tuple[str, ...]
+    donated: tuple[bool, ...]
+    placement: dict[str, Any]
+    flops: int
+
+    def digest(self) -> str:
+        """Returns a digest of the program and everything it is compiled with but the target."""
+        rest = json.dumps([self.text, self.donated, self.placement], sort_keys=True)
+        return hashlib.sha256(rest.encode()).hexdigest()
+
+
+def pack(jitted, args: Sequence[Any], platform: str) -> Traveler:
+    """Returns a jitted function and its abstract arguments, ready to travel.
+
+    Args:
+      jitted: What `jax.jit` returned: its donations and static arguments hold.
+      args: Arrays, abstract values, or values of static arguments.
+      platform: `"tpu"` or `"cuda"`.
+
+    Raises:
+      TravelError: It cannot be exported.
+      PlacementError: Arguments are sharded over several meshes.
+    """
+    traced = _trace(jitted, args)
+    is_info = lambda x: hasattr(x, "donated")
+    infos, _ = jax.tree_util.tree_flatten_with_path(traced.args_info, is_leaf=is_info)
+    try:
+        exported = _export(jitted, args, platform)
+        program = bytes(_without_structure(exported).serialize(vjp_order=0))
+    except Exception as error:  # the exporter's or a kernel's own, of any type
+        raise TravelError(_advice(error)) from error
+    return Traveler(
+        program=program,
+        text=_LOCATION.sub("", exported.mlir_module()),
+        names=tuple(f"args{jax.tree_util.keystr(path[1:])}" for path, _ in infos),
+        donated=tuple(bool(info.donated) for _, info in infos),
+        placement=placements.describe(_shardings(args, exported.in_avals)),
+        flops=count_flops(traced.jaxpr),
+    )
+
+
+def _trace(jitted, args: Sequence[Any]):
+    try:
+        return jitted.trace(*args)
+    except RuntimeError as error:
+        # cuDNN is looked for while tracing, and there is none in a process of another backend.
+        raise (TravelError(_advice(error)) if "cuDNN" in str(error) else error) from error
+
+
+def _export(jitted, args: Sequence[Any], platform: str) -> export.Exported:
+    """Returns the exported function, whatever kernels it calls.
+
+    `jax.export` refuses kernels that may change between versions. Both processes have the same
+    versions, so the check is turned off for those that the refusal names.
+    """
+    checks = [export.DisabledSafetyCheck.platform()]
+    go = lambda: export.export(jitted, platforms=(platform,), disabled_checks=checks)(*args)
+    try:
+        return go()
+    except ValueError as error:
+        names = sorted(set(_CUSTOM_CALL.findall(str(error))))
+        if not names:
+            raise
+        checks += [export.DisabledSafetyCheck.custom_call(name) for name in names]
+    return go()
+
+
+def _shardings(args: Sequence[Any], avals: Sequence[Any]) -> list[Any]:
+    """Returns the sharding of each flat argument; leaves of static arguments are passed over."""
+    leaves = iter(jax.tree.leaves(tuple(args)))
+    matching = lambda aval: next((x for x in leaves if np.shape(x) == aval.shape), None)
+    return [getattr(matching(aval), "sharding", None) for aval in avals]
+
+
+def _without_structure(exported: export.Exported) -> export.Exported:
+    """Returns the function with flat arguments and results: trees of classes do not serialize."""
+    inputs = jax.tree.structure((tuple(range(len(exported.in_avals))), {}))
+    outputs = jax.tree.structure(tuple(range(len(exported.out_avals))))
+    return dataclasses.replace(exported, in_tree=inputs, out_tree=outputs)
+
+
+def _advice(error: Exception) -> str:
+    """Returns one line: what stood in the way, and that an entry point has no such limit."""
+    first = " ".join(str(error).split())[:300]
+    return (
+        f"the function cannot be handed to the process that compiles ({first}); build it there: "
+        "jaxckpt.memory.absent.measure_entry(Entry(function='package.module:function'), target)"
+    )

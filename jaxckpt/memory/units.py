@@ -1,0 +1,55 @@
+"""Bytes as people write them: `parse_bytes("15GiB")` in, `gib(n)` out. Standard library only."""
+
+import math
+import re
+
+from jaxckpt.plans.errors import nearest
+
+# 1000s and 1024s are told apart as the IEC does; a chip's "16 GB" is 7 % less than 16 GiB.
+_UNITS = {"B": 1} | {
+    name: base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for name, base in ((f"{prefix}B", 1000), (f"{prefix}iB", 1024))
+}
+_EXAMPLES = "15GiB, 16GB, 1.5e9, 12345"
+_NUMBER = re.compile(r"\s*([0-9][0-9_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_bytes(size: str | int | float) -> int:
+    """Returns a number of bytes, rounded down.
+
+    Args:
+      size: A number, or text: a number and, if need be, a unit: `B`, `KB`, `MB`, `GB`, `TB` count
+        in 1000s, `KiB`, `MiB`, `GiB`, `TiB` in 1024s.
+
+    Raises:
+      ValueError: Not a size, or not more than zero.
+
+    Example:
+      >>> parse_bytes("15GiB"), parse_bytes("16GB"), parse_bytes("1.5e9"), parse_bytes(12345)
+      (16106127360, 16000000000, 1500000000, 12345)
+    """
+    if isinstance(size, bool) or not isinstance(size, str | int | float):
+        raise ValueError(f"size {size!r} is not a number of bytes; valid: {_EXAMPLES}")
+    value = _value(size) if isinstance(size, str) else size
+    if not math.isfinite(value) or value < 1:
+        raise ValueError(f"size {size!r} is not at least one byte")
+    return int(value)
+
+
+def _value(text: str) -> float | int:
+    found = _NUMBER.fullmatch(text)
+    if not found:
+        raise ValueError(f"size {text!r} is not a number of bytes; valid: {_EXAMPLES}")
+    number, unit = found[1].replace("_", ""), found[2] or "B"
+    units = {name.lower(): factor for name, factor in _UNITS.items()}
+    if unit.lower() not in units:
+        guess = nearest(unit, _UNITS)
+        raise ValueError(f"size {text!r}: unit {unit!r}{guess}; valid: {', '.join(_UNITS)}")
+    return (int(number) if number.isdigit() else float(number)) * units[unit.lower()]
+
+
+def gib(size: int) -> str:
+    """Returns bytes as text in GiB, with more digits for small sizes."""
+    value = size / 2**30
+    return f"{value:.2f} GiB" if abs(value) >= 1 else f"{value:.4f} GiB"

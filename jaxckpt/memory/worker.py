@@ -1,0 +1,139 @@
+"""The process that compiles for a chip that is not there: `python -m jaxckpt.memory.worker FOLDER`.
+
+It is started by `absent.py` with the environment that the target's compiler reads when it is
+loaded, takes `job.json` (and `program.bin`) from the folder and leaves `result.json` there: the
+report, or the error's class and its message. It is not meant to be run by hand.
+"""
+
+import dataclasses
+import importlib
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax import export
+from jax.experimental import topologies
+
+from jaxckpt.memory import oom, placements, statistics
+from jaxckpt.memory.flops import count_flops
+from jaxckpt.memory.gpu_config import target_config
+from jaxckpt.memory.report import MemoryReport
+from jaxckpt.memory.targets import Target, parse_target
+
+
+def main(folder: Path):
+    """Does the job of a folder; whatever goes wrong in it is a result too."""
+    job = json.loads((folder / "job.json").read_text())
+    try:
+        result = {"report": _run(job, folder).as_json()}
+    except Exception as error:
+        result = {"error": {"kind": type(error).__name__, "message": str(error)}}
+    part = folder / "result.json.part"
+    part.write_text(json.dumps(result))
+    part.replace(folder / "result.json")
+
+
+def _run(job: dict[str, Any], folder: Path) -> MemoryReport:
+    target = parse_target(job["target"])
+    topology = get_topology(target)
+    if job["entry"] is not None:
+        # The topology is up before the step is traced: cuDNN's attention looks for its chip then.
+        return _measure_entry(job["entry"], target, topology)
+    exported = export.deserialize(bytearray((folder / "program.bin").read_bytes()))
+    shardings = placements.rebuild(job["placement"], topology, target, exported.nr_devices)
+    # Arguments that the program never reads are dropped, as `jax.jit` does.
+    kept = exported.module_kept_var_idx
+    donated = [at for at, flat in enumerate(kept) if job["donated"][flat]]
+    jitted = jax.jit(_of_kept(exported, kept), donate_argnums=donated)
+    abstract = [
+        jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=shardings[at])
+        for at, aval in enumerate(exported.in_avals)
+        if at in kept
+    ]
+    report = compile_for(jitted.trace(*abstract), target, flops=job["flops"])
+    return _named(report, [job["names"][flat] for flat in kept])
+
+
+def _named(report: MemoryReport, names: list[str]) -> MemoryReport:
+    """Returns the report with arguments called what their owner calls them."""
+    ours = {f"arguments[{at}]": name for at, name in enumerate(names)}
+    rename = lambda one: dataclasses.replace(one, operation=ours.get(one.operation, one.operation))
+    return dataclasses.replace(report, buffers=tuple(map(rename, report.buffers)))
+
+
+def _of_kept(exported: export.Exported, kept):
+    """Returns the exported function of those arguments alone that it reads."""
+    unread = [at for at in range(len(exported.in_avals)) if at not in kept]
+
+    def step(*arguments):
+        every = dict(zip(kept, arguments, strict=True))
+        for at in unread:
+            aval = exported.in_avals[at]
+            every[at] = jax.lax.full(aval.shape, 0, aval.dtype)  # typed keys too
+        return exported.call(*(every[at] for at in sorted(every)))
+
+    return step
+
+
+def _measure_entry(entry: dict[str, Any], target: Target, topology) -> MemoryReport:
+    module, _, name = entry["function"].partition(":")
+    fn, args, donate_argnums = getattr(importlib.import_module(module), name)(**entry["arguments"])
+    leaves, tree = jax.tree.flatten(tuple(args))
+    described = placements.describe([getattr(leaf, "sharding", None) for leaf in leaves])
+    placed = [
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        for leaf, sharding in zip(
+            leaves, placements.rebuild(described, topology, target), strict=True
+        )
+    ]
+    traced = jax.jit(fn, donate_argnums=donate_argnums).trace(*tree.unflatten(placed))
+    return compile_for(traced, target, flops=count_flops(traced.jaxpr))
+
+
+def get_topology(target: Target):
+    """Returns JAX's topology of an absent target."""
+    if target.backend == "cuda":
+        return topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=target.chip.name,
+            target_config=target_config(target.chip),
+            topology=f"1x1x{target.num_devices}",
+        )
+    options = {}
+    if target.topology.endswith(":1x1"):  # one chip of a host that has four
+        options["chips_per_host_bounds"] = [1, 1, 1]
+    if target.chip.name == "v4":  # JAX joins its two cores into one device; libtpu does if asked to
+        options["chip_config_name"] = "megacore"
+    return topologies.get_topology_desc(platform="tpu", topology_name=target.topology, **options)
+
+
+def compile_for(traced, target: Target, *, flops: int) -> MemoryReport:
+    """Compiles a traced function whose arguments lie on an absent target's devices.
+
+    Returns:
+      Its report; for a TPU program that libtpu refuses for its size, what it needs.
+    """
+    lowered = traced.lower(lowering_platforms=(target.backend,))
+    with tempfile.TemporaryDirectory(prefix="jaxckpt-") as dump:
+        shared = {"target": target.name, "flops": flops, "dump": Path(dump)}
+        shared["usable_bytes"] = target.usable_bytes
+        started = time.perf_counter()
+        seconds = lambda: time.perf_counter() - started
+        try:
+            compiled = lowered.compile(compiler_options={"xla_dump_to": dump})
+        except jax.errors.JaxRuntimeError as error:
+            found = oom.parse(str(error)) if target.backend == "tpu" else None
+            if found is None:
+                raise
+            return statistics.refused(found, compile_seconds=seconds(), **shared)
+        return statistics.report_of(
+            compiled, backend=target.backend, compile_seconds=seconds(), **shared
+        )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,256 @@
+"""Flax NNX adapter: a module class in, a rematerialized stack out.
+
+    self.layers = jaxckpt.nnx.Stack(Block, 28, remat="sqrt", rngs=rngs)
+    x = self.layers(x, mask, deterministic=True)
+
+A `Stack` is an NNX module like any other (`nnx.jit`, `nnx.grad`, `nnx.Optimizer`, `nnx.state`,
+`eval()`), and its state does not depend on the plan. A block keeps parameters and random streams
+alone; batch statistics, caches and what is sown are refused.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+# Not as `nnx`: the package's lazy names would find Flax's module under this module's own name.
+from flax import nnx as nn
+from flax.nnx import spmd
+
+from jaxckpt.plans import Plan, PlanError, as_plan
+from jaxckpt.transforms.blocks import check_carry, first_block
+from jaxckpt.transforms.stack import scan_blocks
+
+# The stacked axis in partition specs: not sharded.
+_AXIS = {nn.PARTITION_NAME: None}
+
+# What to do about a kind of state, by the name of its class.
+_CURES = {
+    "BatchStat": "use a layer without state (LayerNorm or GroupNorm instead of BatchNorm)",
+    "Cache": "decode with a loop over blocks, which needs no gradients and so no checkpointing",
+    "Intermediate": "return what is sown in the carry",
+}
+_CURE = "put it into the carry, make it an nnx.Param if it is learned, or a plain array if fixed"
+
+
+class Stack(nn.Module):
+    """L equal NNX blocks under a plan; their variables are stacked `[L, ...]` in `blocks`.
+
+    Block `i` of `stack.blocks.mlp.kernel` is its row `i`. Every block has random streams of its
+    own and draws what it would draw in a loop: recomputation repeats it, the next call does not.
+    `remat` and `unroll` may be assigned at any time.
+
+    Attributes:
+      blocks: One block whose variables and arrays are those of all blocks, stacked.
+      num_blocks: L.
+      remat: A plan or its text.
+      unroll: Blocks unrolled in one trip of a loop.
+
+    Example:
+      >>> import functools, jax, jax.numpy as jnp, jaxckpt
+      >>> from flax import nnx
+      >>> block = functools.partial(nnx.Linear, 8, 8)
+      >>> stack = jaxckpt.nnx.Stack(block, 12, remat="log", rngs=nnx.Rngs(0))
+      >>> grads = nnx.grad(lambda stack: stack(jnp.ones([4, 8])).sum())(stack)
+      >>> jax.tree.leaves(jax.tree.map(jnp.shape, grads["blocks"]["kernel"]))
+      [12, 8, 8]
+    """
+
+    def __init__(
+        self,
+        block: Callable[..., nn.Module],
+        num_blocks: int,
+        *,
+        remat: str | Plan = "full",
+        unroll: int = 1,
+        rngs: nn.Rngs,
+    ):
+        """Makes the blocks.
+
+        Args:
+          block: An NNX module class, or a `functools.partial` of one, called with `rngs=` alone.
+          num_blocks: L.
+          remat: A plan or its text.
+          unroll: Blocks unrolled in one trip of a loop.
+          rngs: Every stream is split into one key a block.
+
+        Raises:
+          PlanError: A plan that does not parse or does not fit L blocks.
+          ValueError: A block with state beside parameters and random streams.
+        """
+        if isinstance(num_blocks, bool) or not isinstance(num_blocks, int):
+            raise PlanError(f"num_blocks is a whole number of blocks, not {num_blocks!r}")
+        as_plan(remat).bind(num_blocks)
+        self.num_blocks = num_blocks
+        self.remat = remat
+        self.unroll = unroll
+        self.blocks = _make_blocks(block, _split(rngs, num_blocks), num_blocks)
+
+    def __call__(self, carry, *consts, **static):
+        """Returns the last block's carry.
+
+        Args:
+          carry: The first block's input; `block(carry, *consts, **static)` returns its like.
+          *consts: Arrays handed to every block.
+          **static: Python values handed to every block, such as `deterministic=True`. Of
+            `rngs=nnx.Rngs(...)` each block is handed streams of its own, split from these.
+
+        Raises:
+          PlanError: As `jaxckpt.scan_blocks`.
+          ValueError: As `jaxckpt.scan_blocks`, or a block that keeps or changes other state.
+        """
+        _check_state(self.blocks)
+        graph, counts, rest = nn.split(self.blocks, nn.RngCount, ...)
+        # The index is there for blocks that have neither parameters nor keys.
+        rows = {"counts": counts, "rest": rest, "index": jnp.arange(self.num_blocks)}
+        rows["keys"], static = _split_keys(consts, static, self.num_blocks)
+        run = functools.partial(_run_block, graph, static)
+        drawn = _drawn_streams(run, carry, rows, consts)
+
+        def apply(carry, row, *consts):
+            carry, most = carry
+            carry, draws = run(carry, row, consts)
+            return carry, {i: jnp.maximum(most[i], draws[i]) for i in drawn}
+
+        none_yet = {i: jnp.zeros([], jnp.uint32) for i in drawn}
+        carry, draws = scan_blocks(
+            apply, rows, (carry, none_yet), *consts, remat=self.remat, unroll=self.unroll
+        )
+        if drawn:  # a call that changes nothing can be made anywhere
+            leaves, tree = jax.tree.flatten(counts)
+            leaves = [leaf + draws.get(i, 0) for i, leaf in enumerate(leaves)]
+            nn.update(self.blocks, jax.tree.unflatten(tree, leaves))
+        return carry
+
+
+def _split_keys(consts, static: dict, num_blocks: int) -> tuple[dict[str, jax.Array], dict]:
+    """Returns one key a block from every stream of the call's `rngs`, and its other values."""
+    static = dict(static)
+    rngs = static.pop("rngs", None)
+    if any(isinstance(value, nn.Rngs | nn.RngStream) for value in (*consts, *static.values())):
+        raise ValueError(
+            "random streams are handed to a stack as rngs=nnx.Rngs(...), or every block would "
+            "draw the same"
+        )
+    return ({} if rngs is None else _split(rngs, num_blocks)), static
+
+
+def _split(rngs: nn.Rngs, num_blocks: int) -> dict[str, jax.Array]:
+    """Returns one key a block from every stream."""
+    if not isinstance(rngs, nn.Rngs):
+        raise ValueError(
+            f"rngs is an nnx.Rngs, whose streams are split over the blocks, not {rngs!r}"
+        )
+    return {name: jax.random.split(stream(), num_blocks) for name, stream in rngs.items()}
+
+
+def _make_blocks(
+    block: Callable[..., nn.Module], keys: dict[str, jax.Array], num_blocks: int
+) -> nn.Module:
+    """Returns a block whose state is that of one block for each row of `keys`, stacked."""
+    graphs = []
+
+    def make_one(keys):
+        made = block(rngs=nn.Rngs(**keys))
+        _check_state(made)
+        graph, state = nn.split(made)
+        _check_arrays(made, state)
+        graphs.append(graph)
+        return state
+
+    state = jax.vmap(make_one, axis_size=num_blocks)(keys)
+    return nn.merge(graphs[0], spmd.add_axis(state, 0, _AXIS))
+
+
+def _run_block(graph, static: dict, carry, row, consts):
+    """Returns one block's carry, and for each of its streams how often it drew; None for never.
+
+    Args:
+      graph: The stacked blocks' graph definition.
+      static: Python values for the call.
+      carry: The block's input.
+      row: The block's state, keys and index.
+      consts: Arrays for the call.
+    """
+    # Flax changes the variables it is given in place, so they are copied.
+    state = jax.tree.map(lambda x: x, (row["counts"], row["rest"]))
+    block = nn.merge(graph, *spmd.remove_axis(state, 0, _AXIS))
+    if row["keys"]:
+        static = {**static, "rngs": nn.Rngs(**row["keys"])}
+    graph, _, before = nn.split(block, nn.RngCount, ...)
+    before = _arrays(before)
+    carry = block(carry, *consts, **static)
+    _check_state(block)
+    graph_after, counts, after = nn.split(block, nn.RngCount, ...)
+    _check_unchanged(before, _arrays(after), graph == graph_after)
+    pairs = zip(jax.tree.leaves(row["counts"]), jax.tree.leaves(counts), strict=True)
+    # A count that nobody drew from is still the same object.
+    return carry, [None if new is old else new - old for old, new in pairs]
+
+
+def _drawn_streams(run: Callable, carry, rows, consts) -> list[int]:
+    """Returns the positions of the streams a block draws from; its carry is checked on the way."""
+    drawn = []
+
+    def call(carry, row, *consts):
+        carry, draws = run(carry, row, consts)
+        drawn[:] = [i for i, count in enumerate(draws) if count is not None]
+        return carry
+
+    check_carry(call, carry, first_block(rows), *consts)
+    return drawn
+
+
+def _arrays(state) -> dict[str, list[jax.Array]]:
+    """Returns which arrays are where in a state."""
+    return {
+        ".".join(map(str, path)): jax.tree.leaves(variable)
+        for path, variable in nn.to_flat_state(state)
+    }
+
+
+def _check_unchanged(before: dict, after: dict, same_graph: bool):
+    """Raises `ValueError` if a call put other arrays, or other attributes, into its block."""
+    changed = [
+        path
+        for path, leaves in after.items()
+        if [*map(id, leaves)] != [*map(id, before.get(path, ()))]
+    ]
+    if changed or not same_graph:
+        raise ValueError(
+            f"the block changes {', '.join(changed) or 'an attribute'} when it is called, which a "
+            "stack of checkpointed blocks does not keep; put it into the carry"
+        )
+
+
+def _check_arrays(block: nn.Module, state):
+    """Raises `ValueError` if Flax takes an array of a block for a static attribute."""
+    kept = {id(leaf) for leaf in jax.tree.leaves(state)}
+    for path, node in nn.iter_graph(block):
+        attributes = vars(node).items() if isinstance(node, nn.Module) else ()
+        for name, value in attributes:
+            leaves = [x for x in jax.tree.leaves(value) if isinstance(x, jax.core.Tracer)]
+            if any(id(leaf) not in kept for leaf in leaves):
+                where = ".".join(map(str, (*path, name)))
+                raise ValueError(
+                    f"Flax takes the array {where} of the block for a static attribute, which "
+                    f"differs from block to block here; write self.{name} = nnx.data(array)"
+                )
+
+
+def _check_state(block: nn.Module):
+    """Raises `ValueError` if a block has variables that are neither parameters nor random."""
+    _, _, others, _ = nn.split(block, (nn.Param, nn.RngState), nn.Variable, ...)
+    found = {
+        ".".join(map(str, path)): type(variable).__name__
+        for path, variable in nn.to_flat_state(others)
+    }
+    if not found:
+        return
+    kinds = sorted(set(found.values()))
+    cures = dict.fromkeys(_CURES.get(kind, _CURE) for kind in kinds)
+    raise ValueError(
+        f"the block keeps state in {', '.join(found)} ({', '.join(kinds)}), which a stack of "
+        f"checkpointed blocks does not carry; {'; '.join(cures)}"
+    )
