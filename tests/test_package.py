@@ -12,7 +12,7 @@ import jaxckpt
 ROOT = Path(__file__).parents[1]
 
 # A package may import those to the left of itself in this list, and itself.
-LAYERS = ("plans", "transforms", "memory", "planner", "linen", "nnx", "models")
+LAYERS = ("plans", "transforms", "memory", "losses", "planner", "linen", "nnx", "models")
 
 
 def modules(package: str) -> list[Path]:

@@ -112,5 +112,6 @@ def _sources(package: str) -> list[tuple[str, Path]]:
     if spec.submodule_search_locations is None:
         path = Path(spec.origin)
         return [(path.name, path)]
-    roots = [Path(root) for root in spec.submodule_search_locations]
+    # A path may name one folder twice ("" and the working folder, say).
+    roots = {Path(root).resolve() for root in spec.submodule_search_locations}
     return [(str(p.relative_to(root)), p) for root in roots for p in root.rglob("*.py")]
