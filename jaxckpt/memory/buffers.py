@@ -47,7 +47,7 @@ class Buffer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Totals:
-    """Bytes of an assignment: `total_bytes` is all that the program needs on the device."""
+    """Bytes of the device's main memory: `total_bytes` is all that the program needs of it."""
 
     total_bytes: int
     argument_bytes: int
@@ -71,8 +71,13 @@ def read_buffers(folder: Path, most: int = 20) -> tuple[Buffer, ...]:
     stem = _largest(folder)
     if stem is None:
         return ()
-    every = list(_values(_read(f"{stem}{_ASSIGNMENT}")))
+    assignment = _read(f"{stem}{_ASSIGNMENT}")
+    every = list(_values(assignment))
     alive = {(n, index) for n, index, _ in _ALIVE.findall(_peak(_read(f"{stem}-live-range.txt")))}
+    if "color" in assignment:
+        # The list is of all memory spaces together, on-chip and host memory too, and so is its
+        # moment: it says nothing of main memory alone.
+        alive = set()
     values = [v for v in every if (v.name, v.index) in alive] or every
     program = _read(f"{stem}.txt")
     metadata = {found["name"]: found["text"] for found in _METADATA.finditer(program)}
@@ -86,10 +91,13 @@ def read_totals(folder: Path) -> Totals | None:
     stem = _largest(folder)
     if stem is None:
         return None
-    kinds = [(int(size), kind) for _, size, kind in _allocations(_read(f"{stem}{_ASSIGNMENT}"))]
+    allocations = _ALLOCATION.findall(_read(f"{stem}{_ASSIGNMENT}"))
+    kinds = [(int(size), kind) for _, size, kind in allocations if "color" not in kind]
+    if not kinds:
+        return None
     is_argument = lambda kind: re.search(r"\bparameter \d", kind) is not None
     return Totals(
-        total_bytes=_total(stem),
+        total_bytes=sum(size for size, _ in kinds),
         argument_bytes=sum(size for size, kind in kinds if is_argument(kind)),
         output_bytes=sum(size for size, kind in kinds if "maybe-live-out" in kind),
         alias_bytes=sum(s for s, kind in kinds if is_argument(kind) and "maybe-live-out" in kind),
@@ -106,10 +114,6 @@ def _largest(folder: Path) -> str | None:
 def _total(stem: str) -> int:
     found = _TOTAL.search(_read(f"{stem}-memory-usage-report.txt"))
     return int(found[1]) if found else 0
-
-
-def _allocations(assignment: str) -> list[tuple[str, str, str]]:
-    return _ALLOCATION.findall(assignment)
 
 
 def _values(assignment: str) -> Iterator[_Value]:
@@ -168,7 +172,7 @@ def _buffer(value: _Value, description: str, lines: SourceLines) -> Buffer:
     return Buffer(
         size_bytes=value.size,
         shape=_LAYOUT.sub("", value.shape),
-        operation=re.search(r'op_name="([^"]*)"', description)[1],
+        operation=re.search(r'op_name="([^"]*)"', description)[1].replace("\\'", "'"),
         source=lines.of(description),
     )
 

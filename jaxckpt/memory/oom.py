@@ -2,8 +2,8 @@
 
 libtpu raises RESOURCE_EXHAUSTED while it compiles, and words it differently in each version. All
 wordings below are real; `tests/memory/oom_texts.json` keeps texts of libtpu 0.0.23, 0.0.42 and
-0.0.50. The figures in a text are rounded, so where the compiler also left its own report on disk
-(`buffers.read_totals`) that is what counts.
+0.0.50. The figures in a text are rounded, so where the compiler also left its buffer assignment
+on disk (`buffers.read_totals`) that is what counts.
 """
 
 import dataclasses

@@ -3,12 +3,14 @@
 The same field means different things on different backends, so each has its rule:
 
 - CPU and GPU: the peak is argument + output - alias + temp. CPU's own peak ignores temporaries.
-- TPU: the peak is the compiler's own; its `temp` may read 0 or hold the arguments too, depending on
-  the version, so temporaries are what the peak leaves beside arguments and outputs.
-- TPU, refused at compile time: the peak is what the program needed in all, from the buffer
-  assignment that the compiler leaves behind; up to some percent above what its own peak would be.
+- TPU: the peak is the size of main memory's buffer assignment, which libtpu dumps: it is what
+  libtpu compares with what the chip has, and so it is exact for a program that it refuses too.
+  `memory_analysis` is no such thing: its peak adds on-chip memory and values offloaded to the host
+  to those on the device, and its `temp` may hold the arguments as well.
+- TPU without a dump: its peak; if values are offloaded, argument + output - alias + temp.
 
-Host memory is apart from all of these.
+On a TPU temporaries are what the peak leaves beside arguments and outputs. Host memory is apart
+from all of these.
 """
 
 from pathlib import Path
@@ -18,6 +20,8 @@ import jax
 from jaxckpt.memory.buffers import Totals, read_buffers, read_totals
 from jaxckpt.memory.oom import OutOfMemory
 from jaxckpt.memory.report import MemoryReport
+
+_ASSIGNED = "main memory's buffer assignment"
 
 
 def report_of(
@@ -50,23 +54,26 @@ def report_of(
     stats = compiled.memory_analysis()
     if stats is None:
         raise RuntimeError(f"XLA's {backend} backend gives no memory analysis")
-    outside = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    temp, rule = stats.temp_size_in_bytes, "argument + output - alias + temp"
-    if backend == "tpu" and getattr(stats, "peak_memory_in_bytes", 0):
-        temp, rule = max(stats.peak_memory_in_bytes - outside, 0), "compiler's peak"
-    peak = stats.peak_memory_in_bytes if rule == "compiler's peak" else outside + temp
     host = (
         stats.host_argument_size_in_bytes
         + stats.host_output_size_in_bytes
         - stats.host_alias_size_in_bytes
         + stats.host_temp_size_in_bytes
     )
+    outside = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    peak, rule = outside + stats.temp_size_in_bytes, "argument + output - alias + temp"
+    if backend == "tpu":
+        totals = read_totals(dump) if dump is not None else None
+        if totals is not None and totals.total_bytes >= outside:  # else it was not understood
+            peak, rule = totals.total_bytes, _ASSIGNED
+        elif not host and getattr(stats, "peak_memory_in_bytes", 0):
+            peak, rule = stats.peak_memory_in_bytes, "compiler's peak"
     return MemoryReport(
         peak_bytes=peak,
         argument_bytes=stats.argument_size_in_bytes,
         output_bytes=stats.output_size_in_bytes,
         alias_bytes=stats.alias_size_in_bytes,
-        temp_bytes=temp,
+        temp_bytes=max(peak - outside, 0),
         host_bytes=host,
         code_bytes=stats.generated_code_size_in_bytes,
         flops=flops,
@@ -93,24 +100,25 @@ def refused(
     Its exact figures are in the buffer assignment that libtpu dumps before it refuses; without
     one, the refusal's own figure is all there is.
     """
-    totals = read_totals(dump) or Totals(
+    totals = read_totals(dump)
+    sizes = totals or Totals(
         total_bytes=found.needed_bytes, argument_bytes=0, output_bytes=0, alias_bytes=0
     )
-    outside = totals.argument_bytes + totals.output_bytes - totals.alias_bytes
+    outside = sizes.argument_bytes + sizes.output_bytes - sizes.alias_bytes
     # A text that names a lesser limit than the table's is right: it is that libtpu's own.
     usable_bytes = min(usable_bytes, found.available_bytes or usable_bytes)
     return MemoryReport(
         # The total is never within what is usable, or the program would not have been refused.
-        peak_bytes=max(totals.total_bytes, found.needed_bytes, usable_bytes + 1),
-        argument_bytes=totals.argument_bytes,
-        output_bytes=totals.output_bytes,
-        alias_bytes=totals.alias_bytes,
-        temp_bytes=max(totals.total_bytes - outside, 0),
+        peak_bytes=max(sizes.total_bytes, usable_bytes + 1),
+        argument_bytes=sizes.argument_bytes,
+        output_bytes=sizes.output_bytes,
+        alias_bytes=sizes.alias_bytes,
+        temp_bytes=max(sizes.total_bytes - outside, 0),
         host_bytes=0,
         code_bytes=0,
         flops=flops,
         target=target,
-        source="XLA tpu, refused: all that the program needs",
+        source=f"XLA tpu, refused, {_ASSIGNED if totals else 'its own words'}",
         jax_version=jax.__version__,
         usable_bytes=usable_bytes,
         buffers=read_buffers(dump),

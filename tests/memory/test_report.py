@@ -102,7 +102,14 @@ def test_dumps_that_are_not_understood_are_no_error(tmp_path):
     for end in ("-memory-usage-report.txt", "-buffer-assignment.txt", "-live-range.txt", ".txt"):
         Path(f"{stem}{end}").write_bytes(b"Total bytes: 12\n\xff allocation of another shape\n")
     assert read_buffers(tmp_path) == ()
-    assert read_totals(tmp_path).total_bytes == 12
+    assert read_totals(tmp_path) is None
+    Path(f"{stem}-buffer-assignment.txt").write_text(
+        "allocation 0: size 12, parameter 0, shape |f32[3]| at ShapeIndex {}:\n value: nonsense\n"
+        "allocation 1: size 99, color 5, preallocated-temp:\n"
+    )
+    assert read_buffers(tmp_path) == ()
+    totals = read_totals(tmp_path)
+    assert totals.total_bytes == totals.argument_bytes == 12  # color 5 is the host's memory
 
 
 def test_source_lines_of_both_forms():

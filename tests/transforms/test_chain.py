@@ -8,6 +8,10 @@ import jaxckpt
 from jaxckpt.memory.flops import count_flops
 from tests.transforms.cases import relative_error
 
+# On jax 0.12 every plan that runs blocks again, `full` too, differs by up to 7.2e-6 from `none`,
+# whose unrolled blocks XLA fuses across; docs/theory.md names the case.
+TOLERANCE = 1e-6 if jax.__version_info__ < (0, 12) else 1e-5
+
 SIZES = (6, 10, 3, 3, 8, 5, 9, 4)
 PLANS = (
     "full",
@@ -48,7 +52,7 @@ def loss(weights, x, plan):
 def test_equals_none(plan):
     weights, x = parameters(), jnp.ones((4, SIZES[0]))
     run = lambda plan: jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=2)(weights, x, plan)
-    assert relative_error(run(plan), run("none")) <= 1e-6
+    assert relative_error(run(plan), run("none")) <= TOLERANCE
 
 
 def test_recomputes():

@@ -12,6 +12,10 @@ from jaxckpt import schedules
 from jaxckpt.plans.actions import Record, Reverse, Schedule
 from tests.transforms.cases import Counter, relative_error
 
+# On jax 0.12 every plan that runs blocks again, `full` too, differs by up to 7.2e-6 from `none`,
+# whose unrolled blocks XLA fuses across; docs/theory.md names the case.
+TOLERANCE = 1e-6 if jax.__version_info__ < (0, 12) else 1e-5
+
 SIZES = (6, 10, 3, 3, 8, 5, 9, 4)
 NUM_BLOCKS = len(SIZES) - 1
 COSTS = {
@@ -68,12 +72,12 @@ def gradients(plan, **options):
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_gradients_equal_none_with_dropout(budget):
-    assert relative_error(gradients(planned(budget)), gradients("none")) <= 1e-6
+    assert relative_error(gradients(planned(budget)), gradients("none")) <= TOLERANCE
 
 
 @pytest.mark.parametrize("plan", ["binomial:1", "binomial:3", "log", "uniform:2+dots"])
 def test_plans_equal_none_with_dropout(plan):
-    assert relative_error(gradients(plan), gradients("none")) <= 1e-6
+    assert relative_error(gradients(plan), gradients("none")) <= TOLERANCE
 
 
 def evaluations(plan, **options) -> tuple[int, ...]:
@@ -150,15 +154,15 @@ def test_inside_jit_vmap_scan_and_twice(plan):
     weights, x = parameters(), jnp.ones((4, SIZES[0]))
     twice = lambda plan: lambda w, x: loss(w, x, plan) + loss(w, 2 * x, plan)
     grad = lambda plan: jax.jit(jax.grad(twice(plan)))
-    assert relative_error(grad(plan)(weights, x), grad("none")(weights, x)) <= 1e-6
+    assert relative_error(grad(plan)(weights, x), grad("none")(weights, x)) <= TOLERANCE
     rows = lambda plan: jax.jit(jax.vmap(grad(plan), (None, 0)))(weights, x[:, None])
-    assert relative_error(rows(plan), rows("none")) <= 1e-6
+    assert relative_error(rows(plan), rows("none")) <= TOLERANCE
 
     def accumulated(plan):
         add = lambda total, x: (jax.tree.map(jnp.add, total, grad(plan)(weights, x)), None)
         return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, weights), x[:, None])[0]
 
-    assert relative_error(accumulated(plan), accumulated("none")) <= 1e-6
+    assert relative_error(accumulated(plan), accumulated("none")) <= TOLERANCE
 
 
 def test_a_schedule_of_another_chain():
