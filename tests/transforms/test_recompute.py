@@ -100,7 +100,9 @@ def test_saved_bytes_are_exact():
     carry = 4 * 16 * 4
     assert residual_bytes("full") == 8 * carry
     assert residual_bytes("names:product") == 16 * carry
-    assert residual_bytes("none") == 24 * carry  # x, tanh and 1 - tanh of every block
+    # x and tanh of every block; before jax 0.12 its derivative keeps 1 - tanh as well.
+    kept = 16 if jax.__version_info__ >= (0, 12) else 24
+    assert residual_bytes("none") == kept * carry
     # Executor: the slots, one more for the last block's input; segments keep their residuals.
     assert residual_bytes("binomial:3") == 4 * carry
     assert residual_bytes("log") == 5 * carry
