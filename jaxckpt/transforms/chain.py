@@ -51,8 +51,8 @@ def chain(
       ...     forward=[1, 1, 1], backward=[2, 2, 2],
       ...     carry_bytes=[4, 4, 4, 4], residual_bytes=[12, 12, 12], budget=20)
       >>> loss = lambda w: jaxckpt.chain([lambda x: jnp.sin(w * x)] * 3, 1.0, remat=plan)
-      >>> plan.extra_forwards, jax.grad(loss)(0.0)
-      (3, Array(0., dtype=float32))
+      >>> plan.extra_forwards, float(jax.grad(loss)(0.0))
+      (3, 0.0)
     """
     blocks = tuple(blocks)
     if not blocks:
