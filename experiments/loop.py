@@ -130,6 +130,8 @@ class _Training:
                 self._save(state)
         self.checkpoints.wait()
         if loss is None:  # a resumed run that had nothing left to do
+            loss = self.record.validations.get(config.steps)
+        if loss is None:
             loss = self._validate(state, config.steps)
         self.display.print(f"validation loss {loss:.4f} nats a token; record in {self.record.path}")
         if config.sample:

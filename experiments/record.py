@@ -57,7 +57,12 @@ def check_tensorboard():
 
 
 class Record:
-    """Appends one JSON object a line to `metrics.jsonl`; every line is on disk once written."""
+    """Appends one JSON object a line to `metrics.jsonl`; every line is on disk once written.
+
+    Attributes:
+      path: The file.
+      validations: Validation losses already on record when the run began, by step.
+    """
 
     def __init__(
         self, folder: Path, config: TrainConfig, header: dict[str, object], resumed: int | None
@@ -74,6 +79,7 @@ class Record:
           RunError: The folder cannot be written.
         """
         self.path = folder / METRICS
+        self.validations: dict[int, float] = {}
         row = {"versions": versions(), "platform": platform.platform(), **header}
         try:
             if resumed is None:
@@ -83,7 +89,9 @@ class Record:
             if resumed is None:
                 _write_whole(self.path, "")
             else:
-                _write_whole(self.path, "".join(_rows_until(self.path, resumed)))
+                lines = _rows_until(self.path, resumed)
+                self.validations = _validations(lines)
+                _write_whole(self.path, "".join(lines))
                 row["resumed_from_step"] = resumed
             self._file = self.path.open("a", encoding="utf-8", buffering=1)
         except OSError as error:
@@ -118,6 +126,11 @@ def _rows_until(path: Path, step: int) -> list[str]:
         if row.get("step", row.get("resumed_from_step", 0)) <= step:
             kept.append(line if line.endswith("\n") else line + "\n")
     return kept
+
+
+def _validations(lines: list[str]) -> dict[int, float]:
+    rows = map(json.loads, lines)
+    return {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
 
 
 def _write_whole(path: Path, text: str):
