@@ -185,7 +185,7 @@ class Plan:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Returns the plan that `text` says; `docs/plans.md` has the grammar.
+        """Returns the plan that `text` says; the README has the words.
 
         Raises:
           PlanError: With the text, the place marked, what is valid and the nearest guess.
