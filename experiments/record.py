@@ -49,7 +49,7 @@ def check_tensorboard():
       ConfigError: The package that writes them is not installed.
     """
     try:
-        import tensorboardX as _
+        import tensorboardX  # noqa: F401  to import it is the check
     except ImportError:
         raise ConfigError(
             "--tensorboard needs the package tensorboardX: pip install 'jaxckpt[tensorboard]'"

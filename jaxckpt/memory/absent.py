@@ -164,7 +164,7 @@ def _try(
 ) -> MemoryReport | JobFailure:
     try:
         return _measure_entry(entry, target, processes)
-    except Exception as error:
+    except Exception as error:  # whatever it is, it is this job's result and no other's
         return JobFailure(entry=entry, target=str(target), error=error)
 
 

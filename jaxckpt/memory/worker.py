@@ -30,7 +30,7 @@ def main(folder: Path):
     job = json.loads((folder / "job.json").read_text())
     try:
         result = {"report": _run(job, folder).as_json()}
-    except Exception as error:
+    except Exception as error:  # an entry is the user's code and may raise anything
         result = {"error": {"kind": type(error).__name__, "message": str(error)}}
     part = folder / "result.json.part"
     part.write_text(json.dumps(result))

@@ -24,7 +24,7 @@ from jaxckpt.plans.actions import Action, Advance, Free, Load, Record, Reverse, 
 from jaxckpt.plans.stage_schedule import schedule_of
 from jaxckpt.transforms import first_order, tags
 from jaxckpt.transforms.hoisting import hoist
-from jaxckpt.transforms.policies import checkpoint_policy
+from jaxckpt.transforms.policies import checkpoint_policy, refuse_bad_offload
 from jaxckpt.transforms.recording import differentiate, inexact, pick, spread
 
 
@@ -58,11 +58,9 @@ def run_schedule(
 
     Returns:
       The last block's carry.
-
-    Raises:
-      IllegalSchedule: The schedule cannot be run.
     """
-    schedule.counts  # noqa: B018  replays it: an illegal one is refused here, before tracing
+    if offload:
+        refuse_bad_offload()
     hoisted, shape = [], tags.abstract(carry)
     for block in blocks:
         hoisted.append(hoist(lambda carry, _, block=block: block(carry), shape))

@@ -27,7 +27,7 @@ from jaxckpt.plans.stage_schedule import schedule_of
 from jaxckpt.transforms import first_order, tags
 from jaxckpt.transforms.blocks import check_mesh, first_block
 from jaxckpt.transforms.hoisting import hoist
-from jaxckpt.transforms.policies import checkpoint_policy
+from jaxckpt.transforms.policies import checkpoint_policy, refuse_bad_offload
 from jaxckpt.transforms.recording import Recorder, differentiate, inexact, pick, spread
 from jaxckpt.transforms.tables import Table, make_table
 from jaxckpt.transforms.trips import trips
@@ -99,6 +99,8 @@ def run_schedule(block: Callable, params, carry, consts, schedule: Schedule, run
       ValueError: A schedule that the loops cannot follow.
     """
     check_mesh(params, carry, consts)
+    if run.offload:
+        refuse_bad_offload()
     one = first_block(params)
     hoisted = hoist(block, tags.abstract(carry), one, consts)
     leaves = jax.tree.leaves(carry)

@@ -83,7 +83,7 @@ def checkpoint_policy(policies: tuple[Policy, ...]) -> Callable | None:
     dots = _dots_policy(patterns)
     attention = "attention" in patterns
     if "offload" in patterns:
-        _refuse_bad_offload()
+        refuse_bad_offload()
 
     def policy(primitive, *avals, **params):
         if primitive.name == "name":
@@ -118,7 +118,12 @@ def _dots_policy(kinds) -> Callable:
     return jax.checkpoint_policies.nothing_saveable
 
 
-def _refuse_bad_offload():
+def refuse_bad_offload():
+    """Raises on a JAX release and backend known to return wrong gradients under offload.
+
+    Raises:
+      PlanError: With the reason.
+    """
     reason = _BAD_OFFLOAD.get((jax.default_backend(), jax.__version__))
     if reason:
         raise PlanError(

@@ -1,6 +1,7 @@
 """`chain` under schedules: what `optimal_chain` plans is what runs, block by block."""
 
 import collections
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +126,28 @@ def residual_bytes(plan) -> int:
 def test_less_is_kept_under_a_smaller_budget():
     kept = [residual_bytes(planned(budget)) for budget in BUDGETS]
     assert kept == sorted(kept) and kept[0] < kept[-1] / 2
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_an_absent_tpu_needs_less_under_a_smaller_budget():
+    """Barriers hold there on every version. Carries are too large for on-chip memory: 32 MiB."""
+    length = 16
+
+    def temp_bytes(plan) -> int:
+        def total(weights, x):
+            blocks = [lambda x, w=w: x + jnp.tanh(x @ w) for w in weights]
+            return jaxckpt.chain(blocks, x, remat=plan).sum()
+
+        weights = [jax.ShapeDtypeStruct((1024, 1024), jnp.float32)] * length
+        x = jax.ShapeDtypeStruct((8192, 1024), jnp.float32)
+        return jaxckpt.measure(jax.grad(total, (0, 1)), weights, x, target="v5e-1").temp_bytes
+
+    equal = {"forward": [1] * length, "backward": [2] * length, "residual_bytes": [3] * length}
+    plan = lambda budget: schedules.optimal_chain(
+        **equal, carry_bytes=[1] * (length + 1), budget=budget
+    )
+    small, large, none = temp_bytes(plan(10)), temp_bytes(plan(28)), temp_bytes("none")
+    assert small < large < none and small < none / 2
 
 
 @pytest.mark.skipif(

@@ -120,3 +120,8 @@ def test_offload_is_refused_where_jax_is_known_to_be_wrong(monkeypatch):
     policies.checkpoint_policy.cache_clear()
     with pytest.raises(PlanError, match="offload is refused on jax"):
         jaxckpt.scan_blocks(block, W, X, remat="offload:product")
+    # The executors move carries themselves, without a policy.
+    with pytest.raises(PlanError, match="offload is refused on jax"):
+        jaxckpt.scan_blocks(block, W, X, remat="sqrt+offload:carry")
+    with pytest.raises(PlanError, match="offload is refused on jax"):
+        jaxckpt.chain([jnp.sin] * 4, X, remat="log+offload:carry")
