@@ -2,8 +2,8 @@
 
 The stack has almost no weights and large carries, so carries are all there is to see. Nothing is
 run and nothing is allocated. Targets are the local backend and, where libtpu can be imported, a
-TPU that need not be there. A TPU compiler moves arrays of up to about 100 MiB into on-chip memory
-and counts them there and in main memory, so its carries are larger: 32 MiB against 4 MiB.
+TPU that need not be there. A TPU compiler moves arrays of up to about 100 MiB into on-chip memory,
+so its carries are larger, to stay in main memory: 32 MiB against 4 MiB.
 """
 
 import math
