@@ -156,6 +156,8 @@ def _inline(jaxpr: core.Jaxpr, constants, inputs, calls, steps: list) -> list[Va
     for equation in jaxpr.eqns:
         values = tuple(read(atom) for atom in equation.invars)
         called = _called(equation)
+        if equation.params.get("branches_platforms") is not None:
+            called, values = _of_no_platform(equation), values[1:]
         if called is not None:
             inner = [
                 Value(v.aval, constant=c)
@@ -168,6 +170,13 @@ def _inline(jaxpr: core.Jaxpr, constants, inputs, calls, steps: list) -> list[Va
             steps.append(step)
         env.update(zip(equation.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _of_no_platform(equation: core.JaxprEqn) -> core.ClosedJaxpr:
+    """Returns the default branch of `jax.lax.platform_dependent`; the last where there is none."""
+    platforms = equation.params["branches_platforms"]
+    default = platforms.index(None) if None in platforms else -1
+    return equation.params["branches"][default]
 
 
 def _called(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:

@@ -25,7 +25,15 @@ from jaxckpt.plans.stage_schedule import schedule_of
 from jaxckpt.transforms import first_order, tags
 from jaxckpt.transforms.hoisting import hoist
 from jaxckpt.transforms.policies import checkpoint_policy, refuse_bad_offload
-from jaxckpt.transforms.recording import differentiate, inexact, pick, spread
+from jaxckpt.transforms.recording import (
+    Moving,
+    asked_for,
+    differentiate,
+    inexact,
+    instantiate,
+    pick,
+    spread,
+)
 
 
 def run_stage(blocks: Sequence[Callable], carry, stage: Stage):
@@ -85,7 +93,7 @@ def _with_gradient(walk: "_Walk") -> Callable:
             carry = call(carry, [], consts_i)
         return carry
 
-    chain.defvjp(walk.forward, walk.backward)
+    chain.defvjp(walk.forward, walk.backward, symbolic_zeros=True)
     return chain
 
 
@@ -122,16 +130,20 @@ class _Walk:
 
     def forward(self, carry, consts):
         """Returns the output, and what the backward pass is handed."""
+        carry, _ = asked_for(carry)
+        consts, places = zip(*map(asked_for, consts), strict=True)
+        moving = [Moving(params=(), consts=of_consts) for of_consts in places]
         held, out = _Held(carry=carry), None
         for action in self.actions[: self.first_reverse]:
-            self._run(action, held, consts)
+            self._run(action, held, consts, moving)
             if isinstance(action, Record) and action.stop == len(self.calls):
                 out = held.carry
-        return out, (carry, consts, held.slots, held.records)
+        return out, (carry, consts, held.slots, held.records, moving)
 
     def backward(self, residuals, grads):
         """Returns the gradients of the carry and of every block's consts."""
-        carry, consts, slots, records = _guard_all(residuals)
+        carry, consts, slots, records, moving = _guard_all(residuals)
+        grads = instantiate(grads)
         grads = first_order.guard(grads, inexact(grads))
         held = _Held(carry=carry, slots=dict(slots), records=dict(records))
         held.grad = pick(grads, inexact(grads))
@@ -141,13 +153,14 @@ class _Walk:
                 reverse = held.records.pop(action.block)
                 held.grad, _, of_consts[action.block] = reverse(held.grad)
             else:
-                self._run(action, held, consts)
+                self._run(action, held, consts, moving)
+        groups = zip(of_consts, moving, consts, strict=True)
         return (
             spread(held.grad, inexact(carry), carry),
-            [spread(g, inexact(c), c) for g, c in zip(of_consts, consts, strict=True)],
+            [spread(grads, places.consts, like) for grads, places, like in groups],
         )
 
-    def _run(self, action: Action, held: _Held, consts):
+    def _run(self, action: Action, held: _Held, consts, moving: Sequence[Moving]):
         """Runs any action but a `Reverse`."""
         match action:
             case Store(slot):
@@ -164,7 +177,9 @@ class _Walk:
                 for block in range(start, stop):
                     consts_i = _after_gradient(held, consts[block])
                     call = self.checkpoint(self.calls[block])
-                    held.carry, held.records[block] = differentiate(call, held.carry, [], consts_i)
+                    held.carry, held.records[block] = differentiate(
+                        call, held.carry, [], consts_i, moving[block]
+                    )
 
     def _move(self, carry, space):
         return [jax.device_put(x, space) for x in carry] if self.offload else carry

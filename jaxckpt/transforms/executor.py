@@ -27,8 +27,18 @@ from jaxckpt.plans.stage_schedule import schedule_of
 from jaxckpt.transforms import first_order, tags
 from jaxckpt.transforms.blocks import check_mesh, first_block
 from jaxckpt.transforms.hoisting import hoist
+from jaxckpt.transforms.layout import row_major
 from jaxckpt.transforms.policies import checkpoint_policy, refuse_bad_offload
-from jaxckpt.transforms.recording import Recorder, differentiate, inexact, pick, spread
+from jaxckpt.transforms.recording import (
+    Moving,
+    Recorder,
+    asked_for,
+    differentiate,
+    inexact,
+    instantiate,
+    pick,
+    spread,
+)
 from jaxckpt.transforms.tables import Table, make_table
 from jaxckpt.transforms.trips import trips
 
@@ -104,14 +114,14 @@ def run_schedule(block: Callable, params, carry, consts, schedule: Schedule, run
     one = first_block(params)
     hoisted = hoist(block, tags.abstract(carry), one, consts)
     leaves = jax.tree.leaves(carry)
-    table, recorder = make_table(schedule), None
-    if run.keep_last or table.largest_row > 1:
-        call = hoisted.call if run.checkpoint is None else run.checkpoint(hoisted.call)
-        recorder = Recorder.trace(
-            call, tags.abstract(leaves), jax.tree.leaves(one), tags.abstract(hoisted.consts)
-        )
+    record = hoisted.call if run.checkpoint is None else run.checkpoint(hoisted.call)
+    shapes = tags.abstract((leaves, jax.tree.leaves(one), hoisted.consts))
     loops = _Loops(
-        call=hoisted.call, table=table, run=run, length=schedule.num_blocks, recorder=recorder
+        call=hoisted.call,
+        table=make_table(schedule),
+        run=run,
+        length=schedule.num_blocks,
+        recorder_of=functools.cache(functools.partial(Recorder.trace, record, *shapes)),
     )
     with first_order.explained():
         out = _with_gradient(loops)(jax.tree.leaves(params), leaves, hoisted.consts)
@@ -125,19 +135,22 @@ def _with_gradient(loops: "_Loops") -> Callable:
     def stack(params, carry, consts):
         return loops.sweep(params, carry, consts, 0, loops.length)
 
-    stack.defvjp(loops.forward, loops.backward)
+    stack.defvjp(loops.forward, loops.backward, symbolic_zeros=True)
     return stack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Loops:
-    """The forward and the backward pass of one stack; every array is an argument."""
+    """The forward and the backward pass of one stack; every array is an argument.
+
+    Gradients are made only of the parameters and consts that the caller asks for: `moving`.
+    """
 
     call: Callable
     table: Table
     run: Run
     length: int
-    recorder: Recorder | None
+    recorder_of: Callable[[Moving], Recorder]
 
     def sweep(self, params, carry, consts, start, stop):
         """Runs blocks `start..stop` and stores nothing."""
@@ -146,6 +159,11 @@ class _Loops:
 
     def forward(self, params, carry, consts):
         """Returns the output, and what the backward pass is handed."""
+        params, of_params = asked_for(params)
+        consts, of_consts = asked_for(consts)
+        carry, _ = asked_for(carry)
+        moving = Moving(params=of_params, consts=of_consts)
+        recorder = self._recorder(moving)
         first = int(self.table.rows["record"][0]) if self.run.keep_last else self.length
 
         def body(state, step):
@@ -158,40 +176,40 @@ class _Loops:
         steps = (jnp.arange(first), jnp.asarray(self.table.sweep_slots[:first]))
         unroll = min(self.run.unroll, max(first, 1))
         (carry, slots), _ = lax.scan(body, state, steps, length=first, unroll=unroll)
-        kept = self._empty_records()
+        kept = [] if recorder is None else recorder.empty(self.table.largest_row)
         if self.run.keep_last:
-            carry, kept = self._record(params, carry, consts, kept, first, first, self.length)
-        return carry, (params, consts, slots, kept)
+            blocks = (first, first, self.length)
+            carry, kept = self._record(recorder, params, carry, consts, kept, *blocks)
+        return carry, (params, consts, slots, kept, moving)
 
     def backward(self, residuals, grads):
         """Returns the gradients of parameters, carry and consts; None where there are none."""
-        params, consts, slots, kept = residuals
-        moving = inexact(slots), inexact(params), inexact(consts)
-        params = first_order.guard(params, moving[1])
-        grads = first_order.guard(grads, moving[0])
+        params, consts, slots, kept, moving = residuals
+        params = first_order.guard(params, inexact(params))
+        grads = first_order.guard(instantiate(grads), inexact(slots))
         state = (
             slots,
             kept,
-            pick(grads, moving[0]),
-            [jnp.zeros_like(params[i]) for i in moving[1]],
-            [jnp.zeros_like(consts[i]) for i in moving[2]],
+            pick(grads, inexact(slots)),
+            [jnp.zeros_like(params[i]) for i in moving.params],
+            [jnp.zeros_like(consts[i]) for i in moving.consts],
         )
         rows = {name: jnp.asarray(column) for name, column in self.table.rows.items()}
         # Blocks that the forward pass has recorded are not recorded again.
         rows["again"] = jnp.asarray(self.table.rows["record"])
         if self.run.keep_last:
             rows["again"] = rows["again"].at[0].set(self.length)
-        body = lambda state, row: (self._run_row(params, consts, state, row), None)
+        body = lambda state, row: (self._run_row(params, consts, moving, state, row), None)
         (_, _, grad_carry, grad_params, grad_consts), _ = lax.scan(body, state, rows)
         groups = zip(
             (grad_params, grad_carry, grad_consts),
-            (moving[1], moving[0], moving[2]),
+            (moving.params, inexact(slots), moving.consts),
             (params, slots, consts),
             strict=True,
         )
         return tuple(spread(grads, places, like) for grads, places, like in groups)
 
-    def _run_row(self, params, consts, state, row):
+    def _run_row(self, params, consts, moving, state, row):
         """Loads, moves, advances, records and reverses one row of the table."""
         slots, kept, *grads = state
         num_rows = len(self.table.rows["load"])
@@ -212,38 +230,43 @@ class _Loops:
                 )
         with trips(self.table.blocks_advanced, num_rows):
             carry = self.sweep(params, carry, consts, row["advance"], row["record"])
-        if self.recorder is None:
-            _, reverse = differentiate(self.call, carry, _row(params, row["record"]), consts)
+        recorder = self._recorder(moving)
+        if recorder is None:
+            params_i = _row(params, row["record"])
+            _, reverse = differentiate(self.call, carry, params_i, consts, moving)
             grads = _accumulate(reverse, row["record"], *grads)
             return slots, kept, *grads
         kept_blocks = self.length - int(self.table.rows["record"][0]) if self.run.keep_last else 0
         with trips(self.length - kept_blocks, num_rows):
-            _, kept = self._record(
-                params, carry, consts, kept, row["record"], row["again"], row["stop"]
-            )
+            blocks = (row["record"], row["again"], row["stop"])
+            _, kept = self._record(recorder, params, carry, consts, kept, *blocks)
 
         def reverse_block(count, grads):
             index = row["stop"] - 1 - count
-            residuals = _row(kept, index - row["record"])
-            reverse = self.recorder.reverse(residuals, _row(params, index), consts)
+            residuals = row_major(_row(kept, index - row["record"]))
+            reverse = recorder.reverse(residuals, _row(params, index), consts)
             return _accumulate(reverse, index, *grads)
 
         with trips(self.length, num_rows):
             grads = lax.fori_loop(0, row["stop"] - row["record"], reverse_block, tuple(grads))
         return slots, kept, *grads
 
-    def _record(self, params, carry, consts, kept, base, start, stop):
+    def _recorder(self, moving: Moving) -> Recorder | None:
+        """Returns what records the blocks of a row; None where each row is a single block."""
+        if self.run.keep_last or self.table.largest_row > 1:
+            return self.recorder_of(moving)
+        return None
+
+    @staticmethod
+    def _record(recorder, params, carry, consts, kept, base, start, stop):
         """Records blocks `start..stop`; block i's residuals go to place `i - base` of `kept`."""
 
         def body(index, state):
             carry, kept = state
-            carry, residuals = self.recorder.record(carry, _row(params, index), consts)
-            return carry, _write(kept, index - base, residuals)
+            carry, residuals = recorder.record(carry, _row(params, index), consts)
+            return carry, _write(kept, index - base, row_major(residuals))
 
         return lax.fori_loop(start, stop, body, (carry, kept))
-
-    def _empty_records(self) -> list:
-        return [] if self.recorder is None else self.recorder.empty(self.table.largest_row)
 
     def _empty_slots(self, carry) -> list:
         # Copies of the input rather than zeros: right for key dtypes and for any sharding.

@@ -2,7 +2,7 @@
 
 `jax.vjp` hands back a function whose leaves are the residuals. A `Recorder` traces it once and
 knows which of those leaves are a block's own (to be kept) and which are its parameters or the
-consts (to be read again instead of copied once a block).
+consts, or casts of them (to be read again instead of copied once a block).
 """
 
 import dataclasses
@@ -34,21 +34,62 @@ def spread(grads: Sequence, places: Sequence[int], like: Sequence) -> list:
     return [found.get(position) for position in range(len(like))]
 
 
-def differentiate(call: Callable, carry: Sequence, params_i: Sequence, consts: Sequence):
-    """Runs a block under `jax.vjp` with respect to every leaf that has a gradient.
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Moving:
+    """Which leaves of a stack are differentiated; static where JAX expects arrays.
+
+    Attributes:
+      params: Positions among the parameters.
+      consts: Positions among the consts.
+    """
+
+    params: tuple[int, ...]
+    consts: tuple[int, ...]
+
+    @classmethod
+    def all_of(cls, params: Sequence, consts: Sequence) -> "Moving":
+        """Returns every leaf that can have a gradient."""
+        return cls(params=tuple(inexact(params)), consts=tuple(inexact(consts)))
+
+
+def asked_for(primals: Sequence) -> tuple[list, tuple[int, ...]]:
+    """Returns the values of a forward rule's inputs, and the positions a gradient is asked for.
+
+    Args:
+      primals: `jax.custom_derivatives.CustomVJPPrimal`s, as rules with symbolic zeros get them.
+    """
+    values = [primal.value for primal in primals]
+    return values, tuple(place for place in inexact(values) if primals[place].perturbed)
+
+
+def instantiate(grads: Sequence) -> list:
+    """Returns gradients of a backward rule with its symbolic zeros as arrays."""
+    symbolic = jax.custom_derivatives.SymbolicZero
+    return [jnp.zeros(g.shape, g.dtype) if isinstance(g, symbolic) else g for g in grads]
+
+
+def differentiate(
+    call: Callable, carry: Sequence, params_i: Sequence, consts: Sequence, moving: Moving
+):
+    """Runs a block under `jax.vjp` with respect to its carry and the leaves that are asked for.
+
+    What is not differentiated leaves no residuals: not a rotary table's products, not the inputs
+    of frozen weights.
 
     Args:
       call: `call(carry, params_i, consts) -> carry` over lists of leaves.
       carry: The block's input.
       params_i: The block's parameters.
       consts: What all blocks share.
+      moving: Which of the latter two are differentiated.
 
     Returns:
       `(out, reverse)`: the block's output, and `reverse(grads)` from the gradients of its inexact
-      leaves to those of `carry`, `params_i` and `consts`.
+      leaves to those of the moving leaves of `carry`, `params_i` and `consts`.
     """
     groups = (carry, params_i, consts)
-    places = [inexact(group) for group in groups]
+    places = [inexact(carry), moving.params, moving.consts]
 
     def fn(*moving):
         full = [list(group) for group in groups]
@@ -58,8 +99,8 @@ def differentiate(call: Callable, carry: Sequence, params_i: Sequence, consts: S
         out = call(*full)
         return pick(out, inexact(out)), out
 
-    moving = [pick(group, positions) for group, positions in zip(groups, places, strict=True)]
-    _, reverse, out = jax.vjp(fn, *moving, has_aux=True)
+    inputs = [pick(group, positions) for group, positions in zip(groups, places, strict=True)]
+    _, reverse, out = jax.vjp(fn, *inputs, has_aux=True)
     return out, reverse
 
 
@@ -73,32 +114,45 @@ class Recorder:
       residual_tree: The structure of `jax.vjp`'s function.
       sources: For each of its leaves, the position among the inputs it is read from again, or
         None where it is kept.
+      casts: For each of its leaves, the dtypes that the input is cast to one after another, such
+        as a float32 weight to bfloat16.
     """
 
     run: core.ClosedJaxpr
     num_carry: int
     residual_tree: Any
     sources: tuple[int | None, ...]
+    casts: tuple[tuple[Any, ...], ...]
 
     @classmethod
-    def trace(cls, call: Callable, carry, params_i, consts) -> "Recorder":
+    def trace(cls, call: Callable, carry, params_i, consts, moving: Moving) -> "Recorder":
         """Returns the recorder of a block; arguments as in `differentiate`, abstract ones too."""
         trees = []
 
         def recorded(*groups):
-            out, reverse = differentiate(call, *groups)
+            out, reverse = differentiate(call, *groups, moving)
             leaves, tree = jax.tree.flatten(reverse)
             trees.append(tree)
             return out, leaves
 
         run = jax.make_jaxpr(recorded)(carry, params_i, consts)
         # A residual that is an input after the carry is a parameter or a const.
-        shared = {var: place for place, var in enumerate(run.jaxpr.invars) if place >= len(carry)}
+        shared = {
+            var: (place, ()) for place, var in enumerate(run.jaxpr.invars) if place >= len(carry)
+        }
+        for equation in run.jaxpr.eqns:
+            found = _cast_of(equation, shared)
+            if found is not None:
+                shared[equation.outvars[0]] = found
         residuals = run.jaxpr.outvars[len(carry) :]
-        sources = tuple(
-            None if isinstance(var, core.Literal) else shared.get(var) for var in residuals
+        found = [
+            (None, ()) if isinstance(var, core.Literal) else shared.get(var, (None, ()))
+            for var in residuals
+        ]
+        sources, casts = zip(*found, strict=True) if found else ((), ())
+        return cls(
+            run=run, num_carry=len(carry), residual_tree=trees[-1], sources=sources, casts=casts
         )
-        return cls(run=run, num_carry=len(carry), residual_tree=trees[-1], sources=sources)
 
     def empty(self, num_blocks: int) -> list[jax.Array]:
         """Returns room for the kept residuals of blocks, each leaf in the memory its policy says."""
@@ -120,5 +174,21 @@ class Recorder:
         """Returns the block's `reverse`, rebuilt from its kept residuals."""
         kept = iter(kept)
         shared = [None] * self.num_carry + [*params_i, *consts]
-        leaves = [next(kept) if source is None else shared[source] for source in self.sources]
+        leaves = []
+        for source, dtypes in zip(self.sources, self.casts, strict=True):
+            leaf = next(kept) if source is None else shared[source]
+            for dtype in dtypes:
+                leaf = leaf.astype(dtype)
+            leaves.append(leaf)
         return jax.tree.unflatten(self.residual_tree, leaves)
+
+
+def _cast_of(equation: core.JaxprEqn, shared: dict) -> tuple[int, tuple] | None:
+    """Returns `(input, dtypes)` if an equation casts what is shared, else None."""
+    if equation.primitive.name != "convert_element_type":
+        return None
+    source = equation.invars[0]
+    if isinstance(source, core.Literal) or source not in shared:
+        return None
+    place, dtypes = shared[source]
+    return place, (*dtypes, equation.outvars[0].aval.dtype)

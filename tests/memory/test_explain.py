@@ -9,7 +9,7 @@ from jaxckpt import PlanError
 from jaxckpt.memory.explain import explain
 from jaxckpt.memory.residuals import checkpointed, single_stage
 from jaxckpt.models import TransformerConfig, transformer
-from jaxckpt.transforms.recording import Recorder
+from jaxckpt.transforms.recording import Moving, Recorder
 from tests.transforms import cases
 
 X, W = jnp.ones((4, 16)), {"w": jnp.ones((16, 32)), "v": jnp.ones((32, 16))}
@@ -45,7 +45,7 @@ def kept_by_vjp(block, plan: str, carry, params_i, *consts) -> int:
         return jax.tree.leaves(fn(carry, params_i, *consts))
 
     groups = [jax.tree.leaves(part) for part in (carry, params_i, consts)]
-    recorder = Recorder.trace(call, *groups)
+    recorder = Recorder.trace(call, *groups, Moving.all_of(*groups[1:]))
     kept = recorder.run.jaxpr.outvars[recorder.num_carry :]
     kept = {var for var, source in zip(kept, recorder.sources, strict=True) if source is None}
     return sum(var.aval.size * var.aval.dtype.itemsize for var in kept)
