@@ -1,9 +1,10 @@
 """How temporary memory grows with the number of blocks, as XLA compiled it, beside theory's bound.
 
 The stack has almost no weights and large carries, so carries are all there is to see. Nothing is
-run and nothing is allocated. Targets are the local backend and, where libtpu can be imported, a
-TPU that need not be there. A TPU compiler moves arrays of up to about 100 MiB into on-chip memory,
-so its carries are larger, to stay in main memory: 32 MiB against 4 MiB.
+run and nothing is allocated. Targets are the local backend and, where their compilers are
+installed, a TPU and a GPU that need not be there. A TPU compiler moves arrays of up to about 100
+MiB into on-chip memory, so carries of absent chips are larger, to stay in main memory: 32 MiB
+against 4 MiB.
 """
 
 import math
@@ -34,11 +35,11 @@ def run(quick: bool = False) -> Result:
     lengths = LENGTHS[:2] if quick else LENGTHS
     targets: dict[str, tuple[CompileTemp, tuple[int, int]]] = {origin.device(): (local, CARRY)}
     notes = []
-    try:
-        if not quick:
-            targets |= {absent.TPU: (absent.tpu(), ABSENT_CARRY)}
-    except absent.Unavailable as error:
-        notes.append(f"{absent.TPU} skipped: {error}")
+    for name in () if quick else absent.TARGETS:
+        try:
+            targets |= {name: (absent.compiler(name), ABSENT_CARRY)}
+        except absent.Unavailable as error:
+            notes.append(f"{name} skipped: {error}")
     rows = []
     for target, (compile_temp, carry) in targets.items():
         rows += measure(compile_temp, target, lengths, carry)
