@@ -24,7 +24,7 @@ _INIT = nn.initializers.normal(0.02)
 
 
 class Transformer(nn.Module):
-    """Tokens in, logits out.
+    """Tokens in, logits out; `features` stops before the head, for a loss that needs no logits.
 
     Attributes:
       config: Shapes and options.
@@ -36,7 +36,18 @@ class Transformer(nn.Module):
     remat: str | Plan = "full"
     unroll: int = 1
 
-    @nn.compact
+    def setup(self):
+        """Makes the parts, under the names that Qwen3's parameters have."""
+        config = self.config
+        self.embed_tokens = nn.Embed(
+            config.vocab_size, config.d_model, dtype=config.dtype, embedding_init=_INIT
+        )
+        block = functools.partial(Block, config=config)
+        self.layers = Stack(block, config.num_blocks, remat=self.remat, unroll=self.unroll)
+        self.norm = RMSNorm(config)
+        if not config.tied_embeddings:
+            self.lm_head = _dense(config, config.vocab_size)
+
     def __call__(self, tokens_BS, *, deterministic: bool = True):
         """Returns logits `[B, S, V]`.
 
@@ -44,23 +55,18 @@ class Transformer(nn.Module):
           tokens_BS: Token ids, integers.
           deterministic: Turns dropout off; with it on, `rngs={"dropout": key}` is needed.
         """
+        x_BSD = self.features(tokens_BS, deterministic=deterministic)
+        if self.config.tied_embeddings:
+            return self.embed_tokens.attend(x_BSD)
+        return self.lm_head(x_BSD)
+
+    def features(self, tokens_BS, *, deterministic: bool = True):
+        """Returns what the head is applied to, `[B, S, D]`; arguments are those of a call."""
         config = self.config
-        embed = nn.Embed(
-            config.vocab_size,
-            config.d_model,
-            dtype=config.dtype,
-            embedding_init=_INIT,
-            name="embed_tokens",
-        )
-        x_BSD = embed(tokens_BS)
-        block = functools.partial(Block, config=config)
-        stack = Stack(block, config.num_blocks, remat=self.remat, unroll=self.unroll, name="layers")
+        x_BSD = self.embed_tokens(tokens_BS)
         rotary = rotary_table(tokens_BS.shape[1], config.head_dim, config.rope_theta)
-        x_BSD = stack(x_BSD, rotary, deterministic=deterministic)
-        x_BSD = RMSNorm(config, name="norm")(x_BSD)
-        if config.tied_embeddings:
-            return embed.attend(x_BSD)
-        return _dense(config, config.vocab_size, "lm_head")(x_BSD)
+        x_BSD = self.layers(x_BSD, rotary, deterministic=deterministic)
+        return self.norm(x_BSD)
 
 
 class Block(nn.Module):
@@ -151,5 +157,5 @@ def rotate(x_BSHN, rotary):
     return jnp.concatenate(turned, axis=-1).astype(x_BSHN.dtype)
 
 
-def _dense(config: TransformerConfig, features: int, name: str) -> nn.Dense:
+def _dense(config: TransformerConfig, features: int, name: str | None = None) -> nn.Dense:
     return nn.Dense(features, use_bias=False, dtype=config.dtype, kernel_init=_INIT, name=name)
