@@ -230,7 +230,6 @@ MEASURED_MS = {
 @pytest.mark.parametrize("batch, size, plan", MEASURED_MS)
 def test_estimates_of_measured_steps(batch, size, plan, monkeypatch):
     trace_cudnn(monkeypatch)
-    monkeypatch.setattr("jaxckpt.models.transformer.causal_attention", causal)
     config = TransformerConfig(
         vocab_size=151936,
         num_blocks=28,
@@ -240,6 +239,7 @@ def test_estimates_of_measured_steps(batch, size, plan, monkeypatch):
         head_dim=128,
         d_ff=3072,
         dtype="bf16",
+        attention="cudnn",
     )
     model, optimizer = Transformer(config, remat=plan), optax.adamw(1e-4)
 
