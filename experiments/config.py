@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from jaxckpt.losses.sizes import chunk_positions
 from jaxckpt.models.config import TransformerConfig
 from jaxckpt.plans import Plan, PlanError
 from jaxckpt.plans.errors import nearest
@@ -83,6 +84,9 @@ class TrainConfig:
       batch_size: Sequences a step.
       accumulate: Parts that a batch is cut into; their gradients are added up one after another.
       seq_len: Tokens a sequence.
+      loss_chunk_tokens: Tokens whose logits are in memory at once, all sequences of a part
+        together; 0 takes as many as the shapes suggest.
+      z_loss: Weight of the squared log-partition function in the training loss, such as 1e-4.
       seed: Of parameters, data order and dropout.
       validate_every: Steps between validations; 0 validates at the end alone.
       validation_batches: Batches of one validation.
@@ -107,6 +111,8 @@ class TrainConfig:
     batch_size: int = 16
     accumulate: int = 1
     seq_len: int = 128
+    loss_chunk_tokens: int = 0
+    z_loss: float = 0.0
     seed: int = 0
     validate_every: int = 0
     validation_batches: int = 8
@@ -124,12 +130,19 @@ class TrainConfig:
         _at_least(self, 1, "unroll", "steps", "batch_size", "seq_len", "validation_batches")
         _at_least(self, 1, "accumulate", "keep", "max_skipped")
         _at_least(self, 0, "validate_every", "seed", "save_every")
+        _at_least(self, 0, "loss_chunk_tokens", "z_loss")
         if self.batch_size % self.accumulate:
             parts = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
             raise ConfigError(
                 f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}; "
                 f"valid: {', '.join(map(str, parts))}"
             )
+        if self.loss_chunk_tokens:
+            rows = self.batch_size // self.accumulate
+            try:
+                chunk_positions((rows, self.seq_len), self.loss_chunk_tokens)
+            except ValueError as error:
+                raise ConfigError(f"loss_{error}") from None
         if self.resume and self.overwrite:
             raise ConfigError("--resume goes on with a run, --overwrite replaces it; name one")
         if self.plan.stages[0].schedule == "auto":

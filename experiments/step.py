@@ -107,12 +107,17 @@ def make_train_step(config: TrainConfig):
 def _make_loss(config: TrainConfig):
     """Returns `loss(params, tokens, key)` in nats a token."""
     model = Transformer(config.model, remat=config.plan, unroll=config.unroll)
+    options = {"chunk_tokens": config.loss_chunk_tokens or None, "z_loss": config.z_loss}
 
     def loss(params, tokens, key):
-        logits_BSV = model.apply(
-            {"params": params}, tokens[:, :-1], deterministic=False, rngs={"dropout": key}
+        x_BSD = model.apply(
+            {"params": params},
+            tokens[:, :-1],
+            deterministic=False,
+            rngs={"dropout": key},
+            method="features",
         )
-        return next_token_loss(logits_BSV, tokens[:, 1:])
+        return next_token_loss(x_BSD, params, tokens[:, 1:], config.model, **options)
 
     return loss
 
@@ -138,11 +143,15 @@ def _accumulated(config: TrainConfig, value_and_grad):
 
 
 def make_validation_step(config: TrainConfig):
-    """Returns `validation_step(params, tokens) -> loss` in nats a token, without dropout."""
+    """Returns `validation_step(params, tokens) -> loss` in nats a token.
+
+    It is the cross entropy alone: without dropout, and without `z_loss`.
+    """
     model = Transformer(config.model, remat="none")
 
     def validation_step(params, tokens):
-        return next_token_loss(model.apply({"params": params}, tokens[:, :-1]), tokens[:, 1:])
+        x_BSD = model.apply({"params": params}, tokens[:, :-1], method="features")
+        return next_token_loss(x_BSD, params, tokens[:, 1:], config.model)
 
     return validation_step
 

@@ -7,11 +7,12 @@ tokens would each lie on one device.
 
 import dataclasses
 import math
-import operator
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import lax
+
+from jaxckpt.losses.sizes import chunk_positions
 
 # Less than this is never worth cutting: the launch of a chunk's kernels would show.
 _SMALL_BYTES = 64 * 2**20
@@ -83,26 +84,5 @@ def given_chunks(tokens_shape: Sequence[int], chunk_tokens: int) -> Chunks:
     Raises:
       ValueError: Not an integer, or one that does not cut every row evenly.
     """
-    *rows, length = tokens_shape
-    rows = math.prod(rows)
-    try:
-        chunk_tokens = operator.index(chunk_tokens)
-    except TypeError:
-        raise ValueError(f"chunk_tokens is {chunk_tokens!r}; valid: an integer or None") from None
-    if not rows * length:
-        return Chunks(length=length, size=max(length, 1))
-    valid = [rows * size for size in _divisors(length)]
-    if chunk_tokens not in valid:
-        below = [n for n in valid if n < chunk_tokens][-1:]
-        above = [n for n in valid if n > chunk_tokens][:1]
-        raise ValueError(
-            f"chunk_tokens {chunk_tokens} does not cut {rows} rows of {length} positions evenly; "
-            f"nearest valid: {', '.join(str(n) for n in below + above)}; a chunk takes a divisor "
-            f"of {length} from every row"
-        )
-    return Chunks(length=length, size=chunk_tokens // rows)
-
-
-def _divisors(number: int) -> list[int]:
-    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return sorted({*small, *(number // n for n in small)})
+    size = chunk_positions(tokens_shape, chunk_tokens)
+    return Chunks(length=tokens_shape[-1], size=size)

@@ -28,6 +28,11 @@ _ARCHITECTURES = {
 }
 
 
+def compute_capability(chip: Chip) -> tuple[int, int] | None:
+    """Returns NVIDIA's number of a chip's architecture, such as `(9, 0)`; None for a TPU."""
+    return _GPUS[chip.name][0] if chip.name in _GPUS else None
+
+
 def target_config(chip: Chip, cudnn: tuple[int, int, int] = (9, 10, 0)) -> str:
     """Returns the text proto that `get_topology_desc(target_config=)` takes for a chip.
 

@@ -11,9 +11,10 @@ _LAZY = {
     "Transformer": "jaxckpt.models.transformer",
     "causal_attention": "jaxckpt.models.attention",
     "next_token_loss": "jaxckpt.models.loss",
+    "resolve": "jaxckpt.models.auto",
 }
 
-__all__ = ["Transformer", "TransformerConfig", "causal_attention", "next_token_loss"]
+__all__ = ["Transformer", "TransformerConfig", "causal_attention", "next_token_loss", "resolve"]
 
 
 def __getattr__(name: str):

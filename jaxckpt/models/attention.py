@@ -1,90 +1,84 @@
-"""Causal grouped-query attention whose backward pass keeps no [S, S] array.
+"""Causal grouped-query attention, by the kernel that a chip is best served by.
 
-Shapes: B batch, S sequence, H query heads, K key/value heads, G = H / K, N head size.
+    out = causal_attention(q, k, v, kind="splash")
 
-As a flash kernel does, the forward pass keeps its output and the logarithm of each row's softmax
-sum, and the backward pass rebuilds the probabilities from them (Dao et al. 2022, FlashAttention,
-algorithm 4). Those two are what the policy `attention` keeps. One block's scores are still made
-whole while it runs.
+Shapes: B batch, S sequence, H query heads, K key/value heads, N head size. Kinds: `cudnn` (NVIDIA's
+flash attention), `splash` (Pallas, for TPUs), `plain` (einsums, anywhere) and `auto`, one of these
+by the chip of this process. A step for an absent chip names its kind: `auto.py` chooses it.
+
+What a kernel's backward pass needs of its forward pass, its output and the logarithm of each row's
+softmax sum, is what the policy `attention` keeps, whatever the kind.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 
-from jaxckpt.transforms import tags
+from jaxckpt.models import auto
+from jaxckpt.models.plain_attention import plain_attention, same_document
+from jaxckpt.models.splash import splash_attention
+from jaxckpt.plans.errors import nearest
 
 
-@jax.custom_vjp
-def causal_attention(q_BSHN, k_BSKN, v_BSKN):
+def causal_attention(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS=None, *, kind: str = "plain"):
     """Returns softmax(q k^T / sqrt(N), causal) v.
 
     Args:
       q_BSHN: Queries; H is a multiple of K.
       k_BSKN: Keys.
       v_BSKN: Values.
+      segment_ids_BS: Integers: of packed documents, which one a token is of; a token attends to
+        its own document alone. None is one document a row.
+      kind: `"auto"`, `"cudnn"`, `"splash"` or `"plain"`.
 
     Returns:
       `[B, S, H, N]` in the dtype of `q_BSHN`; the softmax is computed in float32.
+
+    Raises:
+      ValueError: No such kind, a dtype or size that the kernel does not take, ids that are no
+        `[B, S]` integers, or no cuDNN where this is traced.
     """
-    return _forward(q_BSHN, k_BSKN, v_BSKN)[0]
+    size, head_dim = q_BSHN.shape[1], q_BSHN.shape[-1]
+    if segment_ids_BS is not None:
+        _check_segment_ids(segment_ids_BS, q_BSHN.shape[:2])
+    sizes = {"dtype": q_BSHN.dtype.name, "head_dim": head_dim, "seq_len": size}
+    packed = segment_ids_BS is not None
+    if kind == "auto":
+        kind, _ = auto.choose_attention(auto.local_device(), packed=packed, **sizes)
+    if kind not in _KERNELS:
+        valid = ("auto", *_KERNELS)
+        raise ValueError(f"attention is {kind!r}; valid: {', '.join(valid)}{nearest(kind, valid)}")
+    refusal = auto.refused_sizes(kind, packed=packed, **sizes)
+    if refusal:
+        raise ValueError(f"attention {kind!r} {refusal}; 'plain' takes any")
+    return _KERNELS[kind](q_BSHN, k_BSKN, v_BSKN, segment_ids_BS)
 
 
-def _forward(q_BSHN, k_BSKN, v_BSKN):
-    scores_BKGST = _scores(q_BSHN, k_BSKN)
-    logsum_BKGS = jax.nn.logsumexp(scores_BKGST, axis=-1)
-    probs_BKGST = jnp.exp(scores_BKGST - logsum_BKGS[..., None]).astype(v_BSKN.dtype)
-    out_BSKGN = jnp.einsum("BKGST,BTKN->BSKGN", probs_BKGST, v_BSKN)
-    return out_BSKGN.reshape(q_BSHN.shape), logsum_BKGS
-
-
-def _forward_rule(q_BSHN, k_BSKN, v_BSKN):
-    kept = _forward(q_BSHN, k_BSKN, v_BSKN)
-    out_BSHN, logsum_BKGS = tags.tag_reserved(kept, tags.ATTENTION)
-    return out_BSHN, (q_BSHN, k_BSKN, v_BSKN, out_BSHN, logsum_BKGS)
-
-
-def _backward_rule(residuals, grad_BSHN):
-    q_BSHN, k_BSKN, v_BSKN, out_BSHN, logsum_BKGS = residuals
-    grouped = functools.partial(_grouped, num_kv_heads=k_BSKN.shape[2])
-    q_BSKGN, grad_BSKGN, out_BSKGN = map(grouped, (q_BSHN, grad_BSHN, out_BSHN))
-    probs_BKGST = jnp.exp(_scores(q_BSHN, k_BSKN) - logsum_BKGS[..., None])
-    grad_v_BSKN = _contract("BKGST,BSKGN->BTKN", probs_BKGST, grad_BSKGN)
-    grad_probs_BKGST = _contract("BSKGN,BTKN->BKGST", grad_BSKGN, v_BSKN)
-    # The softmax's gradient needs sum_t p_t dp_t, which equals the dot product of out and its
-    # gradient: [S] numbers a head instead of another [S, S] reduction.
-    row_BKGS = _contract("BSKGN,BSKGN->BKGS", out_BSKGN, grad_BSKGN)
-    grad_scores_BKGST = probs_BKGST * (grad_probs_BKGST - row_BKGS[..., None])
-    grad_scores_BKGST = grad_scores_BKGST / math.sqrt(q_BSHN.shape[-1])
-    grad_q_BSKGN = _contract("BKGST,BTKN->BSKGN", grad_scores_BKGST, k_BSKN)
-    grad_k_BSKN = _contract("BKGST,BSKGN->BTKN", grad_scores_BKGST, q_BSKGN)
-    return (
-        grad_q_BSKGN.reshape(q_BSHN.shape).astype(q_BSHN.dtype),
-        grad_k_BSKN.astype(k_BSKN.dtype),
-        grad_v_BSKN.astype(v_BSKN.dtype),
+def _cudnn(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS):
+    """Returns cuDNN's attention; documents are a mask, `[B, 1, S, S]` in the dtype of queries."""
+    mask = None if segment_ids_BS is None else same_document(segment_ids_BS)[:, None]
+    attend = functools.partial(
+        jax.nn.dot_product_attention, mask=mask, is_causal=True, implementation="cudnn"
     )
+    try:
+        return attend(q_BSHN, k_BSKN, v_BSKN)
+    except RuntimeError as error:
+        if "cuDNN" not in str(error):
+            raise
+        raise ValueError(
+            f"attention 'cudnn' needs cuDNN where it is traced, and this process has none "
+            f"({error}); use 'auto' or 'plain', or build a step for an absent GPU by "
+            "jaxckpt.memory.absent.Entry"
+        ) from None
 
 
-causal_attention.defvjp(_forward_rule, _backward_rule)
+_KERNELS = {"cudnn": _cudnn, "splash": splash_attention, "plain": plain_attention}
 
 
-def _scores(q_BSHN, k_BSKN):
-    """Returns float32 scores `[B, K, G, S, S]`, minus infinity above the diagonal."""
-    q_BSKGN = _grouped(q_BSHN, k_BSKN.shape[2])
-    scores_BKGST = _contract("BSKGN,BTKN->BKGST", q_BSKGN, k_BSKN) / math.sqrt(q_BSHN.shape[-1])
-    size = q_BSHN.shape[1]
-    causal_ST = jnp.arange(size)[:, None] >= jnp.arange(size)[None, :]
-    return jnp.where(causal_ST, scores_BKGST, -jnp.inf)
-
-
-def _grouped(x_BSHN, num_kv_heads: int):
-    batch, size, heads, head_dim = x_BSHN.shape
-    return x_BSHN.reshape(batch, size, num_kv_heads, heads // num_kv_heads, head_dim)
-
-
-def _contract(spec: str, x, y):
-    """Returns the contraction of inputs of one dtype, accumulated and returned in float32."""
-    dtype = jnp.promote_types(x.dtype, y.dtype)
-    return jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
+def _check_segment_ids(segment_ids, shape: tuple[int, ...]):
+    if segment_ids.shape != shape or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise ValueError(
+            f"segment_ids are {segment_ids.dtype.name}{list(segment_ids.shape)}; valid: integers "
+            f"{list(shape)}, one a token"
+        )

@@ -3,7 +3,10 @@
 import dataclasses
 from typing import Literal
 
+from jaxckpt.plans.errors import nearest
+
 _DTYPES = {"bf16": "bfloat16", "f32": "float32"}
+ATTENTION_KINDS = ("auto", "cudnn", "splash", "plain")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,10 +26,14 @@ class TransformerConfig:
       rope_theta: Base of the rotary frequencies.
       norm_eps: Epsilon of every RMSNorm.
       dropout: Rate of dropout on each branch's output; 0 turns it off.
-      dtype: Dtype of the computation; parameters are float32 either way.
+      dtype: Dtype of the computation; parameters are float32 either way. `auto` is bfloat16 on
+        TPUs and on GPUs that have it, float32 elsewhere.
+      attention: The attention kernel: `cudnn` on NVIDIA GPUs, `splash` on TPUs, `plain` anywhere;
+        `auto` is the one that the chip and the sizes allow (`auto.py`).
 
     Raises:
-      ValueError: A size below 1, heads that do not divide, an odd head, a rate outside [0, 1).
+      ValueError: An unknown word, a size below 1, heads that do not divide, an odd head, a rate
+        outside [0, 1).
     """
 
     vocab_size: int = 256
@@ -41,7 +48,8 @@ class TransformerConfig:
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
     dropout: float = 0.0
-    dtype: Literal["float32", "bfloat16", "f32", "bf16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "f32", "bf16"] = "auto"
+    attention: Literal["auto", "cudnn", "splash", "plain"] = "auto"
 
     def __post_init__(self):
         sizes = ("vocab_size", "num_blocks", "d_model", "num_heads", "num_kv_heads", "head_dim")
@@ -61,6 +69,15 @@ class TransformerConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is a rate in [0, 1), not {self.dropout}")
         object.__setattr__(self, "dtype", _DTYPES.get(self.dtype, self.dtype))
+        _check_word("dtype", self.dtype, ("auto", *_DTYPES.values()))
+        _check_word("attention", self.attention, ATTENTION_KINDS)
+
+
+def _check_word(name: str, word: str, valid: tuple[str, ...]):
+    if word not in valid:
+        raise ValueError(
+            f"{name} is {word!r}; valid: {', '.join(valid)}{nearest(str(word), valid)}"
+        )
 
 
 def _divisors(number: int) -> list[int]:

@@ -1,15 +1,36 @@
-"""The loss head: next-token cross entropy."""
+"""The loss head: next-token cross entropy of the features, without all logits at once."""
 
-import jax.numpy as jnp
-import optax
+from jaxckpt.losses import linear_cross_entropy
+from jaxckpt.models.config import TransformerConfig
 
 
-def next_token_loss(logits_BSV, targets_BS):
+def next_token_loss(x_BSD, params, targets_BS, config: TransformerConfig, **options):
     """Returns the mean cross entropy in nats a token, a float32 scalar.
 
+    Logits are products in the dtype of `x_BSD`, summed in float32; they are made and turned into
+    gradients a chunk of tokens at a time.
+
     Args:
-      logits_BSV: Scores of every token id at every position.
+      x_BSD: The Transformer's features, as its method `features` returns them.
+      params: The Transformer's parameters: the head is among them.
       targets_BS: The token id that follows each position.
+      config: The Transformer's.
+      **options: For `jaxckpt.losses.linear_cross_entropy`, such as `chunk_tokens` or `z_loss`.
+
+    Raises:
+      ValueError: As `jaxckpt.losses.linear_cross_entropy`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxckpt.models import Transformer, TransformerConfig, next_token_loss
+      >>> config = TransformerConfig(num_blocks=2)
+      >>> model, tokens = Transformer(config), jnp.zeros([1, 9], int)
+      >>> params = model.init(jax.random.key(0), tokens[:, :-1])["params"]
+      >>> x = model.apply({"params": params}, tokens[:, :-1], method="features")
+      >>> next_token_loss(x, params, tokens[:, 1:], config).dtype
+      dtype('float32')
     """
-    logits_BSV = logits_BSV.astype(jnp.float32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BSV, targets_BS).mean()
+    if config.tied_embeddings:
+        table_VD = params["embed_tokens"]["embedding"]
+        return linear_cross_entropy(x_BSD, table_VD, targets_BS, layout="VD", **options)
+    return linear_cross_entropy(x_BSD, params["lm_head"]["kernel"], targets_BS, **options)

@@ -8,6 +8,7 @@ Values are tagged for the policies: `q`, `k`, `v` (projections), `attn` (attenti
 (the residual stream between the branches), `gate`, `up` (the MLP's projections).
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -17,6 +18,7 @@ from flax import linen as nn
 from jaxckpt.linen import Stack
 from jaxckpt.models.attention import causal_attention
 from jaxckpt.models.config import TransformerConfig
+from jaxckpt.models.auto import choose_dtype, local_device
 from jaxckpt.plans import Plan
 from jaxckpt.transforms.tags import tag
 
@@ -24,7 +26,7 @@ _INIT = nn.initializers.normal(0.02)
 
 
 class Transformer(nn.Module):
-    """Tokens in, logits out.
+    """Tokens in, logits out; `features` stops before the head, for a loss that needs no logits.
 
     Attributes:
       config: Shapes and options.
@@ -36,31 +38,51 @@ class Transformer(nn.Module):
     remat: str | Plan = "full"
     unroll: int = 1
 
-    @nn.compact
-    def __call__(self, tokens_BS, *, deterministic: bool = True):
+    def setup(self):
+        """Makes the parts, under the names that Qwen3's parameters have."""
+        config = self.config
+        if self.is_initializing():
+            # Parameters do not depend on the kernel, so they are made on any chip, at any length.
+            config = dataclasses.replace(config, attention="plain")
+        self.embed_tokens = nn.Embed(
+            config.vocab_size, config.d_model, dtype=_dtype(config), embedding_init=_INIT
+        )
+        block = functools.partial(Block, config=config)
+        self.layers = Stack(block, config.num_blocks, remat=self.remat, unroll=self.unroll)
+        self.norm = RMSNorm(config)
+        if not config.tied_embeddings:
+            self.lm_head = _dense(config, config.vocab_size)
+
+    def __call__(self, tokens_BS, segment_ids_BS=None, *, deterministic: bool = True):
         """Returns logits `[B, S, V]`.
 
         Args:
           tokens_BS: Token ids, integers.
+          segment_ids_BS: Integers: of documents packed into a row, which one a token is of. A
+            token attends to its own document alone; None is one document a row. Positions go on
+            through a row: rotary attention knows only their differences. The loss of a document's
+            last position, whose target is the next document's first token, is the caller's to
+            leave out (`ignore_index`).
           deterministic: Turns dropout off; with it on, `rngs={"dropout": key}` is needed.
+
+        Raises:
+          ValueError: Segment ids that do not go with the tokens, or an attention kernel that does
+            not take the sizes.
         """
+        x_BSD = self.features(tokens_BS, segment_ids_BS, deterministic=deterministic)
+        if self.config.tied_embeddings:
+            return self.embed_tokens.attend(x_BSD)
+        return self.lm_head(x_BSD)
+
+    def features(self, tokens_BS, segment_ids_BS=None, *, deterministic: bool = True):
+        """Returns what the head is applied to, `[B, S, D]`; arguments are those of a call."""
         config = self.config
-        embed = nn.Embed(
-            config.vocab_size,
-            config.d_model,
-            dtype=config.dtype,
-            embedding_init=_INIT,
-            name="embed_tokens",
-        )
-        x_BSD = embed(tokens_BS)
-        block = functools.partial(Block, config=config)
-        stack = Stack(block, config.num_blocks, remat=self.remat, unroll=self.unroll, name="layers")
-        rotary = rotary_table(tokens_BS.shape[1], config.head_dim, config.rope_theta)
-        x_BSD = stack(x_BSD, rotary, deterministic=deterministic)
-        x_BSD = RMSNorm(config, name="norm")(x_BSD)
-        if config.tied_embeddings:
-            return embed.attend(x_BSD)
-        return _dense(config, config.vocab_size, "lm_head")(x_BSD)
+        x_BSD = self.embed_tokens(tokens_BS)
+        consts = [rotary_table(tokens_BS.shape[1], config.head_dim, config.rope_theta)]
+        if segment_ids_BS is not None:
+            consts.append(segment_ids_BS)
+        x_BSD = self.layers(x_BSD, *consts, deterministic=deterministic)
+        return self.norm(x_BSD)
 
 
 class Block(nn.Module):
@@ -69,11 +91,11 @@ class Block(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x_BSD, rotary, *, deterministic: bool = True):
+    def __call__(self, x_BSD, rotary, segment_ids_BS=None, *, deterministic: bool = True):
         config = self.config
         dropout = nn.Dropout(config.dropout, deterministic=deterministic)
         branch_BSD = Attention(config, name="self_attn")(
-            RMSNorm(config, name="input_layernorm")(x_BSD), rotary
+            RMSNorm(config, name="input_layernorm")(x_BSD), rotary, segment_ids_BS
         )
         x_BSD = tag(x_BSD + dropout(branch_BSD), "mid")
         branch_BSD = SwiGLU(config, name="mlp")(
@@ -88,7 +110,7 @@ class Attention(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x_BSD, rotary):
+    def __call__(self, x_BSD, rotary, segment_ids_BS=None):
         config = self.config
 
         def project(name: str, heads: int):
@@ -101,7 +123,8 @@ class Attention(nn.Module):
         if config.qk_norm:
             q_BSHN = RMSNorm(config, name="q_norm")(q_BSHN)
             k_BSKN = RMSNorm(config, name="k_norm")(k_BSKN)
-        attn_BSHN = causal_attention(rotate(q_BSHN, rotary), rotate(k_BSKN, rotary), v_BSKN)
+        q_BSHN, k_BSKN = rotate(q_BSHN, rotary), rotate(k_BSKN, rotary)
+        attn_BSHN = causal_attention(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS, kind=config.attention)
         attn_BSE = tag(attn_BSHN.reshape(*x_BSD.shape[:2], -1), "attn")
         return _dense(config, config.d_model, "o_proj")(attn_BSE)
 
@@ -133,7 +156,8 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         square = jnp.square(x.astype(jnp.float32)).mean(axis=-1, keepdims=True)
         normed = x.astype(jnp.float32) * jax.lax.rsqrt(square + self.config.norm_eps)
-        return normed.astype(self.config.dtype) * scale.astype(self.config.dtype)
+        dtype = _dtype(self.config)
+        return normed.astype(dtype) * scale.astype(dtype)
 
 
 def rotary_table(size: int, head_dim: int, theta: float):
@@ -145,11 +169,17 @@ def rotary_table(size: int, head_dim: int, theta: float):
 
 def rotate(x_BSHN, rotary):
     """Returns `x_BSHN` turned by its positions; component i is paired with i + N/2 (Qwen3)."""
-    cos_S1N, sin_S1N = rotary[:, :, None, :]
+    # The table is no parameter: without this, each block's gradient of it would be summed up.
+    cos_S1N, sin_S1N = jax.lax.stop_gradient(rotary)[:, :, None, :]
     first, second = jnp.split(x_BSHN.astype(jnp.float32), 2, axis=-1)
     turned = [first * cos_S1N - second * sin_S1N, second * cos_S1N + first * sin_S1N]
     return jnp.concatenate(turned, axis=-1).astype(x_BSHN.dtype)
 
 
-def _dense(config: TransformerConfig, features: int, name: str) -> nn.Dense:
-    return nn.Dense(features, use_bias=False, dtype=config.dtype, kernel_init=_INIT, name=name)
+def _dense(config: TransformerConfig, features: int, name: str | None = None) -> nn.Dense:
+    return nn.Dense(features, use_bias=False, dtype=_dtype(config), kernel_init=_INIT, name=name)
+
+
+def _dtype(config: TransformerConfig) -> str:
+    """Returns the dtype of the computation; `auto` that nobody resolved is this process's."""
+    return choose_dtype(local_device())[0] if config.dtype == "auto" else config.dtype
