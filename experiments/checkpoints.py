@@ -170,7 +170,8 @@ def check_same_run(config: TrainConfig, corpus_sha256: str, about: dict[str, obj
 def identity(config: dict[str, object]) -> dict[str, object]:
     """Returns the settings that decide a step's arithmetic, flat: model, optimizer, batch, seed."""
     kept = {key: config[key] for key in ("batch_size", "seq_len", "seed")}
-    kept["z_loss"] = config.get("z_loss", 0.0)  # runs from before it was a setting had none
+    # Runs from before these were settings had none.
+    kept |= {"z_loss": config.get("z_loss", 0.0), "trainable": config.get("trainable", [])}
     for table in ("model", "optimizer"):
         kept.update({f"{table}.{key}": value for key, value in config[table].items()})
     # The learning rate follows the length of the decay, which is the run's unless it is set.

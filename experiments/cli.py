@@ -13,9 +13,11 @@ from cyclopts import App, CycloptsError, config
 from experiments.config import ConfigError, load_toml
 from experiments.data import DataError
 from experiments.record import RunError
+from jaxckpt.memory.launch import Unavailable
+from jaxckpt.memory.targets import TargetError
 from jaxckpt.plans import PlanError
 
-USER_ERRORS = (PlanError, ConfigError, DataError, NotImplementedError)
+USER_ERRORS = (PlanError, ConfigError, DataError, NotImplementedError, TargetError, Unavailable)
 
 
 def main(command: Callable, tokens: Sequence[str] | None = None):

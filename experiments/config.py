@@ -87,6 +87,8 @@ class TrainConfig:
       loss_chunk_tokens: Tokens whose logits are in memory at once, all sequences of a part
         together; 0 takes as many as the shapes suggest.
       z_loss: Weight of the squared log-partition function in the training loss, such as 1e-4.
+      trainable: Globs over the paths of parameters that learn, such as layers/self_attn/*; the rest
+        is frozen. By default everything learns.
       seed: Of parameters, data order and dropout.
       validate_every: Steps between validations; 0 validates at the end alone.
       validation_batches: Batches of one validation.
@@ -113,6 +115,7 @@ class TrainConfig:
     seq_len: int = 128
     loss_chunk_tokens: int = 0
     z_loss: float = 0.0
+    trainable: Annotated[tuple[str, ...], Parameter(negative="")] = ()
     seed: int = 0
     validate_every: int = 0
     validation_batches: int = 8
@@ -166,6 +169,8 @@ class TrainConfig:
         def plain(value):
             if isinstance(value, dict):
                 return {key: plain(item) for key, item in value.items() if item is not None}
+            if isinstance(value, tuple):
+                return list(value)
             return str(value) if isinstance(value, Path) else value
 
         return plain(dataclasses.asdict(self))
@@ -216,6 +221,10 @@ def _flags(table: dict[str, object], owner: type, place: str):
 
 def _typed(key: str, value: object, hint, place: str):
     """Returns `value` if TOML's type is the field's; a TOML file does not turn text to numbers."""
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ConfigError(f"{place}: {key} = {value!r} is no list of text")
+        return value
     wanted = {"int": int, "float": (int, float), "bool": bool}.get(
         getattr(hint, "__name__", ""), str
     )

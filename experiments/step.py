@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments.config import OptimizerConfig, TrainConfig
+from experiments.trainable import merge, split
 from jaxckpt.models import Transformer, next_token_loss
 
 
@@ -58,7 +59,8 @@ def init_state(config: TrainConfig) -> TrainState:
     # Parameters do not depend on the plan, so the cheapest one to trace makes them.
     params = Transformer(config.model, remat="none").init(jax.random.key(config.seed), tokens_BS)
     params = params["params"]
-    optimizer = make_optimizer(config.optimizer, config.steps).init(params)
+    trainable, _ = split(params, config.trainable)
+    optimizer = make_optimizer(config.optimizer, config.steps).init(trainable)
     zero = jnp.zeros([], jnp.int32)
     return TrainState(
         step=zero, params=params, optimizer=optimizer, skipped=zero, skipped_in_row=zero
@@ -73,26 +75,32 @@ def make_train_step(config: TrainConfig):
     `skipped_in_row`. A step whose gradients are not finite changes nothing but those two and the
     step's number, so that the data goes on.
 
+    Only trainable parameters have gradients and optimizer state, and change.
+
     Raises (when traced):
       PlanError: The plan names what the blocks do not have.
+      ConfigError: A pattern of `trainable` matches nothing.
     """
     optimizer = make_optimizer(config.optimizer, config.steps)
-    gradients_of = _accumulated(config, jax.value_and_grad(_make_loss(config)))
+    loss_of = _make_loss(config)
 
     def train_step(state: TrainState, tokens):
         key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
-        loss, gradients = gradients_of(state.params, tokens, key)
+        trainable, frozen = split(state.params, config.trainable)
+        part_loss = lambda trainable, tokens, key: loss_of(merge(trainable, frozen), tokens, key)
+        gradients_of = _accumulated(config, jax.value_and_grad(part_loss))
+        loss, gradients = gradients_of(trainable, tokens, key)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        taken = (optax.apply_updates(state.params, updates), optimizer_state)
-        params, optimizer_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), taken, (state.params, state.optimizer)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, trainable)
+        taken = (optax.apply_updates(trainable, updates), optimizer_state)
+        trainable, optimizer_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), taken, (trainable, state.optimizer)
         )
         skipped = 1 - finite.astype(jnp.int32)
         state = TrainState(
             step=state.step + 1,
-            params=params,
+            params=merge(trainable, frozen),
             optimizer=optimizer_state,
             skipped=state.skipped + skipped,
             skipped_in_row=(state.skipped_in_row + 1) * skipped,

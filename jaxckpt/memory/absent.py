@@ -35,8 +35,9 @@ class Entry:
 
     Attributes:
       function: `"package.module:function"`, importable there; it returns
-        `(fn, args, donate_argnums)` with abstract arguments. These may carry `NamedSharding`s over
-        a `jax.sharding.AbstractMesh` as large as the target; else each device holds everything.
+        `(fn, args, donate_argnums)`, or a `BuiltStep`, with abstract arguments. These may carry
+        `NamedSharding`s over a `jax.sharding.AbstractMesh` as large as the target; else each device
+        holds everything.
       arguments: Keyword arguments of it, JSON values.
 
     Raises:

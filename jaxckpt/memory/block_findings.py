@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 import jax
 
+from jaxckpt.memory.finding import Finding
 from jaxckpt.memory.flat import Flat, Step, bodies, flatten
 from jaxckpt.memory.fusion import is_view
 from jaxckpt.memory.residuals import Trace, checkpointed, is_identity, origin_of
@@ -15,23 +16,6 @@ from jaxckpt.transforms import tags
 from jaxckpt.transforms.blocks import check_policies
 
 _FULL = Stage(schedule="full")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Finding:
-    """A plan, or a part of it, that does nothing.
-
-    Attributes:
-      code: `dots-save-nothing`, `tag-on-output`, `tag-not-needed`, `remat-undone`,
-        `peak-not-below-none` or `head-sets-peak`.
-      message: One line: what was found, and what to do.
-    """
-
-    code: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.message} [{self.code}]"
 
 
 def findings_of_block(

@@ -9,17 +9,13 @@ meant at all is a `PlanError` instead.
 """
 
 from jaxckpt.memory.block_findings import (
-    Finding,
     dots_that_save_nothing,
     findings_of_block,
     tags_that_save_nothing,
 )
-from jaxckpt.memory.step_findings import (
-    count_products,
-    head_sets_peak,
-    peak_not_below_none,
-    undone_remat,
-)
+from jaxckpt.memory.finding import Finding
+from jaxckpt.memory.peak_findings import head_sets_peak, peak_not_below_none
+from jaxckpt.memory.step_findings import count_products, undone_remat
 
 __all__ = [
     "Finding",

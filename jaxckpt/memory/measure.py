@@ -15,8 +15,11 @@ from pathlib import Path
 import jax
 
 from jaxckpt.memory import absent, launch, statistics, traveling
+from jaxckpt.memory.built_step import BuiltStep, annotate
+from jaxckpt.memory.chips import chip_of_device
 from jaxckpt.memory.flops import count_flops
 from jaxckpt.memory.report import MemoryReport
+from jaxckpt.memory.roofline import Rates
 from jaxckpt.memory.targets import Target, parse_target
 
 
@@ -97,13 +100,32 @@ def _jitted(fn: Callable, donate_argnums, static_argnums) -> Callable:
     return jax.jit(fn, donate_argnums=donate_argnums, static_argnums=static_argnums)
 
 
+def measure_step(step: BuiltStep) -> MemoryReport:
+    """Returns the report of a step on this process's backend: time and findings with its memory."""
+    traced = jax.jit(step.fn, donate_argnums=step.donate_argnums).trace(*step.args)
+    report, compiled = _compile_here(traced)
+    return annotate(step, traced.jaxpr, report, rates=local_rates(), compiled_text=compiled.as_text)
+
+
+def local_rates() -> Rates | None:
+    """Returns the rates of this process's first device; None for one that is not in the table."""
+    chip = chip_of_device(jax.devices()[0].device_kind)
+    return None if chip is None else Rates.of_chip(chip)
+
+
 def _measure_here(jitted: Callable, args: Sequence) -> MemoryReport:
-    traced = jitted.trace(*args)
+    report, _ = _compile_here(jitted.trace(*args))
+    return report
+
+
+def _compile_here(traced):
+    """Returns the report of a traced function, and its executable."""
     lowered = traced.lower()
     with tempfile.TemporaryDirectory(prefix="jaxckpt-") as dump:
         started = time.perf_counter()
         compiled = lowered.compile(compiler_options={"xla_dump_to": dump})
         seconds = time.perf_counter() - started
-        return statistics.report_of(
+        report = statistics.report_of(
             compiled, flops=count_flops(traced.jaxpr), compile_seconds=seconds, dump=Path(dump)
         )
+        return report, compiled

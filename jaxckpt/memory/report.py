@@ -32,6 +32,9 @@ class MemoryReport:
       usable_bytes: What a program may fill of the device; None if unknown.
       buffers: The largest buffers at the peak, largest first, as the compiler wrote them down.
       compile_seconds: How long the compiler took, when it was asked; not compared.
+      estimated_seconds: Of one call, by the roofline of the chip; None if it was not asked for.
+      recomputed_flops: Those of `flops` that a plan runs again; None if it was not asked for.
+      findings: What of the plan does nothing, a line each.
     """
 
     peak_bytes: int
@@ -48,6 +51,9 @@ class MemoryReport:
     usable_bytes: int | None = None
     buffers: tuple[Buffer, ...] = ()
     compile_seconds: float | None = dataclasses.field(default=None, compare=False)
+    estimated_seconds: float | None = None
+    recomputed_flops: int | None = None
+    findings: tuple[str, ...] = ()
 
     @property
     def headroom_bytes(self) -> int | None:
@@ -71,7 +77,7 @@ class MemoryReport:
           KeyError, TypeError: The values are not those of a report.
         """
         buffers = tuple(Buffer(**one) for one in values["buffers"])
-        return cls(**(values | {"buffers": buffers}))
+        return cls(**(values | {"buffers": buffers, "findings": tuple(values["findings"])}))
 
     def __str__(self) -> str:
         lines = [f"memory of one step on {self.target} ({self.source}, jax {self.jax_version})"]
@@ -94,6 +100,11 @@ class MemoryReport:
             rows.append(("usable", gib(self.usable_bytes), note))
         if self.flops is not None:
             rows.append(("matmul FLOPs", f"{self.flops:.3e}", ""))
+        if self.recomputed_flops:
+            share = 100 * self.recomputed_flops / (self.flops - self.recomputed_flops)
+            rows.append(("recomputed", f"{share:.1f} %", "of the FLOPs without remat, once more"))
+        if self.estimated_seconds is not None:
+            rows.append(("estimated", f"{1e3 * self.estimated_seconds:.1f} ms", "by the roofline"))
         if self.compile_seconds is not None:
             rows.append(("compiled in", f"{self.compile_seconds:.1f} s", ""))
         return rows

@@ -18,6 +18,7 @@ import dataclasses
 
 from jax.extend import core
 
+from jaxckpt.memory.chips import Chip
 from jaxckpt.memory.flat import Flat, Step, bodies, flatten
 from jaxckpt.memory.flops import attention_shape, step_flops, trips
 from jaxckpt.memory.fusion import traffic
@@ -66,6 +67,15 @@ class Rates:
             flops_per_second=0.8 * flops_per_second,
             bytes_per_second=0.9 * bytes_per_second,
             host_bytes_per_second=0.9 * host_bytes_per_second,
+        )
+
+    @classmethod
+    def of_chip(cls, chip: Chip) -> "Rates":
+        """Returns what one device of a chip reaches of its data sheet."""
+        return cls.of_data_sheet(
+            flops_per_second=chip.bf16_flops_per_second,
+            bytes_per_second=chip.memory_bytes_per_second,
+            host_bytes_per_second=chip.host_bytes_per_second,
         )
 
 

@@ -19,9 +19,11 @@ from jax import export
 from jax.experimental import topologies
 
 from jaxckpt.memory import oom, placements, statistics
+from jaxckpt.memory.built_step import BuiltStep, annotate
 from jaxckpt.memory.flops import count_flops
 from jaxckpt.memory.gpu_config import target_config
 from jaxckpt.memory.report import MemoryReport
+from jaxckpt.memory.roofline import Rates
 from jaxckpt.memory.targets import Target, parse_target
 
 
@@ -81,8 +83,11 @@ def _of_kept(exported: export.Exported, kept):
 
 def _measure_entry(entry: dict[str, Any], target: Target, topology) -> MemoryReport:
     module, _, name = entry["function"].partition(":")
-    fn, args, donate_argnums = getattr(importlib.import_module(module), name)(**entry["arguments"])
-    leaves, tree = jax.tree.flatten(tuple(args))
+    step = getattr(importlib.import_module(module), name)(**entry["arguments"])
+    if not isinstance(step, BuiltStep):
+        fn, args, donate_argnums = step
+        step = BuiltStep(fn=fn, args=args, donate_argnums=donate_argnums)
+    leaves, tree = jax.tree.flatten(tuple(step.args))
     described = placements.describe([getattr(leaf, "sharding", None) for leaf in leaves])
     placed = [
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -90,8 +95,10 @@ def _measure_entry(entry: dict[str, Any], target: Target, topology) -> MemoryRep
             leaves, placements.rebuild(described, topology, target), strict=True
         )
     ]
-    traced = jax.jit(fn, donate_argnums=donate_argnums).trace(*tree.unflatten(placed))
-    return compile_for(traced, target, flops=count_flops(traced.jaxpr))
+    step = dataclasses.replace(step, args=tree.unflatten(placed))
+    traced = jax.jit(step.fn, donate_argnums=step.donate_argnums).trace(*step.args)
+    report = compile_for(traced, target, flops=count_flops(traced.jaxpr))
+    return annotate(step, traced.jaxpr, report, rates=Rates.of_chip(target.chip))
 
 
 def get_topology(target: Target):

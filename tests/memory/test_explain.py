@@ -34,7 +34,8 @@ def transformer_block():
 def kept_by_vjp(block, plan: str, carry, params_i, *consts) -> int:
     """Returns the bytes that `jax.vjp` hands over, those of parameters and consts left out.
 
-    The executor's own recorder tells them apart; a leaf that is handed over twice counts once.
+    The executor's own recorder tells them apart; a leaf that is handed over twice counts once. A
+    cast of a parameter is handed over too, although the executor makes it again.
     """
     fn = checkpointed(block, single_stage(plan))
     tree = jax.tree.structure((carry, params_i, consts))
@@ -47,7 +48,8 @@ def kept_by_vjp(block, plan: str, carry, params_i, *consts) -> int:
     groups = [jax.tree.leaves(part) for part in (carry, params_i, consts)]
     recorder = Recorder.trace(call, *groups, Moving.all_of(*groups[1:]))
     kept = recorder.run.jaxpr.outvars[recorder.num_carry :]
-    kept = {var for var, source in zip(kept, recorder.sources, strict=True) if source is None}
+    places = zip(kept, recorder.sources, recorder.casts, strict=True)
+    kept = {var for var, source, casts in places if source is None or casts}
     return sum(var.aval.size * var.aval.dtype.itemsize for var in kept)
 
 

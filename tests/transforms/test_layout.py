@@ -50,7 +50,7 @@ def test_no_second_copy_of_a_segment_on_an_absent_gpu():
         launch.check_available(parse_target("h100"))
     except launch.Unavailable as error:
         pytest.skip(str(error))
-    temp = lambda **options: jaxckpt.measure(
-        gradients("uniform:2", **options), *SHAPES, target="h100"
-    ).temp_bytes
+    temp = lambda **options: (
+        jaxckpt.measure(gradients("uniform:2", **options), *SHAPES, target="h100").temp_bytes
+    )
     assert temp() <= temp(nested=True)

@@ -1,0 +1,105 @@
+"""The train step as something to be measured: abstract, for any target, in any process.
+
+    report = measure_entry(entry_of(config, "v5e-1"), "v5e-1")
+
+What is compiled is the whole step that trains: optimizer, donation, accumulation, loss head.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.config import OptimizerConfig, TrainConfig
+from jaxckpt.memory.absent import Entry
+from jaxckpt.models.auto import resolve
+from jaxckpt.models.config import TransformerConfig
+
+# The settings that a step is made of; the others (data, folders) are a run's.
+_OF_STEP = (
+    *("model", "optimizer", "remat", "unroll", "batch_size", "accumulate", "seq_len", "seed"),
+    *("steps", "loss_chunk_tokens", "z_loss", "trainable"),
+)
+
+
+def entry_of(config: TrainConfig, target: str) -> Entry:
+    """Returns the entry that rebuilds a configuration's step in another process."""
+    settings = config.to_dict()
+    arguments = {"settings": {name: settings[name] for name in _OF_STEP}, "target": target}
+    return Entry(function="experiments.build:built_step", arguments=arguments)
+
+
+def built_step(settings: Mapping[str, Any], target: str):
+    """Returns the `BuiltStep` of settings as `entry_of` wrote them down."""
+    tables = {
+        "model": TransformerConfig(**settings["model"]),
+        "optimizer": OptimizerConfig(**settings["optimizer"]),
+        "trainable": tuple(settings["trainable"]),
+    }
+    return build(TrainConfig(**{**settings, **tables}), target)
+
+
+def resolved(config: TrainConfig, target: str) -> TrainConfig:
+    """Returns a configuration whose attention kernel and dtype are those for a target.
+
+    Raises:
+      TargetError: There is no such target.
+      ValueError: It names a kernel that the target does not have.
+    """
+    model = resolve(config.model, target, seq_len=config.seq_len).config
+    return dataclasses.replace(config, model=model)
+
+
+def build(config: TrainConfig, target: str):
+    """Returns the abstract `BuiltStep` of a configuration for a target.
+
+    Raises:
+      ValueError: It names a kernel that the target does not have.
+      PlanError (when traced): The plan names what the blocks do not have.
+    """
+    import jax
+
+    from experiments.step import init_state, make_train_step
+    from jaxckpt.memory.built_step import BuiltStep
+
+    config = resolved(config, target)
+    state = jax.eval_shape(lambda: init_state(config))
+    tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), "int32")
+    return BuiltStep(
+        fn=make_train_step(config),
+        args=(state, tokens),
+        donate_argnums=0,
+        plan=config.plan,
+        baseline=make_train_step(dataclasses.replace(config, remat="none")),
+        block=abstract_block(config, state.params),
+        unroll=config.unroll,
+        tokens=config.batch_size // config.accumulate * config.seq_len,
+        vocab_size=config.model.vocab_size,
+    )
+
+
+def abstract_block(config: TrainConfig, params):
+    """Returns `(block, params_i, x, rotary)` of the model's stack for one part of a batch.
+
+    Args:
+      config: Resolved for its target.
+      params: The model's parameters, arrays or abstract.
+    """
+    import jax
+
+    from jaxckpt.models.transformer import Block, rotary_table
+
+    module = Block(config.model)
+    rows = config.batch_size // config.accumulate
+    x = jax.ShapeDtypeStruct((rows, config.seq_len, config.model.d_model), config.model.dtype)
+    rotary = jax.eval_shape(
+        lambda: rotary_table(config.seq_len, config.model.head_dim, config.model.rope_theta)
+    )
+    params_i = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params["layers"]
+    )
+
+    def block(x, params_i, rotary):
+        rngs = {"dropout": jax.random.key(0)}
+        return module.apply({"params": params_i}, x, rotary, deterministic=False, rngs=rngs)
+
+    return block, params_i, x, rotary

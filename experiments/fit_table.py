@@ -1,0 +1,101 @@
+"""The table that `experiments.fit` prints: a row for each plan, the fastest first."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments.config import TrainConfig
+from experiments.measuring import FitRow
+from jaxckpt.memory.peak_findings import peak_not_below_none
+from jaxckpt.memory.report import MemoryReport
+from jaxckpt.memory.units import gib
+
+_NEVER = float("inf")
+
+
+def show(rows: Sequence[FitRow], settings: TrainConfig, largest: str | None = None):
+    """Prints a table for each target, then what was found and what went wrong."""
+    console = Console(highlight=False, soft_wrap=True)
+    for target in dict.fromkeys(row.target for row in rows):
+        mine = [row for row in rows if row.target == target]
+        measured = [row for row in mine if row.report is not None]
+        if measured:
+            console.print(_title(measured[0].report, settings, largest))
+            console.print(_table(ranked(measured), largest))
+        for row, finding in _findings(measured, largest):
+            console.print(f"warning: {row.config.remat} on {target}: {finding}", markup=False)
+        for row in mine:
+            if row.error is not None:
+                console.print(f"error: {row.config.remat} on {target}: {row.error}", markup=False)
+
+
+def ranked(rows: Sequence[FitRow]) -> list[FitRow]:
+    """Returns the rows by estimated time, where that is not known by what is run again."""
+
+    def cost(row: FitRow):
+        report = row.report
+        seconds = _NEVER if report.estimated_seconds is None else report.estimated_seconds
+        return seconds, row.recomputed or 0.0, report.peak_bytes
+
+    return sorted(rows, key=cost)
+
+
+def best(rows: Sequence[FitRow]) -> FitRow | None:
+    """Returns the first of ranked rows that fits, if any does."""
+    return next((row for row in rows if row.report.fits), None)
+
+
+def _title(report: MemoryReport, settings: TrainConfig, largest: str | None) -> str:
+    model = settings.model
+    batch, size = (
+        "?" if name == largest else getattr(settings, name.replace("-", "_"))
+        for name in ("batch-size", "seq-len")
+    )
+    usable = "" if report.usable_bytes is None else f", {gib(report.usable_bytes)} usable a device"
+    return (
+        f"{report.target}{usable}: {model.num_blocks} blocks of width {model.d_model}, "
+        f"batch {batch} x {size} tokens, jax {report.jax_version}"
+    )
+
+
+def _table(rows: Sequence[FitRow], largest: str | None) -> Table:
+    chosen = None if largest else best(rows)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    columns = ("peak", "host", "left", "recomputed", "estimated", "compiled in")
+    table.add_column("plan", overflow="fold")
+    for name in ([largest] if largest else []) + list(columns):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for row in rows:
+        report = row.report
+        size = [str(row.size) if row.size else "none fits"] if largest else []
+        verdict = "fastest that fits" if row is chosen else "does not fit" * (report.fits is False)
+        table.add_row(
+            row.config.remat,
+            *size,
+            gib(report.peak_bytes),
+            gib(report.host_bytes) if report.host_bytes else "-",
+            "-" if report.headroom_bytes is None else gib(report.headroom_bytes),
+            "-" if row.recomputed is None else f"{100 * row.recomputed:.1f} %",
+            _milliseconds(report.estimated_seconds),
+            "-" if report.compile_seconds is None else f"{report.compile_seconds:.1f} s",
+            verdict,
+            style="bold" if row is chosen else None,
+        )
+    return table
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1e3 * seconds:.1f} ms"
+
+
+def _findings(rows: Sequence[FitRow], largest: str | None):
+    """Yields each row with each of its findings, those that compare it with `none` too."""
+    is_none = lambda row: all(stage.schedule == "none" for stage in row.config.plan.stages)
+    nones = [row.report for row in rows if is_none(row)]
+    for row in rows:
+        yield from ((row, finding) for finding in row.report.findings)
+        if nones and not largest:
+            found = peak_not_below_none(row.config.remat, row.report, nones[0])
+            yield from ((row, str(finding)) for finding in found)

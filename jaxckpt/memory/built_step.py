@@ -1,0 +1,125 @@
+"""A step and what goes with it, so that one compilation answers more than its memory.
+
+    step = BuiltStep(fn=train_step, args=(state, tokens), donate_argnums=0, plan="sqrt",
+                     baseline=step_without_remat, block=(block, params_i, x))
+    report = annotate(step, jaxpr, report, rates)
+
+`annotate` adds to a report the step's estimated time, the FLOPs that its plan runs again, and what
+of the plan does nothing. A function that an `Entry` names may return a `BuiltStep`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from jaxckpt.memory import findings
+from jaxckpt.memory.explain import explain
+from jaxckpt.memory.flops import count_flops
+from jaxckpt.memory.report import MemoryReport
+from jaxckpt.memory.roofline import Rates, estimate
+from jaxckpt.plans import Plan, Stage, as_plan
+from jaxckpt.plans.actions import Load, Record
+from jaxckpt.plans.stage_schedule import schedule_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BuiltStep:
+    """A step to be compiled, with what its findings need; what is None is not looked into.
+
+    Attributes:
+      fn: The step.
+      args: Its arguments, abstract ones too.
+      donate_argnums: Arguments whose memory outputs may reuse.
+      plan: The plan of its stack, bound to the number of blocks.
+      baseline: The same step without remat, at the same unroll.
+      block: `(block, params_i, carry, *consts)` of the stack, arguments abstract.
+      unroll: Blocks unrolled in one trip of the stack's loop.
+      tokens: Tokens of one part of the batch: rows of the loss head.
+      vocab_size: Columns of the loss head.
+    """
+
+    fn: Callable
+    args: Sequence[Any]
+    donate_argnums: int | Sequence[int] = ()
+    plan: Plan | None = None
+    baseline: Callable | None = None
+    block: tuple | None = None
+    unroll: int = 1
+    tokens: int = 0
+    vocab_size: int = 0
+
+
+def annotate(
+    step: BuiltStep,
+    jaxpr: core.ClosedJaxpr,
+    report: MemoryReport,
+    *,
+    rates: Rates | None,
+    compiled_text: Callable[[], str] | None = None,
+) -> MemoryReport:
+    """Returns a report with time, recomputation and findings of its step.
+
+    Args:
+      step: The step.
+      jaxpr: Of the step, as it was compiled.
+      report: Of the compiled step.
+      rates: The chip's; None where they are not known.
+      compiled_text: Returns the compiled program's text; asked for unrolled blocks alone.
+    """
+    baseline = None
+    if step.baseline is not None:
+        baseline = jax.make_jaxpr(step.baseline)(*step.args)
+    return dataclasses.replace(
+        report,
+        estimated_seconds=None if rates is None else estimate(jaxpr, rates).seconds,
+        recomputed_flops=None if baseline is None else report.flops - count_flops(baseline),
+        findings=tuple(map(str, _findings(step, jaxpr, baseline, report, compiled_text))),
+    )
+
+
+def _findings(step: BuiltStep, jaxpr, baseline, report, compiled_text) -> Iterator:
+    if step.plan is None:
+        return
+    if step.block is not None:
+        block, params_i, carry, *consts = step.block
+        yield from findings.findings_of_block(block, params_i, carry, *consts, plan=step.plan)
+        if step.vocab_size:
+            yield from findings.head_sets_peak(
+                report.buffers,
+                tokens=step.tokens,
+                vocab_size=step.vocab_size,
+                stack_bytes=stack_bytes(step.plan, *step.block),
+            )
+    if step.unroll > 1 and baseline is not None and compiled_text is not None:
+        yield from findings.undone_remat(step.plan, compiled_text(), jaxpr, baseline)
+
+
+def stack_bytes(plan: str | Plan, block: Callable, params_i, carry, *consts) -> int:
+    """Returns what a stack keeps on the device under a bound plan, and one more block's residuals.
+
+    Args:
+      plan: Bound to the number of blocks.
+      block: `block(carry, params_i, *consts) -> carry`; arguments may be abstract.
+      params_i: One block's parameters.
+      carry: A block's input.
+      *consts: What all blocks share.
+    """
+    kept = sum(_kept_bytes(s, block, params_i, carry, consts) for s in as_plan(plan).stages)
+    return kept + explain(block, params_i, carry, *consts).residual_bytes
+
+
+def _kept_bytes(stage: Stage, block: Callable, params_i, carry, consts) -> int:
+    """Returns what the blocks of a stage keep when the last one has run."""
+    found = explain(
+        block, params_i, carry, *consts, plan=str(dataclasses.replace(stage, count=None))
+    )
+    schedule = schedule_of(stage)
+    if schedule is None:
+        return stage.count * found.saved_bytes
+    recorded = next(a for a in schedule.actions if isinstance(a, Load | Record))
+    segment = recorded.stop - recorded.start if isinstance(recorded, Record) else 1
+    slots = 0 if stage.offloads_carry else schedule.peak_slots
+    return slots * found.carry_bytes + (segment - 1) * found.saved_bytes
