@@ -15,6 +15,7 @@ compatibility.check_installed()
 
 # Public name -> module that defines it; a name without an attribute of its own is the module.
 _PUBLIC = {
+    "BudgetError": "jaxckpt.planner.result",
     "MemoryReport": "jaxckpt.memory.report",
     "Plan": "jaxckpt.plans",
     "PlanError": "jaxckpt.plans",
@@ -22,6 +23,7 @@ _PUBLIC = {
     "Stage": "jaxckpt.plans",
     "chain": "jaxckpt.transforms.chain",
     "explain": "jaxckpt.memory.explain",
+    "fit": "jaxckpt.planner.fit",
     "linen": "jaxckpt.linen",
     "losses": "jaxckpt.losses",
     "measure": "jaxckpt.memory.measure",

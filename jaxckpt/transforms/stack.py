@@ -14,7 +14,7 @@ from jax import lax
 
 from jaxckpt.plans import Plan, Stage, as_plan
 from jaxckpt.plans.actions import Schedule
-from jaxckpt.transforms import executor, tags
+from jaxckpt.transforms import executor, observers, tags
 from jaxckpt.transforms import nested as reference
 from jaxckpt.transforms.blocks import (
     check_carry,
@@ -71,6 +71,15 @@ def scan_blocks(
         raise ValueError(f"unroll is a whole number of blocks, at least 1, not {unroll!r}")
     num_blocks = stack_length(params)
     one = (tags.abstract(carry), first_block(params), *tags.abstract(consts))
+    observers.tell(
+        block=block,
+        params=params,
+        carry=carry,
+        consts=consts,
+        remat=remat,
+        num_blocks=num_blocks,
+        unroll=unroll,
+    )
     if isinstance(remat, Schedule):
         check_schedule(remat, num_blocks, nested)
         check_carry(block, *one)

@@ -1,0 +1,1 @@
+"""The planner: bytes in, the fastest step that fits out; see `fit`."""

@@ -1,0 +1,136 @@
+"""What one block of a stack keeps and costs under a policy, as JAX's own transforms say.
+
+The stack is traced under `scan_blocks` with the policy, never compiled: the leaves of its
+`jax.vjp` are what it keeps, and the roofline of its gradient is what it takes. Nothing is said
+about which policy to use; `frontier.py` proposes.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+
+from jaxckpt.memory.flat import Flat, flatten
+from jaxckpt.memory.flops import count_flops
+from jaxckpt.memory.residuals import origin_of
+from jaxckpt.memory.roofline import Rates, estimate
+from jaxckpt.planner.stacks import Stack
+from jaxckpt.plans import Plan, Policy, Stage
+from jaxckpt.transforms.recording import differentiate
+from jaxckpt.transforms.stack import scan_blocks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kind:
+    """One way to treat a block: `none`, or `full` with policies; all figures are of one block.
+
+    Attributes:
+      schedule: `"none"` or `"full"`.
+      policies: What `full` keeps.
+      kept_bytes: On the device from the forward to the backward pass.
+      host_bytes: On the host meanwhile.
+      live_bytes: What its reversal makes again and holds while it runs.
+      seconds: Forward, recomputation and backward.
+      flops: Of the same, matrix products and attention kernels.
+    """
+
+    schedule: str
+    policies: tuple[Policy, ...] = ()
+    kept_bytes: float
+    host_bytes: float = 0.0
+    live_bytes: float
+    seconds: float
+    flops: float
+
+    def stage(self, count: int | None = None) -> Stage:
+        """Returns the stage of `count` such blocks."""
+        return Stage(count=count, schedule=self.schedule, policies=self.policies)
+
+    def __str__(self) -> str:
+        return str(self.stage())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Forward:
+    """One run of a block forward that keeps nothing."""
+
+    seconds: float
+    flops: float
+
+
+def forward_cost(stacks: Sequence[Stack], rates: Rates) -> Forward:
+    """Returns the cost of running one block of every stack forward."""
+    seconds = flops = 0.0
+    for stack in stacks:
+        run = lambda *groups, stack=stack: _run(stack, Stage(schedule="full"), *groups)
+        jaxpr = jax.make_jaxpr(run)(stack.carry, stack.params, stack.consts)
+        seconds += estimate(jaxpr, rates).seconds / stack.num_blocks
+        flops += count_flops(jaxpr) / stack.num_blocks
+    return Forward(seconds=seconds, flops=flops)
+
+
+def kind_cost(stacks: Sequence[Stack], stage: Stage, rates: Rates, residual_bytes=None) -> Kind:
+    """Returns what a policy keeps and costs, one block of every stack together.
+
+    Args:
+      stacks: Stacks of one number of blocks.
+      stage: `none`, or `full` with policies; its count is not read.
+      rates: The chip's.
+      residual_bytes: What `none` keeps of one block; None for `none` itself.
+    """
+    kept = host = seconds = flops = 0.0
+    for stack in stacks:
+        jaxpr, num_kept = _gradient(stack, stage)
+        on_device, on_host = _kept(flatten(jaxpr), num_kept)
+        kept += on_device / stack.num_blocks
+        host += on_host / stack.num_blocks
+        seconds += estimate(jaxpr, rates).seconds / stack.num_blocks
+        flops += count_flops(jaxpr) / stack.num_blocks
+    live = 0.0 if residual_bytes is None else max(residual_bytes - kept, 0.0)
+    return Kind(
+        schedule=stage.schedule,
+        policies=stage.policies,
+        kept_bytes=kept,
+        host_bytes=host,
+        live_bytes=live,
+        seconds=seconds,
+        flops=flops,
+    )
+
+
+def _run(stack: Stack, stage: Stage, carry, params, consts):
+    plan = Plan(stages=(dataclasses.replace(stage, count=None),))
+    return scan_blocks(stack.call, params, carry, consts, remat=plan)
+
+
+def _gradient(stack: Stack, stage: Stage):
+    """Returns the jaxpr of a stack's gradient, whose last outputs are the residuals; their number.
+
+    One trace serves both: what is kept is read from its outputs, and outputs cost nothing.
+    """
+    count = []
+
+    def gradient(carry, params, consts):
+        run = lambda carry, params, consts: _run(stack, stage, carry, params, consts)
+        out, reverse = differentiate(run, carry, params, consts)
+        leaves = jax.tree.leaves(reverse)
+        count.append(len(leaves))
+        moving = [x for x in out if jax.numpy.issubdtype(x.dtype, jax.numpy.inexact)]
+        return [*reverse(moving), *out], leaves
+
+    jaxpr = jax.make_jaxpr(gradient)(stack.carry, stack.params, stack.consts)
+    return jaxpr, count[-1]
+
+
+def _kept(flat: Flat, count: int) -> tuple[int, int]:
+    """Returns the bytes of the last `count` outputs that no input holds: device and host."""
+    device = host = 0
+    for value in dict.fromkeys(flat.outputs[len(flat.outputs) - count :]):
+        origin = origin_of(value)
+        if origin in flat.inputs or origin in flat.constants or origin.constant is not None:
+            continue
+        if getattr(value.aval, "memory_space", None) == jax.memory.Space.Host:
+            host += value.nbytes
+        else:
+            device += value.nbytes
+    return device, host

@@ -1,0 +1,72 @@
+"""The ladder: of all plans those worth compiling, from the fastest to the one with the least peak.
+
+Each rung is slower than the one before and needs less memory. The ladder depends on the step
+alone, never on a budget: a budget only says how far to climb down, which is why a smaller budget
+never gets a plan with a larger peak.
+
+Speed is the roofline's, with one rule above it: a plan never recomputes more matrix products than
+a plain plan (`none`, `full`, `dots`, ...) of the same peak or less. Seconds that differ by less
+than the model can tell count as equal; then the plan that recomputes less goes first.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+
+from jaxckpt.planner.pieces import Draft
+
+# Seconds closer than this are equal to the model.
+_PRECISION = 0.002
+# Rungs closer than this in peak are one: compiled peaks of such plans may be in either order.
+_LEAST_STEP = 0.004
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rung:
+    """A plan on the ladder.
+
+    Attributes:
+      draft: The plan and the figures of its stacks.
+      predicted_bytes: The peak of the whole step.
+      seconds: The whole step's, estimated.
+    """
+
+    draft: Draft
+    predicted_bytes: int
+    seconds: float
+
+
+def ladder(rungs: Iterable[Rung], plain: Sequence[Rung]) -> tuple[Rung, ...]:
+    """Returns the rungs that no other beats, fastest first.
+
+    Args:
+      rungs: Candidates.
+      plain: Fixed plans that a user would try first; they set the bounds on recomputation.
+    """
+    levels = sorted({rung.draft.flops for rung in plain})
+
+    def rank(rung: Rung) -> tuple:
+        above = sum(level < rung.draft.flops * (1 - 1e-9) for level in levels)
+        speed = math.ceil(math.log(rung.seconds) / math.log1p(_PRECISION))
+        plan = rung.draft
+        held = plan.worst_bytes
+        return above, speed, len(plan.stages), -held, rung.predicted_bytes, str(plan.plan)
+
+    kept: list[Rung] = []
+    for rung in sorted(rungs, key=rank):
+        if not kept or rung.predicted_bytes < kept[-1].predicted_bytes:
+            kept.append(rung)
+    return _thinned(kept)
+
+
+def _thinned(rungs: Sequence[Rung]) -> tuple[Rung, ...]:
+    """Drops rungs that save next to nothing; the first and the last stay."""
+    kept = [rungs[0]]
+    for rung in rungs[1:]:
+        if rung.predicted_bytes < (1 - _LEAST_STEP) * kept[-1].predicted_bytes:
+            kept.append(rung)
+    if kept[-1] is not rungs[-1]:
+        if len(kept) > 1:
+            kept.pop()
+        kept.append(rungs[-1])
+    return tuple(kept)

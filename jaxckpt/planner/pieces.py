@@ -1,0 +1,238 @@
+"""Across blocks: every plan worth a thought, with what it keeps, holds and costs.
+
+Two kinds of stages are put together:
+
+- runs of blocks under `none` or `full` with policies (`costs.Kind`). In a plan the stage that
+  holds most while it is reversed stands first and the one that keeps most last: a stage's
+  residuals are freed before the stages in front of it are reversed, and swapping two neighbors out
+  of that order never lowers the peak. At most three kinds are mixed: of equal blocks under one
+  budget two would do, were blocks divisible.
+- schedules of the executor (`uniform`, `sqrt`, `log`, `binomial`), alone or before a run of kept
+  blocks.
+
+Figures are of the stacks alone; `peak.py` says what the rest of the step adds.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+
+from jaxckpt.planner.costs import Forward, Kind
+from jaxckpt.plans import Plan, Stage
+from jaxckpt.plans.binomial import binomial_extra_forwards
+from jaxckpt.plans.stage_schedule import log_slots
+from jaxckpt.plans.two_level import two_level
+from jaxckpt.plans.uniform import segment_sizes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piece:
+    """One stage with a count: what `costs.Kind` says of a block, of all its blocks together.
+
+    Attributes:
+      stage: Bound.
+      kept_bytes: On the device until the stage is reversed.
+      host_bytes: On the host until then.
+      live_bytes: What reversing it holds besides.
+      seconds: Forward, recomputation and backward.
+      flops: Of the same.
+    """
+
+    stage: Stage
+    kept_bytes: float
+    host_bytes: float = 0.0
+    live_bytes: float
+    seconds: float
+    flops: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A plan with its figures, of the stacks alone.
+
+    Attributes:
+      stages: Bound.
+      kept_bytes: All that is kept when the last block has run.
+      worst_bytes: The most that is kept and held while a stage is reversed.
+      host_bytes: On the host.
+      seconds: Of the stacks.
+      flops: Of the stacks.
+    """
+
+    stages: tuple[Stage, ...]
+    kept_bytes: float
+    worst_bytes: float
+    host_bytes: float
+    seconds: float
+    flops: float
+
+    @property
+    def plan(self) -> Plan:
+        """The plan, its last count left out where it is the only one."""
+        if len(self.stages) == 1:
+            return Plan(stages=(dataclasses.replace(self.stages[0], count=None),))
+        return Plan(stages=self.stages)
+
+    @property
+    def family(self) -> str:
+        """Plans of one family are compiled alike, so one's error tells of another's."""
+        if len(self.stages) > 1:
+            return "stages"
+        return "loop" if self.stages[0].schedule in ("none", "full") else "executor"
+
+
+def draft(pieces: Sequence[Piece]) -> Draft:
+    """Returns the plan of some stages in order."""
+    kept = worst = 0.0
+    for piece in pieces:
+        kept += piece.kept_bytes
+        worst = max(worst, kept + piece.live_bytes)
+    return Draft(
+        stages=tuple(piece.stage for piece in pieces),
+        kept_bytes=kept,
+        worst_bytes=worst,
+        host_bytes=sum(piece.host_bytes for piece in pieces),
+        seconds=sum(piece.seconds for piece in pieces),
+        flops=sum(piece.flops for piece in pieces),
+    )
+
+
+def run_of(kind: Kind, count: int) -> Piece:
+    """Returns `count` blocks of a kind."""
+    return Piece(
+        stage=kind.stage(count),
+        kept_bytes=count * kind.kept_bytes,
+        host_bytes=count * kind.host_bytes,
+        live_bytes=kind.live_bytes,
+        seconds=count * kind.seconds,
+        flops=count * kind.flops,
+    )
+
+
+def drafts(kinds: Sequence[Kind], forward: Forward, num_blocks: int) -> Iterator[Draft]:
+    """Yields every plan over some kinds.
+
+    Args:
+      kinds: `none` and `full` among them.
+      forward: The cost of one more forward run of a block.
+      num_blocks: L.
+    """
+    ordered = sorted(kinds, key=lambda kind: (-kind.live_bytes, kind.kept_bytes, str(kind)))
+    for kind in ordered:
+        yield draft([run_of(kind, num_blocks)])
+    mixed = hull(ordered)
+    runs = {(kind, count): run_of(kind, count) for kind in mixed for count in range(1, num_blocks)}
+    for number in (2, 3):
+        for chosen in itertools.combinations(mixed, number):
+            for counts in _splits(num_blocks, number):
+                if all(map(_is_loop, chosen, counts)):
+                    yield draft([runs[pair] for pair in zip(chosen, counts, strict=True)])
+    yield from _scheduled(ordered, mixed, runs, forward, num_blocks)
+
+
+def hull(kinds: Sequence[Kind]) -> list[Kind]:
+    """Returns the kinds that a mix of two others does not beat in bytes and seconds.
+
+    `none` and `full` are always among them; the order is kept.
+    """
+    fastest = sorted(kinds, key=lambda kind: (kind.kept_bytes, kind.seconds))
+    kept: list[Kind] = []
+    for kind in fastest:
+        if kept and kind.seconds >= kept[-1].seconds:
+            continue
+        while len(kept) > 1 and _slope(kept[-2], kept[-1]) >= _slope(kept[-1], kind):
+            kept.pop()
+        kept.append(kind)
+    return [kind for kind in kinds if kind in kept or not kind.policies]
+
+
+def _slope(less: Kind, more: Kind) -> float:
+    return (more.seconds - less.seconds) / max(more.kept_bytes - less.kept_bytes, 1.0)
+
+
+def _splits(total: int, parts: int) -> Iterator[tuple[int, ...]]:
+    """Yields the ways to write `total` as `parts` positive numbers in order."""
+    for cuts in itertools.combinations(range(1, total), parts - 1):
+        bounds = (0, *cuts, total)
+        yield tuple(b - a for a, b in itertools.pairwise(bounds))
+
+
+def _is_loop(kind: Kind, count: int) -> bool:
+    """Whether recomputation is kept apart: a loop of one trip is no loop once compiled."""
+    return count > 1 or kind.schedule == "none"
+
+
+def _scheduled(kinds, mixed, runs, forward: Forward, num_blocks: int) -> Iterator[Draft]:
+    """Yields plans with a schedule of the executor: alone, and before a run of kept blocks."""
+    if num_blocks > 1:
+        for piece in schedules(kinds, forward, num_blocks):
+            yield draft([piece])
+    plain = [kind for kind in mixed if not kind.policies]
+    for count in range(2, num_blocks):
+        for piece in schedules(plain, forward, count):
+            for kind in mixed:
+                if _is_loop(kind, num_blocks - count):
+                    yield draft([piece, runs[kind, num_blocks - count]])
+
+
+def schedules(kinds: Sequence[Kind], forward: Forward, count: int) -> Iterator[Piece]:
+    """Yields the executor's stages of `count` blocks."""
+    none = next(kind for kind in kinds if kind.schedule == "none")
+    full = next(kind for kind in kinds if kind.schedule == "full" and not kind.policies)
+    make = _Scheduled(none=none, carry_bytes=full.kept_bytes, forward=forward, count=count)
+    for slots in range(1, count):
+        yield make.single("binomial", slots, slots, binomial_extra_forwards(count, slots))
+    slots = min(log_slots(count), count)
+    yield make.single("log", None, slots, binomial_extra_forwards(count, slots))
+    two = two_level(count)
+    yield make.single("sqrt", None, two.peak_slots, two.extra_forwards)
+    for segments in range(2, count):
+        for kind in kinds:
+            if kind is not full and not any(p.kind == "offload" for p in kind.policies):
+                yield make.uniform(segments, kind)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Scheduled:
+    """Makes the executor's pieces of one count."""
+
+    none: Kind
+    carry_bytes: float
+    forward: Forward
+    count: int
+
+    def single(self, schedule: str, argument: int | None, slots: int, extra: int) -> Piece:
+        """Returns a schedule that records one block at a time.
+
+        The last block's input waits beside the slots, and the last block is run once more.
+        """
+        return self._piece(
+            Stage(count=self.count, schedule=schedule, argument=argument),
+            kept_bytes=(slots + 1) * self.carry_bytes,
+            live_bytes=self.none.kept_bytes,
+            forwards=extra + 1,
+            kind=self.none,
+        )
+
+    def uniform(self, segments: int, kind: Kind) -> Piece:
+        """Returns segments of which one at a time is recorded as `kind` says."""
+        sizes = segment_sizes(self.count, segments)
+        stage = Stage(
+            count=self.count, schedule="uniform", argument=segments, policies=kind.policies
+        )
+        return self._piece(
+            stage,
+            kept_bytes=segments * self.carry_bytes + max(sizes) * kind.kept_bytes,
+            live_bytes=kind.live_bytes,
+            forwards=self.count - sizes[-1],
+            kind=kind,
+        )
+
+    def _piece(self, stage: Stage, *, kept_bytes, live_bytes, forwards: int, kind: Kind) -> Piece:
+        return Piece(
+            stage=stage,
+            kept_bytes=kept_bytes,
+            live_bytes=live_bytes,
+            seconds=self.count * kind.seconds + forwards * self.forward.seconds,
+            flops=self.count * kind.flops + forwards * self.forward.flops,
+        )

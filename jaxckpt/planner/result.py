@@ -1,0 +1,122 @@
+"""What the planner answers: `FitResult`, or `BudgetError` with the least budget that works."""
+
+import dataclasses
+
+from jaxckpt.memory.report import MemoryReport
+from jaxckpt.memory.units import gib
+from jaxckpt.plans import Plan
+
+_SHOWN = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One plan of the planner's ladder.
+
+    Attributes:
+      plan: The plan.
+      predicted_bytes: Its peak by the planner's model.
+      compiled_bytes: Its peak by the compiler, or None if it was not compiled.
+      seconds: The step's, by the target's roofline.
+      flops: The step's, matrix products and attention kernels.
+      host_bytes: On the host, by the model.
+    """
+
+    plan: Plan
+    predicted_bytes: int
+    compiled_bytes: int | None
+    seconds: float
+    flops: int
+    host_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """The fastest plan found whose compiled peak is within a budget; `print` shows it.
+
+    Attributes:
+      plan: The plan; `str(plan)` is what `--remat=` takes.
+      report: Of its compiled step.
+      budget_bytes: The budget.
+      candidates: The ladder: plans from the fastest to the one with the least peak.
+      chosen: The plan's row of `candidates`.
+      keeps: For each stage of the plan, what it keeps where, as text.
+      why: Why no faster plan was taken.
+      num_compiles: Steps that were compiled.
+    """
+
+    plan: Plan
+    report: MemoryReport
+    budget_bytes: int
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate
+    keeps: tuple[str, ...]
+    why: str
+    num_compiles: int
+
+    @property
+    def table(self) -> tuple[Candidate, ...]:
+        """The candidates."""
+        return self.candidates
+
+    def __str__(self) -> str:
+        one, report = self.chosen, self.report
+        left = self.budget_bytes - report.peak_bytes
+        off = (one.predicted_bytes - report.peak_bytes) / report.peak_bytes
+        lines = [
+            f"--remat={self.plan}",
+            f"  budget     {gib(self.budget_bytes)} on {report.target}",
+            f"  peak       {gib(report.peak_bytes)} compiled, {gib(left)} left; "
+            f"{gib(one.predicted_bytes)} predicted ({off:+.1%})",
+            f"  time       {seconds_text(one.seconds)} a step by the roofline, "
+            f"{one.flops:.3e} matmul FLOPs",
+            *(f"  keeps      {text}" for text in self.keeps),
+            f"  why        {self.why}",
+            *self._rows(),
+        ]
+        return "\n".join(lines)
+
+    def _rows(self) -> list[str]:
+        place = self.candidates.index(self.chosen)
+        shown = self.candidates[max(0, place - _SHOWN) : place + _SHOWN + 1]
+        lines = ["  nearest candidates, fastest first:"]
+        for one in shown:
+            compiled = "not compiled" if one.compiled_bytes is None else gib(one.compiled_bytes)
+            mark = ">" if one is self.chosen else " "
+            lines.append(
+                f"  {mark} {seconds_text(one.seconds):>10}  {gib(one.predicted_bytes):>11} "
+                f"predicted  {compiled:>12}  {one.plan}"
+            )
+        return lines
+
+
+class BudgetError(ValueError):
+    """No plan fits a budget: one line with the least budget, its plan and what sets it.
+
+    Attributes:
+      budget_bytes: What was given.
+      least_bytes: The least compiled peak found: a budget that works.
+      plan: The plan that reaches it.
+      parts: What the least peak consists of, in bytes, by name.
+      report: Of that plan's compiled step.
+    """
+
+    def __init__(self, *, budget_bytes: int, plan: Plan, report: MemoryReport, parts: dict):
+        self.budget_bytes = budget_bytes
+        self.least_bytes = report.peak_bytes
+        self.plan = plan
+        self.report = report
+        self.parts = dict(parts)
+        shares = ", ".join(f"{gib(int(size))} {name}" for name, size in parts.items())
+        super().__init__(
+            f"no plan fits {gib(budget_bytes)} ({budget_bytes} bytes) on {report.target}; the "
+            f"least budget is {gib(self.least_bytes)} ({self.least_bytes} bytes), with "
+            f"--remat={plan}: {shares}"
+        )
+
+
+def seconds_text(seconds: float) -> str:
+    """Returns seconds as text with a unit of fitting size."""
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"

@@ -1,0 +1,98 @@
+"""Climbing down the ladder: compile a rung, read its peak, correct the prediction, go on.
+
+What is looked for is the fastest rung whose compiled peak is within the budget, with the rung
+before it compiled too, as the proof that it does not fit. Peaks that are known tell how far
+predictions are off: a plan of the same family by the error nearest to it, any other by the error
+of all. Compilations are counted; when only one is left and nothing fits yet, it goes to the rung
+with the least peak, so that there is an answer.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from jaxckpt.planner.ladder import Rung
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search knows at its end.
+
+    Attributes:
+      chosen: Place of the fastest rung that is known to fit, or None if none is.
+      peaks: Compiled peaks by place.
+    """
+
+    chosen: int | None
+    peaks: dict[int, int]
+
+
+def search(
+    rungs: Sequence[Rung],
+    budget: int,
+    compile_peak: Callable[[int], int],
+    known: dict[int, int],
+    compiles: int,
+) -> Found:
+    """Returns the fastest rung within a budget.
+
+    Args:
+      rungs: The ladder.
+      budget: In bytes.
+      compile_peak: Returns the compiled peak of the rung at a place.
+      known: Compiled peaks of some places.
+      compiles: How many more may be compiled.
+    """
+    state = _Search(rungs=rungs, budget=budget, peaks=dict(known))
+    for left in range(compiles, 0, -1):
+        place = state.next_place(left)
+        if place is None:
+            break
+        state.peaks[place] = compile_peak(place)
+    return Found(chosen=state.fitting, peaks=state.peaks)
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Search:
+    """Compiled peaks so far, and where to look next."""
+
+    rungs: Sequence[Rung]
+    budget: int
+    peaks: dict[int, int]
+
+    @property
+    def fitting(self) -> int | None:
+        """The fastest place that is known to fit."""
+        return min((i for i, peak in self.peaks.items() if peak <= self.budget), default=None)
+
+    def next_place(self, left: int) -> int | None:
+        """Returns the place to compile next, or None when there is nothing left to learn."""
+        high, last = self.fitting, len(self.rungs) - 1
+        if high is None and last in self.peaks:
+            return None
+        if high is None and left == 1:
+            return last
+        high = last + 1 if high is None else high
+        low = max((i for i in self.peaks if i < high), default=-1)
+        between = range(low + 1, high)
+        if not between:
+            return None
+        for place in between:
+            if self.corrected(place) <= self.budget:
+                return place
+        return between[-1]
+
+    def corrected(self, place: int) -> float:
+        """Returns a predicted peak, corrected by what is known of its likes."""
+        rung = self.rungs[place]
+        same = [i for i in self.peaks if self.rungs[i].draft.family == rung.draft.family]
+        errors = {i: self.peaks[i] / self.rungs[i].predicted_bytes for i in same or self.peaks}
+        if not errors:
+            return rung.predicted_bytes
+        if not same:
+            return rung.predicted_bytes * sum(errors.values()) / len(errors)
+        below = max((i for i in errors if i <= place), default=None)
+        above = min((i for i in errors if i >= place), default=None)
+        if below is None or above is None or below == above:
+            return rung.predicted_bytes * errors[above if below is None else below]
+        share = (place - below) / (above - below)
+        return rung.predicted_bytes * ((1 - share) * errors[below] + share * errors[above])

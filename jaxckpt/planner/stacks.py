@@ -1,0 +1,116 @@
+"""The stacks of a step: found by tracing it, or given by the user.
+
+`scan_blocks` tells who watches (`transforms.observers`), so a stack is found however deep in a
+model it is run, and through Linen's and NNX's adapters. A block is made into a closed function of
+abstract leaves at once, while what it closes over can still be traced.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jaxckpt.plans import Plan, as_plan
+from jaxckpt.plans.actions import Schedule
+from jaxckpt.transforms import tags
+from jaxckpt.transforms.blocks import first_block
+from jaxckpt.transforms.hoisting import hoist
+from jaxckpt.transforms.observers import StackCall
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stack:
+    """A stack as data for the planner: a pure block over lists of abstract leaves.
+
+    Attributes:
+      call: `call(carry, params_i, consts) -> carry`, all of them lists of leaves.
+      carry: The block's input.
+      params: Leaves `[L, ...]`.
+      consts: What all blocks share, closed-over arrays among it.
+      num_blocks: L.
+    """
+
+    call: Callable
+    carry: list[Any]
+    params: list[Any]
+    consts: list[Any]
+    num_blocks: int
+
+    @property
+    def params_i(self) -> list[Any]:
+        """One block's parameters."""
+        return first_block(self.params)
+
+    @property
+    def params_bytes(self) -> int:
+        """Bytes of all blocks' parameters."""
+        return sum(_nbytes(leaf) for leaf in self.params)
+
+    @property
+    def shape(self) -> tuple:
+        """What makes two stacks the same to the planner."""
+        text = lambda leaves: tuple((tuple(x.shape), str(x.dtype)) for x in leaves)
+        return (self.num_blocks, text(self.carry), text(self.params), text(self.consts))
+
+    @classmethod
+    def of(cls, block: Callable, params, carry, consts: Sequence, num_blocks: int) -> "Stack":
+        """Returns the stack of a block; arguments as for `scan_blocks`, abstract ones too."""
+        hoisted = hoist(block, tags.abstract(carry), first_block(params), tuple(consts))
+        return cls(
+            call=hoisted.call,
+            carry=tags.abstract(jax.tree.leaves(carry)),
+            params=tags.abstract(jax.tree.leaves(params)),
+            consts=tags.abstract(hoisted.consts),
+            num_blocks=num_blocks,
+        )
+
+
+class Finder:
+    """Collects the stacks that follow a plan while a step is traced; hand it to `observed`.
+
+    Attributes:
+      stacks: Those that run under the plan, each once.
+      others: What other stacks ran under, as text.
+    """
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.stacks: list[Stack] = []
+        self.others: list[str] = []
+        self._seen: set[tuple] = set()
+
+    def __call__(self, call: StackCall):
+        """Takes note of one call of `scan_blocks`."""
+        if not self._follows(call):
+            self.others.append(str(call.remat))
+            return
+        stack = Stack.of(call.block, call.params, call.carry, call.consts, call.num_blocks)
+        # A step's parts may be traced more than once; equal stacks weigh the same in every plan.
+        if stack.shape not in self._seen:
+            self._seen.add(stack.shape)
+            self.stacks.append(stack)
+
+    def _follows(self, call: StackCall) -> bool:
+        if isinstance(call.remat, Schedule):
+            return False
+        given = as_plan(call.remat)
+        return given.bind(call.num_blocks) == self.plan.bind(call.num_blocks)
+
+
+def given_stack(block: Sequence, num_blocks: int) -> Stack:
+    """Returns the stack of `(block, params_i, carry, *consts)`, as `jaxckpt.explain` takes them.
+
+    Raises:
+      ValueError: Something else was given.
+    """
+    if not isinstance(block, tuple | list) or len(block) < 3 or not callable(block[0]):
+        raise ValueError("block is (block, params_i, carry, *consts), as for jaxckpt.explain")
+    call, params_i, carry, *consts = block
+    widen = lambda x: jax.ShapeDtypeStruct((num_blocks, *x.shape), x.dtype)
+    params = jax.tree.map(widen, tags.abstract(params_i))
+    return Stack.of(call, params, carry, tuple(consts), num_blocks)
+
+
+def _nbytes(leaf) -> int:
+    return leaf.size * leaf.dtype.itemsize

@@ -1,0 +1,101 @@
+"""A user's `step_for`, asked for the step of a plan: traced, compiled, and each plan once."""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxckpt.memory import cache
+from jaxckpt.memory.measure import measure
+from jaxckpt.memory.report import MemoryReport
+from jaxckpt.memory.targets import Target
+from jaxckpt.planner.stacks import Finder
+from jaxckpt.plans import Plan
+from jaxckpt.transforms.observers import observed
+
+# Functions in an equation's parameters are shown with where they are in memory.
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+_OPTIONS = ("donate_argnums", "static_argnums")
+
+
+class Step(NamedTuple):
+    """What `step_for` returned."""
+
+    fn: Callable
+    args: tuple
+    options: dict[str, Any]
+
+
+class Steps:
+    """The steps of plans for one target.
+
+    Attributes:
+      compiled: Reports by plan.
+    """
+
+    def __init__(self, step_for: Callable, target: Target):
+        if not callable(step_for):
+            raise ValueError(
+                f"step_for is a function of a plan that returns (fn, args), not {step_for!r}"
+            )
+        self._step_for = step_for
+        self._target = target
+        self.compiled: dict[Plan, MemoryReport] = {}
+
+    def step(self, plan: Plan) -> Step:
+        """Returns the step of a plan.
+
+        Raises:
+          ValueError: `step_for` returned something else.
+        """
+        made = self._step_for(plan)
+        if not isinstance(made, tuple | list) or len(made) not in (2, 3) or not callable(made[0]):
+            raise ValueError(
+                "step_for(plan) returns (fn, args) or (fn, args, {'donate_argnums': ...}), "
+                f"not {type(made).__name__}"
+            )
+        fn, args, *rest = made
+        options = dict(rest[0]) if rest else {}
+        unknown = set(options) - set(_OPTIONS)
+        if unknown:
+            raise ValueError(
+                f"step_for's option {min(unknown)!r} is not known; valid: {', '.join(_OPTIONS)}"
+            )
+        return Step(fn=fn, args=tuple(args), options=options)
+
+    def trace(self, plan: Plan):
+        """Returns the jaxpr of a plan's step, and the `Finder` that watched its stacks."""
+        step, finder = self.step(plan), Finder(plan)
+        static = step.options.get("static_argnums", ())
+        with observed(finder):
+            jaxpr = jax.make_jaxpr(step.fn, static_argnums=static)(*step.args)
+        return jaxpr, finder
+
+    def report(self, plan: Plan) -> MemoryReport:
+        """Returns the memory of a plan's compiled step.
+
+        What was compiled before is read from disk: `measure` does so for absent chips, and here
+        it is done for the chip of this process.
+        """
+        if plan not in self.compiled:
+            step = self.step(plan)
+            measured = lambda: measure(step.fn, *step.args, target=self._target, **step.options)
+            is_local = self._target.backend == "local"
+            self.compiled[plan] = self._kept(step, measured) if is_local else measured()
+        return self.compiled[plan]
+
+    def _kept(self, step: Step, measured: Callable[[], MemoryReport]) -> MemoryReport:
+        static = step.options.get("static_argnums", ())
+        jaxpr = jax.make_jaxpr(step.fn, static_argnums=static)(*step.args)
+        name = cache.key(
+            program=_ADDRESS.sub("", str(jaxpr)),
+            options=repr(sorted(step.options.items())),
+            device=jax.local_devices()[0].device_kind,
+            sources=cache.digest_of_sources({"jaxckpt.memory"}),
+        )
+        report = cache.load(name)
+        if report is None:
+            report = measured()
+            cache.store(name, report)
+        return report

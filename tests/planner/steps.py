@@ -1,0 +1,39 @@
+"""Steps that the planner's tests fit: few weights, so that what blocks keep sets the peak."""
+
+import jax
+import jax.numpy as jnp
+
+import jaxckpt
+
+NUM_BLOCKS, ROWS, WIDTH = 6, 256, 16
+
+
+def block(x, block_i, scale):
+    """A residual MLP with dropout and two tags."""
+    hidden = jnp.tanh(jaxckpt.tag(x @ block_i["w"], "hidden"))
+    keep = jax.random.bernoulli(block_i["key"], 0.8, hidden.shape)
+    wide = jax.nn.gelu(jaxckpt.tag(jnp.where(keep, hidden * scale, 0.0) @ block_i["u"], "wide"))
+    return x + wide @ block_i["v"]
+
+
+def arguments(num_blocks: int = NUM_BLOCKS, rows: int = ROWS):
+    """Returns the arrays of a step."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = {"w": (WIDTH, 2 * WIDTH), "u": (2 * WIDTH, 4 * WIDTH), "v": (4 * WIDTH, WIDTH)}
+    params = {
+        name: 0.2 * jax.random.normal(key, (num_blocks, *shape))
+        for (name, shape), key in zip(shapes.items(), keys, strict=False)
+    }
+    return params, jax.random.normal(keys[3], (rows, WIDTH)), jax.random.key(1)
+
+
+def step_for(plan, num_blocks: int = NUM_BLOCKS, rows: int = ROWS):
+    """Returns loss and gradients of a stack with dropout, and abstract arguments."""
+
+    def loss(params, x, key):
+        rows_i = {**params, "key": jax.random.split(key, num_blocks)}
+        out = jaxckpt.scan_blocks(block, rows_i, x, jnp.ones(2 * WIDTH), remat=plan)
+        return jnp.sin(out).sum()
+
+    args = jax.eval_shape(lambda: arguments(num_blocks, rows))
+    return jax.value_and_grad(loss, argnums=(0, 1)), args

@@ -1,0 +1,58 @@
+"""The search over a ladder, without a compiler."""
+
+import random
+
+import pytest
+
+from jaxckpt.planner.ladder import Rung
+from jaxckpt.planner.pieces import Draft
+from jaxckpt.planner.search import search
+from jaxckpt.plans import Plan
+
+
+def make(num_rungs: int, seed: int):
+    """Returns rungs and their compiled peaks: predictions off by up to 5 %, each family its way."""
+    rng = random.Random(seed)
+    off = {1: rng.uniform(0.95, 1.05), 2: rng.uniform(0.95, 1.05)}
+    rungs, peaks = [], []
+    for n in range(num_rungs):
+        stages = Plan.parse("full" if rng.random() < 0.3 else "1xfull/none").stages
+        predicted = 1_000_000 - 800_000 * n // num_rungs
+        numbers = dict(kept_bytes=0.0, worst_bytes=0.0, host_bytes=0.0, flops=0.0)
+        draft = Draft(stages=stages, seconds=float(n), **numbers)
+        rungs.append(Rung(draft=draft, predicted_bytes=predicted, seconds=float(n)))
+        peaks.append(int(predicted * off[len(stages)]))
+    peaks.sort(reverse=True)
+    return rungs, peaks
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_finds_the_fastest_that_fits(seed):
+    rungs, peaks = make(60, seed)
+    budget = random.Random(seed).randint(min(peaks), max(peaks))
+    found = search(rungs, budget, peaks.__getitem__, {}, 60)
+    assert found.chosen == next(n for n, peak in enumerate(peaks) if peak <= budget)
+    assert found.chosen == 0 or found.peaks[found.chosen - 1] > budget
+    assert len(found.peaks) <= 12
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_four_compiles_find_one_that_fits(seed):
+    rungs, peaks = make(60, seed)
+    budget = random.Random(seed).randint(min(peaks), max(peaks))
+    asked = []
+
+    def compile_peak(place):
+        asked.append(place)
+        return peaks[place]
+
+    found = search(rungs, budget, compile_peak, {0: peaks[0]}, 4)
+    assert len(asked) <= 4
+    assert peaks[found.chosen] <= budget
+
+
+def test_a_budget_below_all_compiles_the_last():
+    rungs, peaks = make(20, 0)
+    found = search(rungs, 10, peaks.__getitem__, {}, 4)
+    assert found.chosen is None
+    assert found.peaks[19] == peaks[19]
