@@ -1,13 +1,16 @@
 """One training step: model, loss, gradients and optimizer as a pure function of the state."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.config import OptimizerConfig, TrainConfig
-from jaxckpt.models import Transformer, next_token_loss
+from experiments.config import ConfigError, TrainConfig
+from experiments.optimizers import make_optimizer
+from jaxckpt.memory.targets import Target
+from jaxckpt.models import Transformer, next_token_loss, resolve
 
 
 class TrainState(NamedTuple):
@@ -28,28 +31,26 @@ class TrainState(NamedTuple):
     skipped_in_row: jax.Array
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Returns AdamW with clipping and a warm-up, cosine schedule over `steps` steps,
-    or over `config.decay_steps` if they are set."""
-    steps = config.decay_steps or steps
-    warmup = min(config.warmup_steps, steps - 1)
-    rate = optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if warmup else config.learning_rate,
-        peak_value=config.learning_rate,
-        warmup_steps=warmup,
-        decay_steps=steps,
-        end_value=config.learning_rate / 10,
-    )
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            rate,
-            b1=config.beta1,
-            b2=config.beta2,
-            weight_decay=config.weight_decay,
-            mask=_is_matrix,
-        ),
-    )
+def resolve_model(
+    config: TrainConfig, target: str | Target = "local"
+) -> tuple[TrainConfig, tuple[str, ...]]:
+    """Returns the configuration with attention and dtype as they are on a target.
+
+    Args:
+      config: Its model may say `auto`.
+      target: The chip that the step is compiled for, present or not.
+
+    Returns:
+      The configuration without `auto`, and a line for each choice that says why.
+
+    Raises:
+      ConfigError: The model names a kernel that the target or its sizes do not have.
+    """
+    try:
+        found = resolve(config.model, target, seq_len=config.seq_len)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return dataclasses.replace(config, model=found.config), found.why
 
 
 def init_state(config: TrainConfig) -> TrainState:
@@ -154,10 +155,3 @@ def make_validation_step(config: TrainConfig):
         return next_token_loss(x_BSD, params, tokens[:, 1:], config.model)
 
     return validation_step
-
-
-def _is_matrix(params):
-    """Returns which parameters decay: kernels and embeddings, not the norms' scales."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: not str(path[-1]).endswith("['scale']"), params
-    )
