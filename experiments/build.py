@@ -11,7 +11,6 @@ from typing import Any
 
 from experiments.config import OptimizerConfig, TrainConfig
 from jaxckpt.memory.absent import Entry
-from jaxckpt.models.auto import resolve
 from jaxckpt.models.config import TransformerConfig
 
 # The settings that a step is made of; the others (data, folders) are a run's.
@@ -38,30 +37,19 @@ def built_step(settings: Mapping[str, Any], target: str):
     return build(TrainConfig(**{**settings, **tables}), target)
 
 
-def resolved(config: TrainConfig, target: str) -> TrainConfig:
-    """Returns a configuration whose attention kernel and dtype are those for a target.
-
-    Raises:
-      TargetError: There is no such target.
-      ValueError: It names a kernel that the target does not have.
-    """
-    model = resolve(config.model, target, seq_len=config.seq_len).config
-    return dataclasses.replace(config, model=model)
-
-
 def build(config: TrainConfig, target: str):
     """Returns the abstract `BuiltStep` of a configuration for a target.
 
     Raises:
-      ValueError: It names a kernel that the target does not have.
+      ConfigError: It names a kernel that the target does not have.
       PlanError (when traced): The plan names what the blocks do not have.
     """
     import jax
 
-    from experiments.step import init_state, make_train_step
+    from experiments.step import init_state, make_train_step, resolve_model
     from jaxckpt.memory.built_step import BuiltStep
 
-    config = resolved(config, target)
+    config, _ = resolve_model(config, target)
     state = jax.eval_shape(lambda: init_state(config))
     tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), "int32")
     return BuiltStep(

@@ -14,6 +14,7 @@ Nothing here imports JAX.
 import dataclasses
 import os
 import tomllib
+import types
 import typing
 from pathlib import Path
 from typing import Annotated, Literal
@@ -36,35 +37,71 @@ def _at_least(config, least: int, *names: str):
             raise ConfigError(f"{name} is {getattr(config, name)}; the least is {least}")
 
 
+# Decays of the first and second moment that each optimizer has, and their defaults.
+_BETAS = {
+    "adamw": (0.9, 0.95),
+    "adafactor": (None, None),
+    "lion": (0.9, 0.99),
+    "sgd": (0.9, None),
+    "muon": (0.95, 0.95),
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up, cosine decay to a tenth, and clipping by the global norm.
+    """An optimizer with linear warm-up, cosine decay to a tenth, and clipping by the global norm.
 
     Attributes:
+      kind: The optimizer. Muon is for the stack's matrices, with Adam for all else.
       learning_rate: The rate at the end of the warm-up.
       warmup_steps: Steps from 0 to `learning_rate`.
       weight_decay: Decoupled decay of the matrices; scales of norms are left alone.
-      beta1: Decay of the first moment.
-      beta2: Decay of the second moment.
+      beta1: Decay of the first moment or the momentum, where the optimizer has one; by default
+        0.9, for muon 0.95.
+      beta2: Decay of the second moment (lion: of the momentum it keeps), where the optimizer has
+        one; by default 0.95, for lion 0.99.
       clip_norm: Largest global norm of the gradients.
       decay_steps: Steps of warm-up and decay together; 0 takes the run's steps.
     """
 
+    kind: Annotated[
+        Literal["adamw", "adafactor", "lion", "sgd", "muon"], Parameter(name="--optimizer")
+    ] = "adamw"
     learning_rate: float = 3e-3
     warmup_steps: int = 20
     weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
+    beta1: float | None = None
+    beta2: float | None = None
     clip_norm: float = 1.0
     decay_steps: int = 0
 
     def __post_init__(self):
+        if self.kind not in _BETAS:
+            raise ConfigError(
+                f"optimizer {self.kind!r} is not known{nearest(str(self.kind), _BETAS)}; valid: "
+                f"{', '.join(_BETAS)}"
+            )
         _at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "decay_steps")
         if not self.clip_norm > 0:
             raise ConfigError(f"clip_norm is {self.clip_norm}; it is above 0, such as 1.0")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} is a decay in [0, 1), not {getattr(self, name)}")
+        for place, name in enumerate(("beta1", "beta2")):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if _BETAS[self.kind][place] is None:
+                having = [kind for kind, betas in _BETAS.items() if betas[place] is not None]
+                raise ConfigError(
+                    f"{name} is {value}, but optimizer {self.kind} has none; it is of: "
+                    f"{', '.join(having)}"
+                )
+            if not 0 <= value < 1:
+                raise ConfigError(f"{name} is a decay in [0, 1), not {value}")
+
+    @property
+    def betas(self) -> tuple[float | None, float | None]:
+        """Both decays, as given or by default; None where the optimizer has none."""
+        given, usual = (self.beta1, self.beta2), _BETAS[self.kind]
+        return tuple(b if a is None else a for a, b in zip(given, usual, strict=True))
 
 
 @Parameter(name="*")
@@ -74,7 +111,7 @@ class TrainConfig:
 
     Attributes:
       model: Shapes of the Transformer.
-      optimizer: AdamW's settings.
+      optimizer: The optimizer and its settings.
       data: A text file, a folder, a quoted glob, or a token file (.npy, .bin); by default the
         source text of Python's standard library.
       token_dtype: Type of the numbers in a .bin token file.
@@ -98,6 +135,7 @@ class TrainConfig:
       save_every: Steps between checkpoints; 0 saves when the run is told to stop alone.
       keep: Checkpoints kept.
       max_skipped: Steps in a row with non-finite gradients after which the run ends.
+      explain: Print the residuals of one block, and what the plan does with them.
       sample: Print a few lines that the trained model writes.
       tensorboard: Also write TensorBoard event files to `out`.
       compile_cache: Folder of compiled steps, so that the next run starts sooner.
@@ -125,6 +163,7 @@ class TrainConfig:
     save_every: int = 0
     keep: int = 3
     max_skipped: int = 10
+    explain: Annotated[bool, Parameter(negative="")] = False
     sample: Annotated[bool, Parameter(negative="")] = False
     tensorboard: Annotated[bool, Parameter(negative="")] = False
     compile_cache: Path = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "jaxckpt/compiled"
@@ -216,7 +255,14 @@ def _flags(table: dict[str, object], owner: type, place: str):
                 raise ConfigError(f"{place}: {key} is a table, written [{key}]")
             yield from _flags(value, inner, f"{place} [{key}]")
         else:
-            yield key.replace("_", "-"), _typed(key, value, inner, place)
+            yield _flag(key, owner), _typed(key, value, inner, place)
+
+
+def _flag(key: str, owner: type) -> str:
+    """Returns the flag of a field: its own name, or the one its annotation gives it."""
+    hint = typing.get_type_hints(owner, include_extras=True)[key]
+    names = [name for item in getattr(hint, "__metadata__", ()) for name in item.name or ()]
+    return names[0].removeprefix("--") if names else key.replace("_", "-")
 
 
 def _typed(key: str, value: object, hint, place: str):
@@ -225,6 +271,8 @@ def _typed(key: str, value: object, hint, place: str):
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise ConfigError(f"{place}: {key} = {value!r} is no list of text")
         return value
+    if isinstance(hint, types.UnionType):  # a field that may be left out
+        hint = next(item for item in typing.get_args(hint) if item is not types.NoneType)
     wanted = {"int": int, "float": (int, float), "bool": bool}.get(
         getattr(hint, "__name__", ""), str
     )

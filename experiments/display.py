@@ -50,7 +50,7 @@ class Display:
         """
         text = (
             f"loss {row['loss']:.4f}  {1e3 * row['step_seconds']:.0f} ms  "
-            f"{row['tokens_per_second']:,.0f} tokens/s  {memory}"
+            f"{row['tokens_per_second']:,.0f} tokens/s  {_utilization(row)}{memory}"
         )
         self._progress.update(self._task, completed=row["step"], metrics=text)
         if not self.console.is_terminal:
@@ -62,3 +62,8 @@ class Display:
             return
         left = (time.perf_counter() - self._started) / step * (self._steps - step)
         self.print(f"step {step}/{self._steps}  {text}  left {left:.0f} s")
+
+
+def _utilization(row: dict[str, object]) -> str:
+    """Returns the shares of the chip's peak that a step reaches, where the peak is known."""
+    return f"MFU {row['mfu']:.1%} HFU {row['hfu']:.1%}  " if "mfu" in row else ""

@@ -29,7 +29,6 @@ class FitFlags:
       target: A chip, present (local) or not (v5e-1, h100, ...); may be given several times.
       plan: A checkpointing plan; may be given several times. By default a sensible set.
       max: Find the largest batch-size or seq-len that fits, for each plan and target.
-      explain: Print the residuals of one block, and what each plan does with them.
       json: File for the rows.
       parallel: Compilations at once, each in a process of its own.
     """
@@ -37,7 +36,6 @@ class FitFlags:
     target: Annotated[tuple[str, ...], Parameter(negative="")] = ("local",)
     plan: Annotated[tuple[str, ...], Parameter(negative="")] = PLANS
     max: Literal["batch-size", "seq-len"] | None = None
-    explain: Annotated[bool, Parameter(negative="")] = False
     json: Path | None = None
     parallel: int = 2
 
@@ -63,7 +61,7 @@ def fit(
     check_targets(flags.target)
     rows = measure_all(cases, largest=flags.max, parallel=flags.parallel)
     fit_table.show(rows, settings, flags.max)
-    if flags.explain:
+    if settings.explain:
         _explain(cases)
     if flags.json is not None:
         flags.json.write_text(
@@ -88,21 +86,14 @@ def _cases(settings: TrainConfig, flags: FitFlags) -> list[tuple[TrainConfig, st
 
 
 def _explain(cases: list[tuple[TrainConfig, str]]):
-    """Prints a table of one block's residuals for each plan of one stage."""
-    import jax
-
-    from experiments.build import abstract_block, resolved
-    from experiments.step import init_state
-    from jaxckpt.memory.explain import explain
+    """Prints a table of one block's residuals for each stage of each plan."""
+    from experiments.build import build
+    from experiments.plan_checks import explained
 
     target = cases[0][1]
-    for config in (resolved(config, target) for config, where in cases if where == target):
-        state = jax.eval_shape(lambda config=config: init_state(config))
-        block, *args = abstract_block(config, state.params)
-        for stage in config.plan.stages:
-            plan = str(dataclasses.replace(stage, count=None))
-            found = explain(block, *args, plan=plan, num_blocks=stage.count)
-            print(f"\n{plan} on {stage.count} blocks\n{found}")
+    for config in (config for config, where in cases if where == target):
+        for text in explained(build(config, target)):
+            print(f"\n{text}")
 
 
 if __name__ == "__main__":

@@ -11,18 +11,19 @@ from jaxckpt.memory.peak_findings import peak_not_below_none
 from jaxckpt.memory.report import MemoryReport
 from jaxckpt.memory.units import gib
 
-_NEVER = float("inf")
+_NEVER, _WIDTH = float("inf"), 140
 
 
 def show(rows: Sequence[FitRow], settings: TrainConfig, largest: str | None = None):
     """Prints a table for each target, then what was found and what went wrong."""
     console = Console(highlight=False, soft_wrap=True)
+    wide = max(console.width, _WIDTH)  # a narrow terminal folds lines; columns are never cut
     for target in dict.fromkeys(row.target for row in rows):
         mine = [row for row in rows if row.target == target]
         measured = [row for row in mine if row.report is not None]
         if measured:
             console.print(_title(measured[0].report, settings, largest))
-            console.print(_table(ranked(measured), largest))
+            console.print(_table(ranked(measured), largest), width=wide)
         for row, finding in _findings(measured, largest):
             console.print(f"warning: {row.config.remat} on {target}: {finding}", markup=False)
         for row in mine:
@@ -55,15 +56,15 @@ def _title(report: MemoryReport, settings: TrainConfig, largest: str | None) -> 
     usable = "" if report.usable_bytes is None else f", {gib(report.usable_bytes)} usable a device"
     return (
         f"{report.target}{usable}: {model.num_blocks} blocks of width {model.d_model}, "
-        f"batch {batch} x {size} tokens, jax {report.jax_version}"
+        f"batch {batch} x {size} tokens, {settings.optimizer.kind}, jax {report.jax_version}"
     )
 
 
 def _table(rows: Sequence[FitRow], largest: str | None) -> Table:
     chosen = None if largest else best(rows)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    columns = ("peak", "host", "left", "recomputed", "estimated", "compiled in")
-    table.add_column("plan", overflow="fold")
+    table.add_column("plan", no_wrap=True)
+    columns = ("peak GiB", "host GiB", "left GiB", "run again", "est. ms", "compiled s")
     for name in ([largest] if largest else []) + list(columns):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
@@ -74,20 +75,20 @@ def _table(rows: Sequence[FitRow], largest: str | None) -> Table:
         table.add_row(
             row.config.remat,
             *size,
-            gib(report.peak_bytes),
-            gib(report.host_bytes) if report.host_bytes else "-",
-            "-" if report.headroom_bytes is None else gib(report.headroom_bytes),
-            "-" if row.recomputed is None else f"{100 * row.recomputed:.1f} %",
-            _milliseconds(report.estimated_seconds),
-            "-" if report.compile_seconds is None else f"{report.compile_seconds:.1f} s",
+            _number(report.peak_bytes, 2**30),
+            _number(report.host_bytes or None, 2**30),
+            _number(report.headroom_bytes, 2**30),
+            _number(row.recomputed, 0.01, "{:.1f} %"),
+            _number(report.estimated_seconds, 1e-3, "{:.1f}"),
+            _number(report.compile_seconds, 1, "{:.1f}"),
             verdict,
             style="bold" if row is chosen else None,
         )
     return table
 
 
-def _milliseconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{1e3 * seconds:.1f} ms"
+def _number(value: float | None, unit: float, form: str = "{:.2f}") -> str:
+    return "-" if value is None else form.format(value / unit)
 
 
 def _findings(rows: Sequence[FitRow], largest: str | None):

@@ -6,15 +6,18 @@ from pathlib import Path
 
 import jax
 
+from experiments.build import build
 from experiments.checkpoints import Checkpoints, about_run, check_same_run
 from experiments.config import ConfigError, TrainConfig
 from experiments.data import Batches, Corpus, validation_batches
 from experiments.display import Display
+from experiments.plan_checks import explained, needless
 from experiments.record import Record, RunError
-from experiments.step import TrainState, init_state, make_train_step, make_validation_step
+from experiments.step import TrainState, init_state, make_validation_step, resolve_model
 from experiments.stopping import StopRequest
+from jaxckpt.memory.chips import chip_of_device
 from jaxckpt.memory.measure import compile_step
-from jaxckpt.memory.report import MemoryReport, gib, report_of
+from jaxckpt.memory.report import MemoryReport, gib
 
 _SAMPLED_TOKENS = 240
 
@@ -35,10 +38,13 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path):
     display = Display(config.steps)
     display.print(f"data    {corpus.summary}")
     display.print(f"plan    {config.remat} on {config.model.num_blocks} blocks")
+    here, choices = resolve_model(config)
+    for choice in choices:
+        display.print(f"model   {choice}")
     with contextlib.closing(Checkpoints(folder, config.keep)) as checkpoints:
         resumed = _find_checkpoint(config, corpus, checkpoints) if config.resume else None
-        step, report, compile_seconds = _compile(config)
-        state = _first_state(checkpoints, resumed, config)
+        step, report, compile_seconds = _compile(here, display)
+        state = _first_state(checkpoints, resumed, here)
         display.print(str(report))
         display.print(
             f"compiled in {compile_seconds:.1f} s; predicted peak {gib(report.peak_bytes)}"
@@ -67,13 +73,18 @@ def _first_state(checkpoints: Checkpoints, resumed: int | None, config: TrainCon
     return checkpoints.load(resumed, jax.eval_shape(make))
 
 
-def _compile(config: TrainConfig):
+def _compile(config: TrainConfig, display: Display):
     """Returns the compiled train step, its memory report and the seconds it took."""
     started = time.perf_counter()
-    state = jax.eval_shape(lambda: init_state(config))
-    tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), "int32")
-    step, flops = compile_step(make_train_step(config), state, tokens, donate_argnums=0)
-    return step, report_of(step, flops=flops), time.perf_counter() - started
+    built = build(config, "local")
+    step, report = compile_step(built)
+    seconds = time.perf_counter() - started
+    if config.explain:
+        for line in explained(built):
+            display.print(line)
+    for finding in (*report.findings, *needless(built, report)):
+        display.print(f"warning: {finding}")
+    return step, report, seconds
 
 
 def _header(config: TrainConfig, corpus: Corpus, report: MemoryReport, compile_seconds: float):
@@ -84,6 +95,9 @@ def _header(config: TrainConfig, corpus: Corpus, report: MemoryReport, compile_s
         "predicted_temp_bytes": report.temp_bytes,
         "memory_source": report.source,
         "step_flops": report.flops,
+        "recomputed_flops": report.recomputed_flops,
+        "peak_flops_per_second": peak_flops_per_second(),
+        "findings": list(report.findings),
         "compile_seconds": compile_seconds,
         "device": device.device_kind,
         "backend": device.platform,
@@ -100,6 +114,7 @@ class _Training:
     def __init__(self, config, corpus, step, report, record, checkpoints, display):
         self.config, self.corpus, self.step, self.report = config, corpus, step, report
         self.record, self.checkpoints, self.display = record, checkpoints, display
+        self.peak_flops = peak_flops_per_second()
         self.validate = _validator(config, corpus)
         self.writer = _tensorboard(config, record.path.parent)
 
@@ -151,6 +166,7 @@ class _Training:
             "skipped": int(metrics["skipped"]),
             "step_seconds": seconds,
             "tokens_per_second": config.batch_size * config.seq_len / seconds,
+            **utilization(self.report, seconds, self.peak_flops),
         }
         actual = runtime_peak_bytes()
         if actual is not None:
@@ -208,6 +224,24 @@ def _tensorboard(config: TrainConfig, folder: Path):
     from tensorboardX import SummaryWriter
 
     return SummaryWriter(str(folder))
+
+
+def peak_flops_per_second() -> float | None:
+    """Returns the bf16 peak of this process's device; None for one that is not in the table."""
+    chip = chip_of_device(jax.devices()[0].device_kind)
+    return None if chip is None else chip.bf16_flops_per_second
+
+
+def utilization(report: MemoryReport, seconds: float, peak_flops: float | None) -> dict[str, float]:
+    """Returns the shares of a chip's peak that a step reaches; empty where the peak is unknown.
+
+    `mfu` counts what the model needs, `hfu` also what the plan runs again (Chowdhery et al. 2022,
+    PaLM, appendix B); both count matrix products and attention from the jaxpr.
+    """
+    if peak_flops is None:
+        return {}
+    model_flops = report.flops - report.recomputed_flops
+    return {"mfu": model_flops / seconds / peak_flops, "hfu": report.flops / seconds / peak_flops}
 
 
 def runtime_peak_bytes() -> int | None:

@@ -120,10 +120,10 @@ def _row(config: TrainConfig, target: str, largest: str | None, here) -> FitRow:
 def _measure(config: TrainConfig, target: str, here) -> MemoryReport:
     if parse_target(target).backend != "local":
         return measure_entry(entry_of(config, target), target)
-    from jaxckpt.memory.measure import measure_step
+    from jaxckpt.memory.measure import compile_step
 
     with here:
-        return measure_step(build(config, target))
+        return compile_step(build(config, target))[1]
 
 
 def _largest_row(config: TrainConfig, target: str, largest: str, here) -> FitRow:

@@ -1,14 +1,17 @@
 """One training step: model, loss, gradients and optimizer as a pure function of the state."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.config import OptimizerConfig, TrainConfig
+from experiments.config import ConfigError, TrainConfig
+from experiments.optimizers import make_optimizer
 from experiments.trainable import merge, split
-from jaxckpt.models import Transformer, next_token_loss
+from jaxckpt.memory.targets import Target
+from jaxckpt.models import Transformer, next_token_loss, resolve
 
 
 class TrainState(NamedTuple):
@@ -16,7 +19,7 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: Steps done, an int32 scalar; with the seed it gives the dropout key.
-      params: The model's parameters, float32.
+      params: The model's parameters: float32, frozen ones in the dtype of the computation.
       optimizer: Optax's state.
       skipped: Steps whose gradients were not finite, an int32 scalar.
       skipped_in_row: Those since the last step that was taken.
@@ -29,37 +32,41 @@ class TrainState(NamedTuple):
     skipped_in_row: jax.Array
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Returns AdamW with clipping and a warm-up, cosine schedule over `steps` steps,
-    or over `config.decay_steps` if they are set."""
-    steps = config.decay_steps or steps
-    warmup = min(config.warmup_steps, steps - 1)
-    rate = optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if warmup else config.learning_rate,
-        peak_value=config.learning_rate,
-        warmup_steps=warmup,
-        decay_steps=steps,
-        end_value=config.learning_rate / 10,
-    )
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            rate,
-            b1=config.beta1,
-            b2=config.beta2,
-            weight_decay=config.weight_decay,
-            mask=_is_matrix,
-        ),
-    )
+def resolve_model(
+    config: TrainConfig, target: str | Target = "local"
+) -> tuple[TrainConfig, tuple[str, ...]]:
+    """Returns the configuration with attention and dtype as they are on a target.
+
+    Args:
+      config: Its model may say `auto`.
+      target: The chip that the step is compiled for, present or not.
+
+    Returns:
+      The configuration without `auto`, and a line for each choice that says why.
+
+    Raises:
+      ConfigError: The model names a kernel that the target or its sizes do not have.
+    """
+    try:
+        found = resolve(config.model, target, seq_len=config.seq_len)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return dataclasses.replace(config, model=found.config), found.why
 
 
 def init_state(config: TrainConfig) -> TrainState:
-    """Returns the state before the first step; abstract under `jax.eval_shape`."""
+    """Returns the state before the first step; abstract under `jax.eval_shape`.
+
+    Args:
+      config: With a model that `resolve_model` has resolved.
+    """
     tokens_BS = jnp.zeros([1, config.seq_len], jnp.int32)
     # Parameters do not depend on the plan, so the cheapest one to trace makes them.
     params = Transformer(config.model, remat="none").init(jax.random.key(config.seed), tokens_BS)
     params = params["params"]
-    trainable, _ = split(params, config.trainable)
+    trainable, frozen = split(params, config.trainable)
+    # What never changes needs no master copy.
+    params = merge(trainable, jax.tree.map(lambda x: x.astype(config.model.dtype), frozen))
     optimizer = make_optimizer(config.optimizer, config.steps).init(trainable)
     zero = jnp.zeros([], jnp.int32)
     return TrainState(
@@ -162,10 +169,3 @@ def make_validation_step(config: TrainConfig):
         return next_token_loss(x_BSD, params, tokens[:, 1:], config.model)
 
     return validation_step
-
-
-def _is_matrix(params):
-    """Returns which parameters decay: kernels and embeddings, not the norms' scales."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: not str(path[-1]).endswith("['scale']"), params
-    )

@@ -80,31 +80,22 @@ def measure(
     )
 
 
-def compile_step(
-    fn: Callable,
-    *args,
-    donate_argnums: int | Sequence[int] = (),
-    static_argnums: int | Sequence[int] = (),
-):
-    """Returns `(compiled, flops)`: the executable of `fn(*args)` here and the FLOPs of one call.
-
-    Arguments are those of `measure`; a loop that runs the executable compiles once.
-    """
-    traced = _jitted(fn, donate_argnums, static_argnums).trace(*args)
-    return traced.lower().compile(), count_flops(traced.jaxpr)
-
-
 def _jitted(fn: Callable, donate_argnums, static_argnums) -> Callable:
     if hasattr(fn, "trace") and donate_argnums == () and static_argnums == ():
         return fn
     return jax.jit(fn, donate_argnums=donate_argnums, static_argnums=static_argnums)
 
 
-def measure_step(step: BuiltStep) -> MemoryReport:
-    """Returns the report of a step on this process's backend: time and findings with its memory."""
+def compile_step(step: BuiltStep):
+    """Compiles a step for this process's backend.
+
+    Returns:
+      `(compiled, report)`: the executable, and its report with time and findings.
+    """
     traced = jax.jit(step.fn, donate_argnums=step.donate_argnums).trace(*step.args)
     report, compiled = _compile_here(traced)
-    return annotate(step, traced.jaxpr, report, rates=local_rates(), compiled_text=compiled.as_text)
+    text = compiled.as_text
+    return compiled, annotate(step, traced.jaxpr, report, rates=local_rates(), compiled_text=text)
 
 
 def local_rates() -> Rates | None:

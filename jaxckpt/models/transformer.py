@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxckpt.linen import Stack
+from jaxckpt.models import auto
 from jaxckpt.models.attention import causal_attention
 from jaxckpt.models.config import TransformerConfig
-from jaxckpt.models.auto import choose_dtype, local_device
 from jaxckpt.plans import Plan
 from jaxckpt.transforms.tags import tag
 
@@ -92,6 +92,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BSD, rotary, segment_ids_BS=None, *, deterministic: bool = True):
+        """Returns the residual stream after the block, `[B, S, D]`."""
         config = self.config
         dropout = nn.Dropout(config.dropout, deterministic=deterministic)
         branch_BSD = Attention(config, name="self_attn")(
@@ -111,6 +112,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BSD, rotary, segment_ids_BS=None):
+        """Returns the branch's output, `[B, S, D]`."""
         config = self.config
 
         def project(name: str, heads: int):
@@ -136,6 +138,7 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x_BSD):
+        """Returns the branch's output, `[B, S, D]`."""
         config = self.config
         gate_BSF = tag(_dense(config, config.d_ff, "gate_proj")(x_BSD), "gate")
         up_BSF = tag(_dense(config, config.d_ff, "up_proj")(x_BSD), "up")
@@ -153,6 +156,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        """Returns `x` normalized, in the dtype of the computation."""
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         square = jnp.square(x.astype(jnp.float32)).mean(axis=-1, keepdims=True)
         normed = x.astype(jnp.float32) * jax.lax.rsqrt(square + self.config.norm_eps)
@@ -182,4 +186,4 @@ def _dense(config: TransformerConfig, features: int, name: str | None = None) ->
 
 def _dtype(config: TransformerConfig) -> str:
     """Returns the dtype of the computation; `auto` that nobody resolved is this process's."""
-    return choose_dtype(local_device())[0] if config.dtype == "auto" else config.dtype
+    return auto.choose_dtype(auto.local_device())[0] if config.dtype == "auto" else config.dtype

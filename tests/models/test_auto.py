@@ -6,9 +6,12 @@ import sys
 
 import pytest
 
+from experiments.config import ConfigError, TrainConfig
+from experiments.step import resolve_model
 from jaxckpt.memory.targets import TargetError
 from jaxckpt.models import TransformerConfig
 from jaxckpt.models.auto import Device, choose_attention, device_of, resolve
+from tests.memory.kernels import trace_cudnn
 
 QWEN = TransformerConfig(
     num_blocks=28, d_model=1024, num_heads=16, num_kv_heads=8, head_dim=128, d_ff=3072
@@ -121,3 +124,36 @@ def test_an_absent_chip_is_resolved_without_jax():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "cudnn False\n", done.stderr
+
+
+H100 = Device(name="NVIDIA H100", platform="gpu", compute_capability=(9, 0))
+
+
+def test_a_model_that_nobody_resolved_takes_the_chip_of_this_process(monkeypatch):
+    import jax
+
+    from jaxckpt.models import auto
+    from tests.models import steps
+
+    def traced():
+        step, args, _ = steps.gradients("full")
+        return str(jax.make_jaxpr(step)(*args)), args[0]
+
+    here, _ = traced()
+    assert "bf16" not in here
+    trace_cudnn(monkeypatch)
+    monkeypatch.setattr(auto, "local_device", lambda: H100)
+    there, params = traced()
+    assert there.count("dot_product_attention_fwd_wrapper[") == 2
+    assert "bf16[2,1024,256]" in there
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+
+
+def test_a_training_configuration_is_resolved_for_a_target():
+    config = TrainConfig(model=QWEN, seq_len=1024)
+    found, why = resolve_model(config, "v5e-1")
+    assert (found.model.attention, found.model.dtype) == ("splash", "bfloat16")
+    assert why[0] == "attention splash: the flash kernel of v5e-1"
+    assert resolve_model(found, "v5e-1")[0] == found
+    with pytest.raises(ConfigError, match="attention 'splash' is for TPUs, not for h100"):
+        resolve_model(found, "h100")

@@ -1,0 +1,98 @@
+"""The optimizers: clipping, one of Optax's scalings, decay of matrices, and the learning rate."""
+
+import math
+
+import jax
+import optax
+from optax import contrib
+
+from experiments.config import OptimizerConfig
+
+# The size of an update of AdamW, by measurements of many runs; times sqrt(the larger side), a
+# matrix orthogonalized by Muon has it too, and one learning rate does for both (Liu et al. 2025,
+# Muon is scalable for LLM training, section 2.2).
+_ADAMW_UPDATE = 0.2
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Returns the optimizer with a warm-up, cosine schedule over `steps` steps.
+
+    The schedule is over `config.decay_steps` if they are set. Weight decay is decoupled and times
+    the learning rate, whatever the optimizer; scales of norms do not decay.
+    """
+    steps = config.decay_steps or steps
+    warmup = min(config.warmup_steps, steps - 1)
+    rate = optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup else config.learning_rate,
+        peak_value=config.learning_rate,
+        warmup_steps=warmup,
+        decay_steps=steps,
+        end_value=config.learning_rate / 10,
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        _SCALINGS[config.kind](*config.betas),
+        optax.add_decayed_weights(config.weight_decay, mask=_is_matrix),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def _adamw(beta1: float, beta2: float):
+    return optax.scale_by_adam(b1=beta1, b2=beta2)
+
+
+def _adafactor(*_):
+    """Returns Adafactor without momentum (Shazeer, Stern 2018): a row and a column a matrix.
+
+    The size of an update is relative to the parameters'; a stack's parameters are one for it.
+    """
+    return optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.scale_by_param_block_rms(),
+    )
+
+
+def _lion(beta1: float, beta2: float):
+    return optax.scale_by_lion(b1=beta1, b2=beta2)
+
+
+def _sgd(beta1: float, _):
+    return optax.trace(decay=beta1)
+
+
+def _muon(beta1: float, beta2: float):
+    """Returns Muon (Jordan 2024) for the stack's matrices, each block's for itself, and Adam."""
+    matrix = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    orthogonal = contrib.scale_by_muon(
+        beta=beta1, weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: matrix, tree)
+    )
+    resized = optax.stateless_with_tree_map(
+        lambda update, _: _ADAMW_UPDATE * math.sqrt(max(update.shape[-2:])) * update
+    )
+    return optax.partition(
+        {"muon": optax.chain(orthogonal, resized), "adam": _adamw(beta1, beta2)},
+        lambda params: jax.tree_util.tree_map_with_path(_muon_label, params),
+    )
+
+
+_SCALINGS = {
+    "adamw": _adamw,
+    "adafactor": _adafactor,
+    "lion": _lion,
+    "sgd": _sgd,
+    "muon": _muon,
+}
+
+
+def _muon_label(path, _) -> str:
+    """Returns `muon` for the kernels of the stack: embedding and head are no hidden layers."""
+    name = jax.tree_util.keystr(path)
+    return "muon" if name.startswith("['layers']") and name.endswith("['kernel']") else "adam"
+
+
+def _is_matrix(params):
+    """Returns which parameters decay: kernels and embeddings, not the norms' scales."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not str(path[-1]).endswith("['scale']"), params
+    )
