@@ -12,6 +12,7 @@ any other. Blocks with state beside parameters (batch statistics, caches) are re
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,12 +38,16 @@ class Stack(nn.Module):
       num_blocks: L.
       remat: A plan or its text.
       unroll: Blocks unrolled in one trip of a loop.
+      dtype: Floating parameters are cast to it once, before the loop. That is for blocks that
+        compute in it anyway: each would cast its float32 parameters in the forward pass, when it
+        is run again and in the backward pass. None leaves them as they are.
     """
 
     block: Callable[..., nn.Module]
     num_blocks: int
     remat: str | Plan = "full"
     unroll: int = 1
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, carry, *consts, **static):
@@ -72,9 +77,14 @@ class Stack(nn.Module):
             return block.apply(variables, carry, *consts, rngs=block_i["keys"], **static)
 
         params = nn.meta.unbox(dict(self.variables.get(_PARAMS, {})))
+        if self.dtype is not None:
+            params = jax.tree.map(self._cast, params)
         # The index is there for blocks that have neither parameters nor keys.
         blocks = {"params": params, "keys": keys, "index": jnp.arange(self.num_blocks)}
         return scan_blocks(apply, blocks, carry, *consts, remat=self.remat, unroll=self.unroll)
+
+    def _cast(self, x):
+        return x.astype(self.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     def _init_params(self, init: Callable, keys, carry, *consts):
         """Draws every block's parameters from a key of its own and stores them stacked."""

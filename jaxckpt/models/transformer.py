@@ -44,11 +44,15 @@ class Transformer(nn.Module):
         if self.is_initializing():
             # Parameters do not depend on the kernel, so they are made on any chip, at any length.
             config = dataclasses.replace(config, attention="plain")
-        self.embed_tokens = nn.Embed(
-            config.vocab_size, config.d_model, dtype=_dtype(config), embedding_init=_INIT
-        )
+        self.embed_tokens = nn.Embed(config.vocab_size, config.d_model, embedding_init=_INIT)
         block = functools.partial(Block, config=config)
-        self.layers = Stack(block, config.num_blocks, remat=self.remat, unroll=self.unroll)
+        self.layers = Stack(
+            block,
+            config.num_blocks,
+            remat=self.remat,
+            unroll=self.unroll,
+            dtype=_dtype(config),  # every parameter of a block is used in it
+        )
         self.norm = RMSNorm(config)
         if not config.tied_embeddings:
             self.lm_head = _dense(config, config.vocab_size)
@@ -71,13 +75,14 @@ class Transformer(nn.Module):
         """
         x_BSD = self.features(tokens_BS, segment_ids_BS, deterministic=deterministic)
         if self.config.tied_embeddings:
-            return self.embed_tokens.attend(x_BSD)
+            return x_BSD @ self.embed_tokens.embedding.T.astype(x_BSD.dtype)
         return self.lm_head(x_BSD)
 
     def features(self, tokens_BS, segment_ids_BS=None, *, deterministic: bool = True):
         """Returns what the head is applied to, `[B, S, D]`; arguments are those of a call."""
         config = self.config
-        x_BSD = self.embed_tokens(tokens_BS)
+        # Rows are cast, not the table: their gradients are summed up in float32.
+        x_BSD = self.embed_tokens(tokens_BS).astype(_dtype(config))
         consts = [rotary_table(tokens_BS.shape[1], config.head_dim, config.rope_theta)]
         if segment_ids_BS is not None:
             consts.append(segment_ids_BS)
