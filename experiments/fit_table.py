@@ -16,14 +16,14 @@ _NEVER, _WIDTH = float("inf"), 140
 
 def show(rows: Sequence[FitRow], settings: TrainConfig, largest: str | None = None):
     """Prints a table for each target, then what was found and what went wrong."""
-    console = Console(highlight=False, soft_wrap=True)
-    wide = max(console.width, _WIDTH)  # a narrow terminal folds lines; columns are never cut
+    # A narrow terminal folds lines; columns are never cut.
+    console = Console(highlight=False, soft_wrap=True, width=max(Console().width, _WIDTH))
     for target in dict.fromkeys(row.target for row in rows):
         mine = [row for row in rows if row.target == target]
         measured = [row for row in mine if row.report is not None]
         if measured:
             console.print(_title(measured[0].report, settings, largest))
-            console.print(_table(ranked(measured), largest), width=wide)
+            console.print(_table(ranked(measured), largest))
         for row, finding in _findings(measured, largest):
             console.print(f"warning: {row.config.remat} on {target}: {finding}", markup=False)
         for row in mine:
