@@ -29,7 +29,9 @@ class Kind:
       policies: What `full` keeps.
       kept_bytes: On the device from the forward to the backward pass.
       host_bytes: On the host meanwhile.
-      live_bytes: What its reversal makes again and holds while it runs.
+      live_bytes: What its reversal holds while it runs: all residuals of the block, those made
+        again and copies of those kept.
+      params_bytes: Its parameters, and so their gradients.
       seconds: Forward, recomputation and backward.
       flops: Of the same, matrix products and attention kernels.
     """
@@ -39,6 +41,7 @@ class Kind:
     kept_bytes: float
     host_bytes: float = 0.0
     live_bytes: float
+    params_bytes: float = 0.0
     seconds: float
     flops: float
 
@@ -86,13 +89,13 @@ def kind_cost(stacks: Sequence[Stack], stage: Stage, rates: Rates, residual_byte
         host += on_host / stack.num_blocks
         seconds += estimate(jaxpr, rates).seconds / stack.num_blocks
         flops += count_flops(jaxpr) / stack.num_blocks
-    live = 0.0 if residual_bytes is None else max(residual_bytes - kept, 0.0)
     return Kind(
         schedule=stage.schedule,
         policies=stage.policies,
         kept_bytes=kept,
         host_bytes=host,
-        live_bytes=live,
+        live_bytes=kept if residual_bytes is None else residual_bytes,
+        params_bytes=sum(stack.params_bytes / stack.num_blocks for stack in stacks),
         seconds=seconds,
         flops=flops,
     )

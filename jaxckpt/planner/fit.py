@@ -34,6 +34,7 @@ from jaxckpt.plans import Plan, PlanError
 
 _NONE, _FULL = Plan.parse("none"), Plan.parse("full")
 MOST_COMPILES = 6
+_LEAST_FOR_STAGES = 4  # blocks; fewer are hardly ever worth two stages
 
 
 def fit(
@@ -120,21 +121,28 @@ class _Problem:
 
     @classmethod
     def of(cls, steps: Steps, num_blocks: int, rates: Rates, block) -> "_Problem":
-        """Traces the step, costs its blocks and compiles its two anchors."""
+        """Traces the step, costs its blocks and compiles its anchors."""
         stacks, seconds, flops = _stacks(steps, num_blocks, rates, block)
         kinds, plain = find_kinds(stacks, rates)
-        none, full = (_draft_of(plain, plan, num_blocks) for plan in (_NONE, _FULL))
+        none, full = (_kind_of(plain, plan) for plan in (_NONE, _FULL))
         peaks = [steps.report(plan).peak_bytes for plan in (_FULL, _NONE)]
-        params_bytes = sum(stack.params_bytes for stack in stacks)
+        model = PeakModel.between(full, peaks[0], none, peaks[1], num_blocks)
+        # From here on `none` weighs what it weighs once compiled.
+        swap = lambda found: tuple(model.none if kind is none else kind for kind in found)
+        halves = [pieces.run_of(full, num_blocks // 2)]
+        if num_blocks >= _LEAST_FOR_STAGES:
+            halves.append(pieces.run_of(model.none, num_blocks - num_blocks // 2))
+            mixed = pieces.draft(halves)
+            model = model.with_stages(mixed, steps.report(mixed.plan).peak_bytes)
         return cls(
             steps=steps,
             num_blocks=num_blocks,
-            kinds=kinds,
-            plain=plain,
+            kinds=swap(kinds),
+            plain=swap(plain),
             forward=forward_cost(stacks, rates),
-            model=PeakModel.between((full, peaks[0]), (none, peaks[1]), params_bytes),
-            seconds=seconds - full.seconds,
-            flops=flops - round(full.flops),
+            model=model,
+            seconds=seconds - num_blocks * full.seconds,
+            flops=flops - round(num_blocks * full.flops),
         )
 
     def peak(self, plan: Plan) -> int:
@@ -250,9 +258,9 @@ def _ignored(steps: Steps, jaxpr, others: Sequence[str]) -> str:
     )
 
 
-def _draft_of(kinds: Sequence[Kind], plan: Plan, num_blocks: int) -> Draft:
-    kind = next(k for k in kinds if not k.policies and k.schedule == plan.stages[0].schedule)
-    return pieces.draft([pieces.run_of(kind, num_blocks)])
+def _kind_of(kinds: Sequence[Kind], plan: Plan) -> Kind:
+    schedule = plan.stages[0].schedule
+    return next(kind for kind in kinds if not kind.policies and kind.schedule == schedule)
 
 
 def _why(faster: Candidate | None, budget: int) -> str:

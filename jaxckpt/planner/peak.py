@@ -1,18 +1,18 @@
-"""The peak of a whole step, from the peaks of two compiled ones.
+"""The peak of a whole step, from the peaks of three compiled ones.
 
-A step peaks where the loss is, when all that is kept is there, or while a stage is reversed:
+    peak = offset + the most that is kept and held while a stage is reversed
 
-    peak = max(head + scale * kept, body + scale * worst) + copies
-
-`head` and `body` are what weights, optimizer, gradients and the loss add; `scale` is what the
-compiler makes of a byte that JAX keeps (it may pad one array and drop another). The compiled
-peaks of `full` and `none` tell them; `copies` are slices of the parameters, one to each stage of a
-plan with several.
+`offset` is what weights, optimizer, gradients and the loss add; the compiled peak of `full` tells
+it. That of `none` tells what a block's residuals weigh once compiled: XLA drops some that JAX
+keeps and pads others. Plans of several stages slice the parameters and join their gradients, which
+costs or saves a backend's own amount: a plan of two stages tells it. Of policies the bytes that
+JAX keeps are believed.
 """
 
 import dataclasses
 
-from jaxckpt.planner.pieces import Draft
+from jaxckpt.planner.costs import Kind
+from jaxckpt.planner.pieces import Draft, draft, run_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,44 +20,37 @@ class PeakModel:
     """Predicts peaks; see this module's text.
 
     Attributes:
-      head_bytes: Beside what is kept, at the loss.
-      body_bytes: Beside what is kept and held, while a stage is reversed.
-      scale: Compiled bytes for a kept one.
-      params_bytes: Of all stacks, which several stages slice.
+      none: The kind `none` as it is once compiled.
+      offset_bytes: Beside what the stacks keep and hold.
+      stages_bytes: Added for a plan of several stages; may be negative.
     """
 
-    head_bytes: float
-    body_bytes: float
-    scale: float
-    params_bytes: int
+    none: Kind
+    offset_bytes: float
+    stages_bytes: float = 0.0
 
     @classmethod
-    def between(cls, full: tuple[Draft, int], none: tuple[Draft, int], params_bytes: int):
+    def between(cls, full: Kind, full_peak: int, none: Kind, none_peak: int, num_blocks: int):
         """Returns the model that is exact for two compiled plans.
 
         Args:
-          full: `full` and its compiled peak.
-          none: `none` and its compiled peak.
-          params_bytes: As the attribute.
+          full: `full` as traced.
+          full_peak: Its compiled peak.
+          none: `none` as traced.
+          none_peak: Its compiled peak.
+          num_blocks: L.
         """
-        (full, full_peak), (none, none_peak) = full, none
-        held = full.worst_bytes - full.kept_bytes
-        more = none.kept_bytes - full.kept_bytes
-        # How much of what `full` holds while it is reversed shows in its peak: all of it if both
-        # steps peak in a stage, none of it if both peak at the loss.
-        shown = (full_peak - full.kept_bytes) - (none_peak - none.kept_bytes)
-        shown = min(max(shown, 0.0), held)
-        scale = (none_peak - full_peak) / (more - shown) if more > shown else 1.0
-        return cls(
-            head_bytes=none_peak - scale * none.kept_bytes,
-            body_bytes=full_peak - scale * full.worst_bytes,
-            scale=scale,
-            params_bytes=params_bytes,
-        )
+        offset = full_peak - draft([run_of(full, num_blocks)]).worst_bytes
+        held = run_of(none, num_blocks).live_bytes
+        kept = max((none_peak - offset - held) / num_blocks, full.kept_bytes)
+        return cls(none=dataclasses.replace(none, kept_bytes=kept), offset_bytes=offset)
 
-    def predict(self, draft: Draft) -> int:
+    def with_stages(self, one: Draft, peak: int) -> "PeakModel":
+        """Returns the model that is exact for a compiled plan of several stages, too."""
+        extra = peak - self.offset_bytes - one.worst_bytes
+        return dataclasses.replace(self, stages_bytes=extra)
+
+    def predict(self, one: Draft) -> int:
         """Returns the predicted peak of a plan."""
-        at_head = self.head_bytes + self.scale * draft.kept_bytes
-        in_body = self.body_bytes + self.scale * draft.worst_bytes
-        copies = self.params_bytes if len(draft.stages) > 1 else 0
-        return int(max(at_head, in_body) + copies)
+        extra = self.stages_bytes if len(one.stages) > 1 else 0.0
+        return int(self.offset_bytes + one.worst_bytes + extra)

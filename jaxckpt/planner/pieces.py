@@ -34,6 +34,7 @@ class Piece:
       kept_bytes: On the device until the stage is reversed.
       host_bytes: On the host until then.
       live_bytes: What reversing it holds besides.
+      params_bytes: Of its blocks.
       seconds: Forward, recomputation and backward.
       flops: Of the same.
     """
@@ -42,6 +43,7 @@ class Piece:
     kept_bytes: float
     host_bytes: float = 0.0
     live_bytes: float
+    params_bytes: float
     seconds: float
     flops: float
 
@@ -74,19 +76,25 @@ class Draft:
         return Plan(stages=self.stages)
 
     @property
-    def family(self) -> str:
+    def family(self) -> tuple:
         """Plans of one family are compiled alike, so one's error tells of another's."""
-        if len(self.stages) > 1:
-            return "stages"
-        return "loop" if self.stages[0].schedule in ("none", "full") else "executor"
+        is_loop = all(stage.schedule in ("none", "full") for stage in self.stages)
+        return len(self.stages) > 1, is_loop, any(stage.policies for stage in self.stages)
 
 
 def draft(pieces: Sequence[Piece]) -> Draft:
-    """Returns the plan of some stages in order."""
+    """Returns the plan of some stages in order.
+
+    While a stage is reversed, its own parameters' gradients are there, and those of later stages
+    as part of an array for the whole stack; a plan of one stage is the measure of both.
+    """
     kept = worst = 0.0
-    for piece in pieces:
+    params = sum(piece.params_bytes for piece in pieces)
+    for place, piece in enumerate(pieces):
         kept += piece.kept_bytes
-        worst = max(worst, kept + piece.live_bytes)
+        is_last = place == len(pieces) - 1
+        gradients = piece.params_bytes - (params if is_last else 0.0)
+        worst = max(worst, kept + piece.live_bytes + gradients)
     return Draft(
         stages=tuple(piece.stage for piece in pieces),
         kept_bytes=kept,
@@ -98,12 +106,17 @@ def draft(pieces: Sequence[Piece]) -> Draft:
 
 
 def run_of(kind: Kind, count: int) -> Piece:
-    """Returns `count` blocks of a kind."""
+    """Returns `count` blocks of a kind.
+
+    A loop copies what it reads of its kept values, block by block; one block is no loop.
+    """
+    is_copied = count > 1 or kind.schedule != "none"
     return Piece(
         stage=kind.stage(count),
         kept_bytes=count * kind.kept_bytes,
         host_bytes=count * kind.host_bytes,
-        live_bytes=kind.live_bytes,
+        live_bytes=kind.live_bytes if is_copied else 0.0,
+        params_bytes=count * kind.params_bytes,
         seconds=count * kind.seconds,
         flops=count * kind.flops,
     )
@@ -233,6 +246,7 @@ class _Scheduled:
             stage=stage,
             kept_bytes=kept_bytes,
             live_bytes=live_bytes,
+            params_bytes=self.count * kind.params_bytes,
             seconds=self.count * kind.seconds + forwards * self.forward.seconds,
             flops=self.count * kind.flops + forwards * self.forward.flops,
         )

@@ -2,15 +2,20 @@
 
 What is looked for is the fastest rung whose compiled peak is within the budget, with the rung
 before it compiled too, as the proof that it does not fit. Peaks that are known tell how far
-predictions are off: a plan of the same family by the error nearest to it, any other by the error
-of all. Compilations are counted; when only one is left and nothing fits yet, it goes to the rung
-with the least peak, so that there is an answer.
+predictions are off: of a plan of the same family by the error nearest to it; of a family of which
+nothing is compiled yet, the first that may fit is compiled. Compilations are counted; when only
+one is left and nothing fits yet, it goes to the rung with the least peak, so that there is an
+answer.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
 
 from jaxckpt.planner.ladder import Rung
+
+# How far off the first prediction of a family may be. Too high a one would pass over a plan that
+# fits, too low a one costs a compilation that tells of the whole family.
+_DOUBT = 0.02
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,25 +76,22 @@ class _Search:
             return None
         if high is None and left == 1:
             return last
-        high = last + 1 if high is None else high
-        low = max((i for i in self.peaks if i < high), default=-1)
-        between = range(low + 1, high)
-        if not between:
-            return None
-        for place in between:
+        unknown = [i for i in range(last + 1 if high is None else high) if i not in self.peaks]
+        for place in unknown:
             if self.corrected(place) <= self.budget:
                 return place
-        return between[-1]
+        if high is None:
+            return unknown[-1]
+        # The proof that nothing faster fits, as far as peaks follow their predictions.
+        return high - 1 if high - 1 in unknown else None
 
     def corrected(self, place: int) -> float:
-        """Returns a predicted peak, corrected by what is known of its likes."""
+        """Returns a predicted peak, corrected by what is known of its family."""
         rung = self.rungs[place]
         same = [i for i in self.peaks if self.rungs[i].draft.family == rung.draft.family]
-        errors = {i: self.peaks[i] / self.rungs[i].predicted_bytes for i in same or self.peaks}
-        if not errors:
-            return rung.predicted_bytes
+        errors = {i: self.peaks[i] / self.rungs[i].predicted_bytes for i in same}
         if not same:
-            return rung.predicted_bytes * sum(errors.values()) / len(errors)
+            return rung.predicted_bytes * (1 - _DOUBT)
         below = max((i for i in errors if i <= place), default=None)
         above = min((i for i in errors if i >= place), default=None)
         if below is None or above is None or below == above:

@@ -1,0 +1,47 @@
+"""The planner for a TPU that is not there."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxckpt
+
+pytest.importorskip("libtpu")
+
+NUM_BLOCKS = 4
+
+
+def step_for(plan):
+    """Returns gradients of a stack with almost no weights; arrays too large for on-chip memory."""
+    block = lambda x, scale: jnp.sin(jaxckpt.tag(jnp.tanh(x * scale), "inner")) * x
+    loss = lambda s, x: jaxckpt.scan_blocks(block, s, x, remat=plan).sum()
+    shapes = ((NUM_BLOCKS, 1), (4096, 4096))
+    return jax.grad(loss), tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+
+
+@pytest.fixture(scope="module")
+def fit(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXCKPT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield functools.partial(jaxckpt.fit, step_for, num_blocks=NUM_BLOCKS, target="v5e-1")
+
+
+def test_an_absent_tpu(fit):
+    peak_of = lambda plan: jaxckpt.measure(*_flat(step_for(plan)), target="v5e-1").peak_bytes
+    with pytest.raises(jaxckpt.BudgetError) as caught:
+        fit(budget="1MiB")
+    least, none = caught.value.least_bytes, peak_of("none")
+    middle = fit(budget=(least + none) // 2)
+    top = fit(budget="auto")
+    assert least <= middle.report.peak_bytes <= middle.budget_bytes
+    assert middle.report.peak_bytes == peak_of(middle.plan)
+    assert top.budget_bytes == middle.report.usable_bytes
+    assert top.report.peak_bytes >= middle.report.peak_bytes
+    assert top.chosen.seconds <= middle.chosen.seconds
+
+
+def _flat(step):
+    fn, args = step
+    return fn, *args
