@@ -16,7 +16,7 @@ from jaxckpt.memory.residuals import origin_of
 from jaxckpt.memory.roofline import Rates, estimate
 from jaxckpt.planner.stacks import Stack
 from jaxckpt.plans import Plan, Policy, Stage
-from jaxckpt.transforms.recording import differentiate
+from jaxckpt.transforms.recording import Moving, differentiate
 from jaxckpt.transforms.stack import scan_blocks
 
 
@@ -115,7 +115,7 @@ def _gradient(stack: Stack, stage: Stage):
 
     def gradient(carry, params, consts):
         run = lambda carry, params, consts: _run(stack, stage, carry, params, consts)
-        out, reverse = differentiate(run, carry, params, consts)
+        out, reverse = differentiate(run, carry, params, consts, Moving.all_of(params, consts))
         leaves = jax.tree.leaves(reverse)
         count.append(len(leaves))
         moving = [x for x in out if jax.numpy.issubdtype(x.dtype, jax.numpy.inexact)]

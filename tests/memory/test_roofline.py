@@ -178,9 +178,9 @@ def test_plans_come_in_the_order_of_their_recomputation():
         estimate(step(plan), COMPUTE_BOUND).seconds
         for plan in ("none", "dots", "full", "sqrt", "log")
     ]
-    assert seconds == sorted(seconds)
     none, dots, full, sqrt, log = seconds
-    assert dots < 1.05 * none, "dots recomputes no product"
+    assert abs(dots / none - 1) < 0.05, "dots recomputes no product"
+    assert max(none, dots) < full < sqrt < log
     # A backward pass is twice a forward pass, so a forward pass more is a third more.
     assert 1.2 < full / none < 1.4
     assert full < 0.9 * sqrt < 0.9 * log
