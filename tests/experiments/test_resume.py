@@ -46,6 +46,7 @@ def test_a_run_goes_on_bit_equal_under_another_plan(plan, whole, cache, tmp_path
     assert all((state[name] == expected[name]).all() for name in expected)
 
 
+@pytest.mark.heavy
 def test_a_run_goes_on_with_another_number_of_devices(whole, cache, tmp_path):
     out = f"--out={tmp_path / 'run'}"
     runs.train("--steps=5", "--decay-steps=12", *FLAGS, out, cache=cache, devices=2)

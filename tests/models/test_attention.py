@@ -173,6 +173,7 @@ def counted(kind: str, packed: bool) -> int:
 
 
 @needs("v5e-1")
+@pytest.mark.heavy
 def test_auto_on_an_absent_tpu_is_splash(tmp_path, monkeypatch):
     """The choice is the target's: the process that traces and compiles has a CPU alone."""
     monkeypatch.setenv("JAXCKPT_CACHE", str(tmp_path))

@@ -49,6 +49,7 @@ def own_cache(tmp_path_factory):
         yield
 
 
+@pytest.mark.heavy
 def test_peaks_are_within_the_budget_and_grow_with_it():
     peaks = []
     for budget in budgets():
@@ -66,6 +67,7 @@ def test_less_memory_is_never_faster():
     assert all(a >= b * (1 - 0.002) for a, b in itertools.pairwise(seconds))
 
 
+@pytest.mark.heavy
 def test_recomputes_no_more_than_a_plain_plan_that_fits():
     plain = {plan: (peak_of(plan), flops_of(plan)) for plan in ("none", "full", "dots", "sqrt")}
     for budget in budgets():
