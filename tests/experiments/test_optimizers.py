@@ -33,7 +33,10 @@ def tokens(seed: int = 0):
     return (np.random.default_rng(seed).integers(0, 8, [4, 1]) + np.arange(33)) % 8
 
 
-@pytest.mark.parametrize("kind", RATES)
+@pytest.mark.parametrize(
+    "kind",
+    [k if k in ("adamw", "muon") else pytest.param(k, marks=pytest.mark.heavy) for k in RATES],
+)
 def test_the_loss_falls_by_half(kind):
     state = jax.jit(lambda: init_state(config(kind)))()
     step, losses = jax.jit(make_train_step(config(kind)), donate_argnums=0), []

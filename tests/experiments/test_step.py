@@ -90,7 +90,7 @@ def is_adam(x) -> bool:
     return isinstance(x, optax.ScaleByAdamState)
 
 
-@pytest.mark.parametrize("plan", ["full", "sqrt"])
+@pytest.mark.parametrize("plan", [pytest.param("full", marks=pytest.mark.heavy), "sqrt"])
 def test_accumulated_gradients_are_those_of_the_whole_batch(plan):
     model = dataclasses.replace(MODEL, dropout=0.0)
     config = dataclasses.replace(CONFIG, model=model, remat=plan, batch_size=8)
