@@ -1,5 +1,6 @@
 """From a stage of a plan to the schedule that runs it."""
 
+import functools
 import math
 
 from jaxckpt.plans.binomial import binomial
@@ -9,6 +10,7 @@ from jaxckpt.plans.two_level import two_level
 from jaxckpt.plans.uniform import uniform
 
 
+@functools.lru_cache(maxsize=64)  # a step is traced several times
 def schedule_of(stage: Stage) -> Schedule | None:
     """Returns the schedule of a bound stage, or None for `none` and `full`.
 

@@ -6,6 +6,7 @@ slot, make some moves (advance and store), advance to the row's first block, rec
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -48,6 +49,7 @@ class Table:
         return int((self.rows["record"] - self.rows["advance"]).sum())
 
 
+@functools.lru_cache(maxsize=64)  # a step is traced several times
 def make_table(schedule: Schedule) -> Table:
     """Returns the table of a legal schedule.
 
