@@ -133,7 +133,9 @@ def check(rows: list[dict[str, object]]) -> list[str]:
     rows = [row for row in rows if row.get("runtime_bytes")]
     if not rows:
         return [*failures, "no point has a runtime peak: this needs a GPU"]
-    failures += [f"{r['plan']}: {r['absent_bytes']}" for r in rows if type(r["absent_bytes"]) is str]
+    failures += [
+        f"{r['plan']}: {r['absent_bytes']}" for r in rows if type(r["absent_bytes"]) is str
+    ]
     rows = [row for row in rows if isinstance(row["absent_bytes"], int)]
     off = lambda row, name: abs(row[name] / row["runtime_bytes"] - 1)
     for row in rows:

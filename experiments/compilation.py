@@ -1,7 +1,7 @@
 """How a step is compiled on each kind of chip: unrolled blocks and XLA's options.
 
-Each is kept for a gain measured in pairs on that chip (docs/speed.md); a chip that nobody has
-measured on is compiled plainly.
+Each is kept for a gain measured in pairs on that kind of chip; one that nobody has measured on is
+compiled plainly.
 """
 
 from jaxckpt.plans import Plan

@@ -74,6 +74,19 @@ def _rms_norm_rotate_backward(eps, residuals, grad_BSHN):
 rms_norm_rotate.defvjp(_rms_norm_rotate_forward, _rms_norm_rotate_backward)
 
 
+def rotate(x_BSHN, rotary):
+    """Returns `x_BSHN` turned by its positions; component i is paired with i + N/2 (Qwen3).
+
+    Args:
+      x_BSHN: Queries or keys.
+      rotary: Cosines and sines `[2, S, N/2]`; they get no gradient.
+    """
+    # The table is no parameter: without this, each block's gradient of it would be summed up.
+    rotary = jax.lax.stop_gradient(rotary)
+    turned = turn(*_floats(_halves(x_BSHN)), rotary)
+    return jnp.concatenate(turned, axis=-1).astype(x_BSHN.dtype)
+
+
 def turn(first_BSHM, second_BSHM, rotary, *, back: bool = False):
     """Returns pairs of components turned by their positions' angles, or turned back.
 

@@ -11,7 +11,6 @@ Values are tagged for the policies: `q`, `k`, `v` (projections), `attn` (attenti
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -19,7 +18,7 @@ from jaxckpt.linen import Stack
 from jaxckpt.models import auto
 from jaxckpt.models.attention import causal_attention
 from jaxckpt.models.config import TransformerConfig
-from jaxckpt.models.normalization import rms_norm, rms_norm_rotate, turn
+from jaxckpt.models.normalization import rms_norm, rms_norm_rotate, rotate
 from jaxckpt.models.swiglu import swiglu_down
 from jaxckpt.plans import Plan
 from jaxckpt.transforms.tags import tag
@@ -166,7 +165,7 @@ class _Kernel(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis, and rotary positions after it where a table is given."""
+    """x / rms(x) * scale over the last axis; rotary positions after it, where a table is given."""
 
     config: TransformerConfig
 
@@ -185,14 +184,6 @@ def rotary_table(size: int, head_dim: int, theta: float):
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = jnp.arange(size, dtype=jnp.float32)[:, None] * frequencies
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
-
-
-def rotate(x_BSHN, rotary):
-    """Returns `x_BSHN` turned by its positions; component i is paired with i + N/2 (Qwen3)."""
-    # The table is no parameter: without this, each block's gradient of it would be summed up.
-    rotary = jax.lax.stop_gradient(rotary)
-    halves = jnp.split(x_BSHN.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate(turn(*halves, rotary), axis=-1).astype(x_BSHN.dtype)
 
 
 def _dense(config: TransformerConfig, features: int, name: str | None = None) -> nn.Dense:
