@@ -1,6 +1,7 @@
 """The training loop: compile, say what it will take, then step, record, validate and save."""
 
 import contextlib
+import dataclasses
 import time
 from pathlib import Path
 
@@ -82,7 +83,8 @@ def _compile(config: TrainConfig, display: Display):
     if config.explain:
         for line in explained(built):
             display.print(line)
-    for finding in (*report.findings, *needless(built, report)):
+    report = dataclasses.replace(report, findings=(*report.findings, *needless(built, report)))
+    for finding in report.findings:
         display.print(f"warning: {finding}")
     return step, report, seconds
 

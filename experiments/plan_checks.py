@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from jaxckpt.memory.built_step import BuiltStep, stack_bytes
 from jaxckpt.memory.explain import explain
-from jaxckpt.memory.measure import measure
+from jaxckpt.memory.measure import compile_step
 from jaxckpt.memory.peak_findings import peak_not_below_none
 from jaxckpt.memory.report import MemoryReport
 from jaxckpt.plans import as_plan
@@ -34,5 +34,6 @@ def needless(step: BuiltStep, report: MemoryReport) -> list[str]:
     saved = stack_bytes(none, *step.block) - stack_bytes(step.plan, *step.block)
     if saved > _DOUBTFUL * report.peak_bytes:
         return []
-    without = measure(step.baseline, *step.args, donate_argnums=step.donate_argnums)
+    alone = replace(step, fn=step.baseline, plan=None, baseline=None, block=None)
+    _, without = compile_step(alone)
     return [str(finding) for finding in peak_not_below_none(step.plan, report, without)]
