@@ -4,9 +4,9 @@
     print(result)                # --remat=..., its compiled peak, why nothing faster fits
 
 `step_for(plan)` returns the step as a function and its (abstract) arguments. The stacks in it are
-found by tracing, blocks are costed as `costs.py` says, plans put together in `pieces.py` and ordered
-in `ladder.py`, and `search.py` compiles a few. A plan is only returned if the compiler's own peak
-of its step is within the budget.
+found by tracing, blocks are costed as `costs.py` says, plans put together in `pieces.py` and
+ordered in `ladder.py`, and `search.py` compiles a few. A plan is only returned if the compiler's
+own peak of its step is within the budget.
 
 Limits: all stacks of a step that follow the plan have `num_blocks` blocks and get the same plan;
 seconds are a roofline's.

@@ -1,7 +1,8 @@
 """The process that plans for a chip that is not there: `python -m jaxckpt.planner.worker FOLDER`.
 
 It is started by `absent.py` as `jaxckpt.memory.worker` is, and compiles every plan that it looks
-at itself: the target's topology is up, so the step can be traced. It is not meant to be run by hand.
+at itself: the target's topology is up, so the step can be traced. It is not meant to be run by
+hand.
 """
 
 import sys
