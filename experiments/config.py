@@ -196,7 +196,7 @@ class TrainConfig:
             try:
                 given_bytes(self.budget)
             except ValueError as error:
-                raise ConfigError(f"{error}, or auto: all that the device can use") from None
+                raise ConfigError(f"{error}; auto is all that the device can use") from None
         if self.is_auto and self.budget is None:
             raise ConfigError(
                 "plan 'auto' needs a budget: --budget=auto is all that the device can use, "

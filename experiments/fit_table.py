@@ -7,7 +7,7 @@ from rich.table import Table
 
 from experiments.auto import excess
 from experiments.config import TrainConfig
-from experiments.measuring import FitRow
+from experiments.fit_row import FitRow
 from jaxckpt.memory.peak_findings import peak_not_below_none
 from jaxckpt.memory.units import gib
 
