@@ -125,6 +125,7 @@ def settle(
         plan = about["config"]["remat"]
         say(f"plan    {plan}, as before; another --budget plans anew")
     else:
+        say(f"plan    looked for within {gib(limit)}; a few are compiled")
         started = time.perf_counter()
         result = choose(config, "local", budget=limit)
         say(str(result) if config.explain else result.summary)

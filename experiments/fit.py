@@ -1,8 +1,8 @@
 """Will it fit? Compile the train step for chips that need not be there, under several plans.
 
 python -m experiments.fit --config configs/qwen3_0p6b.toml --target v5e-1 --plan none --plan sqrt
-python -m experiments.fit --config configs/qwen3_0p6b.toml --target h100 --plan full --max batch-size
 python -m experiments.fit --config configs/qwen3_0p6b.toml --target v5e-1 --plan auto --budget 15GiB
+python -m experiments.fit --config configs/qwen3_0p6b.toml --target h100 --max batch-size
 """
 
 import dataclasses
@@ -79,7 +79,9 @@ def fit(
 def _failure(failed: Sequence, count: int) -> str:
     """Returns what is said at the end of rows that came to nothing; a lone one says why itself."""
     if count == 1:
-        return f"{failed[0].config.remat} on {failed[0].target}: {failed[0].error}"
+        only = failed[0]
+        place = "" if only.infeasible else f"{only.config.remat} on {only.target}: "
+        return f"{place}{only.error}"
     too_large = sum(row.infeasible is not None for row in failed)
     parts = []
     if too_large < len(failed):

@@ -35,7 +35,8 @@ def show(rows: Sequence[FitRow], settings: TrainConfig, largest: str | None = No
             console.print(f"warning: {row.config.remat} on {target}: {finding}", markup=False)
         for row in mine:
             if row.error is not None:
-                console.print(f"error: {row.config.remat} on {target}: {row.error}", markup=False)
+                where = "" if row.infeasible else f"{row.config.remat} on {target}: "
+                console.print(f"error: {where}{row.error}", markup=False)
 
 
 def ranked(rows: Sequence[FitRow]) -> list[FitRow]:

@@ -48,7 +48,8 @@ def measure_all(
     columns = (TextColumn("compiling"), BarColumn(bar_width=20))
     columns += (TextColumn("{task.completed}/{task.total}  {task.fields[last]}"),)
     console = Console(stderr=True)
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+    shown = {"console": console, "transient": True, "disable": not console.is_terminal}
+    with Progress(*columns, TimeElapsedColumn(), **shown) as progress:
         task = progress.add_task("compile", total=len(cases), last="")
 
         def one(case: tuple[TrainConfig, str]) -> FitRow:

@@ -220,7 +220,8 @@ def argument_parts(args: Sequence, argument_bytes: int) -> dict[str, int]:
     parts: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tuple(args)):
         name = "arguments" + jax.tree_util.keystr(path[:2])
-        parts[name] = parts.get(name, 0) + getattr(leaf, "nbytes", 0)
+        if hasattr(leaf, "dtype"):  # others are static
+            parts[name] = parts.get(name, 0) + leaf.size * leaf.dtype.itemsize
     large = {name: size for name, size in parts.items() if size > _SHOWN_SHARE * argument_bytes}
     rest = argument_bytes - sum(large.values())
     if rest < 0 or not large:

@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
 import tomllib
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -29,23 +32,28 @@ from tests.experiments.test_fit import report
 pytestmark = pytest.mark.xdist_group("auto")
 
 MODEL = TransformerConfig(
-    num_blocks=4, d_model=32, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=64, dropout=0.1
+    num_blocks=3, d_model=32, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=64, dropout=0.1
 )
 CONFIG = TrainConfig(
     model=MODEL, steps=3, batch_size=8, accumulate=2, seq_len=64, validation_batches=1
 )
 FLAGS = (
-    *("--num-blocks=4", "--d-model=32", "--num-heads=2", "--num-kv-heads=1", "--head-dim=8"),
+    *("--num-blocks=3", "--d-model=32", "--num-heads=2", "--num-kv-heads=1", "--head-dim=8"),
     *("--d-ff=64", "--dropout=0.1", "--steps=3", "--batch-size=8", "--accumulate=2"),
     *("--seq-len=64", "--validation-batches=1"),
 )
 
 
 @pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
+def folders(tmp_path_factory):
+    """Own folders for what is kept on disk; programs are compiled fast, to the same peaks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXCKPT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        jax.config.update("jax_disable_most_optimizations", True)
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         yield
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def corpus() -> Corpus:
@@ -55,7 +63,8 @@ def corpus() -> Corpus:
 
 def trained(folder, **changes) -> tuple[dict, list[float]]:
     """Returns the header of a run's record and its losses."""
-    config = dataclasses.replace(CONFIG, out=folder, **changes)
+    cache = Path(jax.config.jax_compilation_cache_dir)
+    config = dataclasses.replace(CONFIG, out=folder, compile_cache=cache, **changes)
     run(config, corpus(), folder)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     headers = [row for row in rows if "versions" in row]
@@ -94,45 +103,59 @@ def test_a_run_trains_under_the_plan_that_was_chosen(chosen, budget, peaks, tmp_
     assert header["predicted_peak_bytes"] == step.peak_bytes <= budget < peaks["none"]
     # The configuration as run repeats it without the planner.
     written = tomllib.loads((folder / "config.toml").read_text())
-    assert jaxckpt.Plan.parse(written["remat"]).bind(4) == plan and "budget" not in written
+    assert jaxckpt.Plan.parse(written["remat"]).bind(3) == plan and "budget" not in written
     _, expected = trained(tmp_path / "none", remat="none")
     np.testing.assert_allclose(losses, expected, rtol=1e-6)
 
 
-def test_flops_are_those_of_the_whole_accumulated_step(budget):
+@pytest.fixture(scope="module")
+def result(chosen, budget) -> FitResult:
+    """What the planner chose for the run, asked again: from disk."""
     config = dataclasses.replace(CONFIG, remat="auto", budget=str(budget))
-    result = auto.choose(config, "local")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxckpt.planner.steps.measure", None)
+        return auto.choose(config, "local")
+
+
+@pytest.fixture(scope="module")
+def infeasible() -> BudgetError:
+    """What the planner says when nothing fits."""
+    with pytest.raises(BudgetError) as caught:
+        auto.choose(CONFIG, "local", budget=30000)
+    return caught.value
+
+
+def test_the_second_start_compiles_nothing_to_plan(chosen, result):
+    assert str(result.plan.bind(3)) == chosen[1]["plan"]
+
+
+def test_flops_are_those_of_the_whole_accumulated_step(result):
     assert result.chosen.flops == result.report.flops
 
 
-def test_the_second_start_compiles_nothing_to_plan(chosen, budget, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxckpt.planner.steps.measure", None)
-    header, _ = trained(tmp_path / "run", remat="auto", budget=str(budget))
-    assert header["plan"] == chosen[1]["plan"]
-
-
 def test_a_resumed_run_keeps_its_plan_and_is_planned_anew_if_asked(
-    chosen, budget, peaks, monkeypatch
+    chosen, budget, result, monkeypatch
 ):
     folder, header, losses = chosen
     asked = []
-    choose = auto.choose
-    spy = lambda *args, **options: asked.append(options["budget"]) or choose(*args, **options)
-    monkeypatch.setattr(auto, "choose", spy)
+
+    def choose(*_, budget):
+        asked.append(budget)
+        return dataclasses.replace(result, plan=jaxckpt.Plan.parse("full"))
+
+    monkeypatch.setattr(auto, "choose", choose)
     again = {"resume": True, "remat": "auto", "save_every": 3}
     same, more = trained(folder, **again, budget=str(budget))
     assert same["plan"] == header["plan"] and not asked and more == losses
     assert same["resumed_from_step"] == 3
-    larger, _ = trained(folder, **again, budget=str(peaks["none"]))
-    assert asked == [peaks["none"]] and larger["plan"] == "4xnone"
+    other, _ = trained(folder, **again, budget=str(budget - 1))
+    assert asked == [budget - 1] and other["plan"] == "3xfull"
 
 
 def test_a_plan_that_needs_more_than_the_budget_is_refused(peaks, tmp_path):
     with pytest.raises(ConfigError, match=r"plan 'none' needs .* more than the budget.*auto"):
         trained(tmp_path / "run", remat="none", budget=str(peaks["full"]))
     assert not (tmp_path / "run").exists()
-    header, _ = trained(tmp_path / "run", remat="full", budget=str(peaks["full"]))
-    assert header["budget_bytes"] == peaks["full"]
 
 
 def refused(command, flags, capsys) -> str:
@@ -144,11 +167,20 @@ def refused(command, flags, capsys) -> str:
 
 
 @pytest.mark.parametrize("command", [train, fit])
-def test_nothing_fits(command, capsys, tmp_path):
+def test_nothing_fits(command, infeasible, monkeypatch, capsys, tmp_path):
+    def choose(*_, **__):
+        raise infeasible
+
+    monkeypatch.setattr(auto, "choose", choose)
+    monkeypatch.setattr(measuring, "choose", choose)
     flags = [*FLAGS, "--remat=auto", "--budget=30KB", f"--out={tmp_path / 'run'}"]
     err = refused(command, [*flags, "--data=README.md"], capsys)
-    assert "no plan fits 0.0000 GiB (30000 bytes)" in err and "the least budget is" in err
-    assert "arguments[0].params" in err and "one block's residuals" in err
+    assert "no plan fits 0.0000 GiB (30000 bytes)" in err
+    assert f"({infeasible.least_bytes} bytes), with --remat={infeasible.plan}" in err
+    assert "arguments[0].params" in err and "arguments[0].optimizer" in err
+    assert (
+        "one block's residuals" in err and sum(infeasible.parts.values()) == infeasible.least_bytes
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -159,25 +191,20 @@ def test_a_device_that_does_not_say_what_it_can_use(command, capsys, tmp_path):
     assert "which local does not tell" in err and "--budget=15GiB" in err
 
 
-def test_fit_has_a_row_for_what_was_chosen(budget, capsys, tmp_path):
-    path = tmp_path / "rows.json"
-    flags = ["--plan=auto", "--plan=none", f"--budget={budget}", f"--json={path}"]
-    main(fit, [*FLAGS, *flags])
+@pytest.mark.parametrize("asked", [["--plan=auto", "--plan=none"], ["--remat=auto"]])
+def test_fit_has_a_row_for_what_was_chosen(asked, result, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(measuring, "choose", lambda *_, **__: result)
+    path, budget = tmp_path / "rows.json", result.budget_bytes
+    main(fit, [*FLAGS, *asked, f"--budget={budget}", f"--json={path}"])
     out = capsys.readouterr().out
-    chosen, none = json.loads(path.read_text())["rows"]
-    assert chosen["plan"] not in ("auto", "none") and chosen["auto"]["plan"] == chosen["plan"]
-    assert chosen["fits"] is True and none["fits"] is False and "auto" not in none
-    assert chosen["peak_bytes"] <= budget == chosen["budget_bytes"]
-    row = next(line for line in out.splitlines() if line.startswith(chosen["plan"] + " "))
+    chosen, *rest = json.loads(path.read_text())["rows"]
+    assert chosen["plan"] == chosen["auto"]["plan"] == str(result.plan)
+    assert chosen["peak_bytes"] <= budget == chosen["budget_bytes"] and chosen["fits"] is True
+    assert chosen["recomputed_flops"] is not None, "a row like any other"
+    assert [row["fits"] for row in rest] == [False] * (len(asked) - 1)
+    row = next(line for line in out.splitlines() if line.startswith(f"{result.plan} "))
     assert row.endswith("auto, fastest that fits")
-    assert f"--remat={chosen['plan']}\n" in out and chosen["auto"]["why"] in out
-
-
-def test_remat_auto_alone_asks_fit_for_auto(budget, capsys, tmp_path):
-    path = tmp_path / "rows.json"
-    main(fit, [*FLAGS, "--remat=auto", f"--budget={budget}", f"--json={path}"])
-    rows = json.loads(path.read_text())["rows"]
-    assert [row["auto"]["budget_bytes"] for row in rows] == [budget]
+    assert f"--remat={result.plan}\n" in out and result.why in out
 
 
 def test_rows_are_held_against_the_budget(monkeypatch, capsys, tmp_path):
@@ -243,16 +270,11 @@ def test_one_compilation_serves_every_spelling_of_a_plan():
     assert entries[0] == entries[1]
 
 
-def test_answers_survive_as_json(budget):
-    config = dataclasses.replace(CONFIG, remat="auto", budget=str(budget))
-    result = auto.choose(config, "local")
+def test_answers_survive_as_json(result, infeasible):
     same = FitResult.from_json(json.loads(json.dumps(result.as_json())))
     assert same == result and str(same) == str(result)
-    with pytest.raises(BudgetError) as caught:
-        auto.choose(config, "local", budget=1000)
-    error = caught.value
-    same = BudgetError.from_json(json.loads(json.dumps(error.as_json())))
-    assert str(same) == str(error) and same.least_bytes == error.least_bytes
+    same = BudgetError.from_json(json.loads(json.dumps(infeasible.as_json())))
+    assert str(same) == str(infeasible) and same.least_bytes == infeasible.least_bytes
 
 
 @pytest.mark.heavy
@@ -272,8 +294,6 @@ def test_an_absent_chip_with_its_own_attention_kernel(tmp_path):
     flags += ["--head-dim=64", "--attention=splash"]
     flags += ["--target=v5e-1", "--plan=auto", "--plan=none", "--budget=1GiB", f"--json={path}"]
     environment = {"JAXCKPT_CACHE": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
-    import os
-
     found, seconds = [], []
     for _ in range(2):
         started = time.perf_counter()
