@@ -154,18 +154,14 @@ class Problem:
         """Returns the error for a budget that no plan fits."""
         plan, report = self._least()
         none = next(kind for kind in self.plain if kind.schedule == "none")
+        parts = argument_parts(self.steps.step(plan).args, report.argument_bytes)
         body = report.peak_bytes - report.argument_bytes
-        block = min(none.kept_bytes, body)
-        return BudgetError(
-            budget_bytes=budget,
-            plan=plan,
-            report=report,
-            parts={
-                **argument_parts(self.steps.step(plan).args, report.argument_bytes),
-                "one block's residuals": block,
-                "gradients, head, carries and working memory": body - block,
-            },
-        )
+        block, rest = "one block's residuals", "gradients, head, carries and working memory"
+        if none.kept_bytes < body:
+            parts |= {block: none.kept_bytes, rest: body - none.kept_bytes}
+        else:  # the compiler needs less at once than JAX would keep
+            parts[f"{block}, {rest}"] = body
+        return BudgetError(budget_bytes=budget, plan=plan, report=report, parts=parts)
 
 
 def _stacks(steps: Steps, num_blocks: int, rates: Rates, block):

@@ -155,7 +155,7 @@ class BudgetError(ValueError):
         super().__init__(
             f"no plan fits {gib(budget_bytes)} ({budget_bytes} bytes) on {report.target}; the "
             f"least budget is {gib(self.least_bytes)} ({self.least_bytes} bytes), with "
-            f"--remat={plan}: {shares}"
+            f"--remat={plan}: {shares}{_largest(report)}"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -176,6 +176,15 @@ class BudgetError(ValueError):
         """
         plan, report = Plan.parse(values["plan"]), MemoryReport.from_json(values["report"])
         return cls(**(values | {"plan": plan, "report": report}))
+
+
+def _largest(report: MemoryReport) -> str:
+    """Returns what the largest buffer at the peak is; nothing where the compiler does not say."""
+    if not report.buffers:
+        return ""
+    one = report.buffers[0]
+    where = "/".join(one.operation.split("/")[-3:])
+    return f"; the largest buffer there is {gib(one.size_bytes)}, {one.shape} of {where}"
 
 
 def seconds_text(seconds: float) -> str:
