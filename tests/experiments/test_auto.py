@@ -17,7 +17,7 @@ import jaxckpt
 from experiments import auto, measuring
 from experiments.build import build, entry_of
 from experiments.cli import main
-from experiments.config import ConfigError, TrainConfig
+from experiments.config import ConfigError, OptimizerConfig, TrainConfig
 from experiments.data import Corpus
 from experiments.fit import fit
 from experiments.loop import run
@@ -35,12 +35,18 @@ MODEL = TransformerConfig(
     num_blocks=3, d_model=32, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=64, dropout=0.1
 )
 CONFIG = TrainConfig(
-    model=MODEL, steps=3, batch_size=8, accumulate=2, seq_len=64, validation_batches=1
+    model=MODEL,
+    optimizer=OptimizerConfig(kind="sgd"),
+    steps=3,
+    batch_size=8,
+    accumulate=2,
+    seq_len=64,
+    validation_batches=1,
 )
 FLAGS = (
     *("--num-blocks=3", "--d-model=32", "--num-heads=2", "--num-kv-heads=1", "--head-dim=8"),
     *("--d-ff=64", "--dropout=0.1", "--steps=3", "--batch-size=8", "--accumulate=2"),
-    *("--seq-len=64", "--validation-batches=1"),
+    *("--seq-len=64", "--validation-batches=1", "--optimizer=sgd"),
 )
 
 
