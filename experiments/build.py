@@ -13,24 +13,34 @@ from experiments.compilation import compiler_options
 from experiments.config import OptimizerConfig, TrainConfig
 from jaxckpt.memory.absent import Entry
 from jaxckpt.models.config import TransformerConfig
+from jaxckpt.plans import Plan
 
 # The settings that a step is made of; the others (data, folders) are a run's.
 _OF_STEP = (
-    *("model", "optimizer", "remat", "unroll", "batch_size", "accumulate", "seq_len", "seed"),
+    *("model", "optimizer", "unroll", "batch_size", "accumulate", "seq_len", "seed"),
     *("steps", "loss_chunk_tokens", "z_loss", "trainable"),
 )
 
 
 def entry_of(config: TrainConfig, target: str) -> Entry:
     """Returns the entry that rebuilds a configuration's step in another process."""
+    open_entry = plan_entry(config, target)
+    # One spelling a plan, so that one compilation serves all.
+    plan = str(Plan.parse(config.remat))
+    return dataclasses.replace(open_entry, arguments=open_entry.arguments | {"plan": plan})
+
+
+def plan_entry(config: TrainConfig, target: str) -> Entry:
+    """Returns the same without its plan, which the planner puts in."""
     settings = config.to_dict()
     arguments = {"settings": {name: settings[name] for name in _OF_STEP}, "target": target}
     return Entry(function="experiments.build:built_step", arguments=arguments)
 
 
-def built_step(settings: Mapping[str, Any], target: str):
+def built_step(settings: Mapping[str, Any], target: str, plan: str):
     """Returns the `BuiltStep` of settings as `entry_of` wrote them down."""
     tables = {
+        "remat": plan,
         "model": TransformerConfig(**settings["model"]),
         "optimizer": OptimizerConfig(**settings["optimizer"]),
         "trainable": tuple(settings["trainable"]),

@@ -134,9 +134,12 @@ class Checkpoints:
         )
 
 
-def about_run(config: TrainConfig, corpus_sha256: str, step: int) -> dict[str, object]:
-    """Returns what a checkpoint says of itself."""
+def about_run(
+    config: TrainConfig, corpus_sha256: str, step: int, planned_for: dict[str, object] | None = None
+) -> dict[str, object]:
+    """Returns what a checkpoint says of itself; `planned_for` is of a plan that was chosen."""
     return {
+        "planned_for": planned_for,
         "config": config.to_dict(),
         "corpus_sha256": corpus_sha256,
         "data_position": step * config.batch_size,

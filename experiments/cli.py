@@ -15,9 +15,11 @@ from experiments.data import DataError
 from experiments.record import RunError
 from jaxckpt.memory.launch import Unavailable
 from jaxckpt.memory.targets import TargetError
+from jaxckpt.planner.result import BudgetError
 from jaxckpt.plans import PlanError
 
 USER_ERRORS = (PlanError, ConfigError, DataError, NotImplementedError, TargetError, Unavailable)
+USER_ERRORS += (BudgetError,)
 
 
 def main(command: Callable, tokens: Sequence[str] | None = None):

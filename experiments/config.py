@@ -23,7 +23,8 @@ from cyclopts import Parameter
 
 from jaxckpt.losses.sizes import chunk_positions
 from jaxckpt.models.config import TransformerConfig
-from jaxckpt.plans import Plan, PlanError
+from jaxckpt.planner.budgets import given_bytes
+from jaxckpt.plans import Plan
 from jaxckpt.plans.errors import nearest
 
 
@@ -115,7 +116,10 @@ class TrainConfig:
       data: A text file, a folder, a quoted glob, or a token file (.npy, .bin); by default the
         source text of Python's standard library.
       token_dtype: Type of the numbers in a .bin token file.
-      remat: The checkpointing plan, such as sqrt, uniform:4+dots or 4xfull/none.
+      remat: The checkpointing plan, such as sqrt, uniform:4+dots or 4xfull/none; auto is the
+        fastest whose compiled peak is within the budget.
+      budget: Bytes a device that the compiled step may need, such as 15GiB; auto is all that the
+        device can use. A plan that needs more is refused.
       unroll: Blocks unrolled in one trip of the stack's loop; 0 takes what is fastest for the plan
         on the chip.
       steps: Training steps.
@@ -147,6 +151,7 @@ class TrainConfig:
     data: str | None = None
     token_dtype: Literal["uint16", "uint32"] = "uint16"
     remat: str = "sqrt"
+    budget: str | None = None
     unroll: int = 0
     steps: int = 150
     batch_size: int = 16
@@ -188,11 +193,21 @@ class TrainConfig:
                 raise ConfigError(f"loss_{error}") from None
         if self.resume and self.overwrite:
             raise ConfigError("--resume goes on with a run, --overwrite replaces it; name one")
-        if self.plan.stages[0].schedule == "auto":
-            raise PlanError(
-                "plan 'auto' needs the planner and a budget, which this version does not have "
-                "yet; name a plan, such as sqrt"
+        if self.budget is not None and self.budget != "auto":
+            try:
+                given_bytes(self.budget)
+            except ValueError as error:
+                raise ConfigError(f"{error}; auto is all that the device can use") from None
+        if self.is_auto and self.budget is None:
+            raise ConfigError(
+                "plan 'auto' needs a budget: --budget=auto is all that the device can use, "
+                "--budget=15GiB a number of bytes"
             )
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the planner is to choose the plan."""
+        return self.plan.stages[0].schedule == "auto"
 
     @property
     def plan(self) -> Plan:

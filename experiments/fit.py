@@ -1,11 +1,13 @@
 """Will it fit? Compile the train step for chips that need not be there, under several plans.
 
 python -m experiments.fit --config configs/qwen3_0p6b.toml --target v5e-1 --plan none --plan sqrt
-python -m experiments.fit --config configs/qwen3_0p6b.toml --target h100 --plan full --max batch-size
+python -m experiments.fit --config configs/qwen3_0p6b.toml --target v5e-1 --plan auto --budget 15GiB
+python -m experiments.fit --config configs/qwen3_0p6b.toml --target h100 --max batch-size
 """
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,14 +29,15 @@ class FitFlags:
 
     Attributes:
       target: A chip, present (local) or not (v5e-1, h100, ...); may be given several times.
-      plan: A checkpointing plan; may be given several times. By default a sensible set.
+      plan: A checkpointing plan; may be given several times. auto is the fastest within the
+        budget. By default auto if that is what remat says, else a sensible set.
       max: Find the largest batch-size or seq-len that fits, for each plan and target.
       json: File for the rows.
       parallel: Compilations at once, each in a process of its own.
     """
 
     target: Annotated[tuple[str, ...], Parameter(negative="")] = ("local",)
-    plan: Annotated[tuple[str, ...], Parameter(negative="")] = PLANS
+    plan: Annotated[tuple[str, ...], Parameter(negative="")] = ()
     max: Literal["batch-size", "seq-len"] | None = None
     json: Path | None = None
     parallel: int = 2
@@ -60,23 +63,40 @@ def fit(
     cases = _cases(settings, flags)
     check_targets(flags.target)
     rows = measure_all(cases, largest=flags.max, parallel=flags.parallel)
-    fit_table.show(rows, settings, flags.max)
+    failed = [row for row in rows if row.error is not None]
+    if len(failed) < len(rows) or len(rows) > 1:
+        fit_table.show(rows, settings, flags.max)
     if settings.explain:
-        _explain(cases)
+        _explain([row for row in rows if row not in failed])
     if flags.json is not None:
         flags.json.write_text(
             json.dumps({"rows": [row.as_json() for row in rows]}, indent=1) + "\n"
         )
-    failed = [row for row in rows if row.error is not None]
     if failed:
-        fail(f"{len(failed)} of {len(rows)} plans could not be compiled", code=2)
+        fail(_failure(failed, len(rows)), code=2)
+
+
+def _failure(failed: Sequence, count: int) -> str:
+    """Returns what is said at the end of rows that came to nothing; a lone one says why itself."""
+    if count == 1:
+        only = failed[0]
+        place = "" if only.infeasible else f"{only.config.remat} on {only.target}: "
+        return f"{place}{only.error}"
+    too_large = sum(row.infeasible is not None for row in failed)
+    parts = []
+    if too_large < len(failed):
+        parts.append(f"{len(failed) - too_large} of {count} plans could not be compiled")
+    if too_large:
+        parts.append(f"for {too_large} of {count} no plan fits the budget")
+    return "; ".join(parts)
 
 
 def _cases(settings: TrainConfig, flags: FitFlags) -> list[tuple[TrainConfig, str]]:
     """Returns each plan's configuration with each target, checked before anything compiles."""
     found = []
+    plans = flags.plan or (("auto",) if settings.is_auto else PLANS)
     for target in flags.target:
-        for plan in flags.plan:
+        for plan in plans:
             config = dataclasses.replace(settings, remat=plan)
             config.plan  # raises PlanError
             found.append((config, target))
@@ -85,14 +105,13 @@ def _cases(settings: TrainConfig, flags: FitFlags) -> list[tuple[TrainConfig, st
     return found
 
 
-def _explain(cases: list[tuple[TrainConfig, str]]):
+def _explain(rows: Sequence):
     """Prints a table of one block's residuals for each stage of each plan."""
     from experiments.build import build
     from experiments.plan_checks import explained
 
-    target = cases[0][1]
-    for config in (config for config, where in cases if where == target):
-        for text in explained(build(config, target)):
+    for row in (row for row in rows if row.target == rows[0].target):
+        for text in explained(build(row.config, row.target)):
             print(f"\n{text}")
 
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from experiments.auto import excess
 from experiments.config import TrainConfig
-from experiments.measuring import FitRow
+from experiments.fit_row import FitRow
 from jaxckpt.memory.peak_findings import peak_not_below_none
-from jaxckpt.memory.report import MemoryReport
 from jaxckpt.memory.units import gib
 
 _NEVER, _WIDTH = float("inf"), 140
@@ -22,13 +22,21 @@ def show(rows: Sequence[FitRow], settings: TrainConfig, largest: str | None = No
         mine = [row for row in rows if row.target == target]
         measured = [row for row in mine if row.report is not None]
         if measured:
-            console.print(_title(measured[0].report, settings, largest))
+            console.print(_title(measured[0], settings, largest))
             console.print(_table(ranked(measured), largest))
+        for row in measured:
+            if row.auto is not None:
+                text = str(row.auto) if settings.explain else row.auto.summary
+                console.print(text, markup=False)
+        too_much = excess(mine[0].budget_bytes, target)
+        if too_much is not None:
+            console.print(f"warning: {too_much}", markup=False)
         for row, finding in _findings(measured, largest):
             console.print(f"warning: {row.config.remat} on {target}: {finding}", markup=False)
         for row in mine:
             if row.error is not None:
-                console.print(f"error: {row.config.remat} on {target}: {row.error}", markup=False)
+                where = "" if row.infeasible else f"{row.config.remat} on {target}: "
+                console.print(f"error: {where}{row.error}", markup=False)
 
 
 def ranked(rows: Sequence[FitRow]) -> list[FitRow]:
@@ -44,16 +52,18 @@ def ranked(rows: Sequence[FitRow]) -> list[FitRow]:
 
 def best(rows: Sequence[FitRow]) -> FitRow | None:
     """Returns the first of ranked rows that fits, if any does."""
-    return next((row for row in rows if row.report.fits), None)
+    return next((row for row in rows if row.fits), None)
 
 
-def _title(report: MemoryReport, settings: TrainConfig, largest: str | None) -> str:
-    model = settings.model
+def _title(row: FitRow, settings: TrainConfig, largest: str | None) -> str:
+    report, model = row.report, settings.model
     batch, size = (
         "?" if name == largest else getattr(settings, name.replace("-", "_"))
         for name in ("batch-size", "seq-len")
     )
     usable = "" if report.usable_bytes is None else f", {gib(report.usable_bytes)} usable a device"
+    if row.budget_bytes is not None:
+        usable += f", a budget of {gib(row.budget_bytes)}"
     return (
         f"{report.target}{usable}: {model.num_blocks} blocks of width {model.d_model}, "
         f"batch {batch} x {size} tokens, {settings.optimizer.kind}, jax {report.jax_version}"
@@ -71,17 +81,18 @@ def _table(rows: Sequence[FitRow], largest: str | None) -> Table:
     for row in rows:
         report = row.report
         size = [str(row.size) if row.size else "none fits"] if largest else []
-        verdict = "fastest that fits" if row is chosen else "does not fit" * (report.fits is False)
+        verdict = "fastest that fits" if row is chosen else "does not fit" * (row.fits is False)
+        verdicts = [text for text in ("auto" * (row.auto is not None), verdict) if text]
         table.add_row(
             row.config.remat,
             *size,
             _number(report.peak_bytes, 2**30),
             _number(report.host_bytes or None, 2**30),
-            _number(report.headroom_bytes, 2**30),
+            _number(row.left_bytes, 2**30),
             _number(row.recomputed, 0.01, "{:.1f} %"),
             _number(report.estimated_seconds, 1e-3, "{:.1f}"),
             _number(report.compile_seconds, 1, "{:.1f}"),
-            verdict,
+            ", ".join(verdicts),
             style="bold" if row is chosen else None,
         )
     return table

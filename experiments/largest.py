@@ -1,9 +1,11 @@
 """The largest size whose peak fits, found with few compilations."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from experiments.config import ConfigError
 
+Answer = TypeVar("Answer")
 _MOST_GROWTH = 8  # in one step, where the line through two sizes promises more
 _MOST = 1 << 20
 
@@ -28,7 +30,8 @@ def largest_that_fits(peak: Callable[[int], tuple[int, int | None]], *, start: i
         seen[size], usable = peak(size)
         if usable is None:
             raise ConfigError(
-                "--max needs a target that says what it can use; name one, such as v5e-1 or h100"
+                "--max needs a target that says what it can use; name one, such as v5e-1 or "
+                "h100, or give a --budget"
             )
         if seen[size] <= usable:
             fits = max(fits, size)
@@ -37,6 +40,23 @@ def largest_that_fits(peak: Callable[[int], tuple[int, int | None]], *, start: i
         if fails == fits + 1 or fits >= _MOST:
             return fits
         size = _next(seen, usable, fits, fails)
+
+
+def grown(plan: Callable[[int], Answer | None], count: int) -> tuple[int, Answer | None]:
+    """Returns the largest size for which there is an answer, and the answer.
+
+    Args:
+      plan: Returns what is found for a size, or None.
+      count: Where to begin: a size that is likely to be the largest; 0 if none is likely.
+    """
+    found, last = None, count
+    while last > 0 and (found := plan(last)) is None:
+        last -= 1
+    if last < count:
+        return last, found
+    while (more := plan(last + 1)) is not None:
+        last, found = last + 1, more
+    return last, found
 
 
 def _next(seen: dict[int, int], usable: int, fits: int, fails: int | None) -> int:

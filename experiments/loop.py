@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 
+from experiments.auto import check_within, excess, limit_bytes, settle
 from experiments.build import build
 from experiments.checkpoints import Checkpoints, about_run, check_same_run
 from experiments.config import ConfigError, TrainConfig
@@ -31,7 +32,9 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path):
 
     Raises:
       PlanError: The plan names what the model's blocks do not have.
-      ConfigError: There is no checkpoint to resume from, or it is of another run.
+      BudgetError: The plan is `auto`, and none is within the budget.
+      ConfigError: There is no checkpoint to resume from, or it is of another run; the plan needs
+        more than the budget.
       RunError: The disk is full, or gradients stay non-finite.
     """
     jax.config.update("jax_compilation_cache_dir", str(config.compile_cache.expanduser()))
@@ -39,12 +42,20 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path):
     display = Display(config.steps)
     display.print(f"data    {corpus.summary}")
     display.print(f"plan    {config.remat} on {config.model.num_blocks} blocks")
-    here, choices = resolve_model(config)
+    limit = limit_bytes(config, "local")
+    if excess(limit, "local"):
+        display.print(f"warning: {excess(limit, 'local')}")
+    _, choices = resolve_model(config)
     for choice in choices:
         display.print(f"model   {choice}")
     with contextlib.closing(Checkpoints(folder, config.keep)) as checkpoints:
-        resumed = _find_checkpoint(config, corpus, checkpoints) if config.resume else None
+        resumed, about = None, None
+        if config.resume:
+            resumed, about = _find_checkpoint(config, corpus, checkpoints)
+        config, planned_for = settle(config, limit, about, display.print)
+        here, _ = resolve_model(config)
         step, report, compile_seconds = _compile(here, display)
+        check_within(config.remat, report.peak_bytes, limit)
         state = _first_state(checkpoints, resumed, here)
         display.print(str(report))
         display.print(
@@ -53,18 +64,25 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path):
         if resumed is not None:
             display.print(f"resumed at step {resumed} from {checkpoints.folder}")
         header = _header(config, corpus, report, compile_seconds)
+        header |= {"budget_bytes": limit, "planned_for": planned_for}
         with contextlib.closing(Record(folder, config, header, resumed)) as record:
-            training = _Training(config, corpus, step, report, record, checkpoints, display)
+            training = _Training(
+                config, planned_for, corpus, step, report, record, checkpoints, display
+            )
             with display, StopRequest() as stop:
                 training.run(state, stop)
 
 
-def _find_checkpoint(config: TrainConfig, corpus: Corpus, checkpoints: Checkpoints) -> int:
+def _find_checkpoint(
+    config: TrainConfig, corpus: Corpus, checkpoints: Checkpoints
+) -> tuple[int, dict[str, object]]:
+    """Returns the step to go on from, and what its checkpoint says of itself."""
     step = checkpoints.latest()
     if step is None:
         raise ConfigError(f"{checkpoints.folder} holds no complete checkpoint to resume from")
-    check_same_run(config, corpus.sha256, checkpoints.about(step))
-    return step
+    about = checkpoints.about(step)
+    check_same_run(config, corpus.sha256, about)
+    return step, about
 
 
 def _first_state(checkpoints: Checkpoints, resumed: int | None, config: TrainConfig) -> TrainState:
@@ -113,8 +131,9 @@ def _header(config: TrainConfig, corpus: Corpus, report: MemoryReport, compile_s
 class _Training:
     """One run from its first state to its last: what the loop's parts share."""
 
-    def __init__(self, config, corpus, step, report, record, checkpoints, display):
-        self.config, self.corpus, self.step, self.report = config, corpus, step, report
+    def __init__(self, config, planned_for, corpus, step, report, record, checkpoints, display):
+        self.config, self.planned_for = config, planned_for
+        self.corpus, self.step, self.report = corpus, step, report
         self.record, self.checkpoints, self.display = record, checkpoints, display
         self.peak_flops = peak_flops_per_second()
         self.validate = _validator(config, corpus)
@@ -190,7 +209,7 @@ class _Training:
         return loss
 
     def _save(self, state: TrainState):
-        about = about_run(self.config, self.corpus.sha256, int(state.step))
+        about = about_run(self.config, self.corpus.sha256, int(state.step), self.planned_for)
         self.checkpoints.save(state, about)
 
     def _sample(self, state: TrainState):

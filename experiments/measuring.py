@@ -4,69 +4,23 @@ import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from experiments.auto import choose, limit_bytes
 from experiments.build import build, entry_of
 from experiments.config import TrainConfig
-from experiments.largest import largest_that_fits
+from experiments.fit_row import FitRow
+from experiments.largest import grown, largest_that_fits
 from jaxckpt.memory import launch
 from jaxckpt.memory.absent import measure_entry
 from jaxckpt.memory.report import MemoryReport
 from jaxckpt.memory.targets import parse_target
+from jaxckpt.planner.result import BudgetError, FitResult
 
 # A sequence grows by whole blocks of the attention kernels.
 _SEQUENCE_UNIT = 128
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FitRow:
-    """One plan on one target.
-
-    Attributes:
-      config: What was compiled.
-      target: For what.
-      report: Its memory; None where it came to nothing.
-      error: Why it did, in one line.
-      size: With `--max`, the largest size that fits, 0 if none does.
-    """
-
-    config: TrainConfig
-    target: str
-    report: MemoryReport | None = None
-    error: str | None = None
-    size: int | None = None
-
-    @property
-    def recomputed(self) -> float | None:
-        """FLOPs run again, as a share of those without remat."""
-        again = self.report.recomputed_flops
-        return None if again is None else again / (self.report.flops - again)
-
-    def as_json(self) -> dict[str, Any]:
-        """Returns the row as JSON values."""
-        found = {"plan": self.config.remat, "target": self.target}
-        found |= {"batch_size": self.config.batch_size, "seq_len": self.config.seq_len}
-        if self.size is not None:
-            found["largest"] = self.size
-        if self.report is None:
-            return found | {"error": self.error}
-        report = self.report
-        return found | {
-            "peak_bytes": report.peak_bytes,
-            "host_bytes": report.host_bytes,
-            "usable_bytes": report.usable_bytes,
-            "fits": report.fits,
-            "flops": report.flops,
-            "recomputed_flops": report.recomputed_flops,
-            "step_seconds": report.estimated_seconds,
-            "compile_seconds": report.compile_seconds,
-            "findings": list(report.findings),
-            "source": report.source,
-            "jax_version": report.jax_version,
-        }
 
 
 def check_targets(targets: Sequence[str]):
@@ -94,7 +48,8 @@ def measure_all(
     columns = (TextColumn("compiling"), BarColumn(bar_width=20))
     columns += (TextColumn("{task.completed}/{task.total}  {task.fields[last]}"),)
     console = Console(stderr=True)
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+    shown = {"console": console, "transient": True, "disable": not console.is_terminal}
+    with Progress(*columns, TimeElapsedColumn(), **shown) as progress:
         task = progress.add_task("compile", total=len(cases), last="")
 
         def one(case: tuple[TrainConfig, str]) -> FitRow:
@@ -108,13 +63,35 @@ def measure_all(
 
 
 def _row(config: TrainConfig, target: str, largest: str | None, here) -> FitRow:
+    asked = {"config": config, "target": target}
     try:
-        if largest is None:
-            return FitRow(config=config, target=target, report=_measure(config, target, here))
-        return _largest_row(config, target, largest, here)
+        asked["budget_bytes"] = limit_bytes(config, target)
+        if largest is not None:
+            return _largest_row(FitRow(**asked), largest, here)
+        if config.is_auto:
+            return _auto_row(FitRow(**asked), _choose(config, target, here), here)
+        return FitRow(**asked, report=_measure(config, target, here))
+    except BudgetError as error:
+        return FitRow(**asked, error=str(error), infeasible=error)
     except Exception as error:  # whatever it is, it is this row's and no other's
         line = " ".join(str(error).split()) or type(error).__name__
-        return FitRow(config=config, target=target, error=line)
+        return FitRow(**asked, error=line)
+
+
+def _choose(config: TrainConfig, target: str, here, budget: int | None = None) -> FitResult:
+    if parse_target(target).backend != "local":
+        return choose(config, target, budget=budget)
+    with here:
+        return choose(config, target, budget=budget)
+
+
+def _auto_row(row: FitRow, chosen: FitResult, here) -> FitRow:
+    """Returns the row of the plan that was chosen for `row`'s configuration."""
+    config = dataclasses.replace(row.config, remat=str(chosen.plan))
+    report = chosen.report
+    if parse_target(row.target).backend == "local":  # its time and findings were not asked for
+        report = _measure(config, row.target, here)
+    return dataclasses.replace(row, config=config, report=report, auto=chosen)
 
 
 def _measure(config: TrainConfig, target: str, here) -> MemoryReport:
@@ -126,19 +103,67 @@ def _measure(config: TrainConfig, target: str, here) -> MemoryReport:
         return compile_step(build(config, target))[1]
 
 
-def _largest_row(config: TrainConfig, target: str, largest: str, here) -> FitRow:
+def _largest_row(row: FitRow, largest: str, here) -> FitRow:
     """Returns the row of the largest size that fits, verified on both sides by compiling."""
-    field = largest.replace("-", "_")
+    config, field = row.config, largest.replace("-", "_")
     unit = config.accumulate if field == "batch_size" else _SEQUENCE_UNIT
-    reports: dict[int, MemoryReport] = {}
-    sized: Callable[[int], TrainConfig] = lambda size: dataclasses.replace(config, **{field: size})
+    start = max(1, getattr(config, field) // unit)
+
+    def sized(count: int) -> FitRow:
+        config = dataclasses.replace(row.config, **{field: count * unit})
+        return dataclasses.replace(row, config=config, size=count * unit)
+
+    if config.is_auto:
+        return _largest_auto(sized, start, here)
+    rows: dict[int, FitRow] = {}
 
     def peak(count: int) -> tuple[int, int | None]:
-        reports[count] = report = _measure(sized(count * unit), target, here)
-        return report.peak_bytes, report.usable_bytes
+        one = sized(count)
+        report = _measure(one.config, one.target, here)
+        rows[count] = one = dataclasses.replace(one, report=report)
+        return report.peak_bytes, one.limit_bytes
 
-    count = largest_that_fits(peak, start=max(1, getattr(config, field) // unit))
-    shown = max(count, 1)  # where nothing fits, the least size says by how much
-    return FitRow(
-        config=sized(shown * unit), target=target, report=reports[shown], size=count * unit
+    count = largest_that_fits(peak, start=start)
+    # Where nothing fits, the least size says by how much.
+    return dataclasses.replace(rows[max(count, 1)], size=count * unit)
+
+
+def _largest_auto(sized: Callable[[int], FitRow], start: int, here) -> FitRow:
+    """Returns the row of the largest size that some plan fits, with the fastest plan that does.
+
+    A size is feasible if the plan of the least peak fits. That plan is asked for once, the largest
+    size is looked for under it, and then the planner itself is asked at that size and the next.
+    """
+    least = _least_plan(sized(start), here)
+
+    def peak(count: int) -> tuple[int, int | None]:
+        one = sized(count)
+        config = dataclasses.replace(one.config, remat=least)
+        return _measure(config, one.target, here).peak_bytes, one.budget_bytes
+
+    def plan(count: int) -> FitResult | None:
+        try:
+            return _choose(sized(count).config, sized(count).target, here)
+        except BudgetError:
+            return None
+
+    count, chosen = grown(plan, largest_that_fits(peak, start=start))
+    if chosen is None:
+        return _row_of_nothing(sized(1), here)
+    return _auto_row(sized(count), chosen, here)
+
+
+def _least_plan(row: FitRow, here) -> str:
+    """Returns the plan of the least peak: what the planner answers when nothing fits."""
+    try:
+        return str(_choose(row.config, row.target, here, budget=1).plan)
+    except BudgetError as error:
+        return str(error.plan)
+
+
+def _row_of_nothing(row: FitRow, here) -> FitRow:
+    """Returns the row of a size that no plan fits, under the plan that comes nearest."""
+    config = dataclasses.replace(row.config, remat=_least_plan(row, here))
+    return dataclasses.replace(
+        row, config=config, report=_measure(config, row.target, here), size=0
     )

@@ -59,6 +59,10 @@ class Entry:
         except (TypeError, ValueError) as error:
             raise ValueError(f"arguments of entry {self.function!r}: {error}") from None
 
+    def as_json(self) -> dict[str, Any]:
+        """Returns the entry's fields as JSON values."""
+        return {"function": self.function, "arguments": dict(self.arguments)}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JobFailure:
@@ -88,14 +92,27 @@ def measure_entry(entry: Entry, target: str | Target) -> MemoryReport:
 
 def _measure_entry(entry: Entry, target: str | Target, processes: launch.Processes) -> MemoryReport:
     target = _absent(target)
-    job = {"entry": {"function": entry.function, "arguments": dict(entry.arguments)}}
+    job = {"entry": entry.as_json()}
+    return _cached(entry_key(entry, target), target, job, processes=processes)
+
+
+def entry_key(entry: Entry, target: Target, **asked: Any) -> str:
+    """Returns what is kept of an entry's step under: its sources decide, beside all else.
+
+    Args:
+      entry: The entry.
+      target: An absent one.
+      **asked: What else the answer depends on, JSON values.
+
+    Raises:
+      ValueError: The entry's package is not there.
+    """
     package = entry.function.partition(":")[0].split(".")[0]
     try:
         sources = cache.digest_of_sources({"jaxckpt", package})
     except ModuleNotFoundError as error:
         raise ValueError(f"entry {entry.function!r}: {error}") from None
-    name = cache.key(target=target.name, sources=sources, **job)
-    return _cached(name, target, job, processes=processes)
+    return cache.key(target=target.name, sources=sources, entry=entry.as_json(), **asked)
 
 
 def measure_program(

@@ -50,20 +50,33 @@ def key(**parts: Any) -> str:
 def load(name: str) -> MemoryReport | None:
     """Returns a kept report; None if there is none, or none that is whole."""
     try:
-        return MemoryReport.from_json(json.loads(_path(name).read_text()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return MemoryReport.from_json(load_json(name))
+    except (KeyError, TypeError, AttributeError):
         return None
 
 
 def store(name: str, report: MemoryReport):
     """Keeps a report. A folder that cannot be written costs a compilation later, not this one."""
+    store_json(name, report.as_json())
+
+
+def load_json(name: str) -> Any:
+    """Returns kept JSON values; None if there are none, or none that are whole."""
+    try:
+        return json.loads(_path(name).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def store_json(name: str, values: Any):
+    """Keeps JSON values, as `store` does a report."""
     path = _path(name)
     part = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             part = file.name
-            json.dump(report.as_json(), file)
+            json.dump(values, file)
         os.replace(part, path)
     except OSError:
         if part is not None:

@@ -122,11 +122,35 @@ def run(
     Raises:
       WorkerError: The job failed, or the process died.
     """
+    result = run_module("jaxckpt.memory.worker", job, program, target, processes)
+    return MemoryReport.from_json(result["report"])
+
+
+def run_module(
+    module: str,
+    job: Mapping[str, Any],
+    program: bytes,
+    target: Target,
+    processes: Processes | None = None,
+) -> dict[str, Any]:
+    """Does a job in a fresh process with a target's environment, and returns its result as JSON.
+
+    Args:
+      module: Run with a folder as its argument; it reads `job.json` and `program.bin` there and
+        leaves `result.json`, which has the key `error` where something went wrong.
+      job: JSON values.
+      program: Bytes, or nothing.
+      target: The absent target.
+      processes: Those of the caller, if it may have to end them.
+
+    Raises:
+      WorkerError: The job failed, or the process died.
+    """
     with tempfile.TemporaryDirectory(prefix="jaxckpt-") as name:
         folder = Path(name)
         (folder / "job.json").write_text(json.dumps(job))
         (folder / "program.bin").write_bytes(program)
-        command = [sys.executable, "-P", "-m", "jaxckpt.memory.worker", name]
+        command = [sys.executable, "-P", "-m", module, name]
         streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
         with (folder / "log").open("w") as log:
             code = (processes or Processes()).run(
@@ -141,7 +165,7 @@ def run(
         line = " ".join(detail.split())
         line = line if len(line) <= 600 else f"{line[:600]}..."
         raise WorkerError(f"{target}: {kind}: {line}", kind=kind, detail=detail)
-    return MemoryReport.from_json(result["report"])
+    return result
 
 
 def environment(target: Target) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 It is started by `absent.py` with the environment that the target's compiler reads when it is
 loaded, takes `job.json` (and `program.bin`) from the folder and leaves `result.json` there: the
-report, or the error's class and its message. It is not meant to be run by hand.
+report, or the error's class and its message. It is not meant to be run by hand. The planner's
+worker shares its parts.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,15 @@ from jaxckpt.memory.targets import Target, parse_target
 
 
 def main(folder: Path):
-    """Does the job of a folder; whatever goes wrong in it is a result too."""
+    """Does the job of a folder."""
+    answer(folder, lambda job: {"report": _run(job, folder).as_json()})
+
+
+def answer(folder: Path, work: Callable[[dict[str, Any]], dict[str, Any]]):
+    """Writes what `work` makes of a folder's job; whatever goes wrong in it is a result too."""
     job = json.loads((folder / "job.json").read_text())
     try:
-        result = {"report": _run(job, folder).as_json()}
+        result = work(job)
     except Exception as error:  # an entry is the user's code and may raise anything
         result = {"error": {"kind": type(error).__name__, "message": str(error)}}
     part = folder / "result.json.part"
@@ -45,7 +51,7 @@ def _run(job: dict[str, Any], folder: Path) -> MemoryReport:
     topology = get_topology(target)
     if job["entry"] is not None:
         # The topology is up before the step is traced: cuDNN's attention looks for its chip then.
-        return _measure_entry(job["entry"], target, topology)
+        return measure_built(build_step(**job["entry"]), target, topology)
     exported = export.deserialize(bytearray((folder / "program.bin").read_bytes()))
     shardings = placements.rebuild(job["placement"], topology, target, exported.nr_devices)
     # Arguments that the program never reads are dropped, as `jax.jit` does.
@@ -82,12 +88,18 @@ def _of_kept(exported: export.Exported, kept):
     return step
 
 
-def _measure_entry(entry: dict[str, Any], target: Target, topology) -> MemoryReport:
-    module, _, name = entry["function"].partition(":")
-    step = getattr(importlib.import_module(module), name)(**entry["arguments"])
-    if not isinstance(step, BuiltStep):
-        fn, args, donate_argnums = step
-        step = BuiltStep(fn=fn, args=args, donate_argnums=donate_argnums)
+def build_step(function: str, arguments: Mapping[str, Any]) -> BuiltStep:
+    """Returns the step that an `Entry` of these fields builds, in this process."""
+    module, _, name = function.partition(":")
+    step = getattr(importlib.import_module(module), name)(**arguments)
+    if isinstance(step, BuiltStep):
+        return step
+    fn, args, donate_argnums = step
+    return BuiltStep(fn=fn, args=args, donate_argnums=donate_argnums)
+
+
+def measure_built(step: BuiltStep, target: Target, topology) -> MemoryReport:
+    """Returns the report of a step, with time and findings, compiled for a topology's devices."""
     leaves, tree = jax.tree.flatten(tuple(step.args))
     described = placements.describe([getattr(leaf, "sharding", None) for leaf in leaves])
     placed = [

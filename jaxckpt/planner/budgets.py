@@ -1,17 +1,26 @@
-"""What a budget and a target say in numbers: bytes to stay within, rates to reckon with."""
+"""What the planner is asked: bytes to stay within, blocks. No JAX import but for `local`."""
 
 import warnings
 
-import jax
-
-from jaxckpt.memory.chips import CHIPS, Chip
-from jaxckpt.memory.roofline import Rates
 from jaxckpt.memory.targets import Target
 from jaxckpt.memory.units import gib, parse_bytes
 
-# On a CPU bytes cost nothing here: elementwise work is bound by arithmetic there, of which a
-# roofline knows nothing, so plans are put in order by their matrix products alone.
-_CPU = Rates(flops_per_second=1e11, bytes_per_second=1e15, host_bytes_per_second=1e15)
+
+def check_asked(num_blocks: int):
+    """Raises for a number of blocks that is none, and where scipy is not installed.
+
+    Raises:
+      ValueError: `num_blocks` is no whole number above 0.
+      ImportError: The planner's solver is missing.
+    """
+    if isinstance(num_blocks, bool) or not isinstance(num_blocks, int) or num_blocks < 1:
+        raise ValueError(f"num_blocks is {num_blocks!r}; a stack has a whole number, at least 1")
+    try:
+        import scipy  # noqa: F401
+    except ImportError:
+        raise ImportError(
+            "jaxckpt.fit needs scipy, which is not installed: pip install 'jaxckpt[planner]'"
+        ) from None
 
 
 def budget_bytes(budget: str | int | float, target: Target) -> int:
@@ -22,51 +31,51 @@ def budget_bytes(budget: str | int | float, target: Target) -> int:
     Raises:
       ValueError: No size, or `"auto"` for a target whose memory is not known.
     """
-    usable = usable_bytes(target)
     if budget == "auto":
+        usable = usable_bytes(target)
         if usable is None:
             raise ValueError(
                 f"budget 'auto' is what the target can use, which {target} does not tell; "
                 "give bytes, such as 15GiB, or a chip, such as target='v5e-1'"
             )
         return usable
+    size = given_bytes(budget)
+    excess = more_than_usable(size, target)
+    if excess is not None:
+        warnings.warn(excess, stacklevel=3)
+    return size
+
+
+def given_bytes(budget: str | int | float) -> int:
+    """Returns the bytes of a budget that is not `"auto"`.
+
+    Raises:
+      ValueError: No size.
+    """
     try:
-        size = parse_bytes(budget)
+        return parse_bytes(budget)
     except ValueError as error:
         raise ValueError(f"budget: {error}") from None
-    if usable is not None and size > usable:
-        warnings.warn(
-            f"the budget of {gib(size)} is more than the {gib(usable)} that a program may fill "
-            f"of {target}",
-            stacklevel=3,
-        )
-    return size
+
+
+def more_than_usable(size: int, target: Target) -> str | None:
+    """Returns a line if a budget is more than a program may fill of the target, else None."""
+    usable = usable_bytes(target)
+    if usable is None or size <= usable:
+        return None
+    return (
+        f"the budget of {gib(size)} is more than the {gib(usable)} that a program may fill "
+        f"of {target}"
+    )
 
 
 def usable_bytes(target: Target) -> int | None:
     """Returns what a program may fill of one device, or None if nobody says."""
     if target.backend != "local":
         return target.usable_bytes
+    import jax
+
     try:
         return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     except (RuntimeError, NotImplementedError):
         return None
-
-
-def rates_of(target: Target) -> Rates:
-    """Returns the rates of a target; of this process's chip by its name, if it is known."""
-    chip = target.chip if target.backend != "local" else _local_chip()
-    if chip is None:
-        return _CPU
-    return Rates.of_data_sheet(
-        flops_per_second=chip.bf16_flops_per_second,
-        bytes_per_second=chip.memory_bytes_per_second,
-        host_bytes_per_second=chip.host_bytes_per_second,
-    )
-
-
-def _local_chip() -> Chip | None:
-    """Returns the table's chip whose name is in the device's (`NVIDIA H100 80GB`, `TPU v5e`)."""
-    kind = jax.local_devices()[0].device_kind.lower().replace(" lite", "e")
-    names = [name for name in CHIPS if name.partition("-")[0] in kind]
-    return CHIPS[max(names, key=len)] if names else None

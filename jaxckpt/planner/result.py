@@ -1,6 +1,7 @@
 """What the planner answers: `FitResult`, or `BudgetError` with the least budget that works."""
 
 import dataclasses
+from typing import Any, Self
 
 from jaxckpt.memory.report import MemoryReport
 from jaxckpt.memory.units import gib
@@ -28,6 +29,15 @@ class Candidate:
     seconds: float
     flops: int
     host_bytes: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the row as JSON values."""
+        return dataclasses.asdict(self) | {"plan": str(self.plan)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Returns the row of `as_json`."""
+        return cls(**(values | {"plan": Plan.parse(values["plan"])}))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +69,39 @@ class FitResult:
         """The candidates."""
         return self.candidates
 
-    def __str__(self) -> str:
+    def as_json(self) -> dict[str, Any]:
+        """Returns the result as JSON values, from which `from_json` makes an equal one."""
+        return {
+            "plan": str(self.plan),
+            "report": self.report.as_json(),
+            "budget_bytes": self.budget_bytes,
+            "candidates": [one.as_json() for one in self.candidates],
+            "chosen": self.candidates.index(self.chosen),
+            "keeps": list(self.keeps),
+            "why": self.why,
+            "num_compiles": self.num_compiles,
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Returns the result of `as_json`.
+
+        Raises:
+          KeyError, TypeError, PlanError: The values are not those of a result.
+        """
+        candidates = tuple(map(Candidate.from_json, values["candidates"]))
+        made = {
+            "plan": Plan.parse(values["plan"]),
+            "report": MemoryReport.from_json(values["report"]),
+            "candidates": candidates,
+            "chosen": candidates[values["chosen"]],
+            "keeps": tuple(values["keeps"]),
+        }
+        return cls(**(values | made))
+
+    @property
+    def summary(self) -> str:
+        """What was decided and why, without the candidates."""
         one, report = self.chosen, self.report
         left = self.budget_bytes - report.peak_bytes
         off = (one.predicted_bytes - report.peak_bytes) / report.peak_bytes
@@ -72,9 +114,11 @@ class FitResult:
             f"{one.flops:.3e} matmul FLOPs",
             *(f"  keeps      {text}" for text in self.keeps),
             f"  why        {self.why}",
-            *self._rows(),
         ]
         return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return "\n".join([self.summary, *self._rows()])
 
     def _rows(self) -> list[str]:
         place = self.candidates.index(self.chosen)
@@ -111,8 +155,36 @@ class BudgetError(ValueError):
         super().__init__(
             f"no plan fits {gib(budget_bytes)} ({budget_bytes} bytes) on {report.target}; the "
             f"least budget is {gib(self.least_bytes)} ({self.least_bytes} bytes), with "
-            f"--remat={plan}: {shares}"
+            f"--remat={plan}: {shares}{_largest(report)}"
         )
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the error as JSON values, from which `from_json` makes one of the same text."""
+        return {
+            "budget_bytes": self.budget_bytes,
+            "plan": str(self.plan),
+            "report": self.report.as_json(),
+            "parts": {name: int(size) for name, size in self.parts.items()},
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Returns the error of `as_json`.
+
+        Raises:
+          KeyError, TypeError, PlanError: The values are not those of an error.
+        """
+        plan, report = Plan.parse(values["plan"]), MemoryReport.from_json(values["report"])
+        return cls(**(values | {"plan": plan, "report": report}))
+
+
+def _largest(report: MemoryReport) -> str:
+    """Returns what the largest buffer at the peak is; nothing where the compiler does not say."""
+    if not report.buffers:
+        return ""
+    one = report.buffers[0]
+    where = "/".join(one.operation.split("/")[-3:])
+    return f"; the largest buffer there is {gib(one.size_bytes)}, {one.shape} of {where}"
 
 
 def seconds_text(seconds: float) -> str:

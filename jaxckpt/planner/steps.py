@@ -34,13 +34,27 @@ class Steps:
       compiled: Reports by plan.
     """
 
-    def __init__(self, step_for: Callable, target: Target):
+    def __init__(
+        self,
+        step_for: Callable,
+        target: Target,
+        report_of: Callable[[Plan], MemoryReport] | None = None,
+    ):
+        """Takes a user's function.
+
+        Args:
+          step_for: As for `jaxckpt.fit`.
+          target: What is compiled for.
+          report_of: Compiles the step of a plan, where `measure` is not to do it.
+        """
         if not callable(step_for):
             raise ValueError(
                 f"step_for is a function of a plan that returns (fn, args), not {step_for!r}"
             )
         self._step_for = step_for
         self._target = target
+        self._report_of = report_of or self._measured
+        self._traced: dict[Plan, Any] = {}
         self.compiled: dict[Plan, MemoryReport] = {}
 
     def step(self, plan: Plan) -> Step:
@@ -66,28 +80,32 @@ class Steps:
 
     def trace(self, plan: Plan):
         """Returns the jaxpr of a plan's step, and the `Finder` that watched its stacks."""
-        step, finder = self.step(plan), Finder(plan)
-        static = step.options.get("static_argnums", ())
-        with observed(finder):
-            jaxpr = jax.make_jaxpr(step.fn, static_argnums=static)(*step.args)
-        return jaxpr, finder
+        if plan not in self._traced:
+            step, finder = self.step(plan), Finder(plan)
+            static = step.options.get("static_argnums", ())
+            with observed(finder):
+                jaxpr = jax.make_jaxpr(step.fn, static_argnums=static)(*step.args)
+            self._traced[plan] = jaxpr, finder
+        return self._traced[plan]
 
     def report(self, plan: Plan) -> MemoryReport:
-        """Returns the memory of a plan's compiled step.
+        """Returns the memory of a plan's compiled step."""
+        if plan not in self.compiled:
+            self.compiled[plan] = self._report_of(plan)
+        return self.compiled[plan]
+
+    def _measured(self, plan: Plan) -> MemoryReport:
+        """Returns a report by `measure`.
 
         What was compiled before is read from disk: `measure` does so for absent chips, and here
         it is done for the chip of this process.
         """
-        if plan not in self.compiled:
-            step = self.step(plan)
-            measured = lambda: measure(step.fn, *step.args, target=self._target, **step.options)
-            is_local = self._target.backend == "local"
-            self.compiled[plan] = self._kept(step, measured) if is_local else measured()
-        return self.compiled[plan]
+        step = self.step(plan)
+        measured = lambda: measure(step.fn, *step.args, target=self._target, **step.options)
+        return self._kept(plan, step, measured) if self._target.backend == "local" else measured()
 
-    def _kept(self, step: Step, measured: Callable[[], MemoryReport]) -> MemoryReport:
-        static = step.options.get("static_argnums", ())
-        jaxpr = jax.make_jaxpr(step.fn, static_argnums=static)(*step.args)
+    def _kept(self, plan: Plan, step: Step, measured: Callable[[], MemoryReport]) -> MemoryReport:
+        jaxpr, _ = self.trace(plan)
         name = cache.key(
             program=_ADDRESS.sub("", str(jaxpr)),
             options=repr(sorted(step.options.items())),

@@ -60,7 +60,7 @@ def test_a_budget_below_the_weights():
     error = caught.value
     assert error.least_bytes == error.report.peak_bytes == sum(error.parts.values())
     assert str(error.plan) in str(error)
-    assert "weights, optimizer" in str(error)
+    assert "arguments[0]" in str(error) and "the largest buffer there" in str(error)
     assert "\n" not in str(error)
 
 

@@ -1,0 +1,146 @@
+"""`auto` as a configuration's plan: the planner chooses for the whole step that trains.
+
+    result = choose(config, "v5e-1")     # config.remat is auto, config.budget says how much
+    config = dataclasses.replace(config, remat=str(result.plan))
+
+Optimizer, donation, accumulation, loss head and frozen parameters are part of the step, so they are
+part of the peak that is held against the budget. What was compiled once is kept on disk, for a
+target that is not there and for this process's own.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from experiments.build import build, plan_entry
+from experiments.config import ConfigError, TrainConfig
+from experiments.record import versions
+from jaxckpt.memory.targets import parse_target
+from jaxckpt.memory.units import gib
+from jaxckpt.planner.absent import fit_entry
+from jaxckpt.planner.budgets import given_bytes, more_than_usable, usable_bytes
+from jaxckpt.planner.result import FitResult
+
+
+def choose(config: TrainConfig, target: str, *, budget: int | None = None) -> FitResult:
+    """Returns the fastest plan for a configuration's step within its budget.
+
+    Args:
+      config: Its plan is not read.
+      target: `"local"`, or a chip that need not be there.
+      budget: In bytes; by default the configuration's.
+
+    Raises:
+      BudgetError: No plan fits.
+      ConfigError: The budget is not known, or the planner's solver is not installed.
+    """
+    asked = {"num_blocks": config.model.num_blocks, "target": target}
+    asked["budget"] = limit_bytes(config, target) if budget is None else budget
+    try:
+        if parse_target(target).backend == "local":
+            return _choose_here(config, asked)
+        return fit_entry(plan_entry(config, target), **asked)
+    except ImportError as error:
+        raise ConfigError(f"plan 'auto': {error}") from None
+
+
+def _choose_here(config: TrainConfig, asked) -> FitResult:
+    import jaxckpt
+
+    def step_for(plan):
+        built = build(dataclasses.replace(config, remat=str(plan)), "local")
+        return built.fn, built.args, {"donate_argnums": built.donate_argnums}
+
+    return jaxckpt.fit(step_for, **asked)
+
+
+def limit_bytes(config: TrainConfig, target: str) -> int | None:
+    """Returns a configuration's budget in bytes; None if it has none.
+
+    Raises:
+      ConfigError: It is `auto` for a device that does not say what it can use.
+    """
+    if config.budget is None:
+        return None
+    if config.budget != "auto":
+        return given_bytes(config.budget)
+    usable = usable_bytes(parse_target(target))
+    if usable is None:
+        raise ConfigError(
+            f"--budget=auto is all that a device can use, which {target} does not tell; give "
+            "bytes, such as --budget=15GiB"
+        )
+    return usable
+
+
+def excess(limit: int | None, target: str) -> str | None:
+    """Returns a line if a budget is more than the target has, else None."""
+    return None if limit is None else more_than_usable(limit, parse_target(target))
+
+
+def check_within(plan: str, peak_bytes: int, limit: int | None):
+    """Raises for a step that needs more than its budget.
+
+    Raises:
+      ConfigError: It does.
+    """
+    if limit is not None and peak_bytes > limit:
+        raise ConfigError(
+            f"plan {plan!r} needs {gib(peak_bytes)} compiled, {gib(peak_bytes - limit)} more than "
+            f"the budget of {gib(limit)}; --remat=auto looks for a plan within it"
+        )
+
+
+# Settings that a resumed run may change and its step's memory follows; `checkpoints.identity` has
+# those that it may not.
+_OF_MEMORY = ("accumulate", "unroll", "loss_chunk_tokens")
+
+
+def settle(
+    config: TrainConfig,
+    limit: int | None,
+    about: Mapping[str, Any] | None,
+    say: Callable[[str], None],
+) -> tuple[TrainConfig, dict[str, Any] | None]:
+    """Returns a run's configuration with the plan that `auto` stands for on this device.
+
+    A run that goes on keeps its plan if budget, device, versions and what else the memory of its
+    step follows are as they were; else it is planned anew. The budget has done its work then: the
+    configuration that is returned repeats the run without the planner.
+
+    Args:
+      config: Of the run.
+      limit: Its budget in bytes.
+      about: What the checkpoint says of itself that the run goes on from, if it does.
+      say: Prints a line.
+
+    Returns:
+      The configuration, and what its plan was chosen for, as JSON values; None if it was named.
+    """
+    if not config.is_auto:
+        return config, None
+    now = _occasion(config, limit)
+    if about is not None and about.get("planned_for") == now:
+        plan = about["config"]["remat"]
+        say(f"plan    {plan}, as before; another --budget plans anew")
+    else:
+        say(f"plan    looked for within {gib(limit)}; a few are compiled")
+        started = time.perf_counter()
+        result = choose(config, "local", budget=limit)
+        say(str(result) if config.explain else result.summary)
+        say(
+            f"planned in {time.perf_counter() - started:.1f} s; {result.num_compiles} plans were "
+            "compiled, or read from disk"
+        )
+        plan = str(result.plan)
+    return dataclasses.replace(config, remat=plan, budget=None), now
+
+
+def _occasion(config: TrainConfig, limit: int) -> dict[str, Any]:
+    """Returns what a plan is chosen for on this process's device."""
+    import jax
+
+    found = {name: getattr(config, name) for name in _OF_MEMORY}
+    found |= {"budget_bytes": limit, "device": jax.devices()[0].device_kind}
+    return found | {name: versions()[name] for name in ("jax", "jaxlib")}

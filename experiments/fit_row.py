@@ -1,0 +1,87 @@
+"""One row of `experiments.fit`: a plan on a target, measured or chosen. No JAX import."""
+
+import dataclasses
+from typing import Any
+
+from experiments.config import TrainConfig
+from jaxckpt.memory.report import MemoryReport
+from jaxckpt.planner.result import BudgetError, FitResult
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitRow:
+    """One plan on one target.
+
+    Attributes:
+      config: What was compiled; with the plan that was chosen, where it was `auto`.
+      target: For what.
+      report: Its memory; None where it came to nothing.
+      error: Why it did, in one line.
+      size: With `--max`, the largest size that fits, 0 if none does.
+      budget_bytes: What the step may need, where that was given.
+      auto: What the planner chose and why, where the plan was `auto`.
+      infeasible: Where no plan fits: the least budget, and its plan.
+    """
+
+    config: TrainConfig
+    target: str
+    report: MemoryReport | None = None
+    error: str | None = None
+    size: int | None = None
+    budget_bytes: int | None = None
+    auto: FitResult | None = None
+    infeasible: BudgetError | None = None
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """What the step may need: the budget, or what the device can use; None if unknown."""
+        return self.report.usable_bytes if self.budget_bytes is None else self.budget_bytes
+
+    @property
+    def left_bytes(self) -> int | None:
+        """What is left of that at the peak, negative if it does not fit; None if unknown."""
+        return None if self.limit_bytes is None else self.limit_bytes - self.report.peak_bytes
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the step fits; None if nobody knows."""
+        return None if self.left_bytes is None else self.left_bytes >= 0
+
+    @property
+    def recomputed(self) -> float | None:
+        """FLOPs run again, as a share of those without remat."""
+        again = self.report.recomputed_flops
+        return None if again is None else again / (self.report.flops - again)
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the row as JSON values."""
+        found = {"plan": self.config.remat, "target": self.target}
+        found |= {"batch_size": self.config.batch_size, "seq_len": self.config.seq_len}
+        if self.size is not None:
+            found["largest"] = self.size
+        if self.budget_bytes is not None:
+            found["budget_bytes"] = self.budget_bytes
+        if self.infeasible is not None:
+            least = self.infeasible
+            found |= {"least_bytes": least.least_bytes, "least_plan": str(least.plan)}
+            found["parts"] = {name: int(size) for name, size in least.parts.items()}
+        if self.report is None:
+            return found | {"error": self.error}
+        report = self.report
+        if self.auto is not None:
+            chosen = self.auto.as_json()
+            del chosen["report"]  # the row has it
+            found["auto"] = chosen
+        return found | {
+            "peak_bytes": report.peak_bytes,
+            "host_bytes": report.host_bytes,
+            "usable_bytes": report.usable_bytes,
+            "fits": self.fits,
+            "flops": report.flops,
+            "recomputed_flops": report.recomputed_flops,
+            "step_seconds": report.estimated_seconds,
+            "compile_seconds": report.compile_seconds,
+            "findings": list(report.findings),
+            "source": report.source,
+            "jax_version": report.jax_version,
+        }

@@ -1,0 +1,244 @@
+"""A step as the planner's problem: traced, its blocks costed, its anchors compiled.
+
+Everything here is of a step and not of a budget: `Problem.ladder` has the plans worth compiling,
+`Problem.peak` compiles one, `result` and `infeasible` put what was found into words.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+
+from jaxckpt.memory.flops import count_flops
+from jaxckpt.memory.report import MemoryReport
+from jaxckpt.memory.roofline import Rates, estimate
+from jaxckpt.memory.units import gib
+from jaxckpt.planner import pieces
+from jaxckpt.planner.costs import Forward, Kind, forward_cost
+from jaxckpt.planner.kinds import find_kinds
+from jaxckpt.planner.ladder import Rung, ladder
+from jaxckpt.planner.peak import PeakModel
+from jaxckpt.planner.pieces import Draft
+from jaxckpt.planner.result import BudgetError, Candidate, FitResult
+from jaxckpt.planner.stacks import given_stack
+from jaxckpt.planner.steps import Steps
+from jaxckpt.plans import Plan, PlanError
+
+_NONE, _FULL = Plan.parse("none"), Plan.parse("full")
+_LEAST_FOR_STAGES = 4  # blocks; fewer are hardly ever worth two stages
+_SHOWN_SHARE = 0.01  # of all arguments; smaller ones are not named one by one
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A step with everything that does not depend on the budget.
+
+    Attributes:
+      steps: Its steps, traced and compiled.
+      num_blocks: L.
+      kinds: Ways to treat a block that are worth mixing.
+      plain: Those that a user would try first.
+      forward: The cost of one more run of a block.
+      model: Predicts peaks.
+      seconds: Of the step beside its stacks.
+      flops: Of the same.
+      runs: How often a step runs its stacks: once for each part of an accumulated batch.
+    """
+
+    steps: Steps
+    num_blocks: int
+    kinds: tuple[Kind, ...]
+    plain: tuple[Kind, ...]
+    forward: Forward
+    model: PeakModel
+    seconds: float
+    flops: int
+    runs: int = 1
+
+    @classmethod
+    def of(cls, steps: Steps, num_blocks: int, rates: Rates, block) -> "Problem":
+        """Traces the step, costs its blocks and compiles its anchors."""
+        stacks, seconds, flops = _stacks(steps, num_blocks, rates, block)
+        kinds, plain = find_kinds(stacks, rates)
+        none, full = (_kind_of(plain, plan) for plan in (_NONE, _FULL))
+        again = num_blocks * (full.flops - none.flops)
+        runs = _runs(flops - count_flops(steps.trace(_NONE)[0]), again)
+        peaks = [steps.report(plan).peak_bytes for plan in (_FULL, _NONE)]
+        model = PeakModel.between(full, peaks[0], none, peaks[1], num_blocks)
+        # From here on `none` weighs what it weighs once compiled.
+        swap = lambda found: tuple(model.none if kind is none else kind for kind in found)
+        halves = [pieces.run_of(full, num_blocks // 2)]
+        if num_blocks >= _LEAST_FOR_STAGES:
+            halves.append(pieces.run_of(model.none, num_blocks - num_blocks // 2))
+            mixed = pieces.draft(halves)
+            model = model.with_stages(mixed, steps.report(mixed.plan).peak_bytes)
+        return cls(
+            steps=steps,
+            num_blocks=num_blocks,
+            kinds=swap(kinds),
+            plain=swap(plain),
+            forward=forward_cost(stacks, rates),
+            model=model,
+            seconds=max(seconds - runs * num_blocks * full.seconds, 0.0),
+            flops=flops - round(runs * num_blocks * full.flops),
+            runs=runs,
+        )
+
+    def peak(self, plan: Plan) -> int:
+        """Returns the compiled peak of a plan."""
+        return self.steps.report(plan).peak_bytes
+
+    def ladder(self) -> tuple[Rung, ...]:
+        """Returns the plans worth compiling, fastest first."""
+        found = [self._rung(one) for one in self._drafts()]
+        plain = [pieces.draft([pieces.run_of(kind, self.num_blocks)]) for kind in self.plain]
+        return ladder(found, [self._rung(one) for one in plain])
+
+    def least(self) -> Rung | None:
+        """Returns the compiled plan of the least peak; None if it is none of the drafts."""
+        plan, _ = self._least()
+        return next((self._rung(one) for one in self._drafts() if one.plan == plan), None)
+
+    def _least(self) -> tuple[Plan, MemoryReport]:
+        return min(self.steps.compiled.items(), key=lambda item: item[1].peak_bytes)
+
+    def _drafts(self) -> Iterator[Draft]:
+        return pieces.drafts(self.kinds, self.forward, self.num_blocks)
+
+    def _rung(self, draft: Draft) -> Rung:
+        seconds = self.seconds + self.runs * draft.seconds
+        return Rung(draft=draft, predicted_bytes=self.model.predict(draft), seconds=seconds)
+
+    def candidate(self, rung: Rung) -> Candidate:
+        """Returns a rung as the user sees it."""
+        report = self.steps.compiled.get(rung.draft.plan)
+        return Candidate(
+            plan=rung.draft.plan,
+            predicted_bytes=rung.predicted_bytes,
+            compiled_bytes=None if report is None else report.peak_bytes,
+            seconds=rung.seconds,
+            flops=self.flops + round(self.runs * rung.draft.flops),
+            host_bytes=round(rung.draft.host_bytes),
+        )
+
+    def result(self, rungs: Sequence[Rung], place: int, budget: int) -> FitResult:
+        """Returns the answer."""
+        candidates = tuple(self.candidate(rung) for rung in rungs)
+        chosen = candidates[place]
+        return FitResult(
+            plan=chosen.plan,
+            report=self.steps.report(chosen.plan),
+            budget_bytes=budget,
+            candidates=candidates,
+            chosen=chosen,
+            keeps=tuple(map(self._keeps, rungs[place].draft.stages)),
+            why=_why(candidates[place - 1] if place else None, budget),
+            num_compiles=len(self.steps.compiled),
+        )
+
+    def _keeps(self, stage) -> str:
+        kind = next(
+            (
+                k
+                for k in self.kinds
+                if k.policies == stage.policies and k.schedule == stage.schedule
+            ),
+            None,
+        )
+        if kind is None:
+            return f"{stage}: carries in slots, a segment's residuals in turn"
+        host = f", {gib(int(stage.count * kind.host_bytes))} on the host" if kind.host_bytes else ""
+        return f"{stage}: {gib(int(stage.count * kind.kept_bytes))} on the device{host}"
+
+    def infeasible(self, budget: int) -> BudgetError:
+        """Returns the error for a budget that no plan fits."""
+        plan, report = self._least()
+        none = next(kind for kind in self.plain if kind.schedule == "none")
+        parts = argument_parts(self.steps.step(plan).args, report.argument_bytes)
+        body = report.peak_bytes - report.argument_bytes
+        block, rest = "one block's residuals", "gradients, head, carries and working memory"
+        if none.kept_bytes < body:
+            parts |= {block: none.kept_bytes, rest: body - none.kept_bytes}
+        else:  # the compiler needs less at once than JAX would keep
+            parts[f"{block}, {rest}"] = body
+        return BudgetError(budget_bytes=budget, plan=plan, report=report, parts=parts)
+
+
+def _stacks(steps: Steps, num_blocks: int, rates: Rates, block):
+    """Returns the stacks that follow the plan, and the seconds and FLOPs of the step under `full`.
+
+    Raises:
+      ValueError: No stack follows the plan, or one has another number of blocks.
+    """
+    try:
+        jaxpr, finder = steps.trace(_FULL)
+    except PlanError as error:
+        raise ValueError(f"step_for('full') does not trace: {error}") from error
+    stacks = list(finder.stacks) if block is None else [given_stack(block, num_blocks)]
+    if not stacks:
+        raise ValueError(_ignored(steps, jaxpr, finder.others))
+    for stack in stacks:
+        if stack.num_blocks != num_blocks:
+            raise ValueError(
+                f"num_blocks is {num_blocks}, but the step runs a stack of {stack.num_blocks} "
+                "blocks under the plan"
+            )
+    if block is not None and str(steps.trace(_NONE)[0]) == str(jaxpr):
+        raise ValueError(_ignored(steps, jaxpr, finder.others))
+    return stacks, estimate(jaxpr, rates).seconds, count_flops(jaxpr)
+
+
+def _ignored(steps: Steps, jaxpr, others: Sequence[str]) -> str:
+    if others:
+        return (
+            f"step_for ignores its plan: asked for 'full', its stack runs under {others[0]!r}; "
+            "hand the plan to scan_blocks or Stack as remat="
+        )
+    if str(steps.trace(_NONE)[0]) == str(jaxpr):
+        return "step_for ignores its plan: the program is the same under 'none' and 'full'"
+    return (
+        "the step runs no scan_blocks or jaxckpt Stack while it is traced; give the block as "
+        "block=(block, params_i, carry, *consts)"
+    )
+
+
+def _runs(step_flops: int, stack_flops: float) -> int:
+    """Returns how often a step runs its stacks, from what `full` adds to it and to one run."""
+    return max(1, round(step_flops / stack_flops)) if stack_flops > 0 else 1
+
+
+def argument_parts(args: Sequence, argument_bytes: int) -> dict[str, int]:
+    """Returns the bytes of a step's arguments by name: `arguments[0].params`.
+
+    Small ones are one part, and so are all where their sizes do not add up to what was compiled:
+    arguments that are spread over devices, or that the step never reads.
+    """
+    parts: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tuple(args)):
+        name = "arguments" + jax.tree_util.keystr(path[:2])
+        if hasattr(leaf, "dtype"):  # others are static
+            parts[name] = parts.get(name, 0) + leaf.size * leaf.dtype.itemsize
+    large = {name: size for name, size in parts.items() if size > _SHOWN_SHARE * argument_bytes}
+    rest = argument_bytes - sum(large.values())
+    if rest < 0 or not large:
+        return {"arguments (weights, optimizer, batch)": argument_bytes}
+    return large | ({"other arguments": rest} if rest else {})
+
+
+def _kind_of(kinds: Sequence[Kind], plan: Plan) -> Kind:
+    schedule = plan.stages[0].schedule
+    return next(kind for kind in kinds if not kind.policies and kind.schedule == schedule)
+
+
+def _why(faster: Candidate | None, budget: int) -> str:
+    if faster is None:
+        return "it is the fastest plan there is"
+    if faster.compiled_bytes is None:
+        return (
+            f"the next faster plan, {faster.plan}, is predicted to need "
+            f"{gib(faster.predicted_bytes)} (not compiled)"
+        )
+    return (
+        f"the next faster plan, {faster.plan}, needs {gib(faster.compiled_bytes)} compiled, "
+        f"{gib(faster.compiled_bytes - budget)} too much"
+    )

@@ -1,0 +1,58 @@
+"""The process that plans for a chip that is not there: `python -m jaxckpt.planner.worker FOLDER`.
+
+It is started by `absent.py` as `jaxckpt.memory.worker` is, and compiles every plan that it looks
+at itself: the target's topology is up, so the step can be traced. It is not meant to be run by
+hand.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from jaxckpt.memory import cache
+from jaxckpt.memory.absent import Entry, entry_key
+from jaxckpt.memory.report import MemoryReport
+from jaxckpt.memory.targets import parse_target
+from jaxckpt.memory.worker import answer, build_step, get_topology, measure_built
+from jaxckpt.planner.fit import solve
+from jaxckpt.planner.result import BudgetError
+from jaxckpt.planner.steps import Steps
+from jaxckpt.plans import Plan
+
+
+def main(folder: Path):
+    """Plans what a folder's job asks for."""
+    answer(folder, _run)
+
+
+def _run(job: dict[str, Any]) -> dict[str, Any]:
+    target = parse_target(job["target"])
+    topology = get_topology(target)
+
+    def entry_of(plan: Plan) -> Entry:
+        given = job["entry"]
+        return Entry(function=given["function"], arguments=given["arguments"] | {"plan": str(plan)})
+
+    def step_for(plan: Plan):
+        step = build_step(**entry_of(plan).as_json())
+        return step.fn, step.args, {"donate_argnums": step.donate_argnums}
+
+    def report_of(plan: Plan) -> MemoryReport:
+        entry = entry_of(plan)
+        name = entry_key(entry, target)
+        report = cache.load(name)
+        if report is None:
+            report = measure_built(build_step(**entry.as_json()), target, topology)
+            cache.store(name, report)
+        return report
+
+    steps = Steps(step_for, target, report_of)
+    try:
+        result = solve(steps, job["num_blocks"], target=target, budget=job["budget"])
+    except BudgetError as error:
+        return {"infeasible": error.as_json()}
+    return {"result": result.as_json()}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
