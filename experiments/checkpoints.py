@@ -8,9 +8,11 @@ so a killed run leaves the last complete one.
 import contextlib
 import functools
 import logging
+import operator
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from experiments.config import ConfigError, TrainConfig
 from experiments.record import RunError, versions
@@ -93,6 +95,31 @@ class Checkpoints:
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
         try:
             return self._checkpointer.load(step, like)
+        except Exception as error:  # see `about`
+            raise self._unreadable(step, error) from None
+
+    def parameter(self, step: int, path: tuple[str, ...]) -> np.ndarray:
+        """Returns one parameter of a step; no other is read.
+
+        Args:
+          step: Of a complete checkpoint.
+          path: Such as `("layers", "mlp", "up_proj", "kernel")`.
+
+        Raises:
+          ConfigError: The checkpoint cannot be read or has no such parameter.
+        """
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted = tuple(jax.tree_util.DictKey(name) for name in ("params", *path))
+
+        def like(place, leaf):
+            if place != wanted:
+                return ...  # Orbax reads nothing for it
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+
+        try:
+            saved = self._checkpointer.metadata(step).metadata
+            tree = self._checkpointer.load(step, jax.tree_util.tree_map_with_path(like, saved))
+            return np.asarray(functools.reduce(operator.getitem, path, tree["params"]))
         except Exception as error:  # see `about`
             raise self._unreadable(step, error) from None
 

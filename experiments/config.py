@@ -112,6 +112,8 @@ class TrainConfig:
     Attributes:
       model: Shapes of the Transformer.
       optimizer: The optimizer and its settings.
+      init: Folder of a Qwen3 as Hugging Face's transformers saves it: its weights are where the run
+        starts, its config.json is the model's shape, its tokenizer.json makes tokens of text.
       data: A text file, a folder, a quoted glob, or a token file (.npy, .bin); by default the
         source text of Python's standard library.
       token_dtype: Type of the numbers in a .bin token file.
@@ -143,6 +145,7 @@ class TrainConfig:
 
     model: Annotated[TransformerConfig, Parameter(name="*")] = TransformerConfig()
     optimizer: Annotated[OptimizerConfig, Parameter(name="*")] = OptimizerConfig()
+    init: Path | None = None
     data: str | None = None
     token_dtype: Literal["uint16", "uint32"] = "uint16"
     remat: str = "sqrt"

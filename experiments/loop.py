@@ -1,6 +1,7 @@
 """The training loop: compile, say what it will take, then step, record, validate and save."""
 
 import contextlib
+import functools
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from experiments.checkpoints import Checkpoints, about_run, check_same_run
 from experiments.config import ConfigError, TrainConfig
 from experiments.data import Batches, Corpus, validation_batches
 from experiments.display import Display
+from experiments.init import load_params
 from experiments.plan_checks import explained, needless
 from experiments.record import Record, RunError
 from experiments.step import TrainState, init_state, make_validation_step, resolve_model
@@ -67,10 +69,13 @@ def _find_checkpoint(config: TrainConfig, corpus: Corpus, checkpoints: Checkpoin
 
 
 def _first_state(checkpoints: Checkpoints, resumed: int | None, config: TrainConfig) -> TrainState:
-    make = lambda: init_state(config)
-    if resumed is None:
+    make = functools.partial(init_state, config)
+    if resumed is not None:
+        return checkpoints.load(resumed, jax.eval_shape(make))
+    if config.init is None:
         return jax.jit(make)()
-    return checkpoints.load(resumed, jax.eval_shape(make))
+    params = load_params(config.init, jax.eval_shape(make).params)
+    return jax.jit(make, donate_argnums=0)(params)
 
 
 def _compile(config: TrainConfig, display: Display):
@@ -195,7 +200,8 @@ class _Training:
         from experiments.sample import sample_text
 
         prompt = self.corpus.validation[: self.config.seq_len]
-        text = sample_text(self.config, state.params, prompt, _SAMPLED_TOKENS)
+        tokenizer = self.corpus.tokenizer
+        text = sample_text(self.config, state.params, prompt, _SAMPLED_TOKENS, tokenizer)
         self.display.print(f"--- the model goes on after the bar ---\n{text}")
 
     def _write(self, row: dict[str, object]):

@@ -54,16 +54,18 @@ def resolve_model(
     return dataclasses.replace(config, model=found.config), found.why
 
 
-def init_state(config: TrainConfig) -> TrainState:
+def init_state(config: TrainConfig, params=None) -> TrainState:
     """Returns the state before the first step; abstract under `jax.eval_shape`.
 
     Args:
       config: With a model that `resolve_model` has resolved.
+      params: The model's parameters, such as those of a checkpoint; by default they are drawn.
     """
-    tokens_BS = jnp.zeros([1, config.seq_len], jnp.int32)
-    # Parameters do not depend on the plan, so the cheapest one to trace makes them.
-    params = Transformer(config.model, remat="none").init(jax.random.key(config.seed), tokens_BS)
-    params = params["params"]
+    if params is None:
+        tokens_BS = jnp.zeros([1, config.seq_len], jnp.int32)
+        # Parameters do not depend on the plan, so the cheapest one to trace makes them.
+        model = Transformer(config.model, remat="none")
+        params = model.init(jax.random.key(config.seed), tokens_BS)["params"]
     trainable, frozen = split(params, config.trainable)
     # What never changes needs no master copy.
     params = merge(trainable, jax.tree.map(lambda x: x.astype(config.model.dtype), frozen))

@@ -2,6 +2,7 @@
 
 python -m experiments.train --remat=sqrt
 python -m experiments.train --config configs/small.toml --steps 50 --remat=uniform:4+dots
+python -m experiments.train --init Qwen3-0.6B --data notes/ --remat=attention --steps 50
 """
 
 from pathlib import Path
@@ -20,13 +21,15 @@ def train(
 ):
     """Train a Transformer under a checkpointing plan, and say what memory a step takes."""
     from experiments.data import check_corpus, load_corpus
+    from experiments.init import check_init
     from experiments.record import check_tensorboard, run_folder
 
     if settings.tensorboard:
         check_tensorboard()
     del config  # read before the other flags were parsed; see experiments.cli
     folder = run_folder(settings)
-    corpus = load_corpus(settings.data, token_dtype=settings.token_dtype)
+    tokenizer = check_init(settings)
+    corpus = load_corpus(settings.data, token_dtype=settings.token_dtype, tokenizer=tokenizer)
     check_corpus(corpus, seq_len=settings.seq_len, vocab_size=settings.model.vocab_size)
 
     from experiments.loop import run  # only now is JAX imported
