@@ -49,6 +49,7 @@ def _write(folder: Path, index: int, tensors: dict[str, np.ndarray]) -> dict[str
         save_file(tensors, folder / str(index), metadata=_METADATA)
     except SafetensorError as error:  # what the package makes of an OSError
         raise OSError(str(error)) from None
+    (folder / str(index)).chmod(0o644)  # the package makes a file its owner's alone
     return {name: value.nbytes for name, value in tensors.items()}
 
 

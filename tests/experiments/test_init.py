@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from flax import traverse_util
 
 from experiments.cli import main
-from experiments.config import ConfigError, TrainConfig
+from experiments.config import ConfigError, TrainConfig, load_toml
 from experiments.init import check_init, load_params, read_shape
 from experiments.step import init_state
 from experiments.train import train
@@ -22,6 +23,7 @@ from jaxckpt.models import TransformerConfig, qwen3
 from tests.experiments import hf_folders
 
 ROOT = Path(__file__).parents[2]
+FIELDS = dataclasses.fields(TransformerConfig)
 UNTIED = TransformerConfig(**qwen3.shape(hf_folders.CONFIG) | {"tied_embeddings": False})
 
 
@@ -203,3 +205,15 @@ def test_the_mapping_goes_both_ways():
     assert qwen3.config_of(json.loads(json.dumps(content))) == UNTIED
     with pytest.raises(ValueError, match="qk_norm is false"):
         qwen3.tensors(TransformerConfig(qk_norm=False))
+
+
+# As their files say; those of tied embeddings hold the head once more.
+PUBLISHED = [("qwen3_0p6b", 751_632_384 - 151936 * 1024), ("qwen3_8b", 8_190_735_360)]
+
+
+@pytest.mark.parametrize("name, parameters", PUBLISHED)
+def test_published_sizes_have_the_published_number_of_parameters(name, parameters):
+    flags = load_toml(ROOT / f"configs/{name}.toml")
+    fields = {field.name: flags.get(field.name.replace("_", "-")) for field in FIELDS}
+    model = TransformerConfig(**{key: value for key, value in fields.items() if value is not None})
+    assert sum(math.prod(tensor.shape) for tensor in qwen3.tensors(model)) == parameters
