@@ -199,6 +199,7 @@ def identity(config: dict[str, object]) -> dict[str, object]:
     kept = {key: config[key] for key in ("batch_size", "seq_len", "seed")}
     # Runs from before these were settings had none.
     kept |= {"z_loss": config.get("z_loss", 0.0), "trainable": config.get("trainable", [])}
+    kept["pack"] = config.get("pack", False)
     for table in ("model", "optimizer"):
         kept.update({f"{table}.{key}": value for key, value in config[table].items()})
     # The learning rate follows the length of the decay, which is the run's unless it is set.

@@ -117,6 +117,9 @@ class TrainConfig:
       data: A text file, a folder, a quoted glob, or a token file (.npy, .bin); by default the
         source text of Python's standard library.
       token_dtype: Type of the numbers in a .bin token file.
+      pack: Rows hold whole documents one after another that do not see each other: text files, the
+        lines of .jsonl files ({"text": ...} or {"tokens": [...]}), or what end_token closes.
+      end_token: Token that ends a document; by default the eos_token_id of --init, or none.
       remat: The checkpointing plan, such as sqrt, uniform:4+dots or 4xfull/none.
       unroll: Blocks unrolled in one trip of the stack's loop.
       steps: Training steps.
@@ -148,6 +151,8 @@ class TrainConfig:
     init: Path | None = None
     data: str | None = None
     token_dtype: Literal["uint16", "uint32"] = "uint16"
+    pack: Annotated[bool, Parameter(negative="")] = False
+    end_token: int | None = None
     remat: str = "sqrt"
     unroll: int = 1
     steps: int = 150
@@ -181,6 +186,10 @@ class TrainConfig:
             raise ConfigError(
                 f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}; "
                 f"valid: {', '.join(map(str, parts))}"
+            )
+        if self.end_token is not None and not (self.pack and 0 <= self.end_token < 2**32):
+            raise ConfigError(
+                f"end_token is {self.end_token}; it is a token id, and of --pack alone"
             )
         if self.loss_chunk_tokens:
             rows = self.batch_size // self.accumulate

@@ -94,6 +94,15 @@ def check_init(config: TrainConfig) -> Tokenizer | None:
     return tokenizer
 
 
+def end_token(config: TrainConfig) -> int | None:
+    """Returns the token that ends a document: as given, or that of the folder; None for none."""
+    if config.end_token is not None or config.init is None:
+        return config.end_token
+    found = read_json(config.init / CONFIG_JSON).get("eos_token_id")
+    found = found[0] if isinstance(found, list) and found else found
+    return found if isinstance(found, int) else None
+
+
 def check_weights(folder: Path, model: TransformerConfig):
     """Raises unless a folder's tensors are those of a model.
 

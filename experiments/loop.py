@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import operator
 import time
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import jax
 from experiments.build import build
 from experiments.checkpoints import Checkpoints, about_run, check_same_run
 from experiments.config import ConfigError, TrainConfig
-from experiments.data import Batches, Corpus, validation_batches
+from experiments.data import Corpus
 from experiments.display import Display
+from experiments.feeding import held_out_batches, training_batches
 from experiments.init import load_params
 from experiments.plan_checks import explained, needless
 from experiments.record import Record, RunError
@@ -126,12 +128,7 @@ class _Training:
     def run(self, state: TrainState, stop: StopRequest):
         """Steps until the end or a request to stop."""
         config = self.config
-        batches = Batches(
-            tokens=self.corpus.train,
-            batch_size=config.batch_size,
-            seq_len=config.seq_len,
-            seed=config.seed,
-        )
+        batches = training_batches(config, self.corpus)
         loss = None
         for number in range(int(state.step) + 1, config.steps + 1):
             state = self._step(state, batches, number)
@@ -157,11 +154,11 @@ class _Training:
         if config.sample:
             self._sample(state)
 
-    def _step(self, state: TrainState, batches: Batches, number: int) -> TrainState:
+    def _step(self, state: TrainState, batches, number: int) -> TrainState:
         config = self.config
-        tokens = batches.at(number - 1)
+        batch = batches.at(number - 1)
         started = time.perf_counter()
-        state, metrics = self.step(state, tokens)
+        state, metrics = self.step(state, batch)
         metrics = jax.device_get(metrics)  # waits for the step
         seconds = time.perf_counter() - started
         row = {
@@ -214,14 +211,14 @@ class _Training:
 
 def _validator(config: TrainConfig, corpus: Corpus):
     """Returns a function from parameters to the loss on fixed validation windows."""
-    batches = validation_batches(
-        corpus.validation,
-        batch_size=config.batch_size,
-        seq_len=config.seq_len,
-        max_batches=config.validation_batches,
-    )
+    batches = held_out_batches(config, corpus)
     step = jax.jit(make_validation_step(config))
-    return lambda params: sum(float(step(params, tokens)) for tokens in batches) / len(batches)
+
+    def validate(params) -> float:
+        losses, counts = zip(*(map(float, step(params, batch)) for batch in batches), strict=True)
+        return sum(map(operator.mul, losses, counts)) / max(1, sum(counts))
+
+    return validate
 
 
 def _tensorboard(config: TrainConfig, folder: Path):
