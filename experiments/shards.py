@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401  with it NumPy knows bfloat16, with JAX or without
 import numpy as np
 
 from experiments.config import ConfigError

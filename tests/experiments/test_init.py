@@ -73,6 +73,23 @@ def test_a_head_saved_beside_tied_embeddings_must_be_the_same(tmp_path):
         check_init(config_from(tmp_path))
 
 
+def test_weights_are_checked_without_jax(tmp_path):
+    """Such a head, in bfloat16, is in the published Qwen3-0.6B."""
+    tensors = hf_folders.random_tensors(hf_folders.CONFIG, ml_dtypes.bfloat16)
+    hf_folders.write(tmp_path, tensors={**tensors, qwen3.HEAD: tensors[qwen3.EMBEDDING]})
+    code = (
+        "import pathlib, sys\n"
+        "from experiments.init import check_weights, read_shape\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "check_weights(folder, read_shape(folder))\n"
+        "print('jax' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == "False\n", done.stderr
+
+
 SHAPES = [
     ({"model_type": "llama"}, "model_type is 'llama'; valid: 'qwen3'"),
     ({"model_type": None}, "model_type is None; valid: 'qwen3'"),
