@@ -65,8 +65,8 @@ def check_shape(config: TrainConfig):
     ]
     if different:
         raise ConfigError(
-            f"the model is not that of {config.init / CONFIG_JSON}: {'; '.join(different)}; leave "
-            "these out, and it is"
+            f"the model is not that of {config.init / CONFIG_JSON}: {'; '.join(different)}; that "
+            "file sets these, leave them out"
         )
 
 
