@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from experiments.compilation import compiler_options
 from experiments.config import OptimizerConfig, TrainConfig
 from jaxckpt.memory.absent import Entry
 from jaxckpt.models.config import TransformerConfig
@@ -48,6 +49,7 @@ def build(config: TrainConfig, target: str):
 
     from experiments.step import init_state, make_train_step, resolve_model
     from jaxckpt.memory.built_step import BuiltStep
+    from jaxckpt.models.auto import device_of
 
     config, _ = resolve_model(config, target)
     state = jax.eval_shape(lambda: init_state(config))
@@ -61,6 +63,7 @@ def build(config: TrainConfig, target: str):
         baseline=make_train_step(dataclasses.replace(config, remat="none")),
         block=abstract_block(config, state.params),
         unroll=config.unroll,
+        compiler_options=compiler_options(device_of(target).platform),
         tokens=config.batch_size // config.accumulate * config.seq_len,
         vocab_size=config.model.vocab_size,
     )

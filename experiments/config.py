@@ -121,7 +121,8 @@ class TrainConfig:
         lines of .jsonl files ({"text": ...} or {"tokens": [...]}), or what end_token closes.
       end_token: Token that ends a document; by default the eos_token_id of --init, or none.
       remat: The checkpointing plan, such as sqrt, uniform:4+dots or 4xfull/none.
-      unroll: Blocks unrolled in one trip of the stack's loop.
+      unroll: Blocks unrolled in one trip of the stack's loop; 0 takes what is fastest for the plan
+        on the chip.
       steps: Training steps.
       batch_size: Sequences a step.
       accumulate: Parts that a batch is cut into; their gradients are added up one after another.
@@ -154,7 +155,7 @@ class TrainConfig:
     pack: Annotated[bool, Parameter(negative="")] = False
     end_token: int | None = None
     remat: str = "sqrt"
-    unroll: int = 1
+    unroll: int = 0
     steps: int = 150
     batch_size: int = 16
     accumulate: int = 1
@@ -177,9 +178,9 @@ class TrainConfig:
     compile_cache: Path = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "jaxckpt/compiled"
 
     def __post_init__(self):
-        _at_least(self, 1, "unroll", "steps", "batch_size", "seq_len", "validation_batches")
+        _at_least(self, 1, "steps", "batch_size", "seq_len", "validation_batches")
         _at_least(self, 1, "accumulate", "keep", "max_skipped")
-        _at_least(self, 0, "validate_every", "seed", "save_every")
+        _at_least(self, 0, "unroll", "validate_every", "seed", "save_every")
         _at_least(self, 0, "loss_chunk_tokens", "z_loss")
         if self.batch_size % self.accumulate:
             parts = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from experiments.compilation import choose_unroll
 from experiments.config import ConfigError, TrainConfig
 from experiments.optimizers import make_optimizer
 from experiments.trainable import merge, split
 from jaxckpt.memory.targets import Target
 from jaxckpt.models import Transformer, next_token_loss, resolve
+from jaxckpt.models.auto import device_of
 
 _IGNORED = -1  # the target of a document's last position: it belongs to the next document
 
@@ -37,14 +39,14 @@ class TrainState(NamedTuple):
 def resolve_model(
     config: TrainConfig, target: str | Target = "local"
 ) -> tuple[TrainConfig, tuple[str, ...]]:
-    """Returns the configuration with attention and dtype as they are on a target.
+    """Returns the configuration with attention, dtype and unrolling as they are on a target.
 
     Args:
-      config: Its model may say `auto`.
+      config: Its model may say `auto`, and its `unroll` 0.
       target: The chip that the step is compiled for, present or not.
 
     Returns:
-      The configuration without `auto`, and a line for each choice that says why.
+      The configuration without either, and a line for each choice that says why.
 
     Raises:
       ConfigError: The model names a kernel that the target or its sizes do not have.
@@ -53,7 +55,11 @@ def resolve_model(
         found = resolve(config.model, target, seq_len=config.seq_len, packed=config.pack)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    return dataclasses.replace(config, model=found.config), found.why
+    unroll, why = config.unroll, found.why
+    if not unroll:
+        unroll, because = choose_unroll(config.plan, device_of(target).platform)
+        why = (*why, because)
+    return dataclasses.replace(config, model=found.config, unroll=unroll), why
 
 
 def init_state(config: TrainConfig, params=None) -> TrainState:
@@ -130,7 +136,7 @@ def _make_loss(config: TrainConfig):
 
     `count` is None for the mean over the batch, or what its sum is divided by.
     """
-    model = Transformer(config.model, remat=config.plan, unroll=config.unroll)
+    model = Transformer(config.model, remat=config.plan, unroll=config.unroll or 1)
     options = {"chunk_tokens": config.loss_chunk_tokens or None, "z_loss": config.z_loss}
 
     def loss(params, batch, key, count):

@@ -23,6 +23,7 @@ from jax import lax
 
 from jaxckpt.losses import inputs
 from jaxckpt.losses.chunks import Chunks, choose_chunks, given_chunks
+from jaxckpt.losses.row_statistics import row_statistics
 
 _NO_FORWARD_MODE = (
     "linear_cross_entropy has reverse-mode gradients (jax.grad, jax.vjp) alone; "
@@ -192,8 +193,7 @@ class _Head:
         """
         logits = self._dot(x, kernel, [x.ndim - 1], [self.options.width_axis])
         is_target = lax.broadcasted_iota(jnp.int32, logits.shape, ids.ndim) == ids[..., None]
-        lse = jax.nn.logsumexp(logits, axis=-1)
-        picked = jnp.where(is_target, logits, 0).sum(axis=-1)
+        lse, picked = row_statistics(logits, is_target)
         z_loss = self.options.z_loss
         losses = weights * (lse - picked + z_loss * jnp.square(lse))
         loss = losses.sum(axis=range(int(self.sharded), losses.ndim))

@@ -9,7 +9,7 @@ of the plan does nothing. A function that an `Entry` names may return a `BuiltSt
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +37,7 @@ class BuiltStep:
       baseline: The same step without remat, at the same unroll.
       block: `(block, params_i, carry, *consts)` of the stack, arguments abstract.
       unroll: Blocks unrolled in one trip of the stack's loop.
+      compiler_options: XLA's, by name.
       tokens: Tokens of one part of the batch: rows of the loss head.
       vocab_size: Columns of the loss head.
     """
@@ -48,6 +49,7 @@ class BuiltStep:
     baseline: Callable | None = None
     block: tuple | None = None
     unroll: int = 1
+    compiler_options: Mapping[str, int | str] = dataclasses.field(default_factory=dict)
     tokens: int = 0
     vocab_size: int = 0
 
@@ -67,7 +69,8 @@ def annotate(
       jaxpr: Of the step, as it was compiled.
       report: Of the compiled step.
       rates: The chip's; None where they are not known.
-      compiled_text: Returns the compiled program's text; asked for unrolled blocks alone.
+      compiled_text: Returns the compiled program's text, where products can be told in it;
+        asked for unrolled blocks alone.
     """
     baseline = None
     if step.baseline is not None:

@@ -9,7 +9,7 @@ need not be there (`absent.py`).
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -93,8 +93,9 @@ def compile_step(step: BuiltStep):
       `(compiled, report)`: the executable, and its report with time and findings.
     """
     traced = jax.jit(step.fn, donate_argnums=step.donate_argnums).trace(*step.args)
-    report, compiled = _compile_here(traced)
-    text = compiled.as_text
+    report, compiled = _compile_here(traced, step.compiler_options)
+    # Elsewhere the compiler merges and splits products, and unrolled remat is kept.
+    text = compiled.as_text if jax.default_backend() == "cpu" else None
     return compiled, annotate(step, traced.jaxpr, report, rates=local_rates(), compiled_text=text)
 
 
@@ -109,12 +110,12 @@ def _measure_here(jitted: Callable, args: Sequence) -> MemoryReport:
     return report
 
 
-def _compile_here(traced):
+def _compile_here(traced, options: Mapping[str, int | str] | None = None):
     """Returns the report of a traced function, and its executable."""
     lowered = traced.lower()
     with tempfile.TemporaryDirectory(prefix="jaxckpt-") as dump:
         started = time.perf_counter()
-        compiled = lowered.compile(compiler_options={"xla_dump_to": dump})
+        compiled = lowered.compile(compiler_options={"xla_dump_to": dump, **(options or {})})
         seconds = time.perf_counter() - started
         report = statistics.report_of(
             compiled, flops=count_flops(traced.jaxpr), compile_seconds=seconds, dump=Path(dump)

@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ def _measure_entry(entry: dict[str, Any], target: Target, topology) -> MemoryRep
     ]
     step = dataclasses.replace(step, args=tree.unflatten(placed))
     traced = jax.jit(step.fn, donate_argnums=step.donate_argnums).trace(*step.args)
-    report = compile_for(traced, target, flops=count_flops(traced.jaxpr))
+    flops = count_flops(traced.jaxpr)
+    report = compile_for(traced, target, flops=flops, options=step.compiler_options)
     return annotate(step, traced.jaxpr, report, rates=Rates.of_chip(target.chip))
 
 
@@ -118,8 +120,16 @@ def get_topology(target: Target):
     return topologies.get_topology_desc(platform="tpu", topology_name=target.topology, **options)
 
 
-def compile_for(traced, target: Target, *, flops: int) -> MemoryReport:
+def compile_for(
+    traced, target: Target, *, flops: int, options: Mapping[str, int | str] | None = None
+) -> MemoryReport:
     """Compiles a traced function whose arguments lie on an absent target's devices.
+
+    Args:
+      traced: What `jax.jit(f).trace(...)` returns.
+      target: An absent one.
+      flops: Of the function.
+      options: XLA's, by name.
 
     Returns:
       Its report; for a TPU program that libtpu refuses for its size, what it needs.
@@ -131,7 +141,7 @@ def compile_for(traced, target: Target, *, flops: int) -> MemoryReport:
         started = time.perf_counter()
         seconds = lambda: time.perf_counter() - started
         try:
-            compiled = lowered.compile(compiler_options={"xla_dump_to": dump})
+            compiled = lowered.compile(compiler_options={"xla_dump_to": dump, **(options or {})})
         except jax.errors.JaxRuntimeError as error:
             found = oom.parse(str(error)) if target.backend == "tpu" else None
             if found is None:

@@ -19,6 +19,8 @@ from jaxckpt.linen import Stack
 from jaxckpt.models import auto
 from jaxckpt.models.attention import causal_attention
 from jaxckpt.models.config import TransformerConfig
+from jaxckpt.models.normalization import rms_norm, rms_norm_rotate, turn
+from jaxckpt.models.swiglu import swiglu_down
 from jaxckpt.plans import Plan
 from jaxckpt.transforms.tags import tag
 
@@ -128,9 +130,10 @@ class Attention(nn.Module):
         k_BSKN = project("k", config.num_kv_heads)
         v_BSKN = project("v", config.num_kv_heads)
         if config.qk_norm:
-            q_BSHN = RMSNorm(config, name="q_norm")(q_BSHN)
-            k_BSKN = RMSNorm(config, name="k_norm")(k_BSKN)
-        q_BSHN, k_BSKN = rotate(q_BSHN, rotary), rotate(k_BSKN, rotary)
+            q_BSHN = RMSNorm(config, name="q_norm")(q_BSHN, rotary)
+            k_BSKN = RMSNorm(config, name="k_norm")(k_BSKN, rotary)
+        else:
+            q_BSHN, k_BSKN = rotate(q_BSHN, rotary), rotate(k_BSKN, rotary)
         attn_BSHN = causal_attention(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS, kind=config.attention)
         attn_BSE = tag(attn_BSHN.reshape(*x_BSD.shape[:2], -1), "attn")
         return _dense(config, config.d_model, "o_proj")(attn_BSE)
@@ -147,26 +150,34 @@ class SwiGLU(nn.Module):
         config = self.config
         gate_BSF = tag(_dense(config, config.d_ff, "gate_proj")(x_BSD), "gate")
         up_BSF = tag(_dense(config, config.d_ff, "up_proj")(x_BSD), "up")
-        return _dense(config, config.d_model, "down_proj")(nn.silu(gate_BSF) * up_BSF)
+        kernel_FD = _Kernel((config.d_ff, config.d_model), name="down_proj")()
+        return swiglu_down(gate_BSF, up_BSF, kernel_FD)
+
+
+class _Kernel(nn.Module):
+    """The parameter of a bias-free projection, where `flax.linen.Dense` would have it."""
+
+    shape: tuple[int, int]
+
+    @nn.compact
+    def __call__(self):
+        """Returns the kernel."""
+        return self.param("kernel", _INIT, self.shape)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis, in float32 until the scale (Zhang, Sennrich 2019).
-
-    The order of the products is Qwen3's. It also keeps gradients bit-equal between plans, which
-    `flax.linen.RMSNorm` (scale folded into the reciprocal first) does not.
-    """
+    """x / rms(x) * scale over the last axis, and rotary positions after it where a table is given."""
 
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, rotary=None):
         """Returns `x` normalized, in the dtype of the computation."""
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-        square = jnp.square(x.astype(jnp.float32)).mean(axis=-1, keepdims=True)
-        normed = x.astype(jnp.float32) * jax.lax.rsqrt(square + self.config.norm_eps)
-        dtype = _dtype(self.config)
-        return normed.astype(dtype) * scale.astype(dtype)
+        x = x.astype(_dtype(self.config))
+        if rotary is None:
+            return rms_norm(x, scale, self.config.norm_eps)
+        return rms_norm_rotate(x, scale, rotary, self.config.norm_eps)
 
 
 def rotary_table(size: int, head_dim: int, theta: float):
@@ -179,10 +190,9 @@ def rotary_table(size: int, head_dim: int, theta: float):
 def rotate(x_BSHN, rotary):
     """Returns `x_BSHN` turned by its positions; component i is paired with i + N/2 (Qwen3)."""
     # The table is no parameter: without this, each block's gradient of it would be summed up.
-    cos_S1N, sin_S1N = jax.lax.stop_gradient(rotary)[:, :, None, :]
-    first, second = jnp.split(x_BSHN.astype(jnp.float32), 2, axis=-1)
-    turned = [first * cos_S1N - second * sin_S1N, second * cos_S1N + first * sin_S1N]
-    return jnp.concatenate(turned, axis=-1).astype(x_BSHN.dtype)
+    rotary = jax.lax.stop_gradient(rotary)
+    halves = jnp.split(x_BSHN.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate(turn(*halves, rotary), axis=-1).astype(x_BSHN.dtype)
 
 
 def _dense(config: TransformerConfig, features: int, name: str | None = None) -> nn.Dense:

@@ -1,0 +1,45 @@
+"""How a step is compiled on each kind of chip: unrolled blocks and XLA's options.
+
+Each is kept for a gain measured in pairs on that chip (docs/speed.md); a chip that nobody has
+measured on is compiled plainly.
+"""
+
+from jaxckpt.plans import Plan
+
+# Unrolling compiles a block after another, so that a deep stack would compile for minutes.
+_MOST_UNROLLED = 64
+_KEEPING = ("none", "full")
+
+# XLA merges products that share an operand (queries, keys and values; gate and up) and pays for it
+# with copies of weights and gradients, and with elementwise work that it cannot fuse any more.
+_GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0}
+
+
+def choose_unroll(plan: Plan, platform: str) -> tuple[int, str]:
+    """Returns the blocks to unroll in one trip of the stack's loop, and a line that says why.
+
+    A loop copies each residual it keeps into a stacked buffer, zeroed before, and out of it again.
+    Unrolled blocks do not; they take longer to compile.
+
+    Args:
+      plan: Bound to the number of blocks.
+      platform: `"cpu"`, `"gpu"` or `"tpu"`.
+    """
+    kept = [stage for stage in plan.stages if stage.schedule in _KEEPING]
+    if platform != "gpu":
+        return 1, f"unroll 1: a loop compiles fastest, and on {platform} no gain is known"
+    if len(kept) < len(plan.stages):
+        return 1, "unroll 1: schedules run in loops"
+    if any(policy.kind == "offload" for stage in kept for policy in stage.policies):
+        return 1, "unroll 1: what is moved to the host is moved in a loop"
+    if plan.num_blocks > _MOST_UNROLLED:
+        return 1, f"unroll 1: more than {_MOST_UNROLLED} blocks would compile for minutes"
+    return plan.num_blocks, (
+        f"unroll {plan.num_blocks}: kept residuals are not copied in and out of a loop's buffers; "
+        "unroll 1 compiles two to three times as fast"
+    )
+
+
+def compiler_options(platform: str) -> dict[str, int]:
+    """Returns XLA's options for the step on a kind of chip, such as `"gpu"`."""
+    return dict(_GPU_OPTIONS) if platform == "gpu" else {}

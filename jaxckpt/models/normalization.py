@@ -1,0 +1,134 @@
+"""RMS normalization, alone or followed by rotary positions, with a backward pass of its own.
+
+Shapes: B batch, S sequence, H heads, N size of the last axis.
+
+These are passes over memory, not arithmetic, and what automatic differentiation makes of them is
+many passes, with float32 residuals between. Here the forward pass is one pass after a row's sum
+of squares, its residuals are its inputs, and the backward pass is three: both row sums at once,
+the gradient of the input, the gradient of the scale. All is computed in float32 and rounded once.
+
+Rotary positions turn component i with i + N/2, so a row is handled as two halves; without them as
+one part. That way nothing is concatenated but outputs.
+
+Limits: reverse mode alone, like every attention kernel. The rotary table gets no gradient.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x, scale, eps: float):
+    """Returns `x / rms(x) * scale` over the last axis, in the dtype of `x` (Zhang, Sennrich 2019).
+
+    Args:
+      x: `[..., N]`, any floating dtype.
+      scale: `[N]`.
+      eps: Added to the mean square.
+    """
+    return _normalize([x], [scale], eps)[0].astype(x.dtype)
+
+
+def _rms_norm_forward(x, scale, eps):
+    return rms_norm(x, scale, eps), (x, scale)
+
+
+def _rms_norm_backward(eps, residuals, grad):
+    x, scale = residuals
+    (grad_x,), (grad_scale,) = _normalize_backward([x], [scale], [grad], eps)
+    return grad_x.astype(x.dtype), grad_scale.astype(scale.dtype)
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def rms_norm_rotate(x_BSHN, scale_N, rotary, eps: float):
+    """Returns `rotate(rms_norm(x, scale), rotary)`, rounded once.
+
+    Args:
+      x_BSHN: Queries or keys.
+      scale_N: Shared by the heads.
+      rotary: Cosines and sines `[2, S, N/2]`.
+      eps: Added to the mean square.
+    """
+    normed = _normalize(_halves(x_BSHN), _halves(scale_N), eps)
+    return jnp.concatenate(turn(*normed, rotary), axis=-1).astype(x_BSHN.dtype)
+
+
+def _rms_norm_rotate_forward(x_BSHN, scale_N, rotary, eps):
+    return rms_norm_rotate(x_BSHN, scale_N, rotary, eps), (x_BSHN, scale_N, rotary)
+
+
+def _rms_norm_rotate_backward(eps, residuals, grad_BSHN):
+    x_BSHN, scale_N, rotary = residuals
+    grads = turn(*_floats(_halves(grad_BSHN)), rotary, back=True)
+    halves = _halves(x_BSHN), _halves(scale_N)
+    grads_x, grads_scale = _normalize_backward(*halves, grads, eps)
+    join = functools.partial(jnp.concatenate, axis=-1)
+    return join(grads_x).astype(x_BSHN.dtype), join(grads_scale).astype(scale_N.dtype), None
+
+
+rms_norm_rotate.defvjp(_rms_norm_rotate_forward, _rms_norm_rotate_backward)
+
+
+def turn(first_BSHM, second_BSHM, rotary, *, back: bool = False):
+    """Returns pairs of components turned by their positions' angles, or turned back.
+
+    Args:
+      first_BSHM: Components `0..N/2`, M of them.
+      second_BSHM: Those each is paired with.
+      rotary: Cosines and sines `[2, S, N/2]`.
+      back: Whether the angles are negative, which is the transpose.
+    """
+    cos_S1M, sin_S1M = rotary[:, :, None, :]
+    if back:
+        sin_S1M = -sin_S1M
+    return [
+        first_BSHM * cos_S1M - second_BSHM * sin_S1M,
+        second_BSHM * cos_S1M + first_BSHM * sin_S1M,
+    ]
+
+
+def _halves(x):
+    return jnp.split(x, 2, axis=-1)
+
+
+def _floats(parts):
+    """Returns the parts in float32, or in float64 if they are that."""
+    return [part.astype(jnp.promote_types(part.dtype, jnp.float32)) for part in parts]
+
+
+def _normalize(parts, scales, eps: float):
+    """Returns the normalized and scaled parts of rows, in float32."""
+    parts, scales = _floats(parts), _floats(scales)
+    inverse = _inverse_rms(parts, sum(part * part for part in parts).sum(-1, keepdims=True), eps)
+    # The order of the products is Qwen3's.
+    return [part * inverse * scale for part, scale in zip(parts, scales, strict=True)]
+
+
+def _normalize_backward(parts, scales, grads, eps: float):
+    """Returns the gradients of parts and scales, in float32.
+
+    With y = x r s and r = 1 / rms(x): dx = r (s dy - x r^2 mean(x s dy)), ds = sum of x r dy.
+    """
+    parts, scales, grads = _floats(parts), _floats(scales), _floats(grads)
+    triples = list(zip(parts, scales, grads, strict=True))
+    square = sum(part * part for part in parts).sum(-1, keepdims=True)
+    product = sum(part * scale * grad for part, scale, grad in triples).sum(-1, keepdims=True)
+    inverse = _inverse_rms(parts, square, eps)
+    slope = inverse * inverse * product / _width(parts)
+    of_parts = [inverse * (scale * grad - part * slope) for part, scale, grad in triples]
+    rows = tuple(range(parts[0].ndim - 1))
+    of_scales = [(part * inverse * grad).sum(rows) for part, _, grad in triples]
+    return of_parts, of_scales
+
+
+def _inverse_rms(parts, square, eps: float):
+    return jax.lax.rsqrt(square / _width(parts) + eps)
+
+
+def _width(parts) -> int:
+    return sum(part.shape[-1] for part in parts)

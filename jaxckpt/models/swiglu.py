@@ -1,0 +1,45 @@
+"""SwiGLU's elementwise half and the projection after it, with a backward pass of its own.
+
+Shapes: F d_ff, D d_model. The product silu(gate) * up is not a residual: the backward pass makes it
+again from `gate` and `up` in the pass over memory that makes their gradients, where it is free.
+Under remat it is so made once, not once for the replay and once more.
+
+Limits: reverse mode alone, like every attention kernel.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.custom_vjp
+def swiglu_down(gate, up, kernel_FD):
+    """Returns `(silu(gate) * up) @ kernel` (Shazeer 2020, GLU variants improve Transformer).
+
+    Args:
+      gate: `[..., F]`, any floating dtype, which is also that of the product.
+      up: `[..., F]`.
+      kernel_FD: The projection, cast to the dtype of `gate`.
+    """
+    return _hidden(gate, up) @ kernel_FD.astype(gate.dtype)
+
+
+def _forward(gate, up, kernel_FD):
+    return swiglu_down(gate, up, kernel_FD), (gate, up, kernel_FD)
+
+
+def _backward(residuals, grad):
+    gate, up, kernel_FD = residuals
+    grad_hidden, of_kernel = jax.vjp(
+        lambda hidden, kernel: hidden @ kernel, _hidden(gate, up), kernel_FD.astype(gate.dtype)
+    )[1](grad)
+    _, of_inputs = jax.vjp(_hidden, gate, up)
+    return *of_inputs(grad_hidden), of_kernel.astype(kernel_FD.dtype)
+
+
+swiglu_down.defvjp(_forward, _backward)
+
+
+def _hidden(gate, up):
+    """Returns silu(gate) * up, computed in float32 and rounded once."""
+    wide = jnp.promote_types(gate.dtype, jnp.float32)
+    return (jax.nn.silu(gate.astype(wide)) * up.astype(wide)).astype(gate.dtype)
