@@ -4,6 +4,7 @@ It needs `pip install -e ".[parity]"` and is skipped without.
 """
 
 import dataclasses
+import importlib.util
 
 import jax
 import numpy as np
@@ -16,7 +17,11 @@ from tests.experiments import runs
 from tests.parity.make_golden import GOLDEN
 from tests.parity.test_golden import TOLERANCE, error
 
-pytestmark = pytest.mark.heavy
+_MISSING = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.skipif(bool(_MISSING), reason=f"not installed: {', '.join(_MISSING)}"),
+]
 
 
 @pytest.fixture(scope="module", params=["tied", "untied", "drawn"])
@@ -47,8 +52,9 @@ def shape_of(model) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_loads_an_export_and_has_the_same_logits(exported):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     other, loading = transformers.AutoModelForCausalLM.from_pretrained(
         exported, output_loading_info=True
     )
