@@ -18,7 +18,7 @@ from jaxckpt.plans import Plan
 # The settings that a step is made of; the others (data, folders) are a run's.
 _OF_STEP = (
     *("model", "optimizer", "unroll", "batch_size", "accumulate", "seq_len", "seed"),
-    *("steps", "loss_chunk_tokens", "z_loss", "trainable"),
+    *("steps", "loss_chunk_tokens", "z_loss", "trainable", "pack"),
 )
 
 
@@ -64,9 +64,10 @@ def build(config: TrainConfig, target: str):
     config, _ = resolve_model(config, target)
     state = jax.eval_shape(lambda: init_state(config))
     tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), "int32")
+    batch = (tokens, tokens) if config.pack else tokens
     return BuiltStep(
         fn=make_train_step(config),
-        args=(state, tokens),
+        args=(state, batch),
         donate_argnums=0,
         plan=config.plan,
         baseline=make_train_step(dataclasses.replace(config, remat="none")),
@@ -79,7 +80,7 @@ def build(config: TrainConfig, target: str):
 
 
 def abstract_block(config: TrainConfig, params):
-    """Returns `(block, params_i, x, rotary)` of the model's stack for one part of a batch.
+    """Returns `(block, params_i, x, *consts)` of the model's stack for one part of a batch.
 
     Args:
       config: Resolved for its target.
@@ -99,8 +100,12 @@ def abstract_block(config: TrainConfig, params):
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params["layers"]
     )
 
-    def block(x, params_i, rotary):
-        rngs = {"dropout": jax.random.key(0)}
-        return module.apply({"params": params_i}, x, rotary, deterministic=False, rngs=rngs)
+    consts = [rotary]
+    if config.pack:
+        consts.append(jax.ShapeDtypeStruct((rows, config.seq_len), "int32"))
 
-    return block, params_i, x, rotary
+    def block(x, params_i, *consts):
+        rngs = {"dropout": jax.random.key(0)}
+        return module.apply({"params": params_i}, x, *consts, deterministic=False, rngs=rngs)
+
+    return block, params_i, x, *consts

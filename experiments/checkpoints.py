@@ -8,9 +8,11 @@ so a killed run leaves the last complete one.
 import contextlib
 import functools
 import logging
+import operator
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from experiments.config import ConfigError, TrainConfig
 from experiments.record import RunError, versions
@@ -96,6 +98,31 @@ class Checkpoints:
         except Exception as error:  # see `about`
             raise self._unreadable(step, error) from None
 
+    def parameter(self, step: int, path: tuple[str, ...]) -> np.ndarray:
+        """Returns one parameter of a step; no other is read.
+
+        Args:
+          step: Of a complete checkpoint.
+          path: Such as `("layers", "mlp", "up_proj", "kernel")`.
+
+        Raises:
+          ConfigError: The checkpoint cannot be read or has no such parameter.
+        """
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted = tuple(jax.tree_util.DictKey(name) for name in ("params", *path))
+
+        def like(place, leaf):
+            if place != wanted:
+                return ...  # Orbax reads nothing for it
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+
+        try:
+            saved = self._checkpointer.metadata(step).metadata
+            tree = self._checkpointer.load(step, jax.tree_util.tree_map_with_path(like, saved))
+            return np.asarray(functools.reduce(operator.getitem, path, tree["params"]))
+        except Exception as error:  # see `about`
+            raise self._unreadable(step, error) from None
+
     def close(self):
         """Lets go of the folder; what failed while saving was said by `save` and `wait`."""
         if self._opened is not None:
@@ -175,6 +202,7 @@ def identity(config: dict[str, object]) -> dict[str, object]:
     kept = {key: config[key] for key in ("batch_size", "seq_len", "seed")}
     # Runs from before these were settings had none.
     kept |= {"z_loss": config.get("z_loss", 0.0), "trainable": config.get("trainable", [])}
+    kept["pack"] = config.get("pack", False)
     for table in ("model", "optimizer"):
         kept.update({f"{table}.{key}": value for key, value in config[table].items()})
     # The learning rate follows the length of the decay, which is the run's unless it is set.

@@ -12,6 +12,7 @@ from cyclopts import App, CycloptsError, config
 
 from experiments.config import ConfigError, load_toml
 from experiments.data import DataError
+from experiments.init import shape_flags
 from experiments.record import RunError
 from jaxckpt.memory.launch import Unavailable
 from jaxckpt.memory.targets import TargetError
@@ -41,7 +42,7 @@ def main(command: Callable, tokens: Sequence[str] | None = None):
     )
     app.default(command)
     try:
-        app.config = (config.Dict(_config_flags(tokens), source="the configuration file"),)
+        app.config = (config.Dict(_file_flags(tokens), source="the configuration file"),)
         function, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
     except (CycloptsError, ValueError) as error:
         fail(error)
@@ -59,11 +60,18 @@ def fail(error: Exception | str, code: int = 2):
     raise SystemExit(code)
 
 
-def _config_flags(tokens: Sequence[str]) -> dict[str, object]:
-    """Returns the flags that the file named by `--config` sets, or none."""
+def _file_flags(tokens: Sequence[str]) -> dict[str, object]:
+    """Returns the flags that the file named by `--config` sets, over those of `--init`'s model."""
+    path = _value_of("--config", tokens)
+    flags = {} if path is None else load_toml(Path(path))
+    folder = _value_of("--init", tokens) or flags.get("init")
+    return flags if folder is None else shape_flags(Path(folder)) | flags
+
+
+def _value_of(flag: str, tokens: Sequence[str]) -> str | None:
     for position, token in enumerate(tokens):
-        if token.startswith("--config="):
-            return load_toml(Path(token.partition("=")[2]))
-        if token == "--config" and position + 1 < len(tokens):
-            return load_toml(Path(tokens[position + 1]))
-    return {}
+        if token.startswith(f"{flag}="):
+            return token.partition("=")[2]
+        if token == flag and position + 1 < len(tokens):
+            return tokens[position + 1]
+    return None

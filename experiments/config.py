@@ -113,9 +113,14 @@ class TrainConfig:
     Attributes:
       model: Shapes of the Transformer.
       optimizer: The optimizer and its settings.
+      init: Folder of a Qwen3 as Hugging Face's transformers saves it: its weights are where the run
+        starts, its config.json is the model's shape, its tokenizer.json makes tokens of text.
       data: A text file, a folder, a quoted glob, or a token file (.npy, .bin); by default the
         source text of Python's standard library.
       token_dtype: Type of the numbers in a .bin token file.
+      pack: Rows hold whole documents one after another that do not see each other: text files, the
+        lines of .jsonl files ({"text": ...} or {"tokens": [...]}), or what end_token closes.
+      end_token: Token that ends a document; by default the eos_token_id of --init, or none.
       remat: The checkpointing plan, such as sqrt, uniform:4+dots or 4xfull/none; auto is the
         fastest whose compiled peak is within the budget.
       budget: Bytes a device that the compiled step may need, such as 15GiB; auto is all that the
@@ -148,8 +153,11 @@ class TrainConfig:
 
     model: Annotated[TransformerConfig, Parameter(name="*")] = TransformerConfig()
     optimizer: Annotated[OptimizerConfig, Parameter(name="*")] = OptimizerConfig()
+    init: Path | None = None
     data: str | None = None
     token_dtype: Literal["uint16", "uint32"] = "uint16"
+    pack: Annotated[bool, Parameter(negative="")] = False
+    end_token: int | None = None
     remat: str = "sqrt"
     budget: str | None = None
     unroll: int = 0
@@ -184,6 +192,10 @@ class TrainConfig:
             raise ConfigError(
                 f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}; "
                 f"valid: {', '.join(map(str, parts))}"
+            )
+        if self.end_token is not None and not (self.pack and 0 <= self.end_token < 2**32):
+            raise ConfigError(
+                f"end_token is {self.end_token}; it is a token id, and of --pack alone"
             )
         if self.loss_chunk_tokens:
             rows = self.batch_size // self.accumulate

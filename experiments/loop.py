@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import operator
 import time
 from pathlib import Path
 
@@ -11,8 +13,10 @@ from experiments.auto import check_within, excess, limit_bytes, settle
 from experiments.build import build
 from experiments.checkpoints import Checkpoints, about_run, check_same_run
 from experiments.config import ConfigError, TrainConfig
-from experiments.data import Batches, Corpus, validation_batches
+from experiments.data import Corpus
 from experiments.display import Display
+from experiments.feeding import held_out_batches, training_batches
+from experiments.init import load_params
 from experiments.plan_checks import explained, needless
 from experiments.record import Record, RunError
 from experiments.step import TrainState, init_state, make_validation_step, resolve_model
@@ -86,10 +90,13 @@ def _find_checkpoint(
 
 
 def _first_state(checkpoints: Checkpoints, resumed: int | None, config: TrainConfig) -> TrainState:
-    make = lambda: init_state(config)
-    if resumed is None:
+    make = functools.partial(init_state, config)
+    if resumed is not None:
+        return checkpoints.load(resumed, jax.eval_shape(make))
+    if config.init is None:
         return jax.jit(make)()
-    return checkpoints.load(resumed, jax.eval_shape(make))
+    params = load_params(config.init, jax.eval_shape(make).params)
+    return jax.jit(make, donate_argnums=0)(params)
 
 
 def _compile(config: TrainConfig, display: Display):
@@ -142,12 +149,7 @@ class _Training:
     def run(self, state: TrainState, stop: StopRequest):
         """Steps until the end or a request to stop."""
         config = self.config
-        batches = Batches(
-            tokens=self.corpus.train,
-            batch_size=config.batch_size,
-            seq_len=config.seq_len,
-            seed=config.seed,
-        )
+        batches = training_batches(config, self.corpus)
         loss = None
         for number in range(int(state.step) + 1, config.steps + 1):
             state = self._step(state, batches, number)
@@ -173,11 +175,11 @@ class _Training:
         if config.sample:
             self._sample(state)
 
-    def _step(self, state: TrainState, batches: Batches, number: int) -> TrainState:
+    def _step(self, state: TrainState, batches, number: int) -> TrainState:
         config = self.config
-        tokens = batches.at(number - 1)
+        batch = batches.at(number - 1)
         started = time.perf_counter()
-        state, metrics = self.step(state, tokens)
+        state, metrics = self.step(state, batch)
         metrics = jax.device_get(metrics)  # waits for the step
         seconds = time.perf_counter() - started
         row = {
@@ -216,7 +218,8 @@ class _Training:
         from experiments.sample import sample_text
 
         prompt = self.corpus.validation[: self.config.seq_len]
-        text = sample_text(self.config, state.params, prompt, _SAMPLED_TOKENS)
+        tokenizer = self.corpus.tokenizer
+        text = sample_text(self.config, state.params, prompt, _SAMPLED_TOKENS, tokenizer)
         self.display.print(f"--- the model goes on after the bar ---\n{text}")
 
     def _write(self, row: dict[str, object]):
@@ -229,14 +232,14 @@ class _Training:
 
 def _validator(config: TrainConfig, corpus: Corpus):
     """Returns a function from parameters to the loss on fixed validation windows."""
-    batches = validation_batches(
-        corpus.validation,
-        batch_size=config.batch_size,
-        seq_len=config.seq_len,
-        max_batches=config.validation_batches,
-    )
+    batches = held_out_batches(config, corpus)
     step = jax.jit(make_validation_step(config))
-    return lambda params: sum(float(step(params, tokens)) for tokens in batches) / len(batches)
+
+    def validate(params) -> float:
+        losses, counts = zip(*(map(float, step(params, batch)) for batch in batches), strict=True)
+        return sum(map(operator.mul, losses, counts)) / max(1, sum(counts))
+
+    return validate
 
 
 def _tensorboard(config: TrainConfig, folder: Path):

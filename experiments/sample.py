@@ -1,16 +1,23 @@
-"""Sampling: what a trained byte-level model writes, so that a person sees what was learned."""
+"""Sampling: what a trained model writes, so that a person sees what was learned."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.config import TrainConfig
+from experiments.data.tokenizer import Tokenizer
 from jaxckpt.models import Transformer
 
 _TEMPERATURE = 0.8
 
 
-def sample_text(config: TrainConfig, params, prompt: np.ndarray, length: int) -> str:
+def sample_text(
+    config: TrainConfig,
+    params,
+    prompt: np.ndarray,
+    length: int,
+    tokenizer: Tokenizer | None = None,
+) -> str:
     """Returns the prompt's end and `length` sampled tokens as text.
 
     Each token runs the whole window again: simple, and fast enough for a few lines.
@@ -20,6 +27,7 @@ def sample_text(config: TrainConfig, params, prompt: np.ndarray, length: int) ->
       params: The model's parameters.
       prompt: Token ids `[seq_len]` to continue.
       length: Tokens to draw.
+      tokenizer: What makes text of tokens; without one, tokens below 256 are bytes.
     """
     model = Transformer(config.model, remat="none")
 
@@ -34,13 +42,18 @@ def sample_text(config: TrainConfig, params, prompt: np.ndarray, length: int) ->
     for key in jax.random.split(jax.random.key(config.seed), length):
         window_S = draw(window_S, key)
         drawn.append(int(window_S[-1]))
-    return f"{_text(prompt[-40:], config)}|{_text(np.array(drawn), config)}"
+    return "|".join(_text(part, config, tokenizer) for part in (prompt[-40:], np.array(drawn)))
 
 
-def _text(tokens: np.ndarray, config: TrainConfig) -> str:
+def _text(tokens: np.ndarray, config: TrainConfig, tokenizer: Tokenizer | None) -> str:
+    if tokenizer is not None:
+        return _printable(tokenizer.decode(tokens))
     if config.model.vocab_size > 256:
         return " ".join(str(token) for token in tokens)  # no tokenizer to turn them into text
-    text = bytes(tokens.astype(np.uint8)).decode("utf-8", errors="replace")
+    return _printable(bytes(tokens.astype(np.uint8)).decode("utf-8", errors="replace"))
+
+
+def _printable(text: str) -> str:
     return "".join(
         c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
     )

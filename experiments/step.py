@@ -15,6 +15,8 @@ from jaxckpt.memory.targets import Target
 from jaxckpt.models import Transformer, next_token_loss, resolve
 from jaxckpt.models.auto import device_of
 
+_IGNORED = -1  # the target of a document's last position: it belongs to the next document
+
 
 class TrainState(NamedTuple):
     """What a step turns into its successor; donated to it.
@@ -50,7 +52,7 @@ def resolve_model(
       ConfigError: The model names a kernel that the target or its sizes do not have.
     """
     try:
-        found = resolve(config.model, target, seq_len=config.seq_len)
+        found = resolve(config.model, target, seq_len=config.seq_len, packed=config.pack)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     unroll, why = config.unroll, found.why
@@ -60,16 +62,18 @@ def resolve_model(
     return dataclasses.replace(config, model=found.config, unroll=unroll), why
 
 
-def init_state(config: TrainConfig) -> TrainState:
+def init_state(config: TrainConfig, params=None) -> TrainState:
     """Returns the state before the first step; abstract under `jax.eval_shape`.
 
     Args:
       config: With a model that `resolve_model` has resolved.
+      params: The model's parameters, such as those of a checkpoint; by default they are drawn.
     """
-    tokens_BS = jnp.zeros([1, config.seq_len], jnp.int32)
-    # Parameters do not depend on the plan, so the cheapest one to trace makes them.
-    params = Transformer(config.model, remat="none").init(jax.random.key(config.seed), tokens_BS)
-    params = params["params"]
+    if params is None:
+        tokens_BS = jnp.zeros([1, config.seq_len], jnp.int32)
+        # Parameters do not depend on the plan, so the cheapest one to trace makes them.
+        model = Transformer(config.model, remat="none")
+        params = model.init(jax.random.key(config.seed), tokens_BS)["params"]
     trainable, frozen = split(params, config.trainable)
     # What never changes needs no master copy.
     params = merge(trainable, jax.tree.map(lambda x: x.astype(config.model.dtype), frozen))
@@ -81,12 +85,13 @@ def init_state(config: TrainConfig) -> TrainState:
 
 
 def make_train_step(config: TrainConfig):
-    """Returns `train_step(state, tokens) -> (state, metrics)`, to be jitted with `state` donated.
+    """Returns `train_step(state, batch) -> (state, metrics)`, to be jitted with `state` donated.
 
-    `tokens` is `[batch_size, seq_len + 1]` integers: inputs and, shifted by one, targets. The
-    metrics are scalars: `loss` in nats a token, `gradient_norm` before clipping, `skipped` and
-    `skipped_in_row`. A step whose gradients are not finite changes nothing but those two and the
-    step's number, so that the data goes on.
+    `batch` is tokens, `[batch_size, seq_len + 1]` integers: inputs and, shifted by one, targets;
+    with `config.pack` it is a pair, tokens and as many segment ids. The metrics are scalars: `loss`
+    in nats a token, `gradient_norm` before clipping, `skipped` and `skipped_in_row`. A step whose
+    gradients are not finite changes nothing but those two and the step's number, so that the data
+    goes on.
 
     Only trainable parameters have gradients and optimizer state, and change.
 
@@ -97,12 +102,13 @@ def make_train_step(config: TrainConfig):
     optimizer = make_optimizer(config.optimizer, config.steps)
     loss_of = _make_loss(config)
 
-    def train_step(state: TrainState, tokens):
+    def train_step(state: TrainState, batch):
         key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
         trainable, frozen = split(state.params, config.trainable)
-        part_loss = lambda trainable, tokens, key: loss_of(merge(trainable, frozen), tokens, key)
+        count = _targets_a_part(batch, config.accumulate)
+        part_loss = lambda trainable, part, key: loss_of(merge(trainable, frozen), part, key, count)
         gradients_of = _accumulated(config, jax.value_and_grad(part_loss))
-        loss, gradients = gradients_of(trainable, tokens, key)
+        loss, gradients = gradients_of(trainable, batch, key)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, trainable)
@@ -126,21 +132,48 @@ def make_train_step(config: TrainConfig):
 
 
 def _make_loss(config: TrainConfig):
-    """Returns `loss(params, tokens, key)` in nats a token."""
+    """Returns `loss(params, batch, key, count)` in nats a token.
+
+    `count` is None for the mean over the batch, or what its sum is divided by.
+    """
     model = Transformer(config.model, remat=config.plan, unroll=config.unroll or 1)
     options = {"chunk_tokens": config.loss_chunk_tokens or None, "z_loss": config.z_loss}
 
-    def loss(params, tokens, key):
+    def loss(params, batch, key, count):
+        inputs_BS, targets_BS = _inputs_and_targets(batch)
         x_BSD = model.apply(
             {"params": params},
-            tokens[:, :-1],
+            *inputs_BS,
             deterministic=False,
             rngs={"dropout": key},
             method="features",
         )
-        return next_token_loss(x_BSD, params, tokens[:, 1:], config.model, **options)
+        if count is None:
+            return next_token_loss(x_BSD, params, targets_BS, config.model, **options)
+        summed = {"ignore_index": _IGNORED, "reduction": "sum", **options}
+        return next_token_loss(x_BSD, params, targets_BS, config.model, **summed) / count
 
     return loss
+
+
+def _inputs_and_targets(batch):
+    """Returns what the model is given, tokens and perhaps segment ids, and targets `[B, S]`."""
+    if not isinstance(batch, tuple):
+        return (batch[:, :-1],), batch[:, 1:]
+    tokens, ids = batch
+    is_same = ids[:, 1:] == ids[:, :-1]
+    return (tokens[:, :-1], ids[:, :-1]), jnp.where(is_same, tokens[:, 1:], _IGNORED)
+
+
+def _targets_a_part(batch, parts: int):
+    """Returns the mean number of targets of a packed batch's parts, None for an even batch.
+
+    Parts have different numbers: a sum divided by the mean weighs every target alike.
+    """
+    if not isinstance(batch, tuple):
+        return None
+    _, targets_BS = _inputs_and_targets(batch)
+    return jnp.maximum((targets_BS != _IGNORED).sum(), 1) / parts
 
 
 def _accumulated(config: TrainConfig, value_and_grad):
@@ -149,29 +182,31 @@ def _accumulated(config: TrainConfig, value_and_grad):
         return value_and_grad
     parts = config.accumulate
 
-    def accumulated(params, tokens, key):
-        def add_part(total, part):
-            index, tokens = part
-            found = value_and_grad(params, tokens, jax.random.fold_in(key, index))
+    def accumulated(params, batch, key):
+        def add_part(total, numbered):
+            index, part = numbered
+            found = value_and_grad(params, part, jax.random.fold_in(key, index))
             return jax.tree.map(jnp.add, total, found), None
 
         zero = jax.tree.map(jnp.zeros_like, (jnp.zeros([]), params))
-        split = (jnp.arange(parts), tokens.reshape(parts, -1, tokens.shape[-1]))
-        total, _ = jax.lax.scan(add_part, zero, split)
+        cut = lambda array: array.reshape(parts, -1, array.shape[-1])
+        total, _ = jax.lax.scan(add_part, zero, (jnp.arange(parts), jax.tree.map(cut, batch)))
         return jax.tree.map(lambda x: x / parts, total)
 
     return accumulated
 
 
 def make_validation_step(config: TrainConfig):
-    """Returns `validation_step(params, tokens) -> loss` in nats a token.
+    """Returns `validation_step(params, batch) -> (loss, count)`: nats a token, and of how many.
 
     It is the cross entropy alone: without dropout, and without `z_loss`.
     """
     model = Transformer(config.model, remat="none")
 
-    def validation_step(params, tokens):
-        x_BSD = model.apply({"params": params}, tokens[:, :-1], method="features")
-        return next_token_loss(x_BSD, params, tokens[:, 1:], config.model)
+    def validation_step(params, batch):
+        inputs_BS, targets_BS = _inputs_and_targets(batch)
+        x_BSD = model.apply({"params": params}, *inputs_BS, method="features")
+        options = {"ignore_index": _IGNORED, "return_count": True}
+        return next_token_loss(x_BSD, params, targets_BS, config.model, **options)
 
     return validation_step

@@ -2,6 +2,7 @@
 
 python -m experiments.train --remat=sqrt
 python -m experiments.train --config configs/small.toml --steps 50 --remat=uniform:4+dots
+python -m experiments.train --init Qwen3-0.6B --data notes/ --remat=attention --steps 50
 """
 
 from pathlib import Path
@@ -19,14 +20,24 @@ def train(
     config: Annotated[Path | None, Parameter(help="TOML file with any of the settings.")] = None,
 ):
     """Train a Transformer under a checkpointing plan, and say what memory a step takes."""
-    from experiments.data import check_corpus, load_corpus
+    from experiments.data import check_corpus, check_grain, load_corpus
+    from experiments.init import check_init, end_token
     from experiments.record import check_tensorboard, run_folder
 
     if settings.tensorboard:
         check_tensorboard()
     del config  # read before the other flags were parsed; see experiments.cli
     folder = run_folder(settings)
-    corpus = load_corpus(settings.data, token_dtype=settings.token_dtype)
+    tokenizer = check_init(settings)
+    if settings.pack:
+        check_grain()
+    corpus = load_corpus(
+        settings.data,
+        token_dtype=settings.token_dtype,
+        tokenizer=tokenizer,
+        pack=settings.pack,
+        end_token=end_token(settings),
+    )
     check_corpus(corpus, seq_len=settings.seq_len, vocab_size=settings.model.vocab_size)
 
     from experiments.loop import run  # only now is JAX imported

@@ -1,13 +1,23 @@
-"""Where training text comes from: a corpus of token ids, and batches of windows over it."""
+"""Where training text comes from: a corpus of token ids, and batches of rows over it."""
 
 from experiments.data.batches import Batches, validation_batches
 from experiments.data.corpus import Corpus, DataError, check_corpus, load_corpus
+from experiments.data.packed import (
+    PackedBatches,
+    PackedRows,
+    check_grain,
+    packed_validation_batches,
+)
 
 __all__ = [
     "Batches",
     "Corpus",
     "DataError",
+    "PackedBatches",
+    "PackedRows",
     "check_corpus",
+    "check_grain",
     "load_corpus",
+    "packed_validation_batches",
     "validation_batches",
 ]

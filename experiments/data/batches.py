@@ -81,8 +81,16 @@ def _mix(numbers: np.ndarray, seed: int) -> np.ndarray:
 
     The seed is mixed by itself first, so that seeds next to each other give unrelated orders.
     """
-    offset = _finalize(np.array([(seed + 1) % 2**64], np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-    return _finalize((numbers + offset) * np.uint64(0x9E3779B97F4A7C15))
+    return _finalize((numbers + _offset(seed)) * np.uint64(0x9E3779B97F4A7C15))
+
+
+def mix_seed(seed: int) -> int:
+    """Returns a seed below 2^32 that has nothing to do with the seeds next to it."""
+    return int(_offset(seed)[0] >> np.uint64(32))
+
+
+def _offset(seed: int) -> np.ndarray:
+    return _finalize(np.array([(seed + 1) % 2**64], np.uint64) * np.uint64(0x9E3779B97F4A7C15))
 
 
 def _finalize(z: np.ndarray) -> np.ndarray:

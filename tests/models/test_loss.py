@@ -147,7 +147,8 @@ def test_accumulation_and_chunks_change_no_gradient(changes):
 def test_validation_is_the_cross_entropy_alone():
     params = parameters(TIED)
     for changes in ({}, {"z_loss": 1.0}, {"loss_chunk_tokens": 8}):
-        loss = make_validation_step(train_config(**changes))(params, TOKENS)
+        loss, count = make_validation_step(train_config(**changes))(params, TOKENS)
+        assert count == TOKENS[:, 1:].size
         np.testing.assert_allclose(loss, plain_loss(params, TOKENS, TIED), rtol=1e-6)
 
 

@@ -1,0 +1,125 @@
+"""Packed rows: documents one after another, cut into rows, with the document of every token.
+
+No position is padding, and no token is left out but the few after the last whole row. Which rows a
+step sees is a pure function of its number, as for windows (`batches.py`): Grain's shuffle is a
+permutation that can be asked for any place, so a run's position in the data is its step.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+
+import numpy as np
+
+from experiments.data.batches import mix_seed
+from experiments.data.sources import DataError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedRows:
+    """Rows over documents: `rows[r]` is the tokens and the segment ids of row r.
+
+    Both are int32 `[seq_len + 1]`: a row shares its last token, which is a target alone, with the
+    next one. Segment ids count the documents of a row from 0.
+
+    Attributes:
+      tokens: One-dimensional integers, perhaps a memory map.
+      starts: Where each document begins, sorted; the first is 0.
+      seq_len: Tokens a row is trained on.
+
+    Raises:
+      DataError: The tokens do not fill a row.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    seq_len: int
+
+    def __post_init__(self):
+        if not len(self):
+            raise DataError(
+                f"{len(self.tokens)} tokens fill no row: seq_len {self.seq_len} needs "
+                f"{self.seq_len + 1}"
+            )
+
+    def __len__(self) -> int:
+        return max(0, len(self.tokens) - 1) // self.seq_len
+
+    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        begin = int(row) * self.seq_len
+        end = begin + self.seq_len + 1
+        first, last = np.searchsorted(self.starts, [begin, end - 1], side="right")
+        ids = np.zeros(self.seq_len + 1, np.int32)
+        ids[self.starts[first:last] - begin] = 1
+        return self.tokens[begin:end].astype(np.int32), np.cumsum(ids, dtype=np.int32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedBatches:
+    """Packed rows in an order that every epoch has anew.
+
+    Attributes:
+      rows: The rows.
+      batch_size: Rows of a batch, over all processes.
+      seed: Of the order; any whole number.
+      shard: This process's number.
+      num_shards: Processes that a batch is dealt out to; it divides `batch_size`.
+
+    Raises:
+      DataError: Grain is not installed, or the processes do not divide a batch.
+    """
+
+    rows: PackedRows
+    batch_size: int
+    seed: int = 0
+    shard: int = 0
+    num_shards: int = 1
+
+    def __post_init__(self):
+        if self.batch_size % self.num_shards:
+            raise DataError(
+                f"batch_size {self.batch_size} is not divided by {self.num_shards} processes"
+            )
+        check_grain()
+
+    def at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns this process's tokens and segment ids of a step, int32 `[rows, seq_len + 1]`."""
+        return self._dataset[step]
+
+    @functools.cached_property
+    def _dataset(self):
+        import grain
+
+        # Grain adds the epoch to its seed, so neighboring seeds would share orders: mixed, they
+        # do not.
+        order = grain.MapDataset.source(self.rows).shuffle(mix_seed(self.seed)).repeat()
+        mine = order[self.shard :: self.num_shards]
+        return mine.batch(self.batch_size // self.num_shards)
+
+
+def packed_validation_batches(
+    rows: PackedRows, *, batch_size: int, max_batches: int
+) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """Returns fixed, evenly spaced rows, the same in every run.
+
+    Args:
+      rows: The rows; where there are fewer than a batch has, some come twice.
+      batch_size: Rows of a batch.
+      max_batches: The most batches.
+    """
+    count = min(max_batches, max(1, len(rows) // batch_size)) * batch_size
+    chosen = [rows[row] for row in np.linspace(0, len(rows) - 1, count).astype(np.int64)]
+    return tuple(
+        tuple(np.stack(part) for part in zip(*chosen[i : i + batch_size], strict=True))
+        for i in range(0, count, batch_size)
+    )
+
+
+def check_grain():
+    """Raises unless Grain is installed; to import it would import JAX.
+
+    Raises:
+      DataError: It is not.
+    """
+    if importlib.util.find_spec("grain") is None:
+        raise DataError("--pack needs the package grain: pip install 'jaxckpt[train]'")

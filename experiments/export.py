@@ -1,0 +1,170 @@
+"""Write a run's weights as Hugging Face's transformers loads them.
+
+python -m experiments.export runs/tuned -o tuned-hf
+python -m experiments.export runs/tuned -o tuned-hf --step 400 --dtype f32
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from cyclopts import Parameter
+
+from experiments.cli import main
+from experiments.config import ConfigError, load_toml
+from experiments.init import CONFIG_JSON, read_shape
+from experiments.record import CONFIG, RunError
+from experiments.shard_writer import write_shards
+from experiments.shards import import_safetensors, read_json
+from jaxckpt.models import qwen3
+from jaxckpt.models.config import TransformerConfig
+from jaxckpt.plans.errors import nearest
+
+_DTYPES = {"bf16": "bfloat16", "f32": "float32"}
+# What lies beside weights and is the same after training.
+_COPIED = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
+)
+
+
+def export(
+    run: Annotated[Path, Parameter(help="Folder of a run of experiments.train.")],
+    *,
+    out: Annotated[Path, Parameter(name=("--out", "-o"), help="Folder to make.")],
+    step: Annotated[int | None, Parameter(help="Of a checkpoint; by default the last.")] = None,
+    dtype: Annotated[Literal["bf16", "f32"], Parameter(help="Of the tensors written.")] = "bf16",
+    shard_gb: Annotated[float, Parameter(help="Largest size of a file, in 1e9 bytes.")] = 5.0,
+):
+    """Write a run's weights as safetensors, with config.json and the tokenizer it started with."""
+    source = _read_run(run)
+    step = _choose_step(run, step)
+    if not shard_gb > 0:
+        raise ConfigError(f"shard-gb is {shard_gb}; it is above 0, such as 5")
+    _check_out(out)
+    import_safetensors()
+    content = source.config_json(_DTYPES[dtype])
+    try:
+        with _whole(out) as folder, _parameters(run, step) as read:
+            (folder / CONFIG_JSON).write_text(json.dumps(content, indent=2) + "\n")
+            copied = _copy_beside(source.init, folder)
+            tensors = _tensors(source.model, read, _DTYPES[dtype])
+            written = write_shards(folder, tensors, largest_bytes=int(shard_gb * 1e9))
+    except OSError as error:
+        raise RunError(f"cannot write {out}: {error.strerror or error}") from None
+    beside = ", ".join(copied) or "no tokenizer: the run started with none"
+    print(f"step {step} of {run} is in {out}: {written} in {dtype}; {beside}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Source:
+    """What a run's configuration says: its model, and the folder that it started from."""
+
+    model: TransformerConfig
+    init: Path | None
+    seq_len: int
+
+    def config_json(self, dtype: str) -> dict[str, Any]:
+        """Returns the new `config.json`: of the folder that the run started from, or its own."""
+        try:
+            own = qwen3.config_json(self.model, dtype=dtype, max_positions=self.seq_len)
+        except ValueError as error:
+            raise ConfigError(f"the run's model is no Qwen3: {error}") from None
+        if self.init is None:
+            return own
+        if qwen3.shape(read_shape(self.init)) != qwen3.shape(self.model):
+            raise ConfigError(f"{self.init} is no longer the model that the run started from")
+        return {**own, **read_json(self.init / CONFIG_JSON), "torch_dtype": dtype, "dtype": dtype}
+
+
+def _read_run(run: Path) -> _Source:
+    if not run.is_dir():
+        names = [path.name for path in run.parent.glob("*") if path.is_dir()]
+        raise ConfigError(f"{str(run)!r} is no folder of a run{nearest(run.name, names)}")
+    if not (run / CONFIG).is_file():
+        raise ConfigError(f"{str(run)!r} holds no run of experiments.train: no {CONFIG} in it")
+    flags = load_toml(run / CONFIG)
+    fields = {
+        field.name: field.name.replace("_", "-") for field in dataclasses.fields(TransformerConfig)
+    }
+    try:
+        model = TransformerConfig(
+            **{name: flags[flag] for name, flag in fields.items() if flag in flags}
+        )
+    except ValueError as error:
+        raise ConfigError(f"{run / CONFIG}: {error}") from None
+    init = flags.get("init")
+    return _Source(model=model, init=None if init is None else Path(init), seq_len=flags["seq-len"])
+
+
+def _choose_step(run: Path, step: int | None) -> int:
+    """Returns the step asked for or the last one; Orbax names a folder so when it is complete."""
+    folder = run / "checkpoints"
+    there = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+    if not there:
+        raise ConfigError(
+            f"{folder} holds no checkpoint; a run of experiments.train saves some with --save-every"
+        )
+    if step is not None and step not in there:
+        raise ConfigError(f"{folder} has no step {step}; there are: {', '.join(map(str, there))}")
+    return there[-1] if step is None else step
+
+
+def _check_out(out: Path):
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {str(out)!r}: there is no folder {out.parent}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {str(out)!r} is there already; name another folder")
+
+
+@contextlib.contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """Yields a folder that becomes `out` when all is in it, and is gone if that fails."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+    try:
+        yield folder
+        folder.chmod(0o755)  # a temporary folder is its owner's alone
+        folder.replace(out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _copy_beside(init: Path | None, folder: Path) -> list[str]:
+    found = [] if init is None else [name for name in _COPIED if (init / name).is_file()]
+    for name in found:
+        shutil.copyfile(init / name, folder / name)
+    return found
+
+
+@contextlib.contextmanager
+def _parameters(run: Path, step: int) -> Iterator[Callable[[tuple[str, ...]], np.ndarray]]:
+    """Yields a function from a parameter's path to its value, which is read then."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed, and a GPU may be busy
+    from experiments.checkpoints import Checkpoints
+
+    with contextlib.closing(Checkpoints(run, keep=1)) as checkpoints:
+        yield lambda path: checkpoints.parameter(step, path)
+
+
+def _tensors(model: TransformerConfig, read, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields every tensor by its name; one parameter of the run is in memory at a time."""
+    for path, tensors in itertools.groupby(qwen3.tensors(model), key=lambda tensor: tensor.path):
+        value = read(path)
+        for tensor in tensors:
+            row = value if tensor.block is None else value[tensor.block]
+            row = row.T if tensor.transposed else row
+            yield tensor.name, np.ascontiguousarray(row.astype(dtype))
+
+
+if __name__ == "__main__":
+    main(export)
