@@ -35,7 +35,13 @@ def test_the_documented_table_names_the_command_that_made_it():
     assert "| NO |" not in table
 
 
-@pytest.mark.parametrize("part", executor.PARTS)
+@pytest.mark.parametrize(
+    "part",
+    [
+        pytest.param(part, marks=[pytest.mark.heavy] if part in ("compile", "nested") else [])
+        for part in executor.PARTS
+    ],
+)
 def test_part_in_quick_form(part):
     result = MODULES[part].run(quick=True)
     assert result.rows

@@ -110,7 +110,7 @@ def load_corpus(
         tokens = map_tokens(files[0], token_dtype)
         corpus = _from_tokens(path, tokens, tokenizer)
         return _pack_tokens(corpus, tokens, end_token) if pack else corpus
-    if not pack and all(file.suffix == JSON_LINES for file in files):
+    if files and not pack and all(file.suffix == JSON_LINES for file in files):
         raise DataError(f"--data {path!r} is JSON Lines; --pack reads its documents")
     texts, skipped = read_texts(files, base)
     if not texts:

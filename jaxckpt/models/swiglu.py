@@ -29,11 +29,10 @@ def _forward(gate, up, kernel_FD):
 
 def _backward(residuals, grad):
     gate, up, kernel_FD = residuals
-    grad_hidden, of_kernel = jax.vjp(
-        lambda hidden, kernel: hidden @ kernel, _hidden(gate, up), kernel_FD.astype(gate.dtype)
-    )[1](grad)
-    _, of_inputs = jax.vjp(_hidden, gate, up)
-    return *of_inputs(grad_hidden), of_kernel.astype(kernel_FD.dtype)
+    hidden, of_inputs = jax.vjp(_hidden, gate, up)
+    grad_hidden = grad @ kernel_FD.T.astype(gate.dtype)
+    of_kernel_FD = jnp.einsum("...F,...D->FD", hidden, grad)
+    return *of_inputs(grad_hidden), of_kernel_FD.astype(kernel_FD.dtype)
 
 
 swiglu_down.defvjp(_forward, _backward)

@@ -185,6 +185,7 @@ def test_a_compiler_that_is_not_installed(capsys):
         pytest.skip("the CUDA plugin is installed")
 
 
+@pytest.mark.heavy
 @pytest.mark.xdist_group("absent")
 def test_an_absent_chip_and_the_second_time(tmp_path):
     needs_tpu()

@@ -55,6 +55,7 @@ def test_a_run_goes_on_with_another_number_of_devices(whole, cache, tmp_path):
     assert all((state[name] == expected[name]).all() for name in expected)
 
 
+@pytest.mark.heavy
 def test_a_run_goes_on_with_its_batch_in_parts(tmp_path, cache):
     """Sums of gradients associate differently, so this is equal to float tolerance."""
     ends = []

@@ -35,6 +35,7 @@ def losses(tmp_path, plan: str) -> list[float]:
     return [row.get("loss", row.get("validation_loss")) for row in rows[1:]]
 
 
+@pytest.mark.heavy
 def test_curves_of_plans_lie_on_each_other(tmp_path):
     want = losses(tmp_path, "none")
     assert len(want) == 7

@@ -187,9 +187,9 @@ def test_plans_come_in_the_order_of_their_recomputation():
 
 
 def test_recomputing_can_move_fewer_bytes_than_keeping():
-    """As measured on an H200 at Qwen3-0.6B's shape: `full` beats `none`, its loop copies less."""
+    """A loop copies the residuals it keeps, so in one `full` spends less time on memory."""
     full, none = estimate(step("full"), H100), estimate(step("none"), H100)
-    assert full.memory_seconds < 0.95 * none.memory_seconds
+    assert full.memory_seconds < 0.98 * none.memory_seconds
     assert full.flops > none.flops
 
 
@@ -216,9 +216,9 @@ def test_attention_reaches_less_on_short_sequences(monkeypatch):
 
 # Measured on one H200: Qwen3-0.6B's shape, AdamW in float32, cuDNN attention, one block a trip of a
 # loop; at 1024 tokens with whole logits. Attention's efficiency is fitted to such steps, so this
-# test holds the rest of the model and says nothing of other chips.
+# test holds the rest of the model and says nothing of other chips. `none` is not among them: the
+# step that was measured kept float32 residuals of norms, which the model has no more.
 MEASURED_MS = {
-    (8, 1024, "none"): 103.3,
     (8, 1024, "full"): 99.6,
     (8, 1024, "dots_no_batch"): 94.1,
     (2, 16384, "full"): 770,

@@ -129,7 +129,13 @@ def test_temp_falls_with_the_chunk(accumulate):
     assert temp(whole) - temp(whole // 8) > 0.8 * (1 - 1 / 8) * logits
 
 
-@pytest.mark.parametrize("changes", [{"accumulate": 2}, {"accumulate": 2, "loss_chunk_tokens": 16}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"accumulate": 2}, marks=pytest.mark.heavy),
+        {"accumulate": 2, "loss_chunk_tokens": 16},
+    ],
+)
 def test_accumulation_and_chunks_change_no_gradient(changes):
     def norms(config):
         state, losses = jax.jit(lambda: init_state(config))(), []

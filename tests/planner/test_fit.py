@@ -62,6 +62,7 @@ def test_peaks_are_within_the_budget_and_grow_with_it():
     assert len(set(peaks)) >= 6
 
 
+@pytest.mark.heavy
 def test_less_memory_is_never_faster():
     seconds = [fitted(budget).chosen.seconds for budget in budgets()]
     assert all(a >= b * (1 - 0.002) for a, b in itertools.pairwise(seconds))

@@ -128,6 +128,7 @@ def test_less_is_kept_under_a_smaller_budget():
     assert kept == sorted(kept) and kept[0] < kept[-1] / 2
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_an_absent_tpu_needs_less_under_a_smaller_budget():
     """Barriers hold there on every version. Carries are too large for on-chip memory: 32 MiB."""
@@ -172,7 +173,14 @@ def test_compiled_memory_is_what_the_schedule_holds():
         assert temp_bytes(schedule) <= budget * mib < temp_bytes("none")
 
 
-@pytest.mark.parametrize("plan", [planned(BUDGETS[0]), "log", "sqrt+offload:carry"])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        planned(BUDGETS[0]),
+        pytest.param("log", marks=pytest.mark.heavy),
+        pytest.param("sqrt+offload:carry", marks=pytest.mark.heavy),
+    ],
+)
 def test_inside_jit_vmap_scan_and_twice(plan):
     weights, x = parameters(), jnp.ones((4, SIZES[0]))
     twice = lambda plan: lambda w, x: loss(w, x, plan) + loss(w, 2 * x, plan)

@@ -50,7 +50,7 @@ def promised(num_blocks: int, plan: str) -> int:
     return total
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(plans())
 def test_gradients_with_dropout_equal_none(case):
     num_blocks, plan = case
