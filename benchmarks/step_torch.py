@@ -21,13 +21,15 @@ import time
 import torch
 from transformers import Qwen3Config, Qwen3Model
 
+from benchmarks.peaks import QWEN3
+
 _CHUNK_TOKENS = 1024
 _WARM_UP, _BLOCKS, _STEPS = 3, 5, 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is run, or with `prepare` compiled alone; the shape is Qwen3-0.6B's unless given."""
+    """What is run, or with `prepare` compiled alone; the shape is Qwen3-0.6B's."""
 
     batch_size: int
     seq_len: int
@@ -36,25 +38,18 @@ class Case:
     budget: float | None = None
     precision: str = "autocast"
     prepare: bool = False
-    vocab_size: int = 151936
-    num_blocks: int = 28
-    d_model: int = 1024
-    num_heads: int = 16
-    num_kv_heads: int = 8
-    head_dim: int = 128
-    d_ff: int = 3072
 
 
 def make_model(case: Case) -> Qwen3Model:
     """Returns the backbone on the GPU, in the dtype that its parameters are kept in."""
     config = Qwen3Config(
-        vocab_size=case.vocab_size,
-        hidden_size=case.d_model,
-        intermediate_size=case.d_ff,
-        num_hidden_layers=case.num_blocks,
-        num_attention_heads=case.num_heads,
-        num_key_value_heads=case.num_kv_heads,
-        head_dim=case.head_dim,
+        vocab_size=QWEN3.vocab_size,
+        hidden_size=QWEN3.d_model,
+        intermediate_size=QWEN3.d_ff,
+        num_hidden_layers=QWEN3.num_blocks,
+        num_attention_heads=QWEN3.num_heads,
+        num_key_value_heads=QWEN3.num_kv_heads,
+        head_dim=QWEN3.head_dim,
         max_position_embeddings=max(case.seq_len, 2048),
         tie_word_embeddings=True,
         use_cache=False,
@@ -155,7 +150,7 @@ def run(case: Case) -> dict[str, object]:
     started = time.perf_counter()
     trainer = Trainer(case)
     shape = (case.batch_size, case.seq_len + 1)
-    tokens = torch.randint(0, case.vocab_size, shape, device="cuda")
+    tokens = torch.randint(0, QWEN3.vocab_size, shape, device="cuda")
     for _ in range(1 if case.prepare else _WARM_UP):
         loss = trainer.step(tokens)
     torch.cuda.synchronize()

@@ -11,7 +11,9 @@ from benchmarks import (
     equality,
     evaluations,
     executor,
+    kernels,
     nested,
+    step,
     temp,
 )
 
@@ -104,3 +106,30 @@ def test_what_stands_around_the_documented_table_stays(tmp_path):
         f"above\n{document.BEGIN}\nMade by `python -m x` on cpu, jax 1.\n\n"
         f"| plan | L=16 |\n| --- | --- |\n| log | - |\n{document.END}\nbelow\n"
     )
+
+
+def test_the_step_benchmark_tells_what_fails():
+    row = lambda seconds, peak: {"seconds": seconds, "peak_bytes": peak}
+    rows = {"short: full": row(0.7, 9), "short: torch.compile + checkpoint": row(1.0, 10)}
+    assert step.check(rows) == []
+    rows["short: full"] = row(0.71, 11)
+    slow, large = step.check(rows)
+    assert "0.710 of the time" in slow and "bound 0.7" in slow
+    assert "1.100 of the memory" in large and "bound 1.0" in large
+    assert step.check({"short: none": {"error": "no GPU"}}) == ["short: none: no GPU"]
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("nvjet_sm90_tst_128x128_64x6_2x1_v_bz_TNT", "matrix products"),
+        ("gemm_fusion_dot_38", "matrix products"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_", "attention forward"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_", "attention backward"),
+        ("void cudnn::fusion::compute_dot_do_o_specialized<true, 128>(", "attention backward"),
+        ("memcpy128", "copies"),
+        ("loop_add_multiply_fusion", kernels.OTHER),
+    ],
+)
+def test_kernels_are_told_by_name(name, kind):
+    assert kernels.kind_of(name) == kind
