@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxckpt.plans import Plan, PlanError, as_plan
-from jaxckpt.transforms import policies, tags
+from jaxckpt.transforms import policies, rows, tags
 from jaxckpt.transforms.blocks import check_policies
 from jaxckpt.transforms.stack import scan_blocks
 
@@ -38,9 +38,11 @@ class Stack(nn.Module):
       num_blocks: L.
       remat: A plan or its text.
       unroll: Blocks unrolled in one trip of a loop.
-      dtype: Floating parameters are cast to it once, before the loop. That is for blocks that
-        compute in it anyway: each would cast its float32 parameters in the forward pass, when it
-        is run again and in the backward pass. None leaves them as they are.
+      dtype: Floating parameters are cast to it, for blocks that compute in it anyway: once, before
+        a loop, where each block would cast its own in the forward pass, when it is run again and
+        in the backward pass. Unrolled blocks that are checkpointed cast their own all the same:
+        that takes a little longer, and spares the copy of all parameters. None leaves them as
+        they are.
     """
 
     block: Callable[..., nn.Module]
@@ -72,13 +74,15 @@ class Stack(nn.Module):
             call = functools.partial(block.init, **static)
             self._init_params(call, keys, carry, *consts)
 
+        cast = lambda params: params if self.dtype is None else jax.tree.map(self._cast, params)
+        params = nn.meta.unbox(dict(self.variables.get(_PARAMS, {})))
+        if not rows.reads_inside(self.remat, self.unroll):
+            params, cast = cast(params), lambda params: params
+
         def apply(carry, block_i, *consts):
-            variables = {_PARAMS: block_i["params"]}
+            variables = {_PARAMS: cast(block_i["params"])}
             return block.apply(variables, carry, *consts, rngs=block_i["keys"], **static)
 
-        params = nn.meta.unbox(dict(self.variables.get(_PARAMS, {})))
-        if self.dtype is not None:
-            params = jax.tree.map(self._cast, params)
         # The index is there for blocks that have neither parameters nor keys.
         blocks = {"params": params, "keys": keys, "index": jnp.arange(self.num_blocks)}
         return scan_blocks(apply, blocks, carry, *consts, remat=self.remat, unroll=self.unroll)

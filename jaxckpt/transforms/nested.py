@@ -19,7 +19,7 @@ from jax import lax
 
 from jaxckpt.plans import Policy, Stage, words
 from jaxckpt.plans.uniform import segment_sizes
-from jaxckpt.transforms import tags
+from jaxckpt.transforms import rows, tags
 from jaxckpt.transforms.policies import checkpoint_policy
 
 Apply = Callable[[Any, Any], Any]  # (carry, one block's item) -> carry
@@ -74,6 +74,8 @@ class Stacked:
 
     def _scan(self, apply, carry, items, length, unroll, remat):
         if remat is not None:
+            if unroll > 1:
+                apply, items = rows.read_inside(apply, items)
             # A loop keeps the recomputation apart from the forward pass, so the barriers that
             # do it elsewhere are left out; a loop of one trip is no loop once compiled.
             apply = remat(apply, prevent_cse=unroll > 1 or length == 1)

@@ -320,7 +320,7 @@ def test_an_absent_chip_with_its_own_attention_kernel(tmp_path):
     )
     flags = ["--num-blocks=3", "--d-model=256", "--batch-size=64", "--seq-len=512"]
     flags += ["--head-dim=64", "--attention=splash", "--target=v5e-1", "--plan=auto"]
-    flags += ["--budget=1GiB", f"--json={path}"]
+    flags += ["--budget=850MiB", f"--json={path}"]
     environment = {"JAXCKPT_CACHE": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
 
     def rows(*more: str) -> list[dict]:
@@ -333,5 +333,5 @@ def test_an_absent_chip_with_its_own_attention_kernel(tmp_path):
     # `none` was compiled by the planner, under the name that a plan of one's own has.
     again, none = rows("--plan=none")
     assert again == first and time.perf_counter() - started < 3
-    assert first["peak_bytes"] <= 2**30 < none["peak_bytes"]
+    assert first["peak_bytes"] <= 850 * 2**20 < none["peak_bytes"]
     assert first["fits"] and not none["fits"]
