@@ -48,7 +48,7 @@ CASES = {
 BOUNDS = (
     ("short: kept", "short: torch.compile", 0.75, 0.6),
     ("short: full", "short: torch.compile + checkpoint", 0.70, 1.0),
-    ("short: kept", "short: torch.compile, budget 0.5", 0.75, 1.0),
+    ("short: attention", "short: torch.compile, budget 0.5", 0.75, 1.0),
     ("short: attention", "short: torch.compile, budget 0.1", 0.75, 1.0),
     ("long: attention", "long: torch + checkpoint", 0.52, 1.0),
 )
