@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 from jaxckpt.memory.targets import Target, parse_target
 from jaxckpt.planner.budgets import budget_bytes, check_asked
+from jaxckpt.planner.ladder import Rung
 from jaxckpt.planner.problem import Problem
 from jaxckpt.planner.rates import rates_of
 from jaxckpt.planner.result import FitResult
@@ -76,7 +77,21 @@ def solve(
       ValueError: The step ignores its plan, or runs stacks of another number of blocks.
     """
     problem = Problem.of(steps, num_blocks, rates_of(target), block)
-    rungs = problem.ladder()
+    return answer(problem, problem.ladder(), budget)
+
+
+def answer(problem: Problem, rungs: Sequence[Rung], budget: int) -> FitResult:
+    """Returns the answer for one budget of a problem, whose ladder serves all of them.
+
+    Args:
+      problem: A step with its compiled anchors; what is compiled here is added to them.
+      rungs: `problem.ladder()`.
+      budget: In bytes.
+
+    Raises:
+      BudgetError: No plan fits.
+    """
+    steps = problem.steps
     known = {
         place: problem.peak(rung.draft.plan)
         for place, rung in enumerate(rungs)

@@ -107,7 +107,7 @@ class Steps:
     def _kept(self, plan: Plan, step: Step, measured: Callable[[], MemoryReport]) -> MemoryReport:
         jaxpr, _ = self.trace(plan)
         name = cache.key(
-            program=_ADDRESS.sub("", str(jaxpr)),
+            program=program_text(jaxpr),
             options=repr(sorted(step.options.items())),
             device=jax.local_devices()[0].device_kind,
             sources=cache.digest_of_sources({"jaxckpt.memory"}),
@@ -117,3 +117,8 @@ class Steps:
             report = measured()
             cache.store(name, report)
         return report
+
+
+def program_text(jaxpr) -> str:
+    """Returns a jaxpr as text that is the same in every process, to keep a report under."""
+    return _ADDRESS.sub("", str(jaxpr))
