@@ -15,7 +15,6 @@ from benchmarks.peaks import QWEN3, TINY
 from benchmarks.planner_part import Case
 from experiments.build import build
 from experiments.config import TrainConfig
-from jaxckpt.memory import cache
 from jaxckpt.memory.built_step import BuiltStep
 from jaxckpt.memory.flops import count_flops
 from jaxckpt.memory.measure import compile_step
@@ -26,7 +25,7 @@ from jaxckpt.planner.fit import answer
 from jaxckpt.planner.problem import Problem
 from jaxckpt.planner.rates import rates_of
 from jaxckpt.planner.result import BudgetError
-from jaxckpt.planner.steps import Steps, program_text
+from jaxckpt.planner.steps import Steps
 from jaxckpt.plans import Plan
 
 # What a user would try, the policies that MaxText names among them: save_qkv_proj,
@@ -115,16 +114,8 @@ class _Compiler:
     def _report_of(self, plan: Plan) -> MemoryReport:
         started = time.perf_counter()
         step = self._built(plan)
-        name = cache.key(
-            program=program_text(self.steps.trace(plan)[0]),
-            options=dict(step.compiler_options),
-            target=self._target.name,
-            sources=cache.digest_of_sources({"jaxckpt.memory"}),
-        )
-        report = cache.load(name)
-        if report is None:
-            report = self._compiled(step)
-            cache.store(name, report)
+        options = dict(step.compiler_options)
+        report = self.steps.kept(plan, lambda: self._compiled(step), options=options)
         self.seconds += time.perf_counter() - started
         return report
 

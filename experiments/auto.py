@@ -16,11 +16,13 @@ from typing import Any
 from experiments.build import build, plan_entry
 from experiments.config import ConfigError, TrainConfig
 from experiments.record import versions
-from jaxckpt.memory.targets import parse_target
+from jaxckpt.memory.report import MemoryReport
+from jaxckpt.memory.targets import LOCAL, parse_target
 from jaxckpt.memory.units import gib
 from jaxckpt.planner.absent import fit_entry
-from jaxckpt.planner.budgets import given_bytes, more_than_usable, usable_bytes
+from jaxckpt.planner.budgets import check_asked, given_bytes, more_than_usable, usable_bytes
 from jaxckpt.planner.result import FitResult
+from jaxckpt.plans import Plan
 
 
 def choose(config: TrainConfig, target: str, *, budget: int | None = None) -> FitResult:
@@ -35,24 +37,40 @@ def choose(config: TrainConfig, target: str, *, budget: int | None = None) -> Fi
       BudgetError: No plan fits.
       ConfigError: The budget is not known, or the planner's solver is not installed.
     """
-    asked = {"num_blocks": config.model.num_blocks, "target": target}
-    asked["budget"] = limit_bytes(config, target) if budget is None else budget
+    budget = limit_bytes(config, target) if budget is None else budget
+    num_blocks = config.model.num_blocks
     try:
+        check_asked(num_blocks)
         if parse_target(target).backend == "local":
-            return _choose_here(config, asked)
-        return fit_entry(plan_entry(config, target), **asked)
+            return _choose_here(config, budget)
+        entry = plan_entry(config, target)
+        return fit_entry(entry, num_blocks=num_blocks, target=target, budget=budget)
     except ImportError as error:
         raise ConfigError(f"plan 'auto': {error}") from None
 
 
-def _choose_here(config: TrainConfig, asked) -> FitResult:
-    import jaxckpt
+def _choose_here(config: TrainConfig, budget: int) -> FitResult:
+    """Returns the answer for this process's device, of steps compiled as they are run.
 
-    def step_for(plan):
-        built = build(dataclasses.replace(config, remat=str(plan)), "local")
-        return built.fn, built.args, {"donate_argnums": built.donate_argnums}
+    Their reports have times and findings, as those of other plans.
+    """
+    from jaxckpt.memory.measure import compile_step
+    from jaxckpt.planner.fit import solve
+    from jaxckpt.planner.steps import Steps
 
-    return jaxckpt.fit(step_for, **asked)
+    built = lambda plan: build(dataclasses.replace(config, remat=str(plan)), "local")
+
+    def step_for(plan: Plan):
+        step = built(plan)
+        return step.fn, step.args, {"donate_argnums": step.donate_argnums}
+
+    def report_of(plan: Plan) -> MemoryReport:
+        step = built(plan)
+        options = {"donated": step.donate_argnums, "xla": dict(step.compiler_options)}
+        return steps.kept(plan, lambda: compile_step(step)[1], options=options)
+
+    steps = Steps(step_for, LOCAL, report_of)
+    return solve(steps, config.model.num_blocks, target=LOCAL, budget=budget)
 
 
 def limit_bytes(config: TrainConfig, target: str) -> int | None:
