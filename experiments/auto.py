@@ -20,7 +20,13 @@ from jaxckpt.memory.report import MemoryReport
 from jaxckpt.memory.targets import LOCAL, parse_target
 from jaxckpt.memory.units import gib
 from jaxckpt.planner.absent import fit_entry
-from jaxckpt.planner.budgets import check_asked, given_bytes, more_than_usable, usable_bytes
+from jaxckpt.planner.budgets import (
+    check_asked,
+    given_bytes,
+    host_bytes,
+    more_than_usable,
+    usable_bytes,
+)
 from jaxckpt.planner.result import FitResult
 from jaxckpt.plans import Plan
 
@@ -41,15 +47,16 @@ def choose(config: TrainConfig, target: str, *, budget: int | None = None) -> Fi
     num_blocks = config.model.num_blocks
     try:
         check_asked(num_blocks)
+        budgets = {"budget": budget, "host_budget": host_limit_bytes(config) or 0}
         if parse_target(target).backend == "local":
-            return _choose_here(config, budget)
+            return _choose_here(config, budgets)
         entry = plan_entry(config, target)
-        return fit_entry(entry, num_blocks=num_blocks, target=target, budget=budget)
+        return fit_entry(entry, num_blocks=num_blocks, target=target, **budgets)
     except ImportError as error:
         raise ConfigError(f"plan 'auto': {error}") from None
 
 
-def _choose_here(config: TrainConfig, budget: int) -> FitResult:
+def _choose_here(config: TrainConfig, budgets: Mapping[str, int]) -> FitResult:
     """Returns the answer for this process's device, of steps compiled as they are run.
 
     Their reports have times and findings, as those of other plans.
@@ -70,7 +77,7 @@ def _choose_here(config: TrainConfig, budget: int) -> FitResult:
         return steps.kept(plan, lambda: compile_step(step)[1], options=options)
 
     steps = Steps(step_for, LOCAL, report_of)
-    return solve(steps, config.model.num_blocks, target=LOCAL, budget=budget)
+    return solve(steps, config.model.num_blocks, target=LOCAL, **budgets)
 
 
 def limit_bytes(config: TrainConfig, target: str) -> int | None:
@@ -92,22 +99,31 @@ def limit_bytes(config: TrainConfig, target: str) -> int | None:
     return usable
 
 
+def host_limit_bytes(config: TrainConfig) -> int | None:
+    """Returns what a configuration's plan may have on the host, in bytes; None if it says nothing."""
+    return None if config.host_budget is None else host_bytes(config.host_budget)
+
+
 def excess(limit: int | None, target: str) -> str | None:
     """Returns a line if a budget is more than the target has, else None."""
     return None if limit is None else more_than_usable(limit, parse_target(target))
 
 
-def check_within(plan: str, peak_bytes: int, limit: int | None):
-    """Raises for a step that needs more than its budget.
+def check_within(
+    config: TrainConfig, report: MemoryReport, limit: int | None, host_limit: int | None
+):
+    """Raises for a step that needs more than its budget, of the device or of the host.
 
     Raises:
       ConfigError: It does.
     """
-    if limit is not None and peak_bytes > limit:
-        raise ConfigError(
-            f"plan {plan!r} needs {gib(peak_bytes)} compiled, {gib(peak_bytes - limit)} more than "
-            f"the budget of {gib(limit)}; --remat=auto looks for a plan within it"
-        )
+    needs = ((report.peak_bytes, limit, ""), (report.host_bytes, host_limit, "host "))
+    for size, most, where in needs:
+        if most is not None and size > most:
+            raise ConfigError(
+                f"plan {config.remat!r} needs {gib(size)} compiled, {gib(size - most)} more than "
+                f"the {where}budget of {gib(most)}; --remat=auto looks for a plan within it"
+            )
 
 
 # Settings that a resumed run may change and its step's memory follows; `checkpoints.identity` has
@@ -152,7 +168,7 @@ def settle(
             "compiled, or read from disk"
         )
         plan = str(result.plan)
-    return dataclasses.replace(config, remat=plan, budget=None), now
+    return dataclasses.replace(config, remat=plan, budget=None, host_budget=None), now
 
 
 def _occasion(config: TrainConfig, limit: int) -> dict[str, Any]:
@@ -160,5 +176,6 @@ def _occasion(config: TrainConfig, limit: int) -> dict[str, Any]:
     import jax
 
     found = {name: getattr(config, name) for name in _OF_MEMORY}
-    found |= {"budget_bytes": limit, "device": jax.devices()[0].device_kind}
+    found |= {"budget_bytes": limit, "host_budget_bytes": host_limit_bytes(config)}
+    found |= {"device": jax.devices()[0].device_kind}
     return found | {name: versions()[name] for name in ("jax", "jaxlib")}

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from experiments.auto import choose, limit_bytes
+from experiments.auto import choose, host_limit_bytes, limit_bytes
 from experiments.build import build, entry_of
 from experiments.config import TrainConfig
 from experiments.fit_row import FitRow
@@ -66,6 +66,7 @@ def _row(config: TrainConfig, target: str, largest: str | None, here) -> FitRow:
     asked = {"config": config, "target": target}
     try:
         asked["budget_bytes"] = limit_bytes(config, target)
+        asked["host_budget_bytes"] = host_limit_bytes(config)
         if largest is not None:
             return _largest_row(FitRow(**asked), largest, here)
         if config.is_auto:

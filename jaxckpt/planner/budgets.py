@@ -46,6 +46,20 @@ def budget_bytes(budget: str | int | float, target: Target) -> int:
     return size
 
 
+def host_bytes(host_budget: str | int | float) -> int:
+    """Returns the bytes of the host that a plan may use; 0 for none.
+
+    Raises:
+      ValueError: No size.
+    """
+    if host_budget == 0 or host_budget == "0":
+        return 0
+    try:
+        return parse_bytes(host_budget)
+    except ValueError as error:
+        raise ValueError(f"host_budget: {error}") from None
+
+
 def given_bytes(budget: str | int | float) -> int:
     """Returns the bytes of a budget that is not `"auto"`.
 

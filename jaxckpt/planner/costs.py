@@ -28,7 +28,7 @@ class Kind:
       schedule: `"none"` or `"full"`.
       policies: What `full` keeps.
       kept_bytes: On the device from the forward to the backward pass.
-      host_bytes: On the host meanwhile.
+      host_bytes: On the host meanwhile; moved out and back beside the computation.
       live_bytes: What its reversal holds while it runs: all residuals of the block, those made
         again and copies of those kept.
       params_bytes: Its parameters, and so their gradients.
@@ -87,8 +87,12 @@ def kind_cost(stacks: Sequence[Stack], stage: Stage, rates: Rates, residual_byte
         on_device, on_host = _kept(flatten(jaxpr), num_kept)
         kept += on_device / stack.num_blocks
         host += on_host / stack.num_blocks
-        seconds += estimate(jaxpr, rates).seconds / stack.num_blocks
+        cost = estimate(jaxpr, rates)
+        seconds += (cost.matmul_seconds + cost.memory_seconds) / stack.num_blocks
         flops += count_flops(jaxpr) / stack.num_blocks
+    if host:
+        forward = forward_cost(stacks, rates).seconds
+        seconds = overlapped(forward, seconds - forward, host, rates)
     return Kind(
         schedule=stage.schedule,
         policies=stage.policies,
@@ -99,6 +103,21 @@ def kind_cost(stacks: Sequence[Stack], stage: Stage, rates: Rates, residual_byte
         seconds=seconds,
         flops=flops,
     )
+
+
+def overlapped(
+    forward_seconds: float, backward_seconds: float, moved_bytes: float, rates: Rates
+) -> float:
+    """Returns what two passes take that move bytes to the host and back beside their computation.
+
+    Args:
+      forward_seconds: While bytes go out.
+      backward_seconds: While they come back.
+      moved_bytes: In each direction.
+      rates: The chip's.
+    """
+    link = moved_bytes / rates.host_bytes_per_second
+    return max(forward_seconds, link) + max(backward_seconds, link)
 
 
 def _run(stack: Stack, stage: Stage, carry, params, consts):

@@ -12,13 +12,15 @@ Limits: all stacks of a step that follow the plan have `num_blocks` blocks and g
 seconds are a roofline's.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from jaxckpt.memory.targets import Target, parse_target
-from jaxckpt.planner.budgets import budget_bytes, check_asked
+from jaxckpt.planner.budgets import budget_bytes, check_asked, host_bytes
 from jaxckpt.planner.ladder import Rung
+from jaxckpt.planner.offload_check import verdict
 from jaxckpt.planner.problem import Problem
-from jaxckpt.planner.rates import rates_of
+from jaxckpt.planner.rates import chip_of, rates_of
 from jaxckpt.planner.result import FitResult
 from jaxckpt.planner.search import search
 from jaxckpt.planner.steps import Steps
@@ -32,6 +34,7 @@ def fit(
     num_blocks: int,
     target: str | Target = "local",
     budget: str | int | float = "auto",
+    host_budget: str | int | float = 0,
     block: Sequence | None = None,
 ) -> FitResult:
     """Returns the fastest plan whose compiled peak is within a budget.
@@ -43,6 +46,8 @@ def fit(
       num_blocks: L, the blocks of each stack that follows the plan.
       target: The chip, as for `jaxckpt.measure`.
       budget: Bytes a device, such as `"15GiB"`, or `"auto"`: what the target can use.
+      host_budget: Bytes of pinned host memory that a plan may use a device, such as `"32GiB"`;
+        by default nothing is moved to the host.
       block: `(block, params_i, carry, *consts)`, as for `jaxckpt.explain`, for a step that runs
         its blocks by other means than `scan_blocks` and jaxckpt's adapters.
 
@@ -63,21 +68,33 @@ def fit(
     """
     check_asked(num_blocks)
     target = parse_target(target)
-    budget = budget_bytes(budget, target)
-    return solve(Steps(step_for, target), num_blocks, target=target, budget=budget, block=block)
+    asked = {"budget": budget_bytes(budget, target), "host_budget": host_bytes(host_budget)}
+    return solve(Steps(step_for, target), num_blocks, target=target, **asked, block=block)
 
 
 def solve(
-    steps: Steps, num_blocks: int, *, target: Target, budget: int, block: Sequence | None = None
+    steps: Steps,
+    num_blocks: int,
+    *,
+    target: Target,
+    budget: int,
+    host_budget: int = 0,
+    block: Sequence | None = None,
 ) -> FitResult:
-    """Returns what `fit` does, of steps that may be compiled elsewhere.
+    """Returns what `fit` does, of steps that may be compiled elsewhere; budgets in bytes.
 
     Raises:
       BudgetError: No plan fits.
       ValueError: The step ignores its plan, or runs stacks of another number of blocks.
     """
-    problem = Problem.of(steps, num_blocks, rates_of(target), block)
-    return answer(problem, problem.ladder(), budget)
+    if not host_budget:
+        problem = Problem.of(steps, num_blocks, rates_of(target), block)
+        return answer(problem, problem.ladder(), budget)
+    offload = verdict(target, chip_of(target) is not None)
+    allowed = host_budget if offload.allowed else 0
+    problem = Problem.of(steps, num_blocks, rates_of(target), block, allowed)
+    found = answer(problem, problem.ladder(), budget)
+    return dataclasses.replace(found, host_budget_bytes=host_budget, offload=offload.text)
 
 
 def answer(problem: Problem, rungs: Sequence[Rung], budget: int) -> FitResult:

@@ -90,7 +90,7 @@ def proposals(graph: Graph) -> Iterator[tuple[Policy, ...]]:
     """Yields the policies of the frontier, from those that keep most to those that keep least."""
     if not graph.units:
         return
-    program = _Program(graph)
+    program = Program(graph)
     room = sum(unit.nbytes for unit in graph.units)
     step = max(room // _MOST_POINTS, 1)
     while room >= 0:
@@ -100,8 +100,13 @@ def proposals(graph: Graph) -> Iterator[tuple[Policy, ...]]:
         room = min(used - 1, room - step)
 
 
-class _Program:
-    """The program's matrix, built once; only M changes."""
+class Program:
+    """The program's matrix, built once; only M changes.
+
+    Attributes:
+      matrix: A row a constraint but for the last; columns are the steps, then the units.
+      bounds: What each row is at least.
+    """
 
     def __init__(self, graph: Graph):
         self.graph = graph

@@ -1,10 +1,14 @@
 """The ways to treat a block that the planner mixes: plain ones, and those of the frontier."""
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 from jaxckpt.memory.roofline import Rates
-from jaxckpt.planner.costs import Kind, kind_cost
+from jaxckpt.planner import offloads
+from jaxckpt.planner.costs import Kind, forward_cost, kind_cost
 from jaxckpt.planner.frontier import Graph, proposals
+from jaxckpt.planner.offloads import Passes
 from jaxckpt.planner.stacks import Stack
 from jaxckpt.plans import Plan, PlanError, Policy, Stage
 
@@ -12,12 +16,15 @@ from jaxckpt.plans import Plan, PlanError, Policy, Stage
 PLAIN = ("none", "full", "dots", "dots_no_batch", "attention")
 
 
-def find_kinds(stacks: Sequence[Stack], rates: Rates) -> tuple[tuple[Kind, ...], tuple[Kind, ...]]:
+def find_kinds(
+    stacks: Sequence[Stack], rates: Rates, host_bytes: float = 0.0
+) -> tuple[tuple[Kind, ...], tuple[Kind, ...]]:
     """Returns the kinds worth mixing, and the plain ones.
 
     Args:
       stacks: Those that share the plan.
       rates: The chip's.
+      host_bytes: What all blocks together may have on the host; 0 for nothing.
     """
     none = kind_cost(stacks, Stage(schedule="none"), rates)
     plain = [none]
@@ -25,7 +32,8 @@ def find_kinds(stacks: Sequence[Stack], rates: Rates) -> tuple[tuple[Kind, ...],
         plain += _costed(stacks, Plan.parse(text).stages[0], rates, none)
     found = list(plain)
     seen = {kind.policies for kind in found}
-    for policies in _proposed(stacks, rates):
+    moving = _moving(stacks, rates, none, host_bytes) if host_bytes else ()
+    for policies in itertools.chain(_proposed(stacks, rates), moving):
         stage = Stage(schedule="full", policies=policies)
         if stage.policies not in seen:
             seen.add(stage.policies)
@@ -38,6 +46,23 @@ def _proposed(stacks: Sequence[Stack], rates: Rates) -> Iterator[tuple[Policy, .
         yield from proposals(Graph.of(stack, rates))
 
 
+def _moving(
+    stacks: Sequence[Stack], rates: Rates, none: Kind, host_bytes: float
+) -> Iterator[tuple[Policy, ...]]:
+    """Yields policies that move something to the host, within what may be there and without end."""
+    forward = forward_cost(stacks, rates).seconds
+    passes = Passes(
+        forward_seconds=forward,
+        backward_seconds=max(none.seconds - forward, 0.0),
+        carry_bytes=sum(stack.carry_bytes for stack in stacks),
+        link_bytes_per_second=rates.host_bytes_per_second,
+    )
+    for stack in stacks:
+        graph = Graph.of(stack, rates)
+        for most in (math.inf, host_bytes / stack.num_blocks):
+            yield from offloads.proposals(graph, passes, most)
+
+
 def _costed(stacks: Sequence[Stack], stage: Stage, rates: Rates, none: Kind) -> list[Kind]:
     """Returns the kind of a stage, or nothing where some stack's block refuses it."""
     try:
@@ -47,16 +72,17 @@ def _costed(stacks: Sequence[Stack], stage: Stage, rates: Rates, none: Kind) -> 
 
 
 def _frontier(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
-    """Drops kinds that another beats in bytes, seconds and FLOPs; `none` and `full` stay."""
+    """Drops kinds that another beats in all bytes, seconds and FLOPs; `none` and `full` stay."""
     kept = []
     for kind in kinds:
         beaten = any(
             other is not kind
             and other.kept_bytes <= kind.kept_bytes
+            and other.host_bytes <= kind.host_bytes
             and other.seconds <= kind.seconds
             and other.flops <= kind.flops
-            and (other.kept_bytes, other.seconds, other.flops)
-            != (kind.kept_bytes, kind.seconds, kind.flops)
+            and (other.kept_bytes, other.host_bytes, other.seconds, other.flops)
+            != (kind.kept_bytes, kind.host_bytes, kind.seconds, kind.flops)
             for other in kinds
         )
         if not beaten or not kind.policies:

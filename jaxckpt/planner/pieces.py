@@ -79,7 +79,9 @@ class Draft:
     def family(self) -> tuple:
         """Plans of one family are compiled alike, so one's error tells of another's."""
         is_loop = all(stage.schedule in ("none", "full") for stage in self.stages)
-        return len(self.stages) > 1, is_loop, any(stage.policies for stage in self.stages)
+        policies = [policy for stage in self.stages for policy in stage.policies]
+        is_moving = any(policy.kind == "offload" for policy in policies)
+        return len(self.stages) > 1, is_loop, bool(policies), is_moving
 
 
 def draft(pieces: Sequence[Piece]) -> Draft:
@@ -133,14 +135,16 @@ def drafts(kinds: Sequence[Kind], forward: Forward, num_blocks: int) -> Iterator
     ordered = sorted(kinds, key=lambda kind: (-kind.live_bytes, kind.kept_bytes, str(kind)))
     for kind in ordered:
         yield draft([run_of(kind, num_blocks)])
-    mixed = hull(ordered)
+    here = hull([kind for kind in ordered if not kind.host_bytes])
+    mixed = here + [kind for kind in hull(ordered) if kind not in here]
+    mixed.sort(key=ordered.index)
     runs = {(kind, count): run_of(kind, count) for kind in mixed for count in range(1, num_blocks)}
-    for number in (2, 3):
-        for chosen in itertools.combinations(mixed, number):
+    for number, among in ((2, mixed), (3, here)):
+        for chosen in itertools.combinations(among, number):
             for counts in _splits(num_blocks, number):
                 if all(map(_is_loop, chosen, counts)):
                     yield draft([runs[pair] for pair in zip(chosen, counts, strict=True)])
-    yield from _scheduled(ordered, mixed, runs, forward, num_blocks)
+    yield from _scheduled(ordered, here, runs, forward, num_blocks)
 
 
 def hull(kinds: Sequence[Kind]) -> list[Kind]:

@@ -43,6 +43,7 @@ class Problem:
       seconds: Of the step beside its stacks.
       flops: Of the same.
       runs: How often a step runs its stacks: once for each part of an accumulated batch.
+      host_bytes: What a plan may have on the host.
     """
 
     steps: Steps
@@ -54,12 +55,15 @@ class Problem:
     seconds: float
     flops: int
     runs: int = 1
+    host_bytes: int = 0
 
     @classmethod
-    def of(cls, steps: Steps, num_blocks: int, rates: Rates, block) -> "Problem":
+    def of(
+        cls, steps: Steps, num_blocks: int, rates: Rates, block, host_bytes: int = 0
+    ) -> "Problem":
         """Traces the step, costs its blocks and compiles its anchors."""
         stacks, seconds, flops = _stacks(steps, num_blocks, rates, block)
-        kinds, plain = find_kinds(stacks, rates)
+        kinds, plain = find_kinds(stacks, rates, host_bytes)
         none, full = (_kind_of(plain, plan) for plan in (_NONE, _FULL))
         again = num_blocks * (full.flops - none.flops)
         runs = _runs(flops - count_flops(steps.trace(_NONE)[0]), again)
@@ -82,6 +86,7 @@ class Problem:
             seconds=max(seconds - runs * num_blocks * full.seconds, 0.0),
             flops=flops - round(runs * num_blocks * full.flops),
             runs=runs,
+            host_bytes=host_bytes,
         )
 
     def peak(self, plan: Plan) -> int:
@@ -103,7 +108,8 @@ class Problem:
         return min(self.steps.compiled.items(), key=lambda item: item[1].peak_bytes)
 
     def _drafts(self) -> Iterator[Draft]:
-        return pieces.drafts(self.kinds, self.forward, self.num_blocks)
+        found = pieces.drafts(self.kinds, self.forward, self.num_blocks)
+        return (one for one in found if one.host_bytes <= self.host_bytes)
 
     def _rung(self, draft: Draft) -> Rung:
         seconds = self.seconds + self.runs * draft.seconds

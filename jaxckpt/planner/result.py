@@ -53,6 +53,9 @@ class FitResult:
       keeps: For each stage of the plan, what it keeps where, as text.
       why: Why no faster plan was taken.
       num_compiles: Steps that were compiled.
+      host_budget_bytes: What a plan might have on the host; 0 where that was not allowed.
+      offload: Whether values could be moved to the host there, and why, as text; empty where it was
+        not asked.
     """
 
     plan: Plan
@@ -63,6 +66,8 @@ class FitResult:
     keeps: tuple[str, ...]
     why: str
     num_compiles: int
+    host_budget_bytes: int = 0
+    offload: str = ""
 
     @property
     def table(self) -> tuple[Candidate, ...]:
@@ -80,6 +85,8 @@ class FitResult:
             "keeps": list(self.keeps),
             "why": self.why,
             "num_compiles": self.num_compiles,
+            "host_budget_bytes": self.host_budget_bytes,
+            "offload": self.offload,
         }
 
     @classmethod
@@ -113,9 +120,17 @@ class FitResult:
             f"  time       {seconds_text(one.seconds)} a step by the roofline, "
             f"{one.flops:.3e} matmul FLOPs",
             *(f"  keeps      {text}" for text in self.keeps),
+            *self._of_host(),
             f"  why        {self.why}",
         ]
         return "\n".join(lines)
+
+    def _of_host(self) -> list[str]:
+        """Returns lines on the host's memory, where the plan might have used it."""
+        if not self.offload:
+            return []
+        host = f"{gib(self.report.host_bytes)} compiled of {gib(self.host_budget_bytes)}"
+        return [f"  host       {host}", f"  offload    {self.offload}"]
 
     def __str__(self) -> str:
         return "\n".join([self.summary, *self._rows()])

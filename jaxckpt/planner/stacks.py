@@ -48,6 +48,11 @@ class Stack:
         return sum(_nbytes(leaf) for leaf in self.params)
 
     @property
+    def carry_bytes(self) -> int:
+        """Bytes of a block's input."""
+        return sum(_nbytes(leaf) for leaf in self.carry)
+
+    @property
     def shape(self) -> tuple:
         """What makes two stacks the same to the planner."""
         text = lambda leaves: tuple((tuple(x.shape), str(x.dtype)) for x in leaves)

@@ -118,13 +118,18 @@ def _dots_policy(kinds) -> Callable:
     return jax.checkpoint_policies.nothing_saveable
 
 
+def bad_offload(backend: str) -> str | None:
+    """Returns why this JAX release is known to be wrong under offload on a backend, or None."""
+    return _BAD_OFFLOAD.get((backend, jax.__version__))
+
+
 def refuse_bad_offload():
     """Raises on a JAX release and backend known to return wrong gradients under offload.
 
     Raises:
       PlanError: With the reason.
     """
-    reason = _BAD_OFFLOAD.get((jax.default_backend(), jax.__version__))
+    reason = bad_offload(jax.default_backend())
     if reason:
         raise PlanError(
             f"offload is refused on jax {jax.__version__} ({jax.default_backend()}): {reason}; "
