@@ -94,6 +94,7 @@ class _Namer:
         self._wants = wants
         self._opens_remat = opens_remat
         self._counts = Counter()
+        self._in_rule = False
 
     def closed(self, closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
         """Returns a closed jaxpr with tags; itself if nothing in it is wanted."""
@@ -112,8 +113,11 @@ class _Namer:
     def _equation(self, jaxpr, equation, unnamed) -> list:
         """Returns what stands for one equation of a jaxpr."""
         name, word = equation.primitive.name, _word(equation)
-        if name in jaxprs.REMATS and self._opens_remat:
-            return [self._inside(_as_jit(equation))]
+        if (name in jaxprs.REMATS and self._opens_remat) or (name in _CUSTOM and self._in_rule):
+            # What a derivative rule runs is not differentiated once more.
+            plain = _as_jit(equation)
+            opened = self._inside(plain)
+            return [equation if opened is plain and name in _CUSTOM else opened]
         if name in _TRANSPARENT:
             return [self._inside(equation)]
         if name.startswith("custom_vjp"):
@@ -179,7 +183,9 @@ class _Namer:
             return None
         count = len(equation.outvars)
         outputs = frozenset(v for v in rule.jaxpr.outvars[:count] if isinstance(v, core.Var))
+        outside, self._in_rule = self._in_rule, True
         edited = self._jaxpr(rule.jaxpr, outputs)
+        self._in_rule = outside
         if edited is rule.jaxpr:
             return equation
         rule = core.jaxpr_as_fun(rule.replace(jaxpr=edited))
@@ -231,8 +237,10 @@ def _replaced(equation, inputs, call: Callable):
 
 
 def _as_jit(equation):
-    """Returns a `jax.checkpoint` as a plain call."""
-    run = core.jaxpr_as_fun(core.ClosedJaxpr(equation.params["jaxpr"], ()))
+    """Returns a `jax.checkpoint` or a custom derivative's function as a plain call."""
+    called = next(jaxprs.subjaxprs(equation))
+    closed = called if isinstance(called, core.ClosedJaxpr) else core.ClosedJaxpr(called, ())
+    run = core.jaxpr_as_fun(closed)
     avals = [var.aval for var in equation.invars]
     (made,) = jax.make_jaxpr(jax.jit(run))(*avals).eqns
     return made.replace(invars=list(equation.invars), outvars=list(equation.outvars))
