@@ -8,11 +8,12 @@ found by tracing, blocks are costed as `costs.py` says, plans put together in `p
 ordered in `ladder.py`, and `search.py` compiles a few. A plan is only returned if the compiler's
 own peak of its step is within the budget.
 
-Limits: all stacks of a step that follow the plan have `num_blocks` blocks and get the same plan;
-seconds are a roofline's.
+Stacks that are given by name get a plan each (`several.py`).
+
+Limits: stacks that follow one plan have the same number of blocks; seconds are a roofline's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from jaxckpt.memory.targets import Target, parse_target
 from jaxckpt.planner.budgets import budget_bytes, check_asked
@@ -20,6 +21,7 @@ from jaxckpt.planner.problem import Problem
 from jaxckpt.planner.rates import rates_of
 from jaxckpt.planner.result import FitResult
 from jaxckpt.planner.search import search
+from jaxckpt.planner.several import SeveralProblem
 from jaxckpt.planner.steps import Steps
 
 MOST_COMPILES = 6
@@ -28,7 +30,7 @@ MOST_COMPILES = 6
 def fit(
     step_for: Callable,
     *,
-    num_blocks: int,
+    num_blocks: int | Mapping[str, int],
     target: str | Target = "local",
     budget: str | int | float = "auto",
     block: Sequence | None = None,
@@ -39,7 +41,9 @@ def fit(
       step_for: `step_for(plan) -> (fn, args)`, or `(fn, args, options)` with `donate_argnums` and
         `static_argnums` as for `jaxckpt.measure`: the step under a `Plan`. Arguments may be
         abstract.
-      num_blocks: L, the blocks of each stack that follows the plan.
+      num_blocks: L, the blocks of each stack that follows the plan; or a number for each stack by
+        name, such as `{"encoder": 12, "decoder": 24}`: then `step_for` gets, and the result has, a
+        plan for each by name, and all share the budget.
       target: The chip, as for `jaxckpt.measure`.
       budget: Bytes a device, such as `"15GiB"`, or `"auto"`: what the target can use.
       block: `(block, params_i, carry, *consts)`, as for `jaxckpt.explain`, for a step that runs
@@ -63,11 +67,18 @@ def fit(
     check_asked(num_blocks)
     target = parse_target(target)
     budget = budget_bytes(budget, target)
+    if block is not None and isinstance(num_blocks, Mapping):
+        raise ValueError("block= is one stack's; give num_blocks as a number")
     return solve(Steps(step_for, target), num_blocks, target=target, budget=budget, block=block)
 
 
 def solve(
-    steps: Steps, num_blocks: int, *, target: Target, budget: int, block: Sequence | None = None
+    steps: Steps,
+    num_blocks: int | Mapping[str, int],
+    *,
+    target: Target,
+    budget: int,
+    block: Sequence | None = None,
 ) -> FitResult:
     """Returns what `fit` does, of steps that may be compiled elsewhere.
 
@@ -75,7 +86,10 @@ def solve(
       BudgetError: No plan fits.
       ValueError: The step ignores its plan, or runs stacks of another number of blocks.
     """
-    problem = Problem.of(steps, num_blocks, rates_of(target), block)
+    if isinstance(num_blocks, Mapping):
+        problem = SeveralProblem.of(steps, num_blocks, rates_of(target))
+    else:
+        problem = Problem.of(steps, num_blocks, rates_of(target), block)
     rungs = problem.ladder()
     known = {
         place: problem.peak(rung.draft.plan)

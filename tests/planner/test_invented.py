@@ -11,6 +11,8 @@ import jaxckpt
 from jaxckpt.memory.flops import count_flops
 from tests.planner import steps
 
+pytestmark = pytest.mark.heavy  # one compilation after another; test_fit.py plans in the gate
+
 
 def untagged(x, block_i, scale):
     """`steps.block` without its tags; a product in a loop, another in `jax.checkpoint`."""
