@@ -42,6 +42,10 @@ def fit_entry(
       Unavailable: The target's compiler is not installed.
       WorkerError: The entry or the compiler failed.
     """
+    if not isinstance(num_blocks, int):
+        raise ValueError(
+            f"an entry point is planned for one stack; num_blocks is a number, not {num_blocks!r}"
+        )
     check_asked(num_blocks)
     target = parse_target(target)
     if target.backend == "local":

@@ -8,12 +8,13 @@ found by tracing, blocks are costed as `costs.py` says, plans put together in `p
 ordered in `ladder.py`, and `search.py` compiles a few. A plan is only returned if the compiler's
 own peak of its step is within the budget.
 
-Limits: all stacks of a step that follow the plan have `num_blocks` blocks and get the same plan;
-seconds are a roofline's.
+Stacks that are given by name get a plan each (`several.py`).
+
+Limits: stacks that follow one plan have the same number of blocks; seconds are a roofline's.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from jaxckpt.memory.targets import Target, parse_target
 from jaxckpt.planner.budgets import budget_bytes, check_asked, host_bytes
@@ -23,6 +24,7 @@ from jaxckpt.planner.problem import Problem
 from jaxckpt.planner.rates import chip_of, rates_of
 from jaxckpt.planner.result import FitResult
 from jaxckpt.planner.search import search
+from jaxckpt.planner.several import SeveralProblem
 from jaxckpt.planner.steps import Steps
 
 MOST_COMPILES = 6
@@ -31,7 +33,7 @@ MOST_COMPILES = 6
 def fit(
     step_for: Callable,
     *,
-    num_blocks: int,
+    num_blocks: int | Mapping[str, int],
     target: str | Target = "local",
     budget: str | int | float = "auto",
     host_budget: str | int | float = 0,
@@ -43,7 +45,9 @@ def fit(
       step_for: `step_for(plan) -> (fn, args)`, or `(fn, args, options)` with `donate_argnums` and
         `static_argnums` as for `jaxckpt.measure`: the step under a `Plan`. Arguments may be
         abstract.
-      num_blocks: L, the blocks of each stack that follows the plan.
+      num_blocks: L, the blocks of each stack that follows the plan; or a number for each stack by
+        name, such as `{"encoder": 12, "decoder": 24}`: then `step_for` gets, and the result has, a
+        plan for each by name, and all share the budget.
       target: The chip, as for `jaxckpt.measure`.
       budget: Bytes a device, such as `"15GiB"`, or `"auto"`: what the target can use.
       host_budget: Bytes of pinned host memory that a plan may use a device, such as `"32GiB"`;
@@ -69,12 +73,16 @@ def fit(
     check_asked(num_blocks)
     target = parse_target(target)
     asked = {"budget": budget_bytes(budget, target), "host_budget": host_bytes(host_budget)}
+    if isinstance(num_blocks, Mapping):
+        for name, given in {"block": block is not None, "host_budget": bool(host_budget)}.items():
+            if given:
+                raise ValueError(f"{name} is one stack's; give num_blocks as a number")
     return solve(Steps(step_for, target), num_blocks, target=target, **asked, block=block)
 
 
 def solve(
     steps: Steps,
-    num_blocks: int,
+    num_blocks: int | Mapping[str, int],
     *,
     target: Target,
     budget: int,
@@ -87,6 +95,9 @@ def solve(
       BudgetError: No plan fits.
       ValueError: The step ignores its plan, or runs stacks of another number of blocks.
     """
+    if isinstance(num_blocks, Mapping):
+        problem = SeveralProblem.of(steps, num_blocks, rates_of(target))
+        return answer(problem, problem.ladder(), budget)
     if not host_budget:
         problem = Problem.of(steps, num_blocks, rates_of(target), block)
         return answer(problem, problem.ladder(), budget)
@@ -97,7 +108,7 @@ def solve(
     return dataclasses.replace(found, host_budget_bytes=host_budget, offload=offload.text)
 
 
-def answer(problem: Problem, rungs: Sequence[Rung], budget: int) -> FitResult:
+def answer(problem: Problem | SeveralProblem, rungs: Sequence[Rung], budget: int) -> FitResult:
     """Returns the answer for one budget of a problem, whose ladder serves all of them.
 
     Args:

@@ -5,8 +5,9 @@ the block's input: to move it. The link to the host runs beside the computation,
 pass and back in the backward pass, so each pass takes the longer of the two:
 
     minimize    forward + backward
-    subject to  forward  >= F,                                  forward  >= moved bytes / link
-                backward >= B + sum of seconds[s] * rerun[s],   backward >= moved bytes / link
+    subject to  forward  >= F,  forward  >= moved bytes / link,  backward >= moved bytes / link
+                backward >= B + sum of seconds[s] * rerun[s]
+                              + sum of keeping[v] * (kept[v] + moved[v])
                 rerun[maker(v)] + kept[v] + moved[v] >= 1          for each residual v
                 rerun[maker(v)] + kept[v] + moved[v] >= rerun[s]   for each input v of each step s
                 kept[v] + moved[v] <= 1
@@ -73,7 +74,9 @@ class _Program:
 
     def __init__(self, graph: Graph, passes: Passes, most_bytes: float):
         self.graph, self.passes, self.most_bytes = graph, passes, most_bytes
-        self.moving = [n for n, unit in enumerate(graph.units) if unit.policy.kind == "names"]
+        self.moving: list[int] = [
+            n for n, unit in enumerate(graph.units) if unit.policy.kind == "names"
+        ]
         self.base = Program(graph) if graph.units else None
         self.sizes = np.array([unit.nbytes for unit in graph.units], float)
         self.moved_sizes = np.array([*self.sizes[self.moving], passes.carry_bytes])
@@ -122,6 +125,8 @@ class _Program:
         mib = 2**20
         link = self.moved_sizes / passes.link_bytes_per_second / second
         rerun = np.array(self.graph.seconds) / second
+        keeping = np.array([unit.seconds for unit in self.graph.units]) / second
+        moving = np.array([*keeping[self.moving], 0.0])
         none = lambda count: np.zeros(count)
         row = lambda *parts: np.concatenate(parts)[None]
         kept_bytes = row(none(steps), self.sizes / mib, none(moved), none(2))
@@ -132,7 +137,7 @@ class _Program:
                 lb=passes.forward_seconds / second,
             ),
             LinearConstraint(
-                row(-rerun, none(units), none(moved), [0.0, 1.0]),
+                row(-rerun, -keeping, -moving, [0.0, 1.0]),
                 lb=passes.backward_seconds / second,
             ),
             LinearConstraint(row(none(steps), none(units), -link, [1.0, 0.0]), lb=0),

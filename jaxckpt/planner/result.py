@@ -6,6 +6,7 @@ from typing import Any, Self
 from jaxckpt.memory.report import MemoryReport
 from jaxckpt.memory.units import gib
 from jaxckpt.plans import Plan
+from jaxckpt.plans.plan_set import PlanSet, plan_json, plan_of_json
 
 _SHOWN = 3
 
@@ -15,7 +16,7 @@ class Candidate:
     """One plan of the planner's ladder.
 
     Attributes:
-      plan: The plan.
+      plan: The plan, or plans by name.
       predicted_bytes: Its peak by the planner's model.
       compiled_bytes: Its peak by the compiler, or None if it was not compiled.
       seconds: The step's, by the target's roofline.
@@ -23,7 +24,7 @@ class Candidate:
       host_bytes: On the host, by the model.
     """
 
-    plan: Plan
+    plan: Plan | PlanSet
     predicted_bytes: int
     compiled_bytes: int | None
     seconds: float
@@ -32,12 +33,12 @@ class Candidate:
 
     def as_json(self) -> dict[str, Any]:
         """Returns the row as JSON values."""
-        return dataclasses.asdict(self) | {"plan": str(self.plan)}
+        return dataclasses.asdict(self) | {"plan": plan_json(self.plan)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         """Returns the row of `as_json`."""
-        return cls(**(values | {"plan": Plan.parse(values["plan"])}))
+        return cls(**(values | {"plan": plan_of_json(values["plan"])}))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,8 @@ class FitResult:
     """The fastest plan found whose compiled peak is within a budget; `print` shows it.
 
     Attributes:
-      plan: The plan; `str(plan)` is what `--remat=` takes.
+      plan: The plan; `str(plan)` is what `--remat=` takes. Of several stacks a mapping from their
+        names to plans.
       report: Of its compiled step.
       budget_bytes: The budget.
       candidates: The ladder: plans from the fastest to the one with the least peak.
@@ -58,7 +60,7 @@ class FitResult:
         not asked.
     """
 
-    plan: Plan
+    plan: Plan | PlanSet
     report: MemoryReport
     budget_bytes: int
     candidates: tuple[Candidate, ...]
@@ -77,7 +79,7 @@ class FitResult:
     def as_json(self) -> dict[str, Any]:
         """Returns the result as JSON values, from which `from_json` makes an equal one."""
         return {
-            "plan": str(self.plan),
+            "plan": plan_json(self.plan),
             "report": self.report.as_json(),
             "budget_bytes": self.budget_bytes,
             "candidates": [one.as_json() for one in self.candidates],
@@ -98,7 +100,7 @@ class FitResult:
         """
         candidates = tuple(map(Candidate.from_json, values["candidates"]))
         made = {
-            "plan": Plan.parse(values["plan"]),
+            "plan": plan_of_json(values["plan"]),
             "report": MemoryReport.from_json(values["report"]),
             "candidates": candidates,
             "chosen": candidates[values["chosen"]],
@@ -113,7 +115,7 @@ class FitResult:
         left = self.budget_bytes - report.peak_bytes
         off = (one.predicted_bytes - report.peak_bytes) / report.peak_bytes
         lines = [
-            f"--remat={self.plan}",
+            *_asked(self.plan).splitlines(),
             f"  budget     {gib(self.budget_bytes)} on {report.target}",
             f"  peak       {gib(report.peak_bytes)} compiled, {gib(left)} left; "
             f"{gib(one.predicted_bytes)} predicted ({off:+.1%})",
@@ -160,7 +162,9 @@ class BudgetError(ValueError):
       report: Of that plan's compiled step.
     """
 
-    def __init__(self, *, budget_bytes: int, plan: Plan, report: MemoryReport, parts: dict):
+    def __init__(
+        self, *, budget_bytes: int, plan: Plan | PlanSet, report: MemoryReport, parts: dict
+    ):
         self.budget_bytes = budget_bytes
         self.least_bytes = report.peak_bytes
         self.plan = plan
@@ -170,14 +174,14 @@ class BudgetError(ValueError):
         super().__init__(
             f"no plan fits {gib(budget_bytes)} ({budget_bytes} bytes) on {report.target}; the "
             f"least budget is {gib(self.least_bytes)} ({self.least_bytes} bytes), with "
-            f"--remat={plan}: {shares}{_largest(report)}"
+            f"{'; '.join(_asked(plan).splitlines())}: {shares}{_largest(report)}"
         )
 
     def as_json(self) -> dict[str, Any]:
         """Returns the error as JSON values, from which `from_json` makes one of the same text."""
         return {
             "budget_bytes": self.budget_bytes,
-            "plan": str(self.plan),
+            "plan": plan_json(self.plan),
             "report": self.report.as_json(),
             "parts": {name: int(size) for name, size in self.parts.items()},
         }
@@ -189,8 +193,15 @@ class BudgetError(ValueError):
         Raises:
           KeyError, TypeError, PlanError: The values are not those of an error.
         """
-        plan, report = Plan.parse(values["plan"]), MemoryReport.from_json(values["report"])
+        plan, report = plan_of_json(values["plan"]), MemoryReport.from_json(values["report"])
         return cls(**(values | {"plan": plan, "report": report}))
+
+
+def _asked(plan: Plan | PlanSet) -> str:
+    """Returns a plan as a user hands it on; of several stacks a line each."""
+    if isinstance(plan, PlanSet):
+        return "\n".join(f"{name}: {one}" for name, one in plan.items())
+    return f"--remat={plan}"
 
 
 def _largest(report: MemoryReport) -> str:
