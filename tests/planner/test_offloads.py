@@ -1,5 +1,6 @@
 """Moving values to the host: the program against brute force, and plans that the planner makes."""
 
+import dataclasses
 import itertools
 import math
 
@@ -16,10 +17,17 @@ from jaxckpt.planner.offload_check import Verdict
 from jaxckpt.planner.offloads import Passes, proposals
 from jaxckpt.planner.result import FitResult
 from jaxckpt.planner.steps import Steps
-from jaxckpt.plans import Plan
+from jaxckpt.plans import Plan, words
 from tests.experiments.test_fit import report
 from tests.planner import steps
 from tests.planner.test_frontier import graph, seconds_of
+
+def few_units() -> Graph:
+    """A block with what its author has named, and its kernel: few enough for brute force."""
+    found = graph()
+    named = lambda unit: not any(map(words.is_invented, unit.policy.names))
+    return dataclasses.replace(found, units=tuple(filter(named, found.units)))
+
 
 FORWARD, BACKWARD, CARRY = 4e-6, 8e-6, 2048.0
 
@@ -62,10 +70,10 @@ def figures(found: Graph, policies, link: float) -> tuple[float, float, float]:
 @pytest.mark.parametrize("link", [1e9, 3e8, 1e7])
 @pytest.mark.parametrize("most", [math.inf, 4500.0])
 def test_proposals_are_optimal(link, most):
-    found = graph()
+    found = few_units()
     every = [choice for choice in every_choice(found, link) if choice[1] <= most]
     proposed = list(proposals(found, passes(link), most))
-    assert proposed or link == 1e7, "a link that is slow enough is not worth its use"
+    assert proposed or link < 1e9, "a link that is slow enough is not worth its use"
     for policies in proposed:
         kept, moved, seconds = figures(found, policies, link)
         assert 0 < moved <= most
@@ -74,8 +82,9 @@ def test_proposals_are_optimal(link, most):
 
 
 def test_an_input_that_can_neither_stay_nor_go():
-    proposed = list(proposals(graph(), passes(1e9), 100.0))
-    assert all(figures(graph(), p, 1e9)[0] >= CARRY for p in proposed)
+    found = few_units()
+    proposed = list(proposals(found, passes(1e9), 100.0))
+    assert all(figures(found, p, 1e9)[0] >= CARRY for p in proposed)
 
 
 def test_a_pass_takes_the_longer_of_work_and_link():
