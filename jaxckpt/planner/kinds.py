@@ -10,6 +10,8 @@ from jaxckpt.plans import Plan, PlanError, Policy, Stage
 
 # What a user would try first. A block without an attention kernel refuses the last.
 PLAIN = ("none", "full", "dots", "dots_no_batch", "attention")
+# Keeping more has to spare this share of a block's time; less the model cannot tell.
+_LEAST_GAIN = 0.001
 
 
 def find_kinds(stacks: Sequence[Stack], rates: Rates) -> tuple[tuple[Kind, ...], tuple[Kind, ...]]:
@@ -46,6 +48,10 @@ def _costed(stacks: Sequence[Stack], stage: Stage, rates: Rates, none: Kind) -> 
         return []
 
 
+def _gain(less: Kind, more: Kind) -> float:
+    return _LEAST_GAIN if less.kept_bytes < more.kept_bytes else 0.0
+
+
 def _frontier(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
     """Drops kinds that another beats in bytes, seconds and FLOPs; `none` and `full` stay."""
     kept = []
@@ -53,7 +59,7 @@ def _frontier(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
         beaten = any(
             other is not kind
             and other.kept_bytes <= kind.kept_bytes
-            and other.seconds <= kind.seconds
+            and other.seconds <= kind.seconds * (1 + _gain(other, kind))
             and other.flops <= kind.flops
             and (other.kept_bytes, other.seconds, other.flops)
             != (kind.kept_bytes, kind.seconds, kind.flops)
