@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
+from jaxckpt.memory.flops import step_flops
 from jaxckpt.memory.residuals import origin_of
 from jaxckpt.memory.roofline import Rates
 from jaxckpt.models.attention import causal_attention
 from jaxckpt.planner.frontier import Graph, proposals
+from jaxckpt.planner.lean import lean_proposals
 from jaxckpt.planner.stacks import given_stack
+from jaxckpt.plans import words
 
 RATES = Rates(flops_per_second=1e12, bytes_per_second=1e11)
 
@@ -111,3 +114,24 @@ def test_a_collective_takes_longer_than_its_bytes():
 def test_a_block_without_steps_has_nothing_to_propose():
     plain = given_stack((lambda x, w: x, jnp.ones([8, 8]), jnp.ones([4, 8])), 4)
     assert list(proposals(Graph.of(plain, RATES))) == []
+
+
+def test_what_a_user_names_recomputes_least():
+    """Against brute force over tags and the kernel: no set of as many bytes multiplies less."""
+    found = graph()
+    units = [u for u in found.units if not any(map(words.is_invented, u.policy.names))]
+    products = [float(step_flops(step)) for step in found.steps]
+    found = dataclasses.replace(
+        found,
+        units=tuple(dataclasses.replace(unit, seconds=0.0) for unit in units),
+        seconds=tuple(products),
+    )
+    every = {
+        kept: (sum(u.nbytes for u in itertools.compress(units, kept)), seconds_of(found, kept))
+        for kept in itertools.product((False, True), repeat=len(units))
+    }
+    proposed = list(lean_proposals(graph(), RATES))
+    assert len(proposed) >= 3 and proposed[-1] == ()
+    for policies in proposed:
+        nbytes, flops = every[tuple(unit.policy in policies for unit in units)]
+        assert flops == min(f for size, f in every.values() if size <= nbytes)

@@ -22,6 +22,7 @@ from tests.experiments.test_fit import report
 from tests.planner import steps
 from tests.planner.test_frontier import graph, seconds_of
 
+
 def few_units() -> Graph:
     """A block with what its author has named, and its kernel: few enough for brute force."""
     found = graph()
