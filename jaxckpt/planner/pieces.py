@@ -34,7 +34,6 @@ class Piece:
       kept_bytes: On the device until the stage is reversed.
       host_bytes: On the host until then.
       live_bytes: What reversing it holds besides.
-      params_bytes: Of its blocks.
       seconds: Forward, recomputation and backward.
       flops: Of the same.
     """
@@ -43,7 +42,6 @@ class Piece:
     kept_bytes: float
     host_bytes: float = 0.0
     live_bytes: float
-    params_bytes: float
     seconds: float
     flops: float
 
@@ -85,18 +83,11 @@ class Draft:
 
 
 def draft(pieces: Sequence[Piece]) -> Draft:
-    """Returns the plan of some stages in order.
-
-    While a stage is reversed, its own parameters' gradients are there, and those of later stages
-    as part of an array for the whole stack; a plan of one stage is the measure of both.
-    """
+    """Returns the plan of some stages in order."""
     kept = worst = 0.0
-    params = sum(piece.params_bytes for piece in pieces)
-    for place, piece in enumerate(pieces):
+    for piece in pieces:
         kept += piece.kept_bytes
-        is_last = place == len(pieces) - 1
-        gradients = piece.params_bytes - (params if is_last else 0.0)
-        worst = max(worst, kept + piece.live_bytes + gradients)
+        worst = max(worst, kept + piece.live_bytes)
     return Draft(
         stages=tuple(piece.stage for piece in pieces),
         kept_bytes=kept,
@@ -118,7 +109,6 @@ def run_of(kind: Kind, count: int) -> Piece:
         kept_bytes=count * kind.kept_bytes,
         host_bytes=count * kind.host_bytes,
         live_bytes=kind.live_bytes if is_copied else 0.0,
-        params_bytes=count * kind.params_bytes,
         seconds=count * kind.seconds,
         flops=count * kind.flops,
     )
@@ -250,7 +240,6 @@ class _Scheduled:
             stage=stage,
             kept_bytes=kept_bytes,
             live_bytes=live_bytes,
-            params_bytes=self.count * kind.params_bytes,
             seconds=self.count * kind.seconds + forwards * self.forward.seconds,
             flops=self.count * kind.flops + forwards * self.forward.flops,
         )

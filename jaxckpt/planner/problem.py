@@ -69,8 +69,8 @@ class Problem:
         runs = runs_of(flops - count_flops(steps.trace(_NONE)[0]), again)
         peaks = [steps.report(plan).peak_bytes for plan in (_FULL, _NONE)]
         model = PeakModel.between(full, peaks[0], none, peaks[1], num_blocks)
-        # From here on `none` weighs what it weighs once compiled.
-        swap = lambda found: tuple(model.none if kind is none else kind for kind in found)
+        # From here on kinds weigh what they weigh once compiled.
+        compiled = lambda found: tuple(map(model.compiled, found))
         halves = [pieces.run_of(full, num_blocks // 2)]
         if num_blocks >= _LEAST_FOR_STAGES:
             halves.append(pieces.run_of(model.none, num_blocks - num_blocks // 2))
@@ -79,8 +79,8 @@ class Problem:
         return cls(
             steps=steps,
             num_blocks=num_blocks,
-            kinds=swap(kinds),
-            plain=swap(plain),
+            kinds=compiled(kinds),
+            plain=compiled(plain),
             forward=forward_cost(stacks, rates),
             model=model,
             seconds=max(seconds - runs * num_blocks * full.seconds, 0.0),
