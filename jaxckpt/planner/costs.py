@@ -34,6 +34,7 @@ class Kind:
       params_bytes: Its parameters, and so their gradients.
       seconds: Forward, recomputation and backward.
       flops: Of the same, matrix products and attention kernels.
+      device_seconds: Where something is moved to the host, the same without the link.
     """
 
     schedule: str
@@ -44,6 +45,7 @@ class Kind:
     params_bytes: float = 0.0
     seconds: float
     flops: float
+    device_seconds: float = 0.0
 
     def stage(self, count: int | None = None) -> Stage:
         """Returns the stage of `count` such blocks."""
@@ -90,6 +92,7 @@ def kind_cost(stacks: Sequence[Stack], stage: Stage, rates: Rates, residual_byte
         cost = estimate(jaxpr, rates)
         seconds += (cost.matmul_seconds + cost.memory_seconds) / stack.num_blocks
         flops += count_flops(jaxpr) / stack.num_blocks
+    device_seconds = seconds if host else 0.0
     if host:
         forward = forward_cost(stacks, rates).seconds
         seconds = overlapped(forward, seconds - forward, host, rates)
@@ -102,6 +105,7 @@ def kind_cost(stacks: Sequence[Stack], stage: Stage, rates: Rates, residual_byte
         params_bytes=sum(stack.params_bytes / stack.num_blocks for stack in stacks),
         seconds=seconds,
         flops=flops,
+        device_seconds=device_seconds,
     )
 
 

@@ -28,6 +28,7 @@ from jaxckpt.planner.several import SeveralProblem
 from jaxckpt.planner.steps import Steps
 
 MOST_COMPILES = 6
+_CALIBRATED = "the roofline, calibrated by a block timed here"
 
 
 def fit(
@@ -37,6 +38,7 @@ def fit(
     target: str | Target = "local",
     budget: str | int | float = "auto",
     host_budget: str | int | float = 0,
+    calibrate: bool = False,
     block: Sequence | None = None,
 ) -> FitResult:
     """Returns the fastest plan whose compiled peak is within a budget.
@@ -52,6 +54,8 @@ def fit(
       budget: Bytes a device, such as `"15GiB"`, or `"auto"`: what the target can use.
       host_budget: Bytes of pinned host memory that a plan may use a device, such as `"32GiB"`;
         by default nothing is moved to the host.
+      calibrate: Times a block on this process's device once, and plans with its seconds; for the
+        target `local`.
       block: `(block, params_i, carry, *consts)`, as for `jaxckpt.explain`, for a step that runs
         its blocks by other means than `scan_blocks` and jaxckpt's adapters.
 
@@ -74,9 +78,12 @@ def fit(
     target = parse_target(target)
     asked = {"budget": budget_bytes(budget, target), "host_budget": host_bytes(host_budget)}
     if isinstance(num_blocks, Mapping):
-        for name, given in {"block": block is not None, "host_budget": bool(host_budget)}.items():
-            if given:
-                raise ValueError(f"{name} is one stack's; give num_blocks as a number")
+        one = {"block": block is not None, "host_budget": host_budget, "calibrate": calibrate}
+        for name in (name for name, given in one.items() if given):
+            raise ValueError(f"{name} is one stack's; give num_blocks as a number")
+    if calibrate and target.backend != "local":
+        raise ValueError(f"calibrate times the chip of this process; {target} is not it")
+    asked["calibrate"] = calibrate
     return solve(Steps(step_for, target), num_blocks, target=target, **asked, block=block)
 
 
@@ -87,6 +94,7 @@ def solve(
     target: Target,
     budget: int,
     host_budget: int = 0,
+    calibrate: bool = False,
     block: Sequence | None = None,
 ) -> FitResult:
     """Returns what `fit` does, of steps that may be compiled elsewhere; budgets in bytes.
@@ -98,14 +106,14 @@ def solve(
     if isinstance(num_blocks, Mapping):
         problem = SeveralProblem.of(steps, num_blocks, rates_of(target))
         return answer(problem, problem.ladder(), budget)
-    if not host_budget:
-        problem = Problem.of(steps, num_blocks, rates_of(target), block)
-        return answer(problem, problem.ladder(), budget)
-    offload = verdict(target, chip_of(target) is not None)
-    allowed = host_budget if offload.allowed else 0
-    problem = Problem.of(steps, num_blocks, rates_of(target), block, allowed)
-    found = answer(problem, problem.ladder(), budget)
-    return dataclasses.replace(found, host_budget_bytes=host_budget, offload=offload.text)
+    allowed, found = 0, {"clock": _CALIBRATED} if calibrate else {}
+    if host_budget:
+        offload = verdict(target, calibrate or chip_of(target) is not None)
+        allowed = host_budget if offload.allowed else 0
+        found |= {"host_budget_bytes": host_budget, "offload": offload.text}
+    options = {"host_bytes": allowed, "timed": calibrate}
+    problem = Problem.of(steps, num_blocks, rates_of(target), block, **options)
+    return dataclasses.replace(answer(problem, problem.ladder(), budget), **found)
 
 
 def answer(problem: Problem | SeveralProblem, rungs: Sequence[Rung], budget: int) -> FitResult:

@@ -63,7 +63,8 @@ class PeakModel:
     def compiled(self, kind: Kind) -> Kind:
         """Returns a traced kind as it is once compiled."""
         if kind.schedule == self.none.schedule:
-            return self.none
+            sizes = {"kept_bytes": self.none.kept_bytes, "live_bytes": self.none.live_bytes}
+            return dataclasses.replace(kind, **sizes)
         read = self.fused_share * (kind.kept_bytes - self.carry_bytes)
         return dataclasses.replace(kind, live_bytes=max(kind.live_bytes - max(read, 0.0), 0.0))
 

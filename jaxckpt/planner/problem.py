@@ -14,6 +14,7 @@ from jaxckpt.memory.report import MemoryReport
 from jaxckpt.memory.roofline import Rates, estimate
 from jaxckpt.memory.units import gib
 from jaxckpt.planner import pieces
+from jaxckpt.planner.calibrate import calibrate
 from jaxckpt.planner.costs import Forward, Kind, forward_cost
 from jaxckpt.planner.kinds import find_kinds
 from jaxckpt.planner.ladder import Rung, ladder
@@ -59,10 +60,28 @@ class Problem:
 
     @classmethod
     def of(
-        cls, steps: Steps, num_blocks: int, rates: Rates, block, host_bytes: int = 0
+        cls,
+        steps: Steps,
+        num_blocks: int,
+        rates: Rates,
+        block,
+        *,
+        host_bytes: int = 0,
+        timed: bool = False,
     ) -> "Problem":
-        """Traces the step, costs its blocks and compiles its anchors."""
+        """Traces the step, costs its blocks and compiles its anchors.
+
+        Args:
+          steps: Of the plans.
+          num_blocks: L.
+          rates: The chip's.
+          block: As for `jaxckpt.fit`.
+          host_bytes: What a plan may have on the host.
+          timed: Whether a block is timed on this process's device.
+        """
         stacks, seconds, flops = _stacks(steps, num_blocks, rates, block)
+        clock = calibrate(stacks) if timed else None
+        rates = rates if clock is None else clock.link(rates)
         kinds, plain = find_kinds(stacks, rates, host_bytes)
         none, full = (_kind_of(plain, plan) for plan in (_NONE, _FULL))
         again = num_blocks * (full.flops - none.flops)
@@ -76,12 +95,17 @@ class Problem:
             halves.append(pieces.run_of(model.none, num_blocks - num_blocks // 2))
             mixed = pieces.draft(halves)
             model = model.with_stages(mixed, steps.report(mixed.plan).peak_bytes)
+        forward = forward_cost(stacks, rates)
+        if clock is not None:
+            known = {"none": none, "forward": forward, "rates": rates}
+            kinds, plain = (tuple(clock.kind(k, **known) for k in ks) for ks in (kinds, plain))
+            forward = clock.forward(forward)
         return cls(
             steps=steps,
             num_blocks=num_blocks,
             kinds=compiled(kinds),
             plain=compiled(plain),
-            forward=forward_cost(stacks, rates),
+            forward=forward,
             model=model,
             seconds=max(seconds - runs * num_blocks * full.seconds, 0.0),
             flops=flops - round(runs * num_blocks * full.flops),

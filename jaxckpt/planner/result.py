@@ -56,6 +56,7 @@ class FitResult:
       why: Why no faster plan was taken.
       num_compiles: Steps that were compiled.
       host_budget_bytes: What a plan might have on the host; 0 where that was not allowed.
+      clock: Whose seconds they are.
       offload: Whether values could be moved to the host there, and why, as text; empty where it was
         not asked.
     """
@@ -69,6 +70,7 @@ class FitResult:
     why: str
     num_compiles: int
     host_budget_bytes: int = 0
+    clock: str = "the roofline"
     offload: str = ""
 
     @property
@@ -88,6 +90,7 @@ class FitResult:
             "why": self.why,
             "num_compiles": self.num_compiles,
             "host_budget_bytes": self.host_budget_bytes,
+            "clock": self.clock,
             "offload": self.offload,
         }
 
@@ -119,7 +122,7 @@ class FitResult:
             f"  budget     {gib(self.budget_bytes)} on {report.target}",
             f"  peak       {gib(report.peak_bytes)} compiled, {gib(left)} left; "
             f"{gib(one.predicted_bytes)} predicted ({off:+.1%})",
-            f"  time       {seconds_text(one.seconds)} a step by the roofline, "
+            f"  time       {seconds_text(one.seconds)} a step by {self.clock}, "
             f"{one.flops:.3e} matmul FLOPs",
             *(f"  keeps      {text}" for text in self.keeps),
             *self._of_host(),
