@@ -10,7 +10,7 @@ target that is not there and for this process's own.
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from experiments.build import build, plan_entry
@@ -49,14 +49,34 @@ def choose(config: TrainConfig, target: str, *, budget: int | None = None) -> Fi
         check_asked(num_blocks)
         budgets = {"budget": budget, "host_budget": host_limit_bytes(config) or 0}
         if parse_target(target).backend == "local":
-            return _choose_here(config, budgets)
+            return _choose_here(config, {**budgets, "calibrate": config.calibrate})
         entry = plan_entry(config, target)
         return fit_entry(entry, num_blocks=num_blocks, target=target, **budgets)
     except ImportError as error:
         raise ConfigError(f"plan 'auto': {error}") from None
 
 
-def _choose_here(config: TrainConfig, budgets: Mapping[str, int]) -> FitResult:
+def check_calibrated(config: TrainConfig, plans: Sequence[Plan], targets: Sequence[str]):
+    """Raises where a block cannot be timed for `auto`.
+
+    Args:
+      config: Says whether it is to be.
+      plans: Those asked for.
+      targets: Likewise.
+
+    Raises:
+      ConfigError: No plan is `auto`, or a target is not here.
+    """
+    if not config.calibrate:
+        return
+    if not any(stage.schedule == "auto" for plan in plans for stage in plan.stages):
+        raise ConfigError("--calibrate times a block for the planner: it is of plan 'auto' alone")
+    away = [target for target in targets if parse_target(target).backend != "local"]
+    if away:
+        raise ConfigError(f"--calibrate times a block on this machine's chip; {away[0]} is not it")
+
+
+def _choose_here(config: TrainConfig, asked: Mapping[str, int | bool]) -> FitResult:
     """Returns the answer for this process's device, of steps compiled as they are run.
 
     Their reports have times and findings, as those of other plans.
@@ -77,7 +97,7 @@ def _choose_here(config: TrainConfig, budgets: Mapping[str, int]) -> FitResult:
         return steps.kept(plan, lambda: compile_step(step)[1], options=options)
 
     steps = Steps(step_for, LOCAL, report_of)
-    return solve(steps, config.model.num_blocks, target=LOCAL, **budgets)
+    return solve(steps, config.model.num_blocks, target=LOCAL, **asked)
 
 
 def limit_bytes(config: TrainConfig, target: str) -> int | None:
@@ -100,7 +120,7 @@ def limit_bytes(config: TrainConfig, target: str) -> int | None:
 
 
 def host_limit_bytes(config: TrainConfig) -> int | None:
-    """Returns what a configuration's plan may have on the host, in bytes; None if it says nothing."""
+    """Returns what a configuration's plan may have on the host, in bytes; None if unset."""
     return None if config.host_budget is None else host_bytes(config.host_budget)
 
 
@@ -168,7 +188,8 @@ def settle(
             "compiled, or read from disk"
         )
         plan = str(result.plan)
-    return dataclasses.replace(config, remat=plan, budget=None, host_budget=None), now
+    done = {"budget": None, "host_budget": None, "calibrate": False}
+    return dataclasses.replace(config, remat=plan, **done), now
 
 
 def _occasion(config: TrainConfig, limit: int) -> dict[str, Any]:
@@ -177,5 +198,6 @@ def _occasion(config: TrainConfig, limit: int) -> dict[str, Any]:
 
     found = {name: getattr(config, name) for name in _OF_MEMORY}
     found |= {"budget_bytes": limit, "host_budget_bytes": host_limit_bytes(config)}
+    found |= {"calibrate": config.calibrate}
     found |= {"device": jax.devices()[0].device_kind}
     return found | {name: versions()[name] for name in ("jax", "jaxlib")}

@@ -127,6 +127,7 @@ class TrainConfig:
         device can use. A plan that needs more is refused.
       host_budget: Bytes of the host's memory a device that the plan may move values to, such as
         32GiB; by default auto moves none, and a plan that is named may move what it says.
+      calibrate: Time a block on this device once, so that auto plans with its seconds.
       unroll: Blocks unrolled in one trip of the stack's loop; 0 takes what is fastest for the plan
         on the chip.
       steps: Training steps.
@@ -163,6 +164,7 @@ class TrainConfig:
     remat: str = "sqrt"
     budget: str | None = None
     host_budget: str | None = None
+    calibrate: Annotated[bool, Parameter(negative="")] = False
     unroll: int = 0
     steps: int = 150
     batch_size: int = 16
