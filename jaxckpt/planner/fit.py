@@ -80,7 +80,7 @@ def fit(
     if isinstance(num_blocks, Mapping):
         one = {"block": block is not None, "host_budget": host_budget, "calibrate": calibrate}
         for name in (name for name, given in one.items() if given):
-            raise ValueError(f"{name} is one stack's; give num_blocks as a number")
+            raise ValueError(f"{name}= is one stack's; give num_blocks as a number")
     if calibrate and target.backend != "local":
         raise ValueError(f"calibrate times the chip of this process; {target} is not it")
     asked["calibrate"] = calibrate
