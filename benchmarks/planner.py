@@ -54,6 +54,7 @@ def planner(
       tiny: A small model, to try the script.
     """
     cases = _cases(part, budgets, tiny)
+    command = _command(output, part, budgets, tiny)
     sources = cache.digest_of_sources(_SOURCES)[:16]
     rows = _resume(output, sources)
     for name, case in cases.items():
@@ -63,7 +64,7 @@ def planner(
         for row in run_part(case, done):
             rows.append(made | row)
             print(line(rows[-1]), flush=True)
-            _write(output, rows)
+            _write(output, command, rows)
     failures = check(rows)
     print("\n".join((*summaries(rows), *(failures or ["every bound holds"]))))
     sys.exit(bool(failures))
@@ -98,12 +99,20 @@ def _resume(output: Path | None, sources: str) -> list[dict[str, object]]:
     return [row for row in rows if row["sources"] == sources]
 
 
-def _write(output: Path | None, rows: Sequence[dict[str, object]]):
+def _command(output: Path | None, parts: Sequence[str], budgets: int | None, tiny: bool) -> str:
+    """Returns the command line that asks for the same."""
+    flags = [f"--part {part}" for part in parts]
+    flags += [] if budgets is None else [f"--budgets {budgets}"]
+    flags += ["--tiny"] * tiny + ([] if output is None else [f"--output {output}"])
+    return " ".join(["python -m benchmarks.planner", *flags])
+
+
+def _write(output: Path | None, command: str, rows: Sequence[dict[str, object]]):
     if output is None:
         return
     from benchmarks.origin import origin
 
-    record = origin(f"python -m benchmarks.planner --output {output}") | {"rows": list(rows)}
+    record = origin(command) | {"rows": list(rows)}
     part = output.with_name(output.name + ".part")
     part.write_text(json.dumps(record, indent=1) + "\n")
     part.replace(output)

@@ -89,6 +89,7 @@ def test_a_run_goes_on_where_it_was_cut_short(monkeypatch, tmp_path, capsys):
 
     assert planned() == 0 and len(json.loads(output.read_text())["rows"]) == 3
     record = json.loads(output.read_text())
+    assert record["command"].endswith(f"planner --part v5e-1-8x1024 --budgets 3 --output {output}")
     record["rows"].pop()
     record["rows"][0]["sources"] = "another planner's"
     output.write_text(json.dumps(record))
