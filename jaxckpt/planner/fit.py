@@ -22,7 +22,7 @@ from jaxckpt.planner.ladder import Rung
 from jaxckpt.planner.offload_check import verdict
 from jaxckpt.planner.problem import Problem
 from jaxckpt.planner.rates import chip_of, rates_of
-from jaxckpt.planner.result import FitResult
+from jaxckpt.planner.result import BudgetError, FitResult
 from jaxckpt.planner.search import search
 from jaxckpt.planner.several import SeveralProblem
 from jaxckpt.planner.steps import Steps
@@ -113,7 +113,11 @@ def solve(
         found |= {"host_budget_bytes": host_budget, "offload": offload.text}
     options = {"host_bytes": allowed, "timed": calibrate}
     problem = Problem.of(steps, num_blocks, rates_of(target), block, **options)
-    return dataclasses.replace(answer(problem, problem.ladder(), budget), **found)
+    try:
+        result = answer(problem, problem.ladder(), budget)
+    except BudgetError as error:
+        raise error.with_offload(found.get("offload", "")) from None
+    return dataclasses.replace(result, **found)
 
 
 def answer(problem: Problem | SeveralProblem, rungs: Sequence[Rung], budget: int) -> FitResult:

@@ -163,11 +163,19 @@ class BudgetError(ValueError):
       plan: The plan that reaches it.
       parts: What the least peak consists of, in bytes, by name.
       report: Of that plan's compiled step.
+      offload: As of `FitResult`.
     """
 
     def __init__(
-        self, *, budget_bytes: int, plan: Plan | PlanSet, report: MemoryReport, parts: dict
+        self,
+        *,
+        budget_bytes: int,
+        plan: Plan | PlanSet,
+        report: MemoryReport,
+        parts: dict,
+        offload: str = "",
     ):
+        self.offload = offload
         self.budget_bytes = budget_bytes
         self.least_bytes = report.peak_bytes
         self.plan = plan
@@ -178,7 +186,12 @@ class BudgetError(ValueError):
             f"no plan fits {gib(budget_bytes)} ({budget_bytes} bytes) on {report.target}; the "
             f"least budget is {gib(self.least_bytes)} ({self.least_bytes} bytes), with "
             f"{'; '.join(_asked(plan).splitlines())}: {shares}{_largest(report)}"
+            + (f"; offload: {offload}" if offload else "")
         )
+
+    def with_offload(self, text: str) -> Self:
+        """Returns the error that says whether values could be moved to the host."""
+        return type(self).from_json(self.as_json() | {"offload": text})
 
     def as_json(self) -> dict[str, Any]:
         """Returns the error as JSON values, from which `from_json` makes one of the same text."""
@@ -187,6 +200,7 @@ class BudgetError(ValueError):
             "plan": plan_json(self.plan),
             "report": self.report.as_json(),
             "parts": {name: int(size) for name, size in self.parts.items()},
+            "offload": self.offload,
         }
 
     @classmethod

@@ -135,11 +135,11 @@ def chip(monkeypatch):
     return found
 
 
-def fitted(host_budget: int) -> FitResult:
+def fitted(host_budget: int, budget: int = 2**30) -> FitResult:
     """Returns the answer for peaks of a compiler that likes every mix."""
     peaks = {"full": 0.5, "none": 3.0}
     of = Steps(steps.step_for, LOCAL, lambda plan: report(peaks.get(str(plan), 1.0)))
-    asked = {"target": LOCAL, "budget": 2**30, "host_budget": host_budget}
+    asked = {"target": LOCAL, "budget": budget, "host_budget": host_budget}
     return fit_module.solve(of, steps.NUM_BLOCKS, **asked)
 
 
@@ -159,6 +159,8 @@ def test_what_is_refused_is_not_planned(chip, monkeypatch):
     found = fitted(2**30)
     assert not any(one.host_bytes for one in found.table)
     assert "  offload    refused on a chip: wrong" in str(found)
+    with pytest.raises(jaxckpt.BudgetError, match=r"; offload: refused on a chip: wrong$"):
+        fitted(2**30, budget=1000)
 
 
 @pytest.mark.parametrize("given", ["12XB", -1, "0.1B"])
