@@ -10,17 +10,25 @@ target that is not there and for this process's own.
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from experiments.build import build, plan_entry
 from experiments.config import ConfigError, TrainConfig
 from experiments.record import versions
-from jaxckpt.memory.targets import parse_target
+from jaxckpt.memory.report import MemoryReport
+from jaxckpt.memory.targets import LOCAL, parse_target
 from jaxckpt.memory.units import gib
 from jaxckpt.planner.absent import fit_entry
-from jaxckpt.planner.budgets import given_bytes, more_than_usable, usable_bytes
+from jaxckpt.planner.budgets import (
+    check_asked,
+    given_bytes,
+    host_bytes,
+    more_than_usable,
+    usable_bytes,
+)
 from jaxckpt.planner.result import FitResult
+from jaxckpt.plans import Plan
 
 
 def choose(config: TrainConfig, target: str, *, budget: int | None = None) -> FitResult:
@@ -35,24 +43,61 @@ def choose(config: TrainConfig, target: str, *, budget: int | None = None) -> Fi
       BudgetError: No plan fits.
       ConfigError: The budget is not known, or the planner's solver is not installed.
     """
-    asked = {"num_blocks": config.model.num_blocks, "target": target}
-    asked["budget"] = limit_bytes(config, target) if budget is None else budget
+    budget = limit_bytes(config, target) if budget is None else budget
+    num_blocks = config.model.num_blocks
     try:
+        check_asked(num_blocks)
+        budgets = {"budget": budget, "host_budget": host_limit_bytes(config) or 0}
         if parse_target(target).backend == "local":
-            return _choose_here(config, asked)
-        return fit_entry(plan_entry(config, target), **asked)
+            return _choose_here(config, {**budgets, "calibrate": config.calibrate})
+        entry = plan_entry(config, target)
+        return fit_entry(entry, num_blocks=num_blocks, target=target, **budgets)
     except ImportError as error:
         raise ConfigError(f"plan 'auto': {error}") from None
 
 
-def _choose_here(config: TrainConfig, asked) -> FitResult:
-    import jaxckpt
+def check_calibrated(config: TrainConfig, plans: Sequence[Plan], targets: Sequence[str]):
+    """Raises where a block cannot be timed for `auto`.
 
-    def step_for(plan):
-        built = build(dataclasses.replace(config, remat=str(plan)), "local")
-        return built.fn, built.args, {"donate_argnums": built.donate_argnums}
+    Args:
+      config: Says whether it is to be.
+      plans: Those asked for.
+      targets: Likewise.
 
-    return jaxckpt.fit(step_for, **asked)
+    Raises:
+      ConfigError: No plan is `auto`, or a target is not here.
+    """
+    if not config.calibrate:
+        return
+    if not any(stage.schedule == "auto" for plan in plans for stage in plan.stages):
+        raise ConfigError("--calibrate times a block for the planner: it is of plan 'auto' alone")
+    away = [target for target in targets if parse_target(target).backend != "local"]
+    if away:
+        raise ConfigError(f"--calibrate times a block on this machine's chip; {away[0]} is not it")
+
+
+def _choose_here(config: TrainConfig, asked: Mapping[str, int | bool]) -> FitResult:
+    """Returns the answer for this process's device, of steps compiled as they are run.
+
+    Their reports have times and findings, as those of other plans.
+    """
+    from jaxckpt.memory.measure import compile_step
+    from jaxckpt.planner.fit import solve
+    from jaxckpt.planner.steps import Steps
+
+    built = lambda plan: build(dataclasses.replace(config, remat=str(plan)), "local")
+
+    def step_for(plan: Plan):
+        step = built(plan)
+        return step.fn, step.args, {"donate_argnums": step.donate_argnums}
+
+    def report_of(plan: Plan) -> MemoryReport:
+        step = built(plan)
+        options = {"donated": step.donate_argnums, "xla": dict(step.compiler_options)}
+        return steps.kept(plan, lambda: compile_step(step)[1], options=options)
+
+    steps = Steps(step_for, LOCAL, report_of)
+    return solve(steps, config.model.num_blocks, target=LOCAL, **asked)
 
 
 def limit_bytes(config: TrainConfig, target: str) -> int | None:
@@ -74,22 +119,31 @@ def limit_bytes(config: TrainConfig, target: str) -> int | None:
     return usable
 
 
+def host_limit_bytes(config: TrainConfig) -> int | None:
+    """Returns what a configuration's plan may have on the host, in bytes; None if unset."""
+    return None if config.host_budget is None else host_bytes(config.host_budget)
+
+
 def excess(limit: int | None, target: str) -> str | None:
     """Returns a line if a budget is more than the target has, else None."""
     return None if limit is None else more_than_usable(limit, parse_target(target))
 
 
-def check_within(plan: str, peak_bytes: int, limit: int | None):
-    """Raises for a step that needs more than its budget.
+def check_within(
+    config: TrainConfig, report: MemoryReport, limit: int | None, host_limit: int | None
+):
+    """Raises for a step that needs more than its budget, of the device or of the host.
 
     Raises:
       ConfigError: It does.
     """
-    if limit is not None and peak_bytes > limit:
-        raise ConfigError(
-            f"plan {plan!r} needs {gib(peak_bytes)} compiled, {gib(peak_bytes - limit)} more than "
-            f"the budget of {gib(limit)}; --remat=auto looks for a plan within it"
-        )
+    needs = ((report.peak_bytes, limit, ""), (report.host_bytes, host_limit, "host "))
+    for size, most, where in needs:
+        if most is not None and size > most:
+            raise ConfigError(
+                f"plan {config.remat!r} needs {gib(size)} compiled, {gib(size - most)} more than "
+                f"the {where}budget of {gib(most)}; --remat=auto looks for a plan within it"
+            )
 
 
 # Settings that a resumed run may change and its step's memory follows; `checkpoints.identity` has
@@ -134,7 +188,8 @@ def settle(
             "compiled, or read from disk"
         )
         plan = str(result.plan)
-    return dataclasses.replace(config, remat=plan, budget=None), now
+    done = {"budget": None, "host_budget": None, "calibrate": False}
+    return dataclasses.replace(config, remat=plan, **done), now
 
 
 def _occasion(config: TrainConfig, limit: int) -> dict[str, Any]:
@@ -142,5 +197,7 @@ def _occasion(config: TrainConfig, limit: int) -> dict[str, Any]:
     import jax
 
     found = {name: getattr(config, name) for name in _OF_MEMORY}
-    found |= {"budget_bytes": limit, "device": jax.devices()[0].device_kind}
+    found |= {"budget_bytes": limit, "host_budget_bytes": host_limit_bytes(config)}
+    found |= {"calibrate": config.calibrate}
+    found |= {"device": jax.devices()[0].device_kind}
     return found | {name: versions()[name] for name in ("jax", "jaxlib")}

@@ -23,7 +23,7 @@ from cyclopts import Parameter
 
 from jaxckpt.losses.sizes import chunk_positions
 from jaxckpt.models.config import TransformerConfig
-from jaxckpt.planner.budgets import given_bytes
+from jaxckpt.planner.budgets import given_bytes, host_bytes
 from jaxckpt.plans import Plan
 from jaxckpt.plans.errors import nearest
 
@@ -125,6 +125,9 @@ class TrainConfig:
         fastest whose compiled peak is within the budget.
       budget: Bytes a device that the compiled step may need, such as 15GiB; auto is all that the
         device can use. A plan that needs more is refused.
+      host_budget: Bytes of the host's memory a device that the plan may move values to, such as
+        32GiB; by default auto moves none, and a plan that is named may move what it says.
+      calibrate: Time a block on this device once, so that auto plans with its seconds.
       unroll: Blocks unrolled in one trip of the stack's loop; 0 takes what is fastest for the plan
         on the chip.
       steps: Training steps.
@@ -160,6 +163,8 @@ class TrainConfig:
     end_token: int | None = None
     remat: str = "sqrt"
     budget: str | None = None
+    host_budget: str | None = None
+    calibrate: Annotated[bool, Parameter(negative="")] = False
     unroll: int = 0
     steps: int = 150
     batch_size: int = 16
@@ -210,6 +215,11 @@ class TrainConfig:
                 given_bytes(self.budget)
             except ValueError as error:
                 raise ConfigError(f"{error}; auto is all that the device can use") from None
+        if self.host_budget is not None:
+            try:
+                host_bytes(self.host_budget)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
         if self.is_auto and self.budget is None:
             raise ConfigError(
                 "plan 'auto' needs a budget: --budget=auto is all that the device can use, "

@@ -58,11 +58,13 @@ def fit(
     """Compile the train step under plans and for targets; print which fit and how fast they are."""
     del config  # read before the other flags were parsed; see experiments.cli
     from experiments import fit_table
+    from experiments.auto import check_calibrated
     from experiments.init import check_shape
     from experiments.measuring import check_targets, measure_all
 
     check_shape(settings)
     cases = _cases(settings, flags)
+    check_calibrated(settings, [config.plan for config, _ in cases], flags.target)
     check_targets(flags.target)
     rows = measure_all(cases, largest=flags.max, parallel=flags.parallel)
     failed = [row for row in rows if row.error is not None]

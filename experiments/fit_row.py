@@ -19,6 +19,7 @@ class FitRow:
       error: Why it did, in one line.
       size: With `--max`, the largest size that fits, 0 if none does.
       budget_bytes: What the step may need, where that was given.
+      host_budget_bytes: What it may have on the host, where that was given.
       auto: What the planner chose and why, where the plan was `auto`.
       infeasible: Where no plan fits: the least budget, and its plan.
     """
@@ -29,6 +30,7 @@ class FitRow:
     error: str | None = None
     size: int | None = None
     budget_bytes: int | None = None
+    host_budget_bytes: int | None = None
     auto: FitResult | None = None
     infeasible: BudgetError | None = None
 
@@ -44,7 +46,9 @@ class FitRow:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the step fits; None if nobody knows."""
+        """Whether the step fits, the device and the host; None if nobody knows."""
+        if self.host_budget_bytes is not None and self.report.host_bytes > self.host_budget_bytes:
+            return False
         return None if self.left_bytes is None else self.left_bytes >= 0
 
     @property
@@ -61,6 +65,8 @@ class FitRow:
             found["largest"] = self.size
         if self.budget_bytes is not None:
             found["budget_bytes"] = self.budget_bytes
+        if self.host_budget_bytes is not None:
+            found["host_budget_bytes"] = self.host_budget_bytes
         if self.infeasible is not None:
             least = self.infeasible
             found |= {"least_bytes": least.least_bytes, "least_plan": str(least.plan)}

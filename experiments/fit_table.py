@@ -64,6 +64,8 @@ def _title(row: FitRow, settings: TrainConfig, largest: str | None) -> str:
     usable = "" if report.usable_bytes is None else f", {gib(report.usable_bytes)} usable a device"
     if row.budget_bytes is not None:
         usable += f", a budget of {gib(row.budget_bytes)}"
+    if row.host_budget_bytes is not None:
+        usable += f", of the host {gib(row.host_budget_bytes)}"
     return (
         f"{report.target}{usable}: {model.num_blocks} blocks of width {model.d_model}, "
         f"batch {batch} x {size} tokens, {settings.optimizer.kind}, jax {report.jax_version}"

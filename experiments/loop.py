@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from experiments.auto import check_within, excess, limit_bytes, settle
+from experiments.auto import check_within, excess, host_limit_bytes, limit_bytes, settle
 from experiments.build import build
 from experiments.checkpoints import Checkpoints, about_run, check_same_run
 from experiments.config import ConfigError, TrainConfig
@@ -46,7 +46,7 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path):
     display = Display(config.steps)
     display.print(f"data    {corpus.summary}")
     display.print(f"plan    {config.remat} on {config.model.num_blocks} blocks")
-    limit = limit_bytes(config, "local")
+    limit, host_limit = limit_bytes(config, "local"), host_limit_bytes(config)
     if excess(limit, "local"):
         display.print(f"warning: {excess(limit, 'local')}")
     _, choices = resolve_model(config)
@@ -59,7 +59,7 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path):
         config, planned_for = settle(config, limit, about, display.print)
         here, _ = resolve_model(config)
         step, report, compile_seconds = _compile(here, display)
-        check_within(config.remat, report.peak_bytes, limit)
+        check_within(config, report, limit, host_limit)
         state = _first_state(checkpoints, resumed, here)
         display.print(str(report))
         display.print(
@@ -68,7 +68,8 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path):
         if resumed is not None:
             display.print(f"resumed at step {resumed} from {checkpoints.folder}")
         header = _header(config, corpus, report, compile_seconds)
-        header |= {"budget_bytes": limit, "planned_for": planned_for}
+        header |= {"budget_bytes": limit, "host_budget_bytes": host_limit}
+        header |= {"planned_for": planned_for}
         with contextlib.closing(Record(folder, config, header, resumed)) as record:
             training = _Training(
                 config, planned_for, corpus, step, report, record, checkpoints, display

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from experiments.auto import choose, limit_bytes
+from experiments.auto import choose, host_limit_bytes, limit_bytes
 from experiments.build import build, entry_of
 from experiments.config import TrainConfig
 from experiments.fit_row import FitRow
@@ -66,10 +66,11 @@ def _row(config: TrainConfig, target: str, largest: str | None, here) -> FitRow:
     asked = {"config": config, "target": target}
     try:
         asked["budget_bytes"] = limit_bytes(config, target)
+        asked["host_budget_bytes"] = host_limit_bytes(config)
         if largest is not None:
             return _largest_row(FitRow(**asked), largest, here)
         if config.is_auto:
-            return _auto_row(FitRow(**asked), _choose(config, target, here), here)
+            return _auto_row(FitRow(**asked), _choose(config, target, here))
         return FitRow(**asked, report=_measure(config, target, here))
     except BudgetError as error:
         return FitRow(**asked, error=str(error), infeasible=error)
@@ -85,13 +86,10 @@ def _choose(config: TrainConfig, target: str, here, budget: int | None = None) -
         return choose(config, target, budget=budget)
 
 
-def _auto_row(row: FitRow, chosen: FitResult, here) -> FitRow:
+def _auto_row(row: FitRow, chosen: FitResult) -> FitRow:
     """Returns the row of the plan that was chosen for `row`'s configuration."""
     config = dataclasses.replace(row.config, remat=str(chosen.plan))
-    report = chosen.report
-    if parse_target(row.target).backend == "local":  # its time and findings were not asked for
-        report = _measure(config, row.target, here)
-    return dataclasses.replace(row, config=config, report=report, auto=chosen)
+    return dataclasses.replace(row, config=config, report=chosen.report, auto=chosen)
 
 
 def _measure(config: TrainConfig, target: str, here) -> MemoryReport:
@@ -150,7 +148,7 @@ def _largest_auto(sized: Callable[[int], FitRow], start: int, here) -> FitRow:
     count, chosen = grown(plan, largest_that_fits(peak, start=start))
     if chosen is None:
         return _row_of_nothing(sized(1), here)
-    return _auto_row(sized(count), chosen, here)
+    return _auto_row(sized(count), chosen)
 
 
 def _least_plan(row: FitRow, here) -> str:

@@ -20,12 +20,14 @@ def train(
     config: Annotated[Path | None, Parameter(help="TOML file with any of the settings.")] = None,
 ):
     """Train a Transformer under a checkpointing plan, and say what memory a step takes."""
+    from experiments.auto import check_calibrated
     from experiments.data import check_corpus, check_grain, load_corpus
     from experiments.init import check_init, end_token
     from experiments.record import check_tensorboard, run_folder
 
     if settings.tensorboard:
         check_tensorboard()
+    check_calibrated(settings, [settings.plan], ["local"])
     del config  # read before the other flags were parsed; see experiments.cli
     folder = run_folder(settings)
     tokenizer = check_init(settings)

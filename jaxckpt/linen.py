@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxckpt.plans import Plan, PlanError, as_plan
+from jaxckpt.plans import Plan, PlanError, as_plan, words
 from jaxckpt.transforms import policies, rows, tags
 from jaxckpt.transforms.blocks import check_policies
 from jaxckpt.transforms.stack import scan_blocks
@@ -135,6 +135,11 @@ def remat(block: type[nn.Module], plan: str | Plan, **options) -> type[nn.Module
         )
     if stage.offloads_carry:
         raise PlanError("offload:carry needs the blocks' inputs; linen.Stack takes it")
+    if any(words.is_invented(name) for policy in stage.policies for name in policy.names):
+        raise PlanError(
+            f"plan {str(plan)!r} names values without a tag, which linen.remat does not find; "
+            "linen.Stack does, or give them a tag (jaxckpt.tag)"
+        )
     if stage.schedule == "none":
         return block
     policy = policies.checkpoint_policy(stage.policies)
@@ -142,7 +147,7 @@ def remat(block: type[nn.Module], plan: str | Plan, **options) -> type[nn.Module
     class Checkpointed(nn.remat(block, policy=policy, **options)):
         def __call__(self, *args, **kwargs):
             if not self.is_initializing():
-                check_policies(plan, lambda: _tags_of(block, self, args, kwargs))
+                check_policies(plan, lambda _: _tags_of(block, self, args, kwargs))
             return super().__call__(*args, **kwargs)
 
     Checkpointed.__name__, Checkpointed.__qualname__ = block.__name__, block.__qualname__

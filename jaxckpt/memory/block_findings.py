@@ -1,7 +1,6 @@
 """Policies that do nothing for a block, found by tracing it; see `findings.py`."""
 
 import dataclasses
-import fnmatch
 import functools
 from collections.abc import Callable, Iterable
 
@@ -12,7 +11,7 @@ from jaxckpt.memory.flat import Flat, Step, bodies, flatten
 from jaxckpt.memory.fusion import is_view
 from jaxckpt.memory.residuals import Trace, checkpointed, is_identity, origin_of
 from jaxckpt.plans import Plan, Policy, Stage, as_plan, words
-from jaxckpt.transforms import tags
+from jaxckpt.transforms import invented
 from jaxckpt.transforms.blocks import check_policies
 
 _FULL = Stage(schedule="full")
@@ -35,7 +34,7 @@ def findings_of_block(
     """
     plan = as_plan(plan)
     args = carry, params_i, *consts
-    check_policies(plan, lambda: tags.tags_of(block, *args))
+    check_policies(plan, lambda asked: invented.offered(block, asked, *args))
     found = []
     for stage in plan.stages:
         found += dots_that_save_nothing(block, params_i, carry, *consts, stage=stage)
@@ -83,7 +82,8 @@ def tags_that_save_nothing(
     patterns = [p for p in stage.policies if set(p.names) - {words.CARRY}]
     if not patterns:
         return ()
-    offered = tags.tags_of(block, *args).names
+    tags = invented.offered(block, patterns, *args)
+    offered = (*tags.names, *tags.invented)
     outputs = _tags_of_outputs(block, args)
     num_steps = functools.cache(functools.partial(_num_steps, block, args))
     found = []
@@ -131,7 +131,7 @@ def _exact(stage: Stage, offered, without: tuple[str, str] | None = None) -> Sta
 
 def _matching(policy: Policy, offered: Iterable[str]) -> list[str]:
     patterns = [pattern for pattern in policy.names if pattern != words.CARRY]
-    return [name for name in offered if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
+    return [name for name in offered if any(words.matches(name, p) for p in patterns)]
 
 
 def _num_steps(block: Callable, args, stage: Stage) -> int:

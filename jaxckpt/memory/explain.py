@@ -21,7 +21,7 @@ from jaxckpt.memory.residuals import (
 )
 from jaxckpt.memory.source import where
 from jaxckpt.plans import Plan, as_plan
-from jaxckpt.transforms import tags
+from jaxckpt.transforms import invented
 from jaxckpt.transforms.blocks import check_policies
 
 # Left out of the text that says how a value is made again.
@@ -65,7 +65,8 @@ def explain(
     kept = None
     if plan is not None:
         plan, stage = as_plan(plan), single_stage(plan)
-        check_policies(plan, lambda: tags.tags_of(block, carry, params_i, *consts))
+        args = (carry, params_i, *consts)
+        check_policies(plan, lambda asked: invented.offered(block, asked, *args))
         kept = Trace(checkpointed(block, stage), params_i, carry, consts)
     rows = [_row(*found) for found in _matched(trace, kept)]
     rows.sort(key=lambda row: -max(row.residual_bytes, row.saved_bytes or 0, row.host_bytes or 0))

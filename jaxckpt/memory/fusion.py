@@ -14,6 +14,7 @@ The rules, for one body without calls (`flat.Flat`):
 5. A slice or gather reads as much as it returns; an update in place moves the update. A fused
    group writes a row of a loop's stacked output directly, if nothing else needs that row in
    memory; otherwise the row is copied once more.
+6. Random bits and collectives take longer than their bytes (`slow_steps.py`).
 
 The real compiler fuses less in some places (reductions over different axes) and more in others
 (epilogues of matrix products).
@@ -23,6 +24,7 @@ import dataclasses
 
 from jaxckpt.memory.flat import Flat, Step, Value
 from jaxckpt.memory.flops import is_kernel
+from jaxckpt.memory.slow_steps import extra_bytes, is_collective
 from jaxckpt.transforms.jaxprs import subjaxprs
 
 # The same array seen otherwise: nothing moves, and a product's layout takes it in.
@@ -70,6 +72,8 @@ def kind_of(step: Step) -> str:
     name = step.name
     if is_kernel(step):
         return "kernel"
+    if is_collective(step):
+        return "whole"
     if name == "device_put":
         return "copy" if _changes_memory(step) else "fused"
     if name.startswith("scatter"):
@@ -214,7 +218,7 @@ class _Model:
                 # In place: indices and updates are read, the touched places read and written.
                 moved += step.inputs[1].nbytes + 3 * step.inputs[2].nbytes
             elif step.name != "optimization_barrier":
-                moved += size
+                moved += size + extra_bytes(step)
         moved += sum(min(size, value.nbytes) for (_, value), size in reads.items())
         needed.update(value for _, value in reads)
         rows = [self._base(value) for value in self.outputs[first_row:]]

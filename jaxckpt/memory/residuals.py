@@ -16,7 +16,7 @@ import numpy as np
 from jaxckpt.memory.flat import Flat, Step, Value, flatten
 from jaxckpt.memory.source import where
 from jaxckpt.plans import Plan, PlanError, Stage, as_plan, words
-from jaxckpt.transforms import tags
+from jaxckpt.transforms import invented, tags
 from jaxckpt.transforms.jaxprs import subjaxprs
 from jaxckpt.transforms.nested import Remat
 
@@ -57,6 +57,7 @@ def checkpointed(block: Callable, stage: Stage) -> Callable:
             return block
     if stage.schedule == "none":
         return block
+    block = invented.resolved(block, policies)
     remat = Remat(policies=policies)(lambda carry, rest: block(carry, *rest), prevent_cse=True)
     return lambda carry, *rest: remat(carry, rest)
 

@@ -9,9 +9,9 @@ model of XLA's fusion (`fusion.py`). Trips of loops are counted; of a cond, the 
 Copies to and from the host are assumed to overlap with everything else, so they cost only what
 they take beyond it.
 
-What is left out: collectives, launch gaps, caches, and the arithmetic of elementwise work, which
-is slower than its bytes only for random bits on some chips. The order of plans is more reliable
-than the seconds.
+Random bits and the collectives of `jax.shard_map` are counted (`slow_steps.py`). What is left out:
+the collectives of XLA's partitioner, launch gaps, caches, and the arithmetic of other elementwise
+work. The order of plans is more reliable than the seconds.
 """
 
 import dataclasses
@@ -141,6 +141,11 @@ def estimate(jaxpr: core.ClosedJaxpr | core.Jaxpr, rates: Rates) -> Estimate:
         flops=round(cost.flops),
         bytes_moved=round(cost.memory_bytes + cost.matmul_bytes),
     )
+
+
+def nested_seconds(step: Step, rates: Rates) -> float:
+    """Returns the seconds of one loop, branch or other step with functions of its own."""
+    return _nested_cost(step, rates).seconds(rates)
 
 
 def _cost_of(flat: Flat, rates: Rates, stacked: int = 0) -> _Cost:

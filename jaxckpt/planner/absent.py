@@ -14,12 +14,17 @@ from typing import Any
 from jaxckpt.memory import cache, launch
 from jaxckpt.memory.absent import Entry, entry_key
 from jaxckpt.memory.targets import Target, TargetError, parse_target
-from jaxckpt.planner.budgets import budget_bytes, check_asked
+from jaxckpt.planner.budgets import budget_bytes, check_asked, host_bytes
 from jaxckpt.planner.result import BudgetError, FitResult
 
 
 def fit_entry(
-    entry: Entry, *, num_blocks: int, target: str | Target, budget: str | int | float = "auto"
+    entry: Entry,
+    *,
+    num_blocks: int,
+    target: str | Target,
+    budget: str | int | float = "auto",
+    host_budget: str | int | float = 0,
 ) -> FitResult:
     """Returns the fastest plan of an entry's step whose compiled peak is within a budget.
 
@@ -29,6 +34,7 @@ def fit_entry(
       num_blocks: As for `jaxckpt.fit`.
       target: An absent chip.
       budget: As for `jaxckpt.fit`.
+      host_budget: As for `jaxckpt.fit`.
 
     Raises:
       BudgetError, ValueError, ImportError: As from `jaxckpt.fit`.
@@ -36,11 +42,16 @@ def fit_entry(
       Unavailable: The target's compiler is not installed.
       WorkerError: The entry or the compiler failed.
     """
+    if not isinstance(num_blocks, int):
+        raise ValueError(
+            f"an entry point is planned for one stack; num_blocks is a number, not {num_blocks!r}"
+        )
     check_asked(num_blocks)
     target = parse_target(target)
     if target.backend == "local":
         raise TargetError("target 'local' is this process's own backend: jaxckpt.fit takes it")
     asked = {"num_blocks": num_blocks, "budget": budget_bytes(budget, target)}
+    asked["host_budget"] = host_bytes(host_budget)
     name = entry_key(entry, target, **asked)
     found = _answer(cache.load_json(name))
     if found is None:

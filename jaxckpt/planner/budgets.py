@@ -1,26 +1,43 @@
 """What the planner is asked: bytes to stay within, blocks. No JAX import but for `local`."""
 
 import warnings
+from collections.abc import Mapping
 
 from jaxckpt.memory.targets import Target
 from jaxckpt.memory.units import gib, parse_bytes
 
 
-def check_asked(num_blocks: int):
+def check_asked(num_blocks: int | Mapping[str, int]):
     """Raises for a number of blocks that is none, and where scipy is not installed.
 
+    Args:
+      num_blocks: Of one stack, or of several by name.
+
     Raises:
-      ValueError: `num_blocks` is no whole number above 0.
+      ValueError: `num_blocks` is no whole number above 0, or has no names.
       ImportError: The planner's solver is missing.
     """
-    if isinstance(num_blocks, bool) or not isinstance(num_blocks, int) or num_blocks < 1:
-        raise ValueError(f"num_blocks is {num_blocks!r}; a stack has a whole number, at least 1")
+    if isinstance(num_blocks, Mapping):
+        if not num_blocks or not all(isinstance(name, str) and name for name in num_blocks):
+            raise ValueError(
+                f"num_blocks is {dict(num_blocks)!r}; several stacks are given by name, such as "
+                "{'encoder': 12, 'decoder': 24}"
+            )
+        for name, count in num_blocks.items():
+            _check_count(f"num_blocks[{name!r}]", count)
+    else:
+        _check_count("num_blocks", num_blocks)
     try:
         import scipy  # noqa: F401
     except ImportError:
         raise ImportError(
             "jaxckpt.fit needs scipy, which is not installed: pip install 'jaxckpt[planner]'"
         ) from None
+
+
+def _check_count(what: str, count):
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"{what} is {count!r}; a stack has a whole number, at least 1")
 
 
 def budget_bytes(budget: str | int | float, target: Target) -> int:
@@ -44,6 +61,20 @@ def budget_bytes(budget: str | int | float, target: Target) -> int:
     if excess is not None:
         warnings.warn(excess, stacklevel=3)
     return size
+
+
+def host_bytes(host_budget: str | int | float) -> int:
+    """Returns the bytes of the host that a plan may use; 0 for none.
+
+    Raises:
+      ValueError: No size.
+    """
+    if host_budget == 0 or host_budget == "0":
+        return 0
+    try:
+        return parse_bytes(host_budget)
+    except ValueError as error:
+        raise ValueError(f"host_budget: {error}") from None
 
 
 def given_bytes(budget: str | int | float) -> int:

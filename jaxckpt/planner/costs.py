@@ -28,12 +28,13 @@ class Kind:
       schedule: `"none"` or `"full"`.
       policies: What `full` keeps.
       kept_bytes: On the device from the forward to the backward pass.
-      host_bytes: On the host meanwhile.
+      host_bytes: On the host meanwhile; moved out and back beside the computation.
       live_bytes: What its reversal holds while it runs: all residuals of the block, those made
         again and copies of those kept.
       params_bytes: Its parameters, and so their gradients.
       seconds: Forward, recomputation and backward.
       flops: Of the same, matrix products and attention kernels.
+      device_seconds: Where something is moved to the host, the same without the link.
     """
 
     schedule: str
@@ -44,6 +45,7 @@ class Kind:
     params_bytes: float = 0.0
     seconds: float
     flops: float
+    device_seconds: float = 0.0
 
     def stage(self, count: int | None = None) -> Stage:
         """Returns the stage of `count` such blocks."""
@@ -87,8 +89,13 @@ def kind_cost(stacks: Sequence[Stack], stage: Stage, rates: Rates, residual_byte
         on_device, on_host = _kept(flatten(jaxpr), num_kept)
         kept += on_device / stack.num_blocks
         host += on_host / stack.num_blocks
-        seconds += estimate(jaxpr, rates).seconds / stack.num_blocks
+        cost = estimate(jaxpr, rates)
+        seconds += (cost.matmul_seconds + cost.memory_seconds) / stack.num_blocks
         flops += count_flops(jaxpr) / stack.num_blocks
+    device_seconds = seconds if host else 0.0
+    if host:
+        forward = forward_cost(stacks, rates).seconds
+        seconds = overlapped(forward, seconds - forward, host, rates)
     return Kind(
         schedule=stage.schedule,
         policies=stage.policies,
@@ -98,7 +105,23 @@ def kind_cost(stacks: Sequence[Stack], stage: Stage, rates: Rates, residual_byte
         params_bytes=sum(stack.params_bytes / stack.num_blocks for stack in stacks),
         seconds=seconds,
         flops=flops,
+        device_seconds=device_seconds,
     )
+
+
+def overlapped(
+    forward_seconds: float, backward_seconds: float, moved_bytes: float, rates: Rates
+) -> float:
+    """Returns what two passes take that move bytes to the host and back beside their computation.
+
+    Args:
+      forward_seconds: While bytes go out.
+      backward_seconds: While they come back.
+      moved_bytes: In each direction.
+      rates: The chip's.
+    """
+    link = moved_bytes / rates.host_bytes_per_second
+    return max(forward_seconds, link) + max(backward_seconds, link)
 
 
 def _run(stack: Stack, stage: Stage, carry, params, consts):

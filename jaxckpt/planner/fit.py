@@ -8,29 +8,37 @@ found by tracing, blocks are costed as `costs.py` says, plans put together in `p
 ordered in `ladder.py`, and `search.py` compiles a few. A plan is only returned if the compiler's
 own peak of its step is within the budget.
 
-Limits: all stacks of a step that follow the plan have `num_blocks` blocks and get the same plan;
-seconds are a roofline's.
+Stacks that are given by name get a plan each (`several.py`).
+
+Limits: stacks that follow one plan have the same number of blocks; seconds are a roofline's.
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 
 from jaxckpt.memory.targets import Target, parse_target
-from jaxckpt.planner.budgets import budget_bytes, check_asked
+from jaxckpt.planner.budgets import budget_bytes, check_asked, host_bytes
+from jaxckpt.planner.ladder import Rung
+from jaxckpt.planner.offload_check import verdict
 from jaxckpt.planner.problem import Problem
-from jaxckpt.planner.rates import rates_of
-from jaxckpt.planner.result import FitResult
+from jaxckpt.planner.rates import chip_of, rates_of
+from jaxckpt.planner.result import BudgetError, FitResult
 from jaxckpt.planner.search import search
+from jaxckpt.planner.several import SeveralProblem
 from jaxckpt.planner.steps import Steps
 
 MOST_COMPILES = 6
+_CALIBRATED = "the roofline, calibrated by a block timed here"
 
 
 def fit(
     step_for: Callable,
     *,
-    num_blocks: int,
+    num_blocks: int | Mapping[str, int],
     target: str | Target = "local",
     budget: str | int | float = "auto",
+    host_budget: str | int | float = 0,
+    calibrate: bool = False,
     block: Sequence | None = None,
 ) -> FitResult:
     """Returns the fastest plan whose compiled peak is within a budget.
@@ -39,9 +47,15 @@ def fit(
       step_for: `step_for(plan) -> (fn, args)`, or `(fn, args, options)` with `donate_argnums` and
         `static_argnums` as for `jaxckpt.measure`: the step under a `Plan`. Arguments may be
         abstract.
-      num_blocks: L, the blocks of each stack that follows the plan.
+      num_blocks: L, the blocks of each stack that follows the plan; or a number for each stack by
+        name, such as `{"encoder": 12, "decoder": 24}`: then `step_for` gets, and the result has, a
+        plan for each by name, and all share the budget.
       target: The chip, as for `jaxckpt.measure`.
       budget: Bytes a device, such as `"15GiB"`, or `"auto"`: what the target can use.
+      host_budget: Bytes of pinned host memory that a plan may use a device, such as `"32GiB"`;
+        by default nothing is moved to the host.
+      calibrate: Times a block on this process's device once, and plans with its seconds; for the
+        target `local`.
       block: `(block, params_i, carry, *consts)`, as for `jaxckpt.explain`, for a step that runs
         its blocks by other means than `scan_blocks` and jaxckpt's adapters.
 
@@ -62,21 +76,62 @@ def fit(
     """
     check_asked(num_blocks)
     target = parse_target(target)
-    budget = budget_bytes(budget, target)
-    return solve(Steps(step_for, target), num_blocks, target=target, budget=budget, block=block)
+    asked = {"budget": budget_bytes(budget, target), "host_budget": host_bytes(host_budget)}
+    if isinstance(num_blocks, Mapping):
+        one = {"block": block is not None, "host_budget": host_budget, "calibrate": calibrate}
+        for name in (name for name, given in one.items() if given):
+            raise ValueError(f"{name}= is one stack's; give num_blocks as a number")
+    if calibrate and target.backend != "local":
+        raise ValueError(f"calibrate times the chip of this process; {target} is not it")
+    asked["calibrate"] = calibrate
+    return solve(Steps(step_for, target), num_blocks, target=target, **asked, block=block)
 
 
 def solve(
-    steps: Steps, num_blocks: int, *, target: Target, budget: int, block: Sequence | None = None
+    steps: Steps,
+    num_blocks: int | Mapping[str, int],
+    *,
+    target: Target,
+    budget: int,
+    host_budget: int = 0,
+    calibrate: bool = False,
+    block: Sequence | None = None,
 ) -> FitResult:
-    """Returns what `fit` does, of steps that may be compiled elsewhere.
+    """Returns what `fit` does, of steps that may be compiled elsewhere; budgets in bytes.
 
     Raises:
       BudgetError: No plan fits.
       ValueError: The step ignores its plan, or runs stacks of another number of blocks.
     """
-    problem = Problem.of(steps, num_blocks, rates_of(target), block)
-    rungs = problem.ladder()
+    if isinstance(num_blocks, Mapping):
+        problem = SeveralProblem.of(steps, num_blocks, rates_of(target))
+        return answer(problem, problem.ladder(), budget)
+    allowed, found = 0, {"clock": _CALIBRATED} if calibrate else {}
+    if host_budget:
+        offload = verdict(target, calibrate or chip_of(target) is not None)
+        allowed = host_budget if offload.allowed else 0
+        found |= {"host_budget_bytes": host_budget, "offload": offload.text}
+    options = {"host_bytes": allowed, "timed": calibrate}
+    problem = Problem.of(steps, num_blocks, rates_of(target), block, **options)
+    try:
+        result = answer(problem, problem.ladder(), budget)
+    except BudgetError as error:
+        raise error.with_offload(found.get("offload", "")) from None
+    return dataclasses.replace(result, **found)
+
+
+def answer(problem: Problem | SeveralProblem, rungs: Sequence[Rung], budget: int) -> FitResult:
+    """Returns the answer for one budget of a problem, whose ladder serves all of them.
+
+    Args:
+      problem: A step with its compiled anchors; what is compiled here is added to them.
+      rungs: `problem.ladder()`.
+      budget: In bytes.
+
+    Raises:
+      BudgetError: No plan fits.
+    """
+    steps = problem.steps
     known = {
         place: problem.peak(rung.draft.plan)
         for place, rung in enumerate(rungs)

@@ -2,14 +2,15 @@
 
 The steps of a block's forward pass, as `jax.vjp` runs it, form a graph. For a number of bytes M:
 
-    minimize    sum of seconds[s] * rerun[s]
+    minimize    sum of seconds[s] * rerun[s] + sum of keeping[v] * kept[v]
     subject to  rerun[maker(v)] + kept[v] >= 1          for each residual v
                 rerun[maker(v)] + kept[v] >= rerun[s]   for each input v of each step s
                 sum of bytes[v] * kept[v] <= M,         kept[v] in {0, 1}
 
-Values that a plan can only name together (one tag, an attention kernel's arrays) share one `kept`.
-Block inputs, parameters and constants are there anyway. Sweeping M gives the frontier. Steps are
-costed one by one, which knows nothing of fusion: the sets found here are proposals, which
+Values that a plan can only name together (one tag, an attention kernel's arrays, what one step
+returns) share one `kept`; `keeping` is the time of copying them for the backward pass. Block
+inputs, parameters and constants are there anyway. Sweeping M gives the frontier. Steps are costed
+one by one, which knows nothing of fusion: the sets found here are proposals, which
 `costs.kind_cost` then costs as JAX and the roofline see them.
 
 References:
@@ -17,6 +18,7 @@ References:
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -25,16 +27,25 @@ from jaxckpt.memory.flat import Step, Value
 from jaxckpt.memory.flops import step_flops
 from jaxckpt.memory.fusion import kind_of
 from jaxckpt.memory.residuals import Trace, origin_of
-from jaxckpt.memory.roofline import BYTES_EFFICIENCY, MATMUL_EFFICIENCY, Rates
+from jaxckpt.memory.roofline import (
+    BYTES_EFFICIENCY,
+    MATMUL_EFFICIENCY,
+    Rates,
+    nested_seconds,
+)
+from jaxckpt.memory.slow_steps import extra_bytes
 from jaxckpt.planner.stacks import Stack
-from jaxckpt.plans import Policy
+from jaxckpt.planner.values import all_named, values_by_name
+from jaxckpt.plans import Policy, words
+from jaxckpt.transforms import tags
 
 # What a step moves when it is run again, in the bytes that it writes: fused work rarely goes to
-# memory, random bits are arithmetic.
+# memory.
 _FUSED_SHARE = 0.25
-_RANDOM_SHARE = 8.0
-_RANDOM = ("random_bits", "threefry2x32", "random_seed", "random_wrap")
-_MOST_POINTS = 8
+# What keeping a value moves beside its making: it is copied for the backward pass and read there.
+_KEEPING_SHARE = 2.0
+# The sizes that are looked at, as shares of what is kept where memory does not matter.
+_SHARES = (1, 7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4, 1 / 8, 1 / 16, 1 / 64)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,10 +55,12 @@ class Unit:
     Attributes:
       policy: The word.
       values: Kept by it.
+      seconds: What keeping them takes.
     """
 
     policy: Policy
     values: tuple[Value, ...]
+    seconds: float = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -75,14 +88,14 @@ class Graph:
     def of(cls, stack: Stack, rates: Rates) -> "Graph":
         """Returns the graph of a stack's block."""
         block = lambda carry, params_i, consts: stack.call(carry, params_i, consts)
-        trace = Trace(block, stack.params_i, stack.carry, (stack.consts,))
+        trace = Trace(all_named(block), stack.params_i, stack.carry, (stack.consts,))
         residuals = [r.origin for r in trace.residuals if r.origin.step is not None]
         steps = trace.flat.live_steps()
         return cls(
             steps=tuple(steps),
             seconds=tuple(_seconds(step, rates) for step in steps),
             residuals=tuple(dict.fromkeys(residuals)),
-            units=tuple(_units(trace)),
+            units=tuple(_units(trace, set(steps), rates)),
         )
 
 
@@ -90,18 +103,26 @@ def proposals(graph: Graph) -> Iterator[tuple[Policy, ...]]:
     """Yields the policies of the frontier, from those that keep most to those that keep least."""
     if not graph.units:
         return
-    program = _Program(graph)
-    room = sum(unit.nbytes for unit in graph.units)
-    step = max(room // _MOST_POINTS, 1)
-    while room >= 0:
-        kept = program.solve(room)
-        yield tuple(unit.policy for unit, is_kept in zip(graph.units, kept, strict=True) if is_kept)
-        used = sum(unit.nbytes for unit, is_kept in zip(graph.units, kept, strict=True) if is_kept)
-        room = min(used - 1, room - step)
+    program = Program(graph)
+    room = most = sum(unit.nbytes for unit in graph.units)
+    for share in _SHARES:
+        room = min(room, int(share * most))
+        if room < 0:
+            return
+        units = list(itertools.compress(graph.units, program.solve(room)))
+        yield tuple(unit.policy for unit in units)
+        used = sum(unit.nbytes for unit in units)
+        most = used if share == 1 else most
+        room = used - 1
 
 
-class _Program:
-    """The program's matrix, built once; only M changes."""
+class Program:
+    """The program's matrix, built once; only M changes.
+
+    Attributes:
+      matrix: A row a constraint but for the last; columns are the steps, then the units.
+      bounds: What each row is at least.
+    """
 
     def __init__(self, graph: Graph):
         self.graph = graph
@@ -118,9 +139,10 @@ class _Program:
         self.matrix = self._sparse(rows)
         scale = max(graph.seconds) or 1.0
         sizes = [unit.nbytes for unit in graph.units]
-        # Of sets that cost the same the smallest is taken.
-        tie = 1e-6 / max(sum(sizes), 1)
-        self.cost = np.array([*(s / scale for s in graph.seconds), *(tie * b for b in sizes)])
+        # Of sets that cost the same the smallest is taken, and then the one of the fewest names.
+        tie = lambda size: 1e-6 * size / max(sum(sizes), 1) + 1e-8
+        keeping = [unit.seconds / scale + tie(unit.nbytes) for unit in graph.units]
+        self.cost = np.array([*(s / scale for s in graph.seconds), *keeping])
         self.sizes = np.array([*([0.0] * len(graph.steps)), *sizes])
 
     def _row(self, value: Value, user: Step | None) -> dict[int, float]:
@@ -162,16 +184,40 @@ class _Program:
         return [bool(x > 0.5) for x in found.x[count:]]
 
 
-def _units(trace: Trace) -> Iterator[Unit]:
-    by_tag: dict[str, list[Value]] = {}
+def _units(trace: Trace, live: set[Step], rates: Rates) -> Iterator[Unit]:
+    """Yields what a plan can keep and the backward pass has a use for."""
+    kernel = _kept_by_attention(trace)
+    by_name = values_by_name(trace.flat)
     for value, names in trace.tags.items():
         for name in names:
-            by_tag.setdefault(name, []).append(value)
-    kernel = [value for value in trace.kernels if value.step is not None]
-    if kernel:
-        yield Unit(policy=Policy(kind="attention"), values=tuple(kernel))
-    for name, values in sorted(by_tag.items()):
-        yield Unit(policy=Policy(kind="names", names=(name,)), values=tuple(values))
+            by_name[name] = (*by_name.get(name, ()), value)
+    found = [(Policy(kind="attention"), kernel)] if kernel else []
+    for name, values in by_name.items():
+        if words.is_invented(name):  # a user's own word for a value comes first
+            values = [v for v in values if v not in trace.tags and v not in kernel]
+        found.append((Policy(kind="names", names=(name,)), values))
+    for policy, values in found:
+        values = tuple(value for value in dict.fromkeys(values) if value.step in live)
+        moved = _KEEPING_SHARE * sum(value.nbytes for value in values)
+        seconds = moved / (rates.bytes_per_second * BYTES_EFFICIENCY)
+        if values:
+            yield Unit(policy=policy, values=values, seconds=seconds)
+
+
+def _kept_by_attention(trace: Trace) -> list[Value]:
+    """Returns what the policy `attention` keeps of a block."""
+    kernels = [
+        value
+        for step in trace.flat.steps
+        if step.name in tags.ATTENTION_PRIMITIVES
+        for value in step.outputs
+    ]
+    tagged = [
+        origin_of(step.outputs[0])
+        for step in trace.flat.steps
+        if step.name == "name" and step.params["name"] == tags.ATTENTION
+    ]
+    return [value for value in dict.fromkeys([*kernels, *tagged]) if value.step is not None]
 
 
 def _seconds(step: Step, rates: Rates) -> float:
@@ -179,11 +225,8 @@ def _seconds(step: Step, rates: Rates) -> float:
     inputs = sum(value.nbytes for value in step.inputs)
     outputs = sum(value.nbytes for value in step.outputs)
     kind = kind_of(step)
-    if step.name in _RANDOM:
-        moved = _RANDOM_SHARE * outputs
-    elif kind == "fused":
-        moved = _FUSED_SHARE * outputs
-    else:
-        moved = inputs + outputs
+    if kind == "nested":
+        return nested_seconds(step, rates)
+    moved = _FUSED_SHARE * outputs if kind == "fused" else inputs + outputs + extra_bytes(step)
     by_bytes = moved / (rates.bytes_per_second * BYTES_EFFICIENCY)
     return max(by_bytes, flops / (rates.flops_per_second * MATMUL_EFFICIENCY))

@@ -50,7 +50,8 @@ def ladder(rungs: Iterable[Rung], plain: Sequence[Rung]) -> tuple[Rung, ...]:
         speed = math.ceil(math.log(rung.seconds) / math.log1p(_PRECISION))
         plan = rung.draft
         held = plan.worst_bytes
-        return above, speed, len(plan.stages), -held, rung.predicted_bytes, str(plan.plan)
+        # What is equal in all of these stays in the order in which it was given.
+        return above, speed, len(plan.stages), -held, rung.predicted_bytes
 
     kept: list[Rung] = []
     for rung in sorted(rungs, key=rank):

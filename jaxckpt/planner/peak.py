@@ -3,10 +3,13 @@
     peak = offset + the most that is kept and held while a stage is reversed
 
 `offset` is what weights, optimizer, gradients and the loss add; the compiled peak of `full` tells
-it. That of `none` tells what a block's residuals weigh once compiled: XLA drops some that JAX
-keeps and pads others. Plans of several stages slice the parameters and join their gradients, which
-costs or saves a backend's own amount: a plan of two stages tells it. Of policies the bytes that
-JAX keeps are believed.
+it. What blocks keep is what JAX keeps. What the reversal of one holds besides is all its residuals,
+of which those that were kept are read where they are but for a share; the compiled peak of `none`
+tells the share (XLA fuses most of the reads). Plans of several stages slice the parameters and join
+their gradients, which costs or saves a backend's own amount; a plan of two stages tells it.
+
+On a TPU v5e, 28 blocks of Qwen3-0.6B's width, this is within 0.1 % for plans of one stage and of
+two, whatever the split.
 """
 
 import dataclasses
@@ -21,11 +24,15 @@ class PeakModel:
 
     Attributes:
       none: The kind `none` as it is once compiled.
+      carry_bytes: What `full` keeps of a block.
+      fused_share: Of what is kept beyond that, what its reversal does not copy.
       offset_bytes: Beside what the stacks keep and hold.
       stages_bytes: Added for a plan of several stages; may be negative.
     """
 
     none: Kind
+    carry_bytes: float
+    fused_share: float
     offset_bytes: float
     stages_bytes: float = 0.0
 
@@ -41,9 +48,25 @@ class PeakModel:
           num_blocks: L.
         """
         offset = full_peak - draft([run_of(full, num_blocks)]).worst_bytes
-        held = run_of(none, num_blocks).live_bytes
-        kept = max((none_peak - offset - held) / num_blocks, full.kept_bytes)
-        return cls(none=dataclasses.replace(none, kept_bytes=kept), offset_bytes=offset)
+        held = none_peak - offset - num_blocks * none.kept_bytes
+        extra = max(none.kept_bytes - full.kept_bytes, 1.0)
+        kept = none.kept_bytes
+        if held < 0 or num_blocks == 1:  # XLA drops some of what JAX keeps
+            kept, held = max((none_peak - offset) / num_blocks, full.kept_bytes), 0.0
+        return cls(
+            none=dataclasses.replace(none, kept_bytes=kept, live_bytes=held),
+            carry_bytes=full.kept_bytes,
+            fused_share=(none.live_bytes - held) / extra,
+            offset_bytes=offset,
+        )
+
+    def compiled(self, kind: Kind) -> Kind:
+        """Returns a traced kind as it is once compiled."""
+        if kind.schedule == self.none.schedule:
+            sizes = {"kept_bytes": self.none.kept_bytes, "live_bytes": self.none.live_bytes}
+            return dataclasses.replace(kind, **sizes)
+        read = self.fused_share * (kind.kept_bytes - self.carry_bytes)
+        return dataclasses.replace(kind, live_bytes=max(kind.live_bytes - max(read, 0.0), 0.0))
 
     def with_stages(self, one: Draft, peak: int) -> "PeakModel":
         """Returns the model that is exact for a compiled plan of several stages, too."""

@@ -14,6 +14,7 @@ from jaxckpt.memory.report import MemoryReport
 from jaxckpt.memory.roofline import Rates, estimate
 from jaxckpt.memory.units import gib
 from jaxckpt.planner import pieces
+from jaxckpt.planner.calibrate import calibrate
 from jaxckpt.planner.costs import Forward, Kind, forward_cost
 from jaxckpt.planner.kinds import find_kinds
 from jaxckpt.planner.ladder import Rung, ladder
@@ -22,7 +23,7 @@ from jaxckpt.planner.pieces import Draft
 from jaxckpt.planner.result import BudgetError, Candidate, FitResult
 from jaxckpt.planner.stacks import given_stack
 from jaxckpt.planner.steps import Steps
-from jaxckpt.plans import Plan, PlanError
+from jaxckpt.plans import Plan, PlanError, Stage
 
 _NONE, _FULL = Plan.parse("none"), Plan.parse("full")
 _LEAST_FOR_STAGES = 4  # blocks; fewer are hardly ever worth two stages
@@ -43,6 +44,7 @@ class Problem:
       seconds: Of the step beside its stacks.
       flops: Of the same.
       runs: How often a step runs its stacks: once for each part of an accumulated batch.
+      host_bytes: What a plan may have on the host.
     """
 
     steps: Steps
@@ -54,34 +56,61 @@ class Problem:
     seconds: float
     flops: int
     runs: int = 1
+    host_bytes: int = 0
 
     @classmethod
-    def of(cls, steps: Steps, num_blocks: int, rates: Rates, block) -> "Problem":
-        """Traces the step, costs its blocks and compiles its anchors."""
+    def of(
+        cls,
+        steps: Steps,
+        num_blocks: int,
+        rates: Rates,
+        block,
+        *,
+        host_bytes: int = 0,
+        timed: bool = False,
+    ) -> "Problem":
+        """Traces the step, costs its blocks and compiles its anchors.
+
+        Args:
+          steps: Of the plans.
+          num_blocks: L.
+          rates: The chip's.
+          block: As for `jaxckpt.fit`.
+          host_bytes: What a plan may have on the host.
+          timed: Whether a block is timed on this process's device.
+        """
         stacks, seconds, flops = _stacks(steps, num_blocks, rates, block)
-        kinds, plain = find_kinds(stacks, rates)
+        clock = calibrate(stacks) if timed else None
+        rates = rates if clock is None else clock.link(rates)
+        kinds, plain = find_kinds(stacks, rates, host_bytes)
         none, full = (_kind_of(plain, plan) for plan in (_NONE, _FULL))
         again = num_blocks * (full.flops - none.flops)
-        runs = _runs(flops - count_flops(steps.trace(_NONE)[0]), again)
+        runs = runs_of(flops - count_flops(steps.trace(_NONE)[0]), again)
         peaks = [steps.report(plan).peak_bytes for plan in (_FULL, _NONE)]
         model = PeakModel.between(full, peaks[0], none, peaks[1], num_blocks)
-        # From here on `none` weighs what it weighs once compiled.
-        swap = lambda found: tuple(model.none if kind is none else kind for kind in found)
+        # From here on kinds weigh what they weigh once compiled.
+        compiled = lambda found: tuple(map(model.compiled, found))
         halves = [pieces.run_of(full, num_blocks // 2)]
         if num_blocks >= _LEAST_FOR_STAGES:
             halves.append(pieces.run_of(model.none, num_blocks - num_blocks // 2))
             mixed = pieces.draft(halves)
             model = model.with_stages(mixed, steps.report(mixed.plan).peak_bytes)
+        forward = forward_cost(stacks, rates)
+        if clock is not None:
+            known = {"none": none, "forward": forward, "rates": rates}
+            kinds, plain = (tuple(clock.kind(k, **known) for k in ks) for ks in (kinds, plain))
+            forward = clock.forward(forward)
         return cls(
             steps=steps,
             num_blocks=num_blocks,
-            kinds=swap(kinds),
-            plain=swap(plain),
-            forward=forward_cost(stacks, rates),
+            kinds=compiled(kinds),
+            plain=compiled(plain),
+            forward=forward,
             model=model,
             seconds=max(seconds - runs * num_blocks * full.seconds, 0.0),
             flops=flops - round(runs * num_blocks * full.flops),
             runs=runs,
+            host_bytes=host_bytes,
         )
 
     def peak(self, plan: Plan) -> int:
@@ -103,7 +132,8 @@ class Problem:
         return min(self.steps.compiled.items(), key=lambda item: item[1].peak_bytes)
 
     def _drafts(self) -> Iterator[Draft]:
-        return pieces.drafts(self.kinds, self.forward, self.num_blocks)
+        found = pieces.drafts(self.kinds, self.forward, self.num_blocks)
+        return (one for one in found if one.host_bytes <= self.host_bytes)
 
     def _rung(self, draft: Draft) -> Rung:
         seconds = self.seconds + self.runs * draft.seconds
@@ -131,36 +161,16 @@ class Problem:
             budget_bytes=budget,
             candidates=candidates,
             chosen=chosen,
-            keeps=tuple(map(self._keeps, rungs[place].draft.stages)),
-            why=_why(candidates[place - 1] if place else None, budget),
+            keeps=tuple(keeps_text(stage, self.kinds) for stage in rungs[place].draft.stages),
+            why=why(candidates[place - 1] if place else None, budget),
             num_compiles=len(self.steps.compiled),
         )
-
-    def _keeps(self, stage) -> str:
-        kind = next(
-            (
-                k
-                for k in self.kinds
-                if k.policies == stage.policies and k.schedule == stage.schedule
-            ),
-            None,
-        )
-        if kind is None:
-            return f"{stage}: carries in slots, a segment's residuals in turn"
-        host = f", {gib(int(stage.count * kind.host_bytes))} on the host" if kind.host_bytes else ""
-        return f"{stage}: {gib(int(stage.count * kind.kept_bytes))} on the device{host}"
 
     def infeasible(self, budget: int) -> BudgetError:
         """Returns the error for a budget that no plan fits."""
         plan, report = self._least()
         none = next(kind for kind in self.plain if kind.schedule == "none")
-        parts = argument_parts(self.steps.step(plan).args, report.argument_bytes)
-        body = report.peak_bytes - report.argument_bytes
-        block, rest = "one block's residuals", "gradients, head, carries and working memory"
-        if none.kept_bytes < body:
-            parts |= {block: none.kept_bytes, rest: body - none.kept_bytes}
-        else:  # the compiler needs less at once than JAX would keep
-            parts[f"{block}, {rest}"] = body
+        parts = peak_parts(self.steps.step(plan).args, report, none.kept_bytes)
         return BudgetError(budget_bytes=budget, plan=plan, report=report, parts=parts)
 
 
@@ -202,9 +212,36 @@ def _ignored(steps: Steps, jaxpr, others: Sequence[str]) -> str:
     )
 
 
-def _runs(step_flops: int, stack_flops: float) -> int:
+def runs_of(step_flops: int, stack_flops: float) -> int:
     """Returns how often a step runs its stacks, from what `full` adds to it and to one run."""
     return max(1, round(step_flops / stack_flops)) if stack_flops > 0 else 1
+
+
+def keeps_text(stage: Stage, kinds: Sequence[Kind]) -> str:
+    """Returns what a bound stage keeps where, as text."""
+    same = (k for k in kinds if k.policies == stage.policies and k.schedule == stage.schedule)
+    kind = next(same, None)
+    if kind is None:
+        return f"{stage}: carries in slots, a segment's residuals in turn"
+    host = f", {gib(int(stage.count * kind.host_bytes))} on the host" if kind.host_bytes else ""
+    return f"{stage}: {gib(int(stage.count * kind.kept_bytes))} on the device{host}"
+
+
+def peak_parts(args: Sequence, report: MemoryReport, residual_bytes: float) -> dict[str, float]:
+    """Returns what a peak consists of, in bytes, by name.
+
+    Args:
+      args: The step's arguments.
+      report: Of the step.
+      residual_bytes: What one block keeps without remat.
+    """
+    parts = argument_parts(args, report.argument_bytes)
+    body = report.peak_bytes - report.argument_bytes
+    block, rest = "one block's residuals", "gradients, head, carries and working memory"
+    if residual_bytes < body:
+        return parts | {block: residual_bytes, rest: body - residual_bytes}
+    # The compiler needs less at once than JAX would keep.
+    return parts | {f"{block}, {rest}": body}
 
 
 def argument_parts(args: Sequence, argument_bytes: int) -> dict[str, int]:
@@ -230,7 +267,8 @@ def _kind_of(kinds: Sequence[Kind], plan: Plan) -> Kind:
     return next(kind for kind in kinds if not kind.policies and kind.schedule == schedule)
 
 
-def _why(faster: Candidate | None, budget: int) -> str:
+def why(faster: Candidate | None, budget: int) -> str:
+    """Returns why no faster plan was taken, from the one before it on the ladder."""
     if faster is None:
         return "it is the fastest plan there is"
     if faster.compiled_bytes is None:

@@ -13,8 +13,13 @@ _CPU = Rates(flops_per_second=1e11, bytes_per_second=1e15, host_bytes_per_second
 
 def rates_of(target: Target) -> Rates:
     """Returns the rates of a target; of this process's chip by its name, if it is known."""
-    chip = target.chip if target.backend != "local" else _local_chip()
+    chip = chip_of(target)
     return _CPU if chip is None else Rates.of_chip(chip)
+
+
+def chip_of(target: Target) -> Chip | None:
+    """Returns a target's chip, this process's for `local`; None if it is not known."""
+    return target.chip if target.backend != "local" else _local_chip()
 
 
 def _local_chip() -> Chip | None:

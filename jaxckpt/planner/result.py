@@ -6,6 +6,7 @@ from typing import Any, Self
 from jaxckpt.memory.report import MemoryReport
 from jaxckpt.memory.units import gib
 from jaxckpt.plans import Plan
+from jaxckpt.plans.plan_set import PlanSet, plan_json, plan_of_json
 
 _SHOWN = 3
 
@@ -15,7 +16,7 @@ class Candidate:
     """One plan of the planner's ladder.
 
     Attributes:
-      plan: The plan.
+      plan: The plan, or plans by name.
       predicted_bytes: Its peak by the planner's model.
       compiled_bytes: Its peak by the compiler, or None if it was not compiled.
       seconds: The step's, by the target's roofline.
@@ -23,7 +24,7 @@ class Candidate:
       host_bytes: On the host, by the model.
     """
 
-    plan: Plan
+    plan: Plan | PlanSet
     predicted_bytes: int
     compiled_bytes: int | None
     seconds: float
@@ -32,12 +33,12 @@ class Candidate:
 
     def as_json(self) -> dict[str, Any]:
         """Returns the row as JSON values."""
-        return dataclasses.asdict(self) | {"plan": str(self.plan)}
+        return dataclasses.asdict(self) | {"plan": plan_json(self.plan)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         """Returns the row of `as_json`."""
-        return cls(**(values | {"plan": Plan.parse(values["plan"])}))
+        return cls(**(values | {"plan": plan_of_json(values["plan"])}))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,8 @@ class FitResult:
     """The fastest plan found whose compiled peak is within a budget; `print` shows it.
 
     Attributes:
-      plan: The plan; `str(plan)` is what `--remat=` takes.
+      plan: The plan; `str(plan)` is what `--remat=` takes. Of several stacks a mapping from their
+        names to plans.
       report: Of its compiled step.
       budget_bytes: The budget.
       candidates: The ladder: plans from the fastest to the one with the least peak.
@@ -53,9 +55,13 @@ class FitResult:
       keeps: For each stage of the plan, what it keeps where, as text.
       why: Why no faster plan was taken.
       num_compiles: Steps that were compiled.
+      host_budget_bytes: What a plan might have on the host; 0 where that was not allowed.
+      clock: Whose seconds they are.
+      offload: Whether values could be moved to the host there, and why, as text; empty where it was
+        not asked.
     """
 
-    plan: Plan
+    plan: Plan | PlanSet
     report: MemoryReport
     budget_bytes: int
     candidates: tuple[Candidate, ...]
@@ -63,6 +69,9 @@ class FitResult:
     keeps: tuple[str, ...]
     why: str
     num_compiles: int
+    host_budget_bytes: int = 0
+    clock: str = "the roofline"
+    offload: str = ""
 
     @property
     def table(self) -> tuple[Candidate, ...]:
@@ -72,7 +81,7 @@ class FitResult:
     def as_json(self) -> dict[str, Any]:
         """Returns the result as JSON values, from which `from_json` makes an equal one."""
         return {
-            "plan": str(self.plan),
+            "plan": plan_json(self.plan),
             "report": self.report.as_json(),
             "budget_bytes": self.budget_bytes,
             "candidates": [one.as_json() for one in self.candidates],
@@ -80,6 +89,9 @@ class FitResult:
             "keeps": list(self.keeps),
             "why": self.why,
             "num_compiles": self.num_compiles,
+            "host_budget_bytes": self.host_budget_bytes,
+            "clock": self.clock,
+            "offload": self.offload,
         }
 
     @classmethod
@@ -91,7 +103,7 @@ class FitResult:
         """
         candidates = tuple(map(Candidate.from_json, values["candidates"]))
         made = {
-            "plan": Plan.parse(values["plan"]),
+            "plan": plan_of_json(values["plan"]),
             "report": MemoryReport.from_json(values["report"]),
             "candidates": candidates,
             "chosen": candidates[values["chosen"]],
@@ -106,16 +118,24 @@ class FitResult:
         left = self.budget_bytes - report.peak_bytes
         off = (one.predicted_bytes - report.peak_bytes) / report.peak_bytes
         lines = [
-            f"--remat={self.plan}",
+            *_asked(self.plan).splitlines(),
             f"  budget     {gib(self.budget_bytes)} on {report.target}",
             f"  peak       {gib(report.peak_bytes)} compiled, {gib(left)} left; "
             f"{gib(one.predicted_bytes)} predicted ({off:+.1%})",
-            f"  time       {seconds_text(one.seconds)} a step by the roofline, "
+            f"  time       {seconds_text(one.seconds)} a step by {self.clock}, "
             f"{one.flops:.3e} matmul FLOPs",
             *(f"  keeps      {text}" for text in self.keeps),
+            *self._of_host(),
             f"  why        {self.why}",
         ]
         return "\n".join(lines)
+
+    def _of_host(self) -> list[str]:
+        """Returns lines on the host's memory, where the plan might have used it."""
+        if not self.offload:
+            return []
+        host = f"{gib(self.report.host_bytes)} compiled of {gib(self.host_budget_bytes)}"
+        return [f"  host       {host}", f"  offload    {self.offload}"]
 
     def __str__(self) -> str:
         return "\n".join([self.summary, *self._rows()])
@@ -143,9 +163,19 @@ class BudgetError(ValueError):
       plan: The plan that reaches it.
       parts: What the least peak consists of, in bytes, by name.
       report: Of that plan's compiled step.
+      offload: As of `FitResult`.
     """
 
-    def __init__(self, *, budget_bytes: int, plan: Plan, report: MemoryReport, parts: dict):
+    def __init__(
+        self,
+        *,
+        budget_bytes: int,
+        plan: Plan | PlanSet,
+        report: MemoryReport,
+        parts: dict,
+        offload: str = "",
+    ):
+        self.offload = offload
         self.budget_bytes = budget_bytes
         self.least_bytes = report.peak_bytes
         self.plan = plan
@@ -155,16 +185,22 @@ class BudgetError(ValueError):
         super().__init__(
             f"no plan fits {gib(budget_bytes)} ({budget_bytes} bytes) on {report.target}; the "
             f"least budget is {gib(self.least_bytes)} ({self.least_bytes} bytes), with "
-            f"--remat={plan}: {shares}{_largest(report)}"
+            f"{'; '.join(_asked(plan).splitlines())}: {shares}{_largest(report)}"
+            + (f"; offload: {offload}" if offload else "")
         )
+
+    def with_offload(self, text: str) -> Self:
+        """Returns the error that says whether values could be moved to the host."""
+        return type(self).from_json(self.as_json() | {"offload": text})
 
     def as_json(self) -> dict[str, Any]:
         """Returns the error as JSON values, from which `from_json` makes one of the same text."""
         return {
             "budget_bytes": self.budget_bytes,
-            "plan": str(self.plan),
+            "plan": plan_json(self.plan),
             "report": self.report.as_json(),
             "parts": {name: int(size) for name, size in self.parts.items()},
+            "offload": self.offload,
         }
 
     @classmethod
@@ -174,8 +210,15 @@ class BudgetError(ValueError):
         Raises:
           KeyError, TypeError, PlanError: The values are not those of an error.
         """
-        plan, report = Plan.parse(values["plan"]), MemoryReport.from_json(values["report"])
+        plan, report = plan_of_json(values["plan"]), MemoryReport.from_json(values["report"])
         return cls(**(values | {"plan": plan, "report": report}))
+
+
+def _asked(plan: Plan | PlanSet) -> str:
+    """Returns a plan as a user hands it on; of several stacks a line each."""
+    if isinstance(plan, PlanSet):
+        return "\n".join(f"{name}: {one}" for name, one in plan.items())
+    return f"--remat={plan}"
 
 
 def _largest(report: MemoryReport) -> str:

@@ -16,6 +16,8 @@ from jaxckpt.planner.ladder import Rung
 # How far off the first prediction of a family may be. Too high a one would pass over a plan that
 # fits, too low a one costs a compilation that tells of the whole family.
 _DOUBT = 0.02
+# What is above the last compilation's doubt, where a wrong one would leave no answer.
+_SAFE = 0.04
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,8 @@ class _Search:
         if high is None and last in self.peaks:
             return None
         if high is None and left == 1:
-            return last
+            safe = (i for i in range(last) if self.corrected(i) <= (1 - _SAFE) * self.budget)
+            return next(safe, last)
         unknown = [i for i in range(last + 1 if high is None else high) if i not in self.peaks]
         for place in unknown:
             if self.corrected(place) <= self.budget:

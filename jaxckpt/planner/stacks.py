@@ -13,6 +13,7 @@ import jax
 
 from jaxckpt.plans import Plan, as_plan
 from jaxckpt.plans.actions import Schedule
+from jaxckpt.plans.plan_set import PlanSet
 from jaxckpt.transforms import tags
 from jaxckpt.transforms.blocks import first_block
 from jaxckpt.transforms.hoisting import hoist
@@ -48,6 +49,11 @@ class Stack:
         return sum(_nbytes(leaf) for leaf in self.params)
 
     @property
+    def carry_bytes(self) -> int:
+        """Bytes of a block's input."""
+        return sum(_nbytes(leaf) for leaf in self.carry)
+
+    @property
     def shape(self) -> tuple:
         """What makes two stacks the same to the planner."""
         text = lambda leaves: tuple((tuple(x.shape), str(x.dtype)) for x in leaves)
@@ -72,30 +78,41 @@ class Finder:
     Attributes:
       stacks: Those that run under the plan, each once.
       others: What other stacks ran under, as text.
+      calls: Of each stack, how many other calls came before its first.
+      names: Of each stack, whose plan it runs under; of plans that are equal, the first.
     """
 
-    def __init__(self, plan: Plan):
-        self.plan = plan
+    def __init__(self, plan: Plan | PlanSet):
+        self.plans = plan if isinstance(plan, PlanSet) else {"": plan}
         self.stacks: list[Stack] = []
         self.others: list[str] = []
+        self.names: list[str] = []
+        self.calls: list[int] = []
         self._seen: set[tuple] = set()
+        self._count = 0
 
     def __call__(self, call: StackCall):
         """Takes note of one call of `scan_blocks`."""
-        if not self._follows(call):
+        self._count += 1
+        name = self._followed(call)
+        if name is None:
             self.others.append(str(call.remat))
             return
         stack = Stack.of(call.block, call.params, call.carry, call.consts, call.num_blocks)
         # A step's parts may be traced more than once; equal stacks weigh the same in every plan.
-        if stack.shape not in self._seen:
-            self._seen.add(stack.shape)
+        if (name, stack.shape) not in self._seen:
+            self._seen.add((name, stack.shape))
             self.stacks.append(stack)
+            self.names.append(name)
+            self.calls.append(self._count)
 
-    def _follows(self, call: StackCall) -> bool:
+    def _followed(self, call: StackCall) -> str | None:
+        """Returns the name of the plan that a call runs under, or None."""
         if isinstance(call.remat, Schedule):
-            return False
-        given = as_plan(call.remat)
-        return given.bind(call.num_blocks) == self.plan.bind(call.num_blocks)
+            return None
+        given = as_plan(call.remat).bind(call.num_blocks)
+        same = lambda plan: plan.bind(call.num_blocks) == given
+        return next((name for name, plan in self.plans.items() if same(plan)), None)
 
 
 def given_stack(block: Sequence, num_blocks: int) -> Stack:

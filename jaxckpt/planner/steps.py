@@ -102,18 +102,33 @@ class Steps:
         """
         step = self.step(plan)
         measured = lambda: measure(step.fn, *step.args, target=self._target, **step.options)
-        return self._kept(plan, step, measured) if self._target.backend == "local" else measured()
+        if self._target.backend != "local":
+            return measured()
+        return self.kept(plan, measured, options=repr(sorted(step.options.items())))
 
-    def _kept(self, plan: Plan, step: Step, measured: Callable[[], MemoryReport]) -> MemoryReport:
-        jaxpr, _ = self.trace(plan)
+    def kept(self, plan: Plan, made: Callable[[], MemoryReport], **parts: Any) -> MemoryReport:
+        """Returns the report of a plan's step from disk, where it is made if it is not there.
+
+        Args:
+          plan: The plan.
+          made: Compiles its step.
+          **parts: What the report depends on beside program, target, device and versions, as JSON
+            values.
+        """
         name = cache.key(
-            program=_ADDRESS.sub("", str(jaxpr)),
-            options=repr(sorted(step.options.items())),
+            program=program_text(self.trace(plan)[0]),
+            target=self._target.name,
             device=jax.local_devices()[0].device_kind,
             sources=cache.digest_of_sources({"jaxckpt.memory"}),
+            **parts,
         )
         report = cache.load(name)
         if report is None:
-            report = measured()
+            report = made()
             cache.store(name, report)
         return report
+
+
+def program_text(jaxpr) -> str:
+    """Returns a jaxpr as text that is the same in every process, to keep a report under."""
+    return _ADDRESS.sub("", str(jaxpr))

@@ -48,7 +48,8 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
 
     steps = Steps(step_for, target, report_of)
     try:
-        result = solve(steps, job["num_blocks"], target=target, budget=job["budget"])
+        budgets = {"budget": job["budget"], "host_budget": job["host_budget"]}
+        result = solve(steps, job["num_blocks"], target=target, **budgets)
     except BudgetError as error:
         return {"infeasible": error.as_json()}
     return {"result": result.as_json()}

@@ -8,7 +8,6 @@ matches anything) is checked when the block is traced.
 """
 
 import dataclasses
-import fnmatch
 import re
 from typing import Self
 
@@ -16,7 +15,8 @@ from jaxckpt.plans import words
 from jaxckpt.plans.errors import PlanError, nearest
 
 NAME = re.compile(r"[A-Za-z0-9_.\-]+")  # a tag; safe in every shell without quotes
-PATTERN = re.compile(r"[A-Za-z0-9_.\-*]+")  # a tag or a glob over tags
+# A tag, an invented name (`@dot.2`), or a glob over either.
+PATTERN = re.compile(r"@?[A-Za-z0-9_.\-*]+")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Policy:
 
     Attributes:
       kind: `"dots"`, `"dots_no_batch"`, `"names"`, `"attention"` or `"offload"`.
-      names: Tags or `*` globs, in the order given; `("carry",)` in `offload:carry`.
+      names: Tags, invented names or `*` globs, in the order given; `("carry",)` in `offload:carry`.
 
     Raises:
       PlanError: An unknown kind, names missing, empty, ill-formed or not taken.
@@ -51,7 +51,8 @@ class Policy:
                 what = repr(name) if name else "an empty name"
                 raise PlanError(
                     f"{what} in {self.kind}:{','.join(self.names)} is not valid; "
-                    "names are letters, digits, '_', '.', '-' and '*' for globs"
+                    "names are letters, digits, '_', '.', '-' and '*' for globs, after '@' for "
+                    "values without a tag"
                 )
         if self.kind == "names" and words.CARRY in self.names:
             raise PlanError(
@@ -270,7 +271,7 @@ def _check_disjoint(policies: tuple[Policy, ...]):
     moved = [name for policy in policies if policy.kind == "offload" for name in policy.names]
     for one in kept:
         for other in moved:
-            if fnmatch.fnmatchcase(one, other) or fnmatch.fnmatchcase(other, one):
+            if words.matches(one, other) or words.matches(other, one):
                 raise PlanError(
                     f"names:{one} keeps on the device what offload:{other} moves to the host; "
                     "name each value once"

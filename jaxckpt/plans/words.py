@@ -5,8 +5,10 @@ reads these tables, so a new word is one entry here and one function where it ru
 """
 
 import dataclasses
+import fnmatch
 
 CARRY = "carry"  # reserved in `offload:carry`: the carries that the schedule keeps, never a tag.
+INVENTED = "@"  # begins the name of a value without a tag, such as `@dot.2`; in no tag.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,3 +62,13 @@ SCHEDULES = {
     ),
     "auto": ScheduleWord(meaning="the planner chooses under a budget"),
 }
+
+
+def is_invented(name: str) -> bool:
+    """Returns whether a name or glob speaks of values without a tag, such as `@dot.2`."""
+    return name.startswith(INVENTED)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Returns whether a pattern means a name; globs over tags do not reach invented names."""
+    return is_invented(name) == is_invented(pattern) and fnmatch.fnmatchcase(name, pattern)

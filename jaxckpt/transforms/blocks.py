@@ -1,10 +1,10 @@
 """Checks that every way to run blocks shares, made before anything is differentiated."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 
-from jaxckpt.plans import Plan, PlanError
+from jaxckpt.plans import Plan, PlanError, Policy
 from jaxckpt.plans.actions import Schedule
 from jaxckpt.transforms import policies, tags
 
@@ -99,19 +99,20 @@ def check_schedule(schedule: Schedule, num_blocks: int, nested: bool):
     schedule.counts  # noqa: B018  replays it, and raises where it is illegal
 
 
-def check_policies(plan: Plan, offered: Callable[[], tags.Tags]):
+def check_policies(plan: Plan, offered: Callable[[Sequence[Policy]], tags.Tags]):
     """Raises if a policy of the plan would find nothing to keep or move.
 
     Args:
       plan: A plan.
-      offered: Called once, and only if a policy names something, for the block's tags.
+      offered: Called once with the plan's policies, and only if one names something, for the
+        block's tags; see `invented.offered`.
 
     Raises:
       PlanError: As `policies.check`, with the plan's text.
     """
     if not any(policies.needs_tags(stage.policies) for stage in plan.stages):
         return
-    found = offered()
+    found = offered(policies.all_of(plan))
     try:
         for stage in plan.stages:
             policies.check(stage.policies, found)

@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from jaxckpt.plans import Plan, as_plan
+from jaxckpt.plans import Plan, Policy, as_plan
 from jaxckpt.plans.actions import Schedule
-from jaxckpt.transforms import chain_executor, executor, tags
+from jaxckpt.transforms import chain_executor, executor, invented, tags
 from jaxckpt.transforms import nested as reference
 from jaxckpt.transforms.blocks import check_policies, check_schedule
+from jaxckpt.transforms.policies import all_of
 
 
 def chain(
@@ -62,7 +63,8 @@ def chain(
         return chain_executor.run_schedule(blocks, carry, remat)
     given = as_plan(remat)
     plan = given.bind(len(blocks))
-    check_policies(given, lambda: _tags_of(blocks, carry))
+    check_policies(given, lambda asked: _tags_of(blocks, asked, carry))
+    blocks = tuple(invented.resolved(block, all_of(given)) for block in blocks)
     start = 0
     for stage in plan.stages:
         part = blocks[start : start + stage.count]
@@ -75,12 +77,15 @@ def chain(
     return carry
 
 
-def _tags_of(blocks: Sequence[Callable], carry) -> tags.Tags:
+def _tags_of(blocks: Sequence[Callable], policies: Sequence[Policy], carry) -> tags.Tags:
     """Returns the tags of all blocks together."""
-    carry, names, attention = tags.abstract(carry), set(), False
+    carry, found = tags.abstract(carry), []
     for block in blocks:
-        found = tags.tags_of(block, carry)
-        names.update(found.names)
-        attention = attention or found.attention
+        found.append(invented.offered(block, policies, carry))
         carry = jax.eval_shape(block, carry)
-    return tags.Tags(names=tuple(sorted(names)), attention=attention)
+    names = lambda kind: dict.fromkeys(name for tags in found for name in getattr(tags, kind))
+    return tags.Tags(
+        names=tuple(sorted(names("names"))),
+        attention=any(one.attention for one in found),
+        invented=tuple(names("invented")),
+    )

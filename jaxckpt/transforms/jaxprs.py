@@ -5,6 +5,9 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.extend import core
 
+# `jax.checkpoint`, by all names its primitive had.
+REMATS = ("remat", "remat2", "checkpoint")
+
 
 def linearized(fn: Callable, *args) -> core.ClosedJaxpr:
     """Returns the jaxpr of `fn`'s forward pass as reverse-mode differentiation runs it.

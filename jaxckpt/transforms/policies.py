@@ -5,13 +5,12 @@ are saved, moved to the host or recomputed. Ours are made from JAX's public fact
 because JAX compares policies by identity and would trace anew for each new object.
 """
 
-import fnmatch
 import functools
 from collections.abc import Callable, Iterable
 
 import jax
 
-from jaxckpt.plans import PlanError, Policy, words
+from jaxckpt.plans import Plan, PlanError, Policy, words
 from jaxckpt.plans.errors import nearest
 from jaxckpt.transforms import tags
 from jaxckpt.transforms.tags import Tags
@@ -23,6 +22,11 @@ _BAD_OFFLOAD = {("gpu", "0.11.0"): "gradients of offloaded scan residuals are si
 def needs_tags(policies: Iterable[Policy]) -> bool:
     """Returns whether `check` has to know what the block offers."""
     return any(p.kind == "attention" or set(p.names) - {words.CARRY} for p in policies)
+
+
+def all_of(plan: Plan) -> list[Policy]:
+    """Returns the policies of all stages of a plan."""
+    return [policy for stage in plan.stages for policy in stage.policies]
 
 
 def check(policies: Iterable[Policy], offered: Tags):
@@ -44,7 +48,7 @@ def check(policies: Iterable[Policy], offered: Tags):
                 "jaxckpt.models.attention and cuDNN's; names:... can keep tagged values instead"
             )
         for pattern in set(policy.names) - {words.CARRY}:
-            matched[policy.kind].update(_matches(policy.kind, pattern, offered.names))
+            matched[policy.kind].update(_matches(policy.kind, pattern, offered))
     both = matched["names"] & matched["offload"]
     if both:
         raise PlanError(
@@ -53,12 +57,16 @@ def check(policies: Iterable[Policy], offered: Tags):
         )
 
 
-def _matches(kind: str, pattern: str, names: tuple[str, ...]) -> list[str]:
-    matching = fnmatch.filter(names, pattern)
+def _matches(kind: str, pattern: str, offered: Tags) -> list[str]:
+    is_invented = words.is_invented(pattern)
+    names = offered.invented if is_invented else offered.names
+    matching = [name for name in names if words.matches(name, pattern)]
     if not matching:
-        has = f"it has: {', '.join(names)}" if names else "it has none; see jaxckpt.tag"
+        what = "untagged value" if is_invented else "tag"
+        none = "it has none" if is_invented else "it has none; see jaxckpt.tag"
+        has = f"it has: {', '.join(names)}" if names else none
         raise PlanError(
-            f"{kind}:{pattern} matches no tag of the block{nearest(pattern, names)}; {has}"
+            f"{kind}:{pattern} matches no {what} of the block{nearest(pattern, names)}; {has}"
         )
     return matching
 
@@ -99,13 +107,14 @@ def checkpoint_policy(policies: tuple[Policy, ...]) -> Callable | None:
 
 
 def _matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
-    """Returns whether a tag matches; globs never match the reserved tags."""
+    """Returns whether a tag matches; globs never match the reserved tags but invented ones."""
     patterns = tuple(patterns)
 
     def matches(name: str) -> bool:
-        if tags.is_reserved(name):
+        invented = tags.invented_name(name)
+        if invented is None and tags.is_reserved(name):
             return name in patterns
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        return any(words.matches(invented or name, pattern) for pattern in patterns)
 
     return matches
 
@@ -118,13 +127,18 @@ def _dots_policy(kinds) -> Callable:
     return jax.checkpoint_policies.nothing_saveable
 
 
+def bad_offload(backend: str) -> str | None:
+    """Returns why this JAX release is known to be wrong under offload on a backend, or None."""
+    return _BAD_OFFLOAD.get((backend, jax.__version__))
+
+
 def refuse_bad_offload():
     """Raises on a JAX release and backend known to return wrong gradients under offload.
 
     Raises:
       PlanError: With the reason.
     """
-    reason = _BAD_OFFLOAD.get((jax.default_backend(), jax.__version__))
+    reason = bad_offload(jax.default_backend())
     if reason:
         raise PlanError(
             f"offload is refused on jax {jax.__version__} ({jax.default_backend()}): {reason}; "

@@ -14,7 +14,7 @@ from jax import lax
 
 from jaxckpt.plans import Plan, Stage, as_plan
 from jaxckpt.plans.actions import Schedule
-from jaxckpt.transforms import executor, observers, tags
+from jaxckpt.transforms import executor, invented, observers, tags
 from jaxckpt.transforms import nested as reference
 from jaxckpt.transforms.blocks import (
     check_carry,
@@ -23,6 +23,7 @@ from jaxckpt.transforms.blocks import (
     first_block,
     stack_length,
 )
+from jaxckpt.transforms.policies import all_of
 
 
 def scan_blocks(
@@ -88,7 +89,8 @@ def scan_blocks(
     given = as_plan(remat)
     plan = given.bind(num_blocks)
     check_carry(block, *one)
-    check_policies(given, lambda: tags.tags_of(block, *one))
+    check_policies(given, lambda asked: invented.offered(block, asked, *one))
+    block = invented.resolved(block, all_of(given))
     start = 0
     for stage in plan.stages:
         part = _rows(params, start, start + stage.count, num_blocks)

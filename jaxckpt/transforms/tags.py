@@ -19,6 +19,7 @@ from jaxckpt.transforms import jaxprs
 _RESERVED = "jaxckpt."
 CARRY = _RESERVED + "carry"
 ATTENTION = _RESERVED + "attention"
+_VALUE = _RESERVED + "value."  # of invented names
 
 # Attention kernels whose outputs are what their own backward pass needs; values inside a kernel's
 # custom VJP carry no tag, but a policy sees the primitive.
@@ -52,16 +53,28 @@ def is_reserved(name: str) -> bool:
     return name.startswith(_RESERVED)
 
 
+def of_invented(name: str) -> str:
+    """Returns the tag of an invented name, such as `@dot.2`."""
+    return _VALUE + name.removeprefix(words.INVENTED)
+
+
+def invented_name(tag: str) -> str | None:
+    """Returns the invented name whose tag this is, or None for any other tag."""
+    return words.INVENTED + tag.removeprefix(_VALUE) if tag.startswith(_VALUE) else None
+
+
 class Tags(NamedTuple):
     """What a block offers to policies.
 
     Attributes:
       names: The users' tags, sorted.
       attention: Whether it holds an attention kernel whose residuals can be kept.
+      invented: Names of values without a tag, in order; those that were asked for.
     """
 
     names: tuple[str, ...]
     attention: bool
+    invented: tuple[str, ...] = ()
 
 
 def tags_of(fn: Callable, *args) -> Tags:
@@ -71,14 +84,22 @@ def tags_of(fn: Callable, *args) -> Tags:
       fn: A function of pytrees of arrays.
       *args: Its arguments, arrays or abstract ones.
     """
-    names, primitives = set(), set()
-    for equation in jaxprs.equations(jaxprs.linearized(fn, *args)):
-        primitives.add(equation.primitive.name)
-        if equation.primitive.name == "name":
-            names.add(equation.params["name"])
+    jaxpr = jaxprs.linearized(fn, *args)
+    named = [e for e in jaxprs.equations(jaxpr) if e.primitive.name == "name"]
+    names = dict.fromkeys(e.params["name"] for e in named)
     return Tags(
         names=tuple(sorted(name for name in names if not is_reserved(name))),
-        attention=ATTENTION in names or not ATTENTION_PRIMITIVES.isdisjoint(primitives),
+        attention=has_attention(jaxpr),
+        invented=tuple(filter(None, map(invented_name, names))),
+    )
+
+
+def has_attention(jaxpr) -> bool:
+    """Returns whether a linearized jaxpr runs an attention kernel that policies know."""
+    return any(
+        e.primitive.name in ATTENTION_PRIMITIVES
+        or (e.primitive.name == "name" and e.params["name"] == ATTENTION)
+        for e in jaxprs.equations(jaxpr)
     )
 
 

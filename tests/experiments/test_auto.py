@@ -121,7 +121,7 @@ def result(chosen, budget) -> FitResult:
     """What the planner chose for the run, asked again: from disk."""
     config = dataclasses.replace(CONFIG, remat="auto", budget=str(budget))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxckpt.planner.steps.measure", None)
+        patch.setattr("jaxckpt.memory.measure.compile_step", None)
         return auto.choose(config, "local")
 
 
@@ -134,6 +134,13 @@ def infeasible(result) -> BudgetError:
 
 def test_the_second_start_compiles_nothing_to_plan(chosen, result):
     assert str(result.plan.bind(3)) == chosen[1]["plan"]
+
+
+def test_what_is_verified_is_compiled_with_the_options_of_what_runs(monkeypatch):
+    monkeypatch.setattr("experiments.build.compiler_options", lambda _: {"xla_not_there": 1})
+    config = dataclasses.replace(CONFIG, remat="auto", budget="1MiB")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_not_there"):
+        auto.choose(config, "local")
 
 
 def test_flops_are_those_of_the_whole_accumulated_step(result):
@@ -163,6 +170,19 @@ def test_a_plan_that_needs_more_than_the_budget_is_refused(peaks, tmp_path):
     with pytest.raises(ConfigError, match=r"plan 'none' needs .* more than the budget.*auto"):
         trained(tmp_path / "run", remat="none", budget=str(peaks["full"]))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_that_moves_more_than_the_hosts_budget_is_refused():
+    config = dataclasses.replace(CONFIG, remat="offload:carry", host_budget="1MiB")
+    needs = report(1.0, host_bytes=2**21)
+    limit = auto.host_limit_bytes(config)
+    auto.check_within(config, report(1.0, host_bytes=2**20), None, limit)
+    with pytest.raises(
+        ConfigError, match=r"plan 'offload:carry' .* the host budget of 0\.0010 GiB"
+    ):
+        auto.check_within(config, needs, None, limit)
+    row = measuring.FitRow(config=config, target="v5e-1", report=needs, host_budget_bytes=limit)
+    assert row.fits is False and row.as_json()["host_budget_bytes"] == 2**20
 
 
 def refused(command, flags, capsys) -> str:
@@ -209,15 +229,14 @@ def test_auto_in_a_configuration_file(tmp_path, capsys):
 @pytest.mark.parametrize("asked", [["--plan=auto", "--plan=none"], ["--remat=auto"]])
 def test_fit_has_a_row_for_what_was_chosen(asked, result, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(measuring, "choose", lambda *_, **__: result)
-    reports = {str(result.plan): report(0.002, again=7), "none": report(0.1)}
-    monkeypatch.setattr(measuring, "_measure", lambda config, *_: reports[config.remat])
+    monkeypatch.setattr(measuring, "_measure", lambda *_: report(0.1))
     path, budget = tmp_path / "rows.json", result.budget_bytes
     main(fit, [*FLAGS, *asked, f"--budget={budget}", f"--json={path}"])
     out = capsys.readouterr().out
     chosen, *rest = json.loads(path.read_text())["rows"]
     assert chosen["plan"] == chosen["auto"]["plan"] == str(result.plan)
     assert chosen["peak_bytes"] <= budget == chosen["budget_bytes"] and chosen["fits"] is True
-    assert chosen["recomputed_flops"] == 7, "a row like any other"
+    assert chosen["recomputed_flops"] > 0, "a row like any other"
     assert [row["fits"] for row in rest] == [False] * (len(asked) - 1)
     row = next(line for line in out.splitlines() if line.startswith(f"{result.plan} "))
     assert row.endswith("auto, fastest that fits")

@@ -54,6 +54,8 @@ EARLY = [
     (["--remat=auto"], "needs a budget: --budget=auto is all that the device can use"),
     (["--remat=auto", "--budget=0"], "budget: size '0' is not at least one byte; auto is"),
     (["--remat=auto", "--budget=16GBB"], "unit 'GBB' (did you mean 'GB'?); valid: B, KB"),
+    (["--host-budget=9GBB"], "host_budget: size '9GBB': unit 'GBB' (did you"),
+    (["--calibrate"], "it is of plan 'auto' alone"),
     (["--remat=2xauto/full", "--budget=1GiB"], "auto chooses the whole plan, so it stands alone"),
     (["--steps=ten"], '--steps: unable to convert "ten" into int'),
     (["--steps=0"], "steps is 0; the least is 1"),

@@ -222,3 +222,17 @@ def test_the_usual_plans_fit_any_stack():
         for plan in PLANS:
             model = dataclasses.replace(TrainConfig().model, num_blocks=blocks)
             assert dataclasses.replace(TrainConfig(), model=model, remat=plan).plan.num_blocks
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--plan=full"], "--calibrate times a block for the planner: it is of plan 'auto' alone"),
+        (["--plan=auto", "--budget=1GiB", "--target=v5e-1"], "v5e-1 is not it"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused(flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(fit, ["--calibrate", *flags])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and message in err and err.count("\n") == 1

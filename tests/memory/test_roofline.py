@@ -255,6 +255,30 @@ def test_estimates_of_measured_steps(batch, size, plan, monkeypatch):
     assert 1e3 * found.seconds == pytest.approx(MEASURED_MS[batch, size, plan], rel=0.15)
 
 
+def test_random_bits_take_longer_than_writing_them():
+    seconds = lambda fn: estimate(jax.make_jaxpr(fn)(), H100).seconds
+    draw = lambda impl: jax.random.bits(jax.random.key(0, impl=impl), (1 << 20,))
+    threefry, hardware = (seconds(lambda impl=impl: draw(impl)) for impl in ("threefry2x32", "rbg"))
+    assert threefry == pytest.approx(3 * hardware, rel=0.01)
+
+
+def test_collectives_are_as_slow_as_their_links():
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec()
+
+    def seconds(fn):
+        run = jax.shard_map(fn, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+        return estimate(jax.make_jaxpr(run)(jnp.ones(1 << 20)), H100).seconds
+
+    reduce, permute = (
+        lambda x: jax.lax.psum(x, "x"),
+        lambda x: jax.lax.ppermute(x, "x", [(0, 0)]),
+    )
+    once = seconds(lambda x: -x)  # reads and writes
+    assert seconds(permute) == pytest.approx((1 + 10 / 2) * once)
+    assert seconds(reduce) == pytest.approx((1 + 20 / 2) * once)
+
+
 def test_rates():
     sold = Rates.of_data_sheet(
         flops_per_second=989e12, bytes_per_second=4.8e12, host_bytes_per_second=50e9

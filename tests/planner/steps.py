@@ -27,7 +27,7 @@ def arguments(num_blocks: int = NUM_BLOCKS, rows: int = ROWS):
     return params, jax.random.normal(keys[3], (rows, WIDTH)), jax.random.key(1)
 
 
-def step_for(plan, num_blocks: int = NUM_BLOCKS, rows: int = ROWS):
+def step_for(plan, num_blocks: int = NUM_BLOCKS, rows: int = ROWS, block=block):
     """Returns loss and gradients of a stack with dropout, and abstract arguments."""
 
     def loss(params, x, key):

@@ -45,3 +45,17 @@ def test_an_absent_tpu(fit):
 def _flat(step):
     fn, args = step
     return fn, *args
+
+
+@pytest.mark.heavy
+def test_the_host_makes_room(fit):
+    """What no plan fits on the device alone, a plan fits that moves the blocks' inputs out."""
+    with pytest.raises(jaxckpt.BudgetError) as caught:
+        fit(budget="1MiB")
+    carry = 4 * 4096 * 4096
+    budget = caught.value.least_bytes - carry // 2
+    found = fit(budget=budget, host_budget=f"{NUM_BLOCKS * carry}B")
+    assert found.report.peak_bytes <= budget
+    assert 0 < found.report.host_bytes <= found.host_budget_bytes
+    assert "offload" in str(found.plan) and found.chosen.host_bytes > 0
+    assert "gradients not checked, as the chip is not here" in str(found)

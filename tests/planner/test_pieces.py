@@ -38,7 +38,7 @@ def frontier(found) -> list[tuple[float, float]]:
     return kept
 
 
-@pytest.mark.parametrize("num_blocks", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("num_blocks", range(1, 9))
 @pytest.mark.parametrize("dots", [(9, 3.2), (5, 3.5), (13, 3.1)])
 @pytest.mark.parametrize("head", [0, 1000])
 def test_stages_of_three_kinds_equal_brute_force(num_blocks, dots, head):

@@ -56,3 +56,11 @@ def test_a_budget_below_all_compiles_the_last():
     found = search(rungs, 10, peaks.__getitem__, {}, 4)
     assert found.chosen is None
     assert found.peaks[19] == peaks[19]
+
+
+def test_the_last_compilation_is_of_one_that_fits_by_a_margin():
+    """Not of the slowest of all, which always fits and nobody wants."""
+    rungs, peaks = make(60, 3)
+    found = search(rungs, 600_000, peaks.__getitem__, {}, 1)
+    (place,) = found.peaks
+    assert 0.85 * 600_000 < rungs[place].predicted_bytes < 0.98 * 600_000

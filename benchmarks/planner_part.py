@@ -1,0 +1,61 @@
+"""One part of `benchmarks.planner`: a step, a chip, budgets; planned for by one fresh process."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+
+from jaxckpt.memory import launch
+from jaxckpt.memory.targets import parse_target
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A step, a chip and how many budgets to plan for; `tiny` is a model for trying the script."""
+
+    target: str
+    batch_size: int
+    seq_len: int
+    budgets: int
+    tiny: bool = False
+
+    def changed(self, budgets: int | None, tiny: bool) -> "Case":
+        """Returns the case with another number of budgets, unless None, or as a tiny one."""
+        size = {"batch_size": 2, "seq_len": 64, "tiny": True} if tiny else {}
+        return dataclasses.replace(self, budgets=budgets or self.budgets, **size)
+
+    def as_json(self) -> dict[str, object]:
+        """Returns the fields as JSON values."""
+        return dataclasses.asdict(self)
+
+
+def run_part(case: Case, done: Sequence[int]) -> Iterator[dict[str, object]]:
+    """Yields the rows of a case as they finish, from a fresh process with its chip's compiler.
+
+    Args:
+      case: Of an absent chip.
+      done: Places of budgets that are not asked for again.
+
+    Raises:
+      RuntimeError: The process failed; with the last line that it wrote.
+    """
+    if len(done) >= case.budgets:
+        return
+    environment = launch.environment(parse_target(case.target))
+    asked = (json.dumps(case.as_json()), json.dumps(list(done)))
+    command = [sys.executable, "-m", "benchmarks.planner_rows", *asked]
+    # The compilers write banners that mean nothing to file descriptor 2.
+    with tempfile.TemporaryFile("w+") as log:
+        streams = {"stdout": subprocess.PIPE, "stderr": log, "text": True}
+        with subprocess.Popen(command, env=environment, **streams) as process:
+            try:
+                yield from map(json.loads, process.stdout)
+            except GeneratorExit:
+                process.kill()
+                raise
+        if process.returncode:
+            log.seek(0)
+            lines = log.read().strip().splitlines() or [f"exit code {process.returncode}"]
+            raise RuntimeError(f"{case.target}: {lines[-1]}")

@@ -1,0 +1,145 @@
+"""How long a block really takes on the chip of this process: timed once, kept on disk.
+
+The roofline puts ways to treat a block in order; what a second of it is on this chip is told by the
+block itself. Its forward pass, its backward pass and the link to the host are timed with arrays of
+the block's shapes, and what is found scales the roofline's seconds: passes forward, first or again,
+by one factor, the backward pass by another.
+
+Limits: a block is timed alone, on one device; the step beside its stacks keeps the roofline's
+seconds.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxckpt.memory import cache
+from jaxckpt.memory.roofline import Rates
+from jaxckpt.planner.costs import Forward, Kind, overlapped
+from jaxckpt.planner.stacks import Stack
+from jaxckpt.planner.steps import program_text
+from jaxckpt.transforms.recording import Moving, differentiate
+
+_TIMES = 5
+_LINK_BYTES = 1 << 26
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What was timed, of one block of every stack together.
+
+    Attributes:
+      forward_seconds: The forward pass alone.
+      backward_seconds: The backward pass of a block that kept everything.
+      host_bytes_per_second: The link to the host, the slower direction; None on a CPU.
+    """
+
+    forward_seconds: float
+    backward_seconds: float
+    host_bytes_per_second: float | None
+
+    def link(self, rates: Rates) -> Rates:
+        """Returns rates with the link as it was timed."""
+        if self.host_bytes_per_second is None:
+            return rates
+        return dataclasses.replace(rates, host_bytes_per_second=self.host_bytes_per_second)
+
+    def forward(self, forward: Forward) -> Forward:
+        """Returns the cost of a forward pass as it was timed."""
+        return dataclasses.replace(forward, seconds=self.forward_seconds)
+
+    def kind(self, kind: Kind, *, none: Kind, forward: Forward, rates: Rates) -> Kind:
+        """Returns a kind with calibrated seconds.
+
+        Args:
+          kind: As the roofline costs it.
+          none: The kind `none`, likewise.
+          forward: One forward pass, likewise.
+          rates: With the link as it was timed.
+        """
+        again = self.forward_seconds / forward.seconds
+        device = kind.device_seconds or kind.seconds
+        backward = self.backward_seconds + again * (device - none.seconds)
+        seconds = self.forward_seconds + backward
+        if kind.host_bytes:
+            seconds = overlapped(self.forward_seconds, backward, kind.host_bytes, rates)
+        return dataclasses.replace(kind, seconds=seconds)
+
+
+def calibrate(stacks: Sequence[Stack]) -> Calibration:
+    """Returns what a block of each stack takes on this process's device, together.
+
+    What was timed before, on this kind of device with these versions, is read from disk.
+    """
+    found = [_of_block(stack) for stack in stacks]
+    is_cpu = jax.default_backend() == "cpu"
+    return Calibration(
+        forward_seconds=sum(one["forward"] for one in found),
+        backward_seconds=sum(one["backward"] for one in found),
+        host_bytes_per_second=None if is_cpu else _kept("link", "", _time_link)["link"],
+    )
+
+
+def _of_block(stack: Stack) -> dict[str, float]:
+    moving = Moving.all_of(stack.params, stack.consts)
+
+    def backward(carry, params_i, consts):
+        out, reverse = differentiate(stack.call, carry, params_i, consts, moving)
+        grads = [jnp.ones_like(x) for x in out if jnp.issubdtype(x.dtype, jnp.inexact)]
+        return out, reverse(grads)
+
+    groups = (stack.carry, stack.params_i, stack.consts)
+
+    def timed() -> dict[str, float]:
+        args = jax.tree.map(_array, groups)
+        forward = _seconds(jax.jit(stack.call), *args)
+        both = _seconds(jax.jit(backward), *args)
+        return {"forward": forward, "backward": max(both - forward, 0.0)}
+
+    return _kept("block", program_text(jax.make_jaxpr(backward)(*groups)), timed)
+
+
+def _kept(what: str, program: str, timed: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Returns seconds from disk, where they are timed if they are not there."""
+    device = jax.local_devices()[0].device_kind
+    name = cache.key(timed=what, program=program, device=device)
+    found = cache.load_json(name)
+    is_whole = isinstance(found, dict) and all(isinstance(x, float) for x in found.values())
+    if not found or not is_whole:
+        found = timed()
+        cache.store_json(name, found)
+    return found
+
+
+def _array(abstract) -> jax.Array:
+    """Returns an array of a shape: small numbers, so that nothing overflows."""
+    if jnp.issubdtype(abstract.dtype, jax.dtypes.prng_key):
+        return jax.random.split(jax.random.key(0), abstract.shape)
+    if not jnp.issubdtype(abstract.dtype, jnp.inexact):
+        return jnp.zeros(abstract.shape, abstract.dtype)
+    drawn = jax.random.normal(jax.random.key(1), abstract.shape, jnp.float32)
+    return (0.02 * drawn).astype(abstract.dtype)
+
+
+def _seconds(fn: Callable, *args) -> float:
+    """Returns the median of a few calls, the first, which compiles, left out."""
+    jax.block_until_ready(fn(*args))
+    found = []
+    for _ in range(_TIMES):
+        started = time.perf_counter()
+        jax.block_until_ready(fn(*args))
+        found.append(time.perf_counter() - started)
+    return statistics.median(found)
+
+
+def _time_link() -> dict[str, float]:
+    """Returns the bytes a second of a large copy to the host and of one back, the slower."""
+    to = lambda space: jax.jit(lambda x: jax.device_put(x, space))
+    here = jnp.zeros(_LINK_BYTES, jnp.int8)
+    out, back = to(jax.memory.Space.Host), to(jax.memory.Space.Device)
+    slower = max(_seconds(out, here), _seconds(back, out(here)))
+    return {"link": _LINK_BYTES / slower}

@@ -1,0 +1,119 @@
+"""May a plan move values to the host on a target? Asked before the planner proposes it.
+
+JAX releases have moved values to the host and brought wrong ones back, without an error. So where
+the chip is present a small stack is run, once for each version and backend: under plans that move
+its values its gradients have to be those of `none`. Known releases are refused without a run.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxckpt.memory import cache
+from jaxckpt.memory.targets import Target
+from jaxckpt.transforms.policies import bad_offload
+from jaxckpt.transforms.stack import scan_blocks
+from jaxckpt.transforms.tags import tag
+
+# What the planner proposes moves the blocks' inputs, named values, or both.
+PLANS = ("full+offload:carry", "full+offload:kept", "full+offload:kept,carry")
+_NUM_BLOCKS, _ROWS, _WIDTH = 5, 16, 32
+# Of a leaf's largest value. The same numbers are multiplied, so that only a value that is another
+# one, such as another block's, goes beyond it.
+_TOLERANCE = 1e-2
+# Edits of these may move values otherwise.
+_SOURCES = ("jaxckpt.transforms", "jaxckpt.plans", "jaxckpt.planner.offload_check")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Whether values may be moved to the host on a target, and why, as text."""
+
+    allowed: bool
+    text: str
+
+
+def verdict(target: Target, knows_link: bool) -> Verdict:
+    """Returns whether the planner may propose to move values to the host.
+
+    Args:
+      target: What is planned for.
+      knows_link: Whether the speed of its link to the host is known.
+    """
+    is_here = target.backend == "local"
+    backend = jax.default_backend() if is_here else {"cuda": "gpu"}.get(target.backend, "tpu")
+    where = f"jax {jax.__version__} on {backend}"
+    reason = bad_offload(backend)
+    if reason is not None:
+        return Verdict(allowed=False, text=f"refused on {where}: {reason}")
+    if backend == "cpu":
+        return Verdict(allowed=False, text="not proposed: a CPU has no memory beside the host's")
+    if not knows_link:
+        kind = jax.local_devices()[0].device_kind
+        return Verdict(allowed=False, text=f"not proposed: the host link of {kind} is not known")
+    if not is_here:
+        return Verdict(
+            allowed=True,
+            text=f"gradients not checked, as the chip is not here; {where} is not known to be bad",
+        )
+    return _verdict_of(checked(backend), where)
+
+
+def _verdict_of(errors: dict[str, float], where: str) -> Verdict:
+    """Returns what the errors of the check's plans mean; NaN is an error too."""
+    for plan, error in errors.items():
+        if not error <= _TOLERANCE:
+            text = f"refused on {where}: gradients under {plan} are off by {error:.1e}"
+            return Verdict(allowed=False, text=text)
+    return Verdict(allowed=True, text=f"gradients checked on {where}")
+
+
+def checked(backend: str) -> dict[str, float]:
+    """Returns how far gradients under each plan are off, kept on disk once they were measured.
+
+    Args:
+      backend: This process's.
+    """
+    sources = cache.digest_of_sources(_SOURCES)
+    name = cache.key(check="gradients under offload", backend=backend, sources=sources)
+    found = cache.load_json(name)
+    if not _is_whole(found):
+        found = {plan: _error(plan) for plan in PLANS}
+        cache.store_json(name, found)
+    return found
+
+
+def _is_whole(found: Any) -> bool:
+    is_number = lambda value: isinstance(value, float)
+    return (
+        isinstance(found, dict) and set(found) == set(PLANS) and all(map(is_number, found.values()))
+    )
+
+
+class _Arrays(NamedTuple):
+    weights: jax.Array
+    x: jax.Array
+
+
+def _error(plan: str) -> float:
+    """Returns the largest error of a gradient under a plan, as a share of its largest value."""
+    errors = []
+    for one, other in zip(_gradients(plan), _gradients("none"), strict=True):
+        one, other = np.asarray(one), np.asarray(other)
+        errors.append(float(np.abs(one - other).max() / np.abs(other).max()))
+    return max(errors, key=lambda error: (error != error, error))
+
+
+def _gradients(plan: str) -> _Arrays:
+    """Returns gradients of a stack whose every value, block by block, is another one."""
+    keys = jax.random.split(jax.random.key(0))
+    arrays = _Arrays(
+        weights=jax.random.normal(keys[0], (_NUM_BLOCKS, _WIDTH, _WIDTH)) / _WIDTH**0.5,
+        x=jax.random.normal(keys[1], (_ROWS, _WIDTH)),
+    )
+    block = lambda x, w: x * jnp.sin(tag(x @ w, "kept"))
+    loss = lambda arrays: jnp.cos(scan_blocks(block, *arrays, remat=plan)).sum()
+    return jax.jit(jax.grad(loss))(arrays)

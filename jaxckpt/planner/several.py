@@ -1,0 +1,252 @@
+"""A step of several stacks as the planner's problem: each has a plan of its own, all one budget.
+
+    jaxckpt.fit(step_for, num_blocks={"encoder": 12, "decoder": 24}, budget="15GiB")
+
+`step_for` gets the plans by name. Which stack follows which name is found by tracing the step once
+a name, with that plan `none` and the others `full`; the order of the calls is the order in which
+they run. `full` everywhere and `none` everywhere are compiled: the one tells what the step needs
+beside its stacks, the other how much of what JAX keeps XLA really keeps, one share for all stacks.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+
+from jaxckpt.memory.flops import count_flops
+from jaxckpt.memory.report import MemoryReport
+from jaxckpt.memory.roofline import Rates, estimate
+from jaxckpt.planner import pieces
+from jaxckpt.planner.costs import Forward, Kind, forward_cost
+from jaxckpt.planner.joint import Joint, joints
+from jaxckpt.planner.kinds import find_kinds
+from jaxckpt.planner.ladder import Rung, ladder
+from jaxckpt.planner.problem import keeps_text, peak_parts, runs_of, why
+from jaxckpt.planner.result import BudgetError, Candidate, FitResult
+from jaxckpt.planner.stacks import Stack
+from jaxckpt.planner.steps import Steps
+from jaxckpt.plans import PlanError
+from jaxckpt.plans.plan_set import PlanSet
+
+_BISECTIONS = 50
+_MOST_SHARE = 4.0  # of what JAX keeps; padding never makes more of it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """One named stack of a step.
+
+    Attributes:
+      name: As `step_for` knows it.
+      num_blocks: L.
+      kinds: Ways to treat a block that are worth mixing.
+      plain: Those that a user would try first.
+      forward: The cost of one more run of a block.
+    """
+
+    name: str
+    num_blocks: int
+    kinds: tuple[Kind, ...]
+    plain: tuple[Kind, ...]
+    forward: Forward
+
+    @classmethod
+    def of(cls, name: str, num_blocks: int, stacks: Sequence[Stack], rates: Rates) -> "Part":
+        """Costs the blocks of a name's stacks."""
+        kinds, plain = find_kinds(stacks, rates)
+        return cls(
+            name=name,
+            num_blocks=num_blocks,
+            kinds=kinds,
+            plain=plain,
+            forward=forward_cost(stacks, rates),
+        )
+
+    def kind(self, schedule: str) -> Kind:
+        """Returns the kind `none` or `full`."""
+        return next(k for k in self.plain if not k.policies and k.schedule == schedule)
+
+    def draft(self, kind: Kind) -> pieces.Draft:
+        """Returns the plan of one kind."""
+        return pieces.draft([pieces.run_of(kind, self.num_blocks)])
+
+    def drafts(self) -> list[pieces.Draft]:
+        """Returns every plan worth a thought."""
+        return list(pieces.drafts(self.kinds, self.forward, self.num_blocks))
+
+    def scaled(self, share: float) -> "Part":
+        """Returns the part whose `none` keeps a share of what JAX keeps; `full` is the least."""
+        none, least = self.kind("none"), self.kind("full").kept_bytes
+        made = dataclasses.replace(none, kept_bytes=max(share * none.kept_bytes, least))
+        swap = lambda kinds: tuple(made if kind == none else kind for kind in kinds)
+        return dataclasses.replace(self, kinds=swap(self.kinds), plain=swap(self.plain))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SeveralProblem:
+    """A step of several stacks with everything that does not depend on the budget.
+
+    Attributes:
+      steps: Its steps, traced and compiled.
+      parts: Its stacks in the order in which they run.
+      offset_bytes: Beside what the stacks keep and hold.
+      seconds: Of the step beside its stacks.
+      flops: Of the same.
+      runs: How often a step runs its stacks.
+    """
+
+    steps: Steps
+    parts: tuple[Part, ...]
+    offset_bytes: float
+    seconds: float
+    flops: int
+    runs: int = 1
+
+    @classmethod
+    def of(cls, steps: Steps, num_blocks: Mapping[str, int], rates: Rates) -> "SeveralProblem":
+        """Traces the step, costs its blocks and compiles its anchors."""
+        found = _named_stacks(steps, num_blocks)
+        parts = tuple(Part.of(name, num_blocks[name], found[name], rates) for name in found)
+        full, none = (PlanSet(dict.fromkeys(num_blocks, plan)) for plan in ("full", "none"))
+        step_flops = [count_flops(steps.trace(plan)[0]) for plan in (full, none)]
+        of_full, of_none = (_plain_joint(parts, schedule) for schedule in ("full", "none"))
+        runs = runs_of(step_flops[0] - step_flops[1], of_full.flops - of_none.flops)
+        peaks = [steps.report(plan).peak_bytes for plan in (full, none)]
+        offset = peaks[0] - of_full.worst_bytes
+        seconds = estimate(steps.trace(full)[0], rates).seconds
+        return cls(
+            steps=steps,
+            parts=_calibrated(parts, peaks[1] - offset),
+            offset_bytes=offset,
+            seconds=max(seconds - runs * of_full.seconds, 0.0),
+            flops=step_flops[0] - round(runs * of_full.flops),
+            runs=runs,
+        )
+
+    def peak(self, plan: PlanSet) -> int:
+        """Returns the compiled peak of a plan for each stack."""
+        return self.steps.report(plan).peak_bytes
+
+    def ladder(self) -> tuple[Rung, ...]:
+        """Returns the plans worth compiling, fastest first."""
+        plain = itertools.product(*([part.draft(k) for k in part.plain] for part in self.parts))
+        return ladder(
+            map(self._rung, _joints(self.parts, [part.drafts() for part in self.parts])),
+            [self._rung(_joint(self.parts, drafts)) for drafts in plain],
+        )
+
+    def least(self) -> Rung | None:
+        """Returns the compiled plan of the least peak; None if no stack's plans have its part."""
+        plans, _ = self._least()
+        drafts = []
+        for part in self.parts:
+            found = (one for one in part.drafts() if one.plan == plans[part.name])
+            drafts.append(next(found, None))
+        return None if None in drafts else self._rung(_joint(self.parts, drafts))
+
+    def _least(self) -> tuple[PlanSet, MemoryReport]:
+        return min(self.steps.compiled.items(), key=lambda item: item[1].peak_bytes)
+
+    def _rung(self, joint: Joint) -> Rung:
+        peak = int(self.offset_bytes + joint.worst_bytes)
+        seconds = self.seconds + self.runs * joint.seconds
+        return Rung(draft=joint, predicted_bytes=peak, seconds=seconds)
+
+    def candidate(self, rung: Rung) -> Candidate:
+        """Returns a rung as the user sees it."""
+        plan = rung.draft.plan
+        report = self.steps.compiled.get(plan)
+        return Candidate(
+            plan=plan,
+            predicted_bytes=rung.predicted_bytes,
+            compiled_bytes=None if report is None else report.peak_bytes,
+            seconds=rung.seconds,
+            flops=self.flops + round(self.runs * rung.draft.flops),
+            host_bytes=round(rung.draft.host_bytes),
+        )
+
+    def result(self, rungs: Sequence[Rung], place: int, budget: int) -> FitResult:
+        """Returns the answer."""
+        candidates = tuple(map(self.candidate, rungs))
+        chosen = candidates[place]
+        keeps = [
+            f"{part.name}: {keeps_text(stage, part.kinds)}"
+            for part, draft in zip(self.parts, rungs[place].draft.drafts, strict=True)
+            for stage in draft.stages
+        ]
+        return FitResult(
+            plan=chosen.plan,
+            report=self.steps.report(chosen.plan),
+            budget_bytes=budget,
+            candidates=candidates,
+            chosen=chosen,
+            keeps=tuple(keeps),
+            why=why(candidates[place - 1] if place else None, budget),
+            num_compiles=len(self.steps.compiled),
+        )
+
+    def infeasible(self, budget: int) -> BudgetError:
+        """Returns the error for a budget that no plans fit."""
+        plan, report = self._least()
+        args = self.steps.step(plan).args
+        largest = max(part.kind("none").kept_bytes for part in self.parts)
+        parts = peak_parts(args, report, largest)
+        return BudgetError(budget_bytes=budget, plan=plan, report=report, parts=parts)
+
+
+def _named_stacks(steps: Steps, num_blocks: Mapping[str, int]) -> dict[str, list[Stack]]:
+    """Returns the stacks of each name, names in the order in which their stacks first run.
+
+    Raises:
+      ValueError: No stack follows a name's plan, or one has another number of blocks.
+    """
+    found, first = {}, {}
+    full = PlanSet(dict.fromkeys(num_blocks, "full"))
+    for name, count in num_blocks.items():
+        plans = full.replace(name, "none")
+        try:
+            _, finder = steps.trace(plans)
+        except PlanError as error:
+            raise ValueError(f"step_for({plans}) does not trace: {error}") from error
+        places = [place for place, own in enumerate(finder.names) if own == name]
+        if not places:
+            raise ValueError(
+                f"step_for ignores the plan of {name!r}: no stack runs under it; hand "
+                f"plans[{name!r}] to scan_blocks or Stack as remat="
+            )
+        found[name] = [finder.stacks[place] for place in places]
+        first[name] = min(finder.calls[place] for place in places)
+        wrong = [s.num_blocks for s in found[name] if s.num_blocks != count]
+        if wrong:
+            raise ValueError(
+                f"num_blocks of {name!r} is {count}, but the step runs a stack of {wrong[0]} "
+                "blocks under its plan"
+            )
+    return {name: found[name] for name in sorted(found, key=first.__getitem__)}
+
+
+def _params(parts: Sequence[Part]) -> tuple[float, ...]:
+    return tuple(part.num_blocks * part.kind("full").params_bytes for part in parts)
+
+
+def _joint(parts: Sequence[Part], drafts: Sequence[pieces.Draft]) -> Joint:
+    names = tuple(part.name for part in parts)
+    return Joint(names=names, drafts=tuple(drafts), params_bytes=_params(parts))
+
+
+def _joints(parts: Sequence[Part], drafts: Sequence[Sequence[pieces.Draft]]) -> list[Joint]:
+    return joints([part.name for part in parts], drafts, _params(parts))
+
+
+def _plain_joint(parts: Sequence[Part], schedule: str) -> Joint:
+    return _joint(parts, [part.draft(part.kind(schedule)) for part in parts])
+
+
+def _calibrated(parts: Sequence[Part], worst_bytes: float) -> tuple[Part, ...]:
+    """Returns the parts with `none` as it is once compiled: together they hold `worst_bytes`."""
+    low, high = 0.0, _MOST_SHARE
+    for _ in range(_BISECTIONS):
+        share = (low + high) / 2
+        scaled = [part.scaled(share) for part in parts]
+        too_much = _plain_joint(scaled, "none").worst_bytes > worst_bytes
+        low, high = (low, share) if too_much else (share, high)
+    return tuple(part.scaled(low) for part in parts)

@@ -1,0 +1,95 @@
+"""Planning alone, nothing compiled: how long it takes, and that every process plans the same."""
+
+import os
+import subprocess
+import sys
+import time
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxckpt.memory.targets import parse_target
+from jaxckpt.models import Transformer, TransformerConfig
+from jaxckpt.planner.frontier import Graph, proposals
+from jaxckpt.planner.problem import Problem
+from jaxckpt.planner.rates import rates_of
+from jaxckpt.planner.stacks import Stack
+from jaxckpt.planner.steps import Steps
+from jaxckpt.plans import Plan
+
+TARGET = parse_target("v5e-1")
+RATES = rates_of(TARGET)
+FULL_BYTES, RESIDUAL_BYTES = 5 << 30, 336 << 20
+pytestmark = pytest.mark.heavy
+
+
+def steps(num_blocks: int) -> Steps:
+    """Returns the steps of a Qwen3-0.6B shape; what a compiler would say is made up."""
+
+    def step_for(plan):
+        config = TransformerConfig(
+            vocab_size=64,
+            num_blocks=num_blocks,
+            d_model=1024,
+            num_heads=16,
+            num_kv_heads=8,
+            head_dim=128,
+            d_ff=3072,
+            dtype="bf16",
+            attention="plain",
+        )
+        model = Transformer(config, remat=plan)
+        tokens = jax.ShapeDtypeStruct((8, 1024), jnp.int32)
+        params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+        loss = lambda params, tokens: model.apply(params, tokens).astype(jnp.float32).sum()
+        return jax.grad(loss), (params, tokens)
+
+    def report_of(plan):
+        share = {"full": 0, "none": 1}.get(str(plan), 0.5)
+        return types.SimpleNamespace(
+            peak_bytes=FULL_BYTES + int(share * num_blocks * RESIDUAL_BYTES)
+        )
+
+    return Steps(step_for, TARGET, report_of)
+
+
+def ladder(num_blocks: int) -> list[str]:
+    return [
+        str(r.draft.plan) for r in Problem.of(steps(num_blocks), num_blocks, RATES, None).ladder()
+    ]
+
+
+def test_eighty_blocks_are_planned_in_ten_seconds():
+    start = time.process_time()
+    plans = ladder(80)
+    # Seconds of processors, so that other work on the machine does not count.
+    assert time.process_time() - start < 10
+    assert plans[0].startswith("attention+names:") and len(plans) > 20
+
+
+def test_the_program_of_a_transformer_block_takes_less_than_five_seconds():
+    (stack,) = steps(28).trace(Plan.parse("full"))[1].stacks
+    assert isinstance(stack, Stack)
+    start = time.process_time()
+    found = list(proposals(Graph.of(stack, RATES)))
+    assert time.process_time() - start < 5
+    assert len(found) >= 6
+
+
+def test_every_process_plans_the_same():
+    code = "from tests.planner import test_planning as t; print(t.ladder(12))"
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=600,
+        ).stdout.splitlines()[-1]
+        for seed in ("1", "2")
+    ]
+    assert found[0] == found[1] == str(ladder(12))
+    assert "@" in found[0]
