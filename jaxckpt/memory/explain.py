@@ -20,6 +20,7 @@ from jaxckpt.memory.residuals import (
     slice_of,
 )
 from jaxckpt.memory.source import where
+from jaxckpt.memory.values import names_by_key
 from jaxckpt.plans import Plan, as_plan
 from jaxckpt.transforms import invented
 from jaxckpt.transforms.blocks import check_policies
@@ -38,6 +39,8 @@ def explain(
     plan: str | Plan | None = None,
 ) -> Explanation:
     """Returns every residual of one block, and what a plan does with it.
+
+    Residuals go by their tags, or by invented names such as `@tanh.1`: `names:` takes both.
 
     Args:
       block: `block(carry, params_i, *consts) -> carry`, as for `jaxckpt.scan_blocks`.
@@ -68,7 +71,8 @@ def explain(
         args = (carry, params_i, *consts)
         check_policies(plan, lambda asked: invented.offered(block, asked, *args))
         kept = Trace(checkpointed(block, stage), params_i, carry, consts)
-    rows = [_row(*found) for found in _matched(trace, kept)]
+    names = names_by_key(block, params_i, carry, consts)
+    rows = [_row(names, *found) for found in _matched(trace, kept)]
     rows.sort(key=lambda row: -max(row.residual_bytes, row.saved_bytes or 0, row.host_bytes or 0))
     return Explanation(
         rows=tuple(rows),
@@ -98,11 +102,14 @@ def _grouped(trace: Trace) -> dict[tuple, list[Residual]]:
     return groups
 
 
-def _row(trace: Trace, residuals: list[Residual], under: list[Residual] | None) -> Row:
+def _row(
+    names: dict[tuple, str], trace: Trace, residuals: list[Residual], under: list[Residual] | None
+) -> Row:
     shown = residuals or under
-    largest = max(shown, key=lambda residual: residual.origin.nbytes).origin
+    residual = max(shown, key=lambda residual: residual.origin.nbytes)
+    largest = residual.origin
     flops = sum(step_flops(step) for step in slice_of(residual.origin for residual in shown))
-    name = _name(trace, largest)
+    name = _name(trace, largest, names.get(residual.key))
     row = Row(
         name=name,
         source="" if largest.step is None else where(largest.step),
@@ -139,7 +146,7 @@ def _decision(residuals: list[Residual], under: list[Residual]) -> str:
     return "host" if places == {True} else "saved"
 
 
-def _name(trace: Trace, largest: Value) -> str:
+def _name(trace: Trace, largest: Value, invented: str | None) -> str:
     if largest in trace.carry:
         return trace.labels[largest]
     if largest in trace.kernels:
@@ -151,7 +158,7 @@ def _name(trace: Trace, largest: Value) -> str:
     sources = {v for step in slice_of([largest]) for v in step.inputs if v in trace.labels}
     if len(sources) == 1 and not sources & set(trace.carry):
         return f"{largest.step.name} of {trace.labels[sources.pop()]}"
-    return largest.step.name
+    return invented or largest.step.name
 
 
 def _chain(trace: Trace, value: Value, longest: int = 3) -> str:

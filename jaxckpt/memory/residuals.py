@@ -161,6 +161,10 @@ class Trace:
             # Hashed, so that keys of keys stay small.
             self._keys[value] = ("step", hash((made, shape, place)))
 
+    def key_of(self, value: Value) -> tuple:
+        """Returns what is equal for equal computations, also between traces of one block."""
+        return self._key(origin_of(value))
+
     def _key(self, value: Value) -> tuple:
         if value in self._keys:
             return self._keys[value]

@@ -34,8 +34,8 @@ from jaxckpt.memory.roofline import (
     nested_seconds,
 )
 from jaxckpt.memory.slow_steps import extra_bytes
+from jaxckpt.memory.values import all_named, values_by_name
 from jaxckpt.planner.stacks import Stack
-from jaxckpt.planner.values import all_named, values_by_name
 from jaxckpt.plans import Policy, words
 from jaxckpt.transforms import tags
 
@@ -88,7 +88,9 @@ class Graph:
     def of(cls, stack: Stack, rates: Rates) -> "Graph":
         """Returns the graph of a stack's block."""
         block = lambda carry, params_i, consts: stack.call(carry, params_i, consts)
-        trace = Trace(all_named(block), stack.params_i, stack.carry, (stack.consts,))
+        trace = Trace(
+            all_named(block, opens_remat=True), stack.params_i, stack.carry, (stack.consts,)
+        )
         residuals = [r.origin for r in trace.residuals if r.origin.step is not None]
         steps = trace.flat.live_steps()
         return cls(

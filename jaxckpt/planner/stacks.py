@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxckpt.plans import Plan, as_plan
+from jaxckpt.plans import Plan, PlanError, as_plan
 from jaxckpt.plans.actions import Schedule
 from jaxckpt.plans.plan_set import PlanSet
 from jaxckpt.transforms import tags
@@ -111,8 +111,16 @@ class Finder:
         if isinstance(call.remat, Schedule):
             return None
         given = as_plan(call.remat).bind(call.num_blocks)
-        same = lambda plan: plan.bind(call.num_blocks) == given
-        return next((name for name, plan in self.plans.items() if same(plan)), None)
+        bound = ((name, _bound(plan, call.num_blocks)) for name, plan in self.plans.items())
+        return next((name for name, plan in bound if plan == given), None)
+
+
+def _bound(plan: Plan, num_blocks: int) -> Plan | None:
+    """Returns a plan for a number of blocks, or None where it is for another number."""
+    try:
+        return plan.bind(num_blocks)
+    except PlanError:
+        return None
 
 
 def given_stack(block: Sequence, num_blocks: int) -> Stack:

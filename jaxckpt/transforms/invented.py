@@ -12,18 +12,15 @@ rule of a primitive or of a `jax.custom_jvp` makes. Names follow the jaxpr: anot
 may count otherwise.
 """
 
-import copy
-import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 from jaxckpt.plans import Policy, words
-from jaxckpt.transforms import jaxprs, tags
+from jaxckpt.transforms import edits, jaxprs, tags
 
 _TRANSPARENT = frozenset(
     ("jit", "pjit", "closed_call", "core_call", "scan", "cond", "shard_map", *jaxprs.REMATS)
@@ -35,6 +32,13 @@ _VIEWS = frozenset(
         *("name", "copy", "copy_p", "device_put", "reduce_precision", "optimization_barrier"),
         *("reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "pvary"),
         *("bitcast_convert_type", "sharding_constraint"),
+    )
+)
+# Their derivative is a function of what they return: the tag has to stand before its use there.
+_RULES_READ_RESULT = frozenset(
+    (
+        *("tanh", "logistic", "exp", "exp2", "expm1", "sqrt", "rsqrt", "cbrt", "tan", "erf_inv"),
+        *("max", "min", "pow", "reduce_max", "reduce_min"),
     )
 )
 _WORDS = {
@@ -112,20 +116,17 @@ class _Namer:
 
     def _equation(self, jaxpr, equation, unnamed) -> list:
         """Returns what stands for one equation of a jaxpr."""
-        name, word = equation.primitive.name, _word(equation)
+        name = equation.primitive.name
         if (name in jaxprs.REMATS and self._opens_remat) or (name in _CUSTOM and self._in_rule):
             # What a derivative rule runs is not differentiated once more.
-            plain = _as_jit(equation)
+            plain = edits.as_call(equation)
             opened = self._inside(plain)
             return [equation if opened is plain and name in _CUSTOM else opened]
         if name in _TRANSPARENT:
             return [self._inside(equation)]
         if name.startswith("custom_vjp"):
-            opened = self._opened(jaxpr, equation)
-            if opened is None:  # an attention kernel, whose arrays have a policy of their own
-                return [equation]
-            equation = opened
-        return self._tagged(equation, word, unnamed)
+            return [self._opened(jaxpr, equation, unnamed)]
+        return self._tagged(jaxpr, equation, unnamed)
 
     def _inside(self, equation):
         """Returns a call, loop or branch with tags in its functions."""
@@ -146,111 +147,47 @@ class _Namer:
             return value if all(map(_is, new, value)) else new
         return value
 
-    def _tagged(self, equation, word: str, unnamed) -> list:
+    def _tagged(self, jaxpr, equation, unnamed) -> list:
         """Returns an equation, and after it the tags of its outputs if its name is wanted."""
-        outputs = [var for var in equation.outvars if _is_array(var) and var not in unnamed]
-        if equation.primitive.name in _VIEWS or not any(map(_is_var, equation.invars)):
+        primitive = equation.primitive.name
+        if primitive in _VIEWS or not any(map(edits.is_var, equation.invars)):
             return [equation]
+        tag = self._next_tag(equation)
+        outputs = [var for var in equation.outvars if _is_array(var) and var not in unnamed]
+        if tag is None or not outputs:
+            return [equation]
+        if primitive in _RULES_READ_RESULT and not self._in_rule and _is_inexact(equation):
+            return [edits.tag_result(jaxpr, equation, tag)]
+        return edits.tag_after(equation, outputs, tag)
+
+    def _next_tag(self, equation) -> str | None:
+        """Counts an equation; returns its tag if its name is wanted."""
+        word = _word(equation)
         self._counts[word] += 1
         name = f"{words.INVENTED}{word}.{self._counts[word]}"
-        if not outputs or not self._wants(name):
-            return [equation]
-        fresh = {var: copy.copy(var) for var in outputs}
-        made = equation.replace(outvars=[fresh.get(var, var) for var in equation.outvars])
-        template = _name_equation(tags.of_invented(name))
-        place = {"source_info": equation.source_info}
-        return [made] + [
-            template.replace(invars=[inner], outvars=[outer], **place)
-            for outer, inner in fresh.items()
-        ]
+        return tags.of_invented(name) if self._wants(name) else None
 
-    def _opened(self, jaxpr, equation):
-        """Returns a `custom_vjp` whose forward rule has tags; None for an attention kernel.
+    def _opened(self, jaxpr, equation, unnamed):
+        """Returns a `custom_vjp` with tags in its forward rule.
 
-        It is itself where nothing in the rule is wanted.
+        It is itself where nothing in the rule is wanted, and where it is an attention kernel, whose
+        arrays have a policy of their own.
         """
-        run, inputs = _alone(jaxpr, equation)
-        trees = []
-
-        def forward(*args):
-            out, reverse = jax.vjp(run, *args)
-            leaves, tree = jax.tree.flatten(reverse)
-            trees.append(tree)
-            return [*out, *leaves]
-
-        rule = jax.make_jaxpr(forward)(*(var.aval for var in inputs))
+        rule, tree, inputs, run = edits.forward_rule(jaxpr, equation)
         if tags.has_attention(rule):
-            return None
-        count = len(equation.outvars)
-        outputs = frozenset(v for v in rule.jaxpr.outvars[:count] if isinstance(v, core.Var))
-        outside, self._in_rule = self._in_rule, True
-        edited = self._jaxpr(rule.jaxpr, outputs)
-        self._in_rule = outside
-        if edited is rule.jaxpr:
             return equation
-        rule = core.jaxpr_as_fun(rule.replace(jaxpr=edited))
-        return _replaced(equation, inputs, _with_rule(run, rule, count, trees[-1]))
-
-
-def _with_rule(run: Callable, rule: Callable, count: int, tree) -> Callable:
-    """Returns `run` under a `custom_vjp` with the given forward rule.
-
-    Args:
-      run: The function.
-      rule: Returns the function's `count` outputs and the leaves of its reversal.
-      count: How many outputs.
-      tree: The reversal's structure.
-    """
-
-    @jax.custom_vjp
-    def call(*args):
-        return run(*args)
-
-    def forward(*args):
-        made = rule(*args)
-        return made[:count], jax.tree.unflatten(tree, made[count:])
-
-    call.defvjp(forward, lambda reverse, grads: reverse(list(grads)))
-    return call
-
-
-def _alone(jaxpr: core.Jaxpr, equation):
-    """Returns one equation as a function, and its variables, the function's arguments."""
-    inputs = list(dict.fromkeys(filter(_is_var, equation.invars)))
-    alone = jaxpr.replace(
-        constvars=[], invars=inputs, outvars=list(equation.outvars), eqns=[equation]
-    )
-    return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ())), inputs
-
-
-def _replaced(equation, inputs, call: Callable):
-    """Returns `call(*inputs)`, a single equation, in the place of another."""
-    traced = jax.make_jaxpr(lambda *args: call(*args))(*(var.aval for var in inputs)).jaxpr
-    (made,) = traced.eqns
-    outer = dict(zip(traced.invars, inputs, strict=True))
-    places = dict(zip(traced.outvars, equation.outvars, strict=True))
-    return made.replace(
-        invars=[outer[v] if _is_var(v) else v for v in made.invars],
-        outvars=[places.get(v, v) for v in made.outvars],
-        source_info=equation.source_info,
-    )
-
-
-def _as_jit(equation):
-    """Returns a `jax.checkpoint` or a custom derivative's function as a plain call."""
-    called = next(jaxprs.subjaxprs(equation))
-    closed = called if isinstance(called, core.ClosedJaxpr) else core.ClosedJaxpr(called, ())
-    run = core.jaxpr_as_fun(closed)
-    avals = [var.aval for var in equation.invars]
-    (made,) = jax.make_jaxpr(jax.jit(run))(*avals).eqns
-    return made.replace(invars=list(equation.invars), outvars=list(equation.outvars))
-
-
-@functools.cache
-def _name_equation(name: str):
-    """Returns the equation of a tag, to be given other variables."""
-    (made,) = jax.make_jaxpr(lambda x: checkpoint_name(x, name))(0.0).eqns
-    return made
+        pairs = list(zip(rule.jaxpr.outvars, equation.outvars, strict=False))
+        outside, self._in_rule = self._in_rule, True
+        made = self._jaxpr(rule.jaxpr, frozenset(v for v, _ in pairs if edits.is_var(v)))
+        self._in_rule = outside
+        tag = self._next_tag(equation)
+        if tag is not None:
+            outputs = [v for v, outer in pairs if _is_array(v) and outer not in unnamed]
+            made = edits.tag_variables(made, outputs, tag)
+        if made is rule.jaxpr:
+            return equation
+        call = edits.with_rule(run, rule.replace(jaxpr=made), len(pairs), tree)
+        return edits.replaced(equation, inputs, call)
 
 
 def _word(equation) -> str:
@@ -267,12 +204,14 @@ def _is(one, other) -> bool:
     return one is other
 
 
-def _is_var(atom) -> bool:
-    return isinstance(atom, core.Var)
-
-
 def _is_array(var) -> bool:
     """Whether a variable is read by someone and holds numbers rather than keys or references."""
     dtype = getattr(var.aval, "dtype", None)
     is_number = dtype is not None and not jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
     return type(var) is core.Var and is_number and dtype != jax.dtypes.float0
+
+
+def _is_inexact(equation) -> bool:
+    """Whether all that an equation reads and returns can have a derivative."""
+    atoms = [*equation.invars, *equation.outvars]
+    return all(jax.numpy.issubdtype(atom.aval.dtype, jax.numpy.inexact) for atom in atoms)

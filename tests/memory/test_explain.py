@@ -63,7 +63,7 @@ def test_bytes_of_a_small_block():
     assert {row.name: row.residual_bytes for row in found.rows} == {
         "carry": CARRY,
         "cos": WIDE,
-        "sin": WIDE,
+        "@sin.1": WIDE,
     }
     assert found.carry_bytes == CARRY
     assert found.residual_bytes == CARRY + 2 * WIDE
@@ -73,7 +73,7 @@ def test_bytes_of_a_small_block():
 
 
 def test_where_a_row_is_made_and_what_it_costs():
-    row = rows_by_name(explain(mlp, W, X))["sin"]
+    row = rows_by_name(explain(mlp, W, X))["@sin.1"]
     line = mlp.__code__.co_firstlineno + 1
     assert row.source == f"test_explain.py:{line}"
     assert (row.shape, row.dtype, row.num_arrays) == ((4, 32), "float32", 1)
@@ -89,21 +89,21 @@ def test_a_librarys_cached_function_is_placed_where_it_is_called():
 
 
 DECISIONS = {
-    "none": {"carry": "saved", "cos": "saved", "sin": "saved"},
-    "full": {"carry": "saved", "cos": "recomputed", "sin": "recomputed"},
-    "sqrt": {"carry": "saved", "cos": "recomputed", "sin": "recomputed"},
-    "offload:carry": {"carry": "host", "cos": "recomputed", "sin": "recomputed"},
-    "uniform:2": {"carry": "saved", "cos": "saved", "sin": "saved"},
+    "none": {"carry": "saved", "cos": "saved", "@sin.1": "saved"},
+    "full": {"carry": "saved", "cos": "recomputed", "@sin.1": "recomputed"},
+    "sqrt": {"carry": "saved", "cos": "recomputed", "@sin.1": "recomputed"},
+    "offload:carry": {"carry": "host", "cos": "recomputed", "@sin.1": "recomputed"},
+    "uniform:2": {"carry": "saved", "cos": "saved", "@sin.1": "saved"},
     "names:hidden": {
         "carry": "saved",
         "cos": "recomputed",
-        "sin": "recomputed",
+        "@sin.1": "recomputed",
         "hidden": "saved",
     },
     "offload:hidden": {
         "carry": "saved",
         "cos": "recomputed",
-        "sin": "recomputed",
+        "@sin.1": "recomputed",
         "hidden": "host",
     },
 }

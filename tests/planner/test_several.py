@@ -1,4 +1,7 @@
-"""Several stacks under one budget: an encoder and a decoder, each with a plan of its own."""
+"""Several stacks under one budget: an encoder and a decoder, each with a plan of its own.
+
+What compiles is heavy; in the gate docs/planner.md fits two stacks.
+"""
 
 import functools
 import itertools
@@ -10,9 +13,11 @@ import pytest
 
 import jaxckpt
 from jaxckpt.memory.flops import count_flops
+from jaxckpt.memory.targets import parse_target
 from jaxckpt.planner.joint import Joint, joints, unbeaten
 from jaxckpt.planner.pieces import draft, drafts, run_of
 from jaxckpt.planner.result import FitResult
+from jaxckpt.planner.steps import Steps
 from jaxckpt.plans.plan_set import PlanSet
 from tests.planner.test_pieces import FORWARD, frontier, kinds_of
 
@@ -131,6 +136,7 @@ def test_near_equals_are_dropped_where_there_are_too_many():
     assert all(near)
 
 
+@pytest.mark.heavy
 def test_each_stack_follows_its_own_plan():
     result = fitted(budgets()[2])
     assert result.plan.keys() == NUM_BLOCKS.keys()
@@ -143,6 +149,14 @@ def test_each_stack_follows_its_own_plan():
     assert FitResult.from_json(result.as_json()) == result
 
 
+def test_stacks_are_told_apart_by_plans_with_counts():
+    plans = PlanSet({"decoder": "2xfull/3xnone", "encoder": "2xfull/1xnone"})
+    _, finder = Steps(step_for, parse_target("local")).trace(plans)
+    assert finder.names == ["encoder", "decoder"] and not finder.others
+    assert [stack.num_blocks for stack in finder.stacks] == [3, 5]
+
+
+@pytest.mark.heavy
 def test_gradients_equal_those_without_remat():
     args = arguments()
     none = {"encoder": "none", "decoder": "none"}
@@ -197,6 +211,7 @@ def test_bad_input(options, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.heavy
 def test_a_budget_below_all_names_the_plans():
     with pytest.raises(jaxckpt.BudgetError, match=r"no plan fits.*encoder: .*arguments\[0\]") as c:
         fitted(1000)

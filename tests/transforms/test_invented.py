@@ -245,3 +245,43 @@ def test_plans_with_invented_names_are_text():
     assert str(plan) == text.replace("3xfull+names", "3xnames")
     # Tags and invented names of one spelling are two values.
     jaxckpt.Plan.parse("names:dot.1+offload:@dot.1")
+
+
+@pytest.mark.parametrize("fn", [jnp.tanh, jnp.exp, jax.nn.sigmoid, jnp.sqrt])
+def test_a_kept_result_serves_its_own_derivative(fn):
+    """The derivative of these is a function of their result: with it, their input is not needed."""
+
+    def run(x, row):
+        return x + fn(jnp.square(x) @ jnp.square(row["w"]) + 1) @ row["w"]
+
+    rows, x = jax.eval_shape(arguments)
+    found = invented.offered(
+        run, jaxckpt.Plan.parse("names:@*").stages[0].policies, x, first_block(rows)
+    )
+    (name,) = [n for n in found.invented if n[1:5] in ("tanh", "exp.", "logi", "sqrt")]
+    assert flops("full", run) - flops(f"names:{name}", run) == NUM_BLOCKS * DOT
+
+
+@jax.custom_vjp
+def pair(x):
+    return jnp.sin(x), jnp.tanh(x)
+
+
+pair.defvjp(lambda x: (pair(x), jnp.tanh(x)), lambda kept, grads: ((1 - kept**2) * grads[1],))
+
+
+def test_a_custom_vjp_whose_first_output_nobody_reads():
+    def run(x, row):
+        return x + pair(x @ row["w"])[1] @ row["w"]
+
+    spared = flops("full", run) - flops("names:@tanh.*", run)
+    assert spared == NUM_BLOCKS * DOT
+
+
+def test_forward_mode_works_through_invented_names():
+    rows, x = arguments()
+    run = lambda x, row: x + jnp.tanh(x @ row["w"])
+    fn = lambda x: jaxckpt.scan_blocks(run, rows, x, remat="names:@tanh.1,@dot.1").sum()
+    plain = lambda x: jaxckpt.scan_blocks(run, rows, x, remat="full").sum()
+    (found, expected) = (jax.jvp(f, (x,), (x,))[1] for f in (fn, plain))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 from jaxckpt.memory.flat import Flat, Step, Value, bodies
 from jaxckpt.memory.flops import is_kernel
-from jaxckpt.memory.residuals import origin_of
+from jaxckpt.memory.residuals import Trace, origin_of
 from jaxckpt.transforms import invented, tags
 
 
-def all_named(call: Callable) -> Callable:
-    """Returns a stack's block with a tag on all that can have one, and without inner remat."""
-    return invented.named(call, lambda name: True, opens_remat=True)
+def all_named(block: Callable, *, opens_remat: bool = False) -> Callable:
+    """Returns a block with a tag on all that can have one; see `invented.named`."""
+    return invented.named(block, lambda name: True, opens_remat=opens_remat)
 
 
 def values_by_name(flat: Flat) -> dict[str, tuple[Value, ...]]:
@@ -28,6 +28,17 @@ def values_by_name(flat: Flat) -> dict[str, tuple[Value, ...]]:
         for name in names:
             found[name] = (*found.get(name, ()), value)
     return found
+
+
+def names_by_key(block: Callable, params_i, carry, consts: tuple) -> dict[tuple, str]:
+    """Returns the invented names of a block's values by the keys of `Trace`.
+
+    A trace of the block as it is has the same keys; with a tag on all values it would keep some of
+    them twice, once with and once without.
+    """
+    trace = Trace(all_named(block), params_i, carry, consts)
+    found = values_by_name(trace.flat).items()
+    return {trace.key_of(value): name for name, values in found for value in values}
 
 
 def _names(flat: Flat) -> dict[Value, list[str]]:
