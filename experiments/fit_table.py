@@ -12,12 +12,15 @@ from jaxckpt.memory.peak_findings import peak_not_below_none
 from jaxckpt.memory.units import gib
 
 _NEVER, _WIDTH = float("inf"), 140
+_BESIDE_PLAN = 100  # columns
 
 
 def show(rows: Sequence[FitRow], settings: TrainConfig, largest: str | None = None):
     """Prints a table for each target, then what was found and what went wrong."""
     # A narrow terminal folds lines; columns are never cut.
-    console = Console(highlight=False, soft_wrap=True, width=max(Console().width, _WIDTH))
+    longest = max(len(row.config.remat) for row in rows)
+    width = max(Console().width, _WIDTH, longest + _BESIDE_PLAN)
+    console = Console(highlight=False, soft_wrap=True, width=width)
     for target in dict.fromkeys(row.target for row in rows):
         mine = [row for row in rows if row.target == target]
         measured = [row for row in mine if row.report is not None]
