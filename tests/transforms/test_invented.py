@@ -127,7 +127,10 @@ def test_kept_bytes_are_those_of_the_value():
 
 @pytest.mark.parametrize(
     "plan",
-    ["2xfull/names:@*", "uniform:2+names:@dot.2,@cos*"],
+    [
+        "2xfull/names:@*",
+        pytest.param("uniform:2+names:@dot.2,@cos*", marks=pytest.mark.heavy),
+    ],
 )
 def test_gradients_equal_none(plan):
     fn, args = step(plan)
