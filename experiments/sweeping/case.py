@@ -63,12 +63,13 @@ class Case:
 
     def command(self) -> str:
         """Returns what a user types to train so, or to ask for the same compilation."""
+        # The plan is always said; what is left of the configuration has the default one.
+        plan, rest = self.config.remat, dataclasses.replace(self.config, remat=TrainConfig().remat)
+        flags = [f"--target={self.target}", f"--plan={plan}"]
+        program = "fit"
         if self.target == LOCAL:
-            return shlex.join(["python", "-m", "experiments.train", *flags_of(self.config)])
-        flags = [f"--target={self.target}", f"--plan={self.config.remat}"]
-        # The plan is said once; what is left of the configuration has the default one.
-        rest = dataclasses.replace(self.config, remat=TrainConfig().remat)
-        return shlex.join(["python", "-m", "experiments.fit", *flags, *flags_of(rest)])
+            flags, program = [f"--remat={plan}"], "train"
+        return shlex.join(["python", "-m", f"experiments.{program}", *flags, *flags_of(rest)])
 
 
 def flags_of(config: TrainConfig) -> list[str]:

@@ -34,6 +34,7 @@ def ran(monkeypatch):
 
     def run_module(module, flags, processes):
         values = dict(flag.removeprefix("--").partition("=")[::2] for flag in flags)
+        values.setdefault("remat", TrainConfig().remat)
         calls.append((module.partition(".")[2], values))
         if values.get("remat") == "log":
             raise running.RowError("no\nsuch thing")
