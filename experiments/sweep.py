@@ -106,7 +106,9 @@ def sweep(
 
 def _cases(flags: SweepFlags, settings: SweepSettings) -> list[Case]:
     """Returns the rows to run, each checked before any of them runs."""
-    asked = [(plan, None) for plan in flags.plan or (() if settings.budget else PLANS)]
+    # A plan of auto has a row for each budget; without one it is refused like a run's.
+    plans = [plan for plan in flags.plan or PLANS if not (plan == "auto" and settings.budget)]
+    asked = [(plan, None) for plan in plans]
     asked += [("auto", budget) for budget in settings.budget]
     found = [
         Case(

@@ -103,13 +103,17 @@ def test_a_row_that_fails_does_not_stop_the_others(ran, tmp_path, capsys):
 
 
 def test_a_budget_is_a_row_of_auto(ran, tmp_path):
-    main(sweep, [*TINY, "--budget=1GiB", "--budget=2GiB", f"-o={tmp_path}"])
+    main(sweep, [*TINY, "--plan=auto", "--budget=1GiB", "--budget=2GiB", f"-o={tmp_path}"])
     assert [name for name, _ in ran] == ["fit", "train"] * 2
     assert ran[0][1]["budget"] == "1GiB" and ran[2][1]["budget"] == "2GiB"
     assert ran[1][1]["remat"] == "1xfull/none" and "budget" not in ran[1][1]
     one, two = rows_of(tmp_path)
     assert (one["asked"], one["budget"], one["plan"]) == ("auto", "1GiB", "1xfull/none")
     assert two["budget"] == "2GiB" and "--remat=1xfull/none" in one["train_command"]
+    ran.clear()
+    with pytest.raises(SystemExit):  # log fails here
+        main(sweep, [*TINY, "--budget=3GiB", f"-o={tmp_path}"])
+    assert len(ran) == len(PLANS) + 2, "it is added to the usual plans"
 
 
 def test_an_absent_chip_is_compiled_for(monkeypatch, ran, tmp_path):
