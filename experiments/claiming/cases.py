@@ -1,0 +1,104 @@
+"""What the claims page compiles: two models for a 16 GB and an 80 GB chip, under several plans."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+from pathlib import Path
+
+from experiments.config import TrainConfig, load_toml
+from experiments.sweeping.case import flags_of
+from jaxckpt.models.config import TransformerConfig
+
+ROOT = Path(__file__).parents[2]
+SMALL_CHIP, LARGE_CHIP = "v5e-1", "h100"
+# Four segments as in the example; as many as log2 L and as sqrt L rounded up, for both models.
+PLANS = ("none", "full", "uniform:4", "uniform:5", "uniform:6", "sqrt", "log")
+EXAMPLE, QWEN = "the example", "Qwen3-0.6B"
+_FILES = {
+    (EXAMPLE, SMALL_CHIP): "note_32x4096_16gb",
+    (EXAMPLE, LARGE_CHIP): "note_32x4096_80gb",
+    (QWEN, SMALL_CHIP): "qwen3_0p6b_16gb",
+    (QWEN, LARGE_CHIP): "qwen3_0p6b",
+}
+_PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One compilation.
+
+    Attributes:
+      name: What the page calls it; unique.
+      config: What is compiled; its plan may be `auto`.
+      target: For what.
+    """
+
+    name: str
+    config: TrainConfig
+    target: str
+
+    @property
+    def key(self) -> str:
+        """Equal for the same compilation by the same compilers."""
+        # Flags, so that a new setting that nobody uses changes nothing.
+        asked = [flags_of(self.config), self.target, versions()]
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of what traces and compiles, as far as it is installed."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def all_cases() -> tuple[Case, ...]:
+    """Returns every case, those that tell most first."""
+    pairs = [(target, model) for target in (LARGE_CHIP, SMALL_CHIP) for model in (EXAMPLE, QWEN)]
+    found = [plan_case(model, target, plan) for target, model in pairs for plan in PLANS]
+    found += [
+        _case("accumulated", LARGE_CHIP, "qwen3_0p6b", remat="full", accumulate=4),
+        _case("float32", LARGE_CHIP, "qwen3_0p6b", remat="full", dtype="f32"),
+        _case("1.7B", SMALL_CHIP, "qwen3_1p7b_16gb"),
+        _case("4B", SMALL_CHIP, "qwen3_4b_16gb"),
+        _case("8B", LARGE_CHIP, "qwen3_8b"),
+    ]
+    found += [
+        _case(f"{blocks} blocks", SMALL_CHIP, "qwen3_0p6b_16gb", remat="log", **_deep(blocks))
+        for blocks in (128, 1024)
+    ]
+    found += [
+        _case(f"auto, {EXAMPLE}", LARGE_CHIP, _FILES[EXAMPLE, LARGE_CHIP], **_AUTO),
+        _case(f"auto, {QWEN}", SMALL_CHIP, _FILES[QWEN, SMALL_CHIP], **_AUTO),
+    ]
+    return tuple(found)
+
+
+_AUTO = {"remat": "auto", "budget": "auto"}
+
+
+def plan_case(model: str, target: str, plan: str) -> Case:
+    """Returns the case of one of the two models under a plan."""
+    return _case(f"{model}, {target}, {plan}", target, _FILES[model, target], remat=plan)
+
+
+def _deep(blocks: int) -> dict[str, object]:
+    """Returns the changes for a narrow stack of many blocks."""
+    sizes = {"d_model": 512, "num_heads": 4, "num_kv_heads": 2, "d_ff": 1024, "vocab_size": 256}
+    return {"num_blocks": blocks, **sizes}
+
+
+def _case(name: str, target: str, file: str, **changes) -> Case:
+    flags = load_toml(ROOT / f"configs/{file}.toml")
+    values = {key.replace("-", "_"): value for key, value in flags.items()} | changes
+    fields = {field.name for field in dataclasses.fields(TransformerConfig)}
+    model = {name: values.pop(name) for name in [*values] if name in fields}
+    values["trainable"] = tuple(values.get("trainable", ()))
+    return Case(
+        name=name, target=target, config=TrainConfig(model=TransformerConfig(**model), **values)
+    )
