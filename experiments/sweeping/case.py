@@ -14,6 +14,7 @@ from jaxckpt.models.config import TransformerConfig
 LOCAL = "local"
 _TABLES = {"model": TransformerConfig(), "optimizer": OptimizerConfig()}
 # What a run's folder is called, and what it leaves there, changes no number.
+_OF_RECORD = ("save_every", "explain", "validate_every", "validation_batches")
 _NOT_OF_ROW = ("out", "overwrite", "resume", "compile_cache", "keep", "sample", "tensorboard")
 
 
@@ -61,6 +62,10 @@ class Case:
             )
         )
 
+    def settings(self) -> str:
+        """Returns what rows must share to be compared: all flags but plan, budget and depth."""
+        return settings_of(self.config)
+
     def command(self) -> str:
         """Returns what a user types to train so, or to ask for the same compilation."""
         # The plan is always said; what is left of the configuration has the default one.
@@ -70,6 +75,15 @@ class Case:
         if self.target == LOCAL:
             flags, program = [f"--remat={plan}"], "train"
         return shlex.join(["python", "-m", f"experiments.{program}", *flags, *flags_of(rest)])
+
+
+def settings_of(config: TrainConfig) -> str:
+    """Returns the flags of a configuration, those of its plan, depth and folders left out."""
+    usual = TrainConfig()
+    changes = {name: getattr(usual, name) for name in (*_NOT_OF_ROW, "remat", "budget")}
+    changes |= {name: getattr(usual, name) for name in _OF_RECORD}
+    model = dataclasses.replace(config.model, num_blocks=usual.model.num_blocks)
+    return shlex.join(flags_of(dataclasses.replace(config, model=model, **changes)))
 
 
 def flags_of(config: TrainConfig) -> list[str]:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def run_case(
     row = {"key": case.key, "asked": case.config.remat, "plan": case.config.remat}
     row |= {"target": case.target, "depth": case.depth, "budget": case.config.budget}
     row |= {"versions": versions(), "platform": platform.platform(), **origin}
-    row["train_command"] = case.command()
+    row |= {"train_command": case.command(), "settings": case.settings()}
     try:
         row |= _run_here(case, folder, processes) if case.target == LOCAL else _compile(case)
     except RowError as error:
@@ -66,7 +67,7 @@ def _run_here(case: Case, folder: Path, processes: Processes) -> dict[str, Any]:
     _run_module(
         "experiments.train", [*case.training_flags(), f"--out={out}", "--overwrite"], processes
     )
-    return chosen | _row_of_run(out)
+    return chosen | row_of_run(json_lines.read(out / METRICS).rows) | {"run": out.name}
 
 
 def _chosen_here(case: Case, processes: Processes) -> str:
@@ -77,15 +78,24 @@ def _chosen_here(case: Case, processes: Processes) -> str:
         return json.loads(answer.read_text())["rows"][0]["plan"]
 
 
-def _row_of_run(out: Path) -> dict[str, Any]:
-    """Returns what a finished run left in its record."""
-    header, *rows = json_lines.read(out / METRICS).rows
-    steps = [row for row in rows if "loss" in row]
+def row_of_run(record: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns what the record of a run says, as a row does.
+
+    Args:
+      record: The lines of its `metrics.jsonl`: objects that begin or go on with a run, and steps.
+
+    Raises:
+      KeyError, IndexError: There is no step in it, or it is not a record.
+    """
+    header = [row for row in record if "versions" in row][-1]
+    rows = {row["step"]: row for row in record if "loss" in row}  # a run may repeat steps
+    steps = [rows[step] for step in sorted(rows)]
     times = [row["step_seconds"] for row in steps]
     return {
         "device": header["device"],
         "backend": header["backend"],
         "peak_bytes": header["predicted_peak_bytes"],
+        "temp_bytes": header["predicted_temp_bytes"],
         "runtime_peak_bytes": max(row.get("peak_bytes_in_use", 0) for row in steps) or None,
         "step_seconds": statistics.median(times[_WARM_UP:] or times),
         "step_seconds_source": "measured",
@@ -95,7 +105,6 @@ def _row_of_run(out: Path) -> dict[str, Any]:
         "compile_seconds": header["compile_seconds"],
         "memory_source": header["memory_source"],
         "buffers": header.get("buffers", []),
-        "run": out.name,
     }
 
 
@@ -113,6 +122,7 @@ def _compile(case: Case) -> dict[str, Any]:
     return found | {
         "backend": "absent",
         "peak_bytes": report.peak_bytes,
+        "temp_bytes": report.temp_bytes,
         "runtime_peak_bytes": None,
         "usable_bytes": report.usable_bytes,
         "host_bytes": report.host_bytes,

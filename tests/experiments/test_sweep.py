@@ -43,7 +43,8 @@ def ran(monkeypatch):
             Path(values["json"]).write_text(json.dumps(answer))
             return
         header = dict.fromkeys(("device", "backend", "memory_source"), "cpu")
-        header |= {"predicted_peak_bytes": 5 * GIB, "step_flops": 9, "recomputed_flops": 1}
+        header |= {"predicted_peak_bytes": 5 * GIB, "predicted_temp_bytes": 4 * GIB}
+        header |= {"versions": {}, "step_flops": 9, "recomputed_flops": 1}
         header |= {"compile_seconds": 1.5, "buffers": [{"size_bytes": 7}]}
         rows = [header] + [{"step": n, "loss": 9 - n, "step_seconds": 4 - n} for n in (1, 2, 3)]
         rows += [{"step": 3, "validation_loss": 1.0}]
