@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import html
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,11 +32,8 @@ def page(found: Found, groups: Sequence[Group], lines: Sequence[Line], title: st
         "@SCRIPT@": script,
         "@DATA@": _json(found, groups, lines),
     }
-    text = _file("page.html")
-    # Data goes in last, so that nothing in it can be taken for a mark.
-    for mark, part in parts.items():
-        text = text.replace(mark, part, 1)
-    return text
+    # In one pass, so that nothing in a part can be taken for a mark.
+    return re.sub("@[A-Z]+@", lambda mark: parts[mark[0]], _file("page.html"))
 
 
 def _file(name: str) -> str:
