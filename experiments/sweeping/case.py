@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+from pathlib import Path
 
 from experiments.config import OptimizerConfig, TrainConfig, flag_of
 from experiments.record import versions
@@ -52,15 +53,16 @@ class Case:
         plan = re.sub(r"[^A-Za-z0-9_.+-]+", "-", self.config.remat)[:60]
         return f"{self.target}-{self.depth}-{plan}-{self.key[:6]}"
 
-    def training_flags(self) -> list[str]:
-        """Returns the flags of `experiments.train` for this row's own run."""
+    def training_flags(self, compile_cache: Path) -> list[str]:
+        """Returns the flags of `experiments.train` for this row's own run.
+
+        Args:
+          compile_cache: An empty folder: what is read from a cache names no buffers.
+        """
         decay = self.config.optimizer.decay_steps or self.config.steps
         optimizer = dataclasses.replace(self.config.optimizer, decay_steps=decay)
-        return flags_of(
-            dataclasses.replace(
-                self.config, steps=self.run_steps, optimizer=optimizer, validation_batches=1
-            )
-        )
+        changes = {"optimizer": optimizer, "validation_batches": 1, "compile_cache": compile_cache}
+        return flags_of(dataclasses.replace(self.config, steps=self.run_steps, **changes))
 
     def settings(self) -> str:
         """Returns what rows must share to be compared: all flags but plan, budget and depth."""

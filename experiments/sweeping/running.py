@@ -64,9 +64,9 @@ def _run_here(case: Case, folder: Path, processes: Processes) -> dict[str, Any]:
         case = dataclasses.replace(case, config=config)
         chosen = {"plan": plan, "train_command": case.command()}
     out = folder / case.name
-    _run_module(
-        "experiments.train", [*case.training_flags(), f"--out={out}", "--overwrite"], processes
-    )
+    with tempfile.TemporaryDirectory(prefix="jaxckpt-") as cache:
+        flags = [*case.training_flags(Path(cache)), f"--out={out}", "--overwrite"]
+        _run_module("experiments.train", flags, processes)
     return chosen | row_of_run(json_lines.read(out / METRICS).rows) | {"run": out.name}
 
 
