@@ -23,7 +23,7 @@ def compiled(cases: Sequence[Case], path: Path, say: Callable[[str], None]) -> d
       ConfigError: The file holds something else, or a case failed.
       Unavailable: Something is missing, and its compiler is not installed.
     """
-    rows = _read(path)
+    rows = _read(path).get("rows", {})
     missing = [case for case in cases if rows.get(case.name, {}).get("key") != case.key]
     check_targets(sorted({case.target for case in missing}))
     failed = []
@@ -37,8 +37,7 @@ def compiled(cases: Sequence[Case], path: Path, say: Callable[[str], None]) -> d
         rows[case.name] = _row(case, row)
         # In the order of the cases, so that the file changes no more than its numbers do.
         rows = {one.name: rows[one.name] for one in cases if one.name in rows}
-        content = {"command": "python -m experiments.claims", "rows": rows}
-        write_text(path, json.dumps(content, indent=1) + "\n")
+        _write(path, {"rows": rows})
     if failed:
         raise ConfigError(
             f"{len(failed)} of {len(cases)} cases could not be compiled, the others are kept in "
@@ -47,15 +46,33 @@ def compiled(cases: Sequence[Case], path: Path, say: Callable[[str], None]) -> d
     return rows
 
 
+def checked(path: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Returns what `checks.run` returns; it is run again with other versions alone."""
+    held = _read(path).get("checks", {})
+    if held.get("versions") != versions():
+        from experiments.claiming import checks  # it imports JAX
+
+        say("checking gradients under dropout, and counting parameters")
+        held = {"versions": versions(), **checks.run()}
+        _write(path, {"checks": held})
+    return held
+
+
 def _read(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["rows"])
-    except (OSError, ValueError, KeyError, TypeError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {part: dict(content.get(part, {})) for part in ("rows", "checks")}
+    except (OSError, ValueError, AttributeError, TypeError):
         raise ConfigError(
             f"{str(path)!r} does not hold the numbers of claims; remove it to compile them again"
         ) from None
+
+
+def _write(path: Path, changes: dict[str, Any]):
+    content = {"command": "python -m experiments.claims", **_read(path), **changes}
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def _row(case: Case, row) -> dict[str, Any]:
