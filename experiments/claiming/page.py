@@ -17,13 +17,13 @@ pip install -e '.[experiments,tpu,cuda13]'
 python -m experiments.claims
 ```
 
-Compiled rows are kept in `measured/claims.json`; a row that is there is not compiled again. Times
-on an H100 are those of `measured/peaks_h100.json`, growth with depth that of
+Compiled rows are kept in `measured/claims.json`; a row that is there is not compiled again until it
+is removed. Times on an H100 are those of `measured/peaks_h100.json`, growth with depth that of
 `measured/executor_cpu.json`; both name their commands. The example is 32 layers of width 4,096,
-batch 8 x 1,024 tokens; all chips are absent: they were compiled for, not run on. On {large} only the
-example's attention learns (`configs/note_32x4096_80gb.toml`), on {small} its heads and MLP are
-narrow enough for AdamW on everything (`configs/note_32x4096_16gb.toml`). Every plan runs in the same
-loop (`--unroll=1`).
+batch 8 x 1,024 tokens; all chips are absent: they were compiled for, not run on. On {large} the
+example's attention alone learns (`configs/note_32x4096_80gb.toml`), on {small} its heads and MLP
+are narrow enough for AdamW on everything (`configs/note_32x4096_16gb.toml`). Every plan runs in the
+same loop (`--unroll=1`).
 """
 
 
