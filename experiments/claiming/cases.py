@@ -64,7 +64,8 @@ def all_cases() -> tuple[Case, ...]:
     found = [plan_case(model, target, plan) for target, model in pairs for plan in PLANS]
     found += [plan_case(EXAMPLE, LARGE_CHIP, plan) for plan in (LOG_SEGMENTS, SQRT_SEGMENTS)]
     found += [
-        _case("accumulated", LARGE_CHIP, "qwen3_0p6b", remat="full", accumulate=4),
+        _case("in one part", LARGE_CHIP, "qwen3_0p6b", remat="full", batch_size=32),
+        _case("in four parts", LARGE_CHIP, "qwen3_0p6b", remat="full", batch_size=32, accumulate=4),
         _case("float32", LARGE_CHIP, "qwen3_0p6b", remat="full", dtype="f32"),
         _case("4B", SMALL_CHIP, "qwen3_4b_16gb"),
         _case("8B", LARGE_CHIP, "qwen3_8b"),
