@@ -21,6 +21,8 @@ from jaxckpt.models.config import TransformerConfig
 from jaxckpt.plans import Plan, PlanError, words
 from tests.experiments.report_rows import row
 
+MODEL = TransformerConfig(num_blocks=1, d_model=8, num_heads=1, num_kv_heads=1, head_dim=4, d_ff=8)
+
 
 def sizes(gate: int, heavy: int):
     """Runs a test twice: with a few inputs in the gate, with many under `heavy`."""
@@ -49,15 +51,22 @@ WORDS = [
     "14x",
     "99999999999",
 ]
+STAGES = ["sqrt", "4xsqrt", "uniform:2+dots", "2xuniform:2", "3xattention+names:q,k", "log", "none"]
+STAGES += ["1xnone", "binomial:3", "offload:carry", "5xevery:2+offload:m*", "1xfull"]
+GOOD_PLANS = st.lists(st.sampled_from(STAGES), min_size=1, max_size=3).map("/".join)
+
+
+def with_a_slip(text: str, place: int, letters: str) -> str:
+    """Returns text with one character taken out, or replaced."""
+    place %= len(text)
+    return text[:place] + letters + text[place + 1 :]
+
+
 PLANS = st.one_of(
+    GOOD_PLANS,
+    st.builds(with_a_slip, GOOD_PLANS, st.integers(0, 60), st.text(max_size=2)),
     st.text(max_size=30),
     st.lists(st.sampled_from([*WORDS, "/", "+", ":", ",", "x", " "]), max_size=12).map("".join),
-    st.lists(
-        st.tuples(
-            st.sampled_from(["", "1x", "3x"]), st.sampled_from(WORDS), st.sampled_from(WORDS)
-        ),
-        max_size=4,
-    ).map(lambda parts: "/".join(f"{count}{a}:{b}" for count, a, b in parts)),
 )
 
 
@@ -109,14 +118,27 @@ def toml_value(value: object) -> str:
     return json.dumps(value)
 
 
-TABLES = st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=3)
+def tables(owner: type, usual: object):
+    """Returns tables of one kind: usual values, and now and then anything under any name."""
+    known = {name: value for name, value in vars(usual).items() if isinstance(value, str | int)}
+    good = st.sampled_from(sorted(known.items()))
+    odd = st.tuples(st.sampled_from(FIELDS), VALUES)
+    wrong = st.tuples(st.sampled_from([*owner.__dataclass_fields__]), VALUES)
+    return st.lists(st.one_of(good, good, good, wrong, odd), max_size=3).map(dict)
+
+
+OWNERS = (
+    (TrainConfig, TrainConfig()),
+    (TransformerConfig, MODEL),
+    (OptimizerConfig, OptimizerConfig()),
+)
 TOML = st.one_of(
     st.binary(max_size=40),
     st.text(alphabet=string.printable, max_size=40).map(str.encode),
-    st.tuples(TABLES, TABLES, TABLES).map(
-        lambda tables: "\n".join(
+    st.tuples(*(tables(*owner) for owner in OWNERS)).map(
+        lambda found: "\n".join(
             head + "\n".join(f"{name} = {toml_value(value)}" for name, value in table.items())
-            for head, table in zip(("", "[model]\n", "[optimizer]\n"), tables, strict=True)
+            for head, table in zip(("", "[model]\n", "[optimizer]\n"), found, strict=True)
         ).encode("utf-8", "surrogatepass")
     ),
 )
@@ -152,7 +174,6 @@ def test_configurations(count, tmp_path):
     assert min(seen.values()) > count // 50, seen
 
 
-MODEL = TransformerConfig(num_blocks=1, d_model=8, num_heads=1, num_kv_heads=1, head_dim=4, d_ff=8)
 HEADER = {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}
 
 
