@@ -277,6 +277,9 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.heavy
+# Of a load that fails, Orbax leaves coroutines behind that nobody waits for.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:coroutine.*was never awaited:RuntimeWarning")
 def test_checkpoint_folders(saved, tmp_path):
     import shutil
 
