@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 
 from experiments.claiming.cases import (
+    AUTO_BUDGET,
     EXAMPLE,
     LARGE_CHIP,
     LOG_SEGMENTS,
@@ -25,6 +26,7 @@ from experiments.claiming.evidence import (
     percent,
     recomputed,
 )
+from jaxckpt.planner.budgets import given_bytes
 
 TRUE, PARTLY, FALSE = "true", "true in part", "false"
 _SEGMENTED = ("uniform:4", LOG_SEGMENTS, SQRT_SEGMENTS)
@@ -278,15 +280,15 @@ def _by_hand(evidence: Evidence) -> Claim:
 def _automatic(evidence: Evidence) -> Claim:
     row = evidence.rows[f"auto, {QWEN}"]
     report = row["report"]
-    within = report["peak_bytes"] <= report["usable_bytes"]
+    budget = given_bytes(AUTO_BUDGET)
     return Claim(
         says="Real frameworks segment a model by themselves.",
         found=(
-            f"`--remat=auto --budget=auto` for {QWEN} on {row['target']} chose `{row['plan']}`: "
-            f"peak {gib(report['peak_bytes'])} of {gib(report['usable_bytes'])}, "
+            f"`--remat=auto` within {gib(budget)} for {QWEN} on {row['target']} chose "
+            f"`{row['plan']}`: peak {gib(report['peak_bytes'])}, "
             f"{1e3 * report['estimated_seconds']:.0f} ms by the roofline."
         ),
-        verdict=_verdict(within, "the planner, with compiled peaks"),
+        verdict=_verdict(report["peak_bytes"] <= budget, "the planner, with compiled peaks"),
     )
 
 
@@ -318,8 +320,7 @@ def _precision(evidence: Evidence) -> Claim:
 def _sizes(evidence: Evidence) -> Claim:
     small = evidence.of(QWEN, SMALL_CHIP, "full")
     four, eight = evidence.report("4B"), evidence.report("8B")
-    short, deep = evidence.report("32 blocks"), evidence.report("1024 blocks")
-    growth = _temporary(deep) / _temporary(short)
+    growth = evidence.stack_bytes("log", 1024) / evidence.stack_bytes("log", 16)
     fits = all(_fits(report) for report in (small, four, eight))
     weights = 7e9 * 2
     return Claim(
@@ -329,8 +330,8 @@ def _sizes(evidence: Evidence) -> Claim:
             f"everything {gib(small['peak_bytes'])}; Qwen3-4B under `sqrt`, keys and values "
             f"learning, {gib(four['peak_bytes'])}. Qwen3-8B with attention learning takes "
             f"{gib(eight['peak_bytes'])} on {LARGE_CHIP}. 7 billion weights in bfloat16 alone are "
-            f"{gib(weights)}. From 32 to 1,024 blocks what a narrow stack needs beside its "
-            f"arguments grows {growth:.1f} times under `log`."
+            f"{gib(weights)}. From 16 to 1,024 blocks a stack's temporaries grow {growth:.2f} "
+            "times under `log`."
         ),
         verdict=(
             f"{PARTLY}: 0.6B with everything learning, 4B with most frozen; 7B does not fit 16 GB"
@@ -354,11 +355,6 @@ def _verdict(holds: bool, note: str = "") -> str:
 
 def _temp(evidence: Evidence, plan: str) -> int:
     return evidence.of(EXAMPLE, LARGE_CHIP, plan)["temp_bytes"]
-
-
-def _temporary(report) -> int:
-    """Returns what a step needs beside its arguments; on a TPU temporaries may read 0."""
-    return report["peak_bytes"] - report["argument_bytes"]
 
 
 def _estimated(evidence: Evidence, plan: str) -> float:

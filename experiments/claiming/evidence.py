@@ -54,14 +54,20 @@ class Evidence:
         none, full = (self.of(model, chip, plan)["peak_bytes"] for plan in ("none", "full"))
         return self.carry_bytes(model, chip) + (none - full) / (blocks - 1)
 
+    def stack_bytes(self, plan: str, blocks: int) -> int:
+        """Returns the temporaries of a stack of so many blocks, compiled for this CPU."""
+        return dict(self._stack(plan))[blocks]
+
     def stack_slope(self, plan: str) -> float:
         """Returns the slope of log temporaries over log L of a stack compiled for this CPU."""
-        found = sorted(
+        return slope(*zip(*self._stack(plan), strict=True))
+
+    def _stack(self, plan: str) -> list[tuple[int, int]]:
+        return sorted(
             (row["L"], row["temp_bytes"])
             for row in self.stacks
             if row["plan"] == plan and row["target"].startswith("cpu")
         )
-        return slope(*zip(*found, strict=True))
 
     def seconds(self, plan: str, batch: int = 8, tokens: int = 1024) -> float:
         """Returns the measured seconds of a step of Qwen3-0.6B's shape on one H100."""
