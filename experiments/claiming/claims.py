@@ -18,6 +18,7 @@ from experiments.claiming.cases import (
 )
 from experiments.claiming.evidence import (
     Evidence,
+    MissingRow,
     config_of,
     extra_forwards,
     gb,
@@ -28,38 +29,64 @@ from experiments.claiming.evidence import (
 )
 from jaxckpt.planner.budgets import given_bytes
 
-TRUE, PARTLY, FALSE = "true", "true in part", "false"
+TRUE, PARTLY, FALSE, OPEN = "true", "true in part", "false", "open"
 _SEGMENTED = ("uniform:4", LOG_SEGMENTS, SQRT_SEGMENTS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Claim:
-    """One claim.
+class Found:
+    """What became of a claim.
 
     Attributes:
-      says: The claim, in our words.
       found: What was compiled or measured.
-      verdict: `TRUE`, `PARTLY` or `FALSE`, and why.
+      verdict: `TRUE`, `PARTLY`, `FALSE` or `OPEN`, and why.
     """
 
-    says: str
     found: str
     verdict: str
 
 
-def _plain_memory(evidence: Evidence) -> Claim:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One claim: what is said, in our words, and how it is decided."""
+
+    says: str
+    decide: Callable[[Evidence], Found]
+
+    def held_against(self, evidence: Evidence) -> Found:
+        """Returns what was found; a claim whose numbers are not there is open."""
+        try:
+            return self.decide(evidence)
+        except MissingRow as missing:
+            return Found(found=f"{missing} is not compiled yet.", verdict=OPEN)
+
+
+CLAIMS: list[Claim] = []
+
+
+def _claim(says: str):
+    """Adds a function to the claims, in the order of this file."""
+
+    def add(decide: Callable[[Evidence], Found]):
+        CLAIMS.append(Claim(says=says, decide=decide))
+        return decide
+
+    return add
+
+
+@_claim("Without checkpointing, L layers of M bytes of activations take O(L M).")
+def _plain_memory(evidence: Evidence) -> Found:
     slope = evidence.stack_slope("none")
     ratios = [
         evidence.residual_bytes(model, chip) / evidence.carry_bytes(model, chip)
-        for model, chip in ((EXAMPLE, SMALL_CHIP), (QWEN, LARGE_CHIP), (QWEN, SMALL_CHIP))
+        for model, chip in ((EXAMPLE, SMALL_CHIP), (EXAMPLE, LARGE_CHIP), (QWEN, LARGE_CHIP))
     ]
     linear = abs(slope - 1) < 0.05
-    return Claim(
-        says="Without checkpointing, L layers of M bytes of activations take O(L M).",
+    return Found(
         found=(
             f"Temporaries of a stack grow with L to the {slope:.2f}, fitted from 16 to 1,024 "
-            f"blocks. A block's residuals weigh {ratios[0]:.1f} of its inputs in the example, "
-            f"{ratios[1]:.1f} (GPU) and {ratios[2]:.1f} (TPU) in {QWEN}."
+            f"blocks. A block's residuals weigh {ratios[0]:.1f} of its inputs in the example on "
+            f"{SMALL_CHIP}, {ratios[1]:.1f} on {LARGE_CHIP}, {ratios[2]:.1f} in {QWEN}."
         ),
         verdict=_verdict(
             linear,
@@ -68,13 +95,15 @@ def _plain_memory(evidence: Evidence) -> Claim:
     )
 
 
-def _segments(evidence: Evidence) -> Claim:
+@_claim(
+    "Cut the layers into n equal segments, keep each one's input, and run a segment again "
+    "when its backward pass comes."
+)
+def _segments(evidence: Evidence) -> Found:
     blocks = config_of(EXAMPLE, LARGE_CHIP).model.num_blocks
     again = extra_forwards("uniform:4", blocks)
     share = recomputed(evidence.of(EXAMPLE, LARGE_CHIP, "uniform:4"))
-    return Claim(
-        says="Cut the layers into n equal segments, keep each one's input, and run a segment again "
-        "when its backward pass comes.",
+    return Found(
         found=(
             f"This is plan `uniform:n`. On {blocks} blocks in 4 segments {again} blocks are run "
             f"again, as the last segment is kept at no cost in peak memory: {percent(share)} of "
@@ -84,13 +113,13 @@ def _segments(evidence: Evidence) -> Claim:
     )
 
 
-def _order_n(evidence: Evidence) -> Claim:
+@_claim("Memory becomes O(n M) with n segments.")
+def _order_n(evidence: Evidence) -> Found:
     temps = [_temp(evidence, plan) for plan in _SEGMENTED]
     falls = temps == sorted(temps, reverse=True) and temps[0] > temps[-1]
     listed = ", ".join(f"`{p}` {gib(t)}" for p, t in zip(_SEGMENTED, temps, strict=True))
     a, large = evidence.carry_bytes(EXAMPLE), evidence.residual_bytes(EXAMPLE)
-    return Claim(
-        says="Memory becomes O(n M) with n segments.",
+    return Found(
         found=(
             f"Temporaries of the example on {LARGE_CHIP}: {listed}. The live segment holds the "
             f"residuals of L / n blocks beside n inputs: n a + (L / n) R with a = {gib(a)} and "
@@ -104,11 +133,11 @@ def _order_n(evidence: Evidence) -> Claim:
     )
 
 
-def _root(evidence: Evidence) -> Claim:
+@_claim("With sqrt(L) segments memory is O(sqrt(L) M).")
+def _root(evidence: Evidence) -> Found:
     uniform, full, sqrt = (_temp(evidence, plan) for plan in (SQRT_SEGMENTS, "full", "sqrt"))
     slope = evidence.stack_slope("sqrt")
-    return Claim(
-        says="With sqrt(L) segments memory is O(sqrt(L) M).",
+    return Found(
         found=(
             f"Example on {LARGE_CHIP}: `{SQRT_SEGMENTS}` holds {gib(uniform)} of temporaries, "
             f"`full` {gib(full)}, `sqrt`, which keeps block inputs again inside the live segment, "
@@ -123,12 +152,12 @@ def _root(evidence: Evidence) -> Claim:
     )
 
 
-def _logarithm(evidence: Evidence) -> Claim:
+@_claim("With log(L) segments memory is O(log(L) M).")
+def _logarithm(evidence: Evidence) -> Found:
     uniform, log, full = (_temp(evidence, plan) for plan in (LOG_SEGMENTS, "log", "full"))
     blocks = config_of(EXAMPLE, LARGE_CHIP).model.num_blocks
     again = extra_forwards("log", blocks)
-    return Claim(
-        says="With log(L) segments memory is O(log(L) M).",
+    return Found(
         found=(
             f"log2 of {blocks} is {log2(blocks)}: `{LOG_SEGMENTS}` holds {gib(uniform)}, "
             f"`full` {gib(full)}, `log` (Revolve with log2 L + 1 inputs) {gib(log)} and runs "
@@ -144,19 +173,18 @@ def _logarithm(evidence: Evidence) -> Claim:
     )
 
 
-def _extra_compute(evidence: Evidence) -> Claim:
+@_claim("The extra compute is about L / n, in practice 20 to 30 %.")
+def _extra_compute(evidence: Evidence) -> Found:
     shares = {
-        plan: recomputed(evidence.of(EXAMPLE, SMALL_CHIP, plan)) for plan in PLANS if plan != "none"
+        plan: recomputed(evidence.of(EXAMPLE, LARGE_CHIP, plan)) for plan in PLANS if plan != "none"
     }
     uniform = [recomputed(evidence.of(EXAMPLE, LARGE_CHIP, plan)) for plan in _SEGMENTED]
     listed = ", ".join(f"`{plan}` {percent(share)}" for plan, share in shares.items())
     one_level = shares["full"], shares["uniform:4"]
     times = evidence.seconds("uniform:4") / evidence.seconds("none") - 1
-    return Claim(
-        says="The extra compute is about L / n, in practice 20 to 30 %.",
+    return Found(
         found=(
-            f"FLOPs run again in the example on {SMALL_CHIP}: {listed}. With 4, 5 and 6 segments "
-            f"on {LARGE_CHIP}, where attention alone learns: "
+            f"FLOPs run again in the example on {LARGE_CHIP}: {listed}; with 4, 5 and 6 segments "
             f"{', '.join(percent(share) for share in uniform)}. Measured time of {QWEN} on an "
             f"H100: `uniform:4` {percent(times)} above `none`."
         ),
@@ -169,12 +197,12 @@ def _extra_compute(evidence: Evidence) -> Claim:
     )
 
 
-def _layer_bytes(evidence: Evidence) -> Claim:
+@_claim("32 layers, batch 8, 1,024 tokens, width 4,096, 16 bit: 67 MB a layer, 2.1 GB in all.")
+def _layer_bytes(evidence: Evidence) -> Found:
     config = config_of(EXAMPLE, SMALL_CHIP)
     a, blocks = evidence.carry_bytes(EXAMPLE, SMALL_CHIP), config.model.num_blocks
     large = evidence.residual_bytes(EXAMPLE, SMALL_CHIP)
-    return Claim(
-        says="32 layers, batch 8, 1,024 tokens, width 4,096, 16 bit: 67 MB a layer, 2.1 GB in all.",
+    return Found(
         found=(
             f"One tensor is {gb(a)}, {blocks} of them {gb(a * blocks)}. Compiled for {SMALL_CHIP}, "
             f"a layer without remat holds {gb(large)}, {blocks} of them {gb(large * blocks)}."
@@ -187,7 +215,8 @@ def _layer_bytes(evidence: Evidence) -> Claim:
     )
 
 
-def _four_segments(evidence: Evidence) -> Claim:
+@_claim("Four segments (layers 0, 8, 16, 24) keep 268 MB: 87 % less.")
+def _four_segments(evidence: Evidence) -> Found:
     a, blocks = (
         evidence.carry_bytes(EXAMPLE, SMALL_CHIP),
         config_of(EXAMPLE, SMALL_CHIP).model.num_blocks,
@@ -203,8 +232,7 @@ def _four_segments(evidence: Evidence) -> Claim:
         f"{chip}: `none` {gib(none)}, `uniform:4` {gib(four)}, `full` {gib(full)}"
         for chip, none, four, full in found
     )
-    return Claim(
-        says="Four segments (layers 0, 8, 16, 24) keep 268 MB: 87 % less.",
+    return Found(
         found=(
             f"Four inputs are {gb(4 * a)}, {percent(1 - 4 / blocks)} less than {blocks}. Peak of "
             f"the whole step: {listed}: {' and '.join(map(percent, less))} less."
@@ -218,7 +246,8 @@ def _four_segments(evidence: Evidence) -> Claim:
     )
 
 
-def _step_time(evidence: Evidence) -> Claim:
+@_claim("A step takes 1.25 times as long.")
+def _step_time(evidence: Evidence) -> Found:
     plans = ("full", "uniform:4", "sqrt", "log")
     fastest = min(row["seconds"] for row in evidence.times if row["batch_size"] == 8)
     none = evidence.seconds("none")
@@ -226,8 +255,7 @@ def _step_time(evidence: Evidence) -> Claim:
     best = ", ".join(f"`{plan}` {evidence.seconds(plan) / fastest:.2f}" for plan in plans)
     roofline = _estimated(evidence, "uniform:4") / _estimated(evidence, "none")
     ratio = evidence.seconds("uniform:4") / none
-    return Claim(
-        says="A step takes 1.25 times as long.",
+    return Found(
         found=(
             f"Measured on an H100, {QWEN}, 8 x 1,024 tokens, of the time of `none`: {listed}; of "
             f"the fastest plan measured: {best}. By the roofline, the example's `uniform:4` on "
@@ -242,31 +270,30 @@ def _step_time(evidence: Evidence) -> Claim:
     )
 
 
-def _qwen_sizes(evidence: Evidence) -> Claim:
+@_claim("Qwen3-0.6B, 32 layers of width 4,096, needs 11.2 GB in all, 9.3 GB with checkpointing.")
+def _qwen_sizes(evidence: Evidence) -> Found:
     model = config_of(QWEN, LARGE_CHIP).model
     sizes = [
         f"{chip} {_peaks(evidence, QWEN, chip, ('none', 'uniform:4', 'full'))}"
         for chip in (LARGE_CHIP, SMALL_CHIP)
     ]
     same = model.num_blocks == 32 and model.d_model == 4096
-    return Claim(
-        says="Qwen3-0.6B, 32 layers of width 4,096, needs 11.2 GB in all, 9.3 GB with "
-        "checkpointing.",
+    return Found(
         found=(
             f"{QWEN} has {model.num_blocks} layers of width {model.d_model:,}, "
             f"{model.num_heads} heads of {model.head_dim}, {model.num_kv_heads} for keys and "
             f"values, {model.vocab_size:,} tokens: "
-            f"{evidence.checks['parameters'] / 1e6:.0f} million parameters. Peak of the AdamW "
+            f"{evidence.check('parameters') / 1e6:.0f} million parameters. Peak of the AdamW "
             f"step, 8 x 1,024 tokens: {'; '.join(sizes)}."
         ),
         verdict=_verdict(same) if same else f"{FALSE}: another shape, and other totals",
     )
 
 
-def _by_hand(evidence: Evidence) -> Claim:
-    same, other = evidence.checks["dropout_difference"], evidence.checks["dropout_off_difference"]
-    return Claim(
-        says="A loop over segments under a framework's checkpoint function does it.",
+@_claim("A loop over segments under a framework's checkpoint function does it.")
+def _by_hand(evidence: Evidence) -> Found:
+    same, other = evidence.check("dropout_difference"), evidence.check("dropout_off_difference")
+    return Found(
         found=(
             f"`uniform:4` on 8 blocks with dropout 0.3: gradients differ from those of `none` by "
             f"{same:.1e} of a leaf's largest value (by {other:.1f} with another dropout key). "
@@ -277,12 +304,12 @@ def _by_hand(evidence: Evidence) -> Claim:
     )
 
 
-def _automatic(evidence: Evidence) -> Claim:
-    row = evidence.rows[f"auto, {QWEN}"]
+@_claim("Real frameworks segment a model by themselves.")
+def _automatic(evidence: Evidence) -> Found:
+    row = evidence.row(f"auto, {QWEN}")
     report = row["report"]
     budget = given_bytes(AUTO_BUDGET)
-    return Claim(
-        says="Real frameworks segment a model by themselves.",
+    return Found(
         found=(
             f"`--remat=auto` within {gib(budget)} for {QWEN} on {row['target']} chose "
             f"`{row['plan']}`: peak {gib(report['peak_bytes'])}, "
@@ -292,10 +319,10 @@ def _automatic(evidence: Evidence) -> Claim:
     )
 
 
-def _accumulation(evidence: Evidence) -> Claim:
+@_claim("It goes together with gradient accumulation.")
+def _accumulation(evidence: Evidence) -> Found:
     plain, parts = evidence.report("in one part"), evidence.report("in four parts")
-    return Claim(
-        says="It goes together with gradient accumulation.",
+    return Found(
         found=(
             f"`full`, {QWEN} on {LARGE_CHIP}, 32 x 1,024 tokens: {gib(plain['peak_bytes'])} in one "
             f"part, {gib(parts['peak_bytes'])} with `--accumulate=4`, which holds a sum of "
@@ -305,10 +332,10 @@ def _accumulation(evidence: Evidence) -> Claim:
     )
 
 
-def _precision(evidence: Evidence) -> Claim:
+@_claim("It goes together with mixed precision.")
+def _precision(evidence: Evidence) -> Found:
     half, single = evidence.of(QWEN, LARGE_CHIP, "full"), evidence.report("float32")
-    return Claim(
-        says="It goes together with mixed precision.",
+    return Found(
         found=(
             f"`full`, {QWEN} on {LARGE_CHIP}: {gib(half['peak_bytes'])} with bfloat16 computation "
             f"and float32 master weights, {gib(single['peak_bytes'])} with float32 alone."
@@ -317,14 +344,14 @@ def _precision(evidence: Evidence) -> Claim:
     )
 
 
-def _sizes(evidence: Evidence) -> Claim:
+@_claim("It is for language models of 32 to 128 layers; one 16 GB device trains 0.6B to 7B.")
+def _sizes(evidence: Evidence) -> Found:
     small = evidence.of(QWEN, SMALL_CHIP, "full")
     four, eight = evidence.report("4B"), evidence.report("8B")
     growth = evidence.stack_bytes("log", 1024) / evidence.stack_bytes("log", 16)
     fits = all(_fits(report) for report in (small, four, eight))
     weights = 7e9 * 2
-    return Claim(
-        says="It is for language models of 32 to 128 layers; one 16 GB device trains 0.6B to 7B.",
+    return Found(
         found=(
             f"Of {gib(small['usable_bytes'])} on {SMALL_CHIP}: {QWEN} under `full` with AdamW on "
             f"everything {gib(small['peak_bytes'])}; Qwen3-4B under `sqrt`, keys and values "
@@ -339,13 +366,6 @@ def _sizes(evidence: Evidence) -> Claim:
             else _verdict(fits)
         ),
     )
-
-
-CLAIMS: tuple[Callable[[Evidence], Claim], ...] = (
-    *(_plain_memory, _segments, _order_n, _root, _logarithm, _extra_compute, _layer_bytes),
-    *(_four_segments, _step_time, _qwen_sizes, _by_hand, _automatic, _accumulation, _precision),
-    _sizes,
-)
 
 
 def _verdict(holds: bool, note: str = "") -> str:

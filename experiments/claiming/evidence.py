@@ -16,6 +16,13 @@ MEASURED = ROOT / "docs/measured"
 _BF16_BYTES = 2
 
 
+class MissingRow(KeyError):
+    """A case that is not compiled yet: its name."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 @dataclasses.dataclass(frozen=True)
 class Evidence:
     """Numbers by what they are of.
@@ -34,7 +41,27 @@ class Evidence:
 
     def report(self, name: str) -> Mapping[str, Any]:
         """Returns the memory report of a case."""
-        return self.rows[name]["report"]
+        return self.row(name)["report"]
+
+    def row(self, name: str) -> Mapping[str, Any]:
+        """Returns the row of a case.
+
+        Raises:
+          MissingRow: It is not compiled yet.
+        """
+        if name not in self.rows:
+            raise MissingRow(name)
+        return self.rows[name]
+
+    def check(self, name: str) -> Any:
+        """Returns what a check found.
+
+        Raises:
+          MissingRow: It was not run yet.
+        """
+        if name not in self.checks:
+            raise MissingRow(name)
+        return self.checks[name]
 
     def of(self, model: str, chip: str, plan: str) -> Mapping[str, Any]:
         """Returns the memory report of a model under a plan."""

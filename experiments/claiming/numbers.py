@@ -16,6 +16,12 @@ from jaxckpt.memory.units import gib
 _KEPT_BUFFERS = 5
 
 
+def kept(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the rows and checks that a file holds; nothing is compiled."""
+    found = _read(path)
+    return found.get("rows", {}), found.get("checks", {})
+
+
 def compiled(cases: Sequence[Case], path: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Returns the row of every case by its name; missing ones are compiled and written down.
 
