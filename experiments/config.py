@@ -293,10 +293,10 @@ def _flags(table: dict[str, object], owner: type, place: str):
                 raise ConfigError(f"{place}: {key} is a table, written [{key}]")
             yield from _flags(value, inner, f"{place} [{key}]")
         else:
-            yield _flag(key, owner), _typed(key, value, inner, place)
+            yield flag_of(key, owner), _typed(key, value, inner, place)
 
 
-def _flag(key: str, owner: type) -> str:
+def flag_of(key: str, owner: type) -> str:
     """Returns the flag of a field: its own name, or the one its annotation gives it."""
     hint = typing.get_type_hints(owner, include_extras=True)[key]
     names = [name for item in getattr(hint, "__metadata__", ()) for name in item.name or ()]

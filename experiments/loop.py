@@ -126,6 +126,7 @@ def _header(config: TrainConfig, corpus: Corpus, report: MemoryReport, compile_s
         "recomputed_flops": report.recomputed_flops,
         "peak_flops_per_second": peak_flops_per_second(),
         "findings": list(report.findings),
+        "buffers": [dataclasses.asdict(one) for one in report.buffers],
         "compile_seconds": compile_seconds,
         "device": device.device_kind,
         "backend": device.platform,

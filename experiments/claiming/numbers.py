@@ -1,0 +1,103 @@
+"""The compiled numbers behind the claims, in a JSON file: what it holds is not compiled again."""
+
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.claiming.cases import ROOT, Case, versions
+from experiments.config import ConfigError
+from experiments.measuring import check_targets, measure_all
+from experiments.plotting import write_text
+from jaxckpt.memory.units import gib
+
+_KEPT_BUFFERS = 5
+
+
+def kept(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the rows and checks that a file holds; nothing is compiled."""
+    found = _read(path)
+    return found.get("rows", {}), found.get("checks", {})
+
+
+def compiled(cases: Sequence[Case], path: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Returns the row of every case by its name; missing ones are compiled and written down.
+
+    Raises:
+      ConfigError: The file holds something else, or a case failed.
+      Unavailable: Something is missing, and its compiler is not installed.
+    """
+    rows = _read(path).get("rows", {})
+    missing = [case for case in cases if rows.get(case.name, {}).get("key") != case.key]
+    check_targets(sorted({case.target for case in missing}))
+    failed = []
+    for number, case in enumerate(missing, start=1):
+        (row,) = measure_all([(case.config, case.target)], parallel=1)
+        found = row.error or f"peak {gib(row.report.peak_bytes)}"
+        say(f"{number}/{len(missing)}  {case.name} on {case.target}: {found}")
+        if row.error is not None:
+            failed.append(f"{case.name}: {row.error}")
+            continue
+        rows[case.name] = _row(case, row)
+        # In the order of the cases, so that the file changes no more than its numbers do.
+        rows = {one.name: rows[one.name] for one in cases if one.name in rows}
+        _write(path, {"rows": rows})
+    if failed:
+        raise ConfigError(
+            f"{len(failed)} of {len(cases)} cases could not be compiled, the others are kept in "
+            f"{path}; the first: {failed[0]}"
+        )
+    return rows
+
+
+def checked(path: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Returns what `checks.run` returned; it is run where the file has nothing of it."""
+    held = _read(path).get("checks", {})
+    if not held:
+        from experiments.claiming import checks  # it imports JAX
+
+        say("checking gradients under dropout, and counting parameters")
+        held = {"versions": versions(), **checks.run()}
+        _write(path, {"checks": held})
+    return held
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {part: dict(content.get(part, {})) for part in ("rows", "checks")}
+    except (OSError, ValueError, AttributeError, TypeError):
+        raise ConfigError(
+            f"{str(path)!r} does not hold the numbers of claims; remove it to compile them again"
+        ) from None
+
+
+def _write(path: Path, changes: dict[str, Any]):
+    content = {"command": "python -m experiments.claims", **_read(path), **changes}
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def _row(case: Case, row) -> dict[str, Any]:
+    report = row.report.as_json()
+    report["buffers"] = report["buffers"][:_KEPT_BUFFERS]
+    return {
+        "key": case.key,
+        "target": case.target,
+        "plan": row.config.remat,
+        "versions": {"python": platform.python_version(), **versions()},
+        "commit": _commit(),
+        "report": report,
+    }
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()

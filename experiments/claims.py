@@ -1,0 +1,52 @@
+"""Hold the claims of an often-copied explanation of checkpointing against the compiler.
+
+python -m experiments.claims        # writes docs/claims.md
+
+Needs the compilers of the absent chips for what `docs/measured/claims.json` does not hold yet. A
+run that is cut short goes on by the same command.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from experiments import plotting
+from experiments.claiming.cases import ROOT, all_cases
+from experiments.cli import main
+
+_PAGE, _NUMBERS = ROOT / "docs/claims.md", ROOT / "docs/measured/claims.json"
+
+
+def claims(
+    *,
+    out: Annotated[Path, Parameter(name=("--out", "-o"), help="Page to write.")] = _PAGE,
+    numbers: Annotated[Path, Parameter(help="JSON file of compiled rows.")] = _NUMBERS,
+    compile: Annotated[
+        bool, Parameter(help="Compile what is missing; without, claims that need it are open.")
+    ] = True,
+):
+    """Compile what is missing, and write the page of claims."""
+    plotting.check_output(out, (".md",))
+    plotting.check_output(numbers, (".json",))
+    from experiments.claiming import page
+    from experiments.claiming.claims import CLAIMS
+    from experiments.claiming.evidence import gather
+    from experiments.claiming.numbers import checked, compiled, kept
+
+    say = lambda text: print(text, flush=True)
+    cases = all_cases()
+    if compile:
+        rows, checks = compiled(cases, numbers, say), checked(numbers, say)
+    else:
+        rows, checks = kept(numbers)
+    plotting.write_text(out, page.page(CLAIMS, gather(rows, checks)))
+    missing = f"; {len(cases) - len(rows)} are missing" if len(rows) < len(cases) else ""
+    say(
+        f"{out}: {len(CLAIMS)} claims and the table of methods, from {len(rows)} compilations"
+        + missing
+    )
+
+
+if __name__ == "__main__":
+    main(claims)

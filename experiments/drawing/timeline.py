@@ -1,0 +1,254 @@
+"""A plan as a timeline: which block runs when, and how long carries and residuals are held.
+
+It is what one step runs under a loss: the forward parts of all stages in order, then their backward
+parts from the last stage to the first. A block's forward pass takes one unit of time, its backward
+pass two. Policies say what a block keeps inside and are not drawn: `policy_words` says them.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+from experiments.config import ConfigError
+from jaxckpt.plans import Plan, Policy, Stage, words
+from jaxckpt.plans.actions import Advance, Free, Load, Record, Reverse, Schedule, Store
+from jaxckpt.plans.stage_schedule import schedule_of
+from jaxckpt.plans.uniform import uniform
+
+FORWARD, RECOMPUTE, BACKWARD = "forward", "recompute", "backward"
+CARRY, RESIDUALS = "carry", "residuals"
+BACKWARD_TIME = 2
+# A picture of more is a wall of colour, and takes minutes.
+MOST_RUNS = 100_000
+# The slot of a carry that is handed to the backward pass, beside those that a schedule counts.
+_HANDED_SLOT = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Span:
+    """One block over a stretch of time.
+
+    Attributes:
+      block: Its number; of a carry, the block that it is the input of.
+      start: When it begins.
+      stop: When it ends.
+      kind: `FORWARD`, `RECOMPUTE` or `BACKWARD` of a run, `CARRY` or `RESIDUALS` of what is held.
+    """
+
+    block: int
+    start: int
+    stop: int
+    kind: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """What a step does with its blocks.
+
+    Attributes:
+      plan: Bound to the number of blocks.
+      runs: Blocks that run, in order.
+      held: Carries and residuals that wait for the backward pass.
+      loss_time: When the forward pass is over.
+      extra_forwards: Block forwards run again, the count of every stage's schedule added up.
+      handed: Stages that hand their last block's input to the backward pass: each runs one block
+        more than its schedule counts, and holds one carry beside its slots.
+      peak_slots: The most slots in use at once, those of all stages together.
+    """
+
+    plan: Plan
+    runs: tuple[Span, ...]
+    held: tuple[Span, ...]
+    loss_time: int
+    extra_forwards: int
+    handed: int
+    peak_slots: int
+
+    @property
+    def end(self) -> int:
+        """When the last block's backward pass ends."""
+        return self.runs[-1].stop
+
+    @property
+    def evaluations(self) -> int:
+        """Block forwards that are run."""
+        return sum(run.kind != BACKWARD for run in self.runs)
+
+
+def timeline(plan: Plan) -> Timeline:
+    """Returns the timeline of a bound plan.
+
+    Raises:
+      ConfigError: `auto`, which is no plan yet, or more runs than a picture can show.
+    """
+    if plan.stages[0].schedule == "auto":
+        raise ConfigError(
+            "auto has no schedule of its own; draw the plan that it chose, such as sqrt "
+            "(python -m experiments.fit --plan auto --budget 15GiB prints it)"
+        )
+    schedules = [_schedule(stage) for stage in plan.stages]
+    forwards = plan.num_blocks + sum(one.extra_forwards for one in schedules)
+    if forwards > MOST_RUNS:
+        raise ConfigError(
+            f"plan {str(plan)!r} runs {forwards:,} blocks, a picture shows {MOST_RUNS:,} at most; "
+            "take fewer --blocks"
+        )
+    return _replay(plan, schedules)
+
+
+def _replay(plan: Plan, schedules: list[Schedule]) -> Timeline:
+    recorder, parts, offset = _Recorder(plan.num_blocks), [], 0
+    for stage, schedule in zip(plan.stages, schedules, strict=True):
+        stage_recorder = _StageRecorder(recorder, offset)
+        forward, backward = _split(schedule, _keeps_last(stage))
+        stage_recorder.run(forward)
+        parts.append((stage_recorder, backward))
+        offset += schedule.num_blocks
+    loss_time = recorder.now
+    for stage_recorder, backward in reversed(parts):
+        stage_recorder.run(backward)
+    return Timeline(
+        plan=plan,
+        runs=tuple(recorder.runs),
+        held=tuple(recorder.held),
+        loss_time=loss_time,
+        extra_forwards=sum(one.extra_forwards for one in schedules),
+        handed=sum(not _keeps_last(stage) for stage in plan.stages),
+        peak_slots=recorder.peak_slots,
+    )
+
+
+def _schedule(stage: Stage) -> Schedule:
+    """Returns a stage's schedule, those of `none` and `full` too."""
+    if stage.schedule == "none":
+        return uniform(stage.count, 1)
+    if stage.schedule == "full":
+        return uniform(stage.count, stage.count)
+    return schedule_of(stage)
+
+
+def _keeps_last(stage: Stage) -> bool:
+    """Whether the residuals that the forward pass records last are handed to the backward pass."""
+    return stage.schedule in ("none", "uniform", "every")
+
+
+def _split(schedule: Schedule, keeps_last: bool) -> tuple[list, list]:
+    """Returns a schedule's actions before the loss, and those behind it."""
+    actions = list(schedule.actions)
+    place = next(i for i, action in enumerate(actions) if isinstance(action, Record))
+    record = actions[place]
+    if keeps_last:
+        return actions[: place + 1], actions[place + 1 :]
+    forward = [*actions[:place], Store(_HANDED_SLOT), Advance(record.start, record.stop)]
+    return forward, [Load(_HANDED_SLOT), Free(_HANDED_SLOT), *actions[place:]]
+
+
+class _Recorder:
+    """The clock and what has been drawn, shared by the stages of a plan."""
+
+    def __init__(self, num_blocks: int):
+        self.now = 0
+        self.runs: list[Span] = []
+        self.held: list[Span] = []
+        self.seen = [False] * num_blocks
+        self.slots_in_use = self.peak_slots = 0
+
+    def run(self, block: int, kind: str, time: int):
+        """Lets a block run."""
+        self.runs.append(Span(block=block, start=self.now, stop=self.now + time, kind=kind))
+        self.now += time
+
+    def evaluate(self, block: int):
+        """Lets a block run forward, for the first time or again."""
+        self.run(block, RECOMPUTE if self.seen[block] else FORWARD, 1)
+        self.seen[block] = True
+
+    def hold(self, block: int, since: int, kind: str):
+        """Notes what was held until now."""
+        if self.now > since:
+            self.held.append(Span(block=block, start=since, stop=self.now, kind=kind))
+
+    def use_slots(self, count: int):
+        """Counts slots taken (1) or given back (-1)."""
+        self.slots_in_use += count
+        self.peak_slots = max(self.peak_slots, self.slots_in_use)
+
+
+class _StageRecorder:
+    """Replays one stage's actions at its place in the stack."""
+
+    def __init__(self, recorder: _Recorder, offset: int):
+        self.recorder, self.offset = recorder, offset
+        self.current = offset
+        self.slots: dict[int, tuple[int, int]] = {}  # slot -> the carry it holds, since when
+        self.recorded: dict[int, int] = {}  # block -> since when its residuals are held
+
+    def run(self, actions: list):
+        """Replays actions; they are legal, as the schedules of stages are."""
+        recorder = self.recorder
+        for action in actions:
+            match action:
+                case Store(slot):
+                    self.slots[slot] = self.current, recorder.now
+                    recorder.use_slots(slot != _HANDED_SLOT)
+                case Load(slot):
+                    self.current = self.slots[slot][0]
+                case Free(slot):
+                    recorder.hold(*self.slots.pop(slot), CARRY)
+                    recorder.use_slots(-(slot != _HANDED_SLOT))
+                case Advance(start, stop) | Record(start, stop):
+                    for block in range(self.offset + start, self.offset + stop):
+                        recorder.evaluate(block)
+                        if isinstance(action, Record):
+                            self.recorded[block] = recorder.now
+                    self.current = self.offset + stop
+                case Reverse(block):
+                    block += self.offset
+                    recorder.hold(block, self.recorded.pop(block), RESIDUALS)
+                    recorder.run(block, BACKWARD, BACKWARD_TIME)
+
+
+def title(line: Timeline) -> str:
+    """Returns what stands above a picture: the plan as people write it, and the blocks."""
+    blocks, stages = line.plan.num_blocks, line.plan.stages
+    plan = dataclasses.replace(stages[0], count=None) if len(stages) == 1 else line.plan
+    return f"{plan} on {blocks} block{'s' * (blocks > 1)}"
+
+
+def counts(line: Timeline) -> str:
+    """Returns the counts that stand below a picture."""
+    blocks, again = line.plan.num_blocks, line.extra_forwards
+    sum_text = f"{blocks} + {again} extra forwards"
+    if line.handed == 1:
+        sum_text += " + 1: the last block's input is handed to the backward pass"
+    elif line.handed:
+        sum_text += f" + {line.handed}: stages that hand their last block's input on"
+    slots = f"peak slots {line.peak_slots}"
+    if line.handed:
+        slots += f", and {line.handed} {'carry' if line.handed == 1 else 'carries'} handed over"
+    return f"evaluations {line.evaluations} ({sum_text}); {slots}"
+
+
+def policy_words(plan: Plan) -> Iterator[str]:
+    """Yields a sentence for each stage that has policies."""
+    first = 0
+    for stage in plan.stages:
+        if stage.policies:
+            kept = "; ".join(_policy_text(policy) for policy in stage.policies)
+            yield f"blocks {first} to {first + stage.count - 1}: {kept}{_rest(stage)}"
+        first += stage.count
+
+
+def _policy_text(policy: Policy) -> str:
+    if policy.kind == "offload" and words.CARRY in policy.names:
+        return "kept carries wait in pinned host memory"
+    names = f" ({', '.join(policy.names)})" if policy.names else ""
+    return f"{policy.kind}{names}: {words.POLICIES[policy.kind].meaning}"
+
+
+def _rest(stage: Stage) -> str:
+    """Returns what happens to the values that no policy keeps."""
+    if all(str(policy) == f"offload:{words.CARRY}" for policy in stage.policies):
+        return ""
+    if stage.schedule == "full":
+        return "; a recompute runs the rest of the block"
+    return "; the rest of a recorded block is run once more in its backward pass, not drawn"

@@ -1,0 +1,143 @@
+"""Points that may be compared, and what follows from them: frontier, slopes, loss differences."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from experiments.reporting.points import Point
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    """Points of one depth on one target with the same settings, a plan each.
+
+    Attributes:
+      name: What it is called.
+      family: Its name without the depth: groups of a family differ in depth alone.
+      points: By peak, the smallest first.
+      frontier: Places in `points` of those that no other beats in both memory and time.
+      loss_difference: The largest difference of a step's loss between two plans, relative to the
+        loss; None with fewer than two curves.
+    """
+
+    name: str
+    family: str
+    points: tuple[Point, ...]
+    frontier: tuple[int, ...]
+    loss_difference: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+    """A plan's memory against depth.
+
+    Attributes:
+      plan: The plan.
+      family: The groups that it runs through.
+      depths: Numbers of blocks, ascending.
+      peaks: Peak bytes at each.
+      temps: Temporary bytes at each; empty if one is unknown.
+      peak_slope: Of the logarithms, fitted by least squares; 1 is linear, 0.5 a square root.
+      temp_slope: Of the temporaries; None where they are unknown or zero.
+    """
+
+    plan: str
+    family: str
+    depths: tuple[int, ...]
+    peaks: tuple[int, ...]
+    temps: tuple[int, ...]
+    peak_slope: float
+    temp_slope: float | None
+
+
+def groups_of(points: Sequence[Point]) -> tuple[Group, ...]:
+    """Returns the groups, the largest first; of two points of one plan the later one counts."""
+    settings = {point.settings for point in points}
+    members: dict[tuple[str, int], dict[str, Point]] = {}
+    for point in points:
+        key = _family(point, len(settings) > 1), point.depth
+        members.setdefault(key, {})[point.plan] = point
+    found = [_group(family, depth, [*plans.values()]) for (family, depth), plans in members.items()]
+    return tuple(sorted(found, key=lambda group: -len(group.points)))
+
+
+def _family(point: Point, with_settings: bool) -> str:
+    chip = f"{point.target} ({point.device})" if point.target == "local" else point.target
+    return f"{chip}, {point.settings or 'default settings'}" if with_settings else chip
+
+
+def _group(family: str, depth: int, points: list[Point]) -> Group:
+    points.sort(key=lambda point: (point.peak_bytes, point.plan))
+    return Group(
+        name=f"{family}, {depth} block{'s' * (depth > 1)}",
+        family=family,
+        points=tuple(points),
+        frontier=frontier(points),
+        loss_difference=loss_difference(points),
+    )
+
+
+def frontier(points: Sequence[Point]) -> tuple[int, ...]:
+    """Returns the places of the points that are faster than all of no larger peak.
+
+    Args:
+      points: By peak, the smallest first; those without a time are never on it.
+    """
+    found, fastest, timed = [], math.inf, [p for p in enumerate(points) if p[1].step_seconds]
+    for place, point in sorted(timed, key=lambda one: (one[1].peak_bytes, one[1].step_seconds)):
+        if point.step_seconds < fastest:
+            found.append(place)
+            fastest = point.step_seconds
+    return tuple(found)
+
+
+def loss_difference(points: Sequence[Point]) -> float | None:
+    """Returns the largest relative difference between curves, step by step; None without two."""
+    curves = [point.losses for point in points if point.losses]
+    if len(curves) < 2:
+        return None
+    largest = 0.0
+    for values in zip(*curves, strict=False):
+        if None in values:
+            continue
+        scale = max(map(abs, values))
+        largest = max(largest, (max(values) - min(values)) / scale if scale else 0.0)
+    return largest
+
+
+def lines_of(groups: Sequence[Group]) -> tuple[Line, ...]:
+    """Returns a line for each plan that a family has at two depths or more."""
+    found: dict[tuple[str, str], dict[int, Point]] = {}
+    for group in groups:
+        for point in group.points:
+            found.setdefault((group.family, point.plan), {})[point.depth] = point
+    return tuple(
+        _line(family, plan, [by_depth[depth] for depth in sorted(by_depth)])
+        for (family, plan), by_depth in found.items()
+        if len(by_depth) > 1
+    )
+
+
+def _line(family: str, plan: str, points: list[Point]) -> Line:
+    depths = tuple(point.depth for point in points)
+    peaks = tuple(point.peak_bytes for point in points)
+    temps = tuple(point.temp_bytes for point in points)
+    temps = () if None in temps else temps
+    return Line(
+        plan=plan,
+        family=family,
+        depths=depths,
+        peaks=peaks,
+        temps=temps,
+        peak_slope=slope(depths, peaks),
+        temp_slope=slope(depths, temps) if temps and min(temps) > 0 else None,
+    )
+
+
+def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Returns the slope of log y over log x by least squares; all numbers are above 0."""
+    logs_x, logs_y = [math.log(x) for x in xs], [math.log(y) for y in ys]
+    mean_x, mean_y = sum(logs_x) / len(xs), sum(logs_y) / len(ys)
+    spread = sum((x - mean_x) ** 2 for x in logs_x)
+    pairs = zip(logs_x, logs_y, strict=True)
+    return sum((x - mean_x) * (y - mean_y) for x, y in pairs) / spread

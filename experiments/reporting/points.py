@@ -1,0 +1,190 @@
+"""One row as the report needs it, made from what a file says; what is wrong with it is said."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.config import OptimizerConfig, TrainConfig
+from experiments.sweeping.case import LOCAL, Case, settings_of
+from experiments.sweeping.running import row_of_run
+from jaxckpt.models.config import TransformerConfig
+from jaxckpt.plans import Plan, PlanError
+
+_SHOWN_BUFFERS = 12
+
+
+class PointError(ValueError):
+    """A row that cannot be shown: what it lacks."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Buffer:
+    """One of the largest values at the peak."""
+
+    size_bytes: int
+    shape: str
+    operation: str
+    source: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """A plan at a depth on a target, as it is shown.
+
+    Attributes:
+      plan: As people write it; the count of a lone stage is left out.
+      depth: Number of blocks.
+      target: The chip it was compiled for, or `"local"`.
+      device: What that is.
+      settings: The flags that it shares with the rows it may be compared to.
+      peak_bytes: Compiled.
+      temp_bytes: Of them temporaries; None if unknown.
+      runtime_bytes: The most that the runtime held; None where it does not say.
+      step_seconds: None if unknown.
+      seconds_source: `"measured"` or `"roofline"`.
+      recomputed: FLOPs run again, as a share of those without remat; None if unknown.
+      losses: Of every step; empty where nothing ran.
+      buffers: The largest values at the peak, largest first.
+      command: The command line that repeats it.
+      origin: Versions and commit, as text.
+    """
+
+    plan: str
+    depth: int
+    target: str
+    device: str
+    settings: str
+    peak_bytes: int
+    temp_bytes: int | None
+    runtime_bytes: int | None
+    step_seconds: float | None
+    seconds_source: str
+    recomputed: float | None
+    losses: tuple[float | None, ...]
+    buffers: tuple[Buffer, ...]
+    command: str
+    origin: str
+
+
+def point_of_row(row: Mapping[str, Any]) -> Point:
+    """Returns the point of a row of a sweep.
+
+    Raises:
+      PointError: A value that is missing, or of another kind than it should be.
+    """
+    depth = _number(row, "depth", least=1, whole=True)
+    return Point(
+        plan=_plan(_text(row, "plan"), depth),
+        depth=depth,
+        target=_text(row, "target"),
+        device=_text(row, "device"),
+        settings=_text(row, "settings", ""),
+        peak_bytes=_number(row, "peak_bytes", least=1, whole=True),
+        temp_bytes=_number(row, "temp_bytes", least=0, whole=True, optional=True),
+        runtime_bytes=_number(row, "runtime_peak_bytes", least=1, whole=True, optional=True),
+        step_seconds=_number(row, "step_seconds", least=0, optional=True),
+        seconds_source=_text(row, "step_seconds_source", "unknown"),
+        recomputed=_recomputed(row),
+        losses=_losses(row),
+        buffers=_buffers(row),
+        command=_text(row, "train_command", ""),
+        origin=_origin(row),
+    )
+
+
+def point_of_run(record: list[dict[str, Any]]) -> Point:
+    """Returns the point of a run of `experiments.train`, from the lines of its record.
+
+    Raises:
+      PointError: It is not one, or it has no step.
+    """
+    try:
+        header = [row for row in record if "versions" in row][-1]
+        row = row_of_run(record)
+        config = _config(header["config"])
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        raise PointError("no record of a run with at least one step") from None
+    case = Case(config=config, target=LOCAL, run_steps=config.steps)
+    found = {"plan": config.remat, "target": LOCAL, "depth": case.depth}
+    found |= {"settings": settings_of(config), "train_command": case.command()}
+    return point_of_row(header | row | found)
+
+
+def _config(values: Mapping[str, Any]) -> TrainConfig:
+    """Returns the configuration of a record, less what later versions know alone."""
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    kept = {name: value for name, value in values.items() if name in known}
+    for name in ("out", "overwrite", "resume", "compile_cache", "keep", "tensorboard", "sample"):
+        kept.pop(name, None)
+    kept["trainable"] = tuple(kept.get("trainable", ()))
+    kept["model"] = TransformerConfig(**values["model"])
+    return TrainConfig(**kept | {"optimizer": OptimizerConfig(**values["optimizer"])})
+
+
+def _plan(text: str, depth: int) -> str:
+    try:
+        stages = Plan.parse(text).bind(depth).stages
+    except PlanError as error:
+        raise PointError(f"plan: {error}") from None
+    if len(stages) == 1:
+        return str(dataclasses.replace(stages[0], count=None))
+    return "/".join(str(stage) for stage in stages)
+
+
+def _text(row: Mapping[str, Any], name: str, default: str | None = None) -> str:
+    value = row.get(name, default)
+    if not isinstance(value, str):
+        raise PointError(f"{name} is {value!r}; text is needed")
+    return value
+
+
+def _number(row, name: str, *, least: float, whole: bool = False, optional: bool = False):
+    value = row.get(name)
+    if value is None and optional:
+        return None
+    right = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if not right or not math.isfinite(value) or value < least:
+        raise PointError(f"{name} is {value!r}; a number of at least {least} is needed")
+    return value
+
+
+def _recomputed(row: Mapping[str, Any]) -> float | None:
+    flops = _number(row, "flops", least=0, optional=True)
+    again = _number(row, "recomputed_flops", least=0, optional=True)
+    return None if not flops or again is None or again >= flops else again / (flops - again)
+
+
+def _losses(row: Mapping[str, Any]) -> tuple[float | None, ...]:
+    losses = row.get("losses", [])
+    if not isinstance(losses, list | tuple):
+        raise PointError(f"losses is {losses!r}; a list of numbers is needed")
+    return tuple(_number({"loss": x}, "loss", least=-math.inf, optional=True) for x in losses)
+
+
+def _buffers(row: Mapping[str, Any]) -> tuple[Buffer, ...]:
+    listed = row.get("buffers", [])
+    if not isinstance(listed, list | tuple) or not all(isinstance(one, dict) for one in listed):
+        raise PointError("buffers is no list of objects")
+    found = [
+        Buffer(
+            size_bytes=_number(one, "size_bytes", least=0, whole=True),
+            shape=_text(one, "shape", ""),
+            operation=_text(one, "operation", ""),
+            source="/".join(_text(one, "source", "").split("/")[-2:]),
+        )
+        for one in listed
+    ]
+    found.sort(key=lambda one: one.size_bytes, reverse=True)
+    return tuple(found[:_SHOWN_BUFFERS])
+
+
+def _origin(row: Mapping[str, Any]) -> str:
+    versions = row.get("versions")
+    names = ("jaxckpt", "jax", "jaxlib", "flax")
+    shown = versions if isinstance(versions, dict) else {}
+    parts = [f"{name} {shown[name]}" for name in names if name in shown]
+    commit = row.get("commit")
+    if isinstance(commit, str) and commit != "unknown":
+        parts.append(f"commit {commit[:10]}")
+    return ", ".join(parts)

@@ -1,0 +1,109 @@
+"""Finding rows: folders of sweeps and runs in, points out; whatever is skipped is named."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from experiments import json_lines
+from experiments.config import ConfigError
+from experiments.record import METRICS
+from experiments.reporting.points import Point, PointError, point_of_row, point_of_run
+from experiments.sweeping.rows import ROWS
+from jaxckpt.plans.errors import nearest
+
+CURE = "python -m experiments.sweep -o sweeps/small makes some"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """What was read.
+
+    Attributes:
+      points: Rows that can be shown.
+      failed: `(what, error)` of rows that a sweep could not run.
+      skipped: A line for each file or row that cannot be shown, and why.
+    """
+
+    points: tuple[Point, ...]
+    failed: tuple[tuple[str, str], ...]
+    skipped: tuple[str, ...]
+
+
+def read_all(paths: Sequence[Path]) -> Found:
+    """Returns the points of sweeps and runs.
+
+    Args:
+      paths: Folders of sweeps (`rows.jsonl`), of runs (`metrics.jsonl`), folders of such folders,
+        or such files.
+
+    Raises:
+      ConfigError: There is no such path, or nothing in any of them can be shown.
+    """
+    points: list[Point] = []
+    failed: list[tuple[str, str]] = []
+    skipped: list[str] = []
+    for path in paths:
+        files = list(_files(path))
+        if not files:
+            skipped.append(f"{path} holds no rows of a sweep and no run")
+        for file in files:
+            _read(file, points, failed, skipped)
+    if not points:
+        reasons = "; ".join(skipped[:3] or [f"all {len(failed)} rows failed"])
+        more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        raise ConfigError(f"nothing to show: {reasons}{more}; {CURE}")
+    return Found(points=tuple(points), failed=tuple(failed), skipped=tuple(skipped))
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """Yields the files to read: a sweep's own rows stand for the runs that it left beside them."""
+    if path.is_file():
+        yield path
+        return
+    if not path.is_dir():
+        beside = path.parent if path.parent.is_dir() else Path()
+        names = sorted(str(one) for one in beside.iterdir() if one.is_dir())
+        raise ConfigError(f"there is no {str(path)!r}{nearest(str(path), names)}; {CURE}")
+    for folder in (path, *sorted(one for one in path.iterdir() if one.is_dir())):
+        for name in (ROWS, METRICS):
+            if (folder / name).is_file():
+                yield folder / name
+                break
+        else:
+            continue
+        if folder == path:
+            return
+
+
+def _read(file: Path, points: list[Point], failed: list, skipped: list[str]):
+    try:
+        lines = json_lines.read(file)
+    except OSError as error:
+        skipped.append(f"{file}: {error.strerror}")
+        return
+    if lines.broken:
+        numbers = ", ".join(map(str, lines.broken[:5])) + ", ..." * (len(lines.broken) > 5)
+        which = f"line {numbers} is" if len(lines.broken) == 1 else f"lines {numbers} are"
+        skipped.append(f"{file}: {which} no JSON object ({len(lines.broken)} skipped)")
+    if not lines.rows:
+        skipped.append(f"{file} is empty" if not lines.broken else f"{file} has no other line")
+    elif file.name == ROWS or "key" in lines.rows[0]:
+        _read_sweep(file, lines.rows, points, failed, skipped)
+    else:
+        try:
+            points.append(point_of_run(list(lines.rows)))
+        except PointError as error:
+            skipped.append(f"{file}: {error}")
+
+
+def _read_sweep(file: Path, rows, points: list[Point], failed: list, skipped: list[str]):
+    latest = {str(row.get("key", number)): row for number, row in enumerate(rows)}
+    for number, row in enumerate(latest.values(), start=1):
+        if "error" in row:
+            what = ", ".join(str(row.get(name)) for name in ("plan", "depth", "target"))
+            failed.append((what, str(row["error"])))
+            continue
+        try:
+            points.append(point_of_row(row))
+        except PointError as error:
+            skipped.append(f"{file}: row {number}: {error}")

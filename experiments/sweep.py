@@ -1,0 +1,150 @@
+"""Compare plans: memory, time and losses of each, at several depths, on chips present or not.
+
+python -m experiments.sweep -o sweeps/small
+python -m experiments.sweep --config configs/qwen3_0p6b.toml --target h100 --plan full --plan sqrt \
+  --budget 20GiB -o sweeps/qwen3
+python -m experiments.report sweeps/small -o report.html
+
+Every row runs in a process of its own, so that its memory is its own. The same command goes on
+where a sweep was stopped: rows that are done are kept, rows that failed are tried again.
+"""
+
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from experiments.cli import main
+from experiments.config import ConfigError, TrainConfig
+from experiments.sweeping.case import LOCAL, Case
+
+# Each is a way of spending memory that fits any stack, from the largest to the smallest.
+PLANS = ("none", "dots_no_batch", "attention", "full", "sqrt", "log")
+_Hidden = Parameter(parse=False)
+
+
+@Parameter(name="*")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepFlags:
+    """What is swept.
+
+    Attributes:
+      plan: A checkpointing plan; may be given several times. By default a sensible set.
+      depth: Blocks of the stack; may be given several times. By default the configuration's.
+      target: A chip, present (local) or not (v5e-1, h100, ...); may be given several times.
+      run_steps: Steps that a row on local trains.
+    """
+
+    plan: Annotated[tuple[str, ...], Parameter(negative="")] = ()
+    depth: Annotated[tuple[int, ...], Parameter(negative="")] = ()
+    target: Annotated[tuple[str, ...], Parameter(negative="")] = (LOCAL,)
+    run_steps: int = 10
+
+    def __post_init__(self):
+        if self.run_steps < 1:
+            raise ConfigError(f"run_steps is {self.run_steps}; the least is 1")
+        for depth in self.depth:
+            if depth < 1:
+                raise ConfigError(f"depth is {depth}; the least is 1")
+
+
+@Parameter(name="*")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepSettings(TrainConfig):
+    """The settings that all rows share: those of a run, but for what is swept or a run's alone.
+
+    Attributes:
+      budget: Bytes a device, such as 15GiB; may be given several times. Each adds a row of plan
+        auto.
+    """
+
+    budget: Annotated[tuple[str, ...], Parameter(negative="")] = ()
+    remat: Annotated[str, _Hidden] = "none"
+    out: Annotated[Path | None, _Hidden] = None
+    overwrite: Annotated[bool, _Hidden] = False
+    resume: Annotated[bool, _Hidden] = False
+    save_every: Annotated[int, _Hidden] = 0
+    explain: Annotated[bool, _Hidden] = False
+    sample: Annotated[bool, _Hidden] = False
+    tensorboard: Annotated[bool, _Hidden] = False
+
+    def __post_init__(self):
+        for budget in self.budget or (None,):
+            self.with_plan("none" if budget is None else "auto", budget)
+
+    def with_plan(self, plan: str, budget: str | None = None, **model) -> TrainConfig:
+        """Returns the configuration of one row."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values |= {"remat": plan, "budget": budget}
+        return TrainConfig(**values | {"model": dataclasses.replace(self.model, **model)})
+
+
+def sweep(
+    flags: SweepFlags = SweepFlags(),
+    settings: SweepSettings = SweepSettings(),
+    *,
+    folder: Annotated[Path, Parameter(name=("--folder", "-o"), help="Folder of the rows.")],
+    config: Annotated[Path | None, Parameter(help="TOML file with any of the settings.")] = None,
+):
+    """Run a row for each plan, depth and target; rows that a folder holds already are kept."""
+    del config  # read before the other flags were parsed; see experiments.cli
+    from experiments.measuring import check_targets
+
+    cases = _cases(flags, settings)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"-o {str(folder)!r} is a file; name a folder")
+    check_targets(flags.target)
+    if LOCAL in flags.target:
+        _check_run(settings.with_plan("none"))
+    from experiments.sweeping.all_rows import run_all
+
+    run_all(cases, folder, command=shlex.join(["python", "-m", "experiments.sweep", *sys.argv[1:]]))
+
+
+def _cases(flags: SweepFlags, settings: SweepSettings) -> list[Case]:
+    """Returns the rows to run, each checked before any of them runs."""
+    # A plan of auto has a row for each budget; without one it is refused like a run's.
+    plans = [plan for plan in flags.plan or PLANS if not (plan == "auto" and settings.budget)]
+    asked = [(plan, None) for plan in plans]
+    asked += [("auto", budget) for budget in settings.budget]
+    found = [
+        Case(
+            config=settings.with_plan(plan, budget, num_blocks=depth),
+            target=target,
+            run_steps=flags.run_steps,
+        )
+        for target in flags.target
+        for depth in flags.depth or (settings.model.num_blocks,)
+        for plan, budget in asked
+    ]
+    for case in found:
+        _ = case.config.plan  # raises PlanError
+    keys = [case.key for case in found]
+    if len(set(keys)) < len(keys):
+        raise ConfigError("a plan, budget, depth or target is given twice")
+    return found
+
+
+def _check_run(config: TrainConfig):
+    """Raises for what would be wrong with every run, before the first."""
+    from experiments.data import check_corpus, check_grain, load_corpus
+    from experiments.init import check_init, end_token
+
+    tokenizer = check_init(config)
+    if config.pack:
+        check_grain()
+    corpus = load_corpus(
+        config.data,
+        token_dtype=config.token_dtype,
+        tokenizer=tokenizer,
+        pack=config.pack,
+        end_token=end_token(config),
+    )
+    check_corpus(corpus, seq_len=config.seq_len, vocab_size=config.model.vocab_size)
+
+
+if __name__ == "__main__":
+    main(sweep)

@@ -1,0 +1,111 @@
+"""One row to be: a configuration on a target, its key, and the command lines that run it."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shlex
+from pathlib import Path
+
+from experiments.config import OptimizerConfig, TrainConfig, flag_of
+from experiments.record import versions
+from jaxckpt.models.config import TransformerConfig
+
+LOCAL = "local"
+_TABLES = {"model": TransformerConfig(), "optimizer": OptimizerConfig()}
+# What a run's folder is called, and what it leaves there, changes no number.
+_OF_RECORD = ("save_every", "explain", "validate_every", "validation_batches")
+_NOT_OF_ROW = ("out", "overwrite", "resume", "compile_cache", "keep", "sample", "tensorboard")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A plan on a target at a depth.
+
+    Attributes:
+      config: The whole configuration; its `steps` are those of the learning rate's schedule.
+      target: `"local"`, or a chip that need not be there.
+      run_steps: Steps that a row on `local` trains.
+    """
+
+    config: TrainConfig
+    target: str
+    run_steps: int
+
+    @property
+    def depth(self) -> int:
+        """The number of blocks."""
+        return self.config.model.num_blocks
+
+    @property
+    def key(self) -> str:
+        """Sixteen hexadecimal digits: equal for cases whose rows would say the same."""
+        settings = self.config.to_dict()
+        settings = {name: value for name, value in settings.items() if name not in _NOT_OF_ROW}
+        asked = [settings, self.target, versions(), os.environ.get("JAX_PLATFORMS")]
+        asked += [self.run_steps] if self.target == LOCAL else []
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def name(self) -> str:
+        """A name for people and for the run's folder."""
+        plan = re.sub(r"[^A-Za-z0-9_.+-]+", "-", self.config.remat)[:60]
+        return f"{self.target}-{self.depth}-{plan}-{self.key[:6]}"
+
+    def training_flags(self, compile_cache: Path) -> list[str]:
+        """Returns the flags of `experiments.train` for this row's own run.
+
+        Args:
+          compile_cache: An empty folder: what is read from a cache names no buffers.
+        """
+        decay = self.config.optimizer.decay_steps or self.config.steps
+        optimizer = dataclasses.replace(self.config.optimizer, decay_steps=decay)
+        changes = {"optimizer": optimizer, "validation_batches": 1, "compile_cache": compile_cache}
+        return flags_of(dataclasses.replace(self.config, steps=self.run_steps, **changes))
+
+    def settings(self) -> str:
+        """Returns what rows must share to be compared: all flags but plan, budget and depth."""
+        return settings_of(self.config)
+
+    def command(self) -> str:
+        """Returns what a user types to train so, or to ask for the same compilation."""
+        # The plan is always said; what is left of the configuration has the default one.
+        plan, rest = self.config.remat, dataclasses.replace(self.config, remat=TrainConfig().remat)
+        flags = [f"--target={self.target}", f"--plan={plan}"]
+        program = "fit"
+        if self.target == LOCAL:
+            flags, program = [f"--remat={plan}"], "train"
+        return shlex.join(["python", "-m", f"experiments.{program}", *flags, *flags_of(rest)])
+
+
+def settings_of(config: TrainConfig) -> str:
+    """Returns the flags of a configuration, those of its plan, depth and folders left out."""
+    usual = TrainConfig()
+    changes = {name: getattr(usual, name) for name in (*_NOT_OF_ROW, "remat", "budget")}
+    changes |= {name: getattr(usual, name) for name in _OF_RECORD}
+    model = dataclasses.replace(config.model, num_blocks=usual.model.num_blocks)
+    return shlex.join(flags_of(dataclasses.replace(config, model=model, **changes)))
+
+
+def flags_of(config: TrainConfig) -> list[str]:
+    """Returns the flags that make a configuration out of the defaults."""
+    found: list[str] = []
+    for owner, values, usual in (
+        (TrainConfig, config, TrainConfig()),
+        (TransformerConfig, config.model, _TABLES["model"]),
+        (OptimizerConfig, config.optimizer, _TABLES["optimizer"]),
+    ):
+        for field in dataclasses.fields(owner):
+            value = getattr(values, field.name)
+            if field.name not in _TABLES and value != getattr(usual, field.name):
+                found += _flag(flag_of(field.name, owner), value)
+    return found
+
+
+def _flag(name: str, value: object) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    if isinstance(value, tuple):
+        return [f"--{name}={item}" for item in value]
+    return [f"--{name}={value}"]

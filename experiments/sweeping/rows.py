@@ -1,0 +1,61 @@
+"""The rows of a sweep on disk: `rows.jsonl`, one object a line, whole once it is written."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from experiments import json_lines
+from experiments.record import RunError
+
+ROWS = "rows.jsonl"
+
+
+class Rows:
+    """Rows by key; a later row of a key takes the place of an earlier one.
+
+    Attributes:
+      path: The file.
+    """
+
+    def __init__(self, folder: Path):
+        """Reads what the folder holds; a line that a killed sweep tore is cut off.
+
+        Raises:
+          RunError: The folder cannot be made, read or written.
+        """
+        self.path = folder / ROWS
+        self._rows: dict[str, dict[str, Any]] = {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                found = json_lines.read(self.path)
+                self._rows = {str(row.get("key")): row for row in found.rows}
+                part = self.path.with_name(ROWS + ".part")
+                part.write_text("".join(map(_line, self._rows.values())), encoding="utf-8")
+                part.replace(self.path)
+        except OSError as error:
+            raise RunError(f"cannot write to {folder}: {error.strerror}") from None
+
+    def done(self, key: str) -> bool:
+        """Whether there is a row of that key which did not fail."""
+        return "error" not in self._rows.get(key, {"error": "missing"})
+
+    def add(self, row: dict[str, Any]):
+        """Appends a row; it is on disk when this returns.
+
+        Raises:
+          RunError: The disk is full, say.
+        """
+        self._rows[row["key"]] = row
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_line(row))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise RunError(f"cannot write {self.path}: {error.strerror}") from None
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"

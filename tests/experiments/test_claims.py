@@ -1,0 +1,152 @@
+"""`experiments.claims`: verdicts follow from numbers, rows are kept, the page is the numbers'."""
+
+import json
+
+import pytest
+
+from experiments.claiming import checks, numbers
+from experiments.claiming.cases import PLANS, ROOT, all_cases
+from experiments.claiming.claims import CLAIMS
+from experiments.claiming.evidence import Evidence, gather
+from experiments.claims import claims
+from experiments.cli import main
+from experiments.fit_row import FitRow
+from tests.experiments.test_fit import GIB, report
+
+# Peaks in GiB that follow from theory: 32 inputs of 1/16, residuals of 16 inputs a block.
+PEAKS = {"none": 44.0, "full": 15.0, "uniform:4": 21.0, "uniform:5": 19.5, "uniform:6": 18.6}
+PEAKS |= {"sqrt": 13.7, "log": 13.5}
+
+
+def fake_report(case):
+    """Returns the report of a case as theory has it."""
+    peak = PEAKS.get(case.config.remat, 14.0)
+    peak = {"in one part": 18.0, "in four parts": 11.0, "float32": 20.0}.get(case.name, peak)
+    again = 0 if case.config.remat == "none" else 28
+    return report(peak, seconds=0.1 + 0.001 * again, again=again, temp_bytes=int((peak - 10) * GIB))
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+    """Answers in place of the compiler; the names of what was compiled, and of what fails."""
+    asked, failing = [], set()
+    by_config = {(case.config, case.target): case for case in all_cases()}
+
+    def measure_all(cases, parallel):
+        ((config, target),) = cases
+        case = by_config[config, target]
+        asked.append(case.name)
+        if case.name in failing:
+            return [FitRow(config=config, target=target, error="no such thing")]
+        return [FitRow(config=config, target=target, report=fake_report(case))]
+
+    monkeypatch.setattr(numbers, "measure_all", measure_all)
+    monkeypatch.setattr(numbers, "check_targets", lambda targets: None)
+    found = {"dropout_difference": 0.0, "dropout_off_difference": 1.5, "parameters": 596_049_920}
+    monkeypatch.setattr(checks, "run", lambda: asked.append("checks") or found)
+    return asked, failing
+
+
+def run(tmp_path) -> str:
+    out = tmp_path / "claims.md"
+    main(claims, [f"-o={out}", f"--numbers={tmp_path / 'claims.json'}"])
+    return out.read_text()
+
+
+def test_the_page_has_every_claim_and_plan(compiling, tmp_path):
+    text = run(tmp_path)
+    assert text.count("\n## ") == len(CLAIMS) + 1 == 16
+    verdicts = [line for line in text.splitlines() if line.startswith(("**true", "**false"))]
+    assert len(verdicts) == 16
+    for plan in PLANS:
+        assert text.count(f"| `{plan}` |") == 4
+    assert "67.1 MB" in text and "596 million parameters" in text
+
+
+def test_what_is_there_is_not_compiled_again(compiling, tmp_path):
+    asked, failing = compiling
+    failing.add("4B")
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path)
+    assert stop.value.code == 2 and not (tmp_path / "claims.md").exists()
+    assert len(asked) == len(all_cases())
+    failing.clear()
+    asked.clear()
+    first = run(tmp_path)
+    assert asked == ["4B", "checks"]
+    assert run(tmp_path) == first and asked == ["4B", "checks"]
+    rows = json.loads((tmp_path / "claims.json").read_text())["rows"]
+    assert [*rows] == [case.name for case in all_cases()], "in their own order"
+
+
+def test_without_the_compilers_claims_are_open(compiling, tmp_path):
+    asked, _ = compiling
+    main(claims, [f"-o={tmp_path / 'c.md'}", f"--numbers={tmp_path / 'n.json'}", "--no-compile"])
+    text = (tmp_path / "c.md").read_text()
+    assert "the example, v5e-1, none is not compiled yet.\n\n**open.**" in text and not asked
+    assert text.count("| not compiled yet |") == 4 * len(PLANS)
+
+
+def evidence_with(**changes) -> Evidence:
+    """Returns the evidence of theory, with other GiB of peak and temporaries for some plans."""
+    rows = {}
+    for case in all_cases():
+        values = fake_report(case).as_json()
+        extra = changes.get(case.config.remat.replace(":", "_"), 0) * GIB
+        values |= {name: int(values[name] + extra) for name in ("peak_bytes", "temp_bytes")}
+        rows[case.name] = {"report": values, "plan": case.config.remat, "target": case.target}
+    found = {"dropout_difference": 0.0, "dropout_off_difference": 1.5, "parameters": 596_049_920}
+    return gather(rows, found)
+
+
+@pytest.mark.parametrize(
+    "place, usual, changes, other",
+    [
+        (2, "false: with more segments it falls", {"uniform_6": 9}, "true in part"),
+        (3, "true in part: not by uniform segments", {"uniform_6": -9}, "true"),
+        (4, "false for uniform segments", {"uniform_5": -9}, "true in part"),
+        (6, "true in part: right for one tensor a layer", {"none": -28}, "true"),
+        (7, "true in part: right for stored inputs", {"none": 300}, "true"),
+    ],
+)
+def test_verdicts_follow_from_the_numbers(place, usual, changes, other):
+    assert CLAIMS[place].decide(evidence_with()).verdict.startswith(usual)
+    verdict = CLAIMS[place].decide(evidence_with(**changes)).verdict
+    assert verdict.startswith(other) and not verdict.startswith(usual)
+
+
+def test_residuals_are_found_from_two_plans():
+    evidence = evidence_with()
+    a = evidence.carry_bytes("the example")
+    assert a == 8 * 1024 * 4096 * 2
+    assert evidence.residual_bytes("the example") == pytest.approx(a + 29 * GIB / 31)
+
+
+def test_the_page_in_the_docs_is_that_of_its_numbers(tmp_path, monkeypatch):
+    page, kept = ROOT / "docs/claims.md", ROOT / "docs/measured/claims.json"
+    monkeypatch.setattr(numbers, "measure_all", None)  # nothing is compiled
+    out = tmp_path / "claims.md"
+    main(claims, [f"-o={out}", f"--numbers={kept}", "--no-compile"])
+    assert out.read_text() == page.read_text()
+
+
+@pytest.mark.heavy
+def test_segments_give_the_gradients_of_none():
+    assert checks._dropout_difference() < 1e-6
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["-o=claims.html"], "ends in '.html' (did you mean '.md'?); valid: .md"),
+        (["--numbers={}/broken.json"], "does not hold the numbers of claims; remove it"),
+        (["-o=nowhere/claims.md"], "there is no folder nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(flags, message, tmp_path, capsys):
+    (tmp_path / "broken.json").write_text('{"rows": 3')
+    with pytest.raises(SystemExit) as stop:
+        main(claims, [flag.format(tmp_path) for flag in flags])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and message in err and not out
+    assert err.startswith("error: ") and err.count("\n") == 1

@@ -1,0 +1,161 @@
+"""`experiments.draw`: timelines are what runs, pictures are theirs, bad input is one line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks import evaluations
+from experiments.cli import main
+from experiments.draw import draw
+from experiments.drawing import text
+from experiments.drawing.timeline import BACKWARD, CARRY, FORWARD, RESIDUALS, timeline
+from jaxckpt import scan_blocks
+from jaxckpt.plans import Plan
+
+ROOT = Path(__file__).parents[2]
+MIXED = "4xsqrt/3xuniform:2+dots/5xfull+attention/none"
+
+
+def line_of(plan: str, blocks: int):
+    return timeline(Plan.parse(plan).bind(blocks))
+
+
+@pytest.mark.parametrize(
+    "plan, blocks, evaluated, slots",
+    [
+        ("binomial:4", 32, 32 + 75 + 1, 4),
+        ("none", 8, 8, 0),
+        ("full", 8, 16, 7),
+        ("uniform:4", 8, 8 + 6, 3),
+        ("uniform:1", 8, 8, 0),
+        ("log", 1, 2, 0),
+    ],
+)
+def test_counts(plan, blocks, evaluated, slots):
+    line = line_of(plan, blocks)
+    assert (line.evaluations, line.peak_slots) == (evaluated, slots)
+    assert f"evaluations {evaluated} (" in text.draw(line)
+
+
+def test_it_is_what_runs():
+    plan = "4xsqrt/3xuniform:2/3xfull/2xnone/4xbinomial:2"
+    stack = lambda block, params, carry: scan_blocks(block, params, carry, remat=plan)
+    drawn = [run.block for run in line_of(plan, 16).runs if run.kind != BACKWARD]
+    assert [drawn.count(block) for block in range(16)] == evaluations.count(stack, 16)
+
+
+STAGES = st.tuples(
+    st.integers(1, 9),
+    st.sampled_from(["none", "full", "uniform", "every", "sqrt", "log", "binomial"]),
+    st.integers(1, 9),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(STAGES, min_size=1, max_size=4))
+def test_every_plan_is_drawn_in_a_legal_order(stages):
+    numbered = ("uniform", "every", "binomial")
+    words = [f"{n}x{w}" + f":{min(n, k)}" * (w in numbered) for n, w, k in stages]
+    blocks = sum(n for n, *_ in stages)
+    line = line_of("/".join(words), blocks)
+    back = [run.block for run in line.runs if run.kind == BACKWARD]
+    assert back == list(range(blocks))[::-1]
+    forward = [run for run in line.runs if run.kind == FORWARD]
+    assert [run.block for run in forward] == list(range(blocks)) and forward[-1].stop == (
+        line.loss_time
+    )
+    now = 0
+    for run in line.runs:  # one after another, and a backward pass right behind its residuals
+        assert run.start == now
+        now = run.stop
+    for block in range(blocks):
+        start = next(run.start for run in line.runs if (run.block, run.kind) == (block, BACKWARD))
+        last = [r.stop for r in line.runs if r.block == block and r.kind != BACKWARD][-1]
+        waits = [s for s in line.held if (s.block, s.kind, s.stop) == (block, RESIDUALS, start)]
+        assert last == start or [wait.start for wait in waits] == [last]
+    carries = [span for span in line.held if span.kind == CARRY]
+    most = max((sum(s.start <= t < s.stop for s in carries) for t in range(now)), default=0)
+    assert line.peak_slots <= most <= line.peak_slots + line.handed
+
+
+def test_text_of_a_small_schedule():
+    lines = text.draw(line_of("binomial:2", 4)).splitlines()
+    assert lines[:5] == [
+        "binomial:2 on 4 blocks",
+        "3    F|RBB",
+        "2   F |    RBB",
+        "1  F--|---R---RBB",
+        "0 F---|----------RBB",
+    ]
+    assert lines[6].startswith("evaluations 9 (4 + 4 extra forwards + 1: the last block's input")
+
+
+def test_long_and_deep_ones_are_drawn_to_scale():
+    lines = text.draw(line_of("log", 300)).splitlines()
+    assert max(map(len, lines[1:62])) < 210 and "a column is" in lines[-2]
+
+
+def test_policies_are_said_in_words():
+    found = text.draw(line_of(MIXED, 16))
+    assert "blocks 4 to 6: dots: matmul outputs are kept; the rest of a recorded block" in found
+    assert "blocks 7 to 11: attention: what the attention kernel's backward needs" in found
+    assert "pinned host memory" in text.draw(line_of("sqrt+offload:carry", 9))
+
+
+@pytest.mark.parametrize("kind", ["svg", "png"])
+def test_figures(kind, tmp_path):
+    pytest.importorskip("matplotlib", reason="figures need the plot extra")
+    path = tmp_path / f"plan.{kind}"
+    main(draw, [MIXED, "--blocks=16", f"-o={path}"])
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG") if kind == "png" else b"run again" in content
+    if kind == "svg":
+        for part in (b"4xsqrt/3xuniform:2+dots", b"evaluations 27", b"#e69f00", b"#0072b2"):
+            assert part in content
+    main(draw, [MIXED, "--blocks=16", f"-o={path}"])
+    assert path.read_bytes() == content and [*tmp_path.iterdir()] == [path]
+
+
+def test_no_matplotlib(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as stop:
+        main(draw, ["sqrt", f"-o={tmp_path / 'plan.svg'}"])
+    error = "error: figures need matplotlib: pip install 'jaxckpt[plot]'\n"
+    assert stop.value.code == 2 and capsys.readouterr().err == error and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["sqrtt"], "did you mean 'sqrt'?"),
+        (["auto"], "auto has no schedule of its own; draw the plan that it chose"),
+        (["sqrt", "--blocks=0"], "blocks is 0; the least is 1"),
+        (["binomial:9", "--blocks=8"], "the most is binomial:8"),
+        (["binomial:1", "--blocks=2000"], "runs 2,001,000 blocks, a picture shows 100,000 at most"),
+        (["sqrt", "-o=plan.sgv"], "ends in '.sgv' (did you mean '.svg'?); valid: .txt, .svg, .png"),
+        (["sqrt", "-o=nowhere/plan.svg"], "there is no folder nowhere"),
+        ([], "--plan requires an argument"),
+    ],
+)
+def test_bad_input_is_one_line(flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(draw, flags)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and message in err and not out
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_text_needs_no_jax(tmp_path):
+    path = tmp_path / "plan.txt"
+    code = (
+        "import sys\nfrom experiments.cli import main\nfrom experiments.draw import draw\n"
+        "main(draw, sys.argv[1:])\nprint('jax' in sys.modules, 'matplotlib' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, "binomial:4", f"-o={path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False False\n", done.stderr
+    assert path.read_text().startswith("binomial:4 on 32 blocks\n31 ")

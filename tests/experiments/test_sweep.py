@@ -1,0 +1,239 @@
+"""`experiments.sweep`: its rows, resuming, failing rows, and what it refuses before JAX."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cyclopts import App
+
+from experiments import measuring
+from experiments.cli import main
+from experiments.config import OptimizerConfig, TrainConfig
+from experiments.fit_row import FitRow
+from experiments.sweep import PLANS, sweep
+from experiments.sweeping import running
+from experiments.sweeping.case import flags_of
+from jaxckpt.memory.launch import Processes
+from jaxckpt.models.config import TransformerConfig
+from tests.experiments.test_fit import GIB, report
+
+ROOT = Path(__file__).parents[2]
+TINY = ["--num-blocks=2", "--d-model=16", "--num-heads=2", "--num-kv-heads=1", "--head-dim=8"]
+TINY += ["--d-ff=32", "--batch-size=2", "--seq-len=16", f"--data={ROOT / 'README.md'}"]
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Records what would be run in processes of their own, and answers in their place."""
+    calls = []
+
+    def run_module(module, flags, processes):
+        values = dict(flag.removeprefix("--").partition("=")[::2] for flag in flags)
+        values.setdefault("remat", TrainConfig().remat)
+        calls.append((module.partition(".")[2], values))
+        if values.get("remat") == "log":
+            raise running.RowError("no\nsuch thing")
+        if module == "experiments.fit":
+            answer = {"rows": [{"plan": "1xfull/none"}]}
+            Path(values["json"]).write_text(json.dumps(answer))
+            return
+        header = dict.fromkeys(("device", "backend", "memory_source"), "cpu")
+        header |= {"predicted_peak_bytes": 5 * GIB, "predicted_temp_bytes": 4 * GIB}
+        header |= {"versions": {}, "step_flops": 9, "recomputed_flops": 1}
+        header |= {"compile_seconds": 1.5, "buffers": [{"size_bytes": 7}]}
+        rows = [header] + [{"step": n, "loss": 9 - n, "step_seconds": 4 - n} for n in (1, 2, 3)]
+        rows += [{"step": 3, "validation_loss": 1.0}]
+        folder = Path(values["out"])
+        folder.mkdir(exist_ok=True)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    monkeypatch.setattr(running, "_run_module", run_module)
+    return calls
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+def test_a_row_has_what_a_run_said(ran, tmp_path):
+    main(sweep, [*TINY, "--plan=full", "--depth=2", "--depth=3", "--steps=40", f"-o={tmp_path}"])
+    two, three = rows_of(tmp_path)
+    assert (two["plan"], two["depth"], two["target"], three["depth"]) == ("full", 2, "local", 3)
+    assert two["peak_bytes"] == 5 * GIB and two["runtime_peak_bytes"] is None
+    assert two["step_seconds"] == 1.5, "the median without the first step"
+    assert two["step_seconds_source"] == "measured" and two["losses"] == [8, 7, 6]
+    assert two["buffers"] == [{"size_bytes": 7}] and two["versions"]["jax"]
+    assert two["commit"] and two["command"].startswith("python -m experiments.sweep ")
+    train = "python -m experiments.train --remat=full --steps=40 --batch-size=2 --seq-len=16"
+    assert f"{train} --num-blocks=2" in two["train_command"].replace(TINY[-1] + " ", "")
+    (_, flags), _ = ran
+    assert flags["steps"] == "10" and flags["decay-steps"] == "40" and "overwrite" in flags
+
+
+def test_the_same_command_goes_on(ran, tmp_path, capsys):
+    flags = [*TINY, "--plan=none", "--plan=sqrt", f"-o={tmp_path}"]
+    main(sweep, flags)
+    path = tmp_path / "rows.jsonl"
+    done, torn = path.read_text().splitlines()
+    path.write_text(f"{done}\n{torn[:100]}")  # as a killed sweep leaves it
+    main(sweep, flags)
+    assert [call[1]["remat"] for call in ran] == ["none", "sqrt", "sqrt"]
+    assert "1 of 2 rows are done already" in capsys.readouterr().out
+    assert path.read_text().splitlines()[0] == done
+    assert [row["plan"] for row in rows_of(tmp_path)] == ["none", "sqrt"]
+    main(sweep, [*flags, "--depth=2", "--depth=3"])  # more rows join those of the folder
+    assert [call[1]["remat"] for call in ran[3:]] == ["none", "sqrt"]
+    assert [row["depth"] for row in rows_of(tmp_path)] == [2, 2, 3, 3]
+
+
+def test_a_row_that_fails_does_not_stop_the_others(ran, tmp_path, capsys):
+    flags = [*TINY, "--plan=log", "--plan=full", f"-o={tmp_path}"]
+    for attempt in (1, 2):
+        with pytest.raises(SystemExit) as stop:
+            main(sweep, flags)
+        assert stop.value.code == 1
+        assert "1 of 2 rows failed" in capsys.readouterr().err
+        assert [call[1]["remat"] for call in ran] == ["log", "full", "log"][: attempt + 1]
+    failed = [row for row in rows_of(tmp_path) if "error" in row]
+    assert {row["error"] for row in failed} == {"no such thing"} and failed[0]["plan"] == "log"
+
+
+def test_a_budget_is_a_row_of_auto(ran, tmp_path):
+    main(sweep, [*TINY, "--plan=auto", "--budget=1GiB", "--budget=2GiB", f"-o={tmp_path}"])
+    assert [name for name, _ in ran] == ["fit", "train"] * 2
+    assert ran[0][1]["budget"] == "1GiB" and ran[2][1]["budget"] == "2GiB"
+    assert ran[1][1]["remat"] == "1xfull/none" and "budget" not in ran[1][1]
+    one, two = rows_of(tmp_path)
+    assert (one["asked"], one["budget"], one["plan"]) == ("auto", "1GiB", "1xfull/none")
+    assert two["budget"] == "2GiB" and "--remat=1xfull/none" in one["train_command"]
+    ran.clear()
+    with pytest.raises(SystemExit):  # log fails here
+        main(sweep, [*TINY, "--budget=3GiB", f"-o={tmp_path}"])
+    assert len(ran) == len(PLANS) + 2, "it is added to the usual plans"
+
+
+def test_an_absent_chip_is_compiled_for(monkeypatch, ran, tmp_path):
+    def measure_all(cases, parallel):
+        ((config, target),) = cases
+        return [FitRow(config=config, target=target, report=report(3.0, seconds=0.25))]
+
+    monkeypatch.setattr(measuring, "measure_all", measure_all)
+    monkeypatch.setattr(measuring, "check_targets", lambda targets: None)
+    main(sweep, [*TINY, "--plan=full", "--target=v5e-1", f"-o={tmp_path}"])
+    (row,) = rows_of(tmp_path)
+    assert row["step_seconds"] == 0.25 and row["step_seconds_source"] == "roofline"
+    assert row["peak_bytes"] == 3 * GIB and row["usable_bytes"] == 16 * GIB and not row["losses"]
+    start = "python -m experiments.fit --target=v5e-1 --plan=full --data="
+    assert row["train_command"].startswith(start) and "--remat" not in row["train_command"]
+
+
+def test_flags_make_the_configuration_again():
+    config = TrainConfig(
+        model=TransformerConfig(num_blocks=3, dropout=0.1, tied_embeddings=False, qk_norm=False),
+        optimizer=OptimizerConfig(kind="lion", learning_rate=1e-4),
+        data="a folder/*.txt",
+        trainable=("layers/*", "norm"),
+        remat="auto",
+        budget="1GiB",
+        pack=True,
+        z_loss=1e-4,
+    )
+    app, found = App(), []
+
+    @app.default
+    def read(settings: TrainConfig = TrainConfig()):  # noqa: B008  it is frozen
+        found.append(settings)
+
+    app(flags_of(config), result_action="return_value")
+    app(flags_of(TrainConfig()), result_action="return_value")
+    assert found == [config, TrainConfig()] and flags_of(TrainConfig()) == []
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--plan=sqrtt"], "did you mean 'sqrt'?"),
+        (["--plan=14xfull/none"], "the stack has 8"),
+        (["--plan=uniform:6", "--depth=8", "--depth=4"], "the most is uniform:4"),
+        (["--plan=auto"], "needs a budget: --budget=auto is all that the device can use"),
+        (["--budget=16GBB"], "unit 'GBB' (did you mean 'GB'?)"),
+        (["--depth=0"], "depth is 0; the least is 1"),
+        (["--run-steps=0"], "run_steps is 0; the least is 1"),
+        (["--target=v5f-1"], "did you mean 'v5e-1'?"),
+        (["--plan=full", "--plan=full"], "given twice"),
+        (["--data=README.mdd"], "did you mean 'README.md'?"),
+        (["--remat=full"], "--remat"),
+        (["--resume"], "--resume"),
+        (["-o=README.md"], "is a file; name a folder"),
+    ],
+)
+def test_refused_before_anything_runs(flags, message, ran, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    out = [] if flags[0].startswith("-o") else [f"-o={tmp_path / 'sweep'}"]
+    with pytest.raises(SystemExit) as stop:
+        main(sweep, [*flags, *out])
+    printed, error = capsys.readouterr()
+    assert stop.value.code == 2 and message in error and not printed
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert not ran and not [*tmp_path.iterdir()]
+
+
+def test_usual_plans_fit_any_stack():
+    for blocks in (1, 2, 7):
+        model = TransformerConfig(num_blocks=blocks)
+        assert all(TrainConfig(model=model, remat=plan).plan.num_blocks for plan in PLANS)
+
+
+def test_a_process_that_fails_says_its_last_line(tmp_path):
+    with pytest.raises(running.RowError, match=r"steps is 0; the least is 1$"):
+        running._run_module("experiments.train", ["--steps=0"], Processes())
+    assert "SIGKILL, which is what a machine without memory left" in running._reason(-9, "")
+    assert running._reason(1, "Traceback\nValueError: no\n") == "ValueError: no"
+
+
+def test_no_jax(tmp_path):
+    code = (
+        "import sys\nfrom experiments.cli import main\nfrom experiments.sweep import sweep\n"
+        "try:\n    main(sweep, sys.argv[1:])\nfinally:\n    print('jax' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, "--plan=2xfull", f"-o={tmp_path / 'sweep'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "False\n", done.stderr
+
+
+def start_sweep(folder: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "experiments.sweep", *TINY, f"-o={folder}", "--run-steps=3"]
+    command += ["--plan=none", "--plan=sqrt", "--plan=names:nope", "--plan=full"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_sweep_goes_on(number, tmp_path):
+    process, path = start_sweep(tmp_path), tmp_path / "rows.jsonl"
+    deadline = time.monotonic() + 240
+    while not (path.exists() and path.read_text().endswith("\n")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == (1 if number == signal.SIGTERM else -number)
+    assert number == signal.SIGKILL or "rows more are done, the same command goes on" in error
+    before = path.read_text().splitlines()
+    process = start_sweep(tmp_path)
+    out, error = process.communicate(timeout=400)
+    assert process.returncode == 1 and "1 of 4 rows failed" in error
+    assert f"{len(before)} of 4 rows are done already" in out
+    assert path.read_text().splitlines()[: len(before)] == before
+    rows = {row["plan"]: row for row in rows_of(tmp_path)}
+    assert "matches no tag of the block" in rows.pop("names:nope")["error"]
+    assert [len(row["losses"]) for row in rows.values()] == [3, 3, 3]
+    assert rows["none"]["losses"] == pytest.approx(rows["full"]["losses"], rel=1e-5)
+    assert rows["none"]["peak_bytes"] > 0 and rows["none"]["buffers"]
