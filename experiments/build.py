@@ -18,7 +18,7 @@ from jaxckpt.plans import Plan
 # The settings that a step is made of; the others (data, folders) are a run's.
 _OF_STEP = (
     *("model", "optimizer", "unroll", "batch_size", "accumulate", "seq_len", "seed"),
-    *("steps", "loss_chunk_tokens", "z_loss", "trainable", "pack"),
+    *("steps", "loss_chunk_tokens", "z_loss", "trainable", "pack", "mesh"),
 )
 
 
@@ -33,7 +33,7 @@ def entry_of(config: TrainConfig, target: str) -> Entry:
 def plan_entry(config: TrainConfig, target: str) -> Entry:
     """Returns the same without its plan, which the planner puts in."""
     settings = config.to_dict()
-    arguments = {"settings": {name: settings[name] for name in _OF_STEP}, "target": target}
+    arguments = {"settings": {name: settings.get(name) for name in _OF_STEP}, "target": target}
     return Entry(function="experiments.build:built_step", arguments=arguments)
 
 
@@ -48,8 +48,13 @@ def built_step(settings: Mapping[str, Any], target: str, plan: str):
     return build(TrainConfig(**{**settings, **tables}), target)
 
 
-def build(config: TrainConfig, target: str):
+def build(config: TrainConfig, target: str, mesh=None):
     """Returns the abstract `BuiltStep` of a configuration for a target.
+
+    Args:
+      config: The configuration.
+      target: The chip.
+      mesh: The devices of `config.mesh` where they are there; else a mesh without devices.
 
     Raises:
       ConfigError: It names a kernel that the target does not have.
@@ -57,13 +62,14 @@ def build(config: TrainConfig, target: str):
     """
     import jax
 
-    from experiments.step import init_state, make_train_step, resolve_model
+    from experiments.placing import abstract_state, abstract_tokens
+    from experiments.step import make_train_step, resolve_model
     from jaxckpt.memory.built_step import BuiltStep
     from jaxckpt.models.auto import device_of
 
     config, _ = resolve_model(config, target)
-    state = jax.eval_shape(lambda: init_state(config))
-    tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), "int32")
+    state = abstract_state(config, mesh)
+    tokens = abstract_tokens(config, mesh)
     batch = (tokens, tokens) if config.pack else tokens
     return BuiltStep(
         fn=make_train_step(config),
