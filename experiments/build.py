@@ -48,26 +48,25 @@ def built_step(settings: Mapping[str, Any], target: str, plan: str):
     return build(TrainConfig(**{**settings, **tables}), target)
 
 
-def build(config: TrainConfig, target: str, mesh=None):
+def build(config: TrainConfig, target: str):
     """Returns the abstract `BuiltStep` of a configuration for a target.
 
-    Args:
-      config: The configuration.
-      target: The chip.
-      mesh: The devices of `config.mesh` where they are there; else a mesh without devices.
+    On a mesh the arguments have shardings: over this process's devices for `local`, else over a
+    mesh without devices.
 
     Raises:
-      ConfigError: It names a kernel that the target does not have.
+      ConfigError: It names a kernel that the target does not have, or a mesh of another size.
       PlanError (when traced): The plan names what the blocks do not have.
     """
     import jax
 
-    from experiments.placing import abstract_state, abstract_tokens
+    from experiments.placing import abstract_state, abstract_tokens, make_mesh
     from experiments.step import make_train_step, resolve_model
     from jaxckpt.memory.built_step import BuiltStep
     from jaxckpt.models.auto import device_of
 
     config, _ = resolve_model(config, target)
+    mesh = make_mesh(config) if target == "local" else None
     state = abstract_state(config, mesh)
     tokens = abstract_tokens(config, mesh)
     batch = (tokens, tokens) if config.pack else tokens

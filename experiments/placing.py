@@ -2,7 +2,6 @@
 
     mesh = make_mesh(config)             # None without --mesh
     state = abstract_state(config, mesh)
-    batch = put_batch(config, rows_at, mesh)
 
 Optimizer state has the parameters' paths in it, so the rule for a parameter places what the
 optimizer keeps for it, too.
@@ -11,8 +10,7 @@ optimizer keeps for it, too.
 import functools
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from experiments.config import ConfigError, TrainConfig
 from experiments.step import TrainState, init_state, layout_of
@@ -36,6 +34,12 @@ def make_mesh(config: TrainConfig) -> Mesh | None:
     return jax.make_mesh(
         shape.sizes, AXES, axis_types=AXIS_TYPES, devices=devices[: shape.size]
     )
+
+
+def batch_sharding(config: TrainConfig) -> NamedSharding | None:
+    """Returns where a batch lies on this run's devices; None without a mesh."""
+    layout = layout_of(config)
+    return None if layout is None else layout.of_batch(make_mesh(config))
 
 
 def abstract_state(config: TrainConfig, mesh: Mesh | None = None) -> TrainState:

@@ -12,10 +12,12 @@ from cyclopts import Parameter
 
 from experiments.cli import main
 from experiments.config import TrainConfig
+from experiments.processes import ProcessFlags, join
 
 
 def train(
     settings: TrainConfig = TrainConfig(),
+    processes: ProcessFlags = ProcessFlags(),
     *,
     config: Annotated[Path | None, Parameter(help="TOML file with any of the settings.")] = None,
 ):
@@ -26,6 +28,7 @@ def train(
 
     if settings.tensorboard:
         check_tensorboard()
+    processes.check(settings)
     del config  # read before the other flags were parsed; see experiments.cli
     folder = run_folder(settings)
     tokenizer = check_init(settings)
@@ -40,6 +43,7 @@ def train(
     )
     check_corpus(corpus, seq_len=settings.seq_len, vocab_size=settings.model.vocab_size)
 
+    join(processes, settings, corpus.sha256)
     from experiments.loop import run  # only now is JAX imported
 
     run(settings, corpus, folder)
