@@ -6,9 +6,10 @@
 JAX's own start waits for all processes, and where one never comes it ends the others without saying
 which. So the first process calls the roll at the same address before: every process says who it is
 and what it is about to run, and hears from the first whether all are there and agree. Nothing has
-been written by then, nor has JAX been imported.
+been written by then, nor has JAX been imported. The connections stay (`lifelines.py`).
 """
 
+import atexit
 import contextlib
 import dataclasses
 import hashlib
@@ -23,6 +24,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from experiments.config import ConfigError, TrainConfig
+from experiments.lifelines import Lifelines
+from experiments.record import RunError
 
 _RETRY_SECONDS = 0.1
 _GO = "go"
@@ -90,17 +93,38 @@ class ProcessFlags:
             raise ConfigError("--sample is for one process; leave it out")
 
 
-def join(flags: ProcessFlags, config: TrainConfig, corpus_sha256: str):
-    """Waits for all processes, then starts JAX's distributed system; nothing if there is one.
+@contextlib.contextmanager
+def joined(flags: ProcessFlags, config: TrainConfig, corpus_sha256: str):
+    """A context in which all processes are there and JAX's distributed system is up.
+
+    Of one process it is any context.
 
     Raises:
       ConfigError: Some do not come, or not all run the same.
     """
     if flags.processes == 1:
+        yield
         return
     told = {**config.to_dict(), "corpus": corpus_sha256, "compile_cache": None}
     text = json.dumps(told, sort_keys=True, default=str)
-    call_roll(flags, hashlib.sha256(text.encode()).hexdigest())
+    connections = call_roll(flags, hashlib.sha256(text.encode()).hexdigest())
+    with Lifelines(connections):
+        try:
+            _start_jax(flags)
+            yield
+        except Exception as error:
+            # JAX would wait for the others before this process ends.
+            atexit.register(_leave, 1 if isinstance(error, RunError) else 2)
+            raise
+
+
+def _leave(code: int):
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _start_jax(flags: ProcessFlags):
     import jax
 
     if os.environ.get("JAX_PLATFORMS", "") == "cpu":
@@ -115,51 +139,62 @@ def join(flags: ProcessFlags, config: TrainConfig, corpus_sha256: str):
         )
 
 
-def call_roll(flags: ProcessFlags, digest: str):
+def call_roll(flags: ProcessFlags, digest: str) -> dict[int, socket.socket]:
     """Returns once all processes have said that they are there, with the same digest.
+
+    Returns:
+      Connections by the number of the process at the other end: the first one's to all others, and
+      each other's to the first.
 
     Raises:
       ConfigError: Some did not come in time, two have one number, or they do not agree.
     """
     word = {"process": flags.process_id, "processes": flags.processes, "digest": digest}
     deadline = time.monotonic() + flags.join_seconds
-    answer = _lead(flags, word, deadline) if flags.process_id == 0 else _follow(flags, word, deadline)
+    run = _lead if flags.process_id == 0 else _follow
+    answer, connections = run(flags, word, deadline)
     if answer != _GO:
+        for connection in connections.values():
+            connection.close()
         raise ConfigError(answer)
+    return connections
 
 
-def _lead(flags: ProcessFlags, word: dict, deadline: float) -> str:
+def _lead(flags: ProcessFlags, word: dict, deadline: float) -> tuple[str, dict[int, socket.socket]]:
     """Hears every other process and tells all of them what came of it."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(_listener(flags))
-        present: dict[int, socket.socket] = {0: None}
-        lines = []
-        answer = None
-        while answer is None and len(present) < flags.processes:
+    present: dict[int, socket.socket] = {}
+    answer = None
+    with _listener(flags) as listener:
+        while answer is None and len(present) < flags.processes - 1:
             listener.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
                 connection, _ = listener.accept()
             except TimeoutError:
                 answer = _missing(flags, present)
                 break
-            stack.enter_context(connection)
-            lines.append(connection)
             theirs = _read(connection)
             if theirs is None:  # whoever that was
+                connection.close()
                 continue
             answer = _disagreement(word, theirs, present)
-            present[theirs["process"]] = connection
-        answer = answer or _GO
-        for connection in lines:
-            with contextlib.suppress(OSError):
-                connection.sendall(answer.encode() + b"\n")
-                connection.settimeout(1.0)
-                connection.recv(1)  # the other end closes first, which leaves the port free
-    return answer
+            if answer is not None:
+                _tell(connection, answer)
+                connection.close()
+            else:
+                present[theirs["process"]] = connection
+    answer = answer or _GO
+    for connection in present.values():
+        _tell(connection, answer)
+    return answer, present
+
+
+def _tell(connection: socket.socket, answer: str):
+    with contextlib.suppress(OSError):  # who is gone is found out later
+        connection.sendall(answer.encode() + b"\n")
 
 
 def _missing(flags: ProcessFlags, present) -> str:
-    gone = [number for number in range(flags.processes) if number not in present]
+    gone = [number for number in range(1, flags.processes) if number not in present]
     noun = "process" if len(gone) == 1 else "processes"
     return (
         f"{noun} {', '.join(map(str, gone))} of {flags.processes} did not come to "
@@ -174,7 +209,7 @@ def _disagreement(mine: dict, theirs: dict, present) -> str | None:
             f"process {number} was started as one of {theirs['processes']}, process 0 as one of "
             f"{mine['processes']}"
         )
-    if number in present:
+    if number == 0 or number in present:
         return f"two processes were started with --process-id {number}"
     if theirs["digest"] != mine["digest"]:
         return f"process {number} was started with other settings or data than process 0"
@@ -193,25 +228,28 @@ def _listener(flags: ProcessFlags) -> socket.socket:
         raise ConfigError(f"process 0 cannot listen on port {port}: {reason}") from None
 
 
-def _follow(flags: ProcessFlags, word: dict, deadline: float) -> str:
+def _follow(
+    flags: ProcessFlags, word: dict, deadline: float
+) -> tuple[str, dict[int, socket.socket]]:
     """Tells the first process who this is, and returns what it answers."""
     for left in _until(deadline):
         try:
-            with socket.create_connection(flags.address, timeout=left) as connection:
-                connection.sendall(json.dumps(word).encode() + b"\n")
-                # The first process may have begun to wait later, by as much as this one waits.
-                connection.settimeout(left + flags.join_seconds)
-                with connection.makefile() as lines:
-                    answer = lines.readline().strip()
-                if answer:
-                    return answer
+            connection = socket.create_connection(flags.address, timeout=left)
+            connection.sendall(json.dumps(word).encode() + b"\n")
+            # The first process may have begun to wait later, by as much as this one waits.
+            connection.settimeout(left + flags.join_seconds)
+            answer = _line(connection)
+            if answer:
+                return answer, {0: connection}
+            connection.close()
         except OSError:  # not there yet, or gone again
             pass
         time.sleep(_RETRY_SECONDS)
-    return (
+    gone = (
         f"process 0 of {flags.processes} did not come to {flags.coordinator} within "
         f"{flags.join_seconds:g} s"
     )
+    return gone, {}
 
 
 def _until(deadline: float) -> Iterator[float]:
@@ -224,11 +262,21 @@ def _read(connection: socket.socket) -> dict | None:
     """Returns what a process says of itself; None from who is none."""
     connection.settimeout(5.0)
     try:
-        with connection.makefile() as lines:
-            found = json.loads(lines.readline(4096))
+        found = json.loads(_line(connection))
         return found if {"process", "processes", "digest"} <= found.keys() else None
     except (OSError, ValueError, AttributeError):
         return None
+
+
+def _line(connection: socket.socket) -> str:
+    """Returns what comes before the next newline, and reads nothing of what comes after it."""
+    text = b""
+    while not text.endswith(b"\n") and len(text) < 4096:
+        one = connection.recv(1)
+        if not one:
+            break
+        text += one
+    return text.decode(errors="replace").strip()
 
 
 def is_first() -> bool:
@@ -248,14 +296,3 @@ def any_of_us(flag: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
-
-
-def end_after(error: Exception):
-    """Ends a process of several with one line: what it shares with the others is broken.
-
-    Leaving in order would wait for them.
-    """
-    line = " ".join(str(error).split())
-    line = line if len(line) <= 300 else f"{line[:297]}..."
-    print(f"error: a process that this one works with is gone: {line}", file=sys.stderr, flush=True)
-    os._exit(1)

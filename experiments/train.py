@@ -12,7 +12,7 @@ from cyclopts import Parameter
 
 from experiments.cli import main
 from experiments.config import TrainConfig
-from experiments.processes import ProcessFlags, join
+from experiments.processes import ProcessFlags, joined
 
 
 def train(
@@ -43,10 +43,10 @@ def train(
     )
     check_corpus(corpus, seq_len=settings.seq_len, vocab_size=settings.model.vocab_size)
 
-    join(processes, settings, corpus.sha256)
-    from experiments.loop import run  # only now is JAX imported
+    with joined(processes, settings, corpus.sha256):
+        from experiments.loop import run  # only now is JAX imported
 
-    run(settings, corpus, folder)
+        run(settings, corpus, folder)
 
 
 if __name__ == "__main__":
