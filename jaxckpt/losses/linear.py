@@ -173,7 +173,7 @@ class _Head:
 
         def step(state, start, size):
             cut = lambda array: lax.dynamic_slice_in_dim(array, start, size, axis)
-            part, *labels = (self._tokens(cut(array), gathered=True) for array in (x, ids, weights))
+            part, *labels = (self._gathered(cut(array)) for array in (x, ids, weights))
             loss, grad_logits = self._chunk(part, kernel, *labels)
             total, *grads = state
             if not grads:
@@ -195,10 +195,16 @@ class _Head:
         lead = (self.placement.shards,) * (w.ndim - 2)
         return self.placement.weights(w, self.options.width_axis, lead)
 
-    def _tokens(self, x, *, gathered: bool = False):
+    def _tokens(self, x):
         if self.placement is None:
             return x
-        return self.placement.tokens(x, sharded=self.sharded, gathered=gathered)
+        return self.placement.tokens(x, sharded=self.sharded, gathered=False)
+
+    def _gathered(self, x):
+        if self.placement is None:
+            return x
+        # Cut first: or else all tokens would be gathered to cut a chunk from them.
+        return self.placement.tokens(self._tokens(x), sharded=self.sharded, gathered=True)
 
     def _weigh(self, targets, vocab_size: int, x):
         """Returns int32 ids, and weights: 0 for ignored tokens, NaN for ids that do not exist."""

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from jaxckpt.losses.placement import Placement
@@ -100,13 +101,15 @@ class Layout:
         """Returns the parts of a batch, each cut over the batch's axes."""
         return self.constrain(tokens_PBS, None, _BATCH)
 
-    def tokens_for_lookup(self, tokens_BS):
-        """Returns tokens where every shard of the table's columns sees all of its group's."""
-        return self.constrain(tokens_BS, "data")
+    def look_up(self, table_VD, tokens_BS):
+        """Returns the table's rows of tokens, cut over the batch.
 
-    def looked_up(self, x_BSD):
-        """Returns the rows that were found, still in the table's columns."""
-        return self.constrain(x_BSD, "data", None, "fsdp")
+        Every shard of the table's columns looks all tokens of its group up, then rows for columns
+        are exchanged.
+        """
+        table_VD = self.constrain(table_VD, *_RULES["embed_tokens", "embedding"])
+        rows_BSD = jnp.take(table_VD, self.constrain(tokens_BS, "data"), axis=0)
+        return self.stream(self.constrain(rows_BSD, "data", None, "fsdp"))
 
     def head(self) -> Placement:
         """Returns how the loss head's arrays lie."""

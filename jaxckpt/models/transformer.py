@@ -96,8 +96,7 @@ class Transformer(nn.Module):
     def _embed(self, tokens_BS):
         if self.layout is None or self.is_initializing():
             return self.embed_tokens(tokens_BS)
-        x_BSD = self.embed_tokens(self.layout.tokens_for_lookup(tokens_BS))
-        return self.layout.stream(self.layout.looked_up(x_BSD))
+        return self.layout.look_up(self.embed_tokens.embedding, tokens_BS)
 
 
 class Block(nn.Module):
