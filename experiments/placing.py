@@ -31,9 +31,7 @@ def make_mesh(config: TrainConfig) -> Mesh | None:
     if shape.size > len(devices) or (shape.size < len(devices) and jax.process_count() > 1):
         them = f"{len(devices)} device{'s' * (len(devices) > 1)}"
         raise ConfigError(f"mesh {shape} is of {shape.size} devices; this run has {them}")
-    return jax.make_mesh(
-        shape.sizes, AXES, axis_types=AXIS_TYPES, devices=devices[: shape.size]
-    )
+    return jax.make_mesh(shape.sizes, AXES, axis_types=AXIS_TYPES, devices=devices[: shape.size])
 
 
 def batch_sharding(config: TrainConfig) -> NamedSharding | None:

@@ -154,9 +154,7 @@ def _make_loss(config: TrainConfig):
     `count` is None for the mean over the batch, or what its sum is divided by.
     """
     layout = layout_of(config)
-    model = Transformer(
-        config.model, remat=config.plan, unroll=config.unroll or 1, layout=layout
-    )
+    model = Transformer(config.model, remat=config.plan, unroll=config.unroll or 1, layout=layout)
     options = {"chunk_tokens": config.loss_chunk_tokens or None, "z_loss": config.z_loss}
     options["layout"] = layout
 

@@ -112,9 +112,7 @@ def linear_cross_entropy(
         chunks = choose_chunks(targets.shape, x.shape[-1], vocab_size, token_shards)
     else:
         chunks = given_chunks(targets.shape, chunk_tokens)
-    head = _Head(
-        options=options, chunks=chunks, sharded=token_shards > 1, placement=placement
-    )
+    head = _Head(options=options, chunks=chunks, sharded=token_shards > 1, placement=placement)
     try:
         loss = _jitted(head, x, w, targets)
     except TypeError as error:

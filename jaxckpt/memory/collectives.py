@@ -20,6 +20,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from jaxckpt.memory.links import Links
 from jaxckpt.transforms.trips import trips_of_name
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
@@ -68,34 +69,16 @@ class Collective:
         """Bytes that one device sends in one run of it."""
         size = len(self.group)
         share = (size - 1) / size
-        return self.result_bytes * {
-            "all-gather": share,
-            "all-reduce": 2 * share,
-            "reduce-scatter": size - 1,
-            "all-to-all": share,
-            "collective-permute": 1,
-        }[self.kind]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Links:
-    """What one device sends in a second.
-
-    Attributes:
-      bytes_per_second: To devices near it.
-      near: Devices that are near one another, in the order of their numbers; 0 for all.
-      far_bytes_per_second: To others.
-    """
-
-    bytes_per_second: float
-    near: int = 0
-    far_bytes_per_second: float = math.inf
-
-    def rate(self, group: tuple[int, ...]) -> float:
-        """Returns the rate of a group: that of its slowest link."""
-        if self.near and len({device // self.near for device in group}) > 1:
-            return min(self.bytes_per_second, self.far_bytes_per_second)
-        return self.bytes_per_second
+        return (
+            self.result_bytes
+            * {
+                "all-gather": share,
+                "all-reduce": 2 * share,
+                "reduce-scatter": size - 1,
+                "all-to-all": share,
+                "collective-permute": 1,
+            }[self.kind]
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,10 @@ model of XLA's fusion (`fusion.py`). Trips of loops are counted; of a cond, the 
 Copies to and from the host are assumed to overlap with everything else, so they cost only what
 they take beyond it.
 
-What is left out: collectives, launch gaps, caches, and the arithmetic of elementwise work, which
-is slower than its bytes only for random bits on some chips. The order of plans is more reliable
-than the seconds.
+What is left out: launch gaps, caches, and the arithmetic of elementwise work, which is slower than
+its bytes only for random bits on some chips. A jaxpr does not show collectives either: `annotate`
+adds those of the compiled program (`collectives.py`). The order of plans is more reliable than the
+seconds.
 """
 
 import dataclasses
@@ -77,6 +78,11 @@ class Rates:
             bytes_per_second=chip.memory_bytes_per_second,
             host_bytes_per_second=chip.host_bytes_per_second,
         )
+
+    def times(self, num_devices: int) -> "Rates":
+        """Returns the rates of several devices that share a step's work evenly."""
+        scaled = {name: num_devices * rate for name, rate in dataclasses.asdict(self).items()}
+        return Rates(**scaled)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

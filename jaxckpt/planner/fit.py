@@ -75,7 +75,8 @@ def solve(
       BudgetError: No plan fits.
       ValueError: The step ignores its plan, or runs stacks of another number of blocks.
     """
-    problem = Problem.of(steps, num_blocks, rates_of(target), block)
+    rates = rates_of(target).times(steps.num_devices)
+    problem = Problem.of(steps, num_blocks, rates, block)
     rungs = problem.ladder()
     known = {
         place: problem.peak(rung.draft.plan)
