@@ -58,8 +58,6 @@ def build(config: TrainConfig, target: str):
       ConfigError: It names a kernel that the target does not have, or a mesh of another size.
       PlanError (when traced): The plan names what the blocks do not have.
     """
-    import jax
-
     from experiments.placing import abstract_state, abstract_tokens, make_mesh
     from experiments.step import make_train_step, resolve_model
     from jaxckpt.memory.built_step import BuiltStep

@@ -181,8 +181,8 @@ def about_run(
 def check_same_run(config: TrainConfig, corpus_sha256: str, about: dict[str, object]):
     """Raises unless a run may go on from a checkpoint.
 
-    Plan, unrolling, accumulation, mesh, processes and what concerns folders and validation may differ: the
-    arithmetic of a step does not depend on them. All else has to be the same.
+    Plan, unrolling, accumulation, mesh, processes and what concerns folders and validation may
+    differ: the arithmetic of a step does not depend on them. All else has to be the same.
 
     Raises:
       ConfigError: Naming every difference.

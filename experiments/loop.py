@@ -176,8 +176,9 @@ class _Training:
             if any_of_us(stop.signal_name is not None):
                 self._save(state)
                 self.checkpoints.wait()
+                why = stop.signal_name or "another process was stopped"
                 self.display.print(
-                    f"{stop.signal_name or 'another process was stopped'}: saved step {number} in {self.checkpoints.folder}; "
+                    f"{why}: saved step {number} in {self.checkpoints.folder}; "
                     "--resume goes on from there"
                 )
                 return

@@ -61,8 +61,9 @@ def linear_cross_entropy(
     reductions of a float a token and one of a `[tokens, D]` gradient of `x`; logits stay where
     they are. Over D (FSDP), a `placement` spreads its vocabulary instead, or gather it first by
     `with_sharding_constraint`. Tokens over several devices cost a reduction of the gradient of
-    `w`, which some compilers do for every chunk (TPU's does it once). With `token_shards` each device sums its own in the loop, and there is one
-    reduction after it; a flattened `[tokens, D]` stays sharded then as well.
+    `w`, which some compilers do for every chunk (TPU's does it once). With `token_shards` each
+    device sums its own in the loop, and there is one reduction after it; a flattened `[tokens, D]`
+    stays sharded then as well.
 
     Args:
       x: Hidden states `[..., S, D]`, bfloat16, float32 or float64.

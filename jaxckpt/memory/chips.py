@@ -67,9 +67,9 @@ _HOST_V4 = "host link: 16 GB/s, How To Scale Your Model, chapter on TPUs"
 _HOST_LIKE_V4 = f"{_HOST_V4}, for v4; none is published for this chip"
 
 
-# Both directions of all links of a chip in GB/s, and the axes of its torus. v2 and v3: four links of
-# 496 and 656 Gbit/s one direction (Jouppi et al. 2020, A domain-specific supercomputer for training
-# deep neural networks); the rest: Google Cloud's pages of each TPU.
+# Both directions of all links of a chip in GB/s, and the axes of its torus. v2 and v3: four links
+# of 496 and 656 Gbit/s one direction (Jouppi et al. 2020, A domain-specific supercomputer for
+# training deep neural networks); the rest: Google Cloud's pages of each TPU.
 _TORUS = {
     **{"v2": (496, 2), "v3": (656, 2), "v4": (600, 3), "v5e": (400, 2), "v5p": (1200, 3)},
     **{"v6e": (800, 2), "tpu7x": (1200, 3)},
