@@ -107,7 +107,7 @@ def make_train_step(config: TrainConfig):
       ConfigError: A pattern of `trainable` matches nothing.
     """
     optimizer = make_optimizer(config.optimizer, config.steps)
-    loss_of = _make_loss(config)
+    loss_of = make_loss(config)
     layout = layout_of(config)
 
     def train_step(state: TrainState, batch):
@@ -148,7 +148,7 @@ def _placed(tree, layout: Layout | None):
     return jax.lax.with_sharding_constraint(tree, layout.of_params(tree))
 
 
-def _make_loss(config: TrainConfig):
+def make_loss(config: TrainConfig):
     """Returns `loss(params, batch, key, count)` in nats a token.
 
     `count` is None for the mean over the batch, or what its sum is divided by.
