@@ -11,7 +11,6 @@ import selectors
 import socket
 import sys
 import threading
-import time
 from collections.abc import Mapping
 
 # A process that ends for a reason of its own says so first, as all do that find the same error.
@@ -26,13 +25,17 @@ class Lifelines:
     end as well.
     """
 
-    def __init__(self, connections: Mapping[int, socket.socket]):
+    def __init__(
+        self, connections: Mapping[int, socket.socket], grace_seconds: float = _GRACE_SECONDS
+    ):
         """Takes connections over.
 
         Args:
           connections: By the number of the process at the other end.
+          grace_seconds: How long this process may still end by itself after another has ended.
         """
         self._connections = connections
+        self._grace_seconds = grace_seconds
         self._left = threading.Event()
 
     def __enter__(self):
@@ -65,8 +68,7 @@ class Lifelines:
             word = b""
         if word == _DONE or self._left.is_set():
             return
-        time.sleep(_GRACE_SECONDS)
-        if self._left.is_set():
+        if self._left.wait(self._grace_seconds):
             return
         sys.stdout.flush()
         print(

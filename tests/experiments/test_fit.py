@@ -50,7 +50,7 @@ REPORTS = {
 def measured(monkeypatch):
     """Answers of the compiler by plan, in place of compiling."""
     monkeypatch.setattr(measuring, "_measure", lambda config, *_: REPORTS[config.remat])
-    monkeypatch.setattr(measuring, "check_targets", lambda targets: None)
+    monkeypatch.setattr(measuring, "check_targets", lambda *_: None)
 
 
 def run(capsys, *flags: str) -> str:

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.xdist_group("many_devices")
 
 WHOLE = "data=2,fsdp=2,tensor=2"
 PLANS = ("none", "full", "sqrt", "log", "binomial:2", "uniform:2", "every:4+dots", "attention")
-PLANS += ("full+offload:carry", "names:q,mid", "2xsqrt/2xnone/full+dots_no_batch")
+PLANS += ("full+offload:carry", "names:q,mid", "2xsqrt/1xnone/full+dots_no_batch")
 # The largest matrix of a block, whole: 32 x 64; a chunk of the loss has 4 x 8 x 32 features.
 LARGEST_MATRIX = 32 * 64
 
@@ -38,7 +38,7 @@ def run(*cases, moved: bool = False):
 
 @pytest.fixture(scope="module")
 def found():
-    return run((WHOLE, "2xlog/full+attention", False), ("data=4,fsdp=2", "full", True), moved=True)
+    return run((WHOLE, "log", False), ("data=4,fsdp=2", "full", True), moved=True)
 
 
 def test_loss_and_gradients_are_those_of_one_device(found):
@@ -55,7 +55,7 @@ def test_no_parameter_is_gathered_outside_of_its_block(found):
 
 
 def test_checkpoints_move_between_meshes(found):
-    assert found["moved"] == [0.0, 0.0, 0.0]
+    assert found["moved"] == [0.0, 0.0]
 
 
 @pytest.mark.heavy
