@@ -125,8 +125,6 @@ def _best(rows: list[dict]) -> Iterator[dict]:
     }
 
 
-
-
 if __name__ == "__main__":
     app = App(help_format="plaintext")
     app.default(scaling)

@@ -11,6 +11,7 @@ import selectors
 import socket
 import sys
 import threading
+import time
 from collections.abc import Mapping
 
 # A process that ends for a reason of its own says so first, as all do that find the same error.
@@ -49,6 +50,10 @@ class Lifelines:
                 if kind is None:
                     connection.sendall(_DONE)
                 connection.shutdown(socket.SHUT_WR)
+
+    def listen(self):
+        """Waits as long as it takes to hear that another process has ended, which ends this one."""
+        time.sleep(self._grace_seconds + 1)
 
     def _watch(self):
         with selectors.DefaultSelector() as selector:

@@ -23,6 +23,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from experiments.cli import USER_ERRORS
 from experiments.config import ConfigError, TrainConfig
 from experiments.lifelines import Lifelines
 from experiments.record import RunError
@@ -108,13 +109,16 @@ def joined(flags: ProcessFlags, config: TrainConfig, corpus_sha256: str):
     told = {**config.to_dict(), "corpus": corpus_sha256, "compile_cache": None}
     text = json.dumps(told, sort_keys=True, default=str)
     connections = call_roll(flags, hashlib.sha256(text.encode()).hexdigest())
-    with Lifelines(connections):
+    with Lifelines(connections) as lifelines:
         try:
             _start_jax(flags)
             yield
         except Exception as error:
+            if not isinstance(error, (*USER_ERRORS, RunError)):
+                # An exchange that broke, perhaps: then another process has ended, and that is said.
+                lifelines.listen()
             # JAX would wait for the others before this process ends.
-            atexit.register(_leave, 1 if isinstance(error, RunError) else 2)
+            atexit.register(_leave, 2 if isinstance(error, USER_ERRORS) else 1)
             raise
 
 
