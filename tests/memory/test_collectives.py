@@ -41,12 +41,16 @@ PROGRAM = """HloModule step
 }
 
 ENTRY %main (x: f32[8]) -> f32[8] {
-  %w.1 = f32[8] while(%x), condition=%any, body=%known_body, backend_config={"known_trip_count":{"n":"6"}}
-  %w.2 = f32[8] while(%x), condition=%any, body=%said_body, metadata={op_name="jit(f)/jaxckpt_trips_3_of_2/while"}
+  %w.1 = f32[8] while(%x), condition=%any, body=%known_body,\
+ backend_config={"known_trip_count":{"n":"6"}}
+  %w.2 = f32[8] while(%x), condition=%any, body=%said_body,\
+ metadata={op_name="jit(f)/jaxckpt_trips_3_of_2/while"}
   %w.3 = f32[8] while(%x), condition=%bound, body=%bound_body, metadata={op_name="jit(f)/while"}
   %s.1 = (f32[4]{0}, f32[16]{0}) all-gather-start(%x), channel_id=8, replica_groups={{0,1,2,3}}
-  %p.1 = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=9, source_target_pairs={{0,3},{1,0}}
-  %a.1 = (f32[1,4]{1,0}, f32[1,4]{1,0}) all-to-all(%x, %y), channel_id=10, replica_groups=[4,2]<=[2,4]T(1,0)
+  %p.1 = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=9,\
+ source_target_pairs={{0,3},{1,0}}
+  %a.1 = (f32[1,4]{1,0}, f32[1,4]{1,0}) all-to-all(%x, %y), channel_id=10,\
+ replica_groups=[4,2]<=[2,4]T(1,0)
 }
 """
 
