@@ -29,7 +29,8 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition|called_computations)=\{?
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\]")
 _KNOWN_TRIPS = re.compile(r'known_trip_count[^0-9}]*"n":"([0-9]+)"')
-_CONSTANT = re.compile(r" s(?:32|64)\[\]\S* constant\(([0-9]+)\)")
+_CONSTANT = re.compile(r" [su](?:32|64)\[\]\S* constant\(([0-9]+)\)")
+_COUNTER = re.compile(r"get-tuple-element\(.*\), index=([0-9]+)")
 _CHANNEL = re.compile(r"channel_id=([0-9]+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _LISTED = re.compile(r"replica_groups=\{\{([0-9,]+)\}")
@@ -178,15 +179,40 @@ class _Program:
         said = trips_of_name(name[1]) if name else None
         if said is not None:
             return float(said)
-        condition = re.search(r"condition=%?([\w.\-]+)", line)
-        return self._bound(condition[1]) if condition else 1
+        parts = re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
+        if parts is None or not {*parts.groups()} <= self._computations.keys():
+            return 1
+        bound, counter = self._bound(parts[1])
+        return bound / self._increment(parts[2], counter)
 
-    def _bound(self, condition: str) -> int:
-        """Returns the bound that a loop's condition compares with: its largest constant, or 1."""
+    def _bound(self, condition: str) -> tuple[int, int | None]:
+        """Returns what a loop's condition compares with, and where the counter is in its state.
+
+        The bound is the condition's largest constant, or 1.
+        """
         lines = [*self._computations[condition].lines]
+        counters = [int(n) for line in lines for n in _COUNTER.findall(line)]
         for called in [name for line in lines for name in _called(line)]:
             lines += self._computations[called].lines
-        return max((int(n) for line in lines for n in _CONSTANT.findall(line)), default=1)
+        bound = max((int(n) for line in lines for n in _CONSTANT.findall(line)), default=1)
+        return bound, counters[0] if len(counters) == 1 else None
+
+    def _increment(self, body: str, counter: int | None) -> int:
+        """Returns what a loop's body adds to its counter: more than 1 where trips were joined."""
+        made = {
+            found[2]: line
+            for line in self._computations[body].lines
+            if (found := _INSTRUCTION.match(line))
+        }
+        root = next((line for line in made.values() if line.lstrip().startswith("ROOT")), "")
+        state = _operands(root)
+        if counter is None or " tuple(" not in root or counter >= len(state):
+            return 1
+        added = made.get(state[counter], "")
+        if " add(" not in added:
+            return 1
+        sizes = [n for name in _operands(added) for n in _CONSTANT.findall(made.get(name, ""))]
+        return max(1, int(sizes[0])) if len(sizes) == 1 else 1
 
     def _collective(self, kind, shape: str, operation: str, line: str, name, trips, loops):
         shapes = tuple(
@@ -214,6 +240,12 @@ class _Program:
         """Whether a fused reduction is cut at once: how a TPU's program writes a reduce-scatter."""
         lines = self._computations[name].lines
         return len(lines) < 10 and "dynamic-slice(%all-reduce" in lines[-1]
+
+
+def _operands(line: str) -> list[str]:
+    """Returns the names of what an instruction is given."""
+    found = _INSTRUCTION.match(line)
+    return re.findall(r"%([\w.\-]+)", line[found.end() :].partition(")")[0]) if found else []
 
 
 def _kind_of(operation: str) -> str | None:

@@ -24,6 +24,22 @@ PROGRAM = """HloModule step
   ROOT %c = pred[] compare(%p, %constant.7), direction=LT
 }
 
+%joined_bound (p: (f32[8], u32[])) -> pred[] {
+  %constant.8 = u32[] constant(8)
+  %count = u32[] get-tuple-element(%p), index=1
+  ROOT %c = pred[] compare(%count, %constant.8), direction=LT
+}
+
+%joined_body (p: (f32[8], u32[])) -> (f32[8], u32[]) {
+  %h.1 = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=11,\
+ source_target_pairs={{0,1},{1,0}}
+  %h.2 = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=12,\
+ source_target_pairs={{0,1},{1,0}}
+  %constant.9 = u32[] constant(2)
+  %next = u32[] add(%count, %constant.9)
+  ROOT %t = (f32[8]{0:T(8)}, u32[]) tuple(%x, /*index=1*/%next)
+}
+
 %bound_body (p: f32[8]) -> f32[8] {
   %f.1 = bf16[64]{0} fusion(%p), kind=kCustom, calls=%piece
   %f.2 = bf16[64]{0} fusion(%p), kind=kCustom, calls=%piece
@@ -46,6 +62,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   %w.2 = f32[8] while(%x), condition=%any, body=%said_body,\
  metadata={op_name="jit(f)/jaxckpt_trips_3_of_2/while"}
   %w.3 = f32[8] while(%x), condition=%bound, body=%bound_body, metadata={op_name="jit(f)/while"}
+  %w.4 = (f32[8], u32[]) while(%x), condition=%joined_bound, body=%joined_body
   %s.1 = (f32[4]{0}, f32[16]{0}) all-gather-start(%x), channel_id=8, replica_groups={{0,1,2,3}}
   %p.1 = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=9,\
  source_target_pairs={{0,3},{1,0}}
@@ -62,6 +79,8 @@ def test_kinds_sizes_groups_and_trips():
         ("all-reduce", 64, (0, 4), 1.5, 1),
         ("all-gather", 128, (0, 1, 2, 3), 5, 1),
         ("reduce-scatter", 64, (0, 1, 2, 3), 5, 1),
+        ("collective-permute", 16, (0, 1), 4, 1),  # two trips in one
+        ("collective-permute", 16, (0, 1), 4, 1),
         ("all-gather", 64, (0, 1, 2, 3), 1, 0),
         ("collective-permute", 16, (0, 3), 1, 0),
         ("all-to-all", 32, (0, 4), 1, 0),
@@ -70,8 +89,8 @@ def test_kinds_sizes_groups_and_trips():
 
 def test_bytes_that_one_device_sends():
     sent = [c.sent_bytes for c in traffic(PROGRAM, 8).collectives]
-    assert sent == [384, 64, 96, 192, 48, 16, 16]
-    assert traffic(PROGRAM, 8).bytes == 6 * 384 + 1.5 * 64 + 5 * (96 + 192) + 48 + 16 + 16
+    assert sent == [384, 64, 96, 192, 16, 16, 48, 16, 16]
+    assert traffic(PROGRAM, 8).bytes == 6 * 384 + 1.5 * 64 + 5 * (96 + 192) + 8 * 16 + 48 + 16 + 16
 
 
 def test_time_is_that_of_the_slowest_link():
