@@ -78,12 +78,15 @@ def build(config: TrainConfig, target: str):
         unroll=config.unroll,
         compiler_options=compiler_options(device_of(target).platform),
         tokens=config.batch_size // config.accumulate * config.seq_len,
-        vocab_size=config.model.vocab_size,
+        # On a mesh logits are cut in two ways, and no buffer tells of which they are.
+        vocab_size=config.model.vocab_size if config.mesh is None else 0,
     )
 
 
 def abstract_block(config: TrainConfig, params):
     """Returns `(block, params_i, x, *consts)` of the model's stack for one part of a batch.
+
+    On a mesh it has one device's sequences, and all of the heads and widths that `tensor` cuts.
 
     Args:
       config: Resolved for its target.
@@ -95,6 +98,7 @@ def abstract_block(config: TrainConfig, params):
 
     module = Block(config.model)
     rows = config.batch_size // config.accumulate
+    rows //= 1 if config.mesh is None else config.mesh_shape.batch_parts
     x = jax.ShapeDtypeStruct((rows, config.seq_len, config.model.d_model), config.model.dtype)
     rotary = jax.eval_shape(
         lambda: rotary_table(config.seq_len, config.model.head_dim, config.model.rope_theta)

@@ -179,7 +179,8 @@ def test_the_end_of_one_process_ends_another():
 @pytest.mark.heavy
 def test_two_processes_of_which_one_is_killed(tmp_path):
     """The run goes on, also on one device, as a run that was never ended."""
-    shared = [*MESH, "--num-heads=2", "--data", str(ROOT / "jaxckpt"), "--save-every=2"]
+    (tmp_path / "text.txt").write_text("".join(map(str, range(5000))))
+    shared = [*MESH, "--num-heads=2", f"--data={tmp_path / 'text.txt'}", "--save-every=2"]
     cache, out = tmp_path / "cache", tmp_path / "run"
 
     def both(*flags):
