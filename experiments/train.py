@@ -12,7 +12,8 @@ from cyclopts import Parameter
 
 from experiments.cli import main
 from experiments.config import TrainConfig
-from experiments.processes import ProcessFlags, joined
+from experiments.process_flags import ProcessFlags
+from experiments.processes import joined
 
 
 def train(

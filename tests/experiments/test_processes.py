@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from experiments.config import ConfigError, TrainConfig
-from experiments.processes import ProcessFlags, call_roll
+from experiments.process_flags import ProcessFlags
+from experiments.roll_call import call_roll
 from tests.experiments.runs import ROOT, TINY, finish, last_step, rows, start
 
 MESH = ("--mesh=data=2,fsdp=2", "--batch-size=8", "--num-kv-heads=2", "--seq-len=16")
