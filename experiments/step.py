@@ -59,7 +59,8 @@ def resolve_model(
         raise ConfigError(str(error)) from None
     unroll, why = config.unroll, found.why
     if not unroll:
-        unroll, because = choose_unroll(config.plan, device_of(target).platform)
+        count = 1 if config.mesh is None else config.mesh_shape.size
+        unroll, because = choose_unroll(config.plan, device_of(target).platform, count)
         why = (*why, because)
     return dataclasses.replace(config, model=found.config, unroll=unroll), why
 
