@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from experiments.build import build
 from experiments.config import ConfigError, OptimizerConfig, TrainConfig
 from experiments.placing import abstract_state, make_mesh
+from experiments.step import resolve_model
 from jaxckpt.memory.flops import count_flops
 from jaxckpt.models import TransformerConfig, resolve
 from jaxckpt.models.mesh import MeshShape
@@ -71,6 +72,12 @@ def test_auto_is_the_flash_kernel_where_a_layout_runs_it():
     model = dataclasses.replace(MODEL, attention="auto", dtype="auto", head_dim=128)
     chosen = lambda **how: resolve(model, "v5e-4", seq_len=512, **how).config.attention
     assert (chosen(spread=True), chosen()) == ("splash", "plain")
+
+
+def test_blocks_are_unrolled_on_one_gpu_alone():
+    config = TrainConfig(model=MODEL, remat="attention")
+    assert resolve_model(config, "h100")[0].unroll == MODEL.num_blocks
+    assert resolve_model(dataclasses.replace(config, mesh="fsdp=8"), "h100-8")[0].unroll == 1
 
 
 def test_a_mesh_is_known_by_its_sizes():
