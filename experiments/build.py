@@ -18,7 +18,7 @@ from jaxckpt.plans import Plan
 # The settings that a step is made of; the others (data, folders) are a run's.
 _OF_STEP = (
     *("model", "optimizer", "unroll", "batch_size", "accumulate", "seq_len", "seed"),
-    *("steps", "loss_chunk_tokens", "z_loss", "trainable", "pack"),
+    *("steps", "loss_chunk_tokens", "z_loss", "trainable", "pack", "mesh"),
 )
 
 
@@ -33,7 +33,7 @@ def entry_of(config: TrainConfig, target: str) -> Entry:
 def plan_entry(config: TrainConfig, target: str) -> Entry:
     """Returns the same without its plan, which the planner puts in."""
     settings = config.to_dict()
-    arguments = {"settings": {name: settings[name] for name in _OF_STEP}, "target": target}
+    arguments = {"settings": {name: settings.get(name) for name in _OF_STEP}, "target": target}
     return Entry(function="experiments.build:built_step", arguments=arguments)
 
 
@@ -51,19 +51,22 @@ def built_step(settings: Mapping[str, Any], target: str, plan: str):
 def build(config: TrainConfig, target: str):
     """Returns the abstract `BuiltStep` of a configuration for a target.
 
+    On a mesh the arguments have shardings: over this process's devices for `local`, else over a
+    mesh without devices.
+
     Raises:
-      ConfigError: It names a kernel that the target does not have.
+      ConfigError: It names a kernel that the target does not have, or a mesh of another size.
       PlanError (when traced): The plan names what the blocks do not have.
     """
-    import jax
-
-    from experiments.step import init_state, make_train_step, resolve_model
+    from experiments.placing import abstract_state, abstract_tokens, make_mesh
+    from experiments.step import make_train_step, resolve_model
     from jaxckpt.memory.built_step import BuiltStep
     from jaxckpt.models.auto import device_of
 
     config, _ = resolve_model(config, target)
-    state = jax.eval_shape(lambda: init_state(config))
-    tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), "int32")
+    mesh = make_mesh(config) if target == "local" else None
+    state = abstract_state(config, mesh)
+    tokens = abstract_tokens(config, mesh)
     batch = (tokens, tokens) if config.pack else tokens
     return BuiltStep(
         fn=make_train_step(config),
@@ -75,12 +78,15 @@ def build(config: TrainConfig, target: str):
         unroll=config.unroll,
         compiler_options=compiler_options(device_of(target).platform),
         tokens=config.batch_size // config.accumulate * config.seq_len,
-        vocab_size=config.model.vocab_size,
+        # On a mesh logits are cut in two ways, and no buffer tells of which they are.
+        vocab_size=config.model.vocab_size if config.mesh is None else 0,
     )
 
 
 def abstract_block(config: TrainConfig, params):
     """Returns `(block, params_i, x, *consts)` of the model's stack for one part of a batch.
+
+    On a mesh it has one device's sequences, and all of the heads and widths that `tensor` cuts.
 
     Args:
       config: Resolved for its target.
@@ -92,6 +98,7 @@ def abstract_block(config: TrainConfig, params):
 
     module = Block(config.model)
     rows = config.batch_size // config.accumulate
+    rows //= 1 if config.mesh is None else config.mesh_shape.batch_parts
     x = jax.ShapeDtypeStruct((rows, config.seq_len, config.model.d_model), config.model.dtype)
     rotary = jax.eval_shape(
         lambda: rotary_table(config.seq_len, config.model.head_dim, config.model.rope_theta)

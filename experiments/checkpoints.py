@@ -86,13 +86,16 @@ class Checkpoints:
 
         Args:
           step: From `latest`.
-          like: The abstract state; its shardings say where the arrays go.
+          like: The abstract state; its shardings say where the arrays go, whatever the mesh that
+            they were saved on. By default they go to this process's first device.
 
         Raises:
           ConfigError: The checkpoint cannot be read or holds other arrays.
         """
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), like
+        )
         try:
             return self._checkpointer.load(step, like)
         except Exception as error:  # see `about`
@@ -178,8 +181,8 @@ def about_run(
 def check_same_run(config: TrainConfig, corpus_sha256: str, about: dict[str, object]):
     """Raises unless a run may go on from a checkpoint.
 
-    Plan, unrolling, accumulation and what concerns folders and validation may differ: the
-    arithmetic of a step does not depend on them. All else has to be the same.
+    Plan, unrolling, accumulation, mesh, processes and what concerns folders and validation may
+    differ: the arithmetic of a step does not depend on them. All else has to be the same.
 
     Raises:
       ConfigError: Naming every difference.

@@ -16,11 +16,12 @@ from experiments.init import shape_flags
 from experiments.record import RunError
 from jaxckpt.memory.launch import Unavailable
 from jaxckpt.memory.targets import TargetError
+from jaxckpt.models.mesh import MeshError
 from jaxckpt.planner.result import BudgetError
 from jaxckpt.plans import PlanError
 
 USER_ERRORS = (PlanError, ConfigError, DataError, NotImplementedError, TargetError, Unavailable)
-USER_ERRORS += (BudgetError,)
+USER_ERRORS += (BudgetError, MeshError)
 
 
 def main(command: Callable, tokens: Sequence[str] | None = None):

@@ -15,7 +15,7 @@ _KEEPING = ("none", "full")
 _GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0}
 
 
-def choose_unroll(plan: Plan, platform: str) -> tuple[int, str]:
+def choose_unroll(plan: Plan, platform: str, num_devices: int = 1) -> tuple[int, str]:
     """Returns the blocks to unroll in one trip of the stack's loop, and a line that says why.
 
     A loop copies each residual it keeps into a stacked buffer, zeroed before, and out of it again.
@@ -24,10 +24,14 @@ def choose_unroll(plan: Plan, platform: str) -> tuple[int, str]:
     Args:
       plan: Bound to the number of blocks.
       platform: `"cpu"`, `"gpu"` or `"tpu"`.
+      num_devices: Devices that the step is spread over.
     """
     kept = [stage for stage in plan.stages if stage.schedule in _KEEPING]
     if platform != "gpu":
         return 1, f"unroll 1: a loop compiles fastest, and on {platform} no gain is known"
+    if num_devices > 1:
+        # Unrolled, several blocks' weights and gradients wait for one joined exchange.
+        return 1, "unroll 1: in a loop, one block at a time is gathered and reduced"
     if len(kept) < len(plan.stages):
         return 1, "unroll 1: schedules run in loops"
     if any(policy.kind == "offload" for stage in kept for policy in stage.policies):

@@ -23,6 +23,7 @@ from cyclopts import Parameter
 
 from jaxckpt.losses.sizes import chunk_positions
 from jaxckpt.models.config import TransformerConfig
+from jaxckpt.models.mesh import MeshError, MeshShape
 from jaxckpt.planner.budgets import given_bytes, host_bytes
 from jaxckpt.plans import Plan
 from jaxckpt.plans.errors import nearest
@@ -130,6 +131,8 @@ class TrainConfig:
       calibrate: Time a block on this device once, so that auto plans with its seconds.
       unroll: Blocks unrolled in one trip of the stack's loop; 0 takes what is fastest for the plan
         on the chip.
+      mesh: Devices that a step is spread over, such as data=2,fsdp=4,tensor=2: the batch is cut
+        over data and fsdp, parameters and optimizer over fsdp, heads and widths over tensor.
       steps: Training steps.
       batch_size: Sequences a step.
       accumulate: Parts that a batch is cut into; their gradients are added up one after another.
@@ -166,6 +169,7 @@ class TrainConfig:
     host_budget: str | None = None
     calibrate: Annotated[bool, Parameter(negative="")] = False
     unroll: int = 0
+    mesh: str | None = None
     steps: int = 150
     batch_size: int = 16
     accumulate: int = 1
@@ -198,6 +202,8 @@ class TrainConfig:
                 f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}; "
                 f"valid: {', '.join(map(str, parts))}"
             )
+        if self.mesh is not None:
+            self._check_mesh()
         if self.end_token is not None and not (self.pack and 0 <= self.end_token < 2**32):
             raise ConfigError(
                 f"end_token is {self.end_token}; it is a token id, and of --pack alone"
@@ -225,6 +231,17 @@ class TrainConfig:
                 "plan 'auto' needs a budget: --budget=auto is all that the device can use, "
                 "--budget=15GiB a number of bytes"
             )
+
+    def _check_mesh(self):
+        try:
+            self.mesh_shape.check(self.model, self.batch_size, self.accumulate)
+        except MeshError as error:
+            raise ConfigError(str(error)) from None
+
+    @property
+    def mesh_shape(self) -> MeshShape | None:
+        """The mesh's axes; None without a mesh."""
+        return None if self.mesh is None else MeshShape.parse(self.mesh)
 
     @property
     def is_auto(self) -> bool:

@@ -13,8 +13,8 @@ class Display:
       console: Where lines go; text printed through it stands above the live line.
     """
 
-    def __init__(self, steps: int, console: Console | None = None):
-        self.console = console or Console(highlight=False, soft_wrap=True)
+    def __init__(self, steps: int, console: Console | None = None, *, quiet: bool = False):
+        self.console = console or Console(highlight=False, soft_wrap=True, quiet=quiet)
         self._steps = steps
         self._started = time.perf_counter()
         self._progress = Progress(

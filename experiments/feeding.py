@@ -1,4 +1,6 @@
-"""The batches of a run: windows of its corpus, or packed rows."""
+"""The batches of a run: windows of its corpus, or packed rows, put where its mesh wants them."""
+
+import functools
 
 import jax
 
@@ -19,8 +21,45 @@ def training_batches(config: TrainConfig, corpus: Corpus) -> Batches | PackedBat
     if not config.pack:
         return Batches(tokens=corpus.train, seq_len=config.seq_len, **sizes)
     rows = PackedRows(tokens=corpus.train, starts=corpus.train_starts, seq_len=config.seq_len)
-    shards = {"shard": jax.process_index(), "num_shards": jax.process_count()}
-    return PackedBatches(rows=rows, **sizes, **shards)
+    return PackedBatches(rows=rows, **sizes)
+
+
+def put_batch(batches: Batches | PackedBatches, step: int, where: jax.sharding.Sharding | None):
+    """Returns the batch of a step; on a mesh, each process reads the rows of its own devices.
+
+    A batch is the same however many processes read it.
+
+    Args:
+      batches: From `training_batches`.
+      step: Steps done before.
+      where: The batch's sharding; None without a mesh.
+    """
+    if where is None:
+        return batches.at(step)
+    rows = functools.cache(lambda start, stop: batches.at(step, start, stop))
+    shape = (batches.batch_size, (batches.rows if _is_packed(batches) else batches).seq_len + 1)
+
+    def part(place: int | None):
+        def read(index):
+            start, stop, _ = index[0].indices(batches.batch_size)
+            found = rows(start, stop)
+            return found if place is None else found[place]
+
+        return jax.make_array_from_callback(shape, where, read)
+
+    return (part(0), part(1)) if _is_packed(batches) else part(None)
+
+
+def _is_packed(batches: Batches | PackedBatches) -> bool:
+    return isinstance(batches, PackedBatches)
+
+
+def put_whole(arrays, where: jax.sharding.Sharding | None):
+    """Returns arrays that every process has whole, cut as a mesh wants them."""
+    if where is None:
+        return arrays
+    put = lambda x: jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+    return jax.tree.map(put, arrays)
 
 
 def held_out_batches(config: TrainConfig, corpus: Corpus) -> tuple:

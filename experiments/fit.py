@@ -3,6 +3,7 @@
 python -m experiments.fit --config configs/qwen3_0p6b.toml --target v5e-1 --plan none --plan sqrt
 python -m experiments.fit --config configs/qwen3_0p6b.toml --target v5e-1 --plan auto --budget 15GiB
 python -m experiments.fit --config configs/qwen3_0p6b.toml --target h100 --max batch-size
+python -m experiments.fit --config configs/qwen3_8b.toml --target v5e-16 --mesh fsdp=16
 """
 
 import dataclasses
@@ -65,7 +66,7 @@ def fit(
     check_shape(settings)
     cases = _cases(settings, flags)
     check_calibrated(settings, [config.plan for config, _ in cases], flags.target)
-    check_targets(flags.target)
+    check_targets(flags.target, settings.mesh_shape)
     rows = measure_all(cases, largest=flags.max, parallel=flags.parallel)
     failed = [row for row in rows if row.error is not None]
     if len(failed) < len(rows) or len(rows) > 1:

@@ -86,6 +86,8 @@ class FitRow:
             "flops": report.flops,
             "recomputed_flops": report.recomputed_flops,
             "step_seconds": report.estimated_seconds,
+            "collective_bytes": report.collective_bytes,
+            "collective_seconds": report.collective_seconds,
             "compile_seconds": report.compile_seconds,
             "findings": list(report.findings),
             "source": report.source,

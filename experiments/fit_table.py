@@ -65,12 +65,13 @@ def _title(row: FitRow, settings: TrainConfig, largest: str | None) -> str:
         for name in ("batch-size", "seq-len")
     )
     usable = "" if report.usable_bytes is None else f", {gib(report.usable_bytes)} usable a device"
+    mesh = "" if settings.mesh is None else f", mesh {settings.mesh_shape}"
     if row.budget_bytes is not None:
         usable += f", a budget of {gib(row.budget_bytes)}"
     if row.host_budget_bytes is not None:
         usable += f", of the host {gib(row.host_budget_bytes)}"
     return (
-        f"{report.target}{usable}: {model.num_blocks} blocks of width {model.d_model}, "
+        f"{report.target}{mesh}{usable}: {model.num_blocks} blocks of width {model.d_model}, "
         f"batch {batch} x {size} tokens, {settings.optimizer.kind}, jax {report.jax_version}"
     )
 
@@ -80,6 +81,8 @@ def _table(rows: Sequence[FitRow], largest: str | None) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("plan", no_wrap=True)
     columns = ("peak GiB", "host GiB", "left GiB", "run again", "est. ms", "compiled s")
+    if any(row.report.collective_seconds is not None for row in rows):
+        columns = (*columns[:5], "sending ms", *columns[5:])
     for name in ([largest] if largest else []) + list(columns):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
@@ -96,6 +99,7 @@ def _table(rows: Sequence[FitRow], largest: str | None) -> Table:
             _number(row.left_bytes, 2**30),
             _number(row.recomputed, 0.01, "{:.1f} %"),
             _number(report.estimated_seconds, 1e-3, "{:.1f}"),
+            *([_number(report.collective_seconds, 1e-3, "{:.1f}")] * ("sending ms" in columns)),
             _number(report.compile_seconds, 1, "{:.1f}"),
             ", ".join(verdicts),
             style="bold" if row is chosen else None,

@@ -163,10 +163,13 @@ def load_params(folder: Path, like):
 
     Args:
       folder: The folder.
-      like: The abstract parameters: their dtypes may differ from the files'.
+      like: The abstract parameters: their dtypes may differ from the files'; where they have
+        shardings, so have the parameters.
     """
     import jax
     from flax import traverse_util
+
+    from experiments.feeding import put_whole
 
     leaves = traverse_util.flatten_dict(like)
     shards = Shards(folder)
@@ -178,5 +181,6 @@ def load_params(folder: Path, like):
             value = shards.tensor(tensor.name)
             row = made if tensor.block is None else made[tensor.block]
             row[...] = value.T if tensor.transposed else value
-        found[path] = jax.device_put(made)
+        where = leaves[path].sharding
+        found[path] = jax.device_put(made) if where is None else put_whole(made, where)
     return traverse_util.unflatten_dict(found)

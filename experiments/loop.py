@@ -15,10 +15,12 @@ from experiments.checkpoints import Checkpoints, about_run, check_same_run
 from experiments.config import ConfigError, TrainConfig
 from experiments.data import Corpus
 from experiments.display import Display
-from experiments.feeding import held_out_batches, training_batches
+from experiments.feeding import held_out_batches, put_batch, put_whole, training_batches
 from experiments.init import load_params
+from experiments.placing import abstract_state, batch_sharding, make_mesh
 from experiments.plan_checks import explained, needless
-from experiments.record import Record, RunError
+from experiments.processes import any_of_us, is_first
+from experiments.record import Record, RunError, Unrecorded
 from experiments.step import TrainState, init_state, make_validation_step, resolve_model
 from experiments.stopping import StopRequest
 from jaxckpt.memory.chips import chip_of_device
@@ -43,7 +45,7 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path):
     """
     jax.config.update("jax_compilation_cache_dir", str(config.compile_cache.expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    display = Display(config.steps)
+    display = Display(config.steps, quiet=not is_first())
     display.print(f"data    {corpus.summary}")
     display.print(f"plan    {config.remat} on {config.model.num_blocks} blocks")
     limit, host_limit = limit_bytes(config, "local"), host_limit_bytes(config)
@@ -70,12 +72,18 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path):
         header = _header(config, corpus, report, compile_seconds)
         header |= {"budget_bytes": limit, "host_budget_bytes": host_limit}
         header |= {"planned_for": planned_for}
-        with contextlib.closing(Record(folder, config, header, resumed)) as record:
+        with contextlib.closing(_record(folder, config, header, resumed)) as record:
             training = _Training(
                 config, planned_for, corpus, step, report, record, checkpoints, display
             )
             with display, StopRequest() as stop:
                 training.run(state, stop)
+
+
+def _record(folder: Path, config: TrainConfig, header, resumed: int | None):
+    if is_first():
+        return Record(folder, config, header, resumed)
+    return Unrecorded(folder, resumed)
 
 
 def _find_checkpoint(
@@ -92,12 +100,18 @@ def _find_checkpoint(
 
 def _first_state(checkpoints: Checkpoints, resumed: int | None, config: TrainConfig) -> TrainState:
     make = functools.partial(init_state, config)
+    like = abstract_state(config, make_mesh(config))
     if resumed is not None:
-        return checkpoints.load(resumed, jax.eval_shape(make))
+        return checkpoints.load(resumed, like)
+    where = {} if config.mesh is None else {"out_shardings": jax.tree.map(_sharding, like)}
     if config.init is None:
-        return jax.jit(make)()
-    params = load_params(config.init, jax.eval_shape(make).params)
-    return jax.jit(make, donate_argnums=0)(params)
+        return jax.jit(make, **where)()
+    params = load_params(config.init, like.params)
+    return jax.jit(make, donate_argnums=0, **where)(params)
+
+
+def _sharding(leaf):
+    return leaf.sharding
 
 
 def _compile(config: TrainConfig, display: Display):
@@ -124,11 +138,13 @@ def _header(config: TrainConfig, corpus: Corpus, report: MemoryReport, compile_s
         "memory_source": report.source,
         "step_flops": report.flops,
         "recomputed_flops": report.recomputed_flops,
-        "peak_flops_per_second": peak_flops_per_second(),
+        "peak_flops_per_second": peak_flops_per_second(config),
         "findings": list(report.findings),
         "buffers": [dataclasses.asdict(one) for one in report.buffers],
         "compile_seconds": compile_seconds,
         "device": device.device_kind,
+        "devices": 1 if config.mesh is None else config.mesh_shape.size,
+        "processes": jax.process_count(),
         "backend": device.platform,
         "corpus": corpus.name,
         "corpus_sha256": corpus.sha256,
@@ -144,9 +160,10 @@ class _Training:
         self.config, self.planned_for = config, planned_for
         self.corpus, self.step, self.report = corpus, step, report
         self.record, self.checkpoints, self.display = record, checkpoints, display
-        self.peak_flops = peak_flops_per_second()
+        self.peak_flops = peak_flops_per_second(config)
         self.validate = _validator(config, corpus)
         self.writer = _tensorboard(config, record.path.parent)
+        self.where = batch_sharding(config)
 
     def run(self, state: TrainState, stop: StopRequest):
         """Steps until the end or a request to stop."""
@@ -158,11 +175,12 @@ class _Training:
             every = config.validate_every
             if number == config.steps or (every and number % every == 0):
                 loss = self._validate(state, number)
-            if stop.signal_name:
+            if any_of_us(stop.signal_name is not None):
                 self._save(state)
                 self.checkpoints.wait()
+                why = stop.signal_name or "another process was stopped"
                 self.display.print(
-                    f"{stop.signal_name}: saved step {number} in {self.checkpoints.folder}; "
+                    f"{why}: saved step {number} in {self.checkpoints.folder}; "
                     "--resume goes on from there"
                 )
                 return
@@ -179,7 +197,7 @@ class _Training:
 
     def _step(self, state: TrainState, batches, number: int) -> TrainState:
         config = self.config
-        batch = batches.at(number - 1)
+        batch = put_batch(batches, number - 1, self.where)
         started = time.perf_counter()
         state, metrics = self.step(state, batch)
         metrics = jax.device_get(metrics)  # waits for the step
@@ -234,7 +252,7 @@ class _Training:
 
 def _validator(config: TrainConfig, corpus: Corpus):
     """Returns a function from parameters to the loss on fixed validation windows."""
-    batches = held_out_batches(config, corpus)
+    batches = put_whole(held_out_batches(config, corpus), batch_sharding(config))
     step = jax.jit(make_validation_step(config))
 
     def validate(params) -> float:
@@ -245,21 +263,22 @@ def _validator(config: TrainConfig, corpus: Corpus):
 
 
 def _tensorboard(config: TrainConfig, folder: Path):
-    if not config.tensorboard:
+    if not config.tensorboard or not is_first():
         return None
     from tensorboardX import SummaryWriter
 
     return SummaryWriter(str(folder))
 
 
-def peak_flops_per_second() -> float | None:
-    """Returns the bf16 peak of this process's device; None for one that is not in the table."""
+def peak_flops_per_second(config: TrainConfig) -> float | None:
+    """Returns the bf16 peak of a run's devices; None for one that is not in the table."""
     chip = chip_of_device(jax.devices()[0].device_kind)
-    return None if chip is None else chip.bf16_flops_per_second
+    count = 1 if config.mesh is None else config.mesh_shape.size
+    return None if chip is None else count * chip.bf16_flops_per_second
 
 
 def utilization(report: MemoryReport, seconds: float, peak_flops: float | None) -> dict[str, float]:
-    """Returns the shares of a chip's peak that a step reaches; empty where the peak is unknown.
+    """Returns the shares of the devices' peak that a step reaches; empty where the peak is unknown.
 
     `mfu` counts what the model needs, `hfu` also what the plan runs again (Chowdhery et al. 2022,
     PaLM, appendix B); both count matrix products and attention from the jaxpr.

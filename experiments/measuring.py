@@ -17,20 +17,23 @@ from jaxckpt.memory import launch
 from jaxckpt.memory.absent import measure_entry
 from jaxckpt.memory.report import MemoryReport
 from jaxckpt.memory.targets import parse_target
+from jaxckpt.models.mesh import MeshShape
 from jaxckpt.planner.result import BudgetError, FitResult
 
 # A sequence grows by whole blocks of the attention kernels.
 _SEQUENCE_UNIT = 128
 
 
-def check_targets(targets: Sequence[str]):
-    """Raises for a target that does not exist, or whose compiler is not installed.
+def check_targets(targets: Sequence[str], mesh: MeshShape | None = None):
+    """Raises for a target that does not exist, is no such mesh, or has no compiler installed.
 
     Raises:
-      TargetError, Unavailable: In one line, before anything is compiled.
+      TargetError, MeshError, Unavailable: In one line, before anything is compiled.
     """
     for target in map(parse_target, targets):
         if target.backend != "local":
+            if mesh is not None:
+                mesh.check_devices(target.num_devices, f"target {target}")
             launch.check_available(target)
 
 
@@ -104,7 +107,8 @@ def _measure(config: TrainConfig, target: str, here) -> MemoryReport:
 def _largest_row(row: FitRow, largest: str, here) -> FitRow:
     """Returns the row of the largest size that fits, verified on both sides by compiling."""
     config, field = row.config, largest.replace("-", "_")
-    unit = config.accumulate if field == "batch_size" else _SEQUENCE_UNIT
+    rows = config.accumulate * (config.mesh_shape.batch_parts if config.mesh else 1)
+    unit = rows if field == "batch_size" else _SEQUENCE_UNIT
     start = max(1, getattr(config, field) // unit)
 
     def sized(count: int) -> FitRow:

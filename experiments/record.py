@@ -115,6 +115,20 @@ class Record:
         self._file.close()
 
 
+class Unrecorded:
+    """The record of a process that leaves it to the first one; `validations` are the same."""
+
+    def __init__(self, folder: Path, resumed: int | None):
+        self.path = folder / METRICS
+        self.validations = {} if resumed is None else _validations(_rows_until(self.path, resumed))
+
+    def write(self, row: dict[str, object]):
+        """Writes nothing."""
+
+    def close(self):
+        """Closes nothing."""
+
+
 def _rows_until(path: Path, step: int) -> list[str]:
     """Returns the lines of a record up to a step; a line that a killed run tore is dropped."""
     kept = []

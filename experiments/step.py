@@ -14,6 +14,7 @@ from experiments.trainable import merge, split
 from jaxckpt.memory.targets import Target
 from jaxckpt.models import Transformer, next_token_loss, resolve
 from jaxckpt.models.auto import device_of
+from jaxckpt.models.sharding import Layout
 
 _IGNORED = -1  # the target of a document's last position: it belongs to the next document
 
@@ -52,14 +53,21 @@ def resolve_model(
       ConfigError: The model names a kernel that the target or its sizes do not have.
     """
     try:
-        found = resolve(config.model, target, seq_len=config.seq_len, packed=config.pack)
+        sizes = {"seq_len": config.seq_len, "packed": config.pack}
+        found = resolve(config.model, target, spread=config.mesh is not None, **sizes)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     unroll, why = config.unroll, found.why
     if not unroll:
-        unroll, because = choose_unroll(config.plan, device_of(target).platform)
+        count = 1 if config.mesh is None else config.mesh_shape.size
+        unroll, because = choose_unroll(config.plan, device_of(target).platform, count)
         why = (*why, because)
     return dataclasses.replace(config, model=found.config, unroll=unroll), why
+
+
+def layout_of(config: TrainConfig) -> Layout | None:
+    """Returns where a configuration's arrays lie on its mesh; None without one."""
+    return None if config.mesh is None else Layout(config.mesh_shape)
 
 
 def init_state(config: TrainConfig, params=None) -> TrainState:
@@ -100,7 +108,8 @@ def make_train_step(config: TrainConfig):
       ConfigError: A pattern of `trainable` matches nothing.
     """
     optimizer = make_optimizer(config.optimizer, config.steps)
-    loss_of = _make_loss(config)
+    loss_of = make_loss(config)
+    layout = layout_of(config)
 
     def train_step(state: TrainState, batch):
         key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
@@ -109,6 +118,7 @@ def make_train_step(config: TrainConfig):
         part_loss = lambda trainable, part, key: loss_of(merge(trainable, frozen), part, key, count)
         gradients_of = _accumulated(config, jax.value_and_grad(part_loss))
         loss, gradients = gradients_of(trainable, batch, key)
+        gradients = _placed(gradients, layout)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, trainable)
@@ -124,6 +134,7 @@ def make_train_step(config: TrainConfig):
             skipped=state.skipped + skipped,
             skipped_in_row=(state.skipped_in_row + 1) * skipped,
         )
+        state = _placed(state, layout)
         metrics = {"loss": loss, "gradient_norm": norm}
         counts = {"skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
         return state, metrics | counts
@@ -131,13 +142,22 @@ def make_train_step(config: TrainConfig):
     return train_step
 
 
-def _make_loss(config: TrainConfig):
+def _placed(tree, layout: Layout | None):
+    """Returns parameters, or what holds their like, where they belong on the mesh."""
+    if layout is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, layout.of_params(tree))
+
+
+def make_loss(config: TrainConfig):
     """Returns `loss(params, batch, key, count)` in nats a token.
 
     `count` is None for the mean over the batch, or what its sum is divided by.
     """
-    model = Transformer(config.model, remat=config.plan, unroll=config.unroll or 1)
+    layout = layout_of(config)
+    model = Transformer(config.model, remat=config.plan, unroll=config.unroll or 1, layout=layout)
     options = {"chunk_tokens": config.loss_chunk_tokens or None, "z_loss": config.z_loss}
+    options["layout"] = layout
 
     def loss(params, batch, key, count):
         inputs_BS, targets_BS = _inputs_and_targets(batch)
@@ -180,16 +200,19 @@ def _accumulated(config: TrainConfig, value_and_grad):
     """Returns `value_and_grad` over a batch in parts: only one part's activations are live."""
     if config.accumulate == 1:
         return value_and_grad
-    parts = config.accumulate
+    parts, layout = config.accumulate, layout_of(config)
 
     def accumulated(params, batch, key):
         def add_part(total, numbered):
             index, part = numbered
             found = value_and_grad(params, part, jax.random.fold_in(key, index))
-            return jax.tree.map(jnp.add, total, found), None
+            return _placed(jax.tree.map(jnp.add, total, found), layout), None
 
-        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros([]), params))
-        cut = lambda array: array.reshape(parts, -1, array.shape[-1])
+        def cut(array):
+            array = array.reshape(parts, -1, array.shape[-1])
+            return array if layout is None else layout.parts(array)
+
+        zero = _placed(jax.tree.map(jnp.zeros_like, (jnp.zeros([]), params)), layout)
         total, _ = jax.lax.scan(add_part, zero, (jnp.arange(parts), jax.tree.map(cut, batch)))
         return jax.tree.map(lambda x: x / parts, total)
 
@@ -201,12 +224,13 @@ def make_validation_step(config: TrainConfig):
 
     It is the cross entropy alone: without dropout, and without `z_loss`.
     """
-    model = Transformer(config.model, remat="none")
+    layout = layout_of(config)
+    model = Transformer(config.model, remat="none", layout=layout)
 
     def validation_step(params, batch):
         inputs_BS, targets_BS = _inputs_and_targets(batch)
         x_BSD = model.apply({"params": params}, *inputs_BS, method="features")
-        options = {"ignore_index": _IGNORED, "return_count": True}
+        options = {"ignore_index": _IGNORED, "return_count": True, "layout": layout}
         return next_token_loss(x_BSD, params, targets_BS, config.model, **options)
 
     return validation_step

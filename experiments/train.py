@@ -12,10 +12,13 @@ from cyclopts import Parameter
 
 from experiments.cli import main
 from experiments.config import TrainConfig
+from experiments.process_flags import ProcessFlags
+from experiments.processes import joined
 
 
 def train(
     settings: TrainConfig = TrainConfig(),
+    processes: ProcessFlags = ProcessFlags(),
     *,
     config: Annotated[Path | None, Parameter(help="TOML file with any of the settings.")] = None,
 ):
@@ -28,6 +31,7 @@ def train(
     if settings.tensorboard:
         check_tensorboard()
     check_calibrated(settings, [settings.plan], ["local"])
+    processes.check(settings)
     del config  # read before the other flags were parsed; see experiments.cli
     folder = run_folder(settings)
     tokenizer = check_init(settings)
@@ -42,9 +46,10 @@ def train(
     )
     check_corpus(corpus, seq_len=settings.seq_len, vocab_size=settings.model.vocab_size)
 
-    from experiments.loop import run  # only now is JAX imported
+    with joined(processes, settings, corpus.sha256):
+        from experiments.loop import run  # only now is JAX imported
 
-    run(settings, corpus, folder)
+        run(settings, corpus, folder)
 
 
 if __name__ == "__main__":

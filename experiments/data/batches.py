@@ -32,9 +32,10 @@ class Batches:
     def __post_init__(self):
         _check_window(self.tokens, self.seq_len)
 
-    def at(self, step: int) -> np.ndarray:
-        """Returns the batch of a step, int32 `[batch_size, seq_len + 1]`."""
-        rows = np.arange(self.batch_size, dtype=np.uint64) + np.uint64(step * self.batch_size)
+    def at(self, step: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Returns the batch of a step, or its rows `start..stop`, int32 `[rows, seq_len + 1]`."""
+        stop = self.batch_size if stop is None else stop
+        rows = np.arange(start, stop, dtype=np.uint64) + np.uint64(step * self.batch_size)
         starts = _mix(rows, self.seed) % np.uint64(len(self.tokens) - self.seq_len)
         return _windows(self.tokens, starts.astype(np.int64), self.seq_len)
 

@@ -60,41 +60,38 @@ class PackedBatches:
 
     Attributes:
       rows: The rows.
-      batch_size: Rows of a batch, over all processes.
+      batch_size: Rows of a batch.
       seed: Of the order; any whole number.
-      shard: This process's number.
-      num_shards: Processes that a batch is dealt out to; it divides `batch_size`.
 
     Raises:
-      DataError: Grain is not installed, or the processes do not divide a batch.
+      DataError: Grain is not installed.
     """
 
     rows: PackedRows
     batch_size: int
     seed: int = 0
-    shard: int = 0
-    num_shards: int = 1
 
     def __post_init__(self):
-        if self.batch_size % self.num_shards:
-            raise DataError(
-                f"batch_size {self.batch_size} is not divided by {self.num_shards} processes"
-            )
         check_grain()
 
-    def at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns this process's tokens and segment ids of a step, int32 `[rows, seq_len + 1]`."""
-        return self._dataset[step]
+    def at(
+        self, step: int, start: int = 0, stop: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns tokens and segment ids of a step, or of its rows `start..stop` alone.
+
+        Both are int32 `[rows, seq_len + 1]`.
+        """
+        stop = self.batch_size if stop is None else stop
+        rows = [self._order[step * self.batch_size + row] for row in range(start, stop)]
+        return tuple(np.stack(part) for part in zip(*rows, strict=True))
 
     @functools.cached_property
-    def _dataset(self):
+    def _order(self):
         import grain
 
         # Grain adds the epoch to its seed, so neighboring seeds would share orders: mixed, they
         # do not.
-        order = grain.MapDataset.source(self.rows).shuffle(mix_seed(self.seed)).repeat()
-        mine = order[self.shard :: self.num_shards]
-        return mine.batch(self.batch_size // self.num_shards)
+        return grain.MapDataset.source(self.rows).shuffle(mix_seed(self.seed)).repeat()
 
 
 def packed_validation_batches(

@@ -23,6 +23,7 @@ from jax import lax
 
 from jaxckpt.losses import inputs
 from jaxckpt.losses.chunks import Chunks, choose_chunks, given_chunks
+from jaxckpt.losses.placement import Placement
 from jaxckpt.losses.row_statistics import row_statistics
 
 _NO_FORWARD_MODE = (
@@ -39,6 +40,7 @@ def linear_cross_entropy(
     layout: str = "DV",
     chunk_tokens: int | None = None,
     token_shards: int = 1,
+    placement: Placement | None = None,
     ignore_index: int | None = None,
     z_loss: float = 0.0,
     reduction: str = "mean",
@@ -57,10 +59,11 @@ def linear_cross_entropy(
 
     Under SPMD, on meshes of `Auto` axes, `w` may be sharded too. Over V that costs, a chunk, three
     reductions of a float a token and one of a `[tokens, D]` gradient of `x`; logits stay where
-    they are. Over D (FSDP), gather it first: `with_sharding_constraint`. Tokens over several
-    devices cost a reduction of the gradient of `w`, which some compilers do for every chunk (TPU's
-    does it once). With `token_shards` each device sums its own in the loop, and there is one
-    reduction after it; a flattened `[tokens, D]` stays sharded then as well.
+    they are. Over D (FSDP), a `placement` spreads its vocabulary instead, or gather it first by
+    `with_sharding_constraint`. Tokens over several devices cost a reduction of the gradient of
+    `w`, which some compilers do for every chunk (TPU's does it once). With `token_shards` each
+    device sums its own in the loop, and there is one reduction after it; a flattened `[tokens, D]`
+    stays sharded then as well.
 
     Args:
       x: Hidden states `[..., S, D]`, bfloat16, float32 or float64.
@@ -72,6 +75,8 @@ def linear_cross_entropy(
         default the logits of a chunk weigh what the float32 gradient of `w` weighs (D tokens a
         device), at least 64 MiB; a last chunk may then be smaller.
       token_shards: Devices over which the first axis of `x` is sharded; it divides that axis.
+      placement: Where arrays lie on a mesh that cuts tokens and weights over one axis; it has
+        `token_shards` of its own.
       ignore_index: A target that is not counted, such as padding.
       z_loss: Weight of the squared log-partition function, a Python number (PaLM, Chowdhery et
         al. 2022, section 5: 1e-4).
@@ -98,13 +103,17 @@ def linear_cross_entropy(
     )
     x, w, targets = jnp.asarray(x), jnp.asarray(w), jnp.asarray(targets)
     inputs.check_arrays(x, w, targets, options)
+    if placement is not None:
+        if token_shards != 1:
+            raise ValueError(f"a placement has its token_shards; {token_shards} are given as well")
+        token_shards = placement.num_shards
     x, targets = _split_shards(x, targets, token_shards)
     vocab_size = w.shape[1 - options.width_axis]
     if chunk_tokens is None:
         chunks = choose_chunks(targets.shape, x.shape[-1], vocab_size, token_shards)
     else:
         chunks = given_chunks(targets.shape, chunk_tokens)
-    head = _Head(options=options, chunks=chunks, sharded=token_shards > 1)
+    head = _Head(options=options, chunks=chunks, sharded=token_shards > 1, placement=placement)
     try:
         loss = _jitted(head, x, w, targets)
     except TypeError as error:
@@ -141,38 +150,60 @@ class _Head:
       options: What is summed.
       chunks: How the tokens are cut.
       sharded: Whether the first axis of `x` is one of shards, each with sums of its own.
+      placement: Where arrays lie on a mesh, if anybody says.
     """
 
     options: inputs.Options
     chunks: Chunks
     sharded: bool
+    placement: Placement | None = None
 
     def run(self, x, w, targets, *, differentiated: bool):
         """Returns the loss, and its gradients of `x` and `w` or, not differentiated, `()`."""
         ids, weights = self._weigh(targets, w.shape[1 - self.options.width_axis], x)
-        kernel = w.astype(x.dtype)  # once, not in every chunk
+        kernel = self._spread(w.astype(x.dtype))  # once, not in every chunk
+        x = self._tokens(x)
         sums, axis = inputs.accumulator_dtype(x), x.ndim - 2
         shards = x.shape[:1] if self.sharded else ()
         state = (jnp.zeros(shards, sums),)
         if differentiated:
-            state += jnp.zeros_like(x), jnp.zeros((*shards, *w.shape), sums)
+            grad_w = self._spread(jnp.zeros((*shards, *w.shape), sums))
+            state += self._tokens(jnp.zeros_like(x)), grad_w
 
         def step(state, start, size):
-            cut = lambda array, axis: lax.dynamic_slice_in_dim(array, start, size, axis)
-            part = cut(x, axis)
-            loss, grad_logits = self._chunk(part, kernel, cut(ids, axis), cut(weights, axis))
+            cut = lambda array: lax.dynamic_slice_in_dim(array, start, size, axis)
+            part, *labels = (self._gathered(cut(array)) for array in (x, ids, weights))
+            loss, grad_logits = self._chunk(part, kernel, *labels)
             total, *grads = state
             if not grads:
                 return (total + loss,)
-            part_grad = self._grad_x(grad_logits, kernel).astype(x.dtype)
+            part_grad = self._tokens(self._grad_x(grad_logits, kernel).astype(x.dtype))
             grad_x = lax.dynamic_update_slice_in_dim(grads[0], part_grad, start, axis)
-            return total + loss, grad_x, grads[1] + self._grad_w(part, grad_logits)
+            grad_w = self._spread(grads[1] + self._grad_w(part, grad_logits))
+            return total + loss, grad_x, grad_w
 
         loss, *grads = self.chunks.sweep(step, state)
         if grads:
             grad_w = grads[1].sum(axis=0) if self.sharded else grads[1]
             grads[1] = grad_w.astype(w.dtype)
         return loss.sum(), tuple(grads)
+
+    def _spread(self, w):
+        if self.placement is None:
+            return w
+        lead = (self.placement.shards,) * (w.ndim - 2)
+        return self.placement.weights(w, self.options.width_axis, lead)
+
+    def _tokens(self, x):
+        if self.placement is None:
+            return x
+        return self.placement.tokens(x, sharded=self.sharded, gathered=False)
+
+    def _gathered(self, x):
+        if self.placement is None:
+            return x
+        # Cut first: or else all tokens would be gathered to cut a chunk from them.
+        return self.placement.tokens(self._tokens(x), sharded=self.sharded, gathered=True)
 
     def _weigh(self, targets, vocab_size: int, x):
         """Returns int32 ids, and weights: 0 for ignored tokens, NaN for ids that do not exist."""

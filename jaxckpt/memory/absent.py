@@ -24,8 +24,8 @@ from jaxckpt.memory.targets import Target, TargetError, parse_target
 
 # What makes a report of a program: an edit of any of these is another report.
 _RULES = (
-    *("buffers", "chips", "gpu_config", "oom", "placements", "slices", "source_lines"),
-    *("statistics", "worker"),
+    *("buffers", "chips", "collectives", "gpu_config", "links", "oom", "placements"),
+    *("program_text", "replica_groups", "slices", "source_lines", "statistics", "worker"),
 )
 
 

@@ -75,9 +75,14 @@ def annotate(
     baseline = None
     if step.baseline is not None:
         baseline = jax.make_jaxpr(step.baseline)(*step.args)
+    seconds = None
+    if rates is not None:
+        # A jaxpr is of all devices together. They are taken to wait for what they send.
+        seconds = estimate(jaxpr, rates.times(report.num_devices)).seconds
+        seconds += report.collective_seconds or 0.0
     return dataclasses.replace(
         report,
-        estimated_seconds=None if rates is None else estimate(jaxpr, rates).seconds,
+        estimated_seconds=seconds,
         recomputed_flops=None if baseline is None else report.flops - count_flops(baseline),
         findings=tuple(map(str, _findings(step, jaxpr, baseline, report, compiled_text))),
     )

@@ -14,6 +14,10 @@ chip is halved. (v4 and v5p join their two cores into one device.)
 
 `bf16_flops_per_second` are dense matrix products, without structured sparsity, at full clock: a
 bound, not what a step reaches. `host_bytes_per_second` is one direction.
+
+`interconnect_bytes_per_second` is what a device sends to its neighbors in a ring: on a TPU over the
+two links of one axis of its torus, on a GPU over NVLink, or over PCIe where it has none.
+`network_bytes_per_second` is what it sends to another host, beyond `host_devices` of them.
 """
 
 import dataclasses
@@ -35,6 +39,8 @@ class Chip:
       bf16_flops_per_second: Dense matrix products with bfloat16 inputs.
       memory_bytes_per_second: Device memory.
       host_bytes_per_second: The link to the host, one direction.
+      interconnect_bytes_per_second: To neighbors, one direction.
+      network_bytes_per_second: To other hosts, one direction; 0 where the interconnect goes there.
       source: Where the figures are from.
       slices: TPU: the slices there are, smallest first.
     """
@@ -47,6 +53,8 @@ class Chip:
     bf16_flops_per_second: float
     memory_bytes_per_second: float
     host_bytes_per_second: float
+    interconnect_bytes_per_second: float
+    network_bytes_per_second: float = 0.0
     source: str
     slices: tuple[Slice, ...] = ()
 
@@ -59,8 +67,18 @@ _HOST_V4 = "host link: 16 GB/s, How To Scale Your Model, chapter on TPUs"
 _HOST_LIKE_V4 = f"{_HOST_V4}, for v4; none is published for this chip"
 
 
+# Both directions of all links of a chip in GB/s, and the axes of its torus. v2 and v3: four links
+# of 496 and 656 Gbit/s one direction (Jouppi et al. 2020, A domain-specific supercomputer for
+# training deep neural networks); the rest: Google Cloud's pages of each TPU.
+_TORUS = {
+    **{"v2": (496, 2), "v3": (656, 2), "v4": (600, 3), "v5e": (400, 2), "v5p": (1200, 3)},
+    **{"v6e": (800, 2), "tpu7x": (1200, 3)},
+}
+
+
 def _tpu(name, gibibytes, usable_gib, tflops, gigabytes_per_second, source, devices=1) -> Chip:
     """Returns a TPU from the vendor's figures of a CHIP and libtpu's of a device."""
+    both_ways, axes = _TORUS[name]
     return Chip(
         name=name,
         backend="tpu",
@@ -70,12 +88,22 @@ def _tpu(name, gibibytes, usable_gib, tflops, gigabytes_per_second, source, devi
         bf16_flops_per_second=tflops * 1e12 / devices,
         memory_bytes_per_second=gigabytes_per_second * 1e9 / devices,
         host_bytes_per_second=16e9 / devices,
+        interconnect_bytes_per_second=both_ways * 1e9 / 2 / axes / devices,
         source=f"{source}; {_HOST_V4 if name == 'v4' else _HOST_LIKE_V4}",
         slices=SLICES[name],
     )
 
 
+# NVLink in GB/s both ways, and the network card that each GPU of NVIDIA's own machine (DGX) has, in
+# Gbit/s: DGX A100, H100, H200 and B200 datasheets. The rest talk over PCIe, within one host.
+_DGX = {
+    **{"a100-40g": (600, 200), "a100-80g": (600, 200), "h100": (900, 400), "h200": (900, 400)},
+    **{"b200": (1800, 400)},
+}
+
+
 def _nvidia(name, memory_bytes, tflops, gigabytes_per_second, host, source) -> Chip:
+    nvlink, network = _DGX.get(name, (2 * host, 0))
     return Chip(
         name=name,
         backend="cuda",
@@ -84,6 +112,8 @@ def _nvidia(name, memory_bytes, tflops, gigabytes_per_second, host, source) -> C
         bf16_flops_per_second=tflops * 1e12,
         memory_bytes_per_second=gigabytes_per_second * 1e9,
         host_bytes_per_second=host * 1e9,
+        interconnect_bytes_per_second=nvlink * 1e9 / 2,
+        network_bytes_per_second=network * 1e9 / 8,
         source=source,
     )
 

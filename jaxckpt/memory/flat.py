@@ -117,6 +117,11 @@ def bodies(step: Step) -> Iterator[Flat]:
             for place in range(scan_consts(step, open_jaxpr)):
                 value = step.inputs[place]
                 shared[place] = Value(value.aval, constant=value.constant)
+        if step.name == "shard_map":
+            # A constant that is whole on every device is one inside, too.
+            for place, (value, var) in enumerate(zip(step.inputs, open_jaxpr.invars, strict=True)):
+                if value.constant is not None and value.aval.shape == var.aval.shape:
+                    shared[place] = Value(var.aval, constant=value.constant)
         yield flatten(jaxpr, shared)
 
 

@@ -42,9 +42,14 @@ def step_flops(step: Step) -> Fraction | int:
 
 
 def trips(step: Step) -> Fraction | int:
-    """Returns how often a loop's body runs, on average over runs; 1 for what is no loop."""
+    """Returns how often a body runs, on average over runs; 1 for what is neither loop nor map.
+
+    A map over the devices of a mesh runs its body on each of them.
+    """
     if step.name == "scan":
         return step.params["length"]
+    if step.name == "shard_map":
+        return step.params["mesh"].size
     return mean_trips(step.equation) if step.name == "while" else 1
 
 

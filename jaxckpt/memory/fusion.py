@@ -29,7 +29,9 @@ from jaxckpt.transforms.jaxprs import subjaxprs
 
 # The same array seen otherwise: nothing moves, and a product's layout takes it in.
 _SHAPES = ("reshape", "squeeze", "expand_dims", "transpose", "bitcast_convert_type")
-_VIEWS = frozenset((*_SHAPES, "name", "reduce_precision", "copy", "copy_p", "pvary"))
+_VIEWS = frozenset(
+    (*_SHAPES, "name", "reduce_precision", "copy", "copy_p", "pvary", "sharding_constraint")
+)
 _SLICES = frozenset(("slice", "dynamic_slice", "gather", "split"))
 _JOINS = frozenset(("concatenate", "stack", "pad"))
 # Sources that are larger than the value by less than this are read in its place.

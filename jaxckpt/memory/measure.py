@@ -18,6 +18,7 @@ from jaxckpt.memory import absent, launch, statistics, traveling
 from jaxckpt.memory.built_step import BuiltStep, annotate
 from jaxckpt.memory.chips import chip_of_device
 from jaxckpt.memory.flops import count_flops
+from jaxckpt.memory.links import links_of
 from jaxckpt.memory.report import MemoryReport
 from jaxckpt.memory.roofline import Rates
 from jaxckpt.memory.targets import Target, parse_target
@@ -112,12 +113,16 @@ def _measure_here(jitted: Callable, args: Sequence) -> MemoryReport:
 
 def _compile_here(traced, options: Mapping[str, int | str] | None = None):
     """Returns the report of a traced function, and its executable."""
-    lowered = traced.lower()
+    lowered, chip = traced.lower(), chip_of_device(jax.devices()[0].device_kind)
     with tempfile.TemporaryDirectory(prefix="jaxckpt-") as dump:
         started = time.perf_counter()
         compiled = lowered.compile(compiler_options={"xla_dump_to": dump, **(options or {})})
         seconds = time.perf_counter() - started
         report = statistics.report_of(
-            compiled, flops=count_flops(traced.jaxpr), compile_seconds=seconds, dump=Path(dump)
+            compiled,
+            flops=count_flops(traced.jaxpr),
+            compile_seconds=seconds,
+            dump=Path(dump),
+            links=None if chip is None else links_of(chip),
         )
         return report, compiled

@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxckpt.memory.targets import Target
 
@@ -85,7 +85,9 @@ def _mesh(axes: list, topology, target: Target):
             f"the step is sharded over {count} devices ({shape}); "
             f"target {target} has {target.num_devices}"
         )
-    return topologies.make_mesh(topology, sizes, names)
+    # As a run does with devices that are there: an axis may be several of a torus, or part of one.
+    types = (AxisType.Auto,) * len(names)
+    return jax.make_mesh(sizes, names, axis_types=types, devices=topology.devices)
 
 
 def _spec(entries: list | None) -> PartitionSpec:

@@ -35,6 +35,10 @@ class MemoryReport:
       estimated_seconds: Of one call, by the roofline of the chip; None if it was not asked for.
       recomputed_flops: Those of `flops` that a plan runs again; None if it was not asked for.
       findings: What of the plan does nothing, a line each.
+      num_devices: Devices that the step runs on together; bytes are of one of them, FLOPs of all.
+      collective_bytes: What one device sends to others in one call; None on one device.
+      collective_seconds: What its links need for that, part of `estimated_seconds`; None if they
+        are not known.
     """
 
     peak_bytes: int
@@ -54,6 +58,9 @@ class MemoryReport:
     estimated_seconds: float | None = None
     recomputed_flops: int | None = None
     findings: tuple[str, ...] = ()
+    num_devices: int = 1
+    collective_bytes: int | None = None
+    collective_seconds: float | None = None
 
     @property
     def headroom_bytes(self) -> int | None:
@@ -105,6 +112,11 @@ class MemoryReport:
             rows.append(("recomputed", f"{share:.1f} %", "of the FLOPs without remat, once more"))
         if self.estimated_seconds is not None:
             rows.append(("estimated", f"{1e3 * self.estimated_seconds:.1f} ms", "by the roofline"))
+        if self.collective_bytes is not None:
+            note = "sent by each device"
+            if self.collective_seconds is not None:
+                note += f", {1e3 * self.collective_seconds:.1f} ms of the estimate"
+            rows.append(("collectives", gib(self.collective_bytes), note))
         if self.compile_seconds is not None:
             rows.append(("compiled in", f"{self.compile_seconds:.1f} s", ""))
         return rows

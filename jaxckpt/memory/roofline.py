@@ -9,9 +9,10 @@ model of XLA's fusion (`fusion.py`). Trips of loops are counted; of a cond, the 
 Copies to and from the host are assumed to overlap with everything else, so they cost only what
 they take beyond it.
 
-Random bits and the collectives of `jax.shard_map` are counted (`slow_steps.py`). What is left out:
-the collectives of XLA's partitioner, launch gaps, caches, and the arithmetic of other elementwise
-work. The order of plans is more reliable than the seconds.
+Random bits and the collectives of `jax.shard_map` are counted (`slow_steps.py`); those of XLA's
+partitioner are in no jaxpr: `annotate` adds them from the compiled program (`collectives.py`). What
+is left out: launch gaps, caches, and the arithmetic of other elementwise work. The order of plans
+is more reliable than the seconds.
 """
 
 import dataclasses
@@ -77,6 +78,11 @@ class Rates:
             bytes_per_second=chip.memory_bytes_per_second,
             host_bytes_per_second=chip.host_bytes_per_second,
         )
+
+    def times(self, num_devices: int) -> "Rates":
+        """Returns the rates of several devices that share a step's work evenly."""
+        scaled = {name: num_devices * rate for name, rate in dataclasses.asdict(self).items()}
+        return Rates(**scaled)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

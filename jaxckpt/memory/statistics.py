@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 
 from jaxckpt.memory.buffers import Totals, read_buffers, read_totals
+from jaxckpt.memory.collectives import Links, traffic
 from jaxckpt.memory.oom import OutOfMemory
 from jaxckpt.memory.report import MemoryReport
 
@@ -33,6 +34,7 @@ def report_of(
     usable_bytes: int | None = None,
     compile_seconds: float | None = None,
     dump: Path | None = None,
+    links: Links | None = None,
 ) -> MemoryReport:
     """Returns the report of a compiled function.
 
@@ -44,6 +46,7 @@ def report_of(
       usable_bytes: What a program may fill of the chip; by default what this process's device says.
       compile_seconds: How long it took.
       dump: The folder it was compiled into with `xla_dump_to`.
+      links: Between the devices, if they are known.
 
     Raises:
       RuntimeError: The backend has no memory analysis.
@@ -68,6 +71,8 @@ def report_of(
             peak, rule = totals.total_bytes, _ASSIGNED
         elif not host and getattr(stats, "peak_memory_in_bytes", 0):
             peak, rule = stats.peak_memory_in_bytes, "compiler's peak"
+    num_devices = _num_devices(compiled)
+    sent = traffic(compiled.as_text(), num_devices) if num_devices > 1 else None
     return MemoryReport(
         peak_bytes=peak,
         argument_bytes=stats.argument_size_in_bytes,
@@ -83,7 +88,15 @@ def report_of(
         usable_bytes=usable_bytes,
         buffers=read_buffers(dump) if dump is not None else (),
         compile_seconds=compile_seconds,
+        num_devices=num_devices,
+        collective_bytes=None if sent is None else sent.bytes,
+        collective_seconds=None if sent is None or links is None else sent.seconds(links),
     )
+
+
+def _num_devices(compiled) -> int:
+    shardings = jax.tree.leaves(compiled.input_shardings)
+    return max((one.num_devices for one in shardings), default=1)
 
 
 def refused(

@@ -4,8 +4,8 @@
     parse_target("a100-80g-8").num_devices
 
 A target is `local`, a TPU slice by its Google Cloud name (`v5e-1`, `v5p-8`, `tpu7x-8`: `slices.py`
-says what the number counts) or an NVIDIA GPU of one host, with their number if there are several
-(`h100`, `h100-8`). A step's memory is that of one of its devices.
+says what the number counts) or an NVIDIA GPU, with their number if there are several (`h100`,
+`h100-8`; hosts have eight, so more are `h100-16`). A step's memory is that of one of its devices.
 """
 
 import dataclasses
@@ -13,7 +13,8 @@ import dataclasses
 from jaxckpt.memory.chips import CHIPS, Chip
 from jaxckpt.plans.errors import nearest
 
-_MAX_GPUS = 8  # of one host
+HOST_GPUS = 8
+_MAX_HOSTS = 128
 
 
 class TargetError(ValueError):
@@ -79,7 +80,7 @@ def names() -> tuple[str, ...]:
     found = ["local"]
     for chip in CHIPS.values():
         found += [f"{chip.name}-{one.number}" for one in chip.slices]
-        found += [] if chip.slices else [chip.name, f"{chip.name}-{_MAX_GPUS}"]
+        found += [] if chip.slices else [chip.name, f"{chip.name}-{HOST_GPUS}"]
     return tuple(found)
 
 
@@ -116,7 +117,13 @@ def _tpu(text: str, chip: Chip, number: str | None) -> Target:
 
 def _cuda(text: str, chip: Chip, number: str | None) -> Target:
     count = 1 if number is None else int(number) if number.isdecimal() else 0
-    if not 1 <= count <= _MAX_GPUS:
-        valid = f"{chip.name}, {chip.name}-2 to {chip.name}-{_MAX_GPUS}"
-        raise TargetError(f"target {text!r} is no number of GPUs in one host; valid: {valid}")
+    hosts, rest = divmod(count, HOST_GPUS)
+    most_hosts = _MAX_HOSTS if chip.network_bytes_per_second else 1
+    if not (1 <= count <= HOST_GPUS or (rest == 0 and 1 <= hosts <= most_hosts)):
+        valid = f"{chip.name}, {chip.name}-2 to {chip.name}-{HOST_GPUS}"
+        if most_hosts > 1:
+            valid += f", {chip.name}-{2 * HOST_GPUS} and so on in hosts of {HOST_GPUS}"
+        else:
+            valid += ", which is one host"
+        raise TargetError(f"target {text!r} is no number of GPUs that hosts have; valid: {valid}")
     return Target(name=text, backend="cuda", chip=chip, num_devices=count)

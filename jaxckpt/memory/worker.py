@@ -24,9 +24,10 @@ from jaxckpt.memory import oom, placements, statistics
 from jaxckpt.memory.built_step import BuiltStep, annotate
 from jaxckpt.memory.flops import count_flops
 from jaxckpt.memory.gpu_config import target_config
+from jaxckpt.memory.links import links_of
 from jaxckpt.memory.report import MemoryReport
 from jaxckpt.memory.roofline import Rates
-from jaxckpt.memory.targets import Target, parse_target
+from jaxckpt.memory.targets import HOST_GPUS, Target, parse_target
 
 
 def main(folder: Path):
@@ -122,7 +123,7 @@ def get_topology(target: Target):
             platform="cuda",
             topology_name=target.chip.name,
             target_config=target_config(target.chip),
-            topology=f"1x1x{target.num_devices}",
+            topology=_hosts(target.num_devices),
         )
     options = {}
     if target.topology.endswith(":1x1"):  # one chip of a host that has four
@@ -130,6 +131,12 @@ def get_topology(target: Target):
     if target.chip.name == "v4":  # JAX joins its two cores into one device; libtpu does if asked to
         options["chip_config_name"] = "megacore"
     return topologies.get_topology_desc(platform="tpu", topology_name=target.topology, **options)
+
+
+def _hosts(num_gpus: int) -> str:
+    """Returns JAX's name of a number of GPUs: slices, hosts of a slice, GPUs of a host."""
+    hosts = max(1, num_gpus // HOST_GPUS)
+    return f"1x{hosts}x{num_gpus // hosts}"
 
 
 def compile_for(
@@ -160,7 +167,11 @@ def compile_for(
                 raise
             return statistics.refused(found, compile_seconds=seconds(), **shared)
         return statistics.report_of(
-            compiled, backend=target.backend, compile_seconds=seconds(), **shared
+            compiled,
+            backend=target.backend,
+            compile_seconds=seconds(),
+            links=links_of(target.chip),
+            **shared,
         )
 
 

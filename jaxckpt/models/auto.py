@@ -6,7 +6,8 @@ The choice follows the target that a step is compiled for, which need not be the
 process that traces it; so a step for an absent chip is built from a resolved configuration. A model
 traced with `auto` left in it takes the chip of this process. JAX is imported for `local` alone.
 
-Limits: a Pallas kernel is not spread over devices by XLA, so `splash` is for one of them.
+Limits: a Pallas kernel is not spread over devices by XLA, so without a `Layout` (`sharding.py`),
+which runs it on each device's own part, `splash` is for one of them.
 """
 
 import dataclasses
@@ -49,7 +50,12 @@ class Resolved:
 
 
 def resolve(
-    config: TransformerConfig, target: str | Target, *, seq_len: int, packed: bool = False
+    config: TransformerConfig,
+    target: str | Target,
+    *,
+    seq_len: int,
+    packed: bool = False,
+    spread: bool = False,
 ) -> Resolved:
     """Returns a configuration whose kernel and dtype are those for a target.
 
@@ -58,12 +64,15 @@ def resolve(
       target: `"local"`, or a chip that need not be there.
       seq_len: Tokens a sequence.
       packed: Whether sequences hold several documents.
+      spread: Whether a `Layout` runs kernels on each device's own part.
 
     Raises:
       TargetError: There is no such target.
       ValueError: It names a kernel that the target or the sizes do not have.
     """
     device = device_of(target)
+    if spread:
+        device = dataclasses.replace(device, num_devices=1)
     dtype, dtype_why = choose_dtype(device)
     if config.dtype != "auto":
         dtype, dtype_why = config.dtype, f"dtype {config.dtype}: as given"

@@ -2,9 +2,12 @@
 
 from jaxckpt.losses import linear_cross_entropy
 from jaxckpt.models.config import TransformerConfig
+from jaxckpt.models.sharding import Layout
 
 
-def next_token_loss(x_BSD, params, targets_BS, config: TransformerConfig, **options):
+def next_token_loss(
+    x_BSD, params, targets_BS, config: TransformerConfig, layout: Layout | None = None, **options
+):
     """Returns the mean cross entropy in nats a token, a float32 scalar.
 
     Logits are products in the dtype of `x_BSD`, summed in float32; they are made and turned into
@@ -15,6 +18,7 @@ def next_token_loss(x_BSD, params, targets_BS, config: TransformerConfig, **opti
       params: The Transformer's parameters: the head is among them.
       targets_BS: The token id that follows each position.
       config: The Transformer's.
+      layout: The Transformer's, on a mesh.
       **options: For `jaxckpt.losses.linear_cross_entropy`, such as `chunk_tokens` or `z_loss`.
 
     Raises:
@@ -30,6 +34,8 @@ def next_token_loss(x_BSD, params, targets_BS, config: TransformerConfig, **opti
       >>> next_token_loss(x, params, tokens[:, 1:], config).dtype
       dtype('float32')
     """
+    if layout is not None:
+        options["placement"] = layout.head()
     if config.tied_embeddings:
         table_VD = params["embed_tokens"]["embedding"]
         return linear_cross_entropy(x_BSD, table_VD, targets_BS, layout="VD", **options)

@@ -19,6 +19,7 @@ from jaxckpt.models import auto
 from jaxckpt.models.attention import causal_attention
 from jaxckpt.models.config import TransformerConfig
 from jaxckpt.models.normalization import rms_norm, rms_norm_rotate, rotate
+from jaxckpt.models.sharding import Layout
 from jaxckpt.models.swiglu import swiglu_down
 from jaxckpt.plans import Plan
 from jaxckpt.transforms.tags import tag
@@ -33,20 +34,22 @@ class Transformer(nn.Module):
       config: Shapes and options.
       remat: The plan of the stack, or its text.
       unroll: Blocks unrolled in one trip of the stack's loop.
+      layout: Where its arrays lie on a mesh; None on one device.
     """
 
     config: TransformerConfig
     remat: str | Plan = "full"
     unroll: int = 1
+    layout: Layout | None = None
 
     def setup(self):
         """Makes the parts, under the names that Qwen3's parameters have."""
-        config = self.config
+        config, layout = self.config, self.layout
         if self.is_initializing():
             # Parameters do not depend on the kernel, so they are made on any chip, at any length.
-            config = dataclasses.replace(config, attention="plain")
+            config, layout = dataclasses.replace(config, attention="plain"), None
         self.embed_tokens = nn.Embed(config.vocab_size, config.d_model, embedding_init=_INIT)
-        block = functools.partial(Block, config=config)
+        block = functools.partial(Block, config=config, layout=layout)
         self.layers = Stack(
             block,
             config.num_blocks,
@@ -83,38 +86,47 @@ class Transformer(nn.Module):
         """Returns what the head is applied to, `[B, S, D]`; arguments are those of a call."""
         config = self.config
         # Rows are cast, not the table: their gradients are summed up in float32.
-        x_BSD = self.embed_tokens(tokens_BS).astype(_dtype(config))
+        x_BSD = self._embed(tokens_BS).astype(_dtype(config))
         consts = [rotary_table(tokens_BS.shape[1], config.head_dim, config.rope_theta)]
         if segment_ids_BS is not None:
             consts.append(segment_ids_BS)
         x_BSD = self.layers(x_BSD, *consts, deterministic=deterministic)
         return self.norm(x_BSD)
 
+    def _embed(self, tokens_BS):
+        if self.layout is None or self.is_initializing():
+            return self.embed_tokens(tokens_BS)
+        return self.layout.look_up(self.embed_tokens.embedding, tokens_BS)
+
 
 class Block(nn.Module):
     """Attention and SwiGLU, each behind an RMSNorm and added to the residual stream."""
 
     config: TransformerConfig
+    layout: Layout | None = None
 
     @nn.compact
     def __call__(self, x_BSD, rotary, segment_ids_BS=None, *, deterministic: bool = True):
         """Returns the residual stream after the block, `[B, S, D]`."""
         config = self.config
+        stream = (lambda x_BSD: x_BSD) if self.layout is None else self.layout.stream
         dropout = nn.Dropout(config.dropout, deterministic=deterministic)
-        branch_BSD = Attention(config, name="self_attn")(
+        x_BSD = stream(x_BSD)
+        branch_BSD = Attention(config, self.layout, name="self_attn")(
             RMSNorm(config, name="input_layernorm")(x_BSD), rotary, segment_ids_BS
         )
-        x_BSD = tag(x_BSD + dropout(branch_BSD), "mid")
+        x_BSD = tag(stream(x_BSD + dropout(branch_BSD)), "mid")
         branch_BSD = SwiGLU(config, name="mlp")(
             RMSNorm(config, name="post_attention_layernorm")(x_BSD)
         )
-        return x_BSD + dropout(branch_BSD)
+        return stream(x_BSD + dropout(branch_BSD))
 
 
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions and optional query/key norms."""
 
     config: TransformerConfig
+    layout: Layout | None = None
 
     @nn.compact
     def __call__(self, x_BSD, rotary, segment_ids_BS=None):
@@ -133,7 +145,10 @@ class Attention(nn.Module):
             k_BSKN = RMSNorm(config, name="k_norm")(k_BSKN, rotary)
         else:
             q_BSHN, k_BSKN = rotate(q_BSHN, rotary), rotate(k_BSKN, rotary)
-        attn_BSHN = causal_attention(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS, kind=config.attention)
+        attend = functools.partial(causal_attention, kind=config.attention)
+        if self.layout is not None:
+            attend = functools.partial(self.layout.attend, attend)
+        attn_BSHN = attend(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS)
         attn_BSE = tag(attn_BSHN.reshape(*x_BSD.shape[:2], -1), "attn")
         return _dense(config, config.d_model, "o_proj")(attn_BSE)
 

@@ -103,8 +103,9 @@ def solve(
       BudgetError: No plan fits.
       ValueError: The step ignores its plan, or runs stacks of another number of blocks.
     """
+    rates = rates_of(target).times(steps.num_devices)
     if isinstance(num_blocks, Mapping):
-        problem = SeveralProblem.of(steps, num_blocks, rates_of(target))
+        problem = SeveralProblem.of(steps, num_blocks, rates)
         return answer(problem, problem.ladder(), budget)
     allowed, found = 0, {"clock": _CALIBRATED} if calibrate else {}
     if host_budget:
@@ -112,7 +113,7 @@ def solve(
         allowed = host_budget if offload.allowed else 0
         found |= {"host_budget_bytes": host_budget, "offload": offload.text}
     options = {"host_bytes": allowed, "timed": calibrate}
-    problem = Problem.of(steps, num_blocks, rates_of(target), block, **options)
+    problem = Problem.of(steps, num_blocks, rates, block, **options)
     try:
         result = answer(problem, problem.ladder(), budget)
     except BudgetError as error:

@@ -21,6 +21,7 @@ from jaxckpt.planner.ladder import Rung, ladder
 from jaxckpt.planner.peak import PeakModel
 from jaxckpt.planner.pieces import Draft
 from jaxckpt.planner.result import BudgetError, Candidate, FitResult
+from jaxckpt.planner.spread import Spread
 from jaxckpt.planner.stacks import given_stack
 from jaxckpt.planner.steps import Steps
 from jaxckpt.plans import Plan, PlanError, Stage
@@ -86,7 +87,12 @@ class Problem:
         none, full = (_kind_of(plain, plan) for plan in (_NONE, _FULL))
         again = num_blocks * (full.flops - none.flops)
         runs = runs_of(flops - count_flops(steps.trace(_NONE)[0]), again)
-        peaks = [steps.report(plan).peak_bytes for plan in (_FULL, _NONE)]
+        reports = [steps.report(plan) for plan in (_FULL, _NONE)]
+        peaks = [report.peak_bytes for report in reports]
+        block_seconds = full.seconds
+        spread = Spread.of(plain, *reports, num_blocks, runs)
+        kinds, plain = (tuple(map(spread.kind, found)) for found in (kinds, plain))
+        none, full = (_kind_of(plain, plan) for plan in (_NONE, _FULL))
         model = PeakModel.between(full, peaks[0], none, peaks[1], num_blocks)
         # From here on kinds weigh what they weigh once compiled.
         compiled = lambda found: tuple(map(model.compiled, found))
@@ -105,9 +111,9 @@ class Problem:
             num_blocks=num_blocks,
             kinds=compiled(kinds),
             plain=compiled(plain),
-            forward=forward,
+            forward=spread.forward(forward),
             model=model,
-            seconds=max(seconds - runs * num_blocks * full.seconds, 0.0),
+            seconds=max(seconds - runs * num_blocks * block_seconds, 0.0) + spread.sent_seconds,
             flops=flops - round(runs * num_blocks * full.flops),
             runs=runs,
             host_bytes=host_bytes,

@@ -16,6 +16,7 @@ from jaxckpt.transforms.observers import observed
 
 # Functions in an equation's parameters are shown with where they are in memory.
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+_ANY = Plan.parse("full")
 _OPTIONS = ("donate_argnums", "static_argnums")
 
 
@@ -77,6 +78,13 @@ class Steps:
                 f"step_for's option {min(unknown)!r} is not known; valid: {', '.join(_OPTIONS)}"
             )
         return Step(fn=fn, args=tuple(args), options=options)
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that the arguments of a step are spread over."""
+        args = jax.tree.leaves(self.step(_ANY).args)
+        meshes = [getattr(getattr(leaf, "sharding", None), "mesh", None) for leaf in args]
+        return max((mesh.size for mesh in meshes if mesh is not None), default=1)
 
     def trace(self, plan: Plan):
         """Returns the jaxpr of a plan's step, and the `Finder` that watched its stacks."""

@@ -12,6 +12,7 @@ from jax.extend import core
 
 _PREFIX = "jaxckpt_trips_"
 _PATTERN = re.compile(_PREFIX + r"([0-9]+)_of_([0-9]+)")
+_OF_LOOP = re.compile(_PATTERN.pattern + "/while$")
 
 
 def trips(total: int, runs: int):
@@ -22,6 +23,10 @@ def trips(total: int, runs: int):
 def mean_trips(equation: core.JaxprEqn) -> fractions.Fraction:
     """Returns the trips of a `while` in one run of it, on average; 1 where nobody said."""
     found = _PATTERN.findall(str(equation.source_info.name_stack))
-    return (
-        fractions.Fraction(int(found[-1][0]), int(found[-1][1])) if found else fractions.Fraction(1)
-    )
+    return fractions.Fraction(*map(int, found[-1])) if found else fractions.Fraction(1)
+
+
+def trips_of_name(op_name: str) -> fractions.Fraction | None:
+    """Returns the same of a compiled loop, by its operation's name; None where nobody said."""
+    found = _OF_LOOP.search(op_name)
+    return fractions.Fraction(*map(int, found.groups())) if found else None

@@ -246,7 +246,7 @@ def test_fit_has_a_row_for_what_was_chosen(asked, result, monkeypatch, capsys, t
 def test_rows_are_held_against_the_budget(monkeypatch, capsys, tmp_path):
     reports = {"none": report(20.0), "full": report(10.0, seconds=2.0)}
     monkeypatch.setattr(measuring, "_measure", lambda config, *_: reports[config.remat])
-    monkeypatch.setattr(measuring, "check_targets", lambda targets: None)
+    monkeypatch.setattr(measuring, "check_targets", lambda *_: None)
     path = tmp_path / "rows.json"
     flags = ["--target=v5e-1", "--plan=none", "--plan=full", f"--json={path}"]
     for size, fits in {

@@ -69,6 +69,10 @@ EARLY = [
     (["--data=README.mdd"], "did you mean 'README.md'?"),
     (["--data=nowhere/*.txt"], "matches no file"),
     (["extra"], "extra"),
+    (["--mesh=fdsp=4"], "mesh 'fdsp=4' has no axis 'fdsp' (did you mean 'fsdp'?)"),
+    (["--mesh=fsdp=3"], "data times fsdp is 3, which does not divide batch_size 16"),
+    (["--mesh=tensor=4"], "tensor 4 does not divide num_kv_heads 2; valid: 1, 2"),
+    (["--processes=2"], "2 processes need --coordinator host:port and --process-id"),
 ]
 
 

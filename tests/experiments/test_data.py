@@ -152,6 +152,11 @@ def test_a_batch_is_windows_and_a_function_of_its_step():
         assert (other[:, 0] != batch[:, 0]).all()
 
 
+def test_rows_of_a_batch_are_read_alone():
+    whole = batches().at(5)
+    np.testing.assert_array_equal(batches().at(5, 2, 5), whole[2:5])
+
+
 @given(step=st.integers(0, 10**9), parts=st.sampled_from([1, 2, 4]))
 def test_a_batch_in_parts_has_the_same_rows(step, parts):
     small = batches(batch_size=8 // parts)

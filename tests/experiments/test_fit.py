@@ -50,7 +50,7 @@ REPORTS = {
 def measured(monkeypatch):
     """Answers of the compiler by plan, in place of compiling."""
     monkeypatch.setattr(measuring, "_measure", lambda config, *_: REPORTS[config.remat])
-    monkeypatch.setattr(measuring, "check_targets", lambda targets: None)
+    monkeypatch.setattr(measuring, "check_targets", lambda *_: None)
 
 
 def run(capsys, *flags: str) -> str:
@@ -163,6 +163,8 @@ def test_ranks_without_times_by_what_is_run_again():
         (["--parallel=0"], "the least is 1"),
         (["--json=nowhere/rows.json"], "there is no folder nowhere"),
         (["--trainable"], "--trainable"),
+        (["--mesh=fsdp=8", "--target=v5e-4"], "is of 8 devices; target v5e-4 has 4 devices"),
+        (["--mesh=fdsp=4", "--target=v5e-4"], "(did you mean 'fsdp'?)"),
     ],
 )
 def test_bad_input_is_one_line(flags, text, capsys):

@@ -67,18 +67,14 @@ def test_a_step_is_the_same_wherever_one_starts():
             np.testing.assert_array_equal(one, other)
 
 
-def test_processes_share_a_batch_and_no_row():
+def test_parts_of_a_batch_are_its_rows():
+    """Processes read the rows of their own devices: together they are the batch."""
     rows = rows_of([5, 9, 2] * 20, seq_len=8)
-    whole = PackedBatches(rows=rows, batch_size=6, seed=1)
-    parts = [
-        PackedBatches(rows=rows, batch_size=6, seed=1, shard=i, num_shards=3) for i in (0, 1, 2)
-    ]
+    batches = PackedBatches(rows=rows, batch_size=6, seed=1)
     for step in (0, 5, 40):
-        dealt = [part.at(step)[0] for part in parts]
-        assert {len(part) for part in dealt} == {2}
-        np.testing.assert_array_equal(np.stack(dealt, 1).reshape(6, -1), whole.at(step)[0])
-    with pytest.raises(DataError, match="batch_size 6 is not divided by 4 processes"):
-        PackedBatches(rows=rows, batch_size=6, num_shards=4)
+        parts = [batches.at(step, start, start + 2) for start in (0, 2, 4)]
+        for part, whole in zip(zip(*parts, strict=True), batches.at(step), strict=True):
+            np.testing.assert_array_equal(np.concatenate(part), whole)
 
 
 def test_validation_rows_are_fixed_and_spread():

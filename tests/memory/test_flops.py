@@ -126,3 +126,11 @@ def test_custom_derivatives_and_checkpoints_are_followed():
     assert traced(double, (8, 8), grad=True) == 3 * product
     again = jax.checkpoint(lambda x: jnp.sin(x @ x))
     assert traced(again, (8, 8), grad=True) == 4 * product
+
+
+def test_a_map_over_devices_counts_all_of_them():
+    mesh = jax.sharding.AbstractMesh((4,), ("x",))
+    spec = jax.sharding.PartitionSpec("x")
+    spread = jax.shard_map(lambda a, b: a @ b, mesh=mesh, in_specs=(spec, None), out_specs=spec)
+    a, b = jnp.ones([8, 16]), jnp.ones([16, 32])
+    assert count_flops(jax.make_jaxpr(spread)(a, b)) == 2 * 8 * 16 * 32

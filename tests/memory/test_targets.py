@@ -38,6 +38,7 @@ def test_gpus():
     assert parse_target("h100").num_devices == 1
     target = parse_target("a100-80g-4")
     assert (target.chip.name, target.num_devices, target.topology) == ("a100-80g", 4, None)
+    assert parse_target("h100-64").num_devices == 64
     assert parse_target("a100-40g").chip.memory_bytes < parse_target("a100-80g").chip.memory_bytes
 
 
@@ -57,8 +58,10 @@ def test_every_name_parses_to_itself():
         ("v5e", "valid: v5e-1"),
         ("a100", "(did you mean 'a100-40g'?)"),
         ("h10", "target 'h10' is not known (did you mean 'h100'?); valid: local, v2-8"),
-        ("h100-9", "no number of GPUs in one host; valid: h100, h100-2 to h100-8"),
+        ("h100-9", "no number of GPUs that hosts have; valid: h100, h100-2 to h100-8, h100-16 and"),
+        ("l4-16", "valid: l4, l4-2 to l4-8, which is one host"),
         ("h100-x", "no number of GPUs"),
+        ("h100-0", "no number of GPUs"),
         ("", "valid: local"),
         (8, "target 8 is not text"),
     ],
@@ -80,6 +83,8 @@ def test_figures_are_of_one_device():
     for chip in CHIPS.values():
         assert 0.7 * chip.memory_bytes < chip.usable_bytes < chip.memory_bytes
         assert chip.host_bytes_per_second < chip.memory_bytes_per_second
+        assert chip.network_bytes_per_second < chip.interconnect_bytes_per_second
+        assert chip.interconnect_bytes_per_second < 0.3 * chip.memory_bytes_per_second
         # FLOPs a byte from 30 (v3) to 600: a slip of a power of ten would leave the range.
         assert 30 < chip.bf16_flops_per_second / chip.memory_bytes_per_second < 600
         assert ("Google Cloud" in chip.source) == (chip.backend == "tpu")

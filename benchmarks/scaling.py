@@ -1,0 +1,131 @@
+"""What one device needs and how long a step takes, from one chip to many: made by compiling.
+
+    python -m benchmarks.scaling --target v5e-16 --target h100-8 --plan auto
+    python -m benchmarks.scaling --write                 # the table in docs/scaling.md
+
+Weak scaling of Qwen3's shapes: one sequence of 4096 tokens a device, AdamW on everything. Up to 64
+TPUs, or the eight GPUs of a host, are one `fsdp` axis; what is beyond is `data`. Each answer is
+written to `docs/measured/scaling.json` at once, and what is there is not asked for again.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from benchmarks import document
+from benchmarks.origin import ROOT, origin
+from benchmarks.result import Result
+from experiments.config import TrainConfig
+from experiments.measuring import measure_all
+from jaxckpt.memory.targets import parse_target
+from jaxckpt.models.config import TransformerConfig
+
+OUTPUT = ROOT / "docs" / "measured" / "scaling.json"
+PAGE = ROOT / "docs" / "scaling.md"
+V5E = tuple(f"v5e-{n}" for n in (1, 4, 8, 16, 32, 64, 128, 256))
+H100 = ("h100", *(f"h100-{n}" for n in (2, 4, 8, 16, 32, 64)))
+SEQ_LEN = 4096
+_FSDP = {"tpu": 64, "cuda": 8}
+_SHAPES = {  # blocks, width, heads, width of the MLP, tied embeddings
+    "0.6B": (28, 1024, 16, 3072, True),
+    "1.7B": (28, 2048, 16, 6144, True),
+    "4B": (36, 2560, 32, 9728, True),
+    "8B": (36, 4096, 32, 12288, False),
+}
+
+
+def model_of(size: str) -> TransformerConfig:
+    """Returns Qwen3's published shape of a size, such as `"8B"`."""
+    num_blocks, d_model, num_heads, d_ff, tied = _SHAPES[size]
+    return TransformerConfig(
+        **{"vocab_size": 151936, "num_blocks": num_blocks, "d_model": d_model, "d_ff": d_ff},
+        **{"num_heads": num_heads, "num_kv_heads": 8, "head_dim": 128, "tied_embeddings": tied},
+    )
+
+
+def mesh_of(target: str) -> str | None:
+    """Returns the mesh of a target; None for one device."""
+    target = parse_target(target)
+    fsdp = min(target.num_devices, _FSDP[target.backend])
+    return None if fsdp == 1 else f"data={target.num_devices // fsdp},fsdp={fsdp}"
+
+
+def config_of(size: str, target: str, plan: str) -> TrainConfig:
+    """Returns the configuration of a row."""
+    return TrainConfig(
+        **{"model": model_of(size), "mesh": mesh_of(target), "seq_len": SEQ_LEN},
+        **{"batch_size": parse_target(target).num_devices, "remat": plan, "budget": "auto"},
+    )
+
+
+def scaling(
+    *,
+    target: Annotated[tuple[str, ...], Parameter(negative=())] = V5E + H100,
+    model: Annotated[tuple[str, ...], Parameter(negative=())] = tuple(_SHAPES),
+    plan: Annotated[tuple[str, ...], Parameter(negative=())] = ("auto",),
+    output: Path = OUTPUT,
+    write: Annotated[bool, Parameter(negative=())] = False,
+):
+    """Compile rows that are not there yet; of several plans, a row is the fastest that fits."""
+    record = json.loads(output.read_text()) if output.exists() else {"rows": []}
+    if write:
+        document.write(_table(record["rows"]), record, PAGE)
+        return
+    for size, place, one in [(m, t, p) for m in model for t in target for p in plan]:
+        asked = {"model": size, "target": place, "asked": one}
+        if any(asked.items() <= row.items() for row in record["rows"]):
+            continue
+        found = measure_all([(config_of(size, place, one), place)])[0].as_json()
+        found.pop("auto", None)
+        row = asked | {"mesh": mesh_of(place)} | found
+        if "error" in row and "least_bytes" not in row:
+            print(f"{size} on {place} under {one}: {row['error']}")
+            continue  # it says nothing of the step
+        record["rows"].append(row)
+        record |= origin("python -m benchmarks.scaling") | {"device": "no chip"}
+        output.write_text(json.dumps(record, indent=1) + "\n")
+        print(json.dumps(row), flush=True)
+
+
+def _table(rows: list[dict]) -> Result:
+    shown, missing = [], []
+    for size in _SHAPES:
+        for place in V5E + H100:
+            mine = [row for row in rows if (row["model"], row["target"]) == (size, place)]
+            best = list(_best(mine))
+            shown += best
+            missing += [] if best else [f"{size} on {place}"]
+    notes = [", ".join(missing)] if missing else []
+    return Result(title="weak scaling", rows=shown, notes=notes)
+
+
+def _best(rows: list[dict]) -> Iterator[dict]:
+    """Yields the table's row of one model and target: the fastest plan that fits."""
+    if not rows:
+        return
+    fitting = [row for row in rows if row.get("fits")]
+    row = min(fitting, key=lambda row: row["step_seconds"]) if fitting else None
+    gib = 2**30
+    first = {"model": rows[0]["model"], "target": rows[0]["target"], "mesh": rows[0]["mesh"] or "-"}
+    if row is None:
+        least = min(row.get("least_bytes") or row["peak_bytes"] for row in rows)
+        yield first | {"plan": "none fits", "peak GiB": f"{least / gib:.2f}"}
+        return
+    seconds, sending = row["step_seconds"], row["collective_seconds"]
+    yield first | {
+        "plan": f"`{row['plan']}`",
+        "peak GiB": f"{row['peak_bytes'] / gib:.2f}",
+        "estimated ms": f"{1e3 * seconds:.0f}",
+        "of it sending": "-" if sending is None else f"{1e3 * sending:.0f}",
+        "tokens/s a device": f"{SEQ_LEN / seconds:,.0f}",
+        "plans tried": len(rows) if row["asked"] != "auto" else "auto",
+    }
+
+
+if __name__ == "__main__":
+    app = App(help_format="plaintext")
+    app.default(scaling)
+    app()

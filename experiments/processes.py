@@ -1,0 +1,90 @@
+"""Several processes that train together.
+
+    python -m experiments.train ... --coordinator host:1234 --processes 2 --process-id 0
+    python -m experiments.train ... --coordinator host:1234 --processes 2 --process-id 1
+
+They call the roll (`roll_call.py`) before JAX is imported or anything is written; the connections
+that were made for it stay, so that the end of one is known to all (`lifelines.py`).
+"""
+
+import atexit
+import contextlib
+import hashlib
+import json
+import os
+import sys
+
+from experiments.cli import USER_ERRORS
+from experiments.config import ConfigError, TrainConfig
+from experiments.lifelines import Lifelines
+from experiments.process_flags import ProcessFlags
+from experiments.record import RunError
+from experiments.roll_call import call_roll
+
+
+@contextlib.contextmanager
+def joined(flags: ProcessFlags, config: TrainConfig, corpus_sha256: str):
+    """A context in which all processes are there and JAX's distributed system is up.
+
+    Of one process it is any context.
+
+    Raises:
+      ConfigError: Some do not come, or not all run the same.
+    """
+    if flags.processes == 1:
+        yield
+        return
+    told = {**config.to_dict(), "corpus": corpus_sha256, "compile_cache": None}
+    text = json.dumps(told, sort_keys=True, default=str)
+    connections = call_roll(flags, hashlib.sha256(text.encode()).hexdigest())
+    with Lifelines(connections) as lifelines:
+        try:
+            _start_jax(flags)
+            yield
+        except Exception as error:
+            if not isinstance(error, (*USER_ERRORS, RunError)):
+                # An exchange that broke, perhaps: then another process has ended, and that is said.
+                lifelines.listen()
+            # JAX would wait for the others before this process ends.
+            atexit.register(_leave, 2 if isinstance(error, USER_ERRORS) else 1)
+            raise
+
+
+def _leave(code: int):
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _start_jax(flags: ProcessFlags):
+    import jax
+
+    if os.environ.get("JAX_PLATFORMS", "") == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        *(flags.coordinator, flags.processes, flags.process_id),
+        initialization_timeout=max(1, round(flags.join_seconds)),
+    )
+    if jax.process_count() != flags.processes:
+        raise ConfigError(
+            f"processes is {flags.processes}; the devices say that there are {jax.process_count()}"
+        )
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def any_of_us(flag: bool) -> bool:
+    """Returns whether the flag is set in any process; all of them have to ask."""
+    import jax
+
+    if jax.process_count() == 1:
+        return flag
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))

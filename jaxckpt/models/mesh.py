@@ -1,0 +1,146 @@
+"""The mesh of devices that a Transformer is spread over, as text and numbers. No JAX import.
+
+    MeshShape.parse("data=2,fsdp=4").size      # 8
+
+Axes: the batch is cut over `data` and `fsdp`; parameters, their gradients and the optimizer's
+state over `fsdp`, each gathered where it is used; heads, the MLP's width and the vocabulary over
+`tensor`. An axis that is not named has size 1.
+"""
+
+import dataclasses
+import math
+
+from jaxckpt.models.config import TransformerConfig
+from jaxckpt.plans.errors import nearest
+
+AXES = ("data", "fsdp", "tensor")
+_EXAMPLE = "data=2,fsdp=4,tensor=2"
+
+
+class MeshError(ValueError):
+    """A mesh that cannot be: one line with what was given, what is valid, a guess."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshShape:
+    """Sizes of the mesh's axes, in the order of `AXES`.
+
+    Attributes:
+      data: Copies of the model, or of its shards.
+      fsdp: Parts that every parameter is cut into; each works on a part of the batch.
+      tensor: Parts that every matrix product is cut into; they work on the same tokens.
+
+    Raises:
+      MeshError: A size below 1.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        for name in AXES:
+            size = getattr(self, name)
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise MeshError(f"mesh axis {name} is {size}; the least is 1")
+
+    @classmethod
+    def parse(cls, text: str) -> "MeshShape":
+        """Returns the shape that a text such as `data=2,fsdp=4` names; axes in any order.
+
+        Raises:
+          MeshError: It is of another form, names an axis that there is not, or one twice.
+
+        Example:
+          >>> MeshShape.parse("fsdp=4, tensor=2")
+          MeshShape(data=1, fsdp=4, tensor=2)
+        """
+        sizes: dict[str, int] = {}
+        for part in text.split(","):
+            name, equals, size = (piece.strip() for piece in part.partition("="))
+            if not equals or not name:
+                raise MeshError(f"mesh {text!r}: {part.strip()!r} is no axis=size; as {_EXAMPLE}")
+            if name not in AXES:
+                raise MeshError(
+                    f"mesh {text!r} has no axis {name!r}{nearest(name, AXES)}; valid: "
+                    f"{', '.join(AXES)}"
+                )
+            if name in sizes:
+                raise MeshError(f"mesh {text!r} names axis {name} twice")
+            if not (size.isascii() and size.isdigit() and len(size) < 10):
+                raise MeshError(f"mesh {text!r}: size {size!r} of {name} is no whole number")
+            sizes[name] = int(size)
+        return cls(**sizes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sizes in the order of `AXES`."""
+        return dataclasses.astuple(self)
+
+    @property
+    def size(self) -> int:
+        """Devices."""
+        return math.prod(self.sizes)
+
+    @property
+    def batch_parts(self) -> int:
+        """Parts that a batch is cut into."""
+        return self.data * self.fsdp
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}={size}" for name, size in zip(AXES, self.sizes, strict=True))
+
+    def check(self, config: TransformerConfig, batch_size: int, accumulate: int = 1):
+        """Raises unless a model and its batch can be cut this way.
+
+        Args:
+          config: The model's.
+          batch_size: Sequences a step.
+          accumulate: Parts that they are worked on in, one after another.
+
+        Raises:
+          MeshError: Naming what an axis does not divide, and the sizes that do.
+        """
+        rows = batch_size // accumulate
+        if rows % self.batch_parts:
+            part = "" if accumulate == 1 else f" in {accumulate} parts of {rows}"
+            raise MeshError(
+                f"mesh {self}: data times fsdp is {self.batch_parts}, which does not divide "
+                f"batch_size {batch_size}{part}; valid: {_divisors(rows)}"
+            )
+        self._divides("fsdp", d_model=config.d_model)
+        self._divides(
+            "tensor",
+            num_kv_heads=config.num_kv_heads,
+            d_ff=config.d_ff,
+            vocab_size=config.vocab_size,
+        )
+
+    def check_devices(self, count: int, of: str):
+        """Raises unless the mesh is as large as what there is.
+
+        Args:
+          count: Devices there are.
+          of: Whose, for the message.
+
+        Raises:
+          MeshError: It is larger or smaller.
+        """
+        if self.size != count:
+            devices = "device" if count == 1 else "devices"
+            raise MeshError(f"mesh {self} is of {self.size} devices; {of} has {count} {devices}")
+
+    def _divides(self, axis: str, **sizes: int):
+        parts = getattr(self, axis)
+        common = math.gcd(*sizes.values())
+        for name, size in sizes.items():
+            if size % parts:
+                raise MeshError(
+                    f"mesh {self}: {axis} {parts} does not divide {name} {size}; valid: "
+                    f"{_divisors(common)}"
+                )
+
+
+def _divisors(number: int) -> str:
+    found = [n for n in range(1, number + 1) if number % n == 0]
+    return ", ".join(map(str, found))

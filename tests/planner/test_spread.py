@@ -1,0 +1,43 @@
+"""A step on several devices: two compiled plans tell what is shared and what is sent."""
+
+import pytest
+
+from jaxckpt.planner.costs import Forward, Kind
+from jaxckpt.planner.spread import Spread
+from tests.experiments.test_fit import report
+
+GIB = 1 << 30
+
+
+def kinds() -> tuple[Kind, Kind]:
+    none = Kind(schedule="none", kept_bytes=8 * GIB, live_bytes=8 * GIB, seconds=3.0, flops=300)
+    full = Kind(schedule="full", kept_bytes=GIB, live_bytes=8 * GIB, seconds=4.0, flops=400)
+    return none, full
+
+
+def spread(devices: int, gib_between: float) -> Spread:
+    """Ten blocks; `none` keeps 63 GiB more than `full` over all devices."""
+    many = {"num_devices": devices}
+    full = report(10.0, collective_seconds=5.0, **many)
+    none = report(10.0 + gib_between, collective_seconds=4.0, **many)
+    return Spread.of(kinds(), full, none, num_blocks=10, runs=2)
+
+
+@pytest.mark.parametrize("between, parts", [(62.0, 1), (8.5, 8), (16.0, 4), (30.0, 2), (-1.0, 8)])
+def test_peaks_tell_how_many_share_what_is_kept(between, parts):
+    assert spread(8, between).parts == parts
+
+
+def test_a_block_run_again_sends_again():
+    found = spread(8, 8.0)
+    none, full = map(found.kind, kinds())
+    assert found.sent_seconds == 4.0
+    assert (none.seconds, full.seconds) == (3.0, 4.0 + (5.0 - 4.0) / 20)
+    assert found.forward(Forward(seconds=1.0, flops=1.0)).seconds == 1.0 + 1 / 20
+    assert (none.kept_bytes, full.kept_bytes) == (GIB, GIB / 8)
+
+
+def test_one_device_is_left_alone():
+    found = Spread.of(kinds(), report(1.0), report(2.0), num_blocks=10, runs=1)
+    assert found == Spread()
+    assert tuple(map(found.kind, kinds())) == kinds()
