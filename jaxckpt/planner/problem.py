@@ -233,7 +233,7 @@ def keeps_text(stage: Stage, kinds: Sequence[Kind]) -> str:
     return f"{stage}: {gib(int(stage.count * kind.kept_bytes))} on the device{host}"
 
 
-def peak_parts(args: Sequence, report: MemoryReport, residual_bytes: float) -> dict[str, float]:
+def peak_parts(args: Sequence, report: MemoryReport, residual_bytes: float) -> dict[str, int]:
     """Returns what a peak consists of, in bytes, by name.
 
     Args:
@@ -243,6 +243,7 @@ def peak_parts(args: Sequence, report: MemoryReport, residual_bytes: float) -> d
     """
     parts = argument_parts(args, report.argument_bytes)
     body = report.peak_bytes - report.argument_bytes
+    residual_bytes = round(residual_bytes)
     block, rest = "one block's residuals", "gradients, head, carries and working memory"
     if residual_bytes < body:
         return parts | {block: residual_bytes, rest: body - residual_bytes}
