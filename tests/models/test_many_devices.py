@@ -13,7 +13,7 @@ pytestmark = pytest.mark.xdist_group("many_devices")
 
 WHOLE = "data=2,fsdp=2,tensor=2"
 PLANS = ("none", "full", "sqrt", "log", "binomial:2", "uniform:2", "every:4+dots", "attention")
-PLANS += ("full+offload:carry", "names:q,mid", "2xsqrt/1xnone/full+dots_no_batch")
+PLANS += ("full+offload:carry", "names:q,mid", "2xsqrt/full+dots_no_batch")
 # The largest matrix of a block, whole: 32 x 64; a chunk of the loss has 4 x 8 x 32 features.
 LARGEST_MATRIX = 32 * 64
 
