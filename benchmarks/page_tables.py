@@ -117,19 +117,14 @@ def measured() -> str:
 def targets() -> str:
     """Every chip that a step can be compiled for, with the sources of its figures."""
     header = ("chip", "memory, GiB", "usable, GiB", "bf16, TFLOP/s", "memory, GB/s", "host, GB/s")
-    return markdown(
-        (*header, "figures from"), [_chip_row(chip) for chip in CHIPS.values()]
-    )
+    return markdown((*header, "figures from"), [_chip_row(chip) for chip in CHIPS.values()])
 
 
 def slices() -> str:
     """The targets of each chip: TPU slices by their Google Cloud names, GPUs of one host."""
     return markdown(
         ("chip", "JAX devices a chip", "targets"),
-        [
-            (f"`{chip.name}`", chip.devices_per_chip, _targets_of(chip))
-            for chip in CHIPS.values()
-        ],
+        [(f"`{chip.name}`", chip.devices_per_chip, _targets_of(chip)) for chip in CHIPS.values()],
     )
 
 

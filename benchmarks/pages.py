@@ -32,17 +32,23 @@ def filled(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
     def made(match: re.Match) -> str:
         name = match["name"]
         if name not in tables:
-            raise ValueError(f"no table {name!r}{nearest(name, tables)}; valid: {', '.join(tables)}")
+            raise ValueError(
+                f"no table {name!r}{nearest(name, tables)}; valid: {', '.join(tables)}"
+            )
         return f"<!-- table: {name} -->\n\n{tables[name]()}\n\n<!-- end table -->"
 
     if text.count("<!-- table: ") != text.count("<!-- end table -->"):
-        raise ValueError("a table is begun and not ended: <!-- table: NAME --> ... <!-- end table -->")
+        raise ValueError(
+            "a table is begun and not ended: <!-- table: NAME --> ... <!-- end table -->"
+        )
     return _TABLE.sub(made, text)
 
 
 def stale(docs: Path = DOCS) -> list[Path]:
     """Returns the pages whose tables are not what their data says."""
-    return [path for path in sorted(docs.glob("*.md")) if filled(path.read_text()) != path.read_text()]
+    return [
+        path for path in sorted(docs.glob("*.md")) if filled(path.read_text()) != path.read_text()
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
