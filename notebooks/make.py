@@ -1,8 +1,9 @@
 """`python notebooks/make.py`: makes each notebook (.ipynb) from its text (.py).
 
-The text is jupytext's percent form: `# %%` begins a cell of code, `# %% [markdown]` one of prose in
-comments, and a line `# %pip ...` is a magic. The standard library does for these; a heavy test compares
-with jupytext itself. `--check` writes nothing and ends with code 1 if a notebook is not up to date.
+The text is jupytext's percent form: `# %%` begins a cell of code, `# %% [markdown]` one of prose
+in comments, and a line `# %pip ...` is a magic. The standard library does for these; a heavy test
+compares with jupytext itself. `--check` writes nothing and ends with code 1 if a notebook is not up
+to date.
 """
 
 import argparse

@@ -82,9 +82,8 @@ assert [one_finding.code for one_finding in found] == ["tag-on-output"]
 #
 # The same loss and gradients under every plan, with dropout; other memory, other work.
 
+
 # %%
-
-
 def loss(params, x, plan):
     blocks = {**params, "key": keys}
     return jnp.square(jaxckpt.scan_blocks(block, blocks, x, remat=plan)).mean()
@@ -105,9 +104,8 @@ for plan in ("none", "dots", "names:gate,up", "full", "4xfull/names:gate,up", "s
 # %% [markdown]
 # ## The fastest plan inside a budget
 
+
 # %%
-
-
 def step_for(plan):
     return jax.value_and_grad(lambda params, x: loss(params, x, plan)), (params, x)
 
