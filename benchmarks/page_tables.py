@@ -110,7 +110,9 @@ def measured() -> str:
     for path in sorted(MEASURED.glob("*.json")):
         found = load(path.name)
         versions = ", ".join(f"{k} {v}" for k, v in found.get("versions", {}).items())
-        rows.append((f"`{path.name}`", f"`{found.get('command', '?')}`", found.get("device", ""), versions))
+        rows.append(
+            (f"`{path.name}`", f"`{found.get('command', '?')}`", found.get("device", ""), versions)
+        )
     return markdown(("record", "command", "device", "versions"), rows)
 
 
