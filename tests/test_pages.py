@@ -93,6 +93,15 @@ def test_every_page_is_in_the_table_of_contents():
     assert there <= set(listed) <= there | optional
 
 
+@pytest.mark.parametrize("path", [ROOT / "README.md", *DOCS.glob("*.md")], ids=lambda p: p.stem)
+def test_links_and_records_are_there(path):
+    text = path.read_text()
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    records = re.findall(r"`(measured/\w+\.json)`", text)
+    for name in (*links, *records):
+        assert (path.parent / name).exists(), name
+
+
 @pytest.mark.heavy
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("sphinx_book_theme", reason="pip install -e '.[docs]'")
