@@ -1,0 +1,173 @@
+"""Tables of the documentation, made from docs/measured/ and from the library's own data.
+
+    print(TABLES["targets"]())
+
+Each is a function without arguments that returns Markdown; `pages.py` puts them into their pages.
+No JAX import, so that a page's build needs no accelerator's library.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from jaxckpt.memory.chips import CHIPS, Chip
+
+ROOT = Path(__file__).parent.parent
+MEASURED = ROOT / "docs" / "measured"
+_GIB = 2**30
+
+# Sides of the step benchmark that are not ours, in the words of docs/speed.md.
+_PEERS = {
+    "short: torch.compile": "torch.compile",
+    "short: torch.compile, budget 0.5": "torch.compile, activation memory budget 0.5",
+    "short: torch.compile, budget 0.1": "torch.compile, activation memory budget 0.1",
+    "short: torch.compile + checkpoint": "torch.compile and Hugging Face's checkpointing",
+    "long: torch + checkpoint": "eager PyTorch and Hugging Face's checkpointing",
+}
+_STEPS = ("short: kept", "short: attention", "short: full", *list(_PEERS)[:4], "long: attention")
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """Returns a Markdown table."""
+    header = tuple(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+
+
+def load(name: str) -> dict:
+    """Returns a record of docs/measured/."""
+    return json.loads((MEASURED / name).read_text())
+
+
+def peaks() -> str:
+    """Compiled peaks beside the runtime's, and estimated times beside measured ones."""
+    header = ("plan", "batch", "absent, GiB", "present, GiB", "runtime, GiB", "ms a step")
+    rows = [
+        (
+            *(f"`{row['plan']}`", _batch(row)),
+            *(_gib(row[f"{whose}_bytes"]) for whose in ("absent", "present", "runtime")),
+            *(_ms(row["seconds"]), _ms(row["estimated"])),
+        )
+        for row in load("peaks_h100.json")["rows"]
+    ]
+    return markdown((*header, "estimated ms"), rows)
+
+
+def plans() -> str:
+    """Each plan of one model on one H100: what it needs and what it takes, fastest first."""
+    rows = load("peaks_h100.json")["rows"]
+    found = []
+    for batch in dict.fromkeys(map(_batch, rows)):
+        mine = [row for row in rows if _batch(row) == batch]
+        fastest = min(row["seconds"] for row in mine)
+        found += [
+            (
+                *(batch, f"`{row['plan']}`", _gib(row["runtime_bytes"]), _ms(row["seconds"])),
+                f"{row['seconds'] / fastest:.2f}",
+            )
+            for row in sorted(mine, key=lambda row: row["seconds"])
+        ]
+    return markdown(("batch", "plan", "peak, GiB", "ms a step", "to the fastest here"), found)
+
+
+def long_steps() -> str:
+    """Plans at 16384 tokens a row, where attention is most of the work."""
+    rows = load("step_plans_h200.json")["rows"].items()
+    mine = [row for name, row in rows if name.startswith("long: ") and "plan" in row["case"]]
+    header = ("batch", "plan", "peak, GiB", "ms a step", "FLOPs run again")
+    return markdown(
+        header,
+        [
+            (
+                *(_batch(row["case"]), f"`{row['case']['plan']}`"),
+                *(_gib(row["peak_bytes"]), _ms(row["seconds"])),
+                f"{row['recomputed_flops'] / row['step_flops']:.0%}",
+            )
+            for row in mine
+        ],
+    )
+
+
+def steps() -> str:
+    """Whole steps beside PyTorch's."""
+    rows = load("step_h200.json")["rows"]
+    names = (*_STEPS, *list(_PEERS)[4:])
+    return markdown(
+        ("batch x tokens", "step", "ms", "peak, GiB"),
+        [
+            (
+                *(_batch(rows[name]["case"]), _PEERS.get(name) or _ours(rows[name])),
+                *(_ms(rows[name]["seconds"]), _gib(rows[name]["peak_bytes"])),
+            )
+            for name in names
+        ],
+    )
+
+
+def measured() -> str:
+    """Every record, the command that made it and the device it ran on."""
+    rows = []
+    for path in sorted(MEASURED.glob("*.json")):
+        found = load(path.name)
+        versions = ", ".join(f"{k} {v}" for k, v in found.get("versions", {}).items())
+        rows.append(
+            (f"`{path.name}`", f"`{found.get('command', '?')}`", found.get("device", ""), versions)
+        )
+    return markdown(("record", "command", "device", "versions"), rows)
+
+
+def targets() -> str:
+    """Every chip that a step can be compiled for, with the sources of its figures."""
+    header = ("chip", "memory, GiB", "usable, GiB", "bf16, TFLOP/s", "memory, GB/s", "host, GB/s")
+    return markdown((*header, "figures from"), [_chip_row(chip) for chip in CHIPS.values()])
+
+
+def slices() -> str:
+    """The targets of each chip: TPU slices by their Google Cloud names, GPUs of one host."""
+    return markdown(
+        ("chip", "JAX devices a chip", "targets"),
+        [(f"`{chip.name}`", chip.devices_per_chip, _targets_of(chip)) for chip in CHIPS.values()],
+    )
+
+
+def _chip_row(chip: Chip) -> tuple[str, ...]:
+    return (
+        *(f"`{chip.name}`", _gib(chip.memory_bytes), _gib(chip.usable_bytes)),
+        f"{chip.bf16_flops_per_second / 1e12:g}",
+        f"{chip.memory_bytes_per_second / 1e9:g}",
+        f"{chip.host_bytes_per_second / 1e9:g}",
+        chip.source,
+    )
+
+
+def _targets_of(chip: Chip) -> str:
+    if not chip.slices:
+        return f"`{chip.name}`, `{chip.name}-2` to `{chip.name}-8`"
+    return ", ".join(f"`{chip.name}-{one.number}`" for one in chip.slices)
+
+
+def _ours(row: dict) -> str:
+    return f"ours, `{row['case']['plan']}`"
+
+
+def _batch(row: dict) -> str:
+    return f"{row['batch_size']} x {row['seq_len']}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:.2f}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "long-steps": long_steps,
+    "measured": measured,
+    "peaks": peaks,
+    "plans": plans,
+    "slices": slices,
+    "steps": steps,
+    "targets": targets,
+}

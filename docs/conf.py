@@ -1,0 +1,47 @@
+"""Sphinx's configuration: `sphinx-build -W docs docs/_build` (pip install -e '.[docs]')."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # benchmarks.pages, and jaxckpt where it is not installed
+
+import jaxckpt  # noqa: E402
+from benchmarks import pages  # noqa: E402
+
+project = "jaxckpt"
+author = copyright = "the jaxckpt authors"
+version = release = jaxckpt.__version__
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # notebooks are run by .ci/full, on Colab's versions
+exclude_patterns = ["_build", "notebooks/README.md"]
+
+# Docstrings speak of code in single backticks, as Markdown does.
+default_role = "code"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # they are in the signature's docstring, with shapes and units
+
+# Pages of the table of contents that a checkout may not have.
+OPTIONAL_PAGES = ("claims", "compare", "many_chips", "scaling")
+
+html_theme = "sphinx_book_theme"
+html_title = "jaxckpt"
+html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True}
+
+
+def setup(app):
+    """Makes the tables of every page anew from their data."""
+    app.connect("source-read", _fill)
+
+
+def _fill(app, docname: str, source: list[str]):
+    text = pages.filled(source[0])
+    if docname == "index":
+        absent = {page for page in OPTIONAL_PAGES if not (ROOT / "docs" / f"{page}.md").exists()}
+        text = "\n".join(line for line in text.split("\n") if line not in absent)
+    source[0] = text

@@ -1,0 +1,79 @@
+"""`python notebooks/make.py`: makes each notebook (.ipynb) from its text (.py).
+
+The text is jupytext's percent form: `# %%` begins a cell of code, `# %% [markdown]` one of prose
+in comments, and a line `# %pip ...` is a magic. The standard library does for these; a heavy test
+compares with jupytext itself. `--check` writes nothing and ends with code 1 if a notebook is not up
+to date.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+NAMES = ("train", "will_it_fit", "your_own_block")
+_CELL = re.compile(r"^# %%(?P<markdown> \[markdown\])?\n", re.MULTILINE)
+
+
+def notebook(text: str) -> dict:
+    """Returns a notebook's JSON values for a text in percent form.
+
+    Raises:
+      ValueError: Something stands before the first cell.
+    """
+    starts = list(_CELL.finditer(text))
+    if not starts or starts[0].start():
+        raise ValueError("a notebook's text begins with a cell: '# %%' or '# %% [markdown]'")
+    ends = [match.start() for match in starts[1:]] + [len(text)]
+    cells = [
+        _cell(place, text[match.end() : end].strip("\n"), bool(match["markdown"]))
+        for place, (match, end) in enumerate(zip(starts, ends, strict=True))
+    ]
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    return {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+
+
+def _cell(place: int, body: str, is_markdown: bool) -> dict:
+    lines = body.split("\n")
+    prefix = r"^# ?" if is_markdown else r"^# (?=%pip )"
+    source = "\n".join(re.sub(prefix, "", line) for line in lines).splitlines(keepends=True)
+    cell = {"id": f"cell-{place}", "metadata": {}, "source": source}
+    if is_markdown:
+        return {"cell_type": "markdown", **cell}
+    return {"cell_type": "code", "execution_count": None, "outputs": [], **cell}
+
+
+def text_of(name: str) -> str:
+    """Returns the file text of the notebook that `name`.py makes."""
+    return (
+        json.dumps(notebook((FOLDER / f"{name}.py").read_text()), indent=1, sort_keys=True) + "\n"
+    )
+
+
+def stale() -> list[Path]:
+    """Returns the notebooks that are not what their text makes."""
+    paths = {name: FOLDER / f"{name}.ipynb" for name in NAMES}
+    return [
+        path
+        for name, path in paths.items()
+        if not path.exists() or path.read_text() != text_of(name)
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Writes the notebooks, or with `--check` only names those that are out of date."""
+    parser = argparse.ArgumentParser(prog="python notebooks/make.py", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args(argv).check
+    found = stale()
+    for path in found:
+        if not check:
+            path.write_text(text_of(path.stem))
+        print(f"{'out of date' if check else 'written'}: {path.name}")
+    return int(check and bool(found))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

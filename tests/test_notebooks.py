@@ -1,0 +1,53 @@
+"""Notebooks: the .ipynb is what its text makes, as jupytext would make it."""
+
+import json
+
+import pytest
+
+from notebooks import make
+
+
+def cells(notebook) -> list[tuple[str, str]]:
+    return [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]]
+
+
+def test_notebooks_are_what_their_text_makes():
+    assert make.stale() == [], "python notebooks/make.py writes them anew"
+    assert sorted(make.NAMES) == sorted(p.stem for p in make.FOLDER.glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("name", make.NAMES)
+def test_a_notebook_installs_with_one_line_and_claims_something(name):
+    notebook = json.loads((make.FOLDER / f"{name}.ipynb").read_text())
+    code = [source for kind, source in cells(notebook) if kind == "code"]
+    installs = [line for source in code for line in source.split("\n") if line.startswith("%pip")]
+    assert len(installs) == 1 and "jaxckpt" in installs[0]
+    assert any("assert " in source for source in code)
+    assert all(cell["outputs"] == [] for cell in notebook["cells"] if cell["cell_type"] == "code")
+
+
+def test_a_changed_text_is_seen(monkeypatch, tmp_path):
+    for name in make.NAMES:
+        for ending in ("py", "ipynb"):
+            text = (make.FOLDER / f"{name}.{ending}").read_text()
+            (tmp_path / f"{name}.{ending}").write_text(text)
+    monkeypatch.setattr(make, "FOLDER", tmp_path)
+    assert make.stale() == []
+    text = (tmp_path / "train.py").read_text()
+    (tmp_path / "train.py").write_text(text.replace("STEPS = 60", "STEPS = 61"))
+    assert make.stale() == [tmp_path / "train.ipynb"]
+    assert make.main(["--check"]) == 1 and make.stale()
+    assert make.main([]) == 0 and make.stale() == []
+
+
+def test_text_before_the_first_cell_is_refused():
+    with pytest.raises(ValueError, match="begins with a cell"):
+        make.notebook("import jax\n# %%\nprint(1)\n")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", make.NAMES)
+def test_jupytext_makes_the_same_cells(name):
+    jupytext = pytest.importorskip("jupytext", reason="pip install -e '.[notebooks]'")
+    want = jupytext.read(make.FOLDER / f"{name}.py", fmt="py:percent")
+    assert cells(json.loads(make.text_of(name))) == cells(want)

@@ -1,0 +1,117 @@
+"""The documentation's pages: their tables, what they have to name, and the build of the site."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxckpt
+from benchmarks import page_tables, pages
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+def page(name: str) -> str:
+    return (DOCS / f"{name}.md").read_text()
+
+
+def codes_of_findings() -> set[str]:
+    """Returns the code of every `Finding(...)` that the library can make."""
+    found = set()
+    for path in (ROOT / "jaxckpt").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding":
+                found.update(k.value.value for k in node.keywords if k.arg == "code")
+    return found
+
+
+def test_tables_are_what_their_data_says():
+    assert pages.stale() == [], "python -m benchmarks.pages writes them anew"
+    used = re.findall(r"<!-- table: (\S+) -->", "".join(p.read_text() for p in DOCS.glob("*.md")))
+    assert sorted(used) == sorted(page_tables.TABLES)
+
+
+def test_a_changed_number_makes_its_page_stale(monkeypatch, tmp_path):
+    record = page_tables.load("peaks_h100.json")
+    assert "| 9.99 | 107.7 |" in page("choose")
+    record["rows"][4]["seconds"] *= 1.01  # `full`
+    monkeypatch.setattr(page_tables, "load", lambda name: record)
+    assert "| 9.99 | 108.8 |" in page_tables.plans()
+    (tmp_path / "choose.md").write_text(page("choose"))
+    monkeypatch.setattr(pages, "filled", lambda text: text.replace("107.7", "108.8"))
+    assert pages.stale(tmp_path) == [tmp_path / "choose.md"]
+
+
+def test_every_target_has_a_row_with_its_source():
+    text = page("targets")
+    for chip in page_tables.CHIPS.values():
+        assert text.count(f"| `{chip.name}` |") == 2 and chip.source in text
+
+
+def test_a_table_that_nobody_makes_is_named():
+    text = "<!-- table: targtes -->\n<!-- end table -->"
+    with pytest.raises(ValueError, match=r"no table 'targtes'.*did you mean 'targets'"):
+        pages.filled(text)
+    with pytest.raises(ValueError, match="begun and not ended"):
+        pages.filled(text.split("\n")[0])
+
+
+def test_plans_to_choose_from_are_in_the_order_of_their_measured_times_and_peaks():
+    table = page("choose").split("| need |")[1].split("\n\n")[0]
+    rows = page_tables.load("peaks_h100.json")["rows"]
+    rows = {row["plan"]: row for row in rows if (row["batch_size"], row["seq_len"]) == (8, 1024)}
+    named = [plan for plan in re.findall(r"`([^`]+)`", table) if plan in rows]
+    assert len(named) >= 5
+    seconds = [rows[plan]["seconds"] for plan in named]
+    peaks = [rows[plan]["runtime_bytes"] for plan in named]
+    assert seconds == sorted(seconds) and peaks == sorted(peaks, reverse=True)
+
+
+def test_every_finding_has_its_cure():
+    codes = codes_of_findings()
+    assert len(codes) >= 6
+    assert set(re.findall(r"^### `([a-z-]+)`", page("peak"), re.MULTILINE)) == codes
+
+
+def test_every_public_name_is_in_the_api():
+    text = page("api")
+    for name in jaxckpt.__all__:
+        assert re.search(rf"\bjaxckpt\.{name}\b", text), name
+
+
+def test_every_page_is_in_the_table_of_contents():
+    tables = re.findall(r"```{toctree}\n(.*?)```", page("index"), re.DOTALL)
+    listed = [line for table in tables for line in table.split("\n") if line and line[0] != ":"]
+    optional = {"claims", "compare", "many_chips", "scaling"}  # of docs/conf.py
+    there = {path.stem for path in DOCS.glob("*.md")} - {"index"}
+    assert len(listed) == len(set(listed))
+    assert there <= set(listed) <= there | optional
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *DOCS.glob("*.md")], ids=lambda p: p.stem)
+def test_links_and_records_are_there(path):
+    text = path.read_text()
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    records = re.findall(r"`(measured/\w+\.json)`", text)
+    for name in (*links, *records):
+        assert (path.parent / name).exists(), name
+
+
+@pytest.mark.heavy
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("sphinx_book_theme", reason="pip install -e '.[docs]'")
+    pytest.importorskip("myst_nb", reason="pip install -e '.[docs]'")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", str(DOCS), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    html = (tmp_path / "api.html").read_text()
+    for name in ("scan_blocks", "measure", "fit"):
+        assert f"jaxckpt.{name}" in html
+    assert "Google Cloud, TPU v5e" in (tmp_path / "targets.html").read_text()
+    assert json.loads((ROOT / "notebooks" / "train.ipynb").read_text())["cells"]
+    assert (tmp_path / "notebooks" / "train.html").exists()
