@@ -51,15 +51,15 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path):
     limit, host_limit = limit_bytes(config, "local"), host_limit_bytes(config)
     if excess(limit, "local"):
         display.print(f"warning: {excess(limit, 'local')}")
-    _, choices = resolve_model(config)
-    for choice in choices:
-        display.print(f"model   {choice}")
+    resolve_model(config)  # what the chip does not have is refused before anything is planned
     with contextlib.closing(Checkpoints(folder, config.keep)) as checkpoints:
         resumed, about = None, None
         if config.resume:
             resumed, about = _find_checkpoint(config, corpus, checkpoints)
         config, planned_for = settle(config, limit, about, display.print)
-        here, _ = resolve_model(config)
+        here, choices = resolve_model(config)
+        for choice in choices:
+            display.print(f"model   {choice}")
         step, report, compile_seconds = _compile(here, display)
         check_within(config, report, limit, host_limit)
         state = _first_state(checkpoints, resumed, here)
