@@ -2,8 +2,8 @@
 # # Will it fit?
 #
 # Which plans fit a chip that you do not have yet, and which of them is the fastest? The compiler of the
-# chip knows, and it runs on a CPU: here a training step is compiled for one TPU v5e. It takes a few
-# minutes. Nothing is allocated, and no TPU is needed.
+# chip knows, and it runs on a CPU: here a training step is compiled for one TPU v5e, under about
+# eight plans. On two cores each takes some tens of seconds. Nothing is allocated, and no TPU is needed.
 
 # %%
 import pathlib
@@ -79,7 +79,7 @@ def step_for(plan):
 
 # %%
 reports = {}
-for plan in ("none", "attention", "full", "sqrt", "log"):
+for plan in ("none", "full", "log"):
     step, args, options = step_for(plan)
     reports[plan] = jaxckpt.measure(step, *args, target=TARGET, **options)
     left = reports[plan].headroom_bytes / 2**30
