@@ -26,9 +26,6 @@ napoleon_use_ivar = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # they are in the signature's docstring, with shapes and units
 
-# Pages of the table of contents that a checkout may not have.
-OPTIONAL_PAGES = ("claims", "compare", "many_chips", "scaling")
-
 html_theme = "sphinx_book_theme"
 html_title = "jaxckpt"
 html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True}
@@ -40,8 +37,4 @@ def setup(app):
 
 
 def _fill(app, docname: str, source: list[str]):
-    text = pages.filled(source[0])
-    if docname == "index":
-        absent = {page for page in OPTIONAL_PAGES if not (ROOT / "docs" / f"{page}.md").exists()}
-        text = "\n".join(line for line in text.split("\n") if line not in absent)
-    source[0] = text
+    source[0] = pages.filled(source[0])
