@@ -9,6 +9,7 @@ different blocks (`Listed`, by a Python loop).
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -65,7 +66,8 @@ class Stacked:
         for size, equals in itertools.groupby(sizes):
             count = len(list(equals))
             stop = start + size * count
-            params = jax.tree.map(lambda x: _cut(x, start, stop, size), self.params)
+            cut = functools.partial(_cut, start=start, stop=stop, size=size)
+            params = jax.tree.map(cut, self.params)
             segment = lambda params, k=size: Stacked(params=params, length=k, unroll=self.unroll)
             apply = lambda carry, params, make=segment: run(carry, make(params))
             carry = self._scan(apply, carry, params, count, 1, remat)
@@ -91,6 +93,7 @@ class Listed:
 
     @property
     def length(self) -> int:
+        """The number of blocks."""
         return len(self.blocks)
 
     def fold(self, apply: Apply, carry, remat: Remat | None):

@@ -155,7 +155,7 @@ class Recorder:
         )
 
     def empty(self, num_blocks: int) -> list[jax.Array]:
-        """Returns room for the kept residuals of blocks, each leaf in the memory its policy says."""
+        """Returns room for blocks' kept residuals, each leaf in the memory its policy says."""
         residuals = self.run.out_avals[self.num_carry :]
         return [
             jax.device_put(jnp.zeros((num_blocks, *aval.shape), aval.dtype), aval.memory_space)
