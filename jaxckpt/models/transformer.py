@@ -79,10 +79,11 @@ class Transformer(nn.Module):
         """
         x_BSD = self.features(tokens_BS, segment_ids_BS, deterministic=deterministic)
         if self.config.tied_embeddings:
-            return x_BSD @ self.embed_tokens.embedding.T.astype(x_BSD.dtype)
+            embedding_VD: jax.Array = self.embed_tokens.embedding
+            return x_BSD @ embedding_VD.T.astype(x_BSD.dtype)
         return self.lm_head(x_BSD)
 
-    def features(self, tokens_BS, segment_ids_BS=None, *, deterministic: bool = True):
+    def features(self, tokens_BS, segment_ids_BS=None, *, deterministic: bool = True) -> jax.Array:
         """Returns what the head is applied to, `[B, S, D]`; arguments are those of a call."""
         config = self.config
         # Rows are cast, not the table: their gradients are summed up in float32.

@@ -24,7 +24,7 @@ from jaxckpt.planner.problem import keeps_text, peak_parts, runs_of, why
 from jaxckpt.planner.result import BudgetError, Candidate, FitResult
 from jaxckpt.planner.stacks import Stack
 from jaxckpt.planner.steps import Steps
-from jaxckpt.plans import PlanError
+from jaxckpt.plans import Plan, PlanError
 from jaxckpt.plans.plan_set import PlanSet
 
 _BISECTIONS = 50
@@ -143,7 +143,7 @@ class SeveralProblem:
             drafts.append(next(found, None))
         return None if None in drafts else self._rung(_joint(self.parts, drafts))
 
-    def _least(self) -> tuple[PlanSet, MemoryReport]:
+    def _least(self) -> tuple[Plan | PlanSet, MemoryReport]:
         return min(self.steps.compiled.items(), key=lambda item: item[1].peak_bytes)
 
     def _rung(self, joint: Joint) -> Rung:

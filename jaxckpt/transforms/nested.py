@@ -147,8 +147,9 @@ def _full(stage: Stage):
 
 def _uniform(stage: Stage):
     segments = stage.argument
+    assert segments is not None, stage  # both words have a number
     if stage.schedule == "every":
-        segments = math.ceil(stage.count / stage.argument)
+        segments = math.ceil(stage.bound_count / segments)
     # The policies speak of the live segment's blocks; the carries that go to the host are the
     # segments' inputs, which `run_stage` sees to.
     kept = tuple(p for p in stage.policies if str(p) != f"offload:{words.CARRY}")
@@ -157,13 +158,13 @@ def _uniform(stage: Stage):
 
 
 def _sqrt(stage: Stage):
-    segments = math.isqrt(stage.count - 1) + 1
+    segments = math.isqrt(stage.bound_count - 1) + 1
     return (lambda length: segment_sizes(length, segments),), Remat()
 
 
 def _log(stage: Stage):
     # Halving until segments have at most two blocks, whose inputs the leaves keep.
-    halvings = max(0, stage.count.bit_length() - 2)
+    halvings = max(0, stage.bound_count.bit_length() - 2)
     return (_halves,) * halvings, Remat()
 
 
