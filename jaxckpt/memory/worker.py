@@ -129,9 +129,8 @@ def get_topology(target: Target):
     assert target.topology is not None  # as every TPU target has
     if target.topology.endswith(":1x1"):  # one chip of a host that has four
         options["chips_per_host_bounds"] = [1, 1, 1]
-    if (
-        target.known_chip.name == "v4"
-    ):  # JAX joins its two cores into one device; libtpu does if asked to
+    # JAX joins a v4's two cores into one device; libtpu does if asked to.
+    if target.known_chip.name == "v4":
         options["chip_config_name"] = "megacore"
     return topologies.get_topology_desc(platform="tpu", topology_name=target.topology, **options)
 

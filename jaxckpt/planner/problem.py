@@ -6,6 +6,7 @@ Everything here is of a step and not of a budget: `Problem.ladder` has the plans
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 
@@ -134,7 +135,7 @@ class Problem:
         plan, _ = self._least()
         return next((self._rung(one) for one in self._drafts() if one.plan == plan), None)
 
-    def _least(self) -> tuple[Plan, MemoryReport]:
+    def _least(self) -> tuple[Any, MemoryReport]:
         return min(self.steps.compiled.items(), key=lambda item: item[1].peak_bytes)
 
     def _drafts(self) -> Iterator[Draft]:

@@ -115,7 +115,9 @@ class Steps:
             return measured()
         return self.kept(plan, measured, options=repr(sorted(step.options.items())))
 
-    def kept(self, plan: Plan, made: Callable[[], MemoryReport], **parts: Any) -> MemoryReport:
+    def kept(
+        self, plan: Plan | PlanSet, made: Callable[[], MemoryReport], **parts: Any
+    ) -> MemoryReport:
         """Returns the report of a plan's step from disk, where it is made if it is not there.
 
         Args:

@@ -208,6 +208,11 @@ class Plan:
         """The number of blocks the plan covers, or None while the last count is open."""
         if self.stages[-1].count is None:
             return None
+        return self.bound_count
+
+    @property
+    def bound_count(self) -> int:
+        """The number of blocks of a plan whose last count is not open."""
         return sum(stage.bound_count for stage in self.stages)
 
     def bind(self, num_blocks: int) -> Self:
