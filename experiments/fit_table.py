@@ -23,7 +23,7 @@ def show(rows: Sequence[FitRow], settings: TrainConfig, largest: str | None = No
     console = Console(highlight=False, soft_wrap=True, width=width)
     for target in dict.fromkeys(row.target for row in rows):
         mine = [row for row in rows if row.target == target]
-        measured = [row for row in mine if row.measured is not None]
+        measured = [row for row in mine if row.report is not None]
         if measured:
             console.print(_title(measured[0], settings, largest))
             console.print(_table(ranked(measured), largest))

@@ -144,9 +144,8 @@ def _number(row, name: str, *, least: float, whole: bool = False, optional: bool
     value: Any = row.get(name)
     if value is None and optional:
         return None
-    kind: Any = int if whole else int | float
-    right = isinstance(value, kind) and not isinstance(value, bool)
-    if not right or not math.isfinite(value) or value < least:
+    right = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if value is None or not right or not math.isfinite(value) or value < least:
         raise PointError(f"{name} is {value!r}; a number of at least {least} is needed")
     return value
 
