@@ -170,7 +170,7 @@ def _description(value: _Value, every: list[_Value], metadata: dict[str, str]) -
 
 def _buffer(value: _Value, description: str, lines: SourceLines) -> Buffer:
     operation = re.search(r'op_name="([^"]*)"', description)
-    assert operation is not None  # as whoever calls this has seen
+    assert operation is not None, description  # every description has one
     return Buffer(
         size_bytes=value.size,
         shape=_LAYOUT.sub("", value.shape),
