@@ -59,9 +59,9 @@ def measure(plan: str, step: bool, nested: bool = False) -> Row:
         "plan": plan,
         "run by": "nested" if nested else "executor",
         "gradients": "inside a step" if step else "outputs",
-        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "temp_bytes": stacks.temp_bytes(compiled),
         "allowed_bytes": None if nested else allowed + (weight_bytes() if step else 0),
-        "copies": None if nested else count_copies(compiled.as_text()),
+        "copies": None if nested else count_copies(compiled.as_text() or ""),
     }
 
 

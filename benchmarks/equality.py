@@ -7,6 +7,7 @@ blocks, which schedules associate differently), and for the two blocks known not
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +144,8 @@ def normed(num_blocks: int) -> Callable:
     @functools.partial(jax.jit, static_argnums=0)
     @functools.partial(jax.value_and_grad, argnums=(1, 2))
     def model(plan, variables, x):
-        return jnp.sin(stack(plan).apply(variables, x)).sum()
+        out: Any = stack(plan).apply(variables, x)
+        return jnp.sin(out).sum()
 
     def call(plan):
         loss, grads = model(plan, variables, x)

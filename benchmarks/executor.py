@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -82,7 +82,7 @@ def executor(flags: Annotated[Flags, Parameter(name="*")] = Flags(), *, command:
         raise SystemExit(1)
 
 
-def write(record: dict[str, object], path: Path | None):
+def write(record: dict[str, Any], path: Path | None):
     """Writes the record as JSON, whole or not at all; without a path, nothing."""
     if path is None:
         return

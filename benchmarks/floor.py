@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def seconds_of(fn: Callable, *args) -> float:
     return statistics.median(found)
 
 
-def run(case: Case) -> dict[str, object]:
+def run(case: Case) -> dict[str, Any]:
     """Returns the floor in seconds and its parts."""
     config, _ = resolve_model(case.config())
     model, rows = config.model, (config.batch_size, config.seq_len)

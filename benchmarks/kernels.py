@@ -10,6 +10,7 @@ cuDNN in 2026. What runs beside another kernel is counted in full.
 import collections
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -30,7 +31,7 @@ def by_kind(folder: Path, *, steps: int) -> dict[str, float]:
       folder: Where `jax.profiler.trace` wrote one trace.
       steps: Steps that the trace holds.
     """
-    found = collections.Counter()
+    found: Any = collections.Counter()  # of seconds
     for name, seconds in by_kernel(folder, steps=steps).items():
         found[kind_of(name)] += seconds
     return dict(found.most_common())
@@ -38,7 +39,7 @@ def by_kind(folder: Path, *, steps: int) -> dict[str, float]:
 
 def by_kernel(folder: Path, *, steps: int) -> dict[str, float]:
     """Returns the seconds of a step that each kernel takes, by its name."""
-    found = collections.Counter()
+    found: Any = collections.Counter()  # of seconds
     for path in sorted(Path(folder).rglob("*.xplane.pb")):
         for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
             if not plane.name.startswith("/device:GPU"):

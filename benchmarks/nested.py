@@ -12,13 +12,14 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 import jaxckpt
-from benchmarks import evaluations
+from benchmarks import evaluations, stacks
 from benchmarks.result import Result, Row
 from jaxckpt.models.config import TransformerConfig
 from jaxckpt.models.transformer import Block, rotary_table
@@ -90,8 +91,8 @@ def measure(plan: str, shape: Shape) -> list[Row]:
                 "rival": name,
                 "executor_evaluations": sum(evaluations.count(ours, shape.blocks)),
                 "rival_evaluations": sum(evaluations.count(stack, shape.blocks)),
-                "executor_temp_bytes": executor.memory_analysis().temp_size_in_bytes,
-                "rival_temp_bytes": rival.memory_analysis().temp_size_in_bytes,
+                "executor_temp_bytes": stacks.temp_bytes(executor),
+                "rival_temp_bytes": stacks.temp_bytes(rival),
                 "executor_seconds": statistics.median(ours_seconds),
                 "rival_seconds": statistics.median(rival_seconds),
                 "ratio": statistics.median(ratios),
@@ -129,6 +130,7 @@ def two_level(block: Callable, params, carry, plan: str):
 
 def transformer(shape: Shape):
     """Returns `(block, (params, x))`: one Transformer block as a function, and its stack."""
+    dtype: Any = shape.dtype  # the configuration checks it
     config = TransformerConfig(
         num_blocks=shape.blocks,
         d_model=shape.width,
@@ -136,7 +138,7 @@ def transformer(shape: Shape):
         num_kv_heads=shape.width // 128,
         head_dim=128,
         d_ff=3 * shape.width,
-        dtype=shape.dtype,
+        dtype=dtype,
     )
     sequence = min(shape.sequence, shape.tokens)
     module, rotary = Block(config), rotary_table(sequence, config.head_dim, config.rope_theta)

@@ -4,6 +4,7 @@ import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -11,7 +12,7 @@ _PACKAGES = ("jaxckpt", "jax", "jaxlib", "flax", "libtpu")
 ROOT = Path(__file__).parent.parent
 
 
-def origin(command: str) -> dict[str, object]:
+def origin(command: str) -> dict[str, Any]:
     """Returns the command, the commit ("unknown" outside a checkout), versions and the device."""
     return {
         "command": command,

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
@@ -107,7 +107,7 @@ def _absent(target: str, tiny: bool) -> list[int | str]:
     return [str(one) if isinstance(one, JobFailure) else one.peak_bytes for one in found]
 
 
-def _present(place: int, tiny: bool) -> dict[str, object]:
+def _present(place: int, tiny: bool) -> dict[str, Any]:
     """Returns what a fresh process says of a point."""
     command = [sys.executable, "-m", "benchmarks.peaks", "--child-of", str(place)]
     done = subprocess.run(
@@ -118,7 +118,7 @@ def _present(place: int, tiny: bool) -> dict[str, object]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _line(row: dict[str, object]) -> str:
+def _line(row: dict[str, Any]) -> str:
     start = f"{row['plan']:38} {row['batch_size']:>3} x {row['seq_len']:<6}"
     if "error" in row:
         return f"{start} {row['error']}"
@@ -127,7 +127,7 @@ def _line(row: dict[str, object]) -> str:
     return f"{start} {shown} GiB  {1e3 * row['seconds']:.1f} ms, {row['attention']}"
 
 
-def check(rows: list[dict[str, object]]) -> list[str]:
+def check(rows: list[dict[str, Any]]) -> list[str]:
     """Returns a line for each bound that does not hold."""
     failures = [f"{row['plan']}: {row['error']}" for row in rows if "error" in row]
     rows = [row for row in rows if row.get("runtime_bytes")]
@@ -149,7 +149,7 @@ def check(rows: list[dict[str, object]]) -> list[str]:
     return failures
 
 
-def _write(path: Path, rows: list[dict[str, object]], target: str):
+def _write(path: Path, rows: list[dict[str, Any]], target: str):
     from benchmarks import origin
 
     command = f"python -m benchmarks.peaks --target {target} --output {path}"

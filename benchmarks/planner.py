@@ -16,7 +16,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
@@ -25,7 +25,8 @@ from benchmarks.planner_part import Case, run_part
 from jaxckpt.memory import cache, launch
 from jaxckpt.memory.targets import parse_target
 
-_SHORT, _LONG = {"batch_size": 8, "seq_len": 1024}, {"batch_size": 2, "seq_len": 16384}
+_SHORT: dict[str, Any] = {"batch_size": 8, "seq_len": 1024}
+_LONG: dict[str, Any] = {"batch_size": 2, "seq_len": 16384}
 PARTS = {
     "v5e-1-8x1024": Case(target="v5e-1", budgets=20, **_SHORT),
     "v5e-1-2x16384": Case(target="v5e-1", budgets=5, **_LONG),
@@ -91,7 +92,7 @@ def _refused(text: str) -> int:
     return 2
 
 
-def _resume(output: Path | None, sources: str) -> list[dict[str, object]]:
+def _resume(output: Path | None, sources: str) -> list[dict[str, Any]]:
     """Returns the rows of a file that this planner made."""
     if output is None or not output.exists():
         return []
@@ -107,7 +108,7 @@ def _command(output: Path | None, parts: Sequence[str], budgets: int | None, tin
     return " ".join(["python -m benchmarks.planner", *flags])
 
 
-def _write(output: Path | None, command: str, rows: Sequence[dict[str, object]]):
+def _write(output: Path | None, command: str, rows: Sequence[dict[str, Any]]):
     if output is None:
         return
     from benchmarks.origin import origin

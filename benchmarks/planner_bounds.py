@@ -3,10 +3,11 @@
 import itertools
 import statistics
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 MEDIAN, WORST, MOST_COMPILES = 0.01, 0.02, 6
 
-Row = dict[str, object]
+Row = dict[str, Any]
 
 
 def check(rows: Sequence[Row]) -> list[str]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from jaxckpt.memory import launch
 from jaxckpt.memory.targets import parse_target
@@ -26,12 +27,12 @@ class Case:
         size = {"batch_size": 2, "seq_len": 64, "tiny": True} if tiny else {}
         return dataclasses.replace(self, budgets=budgets or self.budgets, **size)
 
-    def as_json(self) -> dict[str, object]:
+    def as_json(self) -> dict[str, Any]:
         """Returns the fields as JSON values."""
         return dataclasses.asdict(self)
 
 
-def run_part(case: Case, done: Sequence[int]) -> Iterator[dict[str, object]]:
+def run_part(case: Case, done: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Yields the rows of a case as they finish, from a fresh process with its chip's compiler.
 
     Args:
@@ -48,8 +49,9 @@ def run_part(case: Case, done: Sequence[int]) -> Iterator[dict[str, object]]:
     command = [sys.executable, "-m", "benchmarks.planner_rows", *asked]
     # The compilers write banners that mean nothing to file descriptor 2.
     with tempfile.TemporaryFile("w+") as log:
-        streams = {"stdout": subprocess.PIPE, "stderr": log, "text": True}
+        streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": log, "text": True}
         with subprocess.Popen(command, env=environment, **streams) as process:
+            assert process.stdout is not None  # a pipe
             try:
                 yield from map(json.loads, process.stdout)
             except GeneratorExit:

@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,7 @@ FIXED = (
 _NONE = Plan.parse("none")
 
 
-def rows(case: Case, done: Sequence[int]) -> Iterator[dict[str, object]]:
+def rows(case: Case, done: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Yields the rows of a case but for places that are done, the largest budget first."""
     compiler = _Compiler(case)
     steps = compiler.steps
@@ -74,13 +75,13 @@ def _least(problem: Problem, rungs) -> int:
         return error.least_bytes
 
 
-def _fixed(steps: Steps, budget: int) -> dict[str, object]:
+def _fixed(steps: Steps, budget: int) -> dict[str, Any]:
     """Returns the fixed plan within the budget that recomputes least."""
     plans = sorted(map(Plan.parse, FIXED), key=lambda plan: count_flops(steps.trace(plan)[0]))
     for plan in plans:
         report = steps.report(plan)
         if report.peak_bytes <= budget:
-            found = {"fixed_plan": str(plan), "fixed_bytes": report.peak_bytes}
+            found: dict[str, Any] = {"fixed_plan": str(plan), "fixed_bytes": report.peak_bytes}
             return found | {"fixed_recomputed_flops": report.recomputed_flops}
     return {"fixed_plan": None, "fixed_bytes": None, "fixed_recomputed_flops": None}
 
@@ -103,7 +104,7 @@ class _Compiler:
         self.seconds = 0.0
 
     def _built(self, plan: Plan) -> BuiltStep:
-        sizes = {"batch_size": self._case.batch_size, "seq_len": self._case.seq_len}
+        sizes: dict[str, Any] = {"batch_size": self._case.batch_size, "seq_len": self._case.seq_len}
         config = TrainConfig(model=self.model, remat=str(plan), **sizes)
         return build(config, self._case.target)
 

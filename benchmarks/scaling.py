@@ -11,7 +11,7 @@ written to `docs/measured/scaling.json` at once, and what is there is not asked 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
@@ -48,9 +48,9 @@ def model_of(size: str) -> TransformerConfig:
 
 def mesh_of(target: str) -> str | None:
     """Returns the mesh of a target; None for one device."""
-    target = parse_target(target)
-    fsdp = min(target.num_devices, _FSDP[target.backend])
-    return None if fsdp == 1 else f"data={target.num_devices // fsdp},fsdp={fsdp}"
+    chips = parse_target(target)
+    fsdp = min(chips.num_devices, _FSDP[chips.backend])
+    return None if fsdp == 1 else f"data={chips.num_devices // fsdp},fsdp={fsdp}"
 
 
 def config_of(size: str, target: str, plan: str) -> TrainConfig:
@@ -70,7 +70,7 @@ def scaling(
     write: Annotated[bool, Parameter(negative=())] = False,
 ):
     """Compile rows that are not there yet; of several plans, a row is the fastest that fits."""
-    record = json.loads(output.read_text()) if output.exists() else {"rows": []}
+    record: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {"rows": []}
     if write:
         document.write(_table(record["rows"]), record, PAGE)
         return

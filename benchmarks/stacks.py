@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,12 @@ from jaxckpt.plans.actions import Schedule
 from jaxckpt.plans.stage_schedule import schedule_of
 
 
-def schedule(plan: str, num_blocks: int) -> Schedule | None:
-    """Returns the schedule of a plan of one stage; None for `none` and `full`."""
+def schedule(plan: str, num_blocks: int) -> Schedule:
+    """Returns the schedule of a plan of one stage that has one: not `none`, not `full`."""
     (stage,) = Plan.parse(plan).bind(num_blocks).stages
-    return schedule_of(stage)
+    found = schedule_of(stage)
+    assert found is not None, plan
+    return found
 
 
 def plans(num_blocks: int) -> tuple[str, ...]:
@@ -80,3 +83,8 @@ def _difference(got: np.ndarray, want: np.ndarray) -> float:
     if not np.isfinite(got).all():
         return math.inf
     return float(np.max(np.abs(got - want)) / max(np.max(np.abs(want)), 1e-30))
+
+
+def temp_bytes(compiled: Any) -> int:
+    """Returns the temporary bytes of a compiled function, as XLA counts them."""
+    return compiled.memory_analysis().temp_size_in_bytes

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
@@ -86,7 +86,7 @@ def step(
     sys.exit(bool(failures))
 
 
-def _prepare(cases: dict[str, tuple[str, dict[str, object]]]):
+def _prepare(cases: dict[str, tuple[str, dict[str, Any]]]):
     """Compiles the peer's cases side by side; what they leave on disk saves each its minutes."""
     compiled = [
         {**case, "prepare": True}
@@ -97,7 +97,7 @@ def _prepare(cases: dict[str, tuple[str, dict[str, object]]]):
         list(pool.map(lambda case: _run("step_torch", case), compiled))
 
 
-def _run(module: str, case: dict[str, object]) -> dict[str, object]:
+def _run(module: str, case: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, "-m", f"benchmarks.{module}", json.dumps(case)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=_ENVIRONMENT)
     if done.returncode:
@@ -115,14 +115,14 @@ def _gpu() -> str:
     return done.stdout.strip().splitlines()[0]
 
 
-def _resume(output: Path | None) -> dict[str, dict[str, object]]:
+def _resume(output: Path | None) -> dict[str, dict[str, Any]]:
     if output is None or not output.exists():
         return {}
     gpu, rows = _gpu(), json.loads(output.read_text())["rows"]
     return {name: row for name, row in rows.items() if row.get("gpu") == gpu}
 
 
-def _line(name: str, row: dict[str, object]) -> str:
+def _line(name: str, row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{name:36} {row['error']}"
     start = f"{name:36} {1e3 * row['seconds']:7.1f} ms"
@@ -155,7 +155,7 @@ def _compared(rows) -> list[str]:
     return lines
 
 
-def check(rows: dict[str, dict[str, object]]) -> list[str]:
+def check(rows: dict[str, dict[str, Any]]) -> list[str]:
     """Returns a line for each bound that does not hold, and each case that failed."""
     failures = [f"{name}: {row['error']}" for name, row in rows.items() if "error" in row]
     for ours, theirs, most_time, most_bytes in BOUNDS:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -50,7 +51,7 @@ class Case:
         )
 
 
-def run(case: Case) -> dict[str, object]:
+def run(case: Case) -> dict[str, Any]:
     """Returns seconds a step, peaks, the loss and, on a GPU, where the time goes."""
     config, _ = resolve_model(case.config())
     started = time.perf_counter()

@@ -27,7 +27,7 @@ CompileTemp = Callable[..., int | None]
 
 def local(fn: Callable, *args: jax.ShapeDtypeStruct) -> int | None:
     """Returns the temporary bytes of `fn(*args)` on the backend of this process."""
-    return jax.jit(fn).trace(*args).lower().compile().memory_analysis().temp_size_in_bytes
+    return stacks.temp_bytes(jax.jit(fn).trace(*args).lower().compile())
 
 
 def run(quick: bool = False) -> Result:

@@ -76,7 +76,7 @@ def check_calibrated(config: TrainConfig, plans: Sequence[Plan], targets: Sequen
         raise ConfigError(f"--calibrate times a block on this machine's chip; {away[0]} is not it")
 
 
-def _choose_here(config: TrainConfig, asked: Mapping[str, int | bool]) -> FitResult:
+def _choose_here(config: TrainConfig, asked: Mapping[str, Any]) -> FitResult:
     """Returns the answer for this process's device, of steps compiled as they are run.
 
     Their reports have times and findings, as those of other plans.
@@ -174,6 +174,7 @@ def settle(
     """
     if not config.is_auto:
         return config, None
+    assert limit is not None  # `auto` has a budget
     now = _occasion(config, limit)
     if about is not None and about.get("planned_for") == now:
         plan = about["config"]["remat"]

@@ -27,7 +27,7 @@ def entry_of(config: TrainConfig, target: str) -> Entry:
     open_entry = plan_entry(config, target)
     # One spelling a plan, so that one compilation serves all.
     plan = str(Plan.parse(config.remat))
-    return dataclasses.replace(open_entry, arguments=open_entry.arguments | {"plan": plan})
+    return dataclasses.replace(open_entry, arguments={**open_entry.arguments, "plan": plan})
 
 
 def plan_entry(config: TrainConfig, target: str) -> Entry:
@@ -98,7 +98,7 @@ def abstract_block(config: TrainConfig, params):
 
     module = Block(config.model)
     rows = config.batch_size // config.accumulate
-    rows //= 1 if config.mesh is None else config.mesh_shape.batch_parts
+    rows //= 1 if config.mesh_shape is None else config.mesh_shape.batch_parts
     x = jax.ShapeDtypeStruct((rows, config.seq_len, config.model.d_model), config.model.dtype)
     rotary = jax.eval_shape(
         lambda: rotary_table(config.seq_len, config.model.head_dim, config.model.rope_theta)

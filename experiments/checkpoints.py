@@ -10,6 +10,7 @@ import functools
 import logging
 import operator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,7 +42,7 @@ class Checkpoints:
         newest = self._checkpointer.latest
         return None if newest is None else int(newest.step)
 
-    def save(self, state: TrainState, about: dict[str, object]):
+    def save(self, state: TrainState, about: dict[str, Any]):
         """Starts to save `state`; it is copied to the host before this returns.
 
         A save still going on is waited for: none is left out.
@@ -67,7 +68,7 @@ class Checkpoints:
         if self._opened is not None:
             self._do("save", None, self._opened.wait)
 
-    def about(self, step: int) -> dict[str, object]:
+    def about(self, step: int) -> dict[str, Any]:
         """Returns the JSON saved with a step.
 
         Raises:
@@ -144,9 +145,11 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         from orbax.checkpoint import v1  # slow to import, and most runs never save
 
+        latest: Any = v1.training.preservation_policies.LatestN(self._keep)
+        folder: Any = self.folder  # Orbax asks for its own kind of path, and takes any
         return v1.training.Checkpointer(
-            self.folder,
-            preservation_policy=v1.training.preservation_policies.LatestN(self._keep),
+            folder,
+            preservation_policy=latest,
             cleanup_tmp_directories=writing,
         )
 
@@ -165,8 +168,8 @@ class Checkpoints:
 
 
 def about_run(
-    config: TrainConfig, corpus_sha256: str, step: int, planned_for: dict[str, object] | None = None
-) -> dict[str, object]:
+    config: TrainConfig, corpus_sha256: str, step: int, planned_for: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Returns what a checkpoint says of itself; `planned_for` is of a plan that was chosen."""
     return {
         "planned_for": planned_for,
@@ -178,7 +181,7 @@ def about_run(
     }
 
 
-def check_same_run(config: TrainConfig, corpus_sha256: str, about: dict[str, object]):
+def check_same_run(config: TrainConfig, corpus_sha256: str, about: dict[str, Any]):
     """Raises unless a run may go on from a checkpoint.
 
     Plan, unrolling, accumulation, mesh, processes and what concerns folders and validation may
@@ -200,7 +203,7 @@ def check_same_run(config: TrainConfig, corpus_sha256: str, about: dict[str, obj
         )
 
 
-def identity(config: dict[str, object]) -> dict[str, object]:
+def identity(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the settings that decide a step's arithmetic, flat: model, optimizer, batch, seed."""
     kept = {key: config[key] for key in ("batch_size", "seq_len", "seed")}
     # Runs from before these were settings had none.

@@ -7,6 +7,7 @@ import importlib.metadata
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from cyclopts import App, CycloptsError, config
 
@@ -61,7 +62,7 @@ def fail(error: Exception | str, code: int = 2):
     raise SystemExit(code)
 
 
-def _file_flags(tokens: Sequence[str]) -> dict[str, object]:
+def _file_flags(tokens: Sequence[str]) -> dict[str, Any]:
     """Returns the flags that the file named by `--config` sets, over those of `--init`'s model."""
     path = _value_of("--config", tokens)
     flags = {} if path is None else load_toml(Path(path))

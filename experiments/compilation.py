@@ -36,10 +36,10 @@ def choose_unroll(plan: Plan, platform: str, num_devices: int = 1) -> tuple[int,
         return 1, "unroll 1: schedules run in loops"
     if any(policy.kind == "offload" for stage in kept for policy in stage.policies):
         return 1, "unroll 1: what is moved to the host is moved in a loop"
-    if plan.num_blocks > _MOST_UNROLLED:
+    if plan.bound_count > _MOST_UNROLLED:
         return 1, f"unroll 1: more than {_MOST_UNROLLED} blocks would compile for minutes"
-    return plan.num_blocks, (
-        f"unroll {plan.num_blocks}: kept residuals are not copied in and out of a loop's buffers; "
+    return plan.bound_count, (
+        f"unroll {plan.bound_count}: kept residuals are not copied in and out of a loop's buffers; "
         "unroll 1 compiles two to three times as fast"
     )
 

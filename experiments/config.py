@@ -17,7 +17,7 @@ import tomllib
 import types
 import typing
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -103,7 +103,8 @@ class OptimizerConfig:
     def betas(self) -> tuple[float | None, float | None]:
         """Both decays, as given or by default; None where the optimizer has none."""
         given, usual = (self.beta1, self.beta2), _BETAS[self.kind]
-        return tuple(b if a is None else a for a, b in zip(given, usual, strict=True))
+        first, second = (b if a is None else a for a, b in zip(given, usual, strict=True))
+        return first, second
 
 
 @Parameter(name="*")
@@ -234,7 +235,8 @@ class TrainConfig:
 
     def _check_mesh(self):
         try:
-            self.mesh_shape.check(self.model, self.batch_size, self.accumulate)
+            if self.mesh_shape is not None:
+                self.mesh_shape.check(self.model, self.batch_size, self.accumulate)
         except MeshError as error:
             raise ConfigError(str(error)) from None
 
@@ -257,10 +259,10 @@ class TrainConfig:
         """
         return Plan.parse(self.remat).bind(self.model.num_blocks)
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         """Returns the fields as TOML and JSON hold them; unset ones are left out."""
 
-        def plain(value):
+        def plain(value) -> Any:
             if isinstance(value, dict):
                 return {key: plain(item) for key, item in value.items() if item is not None}
             if isinstance(value, tuple):
@@ -270,7 +272,7 @@ class TrainConfig:
         return plain(dataclasses.asdict(self))
 
 
-def load_toml(path: Path) -> dict[str, object]:
+def load_toml(path: Path) -> dict[str, Any]:
     """Returns the flags that a configuration file sets, as `{"batch-size": 16, ...}`.
 
     Raises:
@@ -295,7 +297,7 @@ def load_toml(path: Path) -> dict[str, object]:
     return dict(_flags(tables, TrainConfig, str(path)))
 
 
-def _flags(table: dict[str, object], owner: type, place: str):
+def _flags(table: dict[str, Any], owner: type, place: str):
     """Yields `(flag, value)` of every key, those of nested tables too."""
     hints = typing.get_type_hints(owner)
     for key, value in table.items():
@@ -308,7 +310,7 @@ def _flags(table: dict[str, object], owner: type, place: str):
         if dataclasses.is_dataclass(inner):
             if not isinstance(value, dict):
                 raise ConfigError(f"{place}: {key} is a table, written [{key}]")
-            yield from _flags(value, inner, f"{place} [{key}]")
+            yield from _flags(value, hints[key], f"{place} [{key}]")
         else:
             yield flag_of(key, owner), _typed(key, value, inner, place)
 

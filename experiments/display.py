@@ -1,6 +1,7 @@
 """How a run looks while it runs: a live line on a terminal, plain lines elsewhere."""
 
 import time
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -41,7 +42,7 @@ class Display:
         """Prints a line that stays."""
         self.console.print(text, markup=False)
 
-    def step(self, row: dict[str, object], memory: str):
+    def step(self, row: dict[str, Any], memory: str):
         """Shows a finished step.
 
         Args:
@@ -64,6 +65,6 @@ class Display:
         self.print(f"step {step}/{self._steps}  {text}  left {left:.0f} s")
 
 
-def _utilization(row: dict[str, object]) -> str:
+def _utilization(row: dict[str, Any]) -> str:
     """Returns the shares of the chip's peak that a step reaches, where the peak is known."""
     return f"MFU {row['mfu']:.1%} HFU {row['hfu']:.1%}  " if "mfu" in row else ""

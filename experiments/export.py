@@ -138,7 +138,9 @@ def _whole(out: Path) -> Iterator[Path]:
 
 
 def _copy_beside(init: Path | None, folder: Path) -> list[str]:
-    found = [] if init is None else [name for name in _COPIED if (init / name).is_file()]
+    if init is None:
+        return []
+    found = [name for name in _COPIED if (init / name).is_file()]
     for name in found:
         shutil.copyfile(init / name, folder / name)
     return found

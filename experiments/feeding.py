@@ -1,8 +1,10 @@
 """The batches of a run: windows of its corpus, or packed rows, put where its mesh wants them."""
 
 import functools
+from typing import Any
 
 import jax
+import numpy as np
 
 from experiments.config import TrainConfig
 from experiments.data import (
@@ -20,7 +22,7 @@ def training_batches(config: TrainConfig, corpus: Corpus) -> Batches | PackedBat
     sizes = {"batch_size": config.batch_size, "seed": config.seed}
     if not config.pack:
         return Batches(tokens=corpus.train, seq_len=config.seq_len, **sizes)
-    rows = PackedRows(tokens=corpus.train, starts=corpus.train_starts, seq_len=config.seq_len)
+    rows = _packed_rows(corpus.train, corpus.train_starts, config)
     return PackedBatches(rows=rows, **sizes)
 
 
@@ -36,11 +38,14 @@ def put_batch(batches: Batches | PackedBatches, step: int, where: jax.sharding.S
     """
     if where is None:
         return batches.at(step)
-    rows = functools.cache(lambda start, stop: batches.at(step, start, stop))
-    shape = (batches.batch_size, (batches.rows if _is_packed(batches) else batches).seq_len + 1)
+    rows: Any = functools.cache(lambda start, stop: batches.at(step, start, stop))
+    shape = (
+        batches.batch_size,
+        (batches.rows if isinstance(batches, PackedBatches) else batches).seq_len + 1,
+    )
 
     def part(place: int | None):
-        def read(index):
+        def read(index) -> Any:
             start, stop, _ = index[0].indices(batches.batch_size)
             found = rows(start, stop)
             return found if place is None else found[place]
@@ -48,6 +53,11 @@ def put_batch(batches: Batches | PackedBatches, step: int, where: jax.sharding.S
         return jax.make_array_from_callback(shape, where, read)
 
     return (part(0), part(1)) if _is_packed(batches) else part(None)
+
+
+def _packed_rows(tokens: np.ndarray, starts: np.ndarray | None, config: TrainConfig) -> PackedRows:
+    assert starts is not None  # a corpus for packing has them
+    return PackedRows(tokens=tokens, starts=starts, seq_len=config.seq_len)
 
 
 def _is_packed(batches: Batches | PackedBatches) -> bool:
@@ -67,7 +77,5 @@ def held_out_batches(config: TrainConfig, corpus: Corpus) -> tuple:
     sizes = {"batch_size": config.batch_size, "max_batches": config.validation_batches}
     if not config.pack:
         return validation_batches(corpus.validation, seq_len=config.seq_len, **sizes)
-    rows = PackedRows(
-        tokens=corpus.validation, starts=corpus.validation_starts, seq_len=config.seq_len
-    )
+    rows = _packed_rows(corpus.validation, corpus.validation_starts, config)
     return packed_validation_batches(rows, **sizes)

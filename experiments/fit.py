@@ -103,7 +103,7 @@ def _cases(settings: TrainConfig, flags: FitFlags) -> list[tuple[TrainConfig, st
     for target in flags.target:
         for plan in plans:
             config = dataclasses.replace(settings, remat=plan)
-            config.plan  # raises PlanError
+            config.plan  # noqa: B018  raises PlanError
             found.append((config, target))
     if len(set(found)) < len(found):
         raise PlanError("a plan or a target is given twice")

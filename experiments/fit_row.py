@@ -35,31 +35,37 @@ class FitRow:
     infeasible: BudgetError | None = None
 
     @property
+    def measured(self) -> MemoryReport:
+        """The memory of a row that came to something."""
+        assert self.report is not None, self.error
+        return self.report
+
+    @property
     def limit_bytes(self) -> int | None:
         """What the step may need: the budget, or what the device can use; None if unknown."""
-        return self.report.usable_bytes if self.budget_bytes is None else self.budget_bytes
+        return self.measured.usable_bytes if self.budget_bytes is None else self.budget_bytes
 
     @property
     def left_bytes(self) -> int | None:
         """What is left of that at the peak, negative if it does not fit; None if unknown."""
-        return None if self.limit_bytes is None else self.limit_bytes - self.report.peak_bytes
+        return None if self.limit_bytes is None else self.limit_bytes - self.measured.peak_bytes
 
     @property
     def fits(self) -> bool | None:
         """Whether the step fits, the device and the host; None if nobody knows."""
-        if self.host_budget_bytes is not None and self.report.host_bytes > self.host_budget_bytes:
+        if self.host_budget_bytes is not None and self.measured.host_bytes > self.host_budget_bytes:
             return False
         return None if self.left_bytes is None else self.left_bytes >= 0
 
     @property
     def recomputed(self) -> float | None:
         """FLOPs run again, as a share of those without remat."""
-        again = self.report.recomputed_flops
-        return None if again is None else again / (self.report.flops - again)
+        again, flops = self.measured.recomputed_flops, self.measured.flops
+        return None if again is None or flops is None else again / (flops - again)
 
     def as_json(self) -> dict[str, Any]:
         """Returns the row as JSON values."""
-        found = {"plan": self.config.remat, "target": self.target}
+        found: dict[str, Any] = {"plan": self.config.remat, "target": self.target}
         found |= {"batch_size": self.config.batch_size, "seq_len": self.config.seq_len}
         if self.size is not None:
             found["largest"] = self.size

@@ -46,7 +46,7 @@ def ranked(rows: Sequence[FitRow]) -> list[FitRow]:
     """Returns the rows by estimated time, where that is not known by what is run again."""
 
     def cost(row: FitRow):
-        report = row.report
+        report = row.measured
         seconds = _NEVER if report.estimated_seconds is None else report.estimated_seconds
         return seconds, row.recomputed or 0.0, report.peak_bytes
 
@@ -59,7 +59,7 @@ def best(rows: Sequence[FitRow]) -> FitRow | None:
 
 
 def _title(row: FitRow, settings: TrainConfig, largest: str | None) -> str:
-    report, model = row.report, settings.model
+    report, model = row.measured, settings.model
     batch, size = (
         "?" if name == largest else getattr(settings, name.replace("-", "_"))
         for name in ("batch-size", "seq-len")
@@ -81,13 +81,13 @@ def _table(rows: Sequence[FitRow], largest: str | None) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("plan", no_wrap=True)
     columns = ("peak GiB", "host GiB", "left GiB", "run again", "est. ms", "compiled s")
-    if any(row.report.collective_seconds is not None for row in rows):
+    if any(row.measured.collective_seconds is not None for row in rows):
         columns = (*columns[:5], "sending ms", *columns[5:])
     for name in ([largest] if largest else []) + list(columns):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for row in rows:
-        report = row.report
+        report = row.measured
         size = [str(row.size) if row.size else "none fits"] if largest else []
         verdict = "fastest that fits" if row is chosen else "does not fit" * (row.fits is False)
         verdicts = [text for text in ("auto" * (row.auto is not None), verdict) if text]
@@ -114,9 +114,9 @@ def _number(value: float | None, unit: float, form: str = "{:.2f}") -> str:
 def _findings(rows: Sequence[FitRow], largest: str | None):
     """Yields each row with each of its findings, those that compare it with `none` too."""
     is_none = lambda row: all(stage.schedule == "none" for stage in row.config.plan.stages)
-    nones = [row.report for row in rows if is_none(row)]
+    nones = [row.measured for row in rows if is_none(row)]
     for row in rows:
-        yield from ((row, finding) for finding in row.report.findings)
+        yield from ((row, finding) for finding in row.measured.findings)
         if nones and not largest:
-            found = peak_not_below_none(row.config.remat, row.report, nones[0])
+            found = peak_not_below_none(row.config.remat, row.measured, nones[0])
             yield from ((row, str(finding)) for finding in found)

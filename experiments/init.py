@@ -7,6 +7,7 @@ folder is found before.
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,7 @@ def read_shape(folder: Path) -> TransformerConfig:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def shape_flags(folder: Path) -> dict[str, object]:
+def shape_flags(folder: Path) -> dict[str, Any]:
     """Returns the flags that a folder's `config.json` stands for, as `{"d-model": 1024, ...}`.
 
     Raises:
@@ -171,7 +172,7 @@ def load_params(folder: Path, like):
 
     from experiments.feeding import put_whole
 
-    leaves = traverse_util.flatten_dict(like)
+    leaves: dict[Any, Any] = traverse_util.flatten_dict(like)
     shards = Shards(folder)
     model = read_shape(folder)
     found = {}

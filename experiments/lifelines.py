@@ -63,7 +63,9 @@ class Lifelines:
             while selector.get_map():
                 for key, _ in selector.select():
                     selector.unregister(key.fileobj)
-                    self._heard(key.fileobj, key.data)
+                    connection = key.fileobj
+                    assert isinstance(connection, socket.socket)  # as registered above
+                    self._heard(connection, key.data)
 
     def _heard(self, connection: socket.socket, number: int):
         """Ends this process if another ended before its work was done."""

@@ -6,6 +6,7 @@ import functools
 import operator
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -88,7 +89,7 @@ def _record(folder: Path, config: TrainConfig, header, resumed: int | None):
 
 def _find_checkpoint(
     config: TrainConfig, corpus: Corpus, checkpoints: Checkpoints
-) -> tuple[int, dict[str, object]]:
+) -> tuple[int, dict[str, Any]]:
     """Returns the step to go on from, and what its checkpoint says of itself."""
     step = checkpoints.latest()
     if step is None:
@@ -143,7 +144,7 @@ def _header(config: TrainConfig, corpus: Corpus, report: MemoryReport, compile_s
         "buffers": [dataclasses.asdict(one) for one in report.buffers],
         "compile_seconds": compile_seconds,
         "device": device.device_kind,
-        "devices": 1 if config.mesh is None else config.mesh_shape.size,
+        "devices": 1 if config.mesh_shape is None else config.mesh_shape.size,
         "processes": jax.process_count(),
         "backend": device.platform,
         "corpus": corpus.name,
@@ -242,7 +243,7 @@ class _Training:
         text = sample_text(self.config, state.params, prompt, _SAMPLED_TOKENS, tokenizer)
         self.display.print(f"--- the model goes on after the bar ---\n{text}")
 
-    def _write(self, row: dict[str, object]):
+    def _write(self, row: dict[str, Any]):
         self.record.write(row)
         if self.writer is not None:
             for name, value in row.items():
@@ -265,7 +266,7 @@ def _validator(config: TrainConfig, corpus: Corpus):
 def _tensorboard(config: TrainConfig, folder: Path):
     if not config.tensorboard or not is_first():
         return None
-    from tensorboardX import SummaryWriter
+    from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]  an extra
 
     return SummaryWriter(str(folder))
 
@@ -273,7 +274,7 @@ def _tensorboard(config: TrainConfig, folder: Path):
 def peak_flops_per_second(config: TrainConfig) -> float | None:
     """Returns the bf16 peak of a run's devices; None for one that is not in the table."""
     chip = chip_of_device(jax.devices()[0].device_kind)
-    count = 1 if config.mesh is None else config.mesh_shape.size
+    count = 1 if config.mesh_shape is None else config.mesh_shape.size
     return None if chip is None else count * chip.bf16_flops_per_second
 
 
@@ -283,7 +284,7 @@ def utilization(report: MemoryReport, seconds: float, peak_flops: float | None) 
     `mfu` counts what the model needs, `hfu` also what the plan runs again (Chowdhery et al. 2022,
     PaLM, appendix B); both count matrix products and attention from the jaxpr.
     """
-    if peak_flops is None:
+    if peak_flops is None or report.flops is None or report.recomputed_flops is None:
         return {}
     model_flops = report.flops - report.recomputed_flops
     return {"mfu": model_flops / seconds / peak_flops, "hfu": report.flops / seconds / peak_flops}

@@ -107,8 +107,8 @@ def _measure(config: TrainConfig, target: str, here) -> MemoryReport:
 def _largest_row(row: FitRow, largest: str, here) -> FitRow:
     """Returns the row of the largest size that fits, verified on both sides by compiling."""
     config, field = row.config, largest.replace("-", "_")
-    rows = config.accumulate * (config.mesh_shape.batch_parts if config.mesh else 1)
-    unit = rows if field == "batch_size" else _SEQUENCE_UNIT
+    parts = 1 if config.mesh_shape is None else config.mesh_shape.batch_parts
+    unit = config.accumulate * parts if field == "batch_size" else _SEQUENCE_UNIT
     start = max(1, getattr(config, field) // unit)
 
     def sized(count: int) -> FitRow:

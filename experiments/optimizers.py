@@ -3,6 +3,7 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -68,7 +69,7 @@ def _muon(beta1: float, beta2: float):
         beta=beta1, weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: matrix, tree)
     )
     resized = optax.stateless_with_tree_map(
-        lambda update, _: _ADAMW_UPDATE * math.sqrt(max(update.shape[-2:])) * update
+        lambda update, _: _ADAMW_UPDATE * math.sqrt(max(jnp.shape(update)[-2:])) * update
     )
     return optax.partition(
         {"muon": optax.chain(orthogonal, resized), "adam": _adamw(beta1, beta2)},

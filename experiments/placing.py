@@ -8,6 +8,7 @@ optimizer keeps for it, too.
 """
 
 import functools
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -60,5 +61,5 @@ def abstract_state(config: TrainConfig, mesh: Mesh | None = None) -> TrainState:
 def abstract_tokens(config: TrainConfig, mesh: Mesh | None = None) -> jax.ShapeDtypeStruct:
     """Returns the shape of a step's tokens, with their sharding if the run has a mesh."""
     layout = layout_of(config)
-    where = {} if layout is None else {"sharding": layout.of_batch(mesh)}
+    where: dict[str, Any] = {} if layout is None else {"sharding": layout.of_batch(mesh)}
     return jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), "int32", **where)

@@ -16,6 +16,7 @@ _DOUBTFUL = 0.1
 
 def explained(step: BuiltStep) -> Iterator[str]:
     """Yields the residuals of one block as a table, for each stage of the step's plan."""
+    assert step.block is not None and step.plan is not None  # as `build` makes a step
     block, params_i, carry, *consts = step.block
     for stage in step.plan.stages:
         plan = str(replace(stage, count=None))
@@ -28,7 +29,8 @@ def needless(step: BuiltStep, report: MemoryReport) -> list[str]:
 
     `none` is compiled only where the stack's residuals leave it in doubt.
     """
-    none = as_plan("none").bind(step.plan.num_blocks)
+    assert step.block is not None and step.plan is not None and step.baseline is not None
+    none = as_plan("none").bind(step.plan.bound_count)
     if step.plan == none:
         return []
     saved = stack_bytes(none, *step.block) - stack_bytes(step.plan, *step.block)

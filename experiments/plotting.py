@@ -20,7 +20,7 @@ def import_matplotlib():
       ConfigError: It is not installed.
     """
     try:
-        import matplotlib
+        import matplotlib  # pyright: ignore[reportMissingImports]  an extra
     except ImportError:
         raise ConfigError("figures need matplotlib: pip install 'jaxckpt[plot]'") from None
     # Text of an SVG stays text, and the same figure is the same file.

@@ -47,7 +47,7 @@ class ProcessFlags:
     @property
     def address(self) -> tuple[str, int]:
         """Host and port of the coordinator."""
-        host, _, port = self.coordinator.rpartition(":")
+        host, _, port = (self.coordinator or "").rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise ConfigError(f"coordinator {self.coordinator!r} is no host:port")
         return host.strip("[]"), int(port)

@@ -7,6 +7,7 @@ import platform
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
@@ -49,7 +50,8 @@ def check_tensorboard():
       ConfigError: The package that writes them is not installed.
     """
     try:
-        import tensorboardX  # noqa: F401  to import it is the check
+        # To import it is the check.
+        import tensorboardX  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ConfigError(
             "--tensorboard needs the package tensorboardX: pip install 'jaxckpt[tensorboard]'"
@@ -65,7 +67,7 @@ class Record:
     """
 
     def __init__(
-        self, folder: Path, config: TrainConfig, header: dict[str, object], resumed: int | None
+        self, folder: Path, config: TrainConfig, header: dict[str, Any], resumed: int | None
     ):
         """Makes the folder, writes the configuration as run and an object that begins the run.
 
@@ -98,7 +100,7 @@ class Record:
             raise RunError(f"cannot write to {folder}: {error.strerror}") from None
         self.write(row)
 
-    def write(self, row: dict[str, object]):
+    def write(self, row: dict[str, Any]):
         """Appends one object; numbers that JSON cannot hold become null.
 
         Raises:
@@ -122,7 +124,7 @@ class Unrecorded:
         self.path = folder / METRICS
         self.validations = {} if resumed is None else _validations(_rows_until(self.path, resumed))
 
-    def write(self, row: dict[str, object]):
+    def write(self, row: dict[str, Any]):
         """Writes nothing."""
 
     def close(self):

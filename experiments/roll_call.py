@@ -10,6 +10,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from experiments.config import ConfigError
 from experiments.process_flags import ProcessFlags
@@ -97,7 +98,7 @@ def _disagreement(mine: dict, theirs: dict, present) -> str | None:
 
 def _listener(flags: ProcessFlags) -> socket.socket:
     _, port = flags.address
-    options = {"family": socket.AF_INET}
+    options: dict[str, Any] = {"family": socket.AF_INET}
     if socket.has_dualstack_ipv6():
         options = {"family": socket.AF_INET6, "dualstack_ipv6": True}
     try:

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import ml_dtypes  # noqa: F401  with it NumPy knows bfloat16, with JAX or without
 import numpy as np
@@ -34,7 +35,7 @@ class Shards:
         """
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
-        self._files: dict[str, object] = {}
+        self._files: dict[str, Any] = {}
         for path in _files_of(folder):
             file = _open(path)
             for name in file.keys():  # noqa: SIM118  it is no dictionary
@@ -92,7 +93,7 @@ def _files_of(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _is_text_map(value: object) -> bool:
+def _is_text_map(value: object) -> TypeGuard[dict[str, str]]:
     return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
 
 
@@ -101,7 +102,7 @@ def _other_weights(folder: Path) -> str:
     return f"; {', '.join(found)} are of another format" if found else ""
 
 
-def read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> dict[str, Any]:
     """Returns a JSON object.
 
     Raises:

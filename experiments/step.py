@@ -59,7 +59,7 @@ def resolve_model(
         raise ConfigError(str(error)) from None
     unroll, why = config.unroll, found.why
     if not unroll:
-        count = 1 if config.mesh is None else config.mesh_shape.size
+        count = 1 if config.mesh_shape is None else config.mesh_shape.size
         unroll, because = choose_unroll(config.plan, device_of(target).platform, count)
         why = (*why, because)
     return dataclasses.replace(config, model=found.config, unroll=unroll), why
@@ -67,7 +67,7 @@ def resolve_model(
 
 def layout_of(config: TrainConfig) -> Layout | None:
     """Returns where a configuration's arrays lie on its mesh; None without one."""
-    return None if config.mesh is None else Layout(config.mesh_shape)
+    return None if config.mesh_shape is None else Layout(config.mesh_shape)
 
 
 def init_state(config: TrainConfig, params=None) -> TrainState:

@@ -13,7 +13,7 @@ import dataclasses
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -77,9 +77,12 @@ class SweepSettings(TrainConfig):
 
     def with_plan(self, plan: str, budget: str | None = None, **model) -> TrainConfig:
         """Returns the configuration of one row."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values: dict[str, Any] = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+        }
         values |= {"remat": plan, "budget": budget}
-        return TrainConfig(**values | {"model": dataclasses.replace(self.model, **model)})
+        values["model"] = dataclasses.replace(self.model, **model)
+        return TrainConfig(**values)
 
 
 def sweep(

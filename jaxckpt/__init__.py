@@ -8,10 +8,30 @@ is first used, and plans and schedules never load JAX.
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
 from jaxckpt import compatibility
 
 compatibility.check_installed()
+
+if TYPE_CHECKING:  # what `__getattr__` finds, for editors and type checkers
+    from jaxckpt import linen as linen
+    from jaxckpt import losses as losses
+    from jaxckpt import models as models
+    from jaxckpt import nnx as nnx
+    from jaxckpt.memory.explain import explain as explain
+    from jaxckpt.memory.measure import measure as measure
+    from jaxckpt.memory.report import MemoryReport as MemoryReport
+    from jaxckpt.planner.fit import fit as fit
+    from jaxckpt.planner.result import BudgetError as BudgetError
+    from jaxckpt.plans import Plan as Plan
+    from jaxckpt.plans import PlanError as PlanError
+    from jaxckpt.plans import Policy as Policy
+    from jaxckpt.plans import Stage as Stage
+    from jaxckpt.plans import schedules as schedules
+    from jaxckpt.transforms.chain import chain as chain
+    from jaxckpt.transforms.stack import scan_blocks as scan_blocks
+    from jaxckpt.transforms.tags import tag as tag
 
 # Public name -> module that defines it; a name without an attribute of its own is the module.
 _PUBLIC = {
@@ -38,7 +58,7 @@ __all__ = list(_PUBLIC)
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'jaxckpt' has no attribute {name!r}")
     module = importlib.import_module(_PUBLIC[name])

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import Scope
 
 from jaxckpt.plans import Plan, PlanError, as_plan, words
 from jaxckpt.transforms import policies, rows, tags
@@ -67,7 +68,7 @@ class Stack(nn.Module):
         block = self.block(parent=None)
         keys = {
             stream: jax.random.split(self.make_rng(stream), self.num_blocks)
-            for stream in self.scope.rngs
+            for stream in _scope(self).rngs
             if stream != _PARAMS
         }
         if self.is_initializing():
@@ -163,7 +164,7 @@ def _tags_of(block: type[nn.Module], module: nn.Module, args, kwargs) -> tags.Ta
         if field.init and field.name not in ("parent", "name")
     }
     twin = block(**fields, parent=None)
-    rngs = {stream: jax.random.key(0) for stream in module.scope.rngs}
+    rngs = {stream: jax.random.key(0) for stream in _scope(module).rngs}
     is_array = [hasattr(arg, "dtype") for arg in args]
     arrays = [arg for arg, dynamic in zip(args, is_array, strict=True) if dynamic]
 
@@ -175,3 +176,8 @@ def _tags_of(block: type[nn.Module], module: nn.Module, args, kwargs) -> tags.Ta
         return twin.apply(variables, *merged, rngs=rngs, mutable=True, **kwargs)[0]
 
     return tags.tags_of(call, tags.abstract(dict(module.variables)), *tags.abstract(arrays))
+
+
+def _scope(module: nn.Module) -> Scope:
+    assert module.scope is not None  # a module that is called is bound
+    return module.scope

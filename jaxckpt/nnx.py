@@ -10,6 +10,7 @@ alone; batch statistics, caches and what is sown are refused.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 # Not as `nnx`: the package's lazy names would find Flax's module under this module's own name.
 from flax import nnx as nn
 from flax.nnx import spmd
+from jax.core import Tracer
 
 from jaxckpt.plans import Plan, PlanError, as_plan
 from jaxckpt.transforms.blocks import check_carry, first_block
@@ -111,7 +113,8 @@ class Stack(nn.Module):
         def apply(carry, row, *consts):
             carry, most = carry
             carry, draws = run(carry, row, consts)
-            return carry, {i: jnp.maximum(most[i], draws[i]) for i in drawn}
+            counts: Any = draws  # of the streams that are drawn from, a number
+            return carry, {i: jnp.maximum(most[i], counts[i]) for i in drawn}
 
         none_yet = {i: jnp.zeros([], jnp.uint32) for i in drawn}
         carry, draws = scan_blocks(
@@ -230,7 +233,7 @@ def _check_arrays(block: nn.Module, state):
     for path, node in nn.iter_graph(block):
         attributes = vars(node).items() if isinstance(node, nn.Module) else ()
         for name, value in attributes:
-            leaves = [x for x in jax.tree.leaves(value) if isinstance(x, jax.core.Tracer)]
+            leaves = [x for x in jax.tree.leaves(value) if isinstance(x, Tracer)]
             if any(id(leaf) not in kept for leaf in leaves):
                 where = ".".join(map(str, (*path, name)))
                 raise ValueError(

@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 from pathlib import Path
+from typing import Any
 
 from experiments.config import TrainConfig, load_toml
 from experiments.sweeping.case import flags_of
@@ -86,7 +87,7 @@ def _case(name: str, target: str, file: str, **changes) -> Case:
     flags = load_toml(ROOT / f"configs/{file}.toml")
     values = {key.replace("-", "_"): value for key, value in flags.items()} | changes
     fields = {field.name for field in dataclasses.fields(TransformerConfig)}
-    model = {name: values.pop(name) for name in [*values] if name in fields}
+    model: dict[str, Any] = {name: values.pop(name) for name in [*values] if name in fields}
     # All plans in the same loop, so that nothing but the plan differs between them.
     values["unroll"] = 1
     values["trainable"] = tuple(values.get("trainable", ()))

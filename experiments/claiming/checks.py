@@ -27,7 +27,13 @@ def _dropout_difference(other_seed: bool = False) -> float:
     import jax
     import numpy as np
 
-    sizes = {"num_blocks": 8, "d_model": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
+    sizes: dict[str, Any] = {
+        "num_blocks": 8,
+        "d_model": 16,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "head_dim": 8,
+    }
     model = TransformerConfig(**sizes, d_ff=32, dropout=0.3, dtype="f32", attention="plain")
     config = TrainConfig(model=model, batch_size=2, seq_len=16, remat="none")
     none, segments = (_gradients(config, plan) for plan in ("none", SEGMENTS))

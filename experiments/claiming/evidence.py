@@ -124,7 +124,9 @@ def recomputed(report: Mapping[str, Any]) -> float:
 
 def extra_forwards(plan: str, blocks: int) -> int:
     """Returns the block forwards that a schedule runs again."""
-    return schedule_of(Plan.parse(plan).bind(blocks).stages[0]).extra_forwards
+    schedule = schedule_of(Plan.parse(plan).bind(blocks).stages[0])
+    assert schedule is not None, plan
+    return schedule.extra_forwards
 
 
 def gb(size: float) -> str:

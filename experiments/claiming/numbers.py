@@ -35,7 +35,7 @@ def compiled(cases: Sequence[Case], path: Path, say: Callable[[str], None]) -> d
     failed = []
     for number, case in enumerate(missing, start=1):
         (row,) = measure_all([(case.config, case.target)], parallel=1)
-        found = row.error or f"peak {gib(row.report.peak_bytes)}"
+        found = row.error or f"peak {gib(row.measured.peak_bytes)}"
         say(f"{number}/{len(missing)}  {case.name} on {case.target}: {found}")
         if row.error is not None:
             failed.append(f"{case.name}: {row.error}")

@@ -65,7 +65,7 @@ class Corpus:
         skipped = f", {self.skipped_files} skipped" if self.skipped_files else ""
         kind = "" if self.tokenizer is None else f", tokens of {self.tokenizer.path}"
         documents = ""
-        if self.train_starts is not None:
+        if self.train_starts is not None and self.validation_starts is not None:
             documents = (
                 f", {len(self.train_starts):,} training and {len(self.validation_starts):,} "
                 "validation documents"

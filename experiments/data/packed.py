@@ -8,6 +8,8 @@ permutation that can be asked for any place, so a run's position in the data is 
 import dataclasses
 import functools
 import importlib.util
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -83,7 +85,7 @@ class PackedBatches:
         """
         stop = self.batch_size if stop is None else stop
         rows = [self._order[step * self.batch_size + row] for row in range(start, stop)]
-        return tuple(np.stack(part) for part in zip(*rows, strict=True))
+        return _stacked(rows)
 
     @functools.cached_property
     def _order(self):
@@ -91,7 +93,8 @@ class PackedBatches:
 
         # Grain adds the epoch to its seed, so neighboring seeds would share orders: mixed, they
         # do not.
-        return grain.MapDataset.source(self.rows).shuffle(mix_seed(self.seed)).repeat()
+        rows: Any = self.rows  # it has what Grain asks of a source, but no base class
+        return grain.MapDataset.source(rows).shuffle(mix_seed(self.seed)).repeat()
 
 
 def packed_validation_batches(
@@ -106,10 +109,7 @@ def packed_validation_batches(
     """
     count = min(max_batches, max(1, len(rows) // batch_size)) * batch_size
     chosen = [rows[row] for row in np.linspace(0, len(rows) - 1, count).astype(np.int64)]
-    return tuple(
-        tuple(np.stack(part) for part in zip(*chosen[i : i + batch_size], strict=True))
-        for i in range(0, count, batch_size)
-    )
+    return tuple(_stacked(chosen[i : i + batch_size]) for i in range(0, count, batch_size))
 
 
 def check_grain():
@@ -120,3 +120,8 @@ def check_grain():
     """
     if importlib.util.find_spec("grain") is None:
         raise DataError("--pack needs the package grain: pip install 'jaxckpt[train]'")
+
+
+def _stacked(rows: Iterable[Any]) -> tuple[np.ndarray, np.ndarray]:
+    tokens, segment_ids = zip(*rows, strict=True)
+    return np.stack(tokens), np.stack(segment_ids)

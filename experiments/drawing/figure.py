@@ -27,9 +27,9 @@ _WIDTH_INCHES = 11
 def draw(line: Timeline):
     """Returns the figure."""
     plotting.import_matplotlib()
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]  an extra
 
-    blocks = line.plan.num_blocks
+    blocks = line.plan.bound_count
     notes = _notes(line)
     height = min(9.0, 2.2 + 0.14 * blocks) + 0.2 * len(notes)
     figure = Figure(figsize=(_WIDTH_INCHES, height), layout="constrained")
@@ -52,7 +52,7 @@ def draw(line: Timeline):
 
 
 def _add_spans(axes, spans, kind: str):
-    from matplotlib.collections import PolyCollection
+    from matplotlib.collections import PolyCollection  # pyright: ignore[reportMissingImports]  an extra
 
     half = 0.5 if kind in (t.CARRY, t.RESIDUALS) else 0.45
     corners = [
@@ -68,7 +68,7 @@ def _add_spans(axes, spans, kind: str):
 
 
 def _add_legend(axes):
-    from matplotlib.patches import Patch
+    from matplotlib.patches import Patch  # pyright: ignore[reportMissingImports]  an extra
 
     patches = [Patch(facecolor=_COLOURS[kind], label=text) for kind, text in _LABELS.items()]
     axes.legend(

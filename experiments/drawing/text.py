@@ -12,15 +12,15 @@ KEY = "F forward  R run again  B backward  - carry held  = residuals held  | the
 def draw(line: Timeline) -> str:
     """Returns the picture, its key, counts and policies, as lines of ASCII text."""
     per_column = -(-line.end // _MOST_COLUMNS)
-    per_row = -(-line.plan.num_blocks // _MOST_ROWS)
-    columns, rows = -(-line.end // per_column), -(-line.plan.num_blocks // per_row)
+    per_row = -(-line.plan.bound_count // _MOST_ROWS)
+    columns, rows = -(-line.end // per_column), -(-line.plan.bound_count // per_row)
     grid = [[" "] * columns for _ in range(rows)]
     for span in (*line.held, *line.runs):
         row = grid[span.block // per_row]
         for column in range(span.start // per_column, (span.stop - 1) // per_column + 1):
             row[column] = max(row[column], _SIGNS[span.kind], key=_RANK.__getitem__)
     loss_column = line.loss_time // per_column
-    width = len(str(line.plan.num_blocks - 1))
+    width = len(str(line.plan.bound_count - 1))
     lines = [t.title(line)]
     for number in reversed(range(rows)):
         left, right = grid[number][:loss_column], grid[number][loss_column:]

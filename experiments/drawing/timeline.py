@@ -86,7 +86,7 @@ def timeline(plan: Plan) -> Timeline:
             "(python -m experiments.fit --plan auto --budget 15GiB prints it)"
         )
     schedules = [_schedule(stage) for stage in plan.stages]
-    forwards = plan.num_blocks + sum(one.extra_forwards for one in schedules)
+    forwards = plan.bound_count + sum(one.extra_forwards for one in schedules)
     if forwards > MOST_RUNS:
         raise ConfigError(
             f"plan {str(plan)!r} runs {forwards:,} blocks, a picture shows {MOST_RUNS:,} at most; "
@@ -96,7 +96,7 @@ def timeline(plan: Plan) -> Timeline:
 
 
 def _replay(plan: Plan, schedules: list[Schedule]) -> Timeline:
-    recorder, parts, offset = _Recorder(plan.num_blocks), [], 0
+    recorder, parts, offset = _Recorder(plan.bound_count), [], 0
     for stage, schedule in zip(plan.stages, schedules, strict=True):
         stage_recorder = _StageRecorder(recorder, offset)
         forward, backward = _split(schedule, _keeps_last(stage))
@@ -120,10 +120,12 @@ def _replay(plan: Plan, schedules: list[Schedule]) -> Timeline:
 def _schedule(stage: Stage) -> Schedule:
     """Returns a stage's schedule, those of `none` and `full` too."""
     if stage.schedule == "none":
-        return uniform(stage.count, 1)
+        return uniform(stage.bound_count, 1)
     if stage.schedule == "full":
-        return uniform(stage.count, stage.count)
-    return schedule_of(stage)
+        return uniform(stage.bound_count, stage.bound_count)
+    schedule = schedule_of(stage)
+    assert schedule is not None, stage
+    return schedule
 
 
 def _keeps_last(stage: Stage) -> bool:
@@ -134,8 +136,7 @@ def _keeps_last(stage: Stage) -> bool:
 def _split(schedule: Schedule, keeps_last: bool) -> tuple[list, list]:
     """Returns a schedule's actions before the loss, and those behind it."""
     actions = list(schedule.actions)
-    place = next(i for i, action in enumerate(actions) if isinstance(action, Record))
-    record = actions[place]
+    place, record = next((i, a) for i, a in enumerate(actions) if isinstance(a, Record))
     if keeps_last:
         return actions[: place + 1], actions[place + 1 :]
     forward = [*actions[:place], Store(_HANDED_SLOT), Advance(record.start, record.stop)]
@@ -209,14 +210,14 @@ class _StageRecorder:
 
 def title(line: Timeline) -> str:
     """Returns what stands above a picture: the plan as people write it, and the blocks."""
-    blocks, stages = line.plan.num_blocks, line.plan.stages
+    blocks, stages = line.plan.bound_count, line.plan.stages
     plan = dataclasses.replace(stages[0], count=None) if len(stages) == 1 else line.plan
     return f"{plan} on {blocks} block{'s' * (blocks > 1)}"
 
 
 def counts(line: Timeline) -> str:
     """Returns the counts that stand below a picture."""
-    blocks, again = line.plan.num_blocks, line.extra_forwards
+    blocks, again = line.plan.bound_count, line.extra_forwards
     sum_text = f"{blocks} + {again} extra forwards"
     if line.handed == 1:
         sum_text += " + 1: the last block's input is handed to the backward pass"
@@ -234,8 +235,8 @@ def policy_words(plan: Plan) -> Iterator[str]:
     for stage in plan.stages:
         if stage.policies:
             kept = "; ".join(_policy_text(policy) for policy in stage.policies)
-            yield f"blocks {first} to {first + stage.count - 1}: {kept}{_rest(stage)}"
-        first += stage.count
+            yield f"blocks {first} to {first + stage.bound_count - 1}: {kept}{_rest(stage)}"
+        first += stage.bound_count
 
 
 def _policy_text(policy: Policy) -> str:

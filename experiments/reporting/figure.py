@@ -1,6 +1,7 @@
 """The report as a matplotlib figure: memory against time, memory against depth, losses."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from experiments import plotting
 from experiments.reporting.groups import Group, Line
@@ -12,7 +13,7 @@ _MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 def draw(groups: Sequence[Group], lines: Sequence[Line], title: str):
     """Returns the figure of the group with the most plans; its title says how many others are."""
     plotting.import_matplotlib()
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]  an extra
 
     group = groups[0]
     mine = [line for line in lines if line.family == group.family]
@@ -32,7 +33,7 @@ def draw(groups: Sequence[Group], lines: Sequence[Line], title: str):
     return figure
 
 
-def _styles(groups: Sequence[Group]) -> dict[str, dict[str, object]]:
+def _styles(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
     """Returns a colour, a mark and a dash for each plan, the same in every panel."""
     plans = dict.fromkeys(point.plan for group in groups for point in group.points)
     return {
@@ -50,7 +51,7 @@ def _draw_time(axes, group: Group, styles):
     if front:
         axes.step(
             [point.peak_bytes / 2**30 for point in front],
-            [1e3 * point.step_seconds for point in front],
+            [1e3 * (point.step_seconds or 0.0) for point in front],
             where="post",
             color="#767676",
             linestyle=":",

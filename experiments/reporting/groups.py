@@ -85,7 +85,7 @@ def frontier(points: Sequence[Point]) -> tuple[int, ...]:
     """
     found, fastest, timed = [], math.inf, [p for p in enumerate(points) if p[1].step_seconds]
     for place, point in sorted(timed, key=lambda one: (one[1].peak_bytes, one[1].step_seconds)):
-        if point.step_seconds < fastest:
+        if point.step_seconds is not None and point.step_seconds < fastest:
             found.append(place)
             fastest = point.step_seconds
     return tuple(found)
@@ -121,8 +121,8 @@ def lines_of(groups: Sequence[Group]) -> tuple[Line, ...]:
 def _line(family: str, plan: str, points: list[Point]) -> Line:
     depths = tuple(point.depth for point in points)
     peaks = tuple(point.peak_bytes for point in points)
-    temps = tuple(point.temp_bytes for point in points)
-    temps = () if None in temps else temps
+    temps = tuple(p.temp_bytes for p in points if p.temp_bytes is not None)
+    temps = temps if len(temps) == len(points) else ()
     return Line(
         plan=plan,
         family=family,

@@ -119,7 +119,8 @@ def _config(values: Mapping[str, Any]) -> TrainConfig:
         kept.pop(name, None)
     kept["trainable"] = tuple(kept.get("trainable", ()))
     kept["model"] = TransformerConfig(**values["model"])
-    return TrainConfig(**kept | {"optimizer": OptimizerConfig(**values["optimizer"])})
+    kept["optimizer"] = OptimizerConfig(**values["optimizer"])
+    return TrainConfig(**kept)
 
 
 def _plan(text: str, depth: int) -> str:
@@ -139,12 +140,12 @@ def _text(row: Mapping[str, Any], name: str, default: str | None = None) -> str:
     return value
 
 
-def _number(row, name: str, *, least: float, whole: bool = False, optional: bool = False):
-    value = row.get(name)
+def _number(row, name: str, *, least: float, whole: bool = False, optional: bool = False) -> Any:
+    value: Any = row.get(name)
     if value is None and optional:
         return None
     right = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    if not right or not math.isfinite(value) or value < least:
+    if value is None or not right or not math.isfinite(value) or value < least:
         raise PointError(f"{name} is {value!r}; a number of at least {least} is needed")
     return value
 

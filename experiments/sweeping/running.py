@@ -114,7 +114,7 @@ def _compile(case: Case) -> dict[str, Any]:
     (row,) = measure_all([(case.config, case.target)], parallel=1)
     if row.error is not None:
         raise RowError(row.error)
-    report = row.report
+    report = row.measured
     found = {"plan": row.config.remat, "device": f"{case.target} (not present)"}
     if row.auto is not None:
         chosen = dataclasses.replace(case.config, remat=row.config.remat, budget=None)

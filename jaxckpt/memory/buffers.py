@@ -169,10 +169,12 @@ def _description(value: _Value, every: list[_Value], metadata: dict[str, str]) -
 
 
 def _buffer(value: _Value, description: str, lines: SourceLines) -> Buffer:
+    operation = re.search(r'op_name="([^"]*)"', description)
+    assert operation is not None, description  # every description has one
     return Buffer(
         size_bytes=value.size,
         shape=_LAYOUT.sub("", value.shape),
-        operation=re.search(r'op_name="([^"]*)"', description)[1].replace("\\'", "'"),
+        operation=operation[1].replace("\\'", "'"),
         source=lines.of(description),
     )
 

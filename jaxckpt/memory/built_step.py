@@ -60,7 +60,7 @@ def annotate(
     report: MemoryReport,
     *,
     rates: Rates | None,
-    compiled_text: Callable[[], str] | None = None,
+    compiled_text: Callable[[], str | None] | None = None,
 ) -> MemoryReport:
     """Returns a report with time, recomputation and findings of its step.
 
@@ -80,10 +80,13 @@ def annotate(
         # A jaxpr is of all devices together. They are taken to wait for what they send.
         seconds = estimate(jaxpr, rates.times(report.num_devices)).seconds
         seconds += report.collective_seconds or 0.0
+    recomputed = None
+    if baseline is not None and report.flops is not None:
+        recomputed = report.flops - count_flops(baseline)
     return dataclasses.replace(
         report,
         estimated_seconds=seconds,
-        recomputed_flops=None if baseline is None else report.flops - count_flops(baseline),
+        recomputed_flops=recomputed,
         findings=tuple(map(str, _findings(step, jaxpr, baseline, report, compiled_text))),
     )
 
@@ -124,9 +127,10 @@ def _kept_bytes(stage: Stage, block: Callable, params_i, carry, consts) -> int:
     found = explain(
         block, params_i, carry, *consts, plan=str(dataclasses.replace(stage, count=None))
     )
+    assert found.saved_bytes is not None  # a plan was given
     schedule = schedule_of(stage)
     if schedule is None:
-        return stage.count * found.saved_bytes
+        return stage.bound_count * found.saved_bytes
     recorded = next(a for a in schedule.actions if isinstance(a, Load | Record))
     segment = recorded.stop - recorded.start if isinstance(recorded, Record) else 1
     slots = 0 if stage.offloads_carry else schedule.peak_slots

@@ -123,6 +123,7 @@ def _sources(package: str) -> list[tuple[str, Path]]:
     if spec is None:
         raise ModuleNotFoundError(f"no module named {package!r}", name=package)
     if spec.submodule_search_locations is None:
+        assert spec.origin is not None, package  # a module that is no folder is a file
         path = Path(spec.origin)
         return [(path.name, path)]
     # A path may name one folder twice ("" and the working folder, say).

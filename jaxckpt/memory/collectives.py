@@ -182,6 +182,6 @@ def _results(kind: str, shapes):
 
 
 def _nbytes(dtype: str, sizes: tuple[int, ...]) -> int:
-    digits = re.sub(r"^[a-z]+", "", dtype)
-    bits = _BITS.get(dtype) or int(re.match(r"[0-9]+", digits)[0] if digits else 8)
+    digits = re.match(r"[a-z]*([0-9]*)", dtype)
+    bits = _BITS.get(dtype) or int((digits and digits[1]) or 8)
     return math.prod(sizes) * bits // 8

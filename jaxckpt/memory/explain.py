@@ -7,7 +7,7 @@ what `jax.vjp` keeps; XLA may drop a copy or merge two arrays that are equal.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from jaxckpt.memory.explanation import Explanation, Row
 from jaxckpt.memory.flat import Value
@@ -83,12 +83,17 @@ def explain(
     )
 
 
-def _matched(trace: Trace, kept: Trace | None):
+def _matched(
+    trace: Trace, kept: Trace | None
+) -> Iterator[tuple[Trace, list[Residual], list[Residual] | None]]:
     """Yields `(trace, residuals, residuals under the plan)` for each row."""
     plain = _grouped(trace)
-    under = {} if kept is None else _grouped(kept)
+    if kept is None:
+        yield from ((trace, residuals, None) for residuals in plain.values())
+        return
+    under = _grouped(kept)
     for key, residuals in plain.items():
-        yield trace, residuals, None if kept is None else under.pop(key, [])
+        yield trace, residuals, under.pop(key, [])
     for residuals in under.values():
         yield kept, [], residuals
 
@@ -97,7 +102,7 @@ def _grouped(trace: Trace) -> dict[tuple, list[Residual]]:
     """Returns the residuals by row: one a value, all arrays of an attention kernel together."""
     groups: dict[tuple, list[Residual]] = {}
     for residual in trace.residuals:
-        key = trace.kernels.get(residual.origin, residual.key)
+        key = trace.kernels.get(residual.origin) or residual.key
         groups.setdefault(key, []).append(residual)
     return groups
 
@@ -105,7 +110,7 @@ def _grouped(trace: Trace) -> dict[tuple, list[Residual]]:
 def _row(
     names: dict[tuple, str], trace: Trace, residuals: list[Residual], under: list[Residual] | None
 ) -> Row:
-    shown = residuals or under
+    shown = residuals or under or []
     residual = max(shown, key=lambda residual: residual.origin.nbytes)
     largest = residual.origin
     flops = sum(step_flops(step) for step in slice_of(residual.origin for residual in shown))

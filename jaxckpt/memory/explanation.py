@@ -70,12 +70,12 @@ class Explanation:
     @property
     def saved_bytes(self) -> int | None:
         """What a block keeps on the device under the plan, or None without one."""
-        return None if self.plan is None else sum(row.saved_bytes for row in self.rows)
+        return None if self.plan is None else sum(row.saved_bytes or 0 for row in self.rows)
 
     @property
     def host_bytes(self) -> int | None:
         """What a block keeps on the host under the plan, or None without one."""
-        return None if self.plan is None else sum(row.host_bytes for row in self.rows)
+        return None if self.plan is None else sum(row.host_bytes or 0 for row in self.rows)
 
     def __str__(self) -> str:
         return _table(self)
@@ -125,7 +125,7 @@ def _totals(explanation: Explanation) -> list[str]:
         f"R = {_mib(found.residual_bytes)} MiB a block without remat, "
         f"a = {_mib(found.carry_bytes)} MiB (carry), R/a = {found.ratio:.1f}"
     ]
-    if found.plan is not None:
+    if found.saved_bytes is not None and found.host_bytes is not None:
         times = f", x {found.num_blocks} blocks" if found.num_blocks else ""
         total = found.saved_bytes * (found.num_blocks or 1)
         lines.append(

@@ -92,16 +92,15 @@ def flatten(
       jaxpr: Closed or open.
       inputs: Values to use as inputs instead of fresh ones, where they are not None.
     """
-    closed = isinstance(jaxpr, core.ClosedJaxpr)
-    consts = jaxpr.consts if closed else ()
-    jaxpr = jaxpr.jaxpr if closed else jaxpr
-    fresh = [Value(var.aval) for var in jaxpr.invars]
+    consts = jaxpr.consts if isinstance(jaxpr, core.ClosedJaxpr) else ()
+    body = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
+    fresh = [Value(var.aval) for var in body.invars]
     pairs = zip(inputs or [None] * len(fresh), fresh, strict=True)
     inputs = tuple(given or made for given, made in pairs)
-    known = list(consts) or [None] * len(jaxpr.constvars)
-    constants = [Value(var.aval, constant=c) for var, c in zip(jaxpr.constvars, known, strict=True)]
+    known = list(consts) or [None] * len(body.constvars)
+    constants = [Value(var.aval, constant=c) for var, c in zip(body.constvars, known, strict=True)]
     steps = []
-    outputs = _inline(jaxpr, constants, inputs, (), steps)
+    outputs = _inline(body, constants, inputs, (), steps)
     return Flat(
         inputs=inputs, constants=tuple(constants), steps=tuple(steps), outputs=tuple(outputs)
     )
@@ -111,7 +110,7 @@ def bodies(step: Step) -> Iterator[Flat]:
     """Yields the functions in a step's parameters: a loop's body, a cond's branches, a kernel."""
     for jaxpr in subjaxprs(step.equation):
         open_jaxpr = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
-        shared = [None] * len(open_jaxpr.invars)
+        shared: list[Value | None] = [None] * len(open_jaxpr.invars)
         if step.name == "scan":
             # What changes from trip to trip is no constant.
             for place in range(scan_consts(step, open_jaxpr)):
@@ -120,7 +119,7 @@ def bodies(step: Step) -> Iterator[Flat]:
         if step.name == "shard_map":
             # A constant that is whole on every device is one inside, too.
             for place, (value, var) in enumerate(zip(step.inputs, open_jaxpr.invars, strict=True)):
-                if value.constant is not None and value.aval.shape == var.aval.shape:
+                if value.constant is not None and value.aval.shape == _aval(var).shape:
                     shared[place] = Value(var.aval, constant=value.constant)
         yield flatten(jaxpr, shared)
 
@@ -132,13 +131,18 @@ def scan_consts(step: Step, body: core.Jaxpr) -> int:
     tell them apart in all of them: only rows lose their leading axis.
     """
     rows = sum(
-        value.aval.ndim > var.aval.ndim for value, var in zip(step.inputs, body.invars, strict=True)
+        value.aval.ndim > _aval(var).ndim
+        for value, var in zip(step.inputs, body.invars, strict=True)
     )
     carries = sum(
-        value.aval.ndim == var.aval.ndim
+        value.aval.ndim == _aval(var).ndim
         for value, var in zip(step.outputs, body.outvars, strict=True)
     )
     return len(step.inputs) - carries - rows
+
+
+def _aval(var: Any) -> Any:
+    return var.aval  # JAX's type promises no shape
 
 
 def nbytes(aval) -> int:

@@ -13,8 +13,8 @@ import math
 from fractions import Fraction
 from typing import NamedTuple
 
-import jax
 import numpy as np
+from jax.core import Tracer
 from jax.extend import core
 
 from jaxckpt.memory.flat import Flat, Step, bodies, flatten
@@ -119,6 +119,7 @@ def _attention(products: int):
 
     def count(step: Step) -> int:
         shape = attention_shape(step)
+        assert shape is not None, step.name
         pairs = shape.rows * shape.columns
         if _is_causal(step.params["mask_type"]):
             pairs //= 2
@@ -148,7 +149,7 @@ def _splash_fraction(step: Step) -> Fraction:
     if "splash_m" not in str(step.equation.source_info.name_stack):
         return Fraction(1)
     block_mask = step.inputs[1].constant  # [heads or 1, rows, columns]; 0 is skipped
-    if block_mask is None or isinstance(block_mask, jax.core.Tracer):
+    if block_mask is None or isinstance(block_mask, Tracer):
         return Fraction(1)
     block_mask = np.asarray(block_mask)
     return Fraction(int(np.count_nonzero(block_mask)), block_mask.size)

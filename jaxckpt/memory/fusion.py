@@ -135,7 +135,7 @@ class _Model:
     def __init__(self, flat: Flat, stacked: int):
         self.outputs, self.stacked = flat.outputs, stacked
         self.steps = flat.live_steps()
-        self.kinds = {step: kind_of(step) for step in self.steps}
+        self.kinds: dict[Step | None, str] = {step: kind_of(step) for step in self.steps}
         self.free: set[Value] = set()
         self.level: dict[Value, int] = {}
         self.group: dict[Step, Step] = {}
@@ -158,7 +158,9 @@ class _Model:
         self.group[step] = step
         for value in step.inputs[1:] if kind == "update" else inputs:
             made_by = value.step
-            if self.kinds.get(made_by) == "fused" and self.level[value] == level:
+            if made_by is None or self.kinds.get(made_by) != "fused":
+                continue
+            if self.level[value] == level:
                 self.group[self._root(made_by)] = self._root(step)
 
     def _root(self, step: Step) -> Step:
@@ -185,7 +187,7 @@ class _Model:
 
     def _find_sources(self, value: Value) -> tuple[Value, ...]:
         step = value.step
-        if self.kinds.get(step) != "fused" or step.name in _SLICES or step.name in _JOINS:
+        if step is None or self.kinds.get(step) != "fused" or step.name in (*_SLICES, *_JOINS):
             return (value,)
         inputs = [v for v in step.inputs if not self._is_free(v)]
         found = dict.fromkeys(source for v in inputs for source in self._sources(v))
@@ -248,7 +250,9 @@ class _Model:
 
     def _is_inside(self, value: Value, root: Step) -> bool:
         made_by = value.step
-        return self.kinds.get(made_by) == "fused" and self._root(made_by) is root
+        if made_by is None or self.kinds.get(made_by) != "fused":
+            return False
+        return self._root(made_by) is root
 
     def _is_written(self, value: Value) -> bool:
         """Whether a value that is needed in memory is put there by a fused group."""

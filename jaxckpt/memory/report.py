@@ -101,13 +101,13 @@ class MemoryReport:
             ("host", gib(self.host_bytes), "offloaded values"),
             ("code", gib(self.code_bytes), ""),
         ]
-        if self.usable_bytes is not None:
-            left = self.headroom_bytes
+        left = self.headroom_bytes
+        if self.usable_bytes is not None and left is not None:
             note = f"{gib(left)} left" if left >= 0 else f"{gib(-left)} too little"
             rows.append(("usable", gib(self.usable_bytes), note))
         if self.flops is not None:
             rows.append(("matmul FLOPs", f"{self.flops:.3e}", ""))
-        if self.recomputed_flops:
+        if self.recomputed_flops and self.flops is not None:
             share = 100 * self.recomputed_flops / (self.flops - self.recomputed_flops)
             rows.append(("recomputed", f"{share:.1f} %", "of the FLOPs without remat, once more"))
         if self.estimated_seconds is not None:

@@ -11,7 +11,9 @@ import re
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxckpt.memory.flat import Flat, Step, Value, flatten
 from jaxckpt.memory.source import where
@@ -38,9 +40,10 @@ def single_stage(plan: str | Plan) -> Stage:
             f"plan {str(plan)!r} treats blocks in {len(plan.stages)} ways; "
             f"ask for one stage, such as {str(plan.stages[0])!r}"
         )
-    if plan.stages[0].schedule == "auto":
+    stage = next(iter(plan.stages))
+    if stage.schedule == "auto":
         raise PlanError("auto names no plan yet; ask for one, such as 'full'")
-    return plan.stages[0]
+    return stage
 
 
 def checkpointed(block: Callable, stage: Stage) -> Callable:
@@ -169,7 +172,7 @@ class Trace:
         if value in self._keys:
             return self._keys[value]
         constant = value.constant
-        if isinstance(constant, jax.core.Tracer) or _is_large_or_key(value.aval):
+        if isinstance(constant, Tracer) or _is_large_or_key(value.aval):
             return ("constant", id(constant))
         array = np.asarray(constant)
         return ("constant", str(array.dtype), array.shape, array.tobytes())
@@ -177,7 +180,7 @@ class Trace:
 
 def _is_large_or_key(aval) -> bool:
     """Whether an array is told apart by being the same object, not by what it holds."""
-    return aval.size > 64 or jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended)
+    return aval.size > 64 or jnp.issubdtype(aval.dtype, jax.dtypes.extended)
 
 
 def origin_of(value: Value) -> Value:

@@ -44,6 +44,12 @@ class Target:
         """What a program may fill of one device; None for `local`."""
         return None if self.chip is None else self.chip.usable_bytes
 
+    @property
+    def known_chip(self) -> Chip:
+        """The chip of a target that is not `local`."""
+        assert self.chip is not None, self.name
+        return self.chip
+
     def __str__(self) -> str:
         return self.name
 

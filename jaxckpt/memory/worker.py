@@ -113,7 +113,7 @@ def measure_built(step: BuiltStep, target: Target, topology) -> MemoryReport:
     traced = jax.jit(step.fn, donate_argnums=step.donate_argnums).trace(*step.args)
     flops = count_flops(traced.jaxpr)
     report = compile_for(traced, target, flops=flops, options=step.compiler_options)
-    return annotate(step, traced.jaxpr, report, rates=Rates.of_chip(target.chip))
+    return annotate(step, traced.jaxpr, report, rates=Rates.of_chip(target.known_chip))
 
 
 def get_topology(target: Target):
@@ -121,14 +121,16 @@ def get_topology(target: Target):
     if target.backend == "cuda":
         return topologies.get_topology_desc(
             platform="cuda",
-            topology_name=target.chip.name,
-            target_config=target_config(target.chip),
+            topology_name=target.known_chip.name,
+            target_config=target_config(target.known_chip),
             topology=_hosts(target.num_devices),
         )
-    options = {}
+    options: dict[str, Any] = {}
+    assert target.topology is not None  # as every TPU target has
     if target.topology.endswith(":1x1"):  # one chip of a host that has four
         options["chips_per_host_bounds"] = [1, 1, 1]
-    if target.chip.name == "v4":  # JAX joins its two cores into one device; libtpu does if asked to
+    # JAX joins a v4's two cores into one device; libtpu does if asked to.
+    if target.known_chip.name == "v4":
         options["chip_config_name"] = "megacore"
     return topologies.get_topology_desc(platform="tpu", topology_name=target.topology, **options)
 
@@ -170,7 +172,7 @@ def compile_for(
             compiled,
             backend=target.backend,
             compile_seconds=seconds(),
-            links=links_of(target.chip),
+            links=links_of(target.known_chip),
             **shared,
         )
 

@@ -151,7 +151,7 @@ def device_of(target: str | Target) -> Device:
     return Device(
         name=target.name,
         platform={"cuda": "gpu"}.get(target.backend, target.backend),
-        compute_capability=compute_capability(target.chip),
+        compute_capability=compute_capability(target.known_chip),
         num_devices=target.num_devices,
     )
 

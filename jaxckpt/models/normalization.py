@@ -14,6 +14,8 @@ Limits: reverse mode alone, like every attention kernel. The rotary table gets n
 """
 
 import functools
+from collections.abc import Iterable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +57,7 @@ def rms_norm_rotate(x_BSHN, scale_N, rotary, eps: float):
       eps: Added to the mean square.
     """
     normed = _normalize(_halves(x_BSHN), _halves(scale_N), eps)
-    return jnp.concatenate(turn(*normed, rotary), axis=-1).astype(x_BSHN.dtype)
+    return jnp.concatenate(turn(*normed, rotary=rotary), axis=-1).astype(x_BSHN.dtype)
 
 
 def _rms_norm_rotate_forward(x_BSHN, scale_N, rotary, eps):
@@ -64,7 +66,7 @@ def _rms_norm_rotate_forward(x_BSHN, scale_N, rotary, eps):
 
 def _rms_norm_rotate_backward(eps, residuals, grad_BSHN):
     x_BSHN, scale_N, rotary = residuals
-    grads = turn(*_floats(_halves(grad_BSHN)), rotary, back=True)
+    grads = turn(*_floats(_halves(grad_BSHN)), rotary=rotary, back=True)
     halves = _halves(x_BSHN), _halves(scale_N)
     grads_x, grads_scale = _normalize_backward(*halves, grads, eps)
     join = functools.partial(jnp.concatenate, axis=-1)
@@ -83,7 +85,7 @@ def rotate(x_BSHN, rotary):
     """
     # The table is no parameter: without this, each block's gradient of it would be summed up.
     rotary = jax.lax.stop_gradient(rotary)
-    turned = turn(*_floats(_halves(x_BSHN)), rotary)
+    turned = turn(*_floats(_halves(x_BSHN)), rotary=rotary)
     return jnp.concatenate(turned, axis=-1).astype(x_BSHN.dtype)
 
 
@@ -114,10 +116,15 @@ def _floats(parts):
     return [part.astype(jnp.promote_types(part.dtype, jnp.float32)) for part in parts]
 
 
+def _row_sums(terms: Iterable[jax.Array]) -> jax.Array:
+    total = cast("jax.Array", sum(terms))
+    return total.sum(-1, keepdims=True)
+
+
 def _normalize(parts, scales, eps: float):
     """Returns the normalized and scaled parts of rows, in float32."""
     parts, scales = _floats(parts), _floats(scales)
-    inverse = _inverse_rms(parts, sum(part * part for part in parts).sum(-1, keepdims=True), eps)
+    inverse = _inverse_rms(parts, _row_sums(part * part for part in parts), eps)
     # The order of the products is Qwen3's.
     return [part * inverse * scale for part, scale in zip(parts, scales, strict=True)]
 
@@ -129,8 +136,8 @@ def _normalize_backward(parts, scales, grads, eps: float):
     """
     parts, scales, grads = _floats(parts), _floats(scales), _floats(grads)
     triples = list(zip(parts, scales, grads, strict=True))
-    square = sum(part * part for part in parts).sum(-1, keepdims=True)
-    product = sum(part * scale * grad for part, scale, grad in triples).sum(-1, keepdims=True)
+    square = _row_sums(part * part for part in parts)
+    product = _row_sums(part * scale * grad for part, scale, grad in triples)
     inverse = _inverse_rms(parts, square, eps)
     slope = inverse * inverse * product / _width(parts)
     of_parts = [inverse * (scale * grad - part * slope) for part, scale, grad in triples]

@@ -127,7 +127,9 @@ def config_of(hf: Mapping[str, Any]) -> TransformerConfig:
         raise ValueError(f"the Transformer has no {', no '.join(asked)}")
     values = {**_OPTIONAL, **hf, "rope_theta": _rope_theta(hf)}
     names = {**_FIELDS, "rope_theta": "rope_theta"}
-    types = {field.name: field.type for field in dataclasses.fields(TransformerConfig)}
+    types: dict[str, Any] = {
+        field.name: field.type for field in dataclasses.fields(TransformerConfig)
+    }
     missing = [name for name in names.values() if values.get(name) is None]
     if missing:
         raise ValueError(f"it has no {', no '.join(missing)}")

@@ -30,7 +30,7 @@ _BATCH = ("data", "fsdp")
 AXIS_TYPES = (AxisType.Auto,) * len(AXES)
 
 # The last parts of a parameter's path, and the mesh axes of its last two axes.
-_RULES = {
+_RULES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("embed_tokens", "embedding"): ("tensor", "fsdp"),
     ("lm_head", "kernel"): ("fsdp", "tensor"),
     ("q_proj", "kernel"): ("fsdp", "tensor"),

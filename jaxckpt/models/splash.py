@@ -8,6 +8,7 @@ and the residuals that it hands over are tagged.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,11 +60,13 @@ def _kernel(segment_ids_BS, q_BHSN, k_BKSN, v_BKSN):
     _, heads, size, _ = q_BHSN.shape
     block = splash_block(size)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    sizes: dict[str, Any] = {f"block_{name}": block for name in names}
+    shards: dict[str, Any] = {"head_shards": 1, "q_seq_shards": 1}
     with jax.ensure_compile_time_eval():  # the mask is a constant, whatever is being traced
         kernel = splash.make_splash_mha(
             splash.MultiHeadMask([splash.CausalMask((size, size))] * heads),
-            block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
-            **{"head_shards": 1, "q_seq_shards": 1},
+            block_sizes=splash.BlockSizes(**sizes),
+            **shards,
         )
     if segment_ids_BS is None:
         return jax.vmap(kernel)(q_BHSN, k_BKSN, v_BKSN)

@@ -13,6 +13,7 @@ import functools
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import Array
 
 from jaxckpt.linen import Stack
 from jaxckpt.models import auto
@@ -79,10 +80,11 @@ class Transformer(nn.Module):
         """
         x_BSD = self.features(tokens_BS, segment_ids_BS, deterministic=deterministic)
         if self.config.tied_embeddings:
-            return x_BSD @ self.embed_tokens.embedding.T.astype(x_BSD.dtype)
+            embedding_VD: Array = self.embed_tokens.embedding
+            return x_BSD @ embedding_VD.T.astype(x_BSD.dtype)
         return self.lm_head(x_BSD)
 
-    def features(self, tokens_BS, segment_ids_BS=None, *, deterministic: bool = True):
+    def features(self, tokens_BS, segment_ids_BS=None, *, deterministic: bool = True) -> Array:
         """Returns what the head is applied to, `[B, S, D]`; arguments are those of a call."""
         config = self.config
         # Rows are cast, not the table: their gradients are summed up in float32.

@@ -62,6 +62,7 @@ def fit_entry(
         found = _answer(values)
     if isinstance(found, BudgetError):
         raise found
+    assert found is not None  # a worker that fails raises
     return found
 
 

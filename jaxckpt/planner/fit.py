@@ -15,6 +15,7 @@ Limits: stacks that follow one plan have the same number of blocks; seconds are 
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from jaxckpt.memory.targets import Target, parse_target
 from jaxckpt.planner.budgets import budget_bytes, check_asked, host_bytes
@@ -83,8 +84,14 @@ def fit(
             raise ValueError(f"{name}= is one stack's; give num_blocks as a number")
     if calibrate and target.backend != "local":
         raise ValueError(f"calibrate times the chip of this process; {target} is not it")
-    asked["calibrate"] = calibrate
-    return solve(Steps(step_for, target), num_blocks, target=target, **asked, block=block)
+    return solve(
+        Steps(step_for, target),
+        num_blocks,
+        target=target,
+        **asked,
+        calibrate=calibrate,
+        block=block,
+    )
 
 
 def solve(
@@ -107,7 +114,8 @@ def solve(
     if isinstance(num_blocks, Mapping):
         problem = SeveralProblem.of(steps, num_blocks, rates)
         return answer(problem, problem.ladder(), budget)
-    allowed, found = 0, {"clock": _CALIBRATED} if calibrate else {}
+    allowed = 0
+    found: dict[str, Any] = {"clock": _CALIBRATED} if calibrate else {}
     if host_budget:
         offload = verdict(target, calibrate or chip_of(target) is not None)
         allowed = host_budget if offload.allowed else 0

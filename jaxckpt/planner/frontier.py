@@ -20,6 +20,7 @@ References:
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import numpy as np
 
@@ -128,7 +129,7 @@ class Program:
 
     def __init__(self, graph: Graph):
         self.graph = graph
-        self.place = {step: n for n, step in enumerate(graph.steps)}
+        self.place: dict[Step | None, int] = {step: n for n, step in enumerate(graph.steps)}
         self.units_of: dict[Value, list[int]] = {}
         for n, unit in enumerate(graph.units):
             for value in unit.values:
@@ -174,7 +175,7 @@ class Program:
         found = milp(
             self.cost,
             constraints=[
-                LinearConstraint(self.matrix, lb=np.array(self.bounds)),
+                LinearConstraint(self.matrix, lb=cast(Any, np.array(self.bounds))),
                 LinearConstraint(self.sizes[None] / 2**20, ub=room / 2**20),
             ],
             bounds=Bounds(0, 1),
@@ -193,7 +194,9 @@ def _units(trace: Trace, live: set[Step], rates: Rates) -> Iterator[Unit]:
     for value, names in trace.tags.items():
         for name in names:
             by_name[name] = (*by_name.get(name, ()), value)
-    found = [(Policy(kind="attention"), kernel)] if kernel else []
+    found: list[tuple[Policy, Sequence[Value]]] = []
+    if kernel:
+        found.append((Policy(kind="attention"), kernel))
     for name, values in by_name.items():
         if words.is_invented(name):  # a user's own word for a value comes first
             values = [v for v in values if v not in trace.tags and v not in kernel]

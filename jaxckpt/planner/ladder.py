@@ -12,8 +12,7 @@ than the model can tell count as equal; then the plan that recomputes less goes 
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-
-from jaxckpt.planner.pieces import Draft
+from typing import Any
 
 # Seconds closer than this are equal to the model.
 _PRECISION = 0.002
@@ -26,12 +25,12 @@ class Rung:
     """A plan on the ladder.
 
     Attributes:
-      draft: The plan and the figures of its stacks.
+      draft: The plan and the figures of its stacks: a `Draft`, or those of several stacks.
       predicted_bytes: The peak of the whole step.
       seconds: The whole step's, estimated.
     """
 
-    draft: Draft
+    draft: Any
     predicted_bytes: int
     seconds: float
 

@@ -20,6 +20,7 @@ their own, so they are kept or made again.
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -91,7 +92,7 @@ class _Program:
 
         steps, units, moved = len(self.graph.steps), len(self.sizes), len(self.moved_sizes)
         whole = np.array([0] * steps + [1] * (units + moved) + [0, 0])
-        upper = np.array([1.0] * (steps + units + moved) + [np.inf, np.inf])
+        upper: Any = np.array([1.0] * (steps + units + moved) + [np.inf, np.inf])
         options = {"mip_rel_gap": 0.0}
         found = milp(
             self._cost(),
@@ -150,10 +151,12 @@ class _Program:
         ]
         if self.base is not None:
             # A moved value serves the backward pass as a kept one does.
-            copies = self.base.matrix[:, [steps + n for n in self.moving]]
-            rest = csr_array((self.base.matrix.shape[0], 3))
-            matrix = hstack([self.base.matrix, copies, rest], format="csr")
-            found.append(LinearConstraint(matrix, lb=np.array(self.base.bounds)))
+            base: Any = self.base.matrix
+            copies = base[:, [steps + n for n in self.moving]]
+            rest = csr_array((base.shape[0], 3))
+            matrix = hstack([base, copies, rest], format="csr")
+            least: Any = np.array(self.base.bounds)
+            found.append(LinearConstraint(matrix, lb=least))
         if self.moving:
             once = np.zeros((len(self.moving), steps + units + moved + 2))
             for place, unit in enumerate(self.moving):

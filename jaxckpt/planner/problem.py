@@ -6,6 +6,7 @@ Everything here is of a step and not of a budget: `Problem.ladder` has the plans
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 
@@ -90,7 +91,7 @@ class Problem:
         reports = [steps.report(plan) for plan in (_FULL, _NONE)]
         peaks = [report.peak_bytes for report in reports]
         block_seconds = full.seconds
-        spread = Spread.of(plain, *reports, num_blocks, runs)
+        spread = Spread.of(plain, reports[0], reports[1], num_blocks, runs)
         kinds, plain = (tuple(map(spread.kind, found)) for found in (kinds, plain))
         none, full = (_kind_of(plain, plan) for plan in (_NONE, _FULL))
         model = PeakModel.between(full, peaks[0], none, peaks[1], num_blocks)
@@ -134,7 +135,7 @@ class Problem:
         plan, _ = self._least()
         return next((self._rung(one) for one in self._drafts() if one.plan == plan), None)
 
-    def _least(self) -> tuple[Plan, MemoryReport]:
+    def _least(self) -> tuple[Any, MemoryReport]:
         return min(self.steps.compiled.items(), key=lambda item: item[1].peak_bytes)
 
     def _drafts(self) -> Iterator[Draft]:
@@ -229,8 +230,10 @@ def keeps_text(stage: Stage, kinds: Sequence[Kind]) -> str:
     kind = next(same, None)
     if kind is None:
         return f"{stage}: carries in slots, a segment's residuals in turn"
-    host = f", {gib(int(stage.count * kind.host_bytes))} on the host" if kind.host_bytes else ""
-    return f"{stage}: {gib(int(stage.count * kind.kept_bytes))} on the device{host}"
+    host = (
+        f", {gib(int(stage.bound_count * kind.host_bytes))} on the host" if kind.host_bytes else ""
+    )
+    return f"{stage}: {gib(int(stage.bound_count * kind.kept_bytes))} on the device{host}"
 
 
 def peak_parts(args: Sequence, report: MemoryReport, residual_bytes: float) -> dict[str, int]:

@@ -38,7 +38,8 @@ class Candidate:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         """Returns the row of `as_json`."""
-        return cls(**(values | {"plan": plan_of_json(values["plan"])}))
+        plan: Any = plan_of_json(values["plan"])
+        return cls(**(values | {"plan": plan}))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -97,7 +97,9 @@ class _Search:
             return rung.predicted_bytes * (1 - _DOUBT)
         below = max((i for i in errors if i <= place), default=None)
         above = min((i for i in errors if i >= place), default=None)
+        nearest = above if below is None else below
         if below is None or above is None or below == above:
-            return rung.predicted_bytes * errors[above if below is None else below]
+            assert nearest is not None  # `same` is not empty
+            return rung.predicted_bytes * errors[nearest]
         share = (place - below) / (above - below)
         return rung.predicted_bytes * ((1 - share) * errors[below] + share * errors[above])

@@ -11,6 +11,7 @@ beside its stacks, the other how much of what JAX keeps XLA really keeps, one sh
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jaxckpt.memory.flops import count_flops
 from jaxckpt.memory.report import MemoryReport
@@ -143,7 +144,7 @@ class SeveralProblem:
             drafts.append(next(found, None))
         return None if None in drafts else self._rung(_joint(self.parts, drafts))
 
-    def _least(self) -> tuple[PlanSet, MemoryReport]:
+    def _least(self) -> tuple[Any, MemoryReport]:
         return min(self.steps.compiled.items(), key=lambda item: item[1].peak_bytes)
 
     def _rung(self, joint: Joint) -> Rung:

@@ -12,6 +12,7 @@ from jaxckpt.memory.report import MemoryReport
 from jaxckpt.memory.targets import Target
 from jaxckpt.planner.stacks import Finder
 from jaxckpt.plans import Plan
+from jaxckpt.plans.plan_set import PlanSet
 from jaxckpt.transforms.observers import observed
 
 # Functions in an equation's parameters are shown with where they are in memory.
@@ -39,7 +40,7 @@ class Steps:
         self,
         step_for: Callable,
         target: Target,
-        report_of: Callable[[Plan], MemoryReport] | None = None,
+        report_of: Callable[[Any], MemoryReport] | None = None,
     ):
         """Takes a user's function.
 
@@ -55,10 +56,10 @@ class Steps:
         self._step_for = step_for
         self._target = target
         self._report_of = report_of or self._measured
-        self._traced: dict[Plan, Any] = {}
-        self.compiled: dict[Plan, MemoryReport] = {}
+        self._traced: dict[Plan | PlanSet, Any] = {}
+        self.compiled: dict[Plan | PlanSet, MemoryReport] = {}
 
-    def step(self, plan: Plan) -> Step:
+    def step(self, plan: Plan | PlanSet) -> Step:
         """Returns the step of a plan.
 
         Raises:
@@ -86,7 +87,7 @@ class Steps:
         meshes = [getattr(getattr(leaf, "sharding", None), "mesh", None) for leaf in args]
         return max((mesh.size for mesh in meshes if mesh is not None), default=1)
 
-    def trace(self, plan: Plan):
+    def trace(self, plan: Plan | PlanSet):
         """Returns the jaxpr of a plan's step, and the `Finder` that watched its stacks."""
         if plan not in self._traced:
             step, finder = self.step(plan), Finder(plan)
@@ -96,13 +97,13 @@ class Steps:
             self._traced[plan] = jaxpr, finder
         return self._traced[plan]
 
-    def report(self, plan: Plan) -> MemoryReport:
+    def report(self, plan: Plan | PlanSet) -> MemoryReport:
         """Returns the memory of a plan's compiled step."""
         if plan not in self.compiled:
             self.compiled[plan] = self._report_of(plan)
         return self.compiled[plan]
 
-    def _measured(self, plan: Plan) -> MemoryReport:
+    def _measured(self, plan: Plan | PlanSet) -> MemoryReport:
         """Returns a report by `measure`.
 
         What was compiled before is read from disk: `measure` does so for absent chips, and here
@@ -114,7 +115,9 @@ class Steps:
             return measured()
         return self.kept(plan, measured, options=repr(sorted(step.options.items())))
 
-    def kept(self, plan: Plan, made: Callable[[], MemoryReport], **parts: Any) -> MemoryReport:
+    def kept(
+        self, plan: Plan | PlanSet, made: Callable[[], MemoryReport], **parts: Any
+    ) -> MemoryReport:
         """Returns the report of a plan's step from disk, where it is made if it is not there.
 
         Args:

@@ -15,7 +15,7 @@ import functools
 import math
 import numbers
 import operator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from jaxckpt.plans.simulate import Counts
@@ -136,7 +136,7 @@ class ChainCosts:
                 )
         for name in ("forward", "backward"):
             for block, cost in enumerate(getattr(self, name)):
-                if not isinstance(cost, numbers.Real) or not 0 <= cost < math.inf:
+                if not isinstance(cost, numbers.Real) or not 0 <= cast(float, cost) < math.inf:
                     raise ValueError(
                         f"{name}[{block}] is {cost!r}; a cost is a finite number, at least 0"
                     )
@@ -219,7 +219,7 @@ class Schedule:
     @property
     def total_cost(self) -> float | None:
         """Cost of one forward and backward pass of every block, and of the forwards run again."""
-        if self.costs is None:
+        if self.costs is None or self.extra_forward_cost is None:
             return None
         return sum(self.costs.forward) + sum(self.costs.backward) + self.extra_forward_cost
 

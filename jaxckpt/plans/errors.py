@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class PlanError(ValueError):
-    """A plan that cannot be meant: one line with what was given, what is valid, the nearest guess."""
+    """A plan that cannot be meant: one line: what was given, what is valid, the nearest guess."""
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

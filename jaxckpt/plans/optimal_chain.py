@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from jaxckpt.plans.actions import ChainCosts, Schedule, whole
 from jaxckpt.plans.recursive import Choose, unfold
@@ -70,7 +70,10 @@ def optimal_chain(
       (1, 21)
     """
     costs = ChainCosts(
-        forward=forward, backward=backward, carry_bytes=carry_bytes, residual_bytes=residual_bytes
+        forward=tuple(forward),
+        backward=tuple(backward),
+        carry_bytes=tuple(carry_bytes),
+        residual_bytes=tuple(residual_bytes),
     )
     budget = whole("budget", budget, least=0)
     sizes = _Sizes(costs.carry_bytes, costs.residual_bytes)
@@ -139,7 +142,7 @@ def _least_peak(forward: Sequence[float], sizes: _Sizes) -> tuple[int, Choose]:
     Of the ways that reach the least peak of a run the one with the least forward cost is taken.
     """
     ran = tuple(itertools.accumulate(forward, initial=0))
-    best = {
+    best: dict[tuple[int, int], tuple[int, float, int]] = {
         (block, block + 1): (sizes.record(block), 0, block) for block in range(sizes.num_blocks)
     }  # run -> (peak, extra cost, split)
 
@@ -223,7 +226,7 @@ class _Program:
         if stop - start == 1:
             return record
         least = min(self.sizes.sweep(start, stop), free)
-        ways = [record[least:free]]
+        ways: list[Iterable[float]] = [record[least:free]]
         for split in range(start + 1, stop):
             behind, paid = self.behind[split, stop], self.paid[start, split]
             ways.append(map(operator.add, behind[least:free], paid[least:free]))

@@ -97,6 +97,12 @@ class Stage:
         object.__setattr__(self, "policies", _merge(self.policies))
         self._check_policies(word)
 
+    @property
+    def bound_count(self) -> int:
+        """The number of blocks of a stage whose count is not open."""
+        assert self.count is not None, self
+        return self.count
+
     def _check_argument(self, word: words.ScheduleWord):
         if word.argument is None:
             if self.argument is not None:
@@ -202,7 +208,12 @@ class Plan:
         """The number of blocks the plan covers, or None while the last count is open."""
         if self.stages[-1].count is None:
             return None
-        return sum(stage.count for stage in self.stages)
+        return self.bound_count
+
+    @property
+    def bound_count(self) -> int:
+        """The number of blocks of a plan whose last count is not open."""
+        return sum(stage.bound_count for stage in self.stages)
 
     def bind(self, num_blocks: int) -> Self:
         """Returns the same plan for a stack of `num_blocks` blocks: every count is a number.

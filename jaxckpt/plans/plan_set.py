@@ -1,7 +1,7 @@
 """Plans by name, for a model of several stacks: hashable, and read like a dictionary."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from typing import Any
 
 from jaxckpt.plans.plan import Plan, as_plan
 
@@ -44,7 +44,7 @@ class PlanSet(Mapping):
     def __repr__(self) -> str:
         return f"PlanSet({ {name: str(plan) for name, plan in self._plans.items()} })"
 
-    def replace(self, name: str, plan: str | Plan) -> Self:
+    def replace(self, name: str, plan: str | Plan) -> "PlanSet":
         """Returns the same plans but for one."""
         return PlanSet({**self._plans, name: plan})
 

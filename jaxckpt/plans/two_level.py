@@ -1,8 +1,8 @@
 """Two-level schedules: segments, and inside the live one the block inputs are kept again.
 
-With about sqrt(L) segments of sqrt(L) blocks this is the classic O(sqrt L) method (Chen et al. 2016,
-Training deep nets with sublinear memory cost, section 4.1) for blocks whose residuals are much
-larger than their inputs: no more than one block's residuals are ever live.
+With about sqrt(L) segments of sqrt(L) blocks this is the classic O(sqrt L) method (Chen et al.
+2016, Training deep nets with sublinear memory cost, section 4.1) for blocks whose residuals are
+much larger than their inputs: no more than one block's residuals are ever live.
 """
 
 import math

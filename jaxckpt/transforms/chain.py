@@ -67,13 +67,13 @@ def chain(
     blocks = tuple(invented.resolved(block, all_of(given)) for block in blocks)
     start = 0
     for stage in plan.stages:
-        part = blocks[start : start + stage.count]
+        part = blocks[start : start + stage.bound_count]
         if not nested and stage.schedule in executor.SCHEDULES:
             carry = chain_executor.run_stage(part, carry, stage)
         else:
             apply = lambda carry, block: block(carry)
             carry = reference.run_stage(reference.Listed(blocks=part), apply, carry, stage)
-        start += stage.count
+        start += stage.bound_count
     return carry
 
 

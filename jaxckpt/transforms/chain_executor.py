@@ -42,6 +42,7 @@ def run_stage(blocks: Sequence[Callable], carry, stage: Stage):
     # Its own barriers would only stand beside ours.
     wrap = functools.partial(jax.checkpoint, policy=checkpoint_policy(kept), prevent_cse=True)
     schedule = schedule_of(stage)
+    assert schedule is not None, stage
     return run_schedule(
         blocks, carry, schedule, checkpoint=wrap if kept else None, offload=stage.offloads_carry
     )
@@ -154,6 +155,7 @@ class _Walk:
                 held.grad, _, of_consts[action.block] = reverse(held.grad)
             else:
                 self._run(action, held, consts, moving)
+        assert held.grad is not None  # given above
         groups = zip(of_consts, moving, consts, strict=True)
         return (
             spread(held.grad, inexact(carry), carry),

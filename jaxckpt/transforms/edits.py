@@ -133,14 +133,14 @@ def with_rule(run: Callable, rule: core.ClosedJaxpr, count: int, tree) -> Callab
       count: How many outputs the function has.
       tree: As from `forward_rule`.
     """
-    rule = core.jaxpr_as_fun(rule)
+    run_rule = core.jaxpr_as_fun(rule)
 
     @jax.custom_vjp
     def call(*args):
         return run(*args)
 
     def forward(*args):
-        made = rule(*args)
+        made = run_rule(*args)
         return made[:count], jax.tree.unflatten(tree, made[count:])
 
     call.defvjp(forward, lambda reverse, grads: reverse(list(grads)))

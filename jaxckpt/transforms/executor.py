@@ -81,6 +81,7 @@ def run_stage(block: Callable, params, carry, consts, stage: Stage, unroll: int)
     # A block is recorded in one loop and reversed in another, which keeps them apart.
     checkpoint = functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
     schedule = schedule_of(stage)
+    assert schedule is not None, stage
     run = Run(
         keep_last=stage.schedule in ("uniform", "every"),
         offload=stage.offloads_carry,

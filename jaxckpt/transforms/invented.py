@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from jaxckpt.plans import Policy, words
@@ -207,7 +208,7 @@ def _is(one, other) -> bool:
 def _is_array(var) -> bool:
     """Whether a variable is read by someone and holds numbers rather than keys or references."""
     dtype = getattr(var.aval, "dtype", None)
-    is_number = dtype is not None and not jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
+    is_number = dtype is not None and not jnp.issubdtype(dtype, jax.dtypes.extended)
     return type(var) is core.Var and is_number and dtype != jax.dtypes.float0
 
 

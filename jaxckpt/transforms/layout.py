@@ -12,6 +12,7 @@ TPUs lay arrays out in tiles, and choose better without advice; CPUs copy nothin
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
@@ -23,6 +24,6 @@ def row_major(leaves: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def _pin(x: jax.Array) -> jax.Array:
-    if x.ndim < 2 or jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
+    if x.ndim < 2 or jnp.issubdtype(x.dtype, jax.dtypes.extended):
         return x
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))

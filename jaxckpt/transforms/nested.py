@@ -9,6 +9,7 @@ different blocks (`Listed`, by a Python loop).
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -65,7 +66,8 @@ class Stacked:
         for size, equals in itertools.groupby(sizes):
             count = len(list(equals))
             stop = start + size * count
-            params = jax.tree.map(lambda x: _cut(x, start, stop, size), self.params)
+            cut = functools.partial(_cut, start=start, stop=stop, size=size)
+            params = jax.tree.map(cut, self.params)
             segment = lambda params, k=size: Stacked(params=params, length=k, unroll=self.unroll)
             apply = lambda carry, params, make=segment: run(carry, make(params))
             carry = self._scan(apply, carry, params, count, 1, remat)
@@ -91,6 +93,7 @@ class Listed:
 
     @property
     def length(self) -> int:
+        """The number of blocks."""
         return len(self.blocks)
 
     def fold(self, apply: Apply, carry, remat: Remat | None):
@@ -144,8 +147,9 @@ def _full(stage: Stage):
 
 def _uniform(stage: Stage):
     segments = stage.argument
+    assert segments is not None, stage  # both words have a number
     if stage.schedule == "every":
-        segments = math.ceil(stage.count / stage.argument)
+        segments = math.ceil(stage.bound_count / segments)
     # The policies speak of the live segment's blocks; the carries that go to the host are the
     # segments' inputs, which `run_stage` sees to.
     kept = tuple(p for p in stage.policies if str(p) != f"offload:{words.CARRY}")
@@ -154,13 +158,13 @@ def _uniform(stage: Stage):
 
 
 def _sqrt(stage: Stage):
-    segments = math.isqrt(stage.count - 1) + 1
+    segments = math.isqrt(stage.bound_count - 1) + 1
     return (lambda length: segment_sizes(length, segments),), Remat()
 
 
 def _log(stage: Stage):
     # Halving until segments have at most two blocks, whose inputs the leaves keep.
-    halvings = max(0, stage.count.bit_length() - 2)
+    halvings = max(0, stage.bound_count.bit_length() - 2)
     return (_halves,) * halvings, Remat()
 
 

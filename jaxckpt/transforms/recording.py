@@ -65,7 +65,7 @@ def asked_for(primals: Sequence) -> tuple[list, tuple[int, ...]]:
 
 def instantiate(grads: Sequence) -> list:
     """Returns gradients of a backward rule with its symbolic zeros as arrays."""
-    symbolic = jax.custom_derivatives.SymbolicZero
+    symbolic: Any = jax.custom_derivatives.SymbolicZero
     return [jnp.zeros(g.shape, g.dtype) if isinstance(g, symbolic) else g for g in grads]
 
 
@@ -130,7 +130,7 @@ class Recorder:
         trees = []
 
         def recorded(*groups):
-            out, reverse = differentiate(call, *groups, moving)
+            out, reverse = differentiate(call, *groups, moving=moving)
             leaves, tree = jax.tree.flatten(reverse)
             trees.append(tree)
             return out, leaves
@@ -155,7 +155,7 @@ class Recorder:
         )
 
     def empty(self, num_blocks: int) -> list[jax.Array]:
-        """Returns room for the kept residuals of blocks, each leaf in the memory its policy says."""
+        """Returns room for blocks' kept residuals, each leaf in the memory its policy says."""
         residuals = self.run.out_avals[self.num_carry :]
         return [
             jax.device_put(jnp.zeros((num_blocks, *aval.shape), aval.dtype), aval.memory_space)
@@ -172,11 +172,11 @@ class Recorder:
 
     def reverse(self, kept: Sequence, params_i: Sequence, consts: Sequence) -> Callable:
         """Returns the block's `reverse`, rebuilt from its kept residuals."""
-        kept = iter(kept)
-        shared = [None] * self.num_carry + [*params_i, *consts]
+        fresh = iter(kept)
+        shared: list[Any] = [None] * self.num_carry + [*params_i, *consts]
         leaves = []
         for source, dtypes in zip(self.sources, self.casts, strict=True):
-            leaf = next(kept) if source is None else shared[source]
+            leaf = next(fresh) if source is None else shared[source]
             for dtype in dtypes:
                 leaf = leaf.astype(dtype)
             leaves.append(leaf)
@@ -191,4 +191,5 @@ def _cast_of(equation: core.JaxprEqn, shared: dict) -> tuple[int, tuple] | None:
     if isinstance(source, core.Literal) or source not in shared:
         return None
     place, dtypes = shared[source]
-    return place, (*dtypes, equation.outvars[0].aval.dtype)
+    made: Any = equation.outvars[0].aval
+    return place, (*dtypes, made.dtype)

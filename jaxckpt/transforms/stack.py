@@ -93,9 +93,9 @@ def scan_blocks(
     block = invented.resolved(block, all_of(given))
     start = 0
     for stage in plan.stages:
-        part = _rows(params, start, start + stage.count, num_blocks)
+        part = _rows(params, start, start + stage.bound_count, num_blocks)
         carry = _run_stage(block, part, carry, consts, stage, unroll, nested)
-        start += stage.count
+        start += stage.bound_count
     return carry
 
 
@@ -103,7 +103,7 @@ def _run_stage(block, params, carry, consts, stage: Stage, unroll: int, nested: 
     """Returns the carry after a stage: by the executor if it has a schedule, else by a scan."""
     if not nested and stage.schedule in executor.SCHEDULES:
         return executor.run_stage(block, params, carry, consts, stage, unroll)
-    blocks = reference.Stacked(params=params, length=stage.count, unroll=unroll)
+    blocks = reference.Stacked(params=params, length=stage.bound_count, unroll=unroll)
     apply = lambda carry, params_i: block(carry, params_i, *consts)
     return reference.run_stage(blocks, apply, carry, stage)
 

@@ -132,8 +132,14 @@ def test_a_process_that_never_comes_ends_the_command_line(tmp_path):
     (tmp_path / "text.txt").write_text("abc " * 100)
     flags = [*TINY, "--mesh=data=2", f"--out={tmp_path / 'run'}"]
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.train", *flags, "--join-seconds=0.3"]
-        + [f"--data={tmp_path / 'text.txt'}"],
+        [
+            sys.executable,
+            "-m",
+            "experiments.train",
+            *flags,
+            "--join-seconds=0.3",
+            f"--data={tmp_path / 'text.txt'}",
+        ],
         cwd=ROOT,
         env={
             **os.environ,

@@ -146,7 +146,7 @@ def test_flags_make_the_configuration_again():
     app, found = App(), []
 
     @app.default
-    def read(settings: TrainConfig = TrainConfig()):  # noqa: B008  it is frozen
+    def read(settings: TrainConfig = TrainConfig()):
         found.append(settings)
 
     app(flags_of(config), result_action="return_value")

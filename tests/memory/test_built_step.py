@@ -48,7 +48,7 @@ def test_recomputed_flops_are_those_of_the_schedule():
 
 
 def test_time_is_the_rooflines_where_rates_are_known():
-    compiled, report = compile_step(built("full"))
+    _, report = compile_step(built("full"))
     step, jaxpr = built("full"), jax.make_jaxpr(built("full").fn)(W, X)
     timed = annotate(step, jaxpr, report, rates=RATES)
     assert timed.estimated_seconds > 0 and report.estimated_seconds is None

@@ -93,7 +93,7 @@ def test_blocks_with_state_are_refused():
         def __call__(self, x):
             return nn.BatchNorm(use_running_average=False)(x)
 
-    with pytest.raises(ValueError, match="keeps state in batch_stats.*LayerNorm"):
+    with pytest.raises(ValueError, match=r"keeps state in batch_stats.*LayerNorm"):
         jaxckpt.linen.Stack(Normed, 3).init(RNGS, X)
 
 

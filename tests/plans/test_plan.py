@@ -124,7 +124,7 @@ def test_bind_refuses_what_does_not_fit(text, num_blocks, message):
 
 @pytest.mark.parametrize("given_value", [None, 3, ["sqrt"], True])
 def test_remat_is_a_plan_or_its_text(given_value):
-    with pytest.raises(PlanError, match="a plan such as 'sqrt' or a jaxckpt.Plan"):
+    with pytest.raises(PlanError, match=r"a plan such as 'sqrt' or a jaxckpt\.Plan"):
         as_plan(given_value)
     with pytest.raises(PlanError, match="parsed from text"):
         Plan.parse(given_value)

@@ -1,5 +1,7 @@
 """`chain`: different blocks, shapes that change, gradients of what blocks close over."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -30,7 +32,7 @@ PLANS = (
 
 def parameters():
     keys = jax.random.split(jax.random.key(0), len(SIZES))
-    shapes = zip(SIZES[:-1], SIZES[1:], strict=True)
+    shapes = itertools.pairwise(SIZES)
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=False)]
 
 
@@ -59,7 +61,7 @@ def test_recomputes():
     """The twin: products run again by each plan."""
     weights, x = parameters(), jnp.ones((4, SIZES[0]))
     count = lambda plan: count_flops(jax.make_jaxpr(lambda w: jax.grad(loss)(w, x, plan))(weights))
-    forward = [2 * 4 * a * b for a, b in zip(SIZES[:-1], SIZES[1:], strict=True)]
+    forward = [2 * 4 * a * b for a, b in itertools.pairwise(SIZES)]
     none = count("none")
     assert none == 3 * sum(forward) - forward[0]
     assert count("full") == none + sum(forward)

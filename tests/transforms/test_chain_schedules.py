@@ -2,6 +2,7 @@
 
 import collections
 import importlib.util
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,8 @@ TOLERANCE = 1e-6 if jax.__version_info__ < (0, 12) else 1e-5
 SIZES = (6, 10, 3, 3, 8, 5, 9, 4)
 NUM_BLOCKS = len(SIZES) - 1
 COSTS = {
-    "forward": [a * b for a, b in zip(SIZES[:-1], SIZES[1:], strict=True)],
-    "backward": [2 * a * b for a, b in zip(SIZES[:-1], SIZES[1:], strict=True)],
+    "forward": [a * b for a, b in itertools.pairwise(SIZES)],
+    "backward": [2 * a * b for a, b in itertools.pairwise(SIZES)],
     "carry_bytes": SIZES,
     "residual_bytes": [3 * size for size in SIZES[1:]],
 }
@@ -42,7 +43,7 @@ BUDGETS = (least_budget(), least_budget() + 8, least_budget() + 30, 10_000)
 
 def parameters():
     keys = jax.random.split(jax.random.key(0), NUM_BLOCKS)
-    shapes = zip(SIZES[:-1], SIZES[1:], strict=True)
+    shapes = itertools.pairwise(SIZES)
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 

@@ -18,8 +18,15 @@ def stages(draw, num_blocks: int) -> str:
     number = draw(st.integers(1, num_blocks))
     schedule = draw(
         st.sampled_from(
-            ("none", "full", f"uniform:{number}", f"every:{number}", "sqrt", "log")
-            + (f"binomial:{number}",)
+            (
+                "none",
+                "full",
+                f"uniform:{number}",
+                f"every:{number}",
+                "sqrt",
+                "log",
+                f"binomial:{number}",
+            )
         )
     )
     if schedule.startswith(("full", "uniform", "every")):
