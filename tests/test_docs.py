@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ("many_chips", "peak", "planner", "start", "your_own_model")
+PAGES = ("peak", "planner", "start", "your_own_model")
+_HEAVY = (pytest.param("many_chips", marks=pytest.mark.heavy),)
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -28,7 +29,7 @@ def run(text: str, path: Path, module: types.ModuleType):
         exec(compile(code, str(path), "exec"), vars(module))
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, *_HEAVY])
 def test_page_runs(page, monkeypatch):
     path = DOCS / f"{page}.md"
     text = path.read_text()

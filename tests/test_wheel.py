@@ -67,6 +67,7 @@ def test_the_wheel_trains(site, tmp_path):
     assert none == sqrt != "0.0"
 
 
+@pytest.mark.heavy
 def test_the_fast_tests_pass_on_the_wheel(site, tmp_path):
     shutil.copytree(ROOT / "tests" / "plans", tmp_path / "tests" / "plans")
     (tmp_path / "conftest.py").write_text(

@@ -22,6 +22,7 @@ def built(**settings):
     return build(TrainConfig(model=model, **settings), "local")
 
 
+@pytest.mark.heavy
 def test_train_warns_of_a_head_that_sets_the_peak_and_records_it(tmp_path):
     printed = runs.train(*HEAVY_HEAD, f"--out={tmp_path / 'run'}", cache=tmp_path / "cache")
     lines = [line for line in printed.splitlines() if line.startswith("warning: ")]
@@ -38,7 +39,7 @@ def test_a_plan_that_saves_leaves_no_line_and_compiles_nothing_more(monkeypatch)
     assert plan_checks.needless(step, report) == [] and not compiled
 
 
-@pytest.mark.parametrize("plan", ["none", "full"])
+@pytest.mark.parametrize("plan", ["none", pytest.param("full", marks=pytest.mark.heavy)])
 def test_none_itself_is_not_compared(plan, monkeypatch):
     step = built(remat=plan, batch_size=1, seq_len=8)
     _, report = compile_step(step)

@@ -68,7 +68,7 @@ def test_a_row_has_what_a_run_said(ran, tmp_path):
     assert two["step_seconds"] == 1.5, "the median without the first step"
     assert two["step_seconds_source"] == "measured" and two["losses"] == [8, 7, 6]
     assert two["buffers"] == [{"size_bytes": 7}] and two["versions"]["jax"]
-    assert two["commit"] and two["command"].startswith("python -m experiments.sweep ")
+    assert two["commit"] and two["command"].startswith("python -m experiments.sweep")
     train = "python -m experiments.train --remat=full --steps=40 --batch-size=2 --seq-len=16"
     assert f"{train} --num-blocks=2" in two["train_command"].replace(TINY[-1] + " ", "")
     (_, flags), _ = ran

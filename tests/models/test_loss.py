@@ -116,7 +116,7 @@ def test_a_step_has_no_array_of_tokens_times_vocabulary():
     assert max(found) == tokens * 509
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.heavy)])
 def test_temp_falls_with_the_chunk(accumulate):
     model = dataclasses.replace(TIED, vocab_size=4096)
     temp = lambda tokens: (

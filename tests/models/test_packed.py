@@ -48,11 +48,13 @@ def expected():
     return jax.jit(jax.value_and_grad(alone))(parameters())
 
 
-PLANS = ("none", "full", "attention", "dots", "sqrt", "uniform:2", "uniform:2+attention", "log",
-         "2xfull/binomial:2")  # fmt: skip
+GATE = ("none", "attention", "2xfull/binomial:2")
+PLANS = ("full", "dots", "sqrt", "uniform:2", "uniform:2+attention", "log")
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    "plan", [*GATE, *(pytest.param(plan, marks=pytest.mark.heavy) for plan in PLANS)]
+)
 def test_packed_equals_alone_under_every_plan(plan):
     """Positions go on through the row; only their differences enter."""
     got = jax.jit(jax.value_and_grad(packed), static_argnums=1)(parameters(), plan)
