@@ -158,7 +158,7 @@ class Checkpoints:
             call(*args)
         except Exception as error:  # a full disk surfaces as one of many types
             which = "the checkpoint" if step is None else f"the checkpoint of step {step}"
-            raise RunError(f"cannot {verb} {which} in {self.folder}: {_line(error)}") from None
+            raise RunError(f"cannot {verb} {which} in {self.folder}: {_line(error)}") from error
 
     def _unreadable(self, step: int, error: Exception | str) -> ConfigError:
         return ConfigError(

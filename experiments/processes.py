@@ -42,7 +42,8 @@ def joined(flags: ProcessFlags, config: TrainConfig, corpus_sha256: str):
             _start_jax(flags)
             yield
         except Exception as error:
-            if not isinstance(error, (*USER_ERRORS, RunError)):
+            alone = isinstance(error, RunError) and error.__cause__ is None
+            if not (isinstance(error, USER_ERRORS) or alone):
                 # An exchange that broke, perhaps: then another process has ended, and that is said.
                 lifelines.listen()
             # JAX would wait for the others before this process ends.

@@ -206,7 +206,8 @@ def test_two_processes_of_which_one_is_killed(tmp_path):
     assert code == 0, err
 
     processes = both("--steps=3000", "--decay-steps=8")
-    while last_step(out) < 3 and processes[0].poll() is None:
+    saved = lambda: [int(p.name) for p in (out / "checkpoints").glob("*") if p.name.isdigit()]
+    while (last_step(out) < 3 or not saved()) and processes[0].poll() is None:
         time.sleep(0.1)
     processes[1].send_signal(signal.SIGKILL)
     code, _, err = finish(processes[0])
@@ -214,7 +215,7 @@ def test_two_processes_of_which_one_is_killed(tmp_path):
     assert code == 1, err
     assert err.splitlines()[-1].startswith("error: process 1 has ended"), err
 
-    step = max(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit())
+    step = max(saved())
     for code, _, err in map(finish, both(f"--steps={step + 2}", "--decay-steps=8", "--resume")):
         assert code == 0, err
     code, _, err = finish(start(*shared[1:], "--steps=8", "--resume", f"--out={out}", cache=cache))
