@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from benchmarks.origin import ROOT
 from benchmarks.result import Result, markdown
+from experiments.provenance import ROOT
 
 PATH = ROOT / "docs" / "theory.md"
 BEGIN, END = "<!-- begin: made by a command -->", "<!-- end: made by a command -->"

@@ -16,10 +16,11 @@ from typing import Annotated, Any
 from cyclopts import App, Parameter
 
 from benchmarks import document
-from benchmarks.origin import ROOT, origin
+from benchmarks.origin import origin
 from benchmarks.result import Result
 from experiments.config import TrainConfig
 from experiments.measuring import measure_all
+from experiments.provenance import ROOT
 from jaxckpt.memory.targets import parse_target
 from jaxckpt.models.config import TransformerConfig
 

@@ -41,7 +41,7 @@ def joined(flags: ProcessFlags, config: TrainConfig, corpus_sha256: str):
         try:
             _start_jax(flags)
             yield
-        except Exception as error:
+        except Exception as error:  # any that leaves the context: it is raised again
             alone = isinstance(error, RunError) and error.__cause__ is None
             if not (isinstance(error, USER_ERRORS) or alone):
                 # An exchange that broke, perhaps: then another process has ended, and that is said.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ _FILES = {
     (QWEN, SMALL_CHIP): "qwen3_0p6b_16gb",
     (QWEN, LARGE_CHIP): "qwen3_0p6b",
 }
-_PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax")
+PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,17 +47,6 @@ class Case:
         # Flags, so that a new setting that nobody uses changes nothing.
         asked = [flags_of(self.config), self.target]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of what traces and compiles, as far as it is installed."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def all_cases() -> tuple[Case, ...]:

@@ -1,16 +1,15 @@
 """The compiled numbers behind the claims, in a JSON file: what it holds is not compiled again."""
 
 import json
-import platform
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.claiming.cases import ROOT, Case, versions
+from experiments.claiming.cases import PACKAGES, Case
 from experiments.config import ConfigError
 from experiments.measuring import check_targets, measure_all
 from experiments.plotting import write_text
+from experiments.provenance import commit, versions
 from jaxckpt.memory.units import gib
 
 _KEPT_BUFFERS = 5
@@ -59,7 +58,7 @@ def checked(path: Path, say: Callable[[str], None]) -> dict[str, Any]:
         from experiments.claiming import checks  # it imports JAX
 
         say("checking gradients under dropout, and counting parameters")
-        held = {"versions": versions(), **checks.run()}
+        held = {"versions": versions(PACKAGES), **checks.run()}
         _write(path, {"checks": held})
     return held
 
@@ -92,16 +91,7 @@ def _row(case: Case, row) -> dict[str, Any]:
         "key": case.key,
         "target": case.target,
         "plan": row.config.remat,
-        "versions": {"python": platform.python_version(), **versions()},
-        "commit": _commit(),
+        "versions": versions(PACKAGES),
+        "commit": commit(),
         "report": report,
     }
-
-
-def _commit() -> str:
-    command = ["git", "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()

@@ -2,7 +2,6 @@
 
 import contextlib
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from experiments.provenance import commit
 from experiments.record import RunError
 from experiments.sweeping.case import Case
 from experiments.sweeping.rows import Rows
@@ -30,7 +30,7 @@ def run_all(cases: Sequence[Case], folder: Path, *, command: str):
     waiting = [case for case in cases if not rows.done(case.key)]
     if len(waiting) < len(cases):
         console.print(f"{len(cases) - len(waiting)} of {len(cases)} rows are done already")
-    origin, failed = {"command": command, "commit": _commit()}, 0
+    origin, failed = {"command": command, "commit": commit()}, 0
     processes, started = Processes(), time.perf_counter()
     with _stopping(processes) as stop, _progress(console) as progress:
         task = progress.add_task("sweep", total=len(waiting), case="")
@@ -99,18 +99,3 @@ def _result(row: dict[str, Any]) -> str:
     seconds = row["step_seconds"]
     took = "" if seconds is None else f"  {1e3 * seconds:.1f} ms {row['step_seconds_source']}"
     return f"{chosen}peak {gib(row['peak_bytes'])}{took}"
-
-
-def _commit() -> str:
-    """Returns the commit of the checkout, or "unknown" outside of one."""
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
