@@ -1,8 +1,10 @@
 """The ladder: of all plans those worth compiling, from the fastest to the one with the least peak.
 
-Each rung is slower than the one before and needs less memory. The ladder depends on the step
-alone, never on a budget: a budget only says how far to climb down, which is why a smaller budget
-never gets a plan with a larger peak.
+Each rung is slower than the one before and needs less memory. Beside them stand the plans of one
+stage that no other of one stage beats: a compiler can give stages of unequal length more memory
+than any model knows of, and where it does, the next best plan is one that treats all blocks alike.
+The ladder depends on the step alone, never on a budget: a budget only says how far to climb down,
+which is why a smaller budget never gets a plan with a larger peak.
 
 Speed is the roofline's, with one rule above it: a plan never recomputes more matrix products than
 a plain plan (`none`, `full`, `dots`, ...) of the same peak or less. Seconds that differ by less
@@ -34,6 +36,11 @@ class Rung:
     predicted_bytes: int
     seconds: float
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether blocks are treated differently."""
+        return len(self.draft.stages) > 1
+
 
 def ladder(rungs: Iterable[Rung], plain: Sequence[Rung]) -> tuple[Rung, ...]:
     """Returns the rungs that no other beats, fastest first.
@@ -52,15 +59,26 @@ def ladder(rungs: Iterable[Rung], plain: Sequence[Rung]) -> tuple[Rung, ...]:
         # What is equal in all of these stays in the order in which it was given.
         return above, speed, len(plan.stages), -held, rung.predicted_bytes
 
+    ranked = sorted(rungs, key=rank)
+    found = _thinned(_falling(ranked))
+    ranked = ranked[: 1 + ranked.index(found[-1])]
+    alike = _thinned(_falling(rung for rung in ranked if not rung.is_mixed))
+    return tuple(rung for rung in ranked if rung in found or rung in alike)
+
+
+def _falling(rungs: Iterable[Rung]) -> list[Rung]:
+    """Drops rungs that need no less than one before them."""
     kept: list[Rung] = []
-    for rung in sorted(rungs, key=rank):
+    for rung in rungs:
         if not kept or rung.predicted_bytes < kept[-1].predicted_bytes:
             kept.append(rung)
-    return _thinned(kept)
+    return kept
 
 
-def _thinned(rungs: Sequence[Rung]) -> tuple[Rung, ...]:
+def _thinned(rungs: Sequence[Rung]) -> Sequence[Rung]:
     """Drops rungs that save next to nothing; the first and the last stay."""
+    if not rungs:
+        return rungs
     kept = [rungs[0]]
     for rung in rungs[1:]:
         if rung.predicted_bytes < (1 - _LEAST_STEP) * kept[-1].predicted_bytes:
@@ -69,4 +87,4 @@ def _thinned(rungs: Sequence[Rung]) -> tuple[Rung, ...]:
         if len(kept) > 1:
             kept.pop()
         kept.append(rungs[-1])
-    return tuple(kept)
+    return kept

@@ -16,8 +16,9 @@ from jaxckpt.planner.ladder import Rung
 # How far off the first prediction of a family may be. Too high a one would pass over a plan that
 # fits, too low a one costs a compilation that tells of the whole family.
 _DOUBT = 0.02
-# What is above the last compilation's doubt, where a wrong one would leave no answer.
-_SAFE = 0.04
+# What the last compilation must have to spare, where a wrong one would leave no good answer: of a
+# plan that treats all blocks alike, and of one that does not, whose peaks are harder to tell.
+_SAFE, _SAFE_MIXED = 0.01, 0.04
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,24 +78,37 @@ class _Search:
         if high is None and last in self.peaks:
             return None
         if high is None and left == 1:
-            safe = (i for i in range(last) if self.corrected(i) <= (1 - _SAFE) * self.budget)
-            return next(safe, last)
+            return next((i for i in range(last) if self.is_safe(i)), last)
         unknown = [i for i in range(last + 1 if high is None else high) if i not in self.peaks]
-        for place in unknown:
-            if self.corrected(place) <= self.budget:
-                return place
+        hopeful = [i for i in unknown if self.corrected(i) <= self.budget]
+        alike = [i for i in hopeful if not self.rungs[i].is_mixed]
+        if high is None and left == 2 and alike:
+            return alike[0]
+        if hopeful:
+            return hopeful[0]
         if high is None:
             return unknown[-1]
         # The proof that nothing faster fits, as far as peaks follow their predictions.
         return high - 1 if high - 1 in unknown else None
 
+    def is_safe(self, place: int) -> bool:
+        """Returns whether a rung that is not compiled is nearly sure to fit."""
+        margin = _SAFE_MIXED if self.rungs[place].is_mixed else _SAFE
+        return place not in self.peaks and self.expected(place) <= (1 - margin) * self.budget
+
     def corrected(self, place: int) -> float:
+        """Returns the peak to go by: what is expected, less the doubt of an unknown family."""
+        family = self.rungs[place].draft.family
+        is_known = any(self.rungs[i].draft.family == family for i in self.peaks)
+        return self.expected(place) * (1 if is_known else 1 - _DOUBT)
+
+    def expected(self, place: int) -> float:
         """Returns a predicted peak, corrected by what is known of its family."""
         rung = self.rungs[place]
         same = [i for i in self.peaks if self.rungs[i].draft.family == rung.draft.family]
         errors = {i: self.peaks[i] / self.rungs[i].predicted_bytes for i in same}
         if not same:
-            return rung.predicted_bytes * (1 - _DOUBT)
+            return rung.predicted_bytes
         below = max((i for i in errors if i <= place), default=None)
         above = min((i for i in errors if i >= place), default=None)
         nearest = above if below is None else below

@@ -64,3 +64,20 @@ def test_the_last_compilation_is_of_one_that_fits_by_a_margin():
     found = search(rungs, 600_000, peaks.__getitem__, {}, 1)
     (place,) = found.peaks
     assert 0.85 * 600_000 < rungs[place].predicted_bytes < 0.98 * 600_000
+
+
+def test_after_a_mixed_plan_that_did_not_fit_one_stage_is_tried():
+    """Stages of unequal length may need more than predicted, all of them alike."""
+    numbers = dict(kept_bytes=0.0, worst_bytes=0.0, host_bytes=0.0, flops=0.0)
+    plans = (("1xfull/none", 99), ("2xfull/none", 96), ("full", 100), ("3xfull/none", 50))
+    rungs = [
+        Rung(
+            draft=Draft(stages=Plan.parse(text).stages, seconds=float(n), **numbers),
+            predicted_bytes=predicted,
+            seconds=float(n),
+        )
+        for n, (text, predicted) in enumerate(plans)
+    ]
+    peaks = [103, 102, 100, 50]
+    found = search(rungs, 101, peaks.__getitem__, {}, 3)
+    assert found.chosen == 2, found.peaks
