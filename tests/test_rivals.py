@@ -7,7 +7,7 @@ import pytest
 from benchmarks import rivals as command
 from benchmarks import rivals_bounds as bounds
 from benchmarks import rivals_plans as plans
-from benchmarks.rivals_part import SHAPES, Case, run_part
+from benchmarks.rivals_part import SHAPES
 
 GIB = 1 << 30
 KEPT = plans.canonical(plans.MAXTEXT["minimal_with_context"])
@@ -165,16 +165,56 @@ def test_a_timed_shape_is_not_lost_to_one_that_is_not(monkeypatch, tmp_path):
 
 
 @pytest.mark.heavy
-def test_a_tiny_shape_from_end_to_end(tmp_path):
-    case = SHAPES["8x1024"].changed(2, tiny=True)
-    import os
+def test_a_tiny_shape_from_end_to_end(monkeypatch, tmp_path):
+    from benchmarks import rivals_shape
 
-    environment = os.environ | {"JAXCKPT_CACHE": str(tmp_path)}
-    found = list(run_part("8x1024", case, 40.0, environment))
-    last = [one for one in found if "rounds" in one][-1]
-    assert isinstance(case, Case) and last["rounds"] == 3
-    assert last["left_out"] and not last["is_whole"]  # there was no time for all fixed plans
-    timed = [one for one in last["plans"].values() if "seconds" in one]
-    assert len(timed) >= 2 and all(len(one["seconds_of_rounds"]) == 3 for one in timed)
+    monkeypatch.setenv("JAXCKPT_CACHE", str(tmp_path))
+    asked = {"none": (), "names:q,k,v": ("save_qkv_proj",), "names:qq": ("mistyped",)}
+    monkeypatch.setattr(rivals_shape, "fixed", lambda: asked)
+    shape = rivals_shape.Shape(SHAPES["8x1024"].changed(2, tiny=True), None)
+    found = [one for one in shape.run() if "rounds" in one]
+    assert [one["rounds"] for one in found] == [0, 1, 2, 3, 3]
+    assert not found[0]["is_whole"] and "seconds" not in found[0]["plans"]["none"]
+    last = json.loads(json.dumps(found[-1]))
+    assert last["is_whole"] and last["left_out"] == []
+    assert last["compiles"] == len(shape.programs.made) <= 8
+    assert "names:qq matches no tag" in last["plans"]["names:qq"]["error"]
+    top, low = bounds.compared(last)
+    assert top["plan"] == "none" and top["best fixed"] in ("none", "names:q,k,v")
+    assert low["ms"] > 0 and low["best fixed"] is None  # nothing fixed is as lean as the leanest
     for one in last["budgets"]:
         assert one["compiled_bytes"] <= one["budget_bytes"]
+        assert len(last["plans"][one["plan"]]["seconds_of_rounds"]) == 3
+
+
+def test_what_there_is_no_time_for_is_named():
+    from benchmarks import rivals_shape
+
+    shape = rivals_shape.Shape(SHAPES["8x1024"].changed(2, tiny=True), 1e-9)
+    assert list(shape._compile_fixed()) == [] and shape.programs.made == []
+    assert shape.left_out[0] == "the fixed plan none" and len(shape.left_out) == 14
+
+
+def test_a_program_that_fails_takes_no_more_turns():
+    from benchmarks.rivals_programs import Program
+    from benchmarks.rivals_timing import Turns
+
+    ran, made = [], []
+
+    def program(name, fails_at=None):
+        def step(state, tokens):
+            ran.append(name)
+            if ran.count(name) == fails_at:
+                raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nand more")
+            return state + 1, {}
+
+        return Program(plan=name, compiled=step, seconds=1.0)
+
+    good, bad = program("good"), program("bad", fails_at=4)
+    turns = Turns([good, bad], lambda: made.append(0) or 0, None)
+    assert list(turns.rounds(3, steps=2)) == [1, 2, 3]
+    assert turns.errors == {bad: "RESOURCE_EXHAUSTED: out of memory"} and len(made) == 2
+    assert len(turns.seconds[good]) == 3 and turns.seconds[bad] == []
+    # The round that is not timed, then a step more than is timed in each turn.
+    assert ran == [*["good"] * 2, *["bad"] * 2, *["good"] * 3, *["bad"] * 2, *["good"] * 6]
+    assert list(Turns([good], lambda: 0, None).rounds(9, steps=1, until=0.0)) == [1, 2, 3]
