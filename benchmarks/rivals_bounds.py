@@ -24,10 +24,12 @@ def failures(row: Row) -> Iterator[str]:
         yield "no budget was timed"
     for one in row.get("budgets", ()):
         if one.get("compiled_bytes", 0) > one["budget_bytes"]:
-            yield f"{_gib(one['budget_bytes']):.2f} GiB: {one['plan']} needs more than the budget"
+            yield f"{_gib(one['budget_bytes']):.3f} GiB: {one['plan']} needs more than the budget"
     for one in found:
-        at = f"{one['budget GiB']:.2f} GiB"
-        if one["ms"] is None:
+        at = f"{one['budget GiB']:.3f} GiB"
+        if one["plan"] is None:
+            yield f"{at}: no plan, but {one['best fixed']} fits"
+        elif one["ms"] is None:
             yield f"{at}: {one['plan']} was not timed"
         elif (ratio := one["of best fixed"]) is not None and ratio > SLOWEST:
             yield f"{at}: {one['plan']} takes {ratio:.3f} of {one['best fixed']}, bound {SLOWEST}"
@@ -74,7 +76,7 @@ def _compared(budget: Row, plans: Mapping[str, Row]) -> Row:
     share = lambda a, b: None if a is None or b is None else a / b
     return {
         "budget GiB": _gib(budget["budget_bytes"]),
-        "plan": budget.get("plan", "none found"),
+        "plan": budget.get("plan"),
         "ms": _ms(ours),
         "best fixed": fixed,
         "its ms": _ms(fixed_seconds),

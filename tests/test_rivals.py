@@ -1,6 +1,7 @@
 """`python -m benchmarks.rivals`: its fixed plans, bounds on doctored rows, what it refuses."""
 
 import json
+import os
 
 import pytest
 
@@ -49,11 +50,11 @@ def test_ours_is_held_against_what_fits():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (row(91), "13.00 GiB: 14xattention/none takes 1.011 of attention, bound 1.01"),
+        (row(91), "13.000 GiB: 14xattention/none takes 1.011 of attention, bound 1.01"),
         (row(91), "at most 1.099 times as fast as the best of MaxText's, bound 1.1"),
         (row(85, rounds=0), "no budget was timed"),
         (row(85, error="8x1024: died"), "8x1024: died"),
-        (row(85, budgets=[{"budget_bytes": GIB, "error": "none"}]), "none found was not timed"),
+        (row(85, budgets=[{"budget_bytes": 9 * GIB, "error": "least"}]), "no plan, but full fits"),
     ],
 )
 def test_each_bound_is_checked(changed, message):
@@ -218,3 +219,10 @@ def test_a_program_that_fails_takes_no_more_turns():
     # The round that is not timed, then a step more than is timed in each turn.
     assert ran == [*["good"] * 2, *["bad"] * 2, *["good"] * 3, *["bad"] * 2, *["good"] * 6]
     assert list(Turns([good], lambda: 0, None).rounds(9, steps=1, until=0.0)) == [1, 2, 3]
+
+
+def test_a_process_that_fails_says_its_last_line():
+    from benchmarks.child import values_of
+
+    with pytest.raises(RuntimeError, match=r"8x1024: .*No module named benchmarks\.no_such"):
+        list(values_of("no_such", environment=os.environ, name="8x1024"))
