@@ -1,13 +1,10 @@
 """One part of `benchmarks.planner`: a step, a chip, budgets; planned for by one fresh process."""
 
 import dataclasses
-import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from benchmarks.child import values_of
 from jaxckpt.memory import launch
 from jaxckpt.memory.targets import parse_target
 
@@ -45,19 +42,5 @@ def run_part(case: Case, done: Sequence[int]) -> Iterator[dict[str, Any]]:
     if len(done) >= case.budgets:
         return
     environment = launch.environment(parse_target(case.target))
-    asked = (json.dumps(case.as_json()), json.dumps(list(done)))
-    command = [sys.executable, "-m", "benchmarks.planner_rows", *asked]
-    # The compilers write banners that mean nothing to file descriptor 2.
-    with tempfile.TemporaryFile("w+") as log:
-        streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": log, "text": True}
-        with subprocess.Popen(command, env=environment, **streams) as process:
-            assert process.stdout is not None  # a pipe
-            try:
-                yield from map(json.loads, process.stdout)
-            except GeneratorExit:
-                process.kill()
-                raise
-        if process.returncode:
-            log.seek(0)
-            lines = log.read().strip().splitlines() or [f"exit code {process.returncode}"]
-            raise RuntimeError(f"{case.target}: {lines[-1]}")
+    asked = (case.as_json(), list(done))
+    yield from values_of("planner_rows", *asked, environment=environment, name=case.target)

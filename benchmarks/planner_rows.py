@@ -48,7 +48,7 @@ def rows(case: Case, done: Sequence[int]) -> Iterator[dict[str, Any]]:
     rungs = problem.ladder()
     traced = time.perf_counter() - started - compiler.seconds
     anchors = dict(steps.compiled)
-    budgets = np.linspace(steps.report(_NONE).peak_bytes, _least(problem, rungs), case.budgets)
+    budgets = np.linspace(steps.report(_NONE).peak_bytes, least_bytes(problem, rungs), case.budgets)
     for place, budget in enumerate(map(int, budgets)):
         if place in done:
             continue
@@ -67,7 +67,7 @@ def rows(case: Case, done: Sequence[int]) -> Iterator[dict[str, Any]]:
         }
 
 
-def _least(problem: Problem, rungs) -> int:
+def least_bytes(problem: Problem, rungs) -> int:
     """Returns the least budget that works, which the planner names where nothing fits."""
     try:
         return answer(problem, rungs, 1).report.peak_bytes

@@ -103,10 +103,10 @@ def _run(module: str, case: dict[str, Any]) -> dict[str, Any]:
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         return {"case": case, "error": lines[-1]}
-    return {"case": case, "gpu": _gpu()} | json.loads(done.stdout.splitlines()[-1])
+    return {"case": case, "gpu": gpu()} | json.loads(done.stdout.splitlines()[-1])
 
 
-def _gpu() -> str:
+def gpu() -> str:
     """Returns the GPU's serial name, so that rows of another are told apart."""
     try:
         done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
@@ -118,8 +118,8 @@ def _gpu() -> str:
 def _resume(output: Path | None) -> dict[str, dict[str, Any]]:
     if output is None or not output.exists():
         return {}
-    gpu, rows = _gpu(), json.loads(output.read_text())["rows"]
-    return {name: row for name, row in rows.items() if row.get("gpu") == gpu}
+    here, rows = gpu(), json.loads(output.read_text())["rows"]
+    return {name: row for name, row in rows.items() if row.get("gpu") == here}
 
 
 def _line(name: str, row: dict[str, Any]) -> str:

@@ -124,9 +124,18 @@ def overlapped(
     return max(forward_seconds, link) + max(backward_seconds, link)
 
 
-def _run(stack: Stack, stage: Stage, carry, params, consts):
+def _run(stack: Stack, stage: Stage, carry, params, consts, unroll: int = 1):
     plan = Plan(stages=(dataclasses.replace(stage, count=None),))
-    return scan_blocks(stack.call, params, carry, consts, remat=plan)
+    return scan_blocks(stack.call, params, carry, consts, remat=plan, unroll=unroll)
+
+
+def _unroll(stack: Stack, stage: Stage) -> int:
+    """Returns the blocks of a trip: a loop copies what it keeps in and out, unrolled blocks do not.
+
+    What is moved to the host is costed in a loop.
+    """
+    is_moving = any(policy.kind == "offload" for policy in stage.policies)
+    return 1 if is_moving else stack.unroll
 
 
 def _gradient(stack: Stack, stage: Stage):
@@ -137,7 +146,8 @@ def _gradient(stack: Stack, stage: Stage):
     count = []
 
     def gradient(carry, params, consts):
-        run = lambda carry, params, consts: _run(stack, stage, carry, params, consts)
+        unroll = _unroll(stack, stage)
+        run = lambda carry, params, consts: _run(stack, stage, carry, params, consts, unroll)
         out, reverse = differentiate(run, carry, params, consts, Moving.all_of(params, consts))
         leaves = jax.tree.leaves(reverse)
         count.append(len(leaves))

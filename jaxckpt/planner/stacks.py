@@ -30,6 +30,7 @@ class Stack:
       params: Leaves `[L, ...]`.
       consts: What all blocks share, closed-over arrays among it.
       num_blocks: L.
+      unroll: Blocks unrolled in one trip of its loop.
     """
 
     call: Callable
@@ -37,6 +38,7 @@ class Stack:
     params: list[Any]
     consts: list[Any]
     num_blocks: int
+    unroll: int = 1
 
     @property
     def params_i(self) -> list[Any]:
@@ -99,6 +101,7 @@ class Finder:
             self.others.append(str(call.remat))
             return
         stack = Stack.of(call.block, call.params, call.carry, call.consts, call.num_blocks)
+        stack = dataclasses.replace(stack, unroll=call.unroll)
         # A step's parts may be traced more than once; equal stacks weigh the same in every plan.
         if (name, stack.shape) not in self._seen:
             self._seen.add((name, stack.shape))

@@ -1,0 +1,117 @@
+"""The programs of one step under many plans, each compiled once and kept to be run.
+
+Plans whose steps are the same program, such as `dots` and `dots_no_batch` of blocks whose attention
+is one kernel, share it. What cannot be compiled is a program with an error.
+"""
+
+import dataclasses
+import time
+from typing import Any
+
+from experiments.build import build
+from experiments.config import TrainConfig
+from jaxckpt.memory.built_step import BuiltStep
+from jaxckpt.memory.measure import compile_step
+from jaxckpt.memory.report import MemoryReport
+from jaxckpt.memory.targets import LOCAL
+from jaxckpt.planner.steps import Steps, program_text
+from jaxckpt.plans import Plan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Program:
+    """A compiled step.
+
+    Attributes:
+      plan: The first plan that it is the step of.
+      compiled: To be called with state and batch; None after an error.
+      report: The compiler's, likewise.
+      seconds: What building and compiling took.
+      error: Why there is none.
+    """
+
+    plan: str
+    compiled: Any = None
+    report: MemoryReport | None = None
+    seconds: float
+    error: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns what is known before it is run, as JSON values."""
+        if self.report is None:
+            return {"error": self.error}
+        names = ("peak_bytes", "host_bytes", "recomputed_flops", "estimated_seconds")
+        found = {name: getattr(self.report, name) for name in names}
+        return found | {"compile_seconds": self.seconds, "program_of": self.plan}
+
+
+class Programs:
+    """Compiles a configuration's step under plans, as a run of that plan would.
+
+    Attributes:
+      steps: For the planner; their reports are those of the programs.
+      made: Every program that was compiled.
+    """
+
+    def __init__(self, config: TrainConfig):
+        self._config = config
+        self._by_plan: dict[str, Program] = {}
+        self._by_text: dict[str, Program] = {}
+        self.steps = Steps(self._step_for, LOCAL, self._report_of)
+
+    @property
+    def made(self) -> list[Program]:
+        """Every program, in the order of compiling."""
+        return list(self._by_text.values())
+
+    @property
+    def slowest_seconds(self) -> float:
+        """What compiling took at most."""
+        return max((program.seconds for program in self.made), default=0.0)
+
+    def of(self, plan: str) -> Program:
+        """Returns the program of a plan."""
+        if plan not in self._by_plan:
+            self._by_plan[plan] = self._made(plan)
+        return self._by_plan[plan]
+
+    def _made(self, plan: str) -> Program:
+        started = time.perf_counter()
+        failed = lambda error: Program(
+            plan=plan,
+            seconds=time.perf_counter() - started,
+            error=first_line(error),
+        )
+        try:
+            text = program_text(self.steps.trace(Plan.parse(plan))[0])
+        except (ValueError, RuntimeError) as error:
+            return failed(error)
+        if text not in self._by_text:
+            try:
+                compiled, report = compile_step(self._built(Plan.parse(plan)))
+            except (ValueError, RuntimeError) as error:
+                self._by_text[text] = failed(error)
+            else:
+                seconds = time.perf_counter() - started
+                found = {"compiled": compiled, "report": report, "seconds": seconds}
+                self._by_text[text] = Program(plan=plan, **found)
+        return self._by_text[text]
+
+    def _built(self, plan: Plan) -> BuiltStep:
+        return build(dataclasses.replace(self._config, remat=str(plan)), "local")
+
+    def _step_for(self, plan: Plan):
+        step = self._built(plan)
+        return step.fn, step.args, {"donate_argnums": step.donate_argnums}
+
+    def _report_of(self, plan: Plan) -> MemoryReport:
+        program = self.of(str(plan))
+        if program.report is None:
+            raise RuntimeError(f"{plan}: {program.error}")
+        return program.report
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error; the compilers' go on for pages."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0]
