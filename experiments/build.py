@@ -6,6 +6,7 @@ What is compiled is the whole step that trains: optimizer, donation, accumulatio
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,7 +87,9 @@ def build(config: TrainConfig, target: str):
 def abstract_block(config: TrainConfig, params):
     """Returns `(block, params_i, x, *consts)` of the model's stack for one part of a batch.
 
-    On a mesh it has one device's sequences, and all of the heads and widths that `tensor` cuts.
+    It is the block that the stack runs, so that untagged values are counted alike: parameters are
+    cast outside of it or inside, as the plan has it. On a mesh it has one device's sequences, and
+    all of the heads and widths that `tensor` cuts.
 
     Args:
       config: Resolved for its target.
@@ -94,12 +97,16 @@ def abstract_block(config: TrainConfig, params):
     """
     import jax
 
+    from jaxckpt.linen import in_dtype
     from jaxckpt.models.transformer import Block, rotary_table
+    from jaxckpt.transforms import rows
 
     module = Block(config.model)
-    rows = config.batch_size // config.accumulate
-    rows //= 1 if config.mesh_shape is None else config.mesh_shape.batch_parts
-    x = jax.ShapeDtypeStruct((rows, config.seq_len, config.model.d_model), config.model.dtype)
+    cast = functools.partial(in_dtype, dtype=config.model.dtype)
+    is_inside = rows.reads_inside(config.plan, config.unroll)
+    batch = config.batch_size // config.accumulate
+    batch //= 1 if config.mesh_shape is None else config.mesh_shape.batch_parts
+    x = jax.ShapeDtypeStruct((batch, config.seq_len, config.model.d_model), config.model.dtype)
     rotary = jax.eval_shape(
         lambda: rotary_table(config.seq_len, config.model.head_dim, config.model.rope_theta)
     )
@@ -107,12 +114,14 @@ def abstract_block(config: TrainConfig, params):
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params["layers"]
     )
 
+    params_i = params_i if is_inside else jax.eval_shape(cast, params_i)
     consts = [rotary]
     if config.pack:
-        consts.append(jax.ShapeDtypeStruct((rows, config.seq_len), "int32"))
+        consts.append(jax.ShapeDtypeStruct((batch, config.seq_len), "int32"))
 
     def block(x, params_i, *consts):
         rngs = {"dropout": jax.random.key(0)}
+        params_i = cast(params_i) if is_inside else params_i
         return module.apply({"params": params_i}, x, *consts, deterministic=False, rngs=rngs)
 
     return block, params_i, x, *consts

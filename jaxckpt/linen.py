@@ -75,7 +75,7 @@ class Stack(nn.Module):
             call = functools.partial(block.init, **static)
             self._init_params(call, keys, carry, *consts)
 
-        cast = lambda params: params if self.dtype is None else jax.tree.map(self._cast, params)
+        cast = functools.partial(in_dtype, dtype=self.dtype)
         params = nn.meta.unbox(dict(self.variables.get(_PARAMS, {})))
         if not rows.reads_inside(self.remat, self.unroll):
             params, cast = cast(params), lambda params: params
@@ -87,9 +87,6 @@ class Stack(nn.Module):
         # The index is there for blocks that have neither parameters nor keys.
         blocks = {"params": params, "keys": keys, "index": jnp.arange(self.num_blocks)}
         return scan_blocks(apply, blocks, carry, *consts, remat=self.remat, unroll=self.unroll)
-
-    def _cast(self, x):
-        return x.astype(self.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     def _init_params(self, init: Callable, keys, carry, *consts):
         """Draws every block's parameters from a key of its own and stores them stacked."""
@@ -111,6 +108,14 @@ class Stack(nn.Module):
         stacked = nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: "blocks"})
         for name, value in stacked.items():
             self.put_variable(_PARAMS, name, value)
+
+
+def in_dtype(params, dtype):
+    """Returns parameters with their floating leaves in a dtype; as they are if it is None."""
+    if dtype is None:
+        return params
+    is_floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    return jax.tree.map(lambda x: x.astype(dtype) if is_floating(x) else x, params)
 
 
 def remat(block: type[nn.Module], plan: str | Plan, **options) -> type[nn.Module]:

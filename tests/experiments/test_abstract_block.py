@@ -1,0 +1,48 @@
+"""The block that a step is explained by is the block that its stack runs."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from experiments.build import abstract_block, build
+from experiments.config import TrainConfig
+from experiments.step import make_train_step
+from jaxckpt.memory.built_step import stack_bytes
+from jaxckpt.models.config import TransformerConfig
+from jaxckpt.planner.stacks import Finder
+from jaxckpt.plans import Plan, Policy
+from jaxckpt.transforms import invented
+from jaxckpt.transforms.observers import observed
+
+_SIZES = {"num_blocks": 4, "d_model": 16, "d_ff": 32, "num_heads": 2, "vocab_size": 64}
+_ANY = (Policy(kind="names", names=("@cast.1",)),)
+
+
+@pytest.mark.parametrize("plan", ["none", "full", "full+dots"])
+@pytest.mark.parametrize("unroll", [1, 4])
+def test_untagged_values_are_counted_as_in_the_stack(plan, unroll):
+    model = TransformerConfig(**_SIZES, dtype="bf16", attention="plain")
+    config = TrainConfig(model=model, remat=plan, unroll=unroll, batch_size=2, seq_len=16)
+    step = build(config, "local")
+    finder = Finder(Plan.parse(plan))
+    with observed(finder):
+        jax.make_jaxpr(make_train_step(config))(*step.args)
+    (stack,) = finder.stacks
+    block, params_i, x, *consts = abstract_block(config, step.args[0].params)
+    of_step = invented.offered(stack.call, _ANY, stack.carry, stack.params_i, stack.consts)
+    of_block = invented.offered(block, _ANY, x, params_i, *consts)
+    assert of_step.invented == of_block.invented
+    assert "@cast.1" in of_block.invented
+
+
+def test_a_plan_that_names_a_cast_inside_an_unrolled_block_is_explained():
+    """Parameters are cast in it, so it has more casts than the model's block alone."""
+    model = TransformerConfig(**_SIZES, dtype="bf16", attention="plain")
+    config = TrainConfig(model=model, remat="full", unroll=4, batch_size=2, seq_len=16)
+    block, params_i, x, *consts = abstract_block(config, build(config, "local").args[0].params)
+    names = invented.offered(block, _ANY, x, params_i, *consts).invented
+    last = max(int(name[6:]) for name in names if name.startswith("@cast."))
+    assert last > 20
+    step = build(dataclasses.replace(config, remat=f"names:@cast.{last}"), "local")
+    assert stack_bytes(step.plan, *step.block) > 0
