@@ -13,11 +13,11 @@ pytest.importorskip("libtpu")
 NUM_BLOCKS = 4
 
 
-def step_for(plan):
+def step_for(plan, num_blocks=NUM_BLOCKS):
     """Returns gradients of a stack with almost no weights; arrays too large for on-chip memory."""
     block = lambda x, scale: jnp.sin(jaxckpt.tag(jnp.tanh(x * scale), "inner")) * x
     loss = lambda s, x: jaxckpt.scan_blocks(block, s, x, remat=plan).sum()
-    shapes = ((NUM_BLOCKS, 1), (4096, 4096))
+    shapes = ((num_blocks, 1), (4096, 4096))
     return jax.grad(loss), tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
 
 
@@ -59,3 +59,33 @@ def test_the_host_makes_room(fit):
     assert 0 < found.report.host_bytes <= found.host_budget_bytes
     assert "offload" in str(found.plan) and found.chosen.host_bytes > 0
     assert "gradients not checked, as the chip is not here" in str(found)
+
+
+@pytest.mark.heavy
+def test_a_host_with_little_room_gets_a_schedules_carries(tmp_path, monkeypatch):
+    """Neither device nor host has room for every block's input; some on the host are the fastest.
+
+    On the device alone the stack is run forward more often.
+    """
+    monkeypatch.setenv("JAXCKPT_CACHE", str(tmp_path))
+    num_blocks, carry = 16, 4 * 4096 * 4096
+    step = functools.partial(step_for, num_blocks=num_blocks)
+    fit = functools.partial(jaxckpt.fit, step, num_blocks=num_blocks, target="v5e-1")
+    least = fit_error(fit).least_bytes
+    alone = fit(budget=least + carry // 2)
+    found = fit(budget=least + carry // 2, host_budget=6 * carry)
+    stage = found.plan.stages[0]
+    assert stage.schedule not in ("none", "full") and stage.offloads_carry
+    assert found.report.peak_bytes <= found.budget_bytes
+    assert 0 < found.report.host_bytes <= 6 * carry
+    assert found.chosen.host_bytes == found.report.host_bytes
+    assert found.chosen.seconds < alone.chosen.seconds
+    little = fit(budget=least + carry // 2, host_budget=carry)
+    assert little.plan == alone.plan and not little.report.host_bytes
+
+
+def fit_error(fit) -> jaxckpt.BudgetError:
+    """Returns the error for a budget that nothing fits."""
+    with pytest.raises(jaxckpt.BudgetError) as caught:
+        fit(budget="1MiB")
+    return caught.value
