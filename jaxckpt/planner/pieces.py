@@ -74,7 +74,7 @@ def schedules(
     none = next(kind for kind in kinds if kind.schedule == "none")
     full = next(kind for kind in kinds if kind.schedule == "full" and not kind.policies)
     make = _Scheduled(none=none, carry_bytes=full.kept_bytes, forward=forward, count=count)
-    singles = [
+    singles: list[tuple[str, int | None, int, int]] = [
         ("binomial", slots, slots, binomial_extra_forwards(count, slots))
         for slots in range(1, count)
     ]

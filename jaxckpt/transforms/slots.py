@@ -57,7 +57,7 @@ def _on_host(x, count: int):
     return lax.broadcast(one, (count, *x.shape))
 
 
-def _moved(leaves, space: jax.memory.Space) -> list:
+def _moved(leaves, space) -> list:
     return [x if _is_key(x) else jax.device_put(x, space) for x in leaves]
 
 
