@@ -24,7 +24,8 @@ from jaxckpt.transforms.nested import Remat
 
 # Steps whose output is their input: a tag, a copy, a move.
 _IDENTITIES = frozenset(("name", "copy", "copy_p", "device_put"))
-_KERNELS = tags.ATTENTION_PRIMITIVES | {"pallas_call"}
+_PALLAS = "pallas_call"
+_KERNELS = tags.ATTENTION_PRIMITIVES | {_PALLAS}
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -155,7 +156,7 @@ class Trace:
             self._keys[step.outputs[0]] = self._key(step.inputs[0])
             return
         made = step.name, *_describe(step)
-        if not any(True for _ in subjaxprs(step.equation)):
+        if step.name == _PALLAS or not any(True for _ in subjaxprs(step.equation)):
             made = *made, *(self._key(value) for value in step.inputs)
         for place, value in enumerate(step.outputs):
             # A loop returns more arrays in one trace than in another: places are counted by shape.
@@ -229,9 +230,11 @@ def _key_text(key) -> str:
 def _describe(step: Step) -> tuple[str, ...]:
     """Returns the parameters that say what a step computes, as text.
 
-    Of a loop or a kernel it is its place: its functions differ between traces, because a loop under
-    `jax.vjp` returns residuals of its own.
+    Of a loop it is its place: its functions differ between traces, because a loop under `jax.vjp`
+    returns residuals of its own. Of a kernel it is the function's name and place.
     """
+    if step.name == _PALLAS:
+        return (str(step.params.get("name_and_src_info")),)
     if any(True for _ in subjaxprs(step.equation)):
         return (where(step),)
     return tuple(

@@ -4,7 +4,7 @@
     print(result)                # --remat=..., its compiled peak, why nothing faster fits
 
 `step_for(plan)` returns the step as a function and its (abstract) arguments. The stacks in it are
-found by tracing, blocks are costed as `costs.py` says, plans put together in `pieces.py` and
+found by tracing, blocks are costed as `costs.py` says, plans put together in `drafts.py` and
 ordered in `ladder.py`, and `search.py` compiles a few. A plan is only returned if the compiler's
 own peak of its step is within the budget.
 

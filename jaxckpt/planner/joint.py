@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxckpt.planner.pieces import Draft
+from jaxckpt.planner.drafts import Draft
 from jaxckpt.plans import Stage
 from jaxckpt.plans.plan_set import PlanSet
 

@@ -18,8 +18,15 @@ from jaxckpt.transforms.policies import bad_offload
 from jaxckpt.transforms.stack import scan_blocks
 from jaxckpt.transforms.tags import tag
 
-# What the planner proposes moves the blocks' inputs, named values, or both.
-PLANS = ("full+offload:carry", "full+offload:kept", "full+offload:kept,carry")
+# What the planner proposes moves the blocks' inputs, named values, or both, or what a schedule
+# keeps.
+PLANS = (
+    "full+offload:carry",
+    "full+offload:kept",
+    "full+offload:kept,carry",
+    "binomial:2+offload:carry",
+    "uniform:3+offload:carry",
+)
 _NUM_BLOCKS, _ROWS, _WIDTH = 5, 16, 32
 # Of a leaf's largest value. The same numbers are multiplied, so that only a value that is another
 # one, such as another block's, goes beyond it.

@@ -15,7 +15,8 @@ two, whatever the split.
 import dataclasses
 
 from jaxckpt.planner.costs import Kind
-from jaxckpt.planner.pieces import Draft, draft, run_of
+from jaxckpt.planner.drafts import Draft, draft
+from jaxckpt.planner.pieces import run_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ Everything here is of a step and not of a budget: `Problem.ladder` has the plans
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,13 +15,13 @@ from jaxckpt.memory.flops import count_flops
 from jaxckpt.memory.report import MemoryReport
 from jaxckpt.memory.roofline import Rates, estimate
 from jaxckpt.memory.units import gib
-from jaxckpt.planner import pieces
 from jaxckpt.planner.calibrate import calibrate
 from jaxckpt.planner.costs import Forward, Kind, forward_cost
+from jaxckpt.planner.drafts import Draft, draft, drafts
 from jaxckpt.planner.kinds import find_kinds
 from jaxckpt.planner.ladder import Rung, ladder
 from jaxckpt.planner.peak import PeakModel
-from jaxckpt.planner.pieces import Draft
+from jaxckpt.planner.pieces import run_of
 from jaxckpt.planner.result import BudgetError, Candidate, FitResult
 from jaxckpt.planner.spread import Spread
 from jaxckpt.planner.stacks import given_stack
@@ -47,6 +48,7 @@ class Problem:
       flops: Of the same.
       runs: How often a step runs its stacks: once for each part of an accumulated batch.
       host_bytes: What a plan may have on the host.
+      link_bytes_per_second: Of a device's link to the host, one direction.
     """
 
     steps: Steps
@@ -59,6 +61,7 @@ class Problem:
     flops: int
     runs: int = 1
     host_bytes: int = 0
+    link_bytes_per_second: float = math.inf
 
     @classmethod
     def of(
@@ -97,10 +100,10 @@ class Problem:
         model = PeakModel.between(full, peaks[0], none, peaks[1], num_blocks)
         # From here on kinds weigh what they weigh once compiled.
         compiled = lambda found: tuple(map(model.compiled, found))
-        halves = [pieces.run_of(full, num_blocks // 2)]
+        halves = [run_of(full, num_blocks // 2)]
         if num_blocks >= _LEAST_FOR_STAGES:
-            halves.append(pieces.run_of(model.none, num_blocks - num_blocks // 2))
-            mixed = pieces.draft(halves)
+            halves.append(run_of(model.none, num_blocks - num_blocks // 2))
+            mixed = draft(halves)
             model = model.with_stages(mixed, steps.report(mixed.plan).peak_bytes)
         forward = forward_cost(stacks, rates)
         if clock is not None:
@@ -118,6 +121,9 @@ class Problem:
             flops=flops - round(runs * num_blocks * full.flops),
             runs=runs,
             host_bytes=host_bytes,
+            # What was timed is one device's link, what is known of chips is that of all together.
+            link_bytes_per_second=rates.host_bytes_per_second
+            / (steps.num_devices if clock is None else 1),
         )
 
     def peak(self, plan: Plan) -> int:
@@ -127,7 +133,7 @@ class Problem:
     def ladder(self) -> tuple[Rung, ...]:
         """Returns the plans worth compiling, fastest first."""
         found = [self._rung(one) for one in self._drafts()]
-        plain = [pieces.draft([pieces.run_of(kind, self.num_blocks)]) for kind in self.plain]
+        plain = [draft([run_of(kind, self.num_blocks)]) for kind in self.plain]
         return ladder(found, [self._rung(one) for one in plain])
 
     def least(self) -> Rung | None:
@@ -139,7 +145,8 @@ class Problem:
         return min(self.steps.compiled.items(), key=lambda item: item[1].peak_bytes)
 
     def _drafts(self) -> Iterator[Draft]:
-        found = pieces.drafts(self.kinds, self.forward, self.num_blocks)
+        link = self.link_bytes_per_second if self.host_bytes else None
+        found = drafts(self.kinds, self.forward, self.num_blocks, link)
         return (one for one in found if one.host_bytes <= self.host_bytes)
 
     def _rung(self, draft: Draft) -> Rung:
@@ -229,7 +236,8 @@ def keeps_text(stage: Stage, kinds: Sequence[Kind]) -> str:
     same = (k for k in kinds if k.policies == stage.policies and k.schedule == stage.schedule)
     kind = next(same, None)
     if kind is None:
-        return f"{stage}: carries in slots, a segment's residuals in turn"
+        slots = "slots on the host" if stage.offloads_carry else "slots"
+        return f"{stage}: carries in {slots}, a segment's residuals in turn"
     host = (
         f", {gib(int(stage.bound_count * kind.host_bytes))} on the host" if kind.host_bytes else ""
     )

@@ -16,11 +16,12 @@ from typing import Any
 from jaxckpt.memory.flops import count_flops
 from jaxckpt.memory.report import MemoryReport
 from jaxckpt.memory.roofline import Rates, estimate
-from jaxckpt.planner import pieces
 from jaxckpt.planner.costs import Forward, Kind, forward_cost
+from jaxckpt.planner.drafts import Draft, draft, drafts
 from jaxckpt.planner.joint import Joint, joints
 from jaxckpt.planner.kinds import find_kinds
 from jaxckpt.planner.ladder import Rung, ladder
+from jaxckpt.planner.pieces import run_of
 from jaxckpt.planner.problem import keeps_text, peak_parts, runs_of, why
 from jaxckpt.planner.result import BudgetError, Candidate, FitResult
 from jaxckpt.planner.stacks import Stack
@@ -66,13 +67,13 @@ class Part:
         """Returns the kind `none` or `full`."""
         return next(k for k in self.plain if not k.policies and k.schedule == schedule)
 
-    def draft(self, kind: Kind) -> pieces.Draft:
+    def draft(self, kind: Kind) -> Draft:
         """Returns the plan of one kind."""
-        return pieces.draft([pieces.run_of(kind, self.num_blocks)])
+        return draft([run_of(kind, self.num_blocks)])
 
-    def drafts(self) -> list[pieces.Draft]:
+    def drafts(self) -> list[Draft]:
         """Returns every plan worth a thought."""
-        return list(pieces.drafts(self.kinds, self.forward, self.num_blocks))
+        return list(drafts(self.kinds, self.forward, self.num_blocks))
 
     def scaled(self, share: float) -> "Part":
         """Returns the part whose `none` keeps a share of what JAX keeps; `full` is the least."""
@@ -229,12 +230,12 @@ def _params(parts: Sequence[Part]) -> tuple[float, ...]:
     return tuple(part.num_blocks * part.kind("full").params_bytes for part in parts)
 
 
-def _joint(parts: Sequence[Part], drafts: Sequence[pieces.Draft]) -> Joint:
+def _joint(parts: Sequence[Part], drafts: Sequence[Draft]) -> Joint:
     names = tuple(part.name for part in parts)
     return Joint(names=names, drafts=tuple(drafts), params_bytes=_params(parts))
 
 
-def _joints(parts: Sequence[Part], drafts: Sequence[Sequence[pieces.Draft]]) -> list[Joint]:
+def _joints(parts: Sequence[Part], drafts: Sequence[Sequence[Draft]]) -> list[Joint]:
     return joints([part.name for part in parts], drafts, _params(parts))
 
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from jaxckpt.memory.report import MemoryReport
 from jaxckpt.planner.costs import Forward, Kind
-from jaxckpt.planner.pieces import draft, run_of
+from jaxckpt.planner.drafts import draft
+from jaxckpt.planner.pieces import run_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

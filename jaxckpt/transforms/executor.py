@@ -25,6 +25,7 @@ from jaxckpt.plans import Stage, words
 from jaxckpt.plans.actions import Load, Record, Schedule
 from jaxckpt.plans.stage_schedule import schedule_of
 from jaxckpt.transforms import first_order, tags
+from jaxckpt.transforms import slots as slots_of
 from jaxckpt.transforms.blocks import check_mesh, first_block
 from jaxckpt.transforms.hoisting import hoist
 from jaxckpt.transforms.layout import row_major
@@ -54,7 +55,8 @@ class Run:
       keep_last: The first row's blocks are recorded in the forward pass. Otherwise their input
         alone is handed to the backward pass, which runs them once more.
       offload: Slots live in pinned host memory.
-      unroll: Blocks unrolled in one trip of the forward pass.
+      unroll: Blocks unrolled in one trip of the forward pass; slots on the host are written once a
+        trip of as many blocks as there are up to the next.
       checkpoint: How a block is wrapped before it is recorded, or None.
     """
 
@@ -155,7 +157,7 @@ class _Loops:
 
     def sweep(self, params, carry, consts, start, stop):
         """Runs blocks `start..stop` and stores nothing."""
-        body = lambda i, carry: self.call(carry, _row(params, i), consts)
+        body = lambda i, carry: self.call(carry, slots_of.row(params, i), consts)
         return lax.fori_loop(start, stop, body, carry)
 
     def forward(self, params, carry, consts):
@@ -167,21 +169,47 @@ class _Loops:
         recorder = self._recorder(moving)
         first = int(self.table.rows["record"][0]) if self.run.keep_last else self.length
 
-        def body(state, step):
-            carry, slots = state
-            index, slot = step
-            slots = self._store(slots, slot, carry)
-            return (self.call(carry, _row(params, index), consts), slots), None
-
-        state = (carry, self._empty_slots(carry))
-        steps = (jnp.arange(first), jnp.asarray(self.table.sweep_slots[:first]))
-        unroll = min(self.run.unroll, max(first, 1))
-        (carry, slots), _ = lax.scan(body, state, steps, length=first, unroll=unroll)
+        sweep = self._sweep_to_host if self.run.offload else self._sweep_to_slots
+        carry, slots = sweep(params, carry, consts, first)
         kept = [] if recorder is None else recorder.empty(self.table.largest_row)
         if self.run.keep_last:
             blocks = (first, first, self.length)
             carry, kept = self._record(recorder, params, carry, consts, kept, *blocks)
         return carry, (params, consts, slots, kept, moving)
+
+    def _sweep_to_slots(self, params, carry, consts, stop: int):
+        """Runs blocks `0..stop`; returns the carry and the slots, every trip with one store."""
+
+        def body(state, step):
+            carry, slots = state
+            index, slot = step
+            slots = self._store(slots, slot, carry)
+            return (self.call(carry, slots_of.row(params, index), consts), slots), None
+
+        state = (carry, self._slots(carry))
+        steps = (jnp.arange(stop), jnp.asarray(self.table.sweep_slots[:stop]))
+        unroll = min(self.run.unroll, max(stop, 1))
+        return lax.scan(body, state, steps, length=stop, unroll=unroll)[0]
+
+    def _sweep_to_host(self, params, carry, consts, stop: int):
+        """Does the same with one store a trip, of which each runs the blocks up to the next.
+
+        Only what is kept goes over the link. The blocks of a trip have no fixed number, so that
+        they are not unrolled.
+        """
+        stores = self.table.sweep_stores(stop)
+
+        def body(state, step):
+            carry, slots = state
+            start, stop_i, slot = step
+            slots = self._store(slots, slot, carry)
+            with trips(stop, len(stores)):
+                carry = self.sweep(params, carry, consts, start, stop_i)
+            return (carry, slots), None
+
+        state = (carry, self._slots(carry))
+        steps = tuple(jnp.asarray(column) for column in zip(*stores, strict=True))
+        return lax.scan(body, state, steps, length=len(stores))[0]
 
     def backward(self, residuals, grads):
         """Returns the gradients of parameters, carry and consts; None where there are none."""
@@ -223,7 +251,7 @@ class _Loops:
                 carry = self.sweep(params, carry, consts, start, stop)
             return carry, self._store(slots, moves["slot"][index], carry)
 
-        carry = self._load(slots, row["load"])
+        carry = slots_of.load(slots, row["load"], on_host=self.run.offload)
         if self.table.num_moves:
             with trips(self.table.num_moves, num_rows):
                 carry, slots = lax.fori_loop(
@@ -233,7 +261,7 @@ class _Loops:
             carry = self.sweep(params, carry, consts, row["advance"], row["record"])
         recorder = self._recorder(moving)
         if recorder is None:
-            params_i = _row(params, row["record"])
+            params_i = slots_of.row(params, row["record"])
             _, reverse = differentiate(self.call, carry, params_i, consts, moving)
             grads = _accumulate(reverse, row["record"], *grads)
             return slots, kept, *grads
@@ -244,8 +272,8 @@ class _Loops:
 
         def reverse_block(count, grads):
             index = row["stop"] - 1 - count
-            residuals = row_major(_row(kept, index - row["record"]))
-            reverse = recorder.reverse(residuals, _row(params, index), consts)
+            residuals = row_major(slots_of.row(kept, index - row["record"]))
+            reverse = recorder.reverse(residuals, slots_of.row(params, index), consts)
             return _accumulate(reverse, index, *grads)
 
         with trips(self.length, num_rows):
@@ -264,41 +292,20 @@ class _Loops:
 
         def body(index, state):
             carry, kept = state
-            carry, residuals = recorder.record(carry, _row(params, index), consts)
-            return carry, _write(kept, index - base, row_major(residuals))
+            carry, residuals = recorder.record(carry, slots_of.row(params, index), consts)
+            return carry, slots_of.write(kept, index - base, row_major(residuals))
 
         return lax.fori_loop(start, stop, body, (carry, kept))
 
-    def _empty_slots(self, carry) -> list:
-        # Copies of the input rather than zeros: right for key dtypes and for any sharding.
-        return [
-            self._move(lax.broadcast(x, (self.table.num_slots + 1,)), jax.memory.Space.Host)
-            for x in carry
-        ]
+    def _slots(self, carry) -> list:
+        return slots_of.empty(carry, self.table.num_slots + 1, on_host=self.run.offload)
 
-    def _store(self, slots, slot, carry):
-        return _write(slots, slot, [self._move(x, jax.memory.Space.Host) for x in carry])
-
-    def _load(self, slots, slot):
-        return [self._move(x, jax.memory.Space.Device) for x in _row(slots, slot)]
-
-    def _move(self, x, space):
-        return jax.device_put(x, space) if self.run.offload else x
+    def _store(self, slots, slot, carry) -> list:
+        return slots_of.store(slots, slot, carry, on_host=self.run.offload)
 
 
 def _accumulate(reverse: Callable, index, grad_carry, grad_params, grad_consts):
     """Reverses one block: its parameters' gradients are written, the consts' are added."""
     grad_carry, of_params, of_consts = reverse(grad_carry)
-    grad_params = _write(grad_params, index, of_params)
+    grad_params = slots_of.write(grad_params, index, of_params)
     return grad_carry, grad_params, [a + b for a, b in zip(grad_consts, of_consts, strict=True)]
-
-
-def _row(leaves, index) -> list:
-    return [lax.dynamic_index_in_dim(x, index, keepdims=False) for x in leaves]
-
-
-def _write(leaves, index, rows) -> list:
-    return [
-        lax.dynamic_update_index_in_dim(x, row, index, 0)
-        for x, row in zip(leaves, rows, strict=True)
-    ]

@@ -65,6 +65,8 @@ def _matches(kind: str, pattern: str, offered: Tags) -> list[str]:
         what = "untagged value" if is_invented else "tag"
         none = "it has none" if is_invented else "it has none; see jaxckpt.tag"
         has = f"it has: {', '.join(names)}" if names else none
+        if is_invented:
+            has += f"; {tags.NAMELESS} has no name"
         raise PlanError(
             f"{kind}:{pattern} matches no {what} of the block{nearest(pattern, names)}; {has}"
         )

@@ -46,7 +46,8 @@ def scan_blocks(
       remat: A plan or its text, such as `"sqrt"` or `"8xfull/dots"`, or a schedule for L blocks
         that reverses at once what it records, such as `schedules.binomial(32, slots=4)`.
       unroll: Blocks unrolled in one trip of a loop; 1 compiles fastest. A schedule's re-runs have
-        no fixed number of trips and are never unrolled, its forward pass is.
+        no fixed number of trips and are never unrolled, its forward pass is, but where the
+        carries go to the host.
       nested: Runs schedules by nested `jax.checkpoint` instead of the executor. That recomputes
         more and keeps more, but has forward-mode and higher derivatives.
 

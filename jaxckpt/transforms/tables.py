@@ -38,6 +38,16 @@ class Table:
     num_moves: int
     largest_row: int
 
+    def sweep_stores(self, stop: int) -> list[tuple[int, int, int]]:
+        """Returns the stores of a first sweep over blocks `0..stop`, `(start, stop, slot)` each.
+
+        Input `start` goes to the slot; blocks `start..stop` are run from there to the next store.
+        """
+        slots = self.sweep_slots[:stop].tolist()
+        starts = [n for n in range(stop) if n + 1 == stop or slots[n] != slots[n + 1]]
+        stops = [*starts[1:], stop]
+        return [(start, end, slots[start]) for start, end in zip(starts, stops, strict=True)]
+
     @property
     def blocks_moved(self) -> int:
         """Blocks run by all moves together."""

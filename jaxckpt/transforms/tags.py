@@ -21,6 +21,9 @@ CARRY = _RESERVED + "carry"
 ATTENTION = _RESERVED + "attention"
 _VALUE = _RESERVED + "value."  # of invented names
 
+# What no invented name reaches, for error texts.
+NAMELESS = "what only the derivative of a primitive or of a jax.custom_jvp makes"
+
 # Attention kernels whose outputs are what their own backward pass needs; values inside a kernel's
 # custom VJP carry no tag, but a policy sees the primitive.
 ATTENTION_PRIMITIVES = frozenset({"dot_product_attention_fwd_wrapper"})

@@ -59,3 +59,41 @@ def test_the_host_makes_room(fit):
     assert 0 < found.report.host_bytes <= found.host_budget_bytes
     assert "offload" in str(found.plan) and found.chosen.host_bytes > 0
     assert "gradients not checked, as the chip is not here" in str(found)
+
+
+@pytest.mark.heavy
+def test_a_host_with_little_room_gets_a_schedules_carries(tmp_path, monkeypatch):
+    """Neither device nor host has room for every block's input; some on the host are the fastest.
+
+    On the device alone the stack is run forward more often. A block is about as much work as its
+    input takes to travel.
+    """
+    monkeypatch.setenv("JAXCKPT_CACHE", str(tmp_path))
+    num_blocks, carry = 16, 4 * 4096 * 4096
+
+    def working_step_for(plan):
+        def loss(scales, x, mix):
+            block = lambda x, scale: jnp.sin(functools.reduce(jnp.matmul, [mix] * 4, x * scale))
+            return jaxckpt.scan_blocks(block, scales, x, remat=plan).sum()
+
+        shapes = ((num_blocks, 1), (4096, 4096), (4096, 4096))
+        args = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+        return jax.grad(loss, argnums=(0, 2)), args
+
+    fn, args = working_step_for(jaxckpt.Plan.parse("binomial:2"))
+    budget = jaxckpt.measure(fn, *args, target="v5e-1").peak_bytes + 2**20
+    fit = functools.partial(
+        jaxckpt.fit, working_step_for, num_blocks=num_blocks, target="v5e-1", budget=budget
+    )
+    found = fit(host_budget=6 * carry)
+    stage = found.plan.stages[0]
+    assert stage.schedule not in ("none", "full") and stage.offloads_carry
+    assert found.report.peak_bytes <= budget
+    assert 0 < found.report.host_bytes <= 6 * carry
+    assert found.chosen.host_bytes == pytest.approx(found.report.host_bytes, rel=1e-3)
+    little = fit(host_budget=carry)
+    assert little.report.host_bytes <= carry
+    assert not any(
+        s.schedule not in ("none", "full") and s.offloads_carry for s in little.plan.stages
+    )
+    assert found.chosen.seconds < little.chosen.seconds

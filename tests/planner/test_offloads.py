@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import math
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import jaxckpt
@@ -18,6 +20,8 @@ from jaxckpt.planner.offloads import Passes, proposals
 from jaxckpt.planner.result import FitResult
 from jaxckpt.planner.steps import Steps
 from jaxckpt.plans import Plan, words
+from jaxckpt.plans.stage_schedule import schedule_of
+from jaxckpt.transforms import executor
 from tests.experiments.test_fit import report
 from tests.planner import steps
 from tests.planner.test_frontier import graph, seconds_of
@@ -161,6 +165,75 @@ def test_what_is_refused_is_not_planned(chip, monkeypatch):
     assert "  offload    refused on a chip: wrong" in str(found)
     with pytest.raises(jaxckpt.BudgetError, match=r"; offload: refused on a chip: wrong$"):
         fitted(2**30, budget=1000)
+
+
+DEEP = 24
+WIDE = 4 * 512 * 64  # bytes of a carry, and of the one product of a block
+
+
+def deep_step(plan):
+    """A deep stack of a wide carry; a block has one product, and keeps two arrays of its size."""
+    block = lambda x, w: jnp.sin(x @ w)
+    loss = lambda w, x: jaxckpt.scan_blocks(block, w, x, remat=plan).sum()
+    shapes = ((DEEP, 64, 64), (512, 64))
+    return jax.grad(loss), tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)
+
+
+def carries_held(plan) -> int:
+    """Returns what a compiler that only does what it has to holds of a plan, in carries."""
+    kept = worst = 0
+    for stage in plan.bind(DEEP).stages:
+        schedule, count = schedule_of(stage), stage.bound_count
+        has_input = not stage.offloads_carry
+        values = 2 if not stage.policies else sum(p.kind != "offload" for p in stage.policies)
+        if stage.schedule == "none":
+            kept, live = kept + 2 * count, 0
+        elif schedule is None:
+            values = 0 if not stage.policies else values
+            kept, live = kept + count * (has_input + values), 2 * (not values)
+        else:
+            longest = math.ceil(count / stage.argument) if stage.schedule == "uniform" else 0
+            kept += has_input * (schedule.peak_slots + 1) + longest * max(values, 1)
+            live = 2 + 2 * stage.offloads_carry
+        worst = max(worst, kept + live)
+    return worst
+
+
+def deep_fit(carries: int, on_host: int) -> FitResult:
+    """Returns the answer for budgets in carries, of the device and of the host."""
+    peak = lambda plan: report((carries_held(plan) * WIDE) / 2**30)
+    asked = {"target": LOCAL, "budget": carries * WIDE + 4, "host_budget": on_host * WIDE}
+    return fit_module.solve(Steps(deep_step, LOCAL, peak), DEEP, **asked)
+
+
+def test_a_schedule_on_the_host_is_the_fastest_that_fits(chip):
+    """Room for five carries here and eight there: not for all blocks' inputs on either side."""
+    found = deep_fit(5, on_host=8)
+    stage = found.plan.stages[0]
+    assert stage.schedule in executor.SCHEDULES and stage.offloads_carry
+    assert 0 < found.chosen.host_bytes <= 8 * WIDE
+    where = "carries in slots on the host, a segment's residuals in turn"
+    assert found.keeps[0].endswith(where)
+    without = deep_fit(5, on_host=0)
+    assert found.chosen.seconds < without.chosen.seconds
+    assert found.report.peak_bytes <= found.budget_bytes
+
+
+@pytest.mark.parametrize("on_host", [0, 1])
+def test_a_host_with_too_little_room_gets_nothing(chip, on_host):
+    """The least that a schedule has there is two carries."""
+    found = deep_fit(5, on_host)
+    assert not any(stage.offloads_carry for stage in found.plan.stages)
+    assert not any(
+        s.schedule in executor.SCHEDULES and s.offloads_carry
+        for one in found.table
+        for s in one.plan.stages
+    )
+
+
+def test_a_host_with_room_for_all_needs_no_schedule(chip):
+    found = deep_fit(5, on_host=2 * DEEP)
+    assert all(stage.schedule == "full" and stage.offloads_carry for stage in found.plan.stages)
 
 
 @pytest.mark.parametrize("given", ["12XB", -1, "0.1B"])

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxckpt.planner.costs import Forward, Kind
-from jaxckpt.planner.pieces import draft, drafts, hull, run_of
+from jaxckpt.planner.drafts import draft, drafts, hull
+from jaxckpt.planner.pieces import run_of
 from jaxckpt.plans import Plan
 
 FORWARD = Forward(seconds=1.0, flops=1.0)
@@ -87,3 +88,29 @@ def test_schedules_count_what_they_run():
     # Two segments of 4: the last is kept, the first run once more.
     assert by_text["uniform:2"].seconds == 8 * 3.0 + 4
     assert by_text["uniform:2"].kept_bytes == 2 + 4 * 17
+
+
+@pytest.mark.parametrize(
+    ("link", "binomial_seconds", "uniform_seconds"),
+    # 8 s forward, and backward 28 s and 20 s; 4 or 2 bytes go out, 8 or 2 come back.
+    [(1.0, 8 + 28, 8 + 20), (0.25, 16 + 32, 8 + 20), (0.125, 32 + 64, 16 + 20)],
+)
+def test_schedules_whose_carries_are_on_the_host(link, binomial_seconds, uniform_seconds):
+    by_text = {str(one.plan): one for one in drafts(kinds_of(9, 3.2), FORWARD, 8, link)}
+    moved = by_text["binomial:3+offload:carry"]
+    assert moved.seconds == binomial_seconds
+    # Two carries are on their way; the residuals of one block are there as ever.
+    assert (moved.kept_bytes, moved.worst_bytes, moved.host_bytes) == (0, 17 + 2, 4)
+    assert moved.flops == by_text["binomial:3"].flops
+    moved = by_text["uniform:2+offload:carry"]
+    assert moved.seconds == uniform_seconds
+    assert (moved.kept_bytes, moved.host_bytes) == (4 * 17, 2)
+    assert by_text["uniform:2+dots+offload:carry"].kept_bytes == 4 * 9
+
+
+def test_without_a_link_no_schedule_moves():
+    kinds = kinds_of(9, 3.2)
+    texts = [str(one.plan) for one in drafts(kinds, FORWARD, 7)]
+    with_link = [str(one.plan) for one in drafts(kinds, FORWARD, 7, 1.0)]
+    assert texts == [text for text in with_link if "offload" not in text]
+    assert {"sqrt+offload:carry", "4xlog+offload:carry/3xfull"} <= set(with_link)

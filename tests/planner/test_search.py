@@ -4,8 +4,8 @@ import random
 
 import pytest
 
+from jaxckpt.planner.drafts import Draft
 from jaxckpt.planner.ladder import Rung
-from jaxckpt.planner.pieces import Draft
 from jaxckpt.planner.search import search
 from jaxckpt.plans import Plan
 

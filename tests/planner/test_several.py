@@ -14,8 +14,9 @@ import pytest
 import jaxckpt
 from jaxckpt.memory.flops import count_flops
 from jaxckpt.memory.targets import parse_target
+from jaxckpt.planner.drafts import draft, drafts
 from jaxckpt.planner.joint import Joint, joints, unbeaten
-from jaxckpt.planner.pieces import draft, drafts, run_of
+from jaxckpt.planner.pieces import run_of
 from jaxckpt.planner.result import FitResult
 from jaxckpt.planner.steps import Steps
 from jaxckpt.plans.plan_set import PlanSet
