@@ -45,8 +45,8 @@ def peaks() -> str:
     rows = [
         (
             *(f"`{row['plan']}`", _batch(row)),
-            *(_gib(row[f"{whose}_bytes"]) for whose in ("absent", "present", "runtime")),
-            *(_ms(row["seconds"]), _ms(row["estimated"])),
+            *(gib(row[f"{whose}_bytes"]) for whose in ("absent", "present", "runtime")),
+            *(ms(row["seconds"]), ms(row["estimated"])),
         )
         for row in load("peaks_h100.json")["rows"]
     ]
@@ -62,7 +62,7 @@ def plans() -> str:
         fastest = min(row["seconds"] for row in mine)
         found += [
             (
-                *(batch, f"`{row['plan']}`", _gib(row["runtime_bytes"]), _ms(row["seconds"])),
+                *(batch, f"`{row['plan']}`", gib(row["runtime_bytes"]), ms(row["seconds"])),
                 f"{row['seconds'] / fastest:.2f}",
             )
             for row in sorted(mine, key=lambda row: row["seconds"])
@@ -80,7 +80,7 @@ def long_steps() -> str:
         [
             (
                 *(_batch(row["case"]), f"`{row['case']['plan']}`"),
-                *(_gib(row["peak_bytes"]), _ms(row["seconds"])),
+                *(gib(row["peak_bytes"]), ms(row["seconds"])),
                 f"{row['recomputed_flops'] / row['step_flops']:.0%}",
             )
             for row in mine
@@ -97,7 +97,7 @@ def steps() -> str:
         [
             (
                 *(_batch(rows[name]["case"]), _PEERS.get(name) or _ours(rows[name])),
-                *(_ms(rows[name]["seconds"]), _gib(rows[name]["peak_bytes"])),
+                *(ms(rows[name]["seconds"]), gib(rows[name]["peak_bytes"])),
             )
             for name in names
         ],
@@ -132,7 +132,7 @@ def slices() -> str:
 
 def _chip_row(chip: Chip) -> tuple[str, ...]:
     return (
-        *(f"`{chip.name}`", _gib(chip.memory_bytes), _gib(chip.usable_bytes)),
+        *(f"`{chip.name}`", gib(chip.memory_bytes), gib(chip.usable_bytes)),
         f"{chip.bf16_flops_per_second / 1e12:g}",
         f"{chip.memory_bytes_per_second / 1e9:g}",
         f"{chip.host_bytes_per_second / 1e9:g}",
@@ -154,11 +154,11 @@ def _batch(row: dict) -> str:
     return f"{row['batch_size']} x {row['seq_len']}"
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
     return f"{size / _GIB:.2f}"
 
 
-def _ms(seconds: float) -> str:
+def ms(seconds: float) -> str:
     return f"{1e3 * seconds:.1f}"
 
 

@@ -33,7 +33,7 @@ def codes_of_findings() -> set[str]:
 def test_tables_are_what_their_data_says():
     assert pages.stale() == [], "python -m benchmarks.pages writes them anew"
     used = re.findall(r"<!-- table: (\S+) -->", "".join(p.read_text() for p in DOCS.glob("*.md")))
-    assert sorted(used) == sorted(page_tables.TABLES)
+    assert sorted(used) == sorted(pages.TABLES)
 
 
 def test_a_changed_number_makes_its_page_stale(monkeypatch, tmp_path):

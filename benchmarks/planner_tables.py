@@ -1,0 +1,51 @@
+"""Tables of the planner's page: its answers, as compiled for absent chips and as timed on a GPU."""
+
+from typing import Any
+
+from benchmarks import rivals_bounds
+from benchmarks.page_tables import gib, load, markdown
+
+
+def rivals() -> str:
+    """The answers beside fixed plans, timed in turns."""
+    header = (
+        "batch x tokens",
+        "budget, GiB",
+        "the planner's answer",
+        "ms",
+        "best fixed plan",
+        "ms",
+    )
+    rows = [
+        (
+            *(shape.replace("x", " x "), f"{one['budget GiB']:.2f}", f"`{one['plan']}`"),
+            *(f"{one['ms']:.1f}", f"`{one['best fixed']}`", f"{one['its ms']:.1f}"),
+            *(f"`{one['best of MaxText']}`", f"{one['MaxText ms']:.1f}"),
+        )
+        for shape, found in load("rivals_h200.json")["rows"].items()
+        for one in rivals_bounds.compared(found)
+    ]
+    return markdown((*header, "best of MaxText's", "ms"), rows)
+
+
+def answers() -> str:
+    """The answers for absent chips, budget by budget, the smallest last."""
+    header = ("part", "budget, GiB", "compiled, GiB", "predicted", "FLOPs run again", "plan")
+    rows = [
+        (
+            *(row["part"], gib(row["budget_bytes"]), gib(row["compiled_bytes"])),
+            f"{row['predicted_bytes'] / row['compiled_bytes'] - 1:+.2%}",
+            *(_tera(row["recomputed_flops"]), f"`{row['plan']}`"),
+            "-" if row["fixed_plan"] is None else f"`{row['fixed_plan']}`",
+            _tera(row["fixed_recomputed_flops"]),
+        )
+        for row in load("planner_absent.json")["rows"]
+    ]
+    return markdown((*header, "cheapest fixed plan", "its FLOPs run again"), rows)
+
+
+def _tera(flops: Any) -> str:
+    return "-" if flops is None else f"{flops / 1e12:.2f} T"
+
+
+TABLES = {"planner-answers": answers, "planner-rivals": rivals}
