@@ -155,10 +155,12 @@ def _batch(row: dict) -> str:
 
 
 def gib(size: int) -> str:
+    """Returns bytes in GiB."""
     return f"{size / _GIB:.2f}"
 
 
 def ms(seconds: float) -> str:
+    """Returns seconds in milliseconds."""
     return f"{1e3 * seconds:.1f}"
 
 
