@@ -4,15 +4,23 @@ The text is jupytext's percent form: `# %%` begins a cell of code, `# %% [markdo
 in comments, and a line `# %pip ...` is a magic. The standard library does for these; a heavy test
 compares with jupytext itself. `--check` writes nothing and ends with code 1 if a notebook is not up
 to date.
+
+Once pyproject.toml says where the repository is (`[project.urls]`, `Repository`, on GitHub), each
+notebook begins with a badge that opens it in Colab, and installs from there.
 """
 
 import argparse
 import json
 import re
+import tomllib
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
 NAMES = ("train", "will_it_fit", "your_own_block")
+PROJECT = FOLDER.parent / "pyproject.toml"
+_GITHUB = re.compile(r"https://github\.com/(?P<repository>[\w.-]+/[\w-]+)(\.git)?/?")
+_CHECKOUT = "SOURCE = pathlib.Path.cwd().parent.as_uri()"
+_COLAB = "https://colab.research.google.com"
 _CELL = re.compile(r"^# %%(?P<markdown> \[markdown\])?\n", re.MULTILINE)
 
 
@@ -45,11 +53,37 @@ def _cell(place: int, body: str, is_markdown: bool) -> dict:
     return {"cell_type": "code", "execution_count": None, "outputs": [], **cell}
 
 
+def repository() -> str | None:
+    """Returns `owner/name` of the project's repository on GitHub, None while it has no address.
+
+    Raises:
+      ValueError: The address is not one on GitHub, from where Colab could open a notebook.
+    """
+    project = tomllib.loads(PROJECT.read_text())["project"]
+    address = project.get("urls", {}).get("Repository")
+    if address is None:
+        return None
+    found = _GITHUB.fullmatch(address)
+    if found is None:
+        raise ValueError(
+            f"[project.urls] Repository is {address!r}; valid: https://github.com/OWNER/NAME"
+        )
+    return found["repository"]
+
+
+def opened_in_colab(text: str, name: str, repository: str) -> str:
+    """Returns a notebook's text with a badge above it, which installs from the repository."""
+    address = f"{_COLAB}/github/{repository}/blob/main/notebooks/{name}.ipynb"
+    badge = f"[![Open in Colab]({_COLAB}/assets/colab-badge.svg)]({address})"
+    source = f'SOURCE = "git+https://github.com/{repository}"'
+    return f"# %% [markdown]\n# {badge}\n\n{text.replace(_CHECKOUT, source)}"
+
+
 def text_of(name: str) -> str:
     """Returns the file text of the notebook that `name`.py makes."""
-    return (
-        json.dumps(notebook((FOLDER / f"{name}.py").read_text()), indent=1, sort_keys=True) + "\n"
-    )
+    text, where = (FOLDER / f"{name}.py").read_text(), repository()
+    text = text if where is None else opened_in_colab(text, name, where)
+    return json.dumps(notebook(text), indent=1, sort_keys=True) + "\n"
 
 
 def stale() -> list[Path]:

@@ -45,9 +45,32 @@ def test_text_before_the_first_cell_is_refused():
         make.notebook("import jax\n# %%\nprint(1)\n")
 
 
+@pytest.mark.parametrize("name", make.NAMES)
+def test_a_repository_with_an_address_has_badges(name, monkeypatch, tmp_path):
+    project = tmp_path / "pyproject.toml"
+    project.write_text('[project.urls]\nRepository = "https://github.com/someone/jaxckpt"\n')
+    monkeypatch.setattr(make, "PROJECT", project)
+    badge, *rest = cells(json.loads(make.text_of(name)))
+    assert badge[0] == "markdown" and badge[1].startswith("[![Open in Colab](https://colab.")
+    assert f"/github/someone/jaxckpt/blob/main/notebooks/{name}.ipynb)" in badge[1]
+    plain = cells(make.notebook((make.FOLDER / f"{name}.py").read_text()))
+    assert len(rest) == len(plain)
+    changed = [source for source in rest if source not in plain]
+    assert len(changed) == 1  # the cell that installs
+    assert 'SOURCE = "git+https://github.com/someone/jaxckpt"' in changed[0][1]
+
+
+def test_an_address_that_colab_cannot_open_is_refused(monkeypatch, tmp_path):
+    project = tmp_path / "pyproject.toml"
+    project.write_text('[project.urls]\nRepository = "https://example.org/jaxckpt"\n')
+    monkeypatch.setattr(make, "PROJECT", project)
+    with pytest.raises(ValueError, match=r"example\.org/jaxckpt'; valid: https://github\.com/"):
+        make.text_of("train")
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", make.NAMES)
 def test_jupytext_makes_the_same_cells(name):
     jupytext = pytest.importorskip("jupytext", reason="pip install -e '.[notebooks]'")
     want = jupytext.read(make.FOLDER / f"{name}.py", fmt="py:percent")
-    assert cells(json.loads(make.text_of(name))) == cells(want)
+    assert cells(make.notebook((make.FOLDER / f"{name}.py").read_text())) == cells(want)

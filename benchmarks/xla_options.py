@@ -1,0 +1,136 @@
+"""What XLA's options are worth for a step on the GPU that is present, one at a time.
+
+    python -m benchmarks.xla_options --output docs/measured/xla_options_h200.json
+
+Qwen3-0.6B's step at 8 x 1024 under the plan of `benchmarks.step`, each option in a fresh process on
+top of what a run gets anyway (`experiments/compilation.py`). The step without one is timed again
+after every few options: its spread is what a gain has to exceed. An option that this XLA does not
+know is a row with an error. What the output holds of the same GPU is not run again.
+"""
+
+import json
+import os
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+
+from benchmarks.child import values_of
+from benchmarks.step import KEPT, gpu
+
+_ENVIRONMENT = dict(os.environ)
+_BASE = ""
+_BASE_EVERY = 4
+_CASE = {"batch_size": 8, "seq_len": 1024, "plan": KEPT}
+_TINY = {"batch_size": 2, "seq_len": 64, "plan": KEPT, "tiny": True}
+OPTIONS = (
+    "--xla_gpu_enable_command_buffer=",
+    "--xla_gpu_command_buffer_scheduling_mode=SERIALIZE",
+    "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT",
+    "--xla_gpu_enable_pdl=true --xla_gpu_enable_pdl_launch=true",
+    "--xla_gpu_enable_dynamic_slice_fusion=true",
+    "--xla_gpu_experimental_enable_tiling_propagation=true",
+    "--xla_gpu_experimental_enable_same_shape_multi_output_fusion=true",
+    "--xla_gpu_unsupported_enable_triton_multi_output_fusion=true",
+    "--xla_gpu_native_emitter_tune_unroll_factor_for_loops=true",
+    "--xla_gpu_experimental_enable_fusion_autotuner=true",
+    "--xla_gpu_experimental_enable_fusion_block_level_rewriter=true",
+    "--xla_gpu_experimental_enable_triton_warp_specialization=true",
+    "--xla_gpu_experimental_gemm_fusion_v2=true",
+    "--xla_gpu_cudnn_gemm_fusion_level=1",
+    "--xla_gpu_enable_cublaslt=false",
+)
+
+Row = dict[str, Any]
+
+
+def xla_options(
+    *,
+    option: Annotated[tuple[str, ...], Parameter(negative=(), allow_leading_hyphen=True)] = OPTIONS,
+    output: Path | None = None,
+    tiny: Annotated[bool, Parameter(negative=())] = False,
+):
+    """Time the step under each option; exit with 1 if none could be timed.
+
+    Args:
+      option: As in `XLA_FLAGS`; may be given several times.
+      output: JSON file to write, and to go on with.
+      tiny: A small model, on any device, to try the script.
+    """
+    rows: list[Row] = []
+    if output is not None and output.exists():
+        rows = [one for one in json.loads(output.read_text())["rows"] if one["gpu"] == gpu()]
+    known = {one["options"] for one in rows} - {_BASE}
+    for options in _turns([one for one in option if one not in known]):
+        rows.append(_row(options, tiny))
+        _write(output, rows)
+        print(_line(rows[-1]), flush=True)
+    print("\n".join(compared(rows)))
+    sys.exit(all("error" in row for row in rows))
+
+
+def _turns(options: list[str]) -> Iterator[str]:
+    """Yields the options, and none before the first, after every few and after the last."""
+    for place, one in enumerate(options):
+        if place % _BASE_EVERY == 0:
+            yield _BASE
+        yield one
+    if options:
+        yield _BASE
+
+
+def _row(options: str, tiny: bool) -> Row:
+    flags = f"{_ENVIRONMENT.get('XLA_FLAGS', '')} {options}".strip()
+    environment = _ENVIRONMENT | {"XLA_FLAGS": flags}
+    about = {"options": options, "gpu": gpu()}
+    try:
+        (found,) = values_of(
+            "step_jax", _TINY if tiny else _CASE, environment=environment, name=options
+        )
+    except RuntimeError as error:
+        return about | {"error": str(error)}
+    names = ("seconds", "peak_bytes", "compile_seconds", "device", "versions")
+    return about | {name: found[name] for name in names}
+
+
+def compared(rows: list[Row]) -> Iterator[str]:
+    """Yields a line for each option: its time as a share of the step's without one."""
+    base = [row["seconds"] for row in rows if row["options"] == _BASE and "error" not in row]
+    if not base:
+        return
+    middle = statistics.median(base)
+    spread = f"{min(base) / middle - 1:+.1%} to {max(base) / middle - 1:+.1%}"
+    yield f"without options: {1e3 * middle:.1f} ms, {spread} in {len(base)} runs"
+    for row in rows:
+        if row["options"] != _BASE and "error" not in row:
+            yield f"{row['seconds'] / middle - 1:+.1%} {row['options']}"
+
+
+def _line(row: Row) -> str:
+    name = row["options"] or "without options"
+    if "error" in row:
+        return f"{name}: {row['error']}"
+    return f"{1e3 * row['seconds']:7.1f} ms {row['peak_bytes'] / 2**30:6.2f} GiB  {name}"
+
+
+def _write(output: Path | None, rows: list[Row]):
+    if output is None:
+        return
+    os.environ["JAX_PLATFORMS"] = "cpu"  # this process must hold nothing of the GPU
+    from benchmarks.origin import origin
+
+    devices = [row["device"] for row in rows if "device" in row]
+    record = origin(f"python -m benchmarks.xla_options --output {output}") | {"rows": rows}
+    record |= {"device": devices[0] if devices else None}
+    part = output.with_name(output.name + ".part")
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    part.replace(output)
+
+
+if __name__ == "__main__":
+    app = App(name="python -m benchmarks.xla_options", help_format="plaintext")
+    app.default(xla_options)
+    app()

@@ -1,0 +1,60 @@
+"""The benchmark of XLA's options: what is timed when, and what is told of it."""
+
+import json
+
+import pytest
+
+from benchmarks import xla_options as benchmark
+
+
+@pytest.fixture(autouse=True)
+def on_a_gpu(monkeypatch):
+    """The rows say which GPU; JAX's platform is left as it was."""
+    monkeypatch.setattr(benchmark, "gpu", lambda: "GPU 0")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+
+
+def timed(seconds: dict, asked: list):
+    """Returns what stands for a process that times the step under the options it is given."""
+
+    def values_of(module, case, *, environment, name):
+        assert module == "step_jax" and environment["XLA_FLAGS"].endswith(name)
+        asked.append(name)
+        if name not in seconds:
+            raise RuntimeError(f"{name}: Unknown flag in XLA_FLAGS: {name}")
+        yield {
+            **{"seconds": seconds[name], "peak_bytes": 2**30, "compile_seconds": 1.0},
+            **{"device": "gpu (NVIDIA H200)", "versions": {"jax": "1"}},
+        }
+
+    return values_of
+
+
+def test_the_step_without_options_is_timed_before_and_after(monkeypatch, tmp_path, capsys):
+    asked, output = [], tmp_path / "options.json"
+    monkeypatch.setattr(benchmark, "values_of", timed({"": 0.1, "--b=1": 0.09}, asked))
+    with pytest.raises(SystemExit) as ended:
+        benchmark.xla_options(option=("--a=1", "--b=1"), output=output)
+    assert ended.value.code == 0 and asked == ["", "--a=1", "--b=1", ""]
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["options"] for row in rows] == asked
+    assert "Unknown flag" in rows[1]["error"]
+    out = capsys.readouterr().out
+    assert "-10.0% --b=1" in out and "without options: 100.0 ms" in out
+    asked.clear()
+    with pytest.raises(SystemExit):
+        benchmark.xla_options(option=("--a=1", "--b=1"), output=output)
+    assert asked == []  # a resumed run has nothing left
+
+
+def test_every_few_options_the_step_is_timed_without():
+    turns = list(benchmark._turns([f"--o{n}" for n in range(6)]))
+    assert [place for place, one in enumerate(turns) if one == ""] == [0, 5, 8]
+    assert len(turns) == 9
+
+
+def test_a_run_in_which_nothing_could_be_timed_fails(monkeypatch):
+    monkeypatch.setattr(benchmark, "values_of", timed({}, []))
+    with pytest.raises(SystemExit) as ended:
+        benchmark.xla_options(option=("--a=1",))
+    assert ended.value.code == 1
