@@ -141,6 +141,7 @@ def answer(problem: Problem | SeveralProblem, rungs: Sequence[Rung], budget: int
       BudgetError: No plan fits.
     """
     steps = problem.steps
+    anchors = [report.peak_bytes for report in steps.compiled.values()]
     known = {
         place: problem.peak(rung.draft.plan)
         for place, rung in enumerate(rungs)
@@ -152,6 +153,7 @@ def answer(problem: Problem | SeveralProblem, rungs: Sequence[Rung], budget: int
         lambda place: problem.peak(rungs[place].draft.plan),
         known,
         MOST_COMPILES - len(steps.compiled),
+        is_answered=min(anchors) <= budget,
     )
     if found.chosen is not None:
         return problem.result(rungs, found.chosen, budget)

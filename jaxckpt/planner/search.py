@@ -16,9 +16,9 @@ from jaxckpt.planner.ladder import Rung
 # How far off the first prediction of a family may be. Too high a one would pass over a plan that
 # fits, too low a one costs a compilation that tells of the whole family.
 _DOUBT = 0.02
-# What the last compilation must have to spare, where a wrong one would leave no good answer: of a
-# plan that treats all blocks alike, and of one that does not, whose peaks are harder to tell.
-_SAFE, _SAFE_MIXED = 0.01, 0.04
+# What the last compilation must have to spare: a little where a wrong one leaves another answer and
+# the plan treats all blocks alike, else more; peaks of others are harder to tell.
+_SAFE, _SAFE_DOUBTFUL = 0.01, 0.04
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,8 @@ def search(
     compile_peak: Callable[[int], int],
     known: dict[int, int],
     compiles: int,
+    *,
+    is_answered: bool = False,
 ) -> Found:
     """Returns the fastest rung within a budget.
 
@@ -49,8 +51,9 @@ def search(
       compile_peak: Returns the compiled peak of the rung at a place.
       known: Compiled peaks of some places.
       compiles: How many more may be compiled.
+      is_answered: Whether a plan that is on no rung is known to fit.
     """
-    state = _Search(rungs=rungs, budget=budget, peaks=dict(known))
+    state = _Search(rungs=rungs, budget=budget, peaks=dict(known), is_answered=is_answered)
     for left in range(compiles, 0, -1):
         place = state.next_place(left)
         if place is None:
@@ -66,6 +69,7 @@ class _Search:
     rungs: Sequence[Rung]
     budget: int
     peaks: dict[int, int]
+    is_answered: bool
 
     @property
     def fitting(self) -> int | None:
@@ -93,7 +97,8 @@ class _Search:
 
     def is_safe(self, place: int) -> bool:
         """Returns whether a rung that is not compiled is nearly sure to fit."""
-        margin = _SAFE_MIXED if self.rungs[place].is_mixed else _SAFE
+        is_told_well = self.is_answered and not self.rungs[place].is_mixed
+        margin = _SAFE if is_told_well else _SAFE_DOUBTFUL
         return place not in self.peaks and self.expected(place) <= (1 - margin) * self.budget
 
     def corrected(self, place: int) -> float:

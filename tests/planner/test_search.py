@@ -81,3 +81,18 @@ def test_after_a_mixed_plan_that_did_not_fit_one_stage_is_tried():
     peaks = [103, 102, 100, 50]
     found = search(rungs, 101, peaks.__getitem__, {}, 3)
     assert found.chosen == 2, found.peaks
+
+
+@pytest.mark.parametrize(("is_answered", "place"), [(True, 0), (False, 1)])
+def test_the_last_compilation_dares_more_where_there_is_an_answer_already(is_answered, place):
+    numbers = dict(kept_bytes=0.0, worst_bytes=0.0, host_bytes=0.0, flops=0.0)
+    rungs = [
+        Rung(
+            draft=Draft(stages=Plan.parse("full").stages, seconds=float(n), **numbers),
+            predicted_bytes=predicted,
+            seconds=float(n),
+        )
+        for n, predicted in enumerate((98, 95, 50))
+    ]
+    found = search(rungs, 100, [98, 95, 50].__getitem__, {}, 1, is_answered=is_answered)
+    assert list(found.peaks) == [place] and found.chosen == place
