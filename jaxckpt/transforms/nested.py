@@ -48,11 +48,21 @@ class Remat:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stacked:
-    """Blocks whose parameters are stacked on the leading axis of every leaf of `params`."""
+    """Blocks whose parameters are stacked on the leading axis of every leaf of `params`.
+
+    Attributes:
+      params: Of these blocks, `[length, ...]`.
+      length: How many.
+      unroll: Blocks unrolled in one trip of a loop.
+      whole: The parameters of the stack that these blocks are a part of; None if of no other.
+      start: The place of the first of these blocks in it.
+    """
 
     params: Any
     length: int
     unroll: int = 1
+    whole: Any = None
+    start: int = 0
 
     def fold(self, apply: Apply, carry, remat: Remat | None):
         """Returns the carry after all blocks, each under `remat` if there is one."""
@@ -77,7 +87,9 @@ class Stacked:
     def _scan(self, apply, carry, items, length, unroll, remat):
         if remat is not None:
             if unroll > 1:
-                apply, items = rows.read_inside(apply, items)
+                is_part = items is self.params and self.whole is not None
+                whole, start = (self.whole, self.start) if is_part else (items, 0)
+                apply, items = rows.read_inside(apply, items, whole, start)
             # A loop keeps the recomputation apart from the forward pass, so the barriers that
             # do it elsewhere are left out; a loop of one trip is no loop once compiled.
             apply = remat(apply, prevent_cse=unroll > 1 or length == 1)

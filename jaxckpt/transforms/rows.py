@@ -24,22 +24,24 @@ def reads_inside(remat: str | Plan | Schedule, unroll: int) -> bool:
     return all(stage.schedule == "full" for stage in as_plan(remat).stages)
 
 
-def read_inside(apply: Callable, items):
+def read_inside(apply: Callable, items, whole, start: int):
     """Returns `apply` of `(params_i, index)`, which reads the floating rows, and the items for it.
 
     Args:
       apply: `(carry, params_i) -> carry`.
-      items: The parameters of all blocks, `[L, ...]`; their gradients go to the rows, as ever.
+      items: The parameters of the blocks that are run; their gradients go to the rows, as ever.
+      whole: Those of the stack that the blocks are a part of, so that no copy of a part is made.
+      start: The place of the first of the blocks in it.
     """
     # The rows' values are not read, so they cost nothing: they are where the gradient goes.
-    stacked = jax.tree.map(lax.stop_gradient, items)
+    stacked = jax.tree.map(lax.stop_gradient, whole)
 
     def reading(carry, item):
         params_i, index = item
         return apply(carry, jax.tree.map(lambda x, x_i: _row(x, x_i, index), stacked, params_i))
 
     count = jax.typeof(jax.tree.leaves(items)[0]).shape[0]
-    return reading, (items, jnp.arange(count))
+    return reading, (items, jnp.arange(start, start + count))
 
 
 def _row(stacked, row, index):

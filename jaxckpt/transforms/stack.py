@@ -14,7 +14,7 @@ from jax import lax
 
 from jaxckpt.plans import Plan, Stage, as_plan
 from jaxckpt.plans.actions import Schedule
-from jaxckpt.transforms import executor, invented, observers, tags
+from jaxckpt.transforms import executor, invented, observers, rows, tags
 from jaxckpt.transforms import nested as reference
 from jaxckpt.transforms.blocks import (
     check_carry,
@@ -93,18 +93,22 @@ def scan_blocks(
     check_policies(given, lambda asked: invented.offered(block, asked, *one))
     block = invented.resolved(block, all_of(given))
     start = 0
+    # Where another stage keeps its rows, reading from the whole stack would keep that as well.
+    whole = params if rows.reads_inside(plan, unroll) else None
     for stage in plan.stages:
         part = _rows(params, start, start + stage.bound_count, num_blocks)
-        carry = _run_stage(block, part, carry, consts, stage, unroll, nested)
+        if not nested and stage.schedule in executor.SCHEDULES:
+            carry = executor.run_stage(block, part, carry, consts, stage, unroll)
+        else:
+            sizes = {"length": stage.bound_count, "unroll": unroll, "start": start}
+            blocks = reference.Stacked(params=part, whole=whole, **sizes)
+            carry = _run_scan(block, blocks, carry, consts, stage)
         start += stage.bound_count
     return carry
 
 
-def _run_stage(block, params, carry, consts, stage: Stage, unroll: int, nested: bool):
-    """Returns the carry after a stage: by the executor if it has a schedule, else by a scan."""
-    if not nested and stage.schedule in executor.SCHEDULES:
-        return executor.run_stage(block, params, carry, consts, stage, unroll)
-    blocks = reference.Stacked(params=params, length=stage.bound_count, unroll=unroll)
+def _run_scan(block, blocks: reference.Stacked, carry, consts, stage: Stage):
+    """Returns the carry after a stage without a schedule."""
     apply = lambda carry, params_i: block(carry, params_i, *consts)
     return reference.run_stage(blocks, apply, carry, stage)
 

@@ -5,8 +5,12 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
+from experiments.build import build
+from experiments.config import TrainConfig
 from jaxckpt.memory import launch
 from jaxckpt.memory.targets import parse_target
+from jaxckpt.memory.worker import get_topology, measure_built
+from jaxckpt.models.config import TransformerConfig
 from jaxckpt.transforms import rows
 
 BLOCKS, WIDTH = 8, 512
@@ -21,23 +25,50 @@ def block(x, w):
     return x + jnp.tanh(x @ w.astype(jnp.bfloat16))
 
 
-def loss(w, x):
-    y = jaxckpt.scan_blocks(block, w, x, remat="full", unroll=BLOCKS)
+def loss(w, x, remat="full"):
+    y = jaxckpt.scan_blocks(block, w, x, remat=remat, unroll=BLOCKS)
     return y.astype(jnp.float32).sum()
 
 
-@pytest.mark.parametrize("target", ["local", "h100"])
-def test_rows_do_not_wait_for_the_backward_pass(target, monkeypatch):
+def temp_bytes(target="local", remat="full"):
+    # A function of its own, so that nothing is found in another's cache.
+    grad = jax.grad(lambda *args: loss(*args, remat=remat))
+    return jaxckpt.measure(grad, *SHAPES, target=target).temp_bytes
+
+
+def skip_without(target):
     if target != "local":
         try:
             launch.check_available(parse_target(target))
         except launch.Unavailable as error:
             pytest.skip(str(error))
-    # Each with a function of its own, so that neither is found in the other's cache.
-    temp = lambda: jaxckpt.measure(jax.grad(lambda *a: loss(*a)), *SHAPES, target=target).temp_bytes
-    inside = temp()
-    monkeypatch.setattr(rows, "read_inside", lambda apply, items: (apply, items))
-    assert inside < temp() - 0.4 * WEIGHTS
+
+
+@pytest.mark.parametrize("target", ["local", "h100"])
+def test_rows_do_not_wait_for_the_backward_pass(target, monkeypatch):
+    skip_without(target)
+    inside = temp_bytes(target)
+    monkeypatch.setattr(rows, "read_inside", lambda apply, items, *_: (apply, items))
+    assert inside < temp_bytes(target) - 0.4 * WEIGHTS
+
+
+@pytest.mark.heavy
+def test_a_second_stage_copies_no_parameters(monkeypatch):
+    """Its blocks read the whole stack, not a part cut out of it, in a step that trains."""
+    skip_without("h100")
+    target = parse_target("h100")
+    shape = {"num_blocks": 8, "d_model": 256, "d_ff": 768, "num_heads": 2, "num_kv_heads": 2}
+    model = TransformerConfig(**shape, head_dim=128, vocab_size=256)
+
+    def temp_bytes(remat):
+        config = TrainConfig(model=model, remat=remat, batch_size=1, seq_len=64)
+        return measure_built(build(config, "h100"), target, get_topology(target)).temp_bytes
+
+    one, two = temp_bytes("full"), temp_bytes("3xfull/full+names:q")
+    assert two < 1.05 * one
+    read = rows.read_inside
+    monkeypatch.setattr(rows, "read_inside", lambda apply, items, *_: read(apply, items, items, 0))
+    assert temp_bytes("3xfull/full+names:k") > 1.5 * one
 
 
 def test_gradients_and_tangents_are_those_of_a_loop():
@@ -49,15 +80,15 @@ def test_gradients_and_tangents_are_those_of_a_loop():
         noise = jax.random.normal(p["key"], x.shape)
         return jnp.tanh(x @ p["w"] + noise) * (1 + p["index"])
 
-    def run(w, unroll):
+    def run(w, unroll, remat="full"):
         x = jnp.linspace(-1, 1, 64).reshape(4, 16)
-        y = jaxckpt.scan_blocks(block, params | {"w": w}, x, remat="full", unroll=unroll)
+        y = jaxckpt.scan_blocks(block, params | {"w": w}, x, remat=remat, unroll=unroll)
         return (y**2).sum()
 
-    for unroll in (3, BLOCKS):
-        reverse = [jax.grad(run)(w, n) for n in (1, unroll)]
+    for other in ((3, "full"), (BLOCKS, "full"), (BLOCKS, "3xfull+dots/full")):
+        reverse = [jax.grad(run)(w, *n) for n in ((1,), other)]
         assert jnp.allclose(*reverse, rtol=1e-5) and jnp.abs(reverse[0]).max() > 0
-        forward = [jax.jvp(lambda w, n=n: run(w, n), (w,), (w,))[1] for n in (1, unroll)]
+        forward = [jax.jvp(lambda w, n=n: run(w, *n), (w,), (w,))[1] for n in ((1,), other)]
         assert jnp.allclose(*forward, rtol=1e-5)
 
 
