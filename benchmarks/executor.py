@@ -7,16 +7,16 @@ Exits with 1 if any bound fails, and prints each that does in one line.
 """
 
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
 from benchmarks import absent
+from benchmarks.record import write
 from experiments.cli import fail
 
 PARTS = ("equality", "evaluations", "temp", "nested", "compile", "copies")
@@ -80,16 +80,6 @@ def executor(flags: Annotated[Flags, Parameter(name="*")] = Flags(), *, command:
     console.print("\n".join([verdict, *failures]), markup=False)
     if failures:
         raise SystemExit(1)
-
-
-def write(record: dict[str, Any], path: Path | None):
-    """Writes the record as JSON, whole or not at all; without a path, nothing."""
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(record, indent=1) + "\n")
-    part.replace(path)
 
 
 def run_part(part: str, flags: Flags):

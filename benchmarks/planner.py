@@ -22,6 +22,7 @@ from cyclopts import App, Parameter
 
 from benchmarks.planner_bounds import check, line, summaries
 from benchmarks.planner_part import Case, run_part
+from benchmarks.record import write
 from jaxckpt.memory import cache, launch
 from jaxckpt.memory.targets import parse_target
 
@@ -114,9 +115,7 @@ def _write(output: Path | None, command: str, rows: Sequence[dict[str, Any]]):
     from benchmarks.origin import origin
 
     record = origin(command) | {"rows": list(rows)}
-    part = output.with_name(output.name + ".part")
-    part.write_text(json.dumps(record, indent=1) + "\n")
-    part.replace(output)
+    write(record, output)
 
 
 if __name__ == "__main__":

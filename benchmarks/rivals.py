@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 
-from benchmarks.executor import write
+from benchmarks.record import write
 from benchmarks.rivals_bounds import check, result
 from benchmarks.rivals_part import SHAPES, Case, run_part
 from benchmarks.step import gpu

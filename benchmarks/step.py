@@ -18,6 +18,8 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
+from benchmarks.record import write
+
 _ENVIRONMENT = dict(os.environ)
 KEPT = "full+attention+names:q,k,v,mid,gate,up"
 _SHORT, _LONG = {"batch_size": 8, "seq_len": 1024}, {"batch_size": 2, "seq_len": 16384}
@@ -181,9 +183,7 @@ def _write(output: Path | None, rows):
         "device": ran.get("device"),
         "rows": rows,
     }
-    part = output.with_name(output.name + ".part")
-    part.write_text(json.dumps(record, indent=1) + "\n")
-    part.replace(output)
+    write(record, output)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,19 @@ know is a row with an error. What the output holds of the same GPU is not run ag
 
 import json
 import os
+import shlex
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, Parameter
 
 from benchmarks.child import values_of
+from benchmarks.record import write
 from benchmarks.step import KEPT, gpu
+from experiments.cli import fail
 
 _ENVIRONMENT = dict(os.environ)
 _BASE = ""
@@ -60,13 +63,16 @@ def xla_options(
       output: JSON file to write, and to go on with.
       tiny: A small model, on any device, to try the script.
     """
+    about = {"case": _TINY if tiny else _CASE, "gpu": gpu()}
     rows: list[Row] = []
     if output is not None and output.exists():
-        rows = [one for one in json.loads(output.read_text())["rows"] if one["gpu"] == gpu()]
+        kept = json.loads(output.read_text())["rows"]
+        rows = [row for row in kept if about.items() <= row.items()]
     known = {one["options"] for one in rows} - {_BASE}
+    command = _command(option, output, tiny)
     for options in _turns([one for one in option if one not in known]):
-        rows.append(_row(options, tiny))
-        _write(output, rows)
+        rows.append(about | _row(options, about["case"]))
+        _write(output, command, rows)
         print(_line(rows[-1]), flush=True)
     print("\n".join(compared(rows)))
     sys.exit(all("error" in row for row in rows))
@@ -82,18 +88,15 @@ def _turns(options: list[str]) -> Iterator[str]:
         yield _BASE
 
 
-def _row(options: str, tiny: bool) -> Row:
+def _row(options: str, case: Row) -> Row:
     flags = f"{_ENVIRONMENT.get('XLA_FLAGS', '')} {options}".strip()
     environment = _ENVIRONMENT | {"XLA_FLAGS": flags}
-    about = {"options": options, "gpu": gpu()}
     try:
-        (found,) = values_of(
-            "step_jax", _TINY if tiny else _CASE, environment=environment, name=options
-        )
+        (found,) = values_of("step_jax", case, environment=environment, name=options)
     except RuntimeError as error:
-        return about | {"error": str(error)}
+        return {"options": options, "error": str(error)}
     names = ("seconds", "peak_bytes", "compile_seconds", "device", "versions")
-    return about | {name: found[name] for name in names}
+    return {"options": options} | {name: found[name] for name in names}
 
 
 def compared(rows: list[Row]) -> Iterator[str]:
@@ -116,21 +119,36 @@ def _line(row: Row) -> str:
     return f"{1e3 * row['seconds']:7.1f} ms {row['peak_bytes'] / 2**30:6.2f} GiB  {name}"
 
 
-def _write(output: Path | None, rows: list[Row]):
+def _command(option: Sequence[str], output: Path | None, tiny: bool) -> str:
+    """Returns the command line that asks for the same."""
+    flags = [] if tuple(option) == OPTIONS else [f"--option={shlex.quote(one)}" for one in option]
+    flags += ["--tiny"] * tiny + ([] if output is None else [f"--output {output}"])
+    return " ".join(["python -m benchmarks.xla_options", *flags])
+
+
+def _write(output: Path | None, command: str, rows: list[Row]):
     if output is None:
         return
     os.environ["JAX_PLATFORMS"] = "cpu"  # this process must hold nothing of the GPU
     from benchmarks.origin import origin
 
     devices = [row["device"] for row in rows if "device" in row]
-    record = origin(f"python -m benchmarks.xla_options --output {output}") | {"rows": rows}
+    record = origin(command) | {"rows": rows}
     record |= {"device": devices[0] if devices else None}
-    part = output.with_name(output.name + ".part")
-    part.write_text(json.dumps(record, indent=1) + "\n")
-    part.replace(output)
+    write(record, output)
+
+
+def main(tokens: Sequence[str] | None = None):
+    """Runs the command; a refused command line is one line on stderr and exit code 2."""
+    app = App(name="python -m benchmarks.xla_options", help_format="plaintext", version_flags=())
+    app.default(xla_options)
+    try:
+        tokens = sys.argv[1:] if tokens is None else tokens
+        function, bound, _ = app.parse_args(list(tokens), exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        fail(error)
+    function(*bound.args, **bound.kwargs)
 
 
 if __name__ == "__main__":
-    app = App(name="python -m benchmarks.xla_options", help_format="plaintext")
-    app.default(xla_options)
-    app()
+    main()

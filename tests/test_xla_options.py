@@ -45,6 +45,11 @@ def test_the_step_without_options_is_timed_before_and_after(monkeypatch, tmp_pat
     with pytest.raises(SystemExit):
         benchmark.xla_options(option=("--a=1", "--b=1"), output=output)
     assert asked == []  # a resumed run has nothing left
+    with pytest.raises(SystemExit):
+        benchmark.xla_options(option=("--b=1",), output=output, tiny=True)
+    assert asked == ["", "--b=1", ""]  # another model's rows are not this one's
+    command = json.loads(output.read_text())["command"]
+    assert command.endswith(f"xla_options --option=--b=1 --tiny --output {output}")
 
 
 def test_every_few_options_the_step_is_timed_without():
@@ -58,3 +63,10 @@ def test_a_run_in_which_nothing_could_be_timed_fails(monkeypatch):
     with pytest.raises(SystemExit) as ended:
         benchmark.xla_options(option=("--a=1",))
     assert ended.value.code == 1
+
+
+def test_a_mistyped_flag_is_refused_in_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main(["--optoin", "--a=1"])
+    assert ended.value.code == 2
+    assert "--optoin" in capsys.readouterr().err

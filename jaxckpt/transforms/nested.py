@@ -54,15 +54,14 @@ class Stacked:
       params: Of these blocks, `[length, ...]`.
       length: How many.
       unroll: Blocks unrolled in one trip of a loop.
-      whole: The parameters of the stack that these blocks are a part of; None if of no other.
-      start: The place of the first of these blocks in it.
+      part_of: The parameters of the stack that these blocks are a part of, and the place of the
+        first of them in it; None where the blocks' own are read.
     """
 
     params: Any
     length: int
     unroll: int = 1
-    whole: Any = None
-    start: int = 0
+    part_of: tuple[Any, int] | None = None
 
     def fold(self, apply: Apply, carry, remat: Remat | None):
         """Returns the carry after all blocks, each under `remat` if there is one."""
@@ -87,9 +86,7 @@ class Stacked:
     def _scan(self, apply, carry, items, length, unroll, remat):
         if remat is not None:
             if unroll > 1:
-                is_part = items is self.params and self.whole is not None
-                whole, start = (self.whole, self.start) if is_part else (items, 0)
-                apply, items = rows.read_inside(apply, items, whole, start)
+                apply, items = rows.read_inside(apply, items, *(self.part_of or (items, 0)))
             # A loop keeps the recomputation apart from the forward pass, so the barriers that
             # do it elsewhere are left out; a loop of one trip is no loop once compiled.
             apply = remat(apply, prevent_cse=unroll > 1 or length == 1)

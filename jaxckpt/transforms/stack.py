@@ -94,14 +94,16 @@ def scan_blocks(
     block = invented.resolved(block, all_of(given))
     start = 0
     # Where another stage keeps its rows, reading from the whole stack would keep that as well.
-    whole = params if rows.reads_inside(plan, unroll) else None
+    reads_whole = rows.reads_inside(plan, unroll)
     for stage in plan.stages:
         part = _rows(params, start, start + stage.bound_count, num_blocks)
         if not nested and stage.schedule in executor.SCHEDULES:
             carry = executor.run_stage(block, part, carry, consts, stage, unroll)
         else:
-            sizes = {"length": stage.bound_count, "unroll": unroll, "start": start}
-            blocks = reference.Stacked(params=part, whole=whole, **sizes)
+            part_of = (params, start) if reads_whole else None
+            blocks = reference.Stacked(
+                params=part, length=stage.bound_count, unroll=unroll, part_of=part_of
+            )
             carry = _run_scan(block, blocks, carry, consts, stage)
         start += stage.bound_count
     return carry

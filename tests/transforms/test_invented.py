@@ -12,66 +12,23 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import pallas as pl
 
 import jaxckpt
 from jaxckpt.memory.flops import count_flops
 from jaxckpt.transforms import invented
 from jaxckpt.transforms.blocks import first_block
-
-WIDTH, ROWS, NUM_BLOCKS = 8, 16, 4
-DOT = 2 * ROWS * WIDTH * WIDTH  # FLOPs of one product
-ARRAY = 4 * ROWS * WIDTH  # bytes of one array
-
-
-@jax.custom_vjp
-def product(x, w):
-    """A function whose derivative rule runs a step that the function alone does not."""
-    return jnp.sin(x @ w)
-
-
-def _product_rule(x, w):
-    y = x @ w
-    return jnp.sin(y), (jnp.cos(y), x, w)
-
-
-def _product_reversed(kept, grad):
-    cos, x, w = kept
-    return (grad * cos) @ w.T, x.T @ (grad * cos)
-
-
-product.defvjp(_product_rule, _product_reversed)
-
-
-def block(x, row):
-    """Dropout, and a product under each of custom_vjp, jit, scan, jax.checkpoint and cond."""
-    w = row["w"]
-    y = product(x, w)
-    keep = jax.random.bernoulli(row["key"], 0.8, y.shape)
-    y = jnp.where(keep, jax.nn.silu(jaxckpt.tag(y, "mine") @ w), 0.0)
-    y, _ = jax.lax.scan(lambda y, _: (jnp.tanh(y @ w), None), y, None, length=3)
-    y = jax.checkpoint(lambda y: jnp.exp(-jnp.square(y @ w)))(y)
-    y = jax.lax.cond(y[0, 0] > 2, lambda y: jnp.sin(y @ w), lambda y: jnp.cos(y @ w), y)
-    return x + y
-
-
-def arguments():
-    keys = jax.random.split(jax.random.key(0), NUM_BLOCKS)
-    w = 0.3 * jax.random.normal(keys[0], (NUM_BLOCKS, WIDTH, WIDTH))
-    return {"w": w, "key": keys}, jax.random.normal(keys[1], (ROWS, WIDTH))
-
-
-def step(plan, run=block):
-    loss = lambda w, x, keys: jnp.sin(
-        jaxckpt.scan_blocks(run, {"w": w, "key": keys}, x, remat=plan)
-    ).sum()
-    rows, x = arguments()
-    return jax.value_and_grad(loss, argnums=(0, 1)), (rows["w"], x, rows["key"])
-
-
-def flops(plan, run=block) -> int:
-    fn, args = step(plan, run)
-    return count_flops(jax.make_jaxpr(fn)(*args))
+from tests.transforms.invented_cases import (
+    ARRAY,
+    DOT,
+    NUM_BLOCKS,
+    ROWS,
+    WIDTH,
+    arguments,
+    block,
+    close,
+    flops,
+    step,
+)
 
 
 @functools.cache
@@ -87,11 +44,6 @@ def names() -> tuple[str, ...]:
 def without_remat():
     fn, args = step("none")
     return jax.jit(fn)(*args)
-
-
-def close(one, other):
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(b).max(), rtol=0)
 
 
 def test_names_of_a_block():
@@ -280,128 +232,6 @@ def test_a_custom_vjp_whose_first_output_nobody_reads():
 
     spared = flops("full", run) - flops("names:@tanh.*", run)
     assert spared == NUM_BLOCKS * DOT
-
-
-@jax.custom_vjp
-def norm(x):
-    """A norm whose rule hands on the inverse rms, which the function does not return."""
-    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True))
-
-
-def _norm_rule(x):
-    inverse = jax.lax.rsqrt((x * x).mean(-1, keepdims=True))
-    return x * inverse, (x, inverse)
-
-
-def _norm_reversed(kept, grad):
-    x, inverse = kept
-    y = x * inverse
-    return (inverse * (grad - y * (grad * y).mean(-1, keepdims=True)),)
-
-
-norm.defvjp(_norm_rule, _norm_reversed)
-
-
-def _kernel(x_ref, out_ref, lse_ref):
-    x = x_ref[...]
-    lse_ref[...] = jnp.log(jnp.exp(x).sum(-1, keepdims=True))
-    out_ref[...] = jnp.exp(x - lse_ref[...])
-
-
-def _run_kernel(x):
-    shapes = [jax.ShapeDtypeStruct(s, x.dtype) for s in (x.shape, (x.shape[0], 1))]
-    return pl.pallas_call(_kernel, out_shape=shapes, interpret=True)(x)
-
-
-@jax.custom_vjp
-def softmax(x):
-    """A kernel that returns its log-sum-exp beside its output, as attention kernels do."""
-    return _run_kernel(x)[0]
-
-
-def _softmax_rule(x):
-    out, lse = _run_kernel(x)
-    return out, (x, out, lse)
-
-
-def _softmax_reversed(kept, grad):
-    x, out, lse = kept
-    return (jnp.exp(x - lse) * (grad - (grad * out).sum(-1, keepdims=True)),)
-
-
-softmax.defvjp(_softmax_rule, _softmax_reversed)
-
-
-def rows_by_name(run, plan: str) -> dict:
-    """Returns what `explain` says of a block, by the names that it shows."""
-    rows, x = arguments()
-    row = {"w": rows["w"][0]}
-    return {r.name: r for r in jaxckpt.explain(run, row, x, plan=plan).rows}
-
-
-@pytest.mark.parametrize(
-    "inside",
-    [
-        lambda fn: fn,
-        jax.jit,
-        lambda fn: lambda x: jax.vmap(fn)(x[None])[0],
-    ],
-    ids=["plain", "jit", "vmap"],
-)
-def test_what_only_the_rule_of_a_custom_vjp_makes_has_a_name(inside):
-    """One number a row, which the function itself computes on its way and does not return."""
-
-    def run(x, row):
-        return x + inside(norm)(x @ row["w"])
-
-    name = "@rsqrt.1"
-    found = {plan: rows_by_name(run, plan)[name] for plan in ("full", f"names:{name}")}
-    assert found["full"].decision == "recomputed"
-    assert found[f"names:{name}"].decision == "saved"
-    assert found[f"names:{name}"].saved_bytes == 4 * ROWS
-
-
-def test_a_rules_kernel_whose_arrays_are_all_kept_is_not_run_again():
-    def run(x, row):
-        return x + softmax(x @ row["w"])
-
-    both = "names:@softmax.1,@pallas_call.1"
-    found = {}
-    for plan in ("none", "full", both):
-        fn, args = step(plan, run)
-        compiled = jax.jit(fn).lower(*args).compile()
-        found[plan] = compiled.as_text().count(" log("), compiled(*args)
-    assert [count for count, _ in found.values()] == [1, 2, 1]
-    close(found[both][1], found["none"][1])
-
-
-def test_a_kernels_arrays_are_shown_by_their_names():
-    """A kernel that is no attention is not called so: the policy `attention` would refuse it."""
-
-    def run(x, row):
-        return x + softmax(x @ row["w"])
-
-    row = rows_by_name(run, "names:@pallas_call.1")["@softmax.1"]
-    assert (row.decision, row.num_arrays, row.saved_bytes) == ("partly saved", 2, 4 * ROWS)
-
-
-@pytest.mark.parametrize(
-    ("fn", "name"),
-    [(jnp.sin, "cos"), (jnp.tanh, "sub"), (jax.nn.relu, "gt")],
-    ids=["sin", "tanh", "relu"],
-)
-def test_what_other_derivatives_make_has_none(fn, name):
-    """The rules of primitives and of `jax.custom_jvp`: no name reaches what they alone make."""
-    if (fn, jax.__version_info__ >= (0, 12)) == (jnp.tanh, True):
-        pytest.skip("since jax 0.12 tanh's derivative keeps tanh alone")
-
-    def run(x, row):
-        return x + fn(x @ row["w"])
-
-    row = rows_by_name(run, "names:@*")[name]
-    assert row.residual_bytes and row.decision == "recomputed"
-    with pytest.raises(jaxckpt.PlanError, match=r"; what only the derivative of a primitive or of"):
-        step(f"names:@{name}.1", run)[0](*step("none")[1])
 
 
 def test_forward_mode_works_through_invented_names():

@@ -85,7 +85,12 @@ def test_gradients_and_tangents_are_those_of_a_loop():
         y = jaxckpt.scan_blocks(block, params | {"w": w}, x, remat=remat, unroll=unroll)
         return (y**2).sum()
 
-    for other in ((3, "full"), (BLOCKS, "full"), (BLOCKS, "3xfull+dots/full")):
+    for other in (
+        (3, "full"),
+        (BLOCKS, "full"),
+        (BLOCKS, "3xfull+dots/full"),
+        (BLOCKS, "3xnone/full"),
+    ):
         reverse = [jax.grad(run)(w, *n) for n in ((1,), other)]
         assert jnp.allclose(*reverse, rtol=1e-5) and jnp.abs(reverse[0]).max() > 0
         forward = [jax.jvp(lambda w, n=n: run(w, *n), (w,), (w,))[1] for n in ((1,), other)]
