@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from jaxckpt.models.auto import splash_block
 from jaxckpt.transforms import tags
@@ -43,10 +44,19 @@ def _forward_rule(q_BHSN, k_BKSN, v_BKSN, segment_ids_BS):
         made = jnp.issubdtype(leaf.dtype, jnp.floating) and all(leaf is not x for x in given)
         return tags.tag_reserved(leaf, tags.ATTENTION) if made else leaf
 
-    return tagged_BHSN, jax.tree.unflatten(tree, map(tagged, leaves))
+    # The mask's tables are no residuals: as one they would cross `shard_map` as an array of a mesh,
+    # and nobody could tell any more which blocks of the backward kernel's grid are skipped.
+    places = [at for at, leaf in enumerate(leaves) if isinstance(leaf, jax.core.Tracer)]
+
+    def rebuild(*traced):
+        filled = dict(enumerate(leaves)) | dict(zip(places, traced, strict=True))
+        return tree.unflatten(filled.values())
+
+    return tagged_BHSN, Partial(rebuild, *(tagged(leaves[at]) for at in places))
 
 
-def _backward_rule(reverse, grad_BHSN):
+def _backward_rule(residuals, grad_BHSN):
+    reverse = residuals.func(*residuals.args)
     return *reverse(grad_BHSN), None
 
 

@@ -57,11 +57,12 @@ def test_a_mesh_of_more_devices_than_there_are():
         make_mesh(config)
 
 
+@pytest.mark.parametrize("plan", ["none", "attention", "full"])
 @pytest.mark.parametrize("mesh", ["fsdp=4", "data=2,tensor=2"])
-def test_a_flash_kernel_is_run_on_each_devices_own_part(mesh):
+def test_a_flash_kernel_is_run_on_each_devices_own_part(mesh, plan):
     """FLOPs are as on one device: the kernel's grid is cut, and its mask is still a constant."""
     model = dataclasses.replace(MODEL, attention="splash", head_dim=128, num_blocks=2)
-    config = TrainConfig(model=model, batch_size=4, seq_len=512, remat="full")
+    config = TrainConfig(model=model, batch_size=4, seq_len=2048, remat=plan)
     count = lambda step: count_flops(jax.make_jaxpr(step.fn)(*step.args))
     spread = build(dataclasses.replace(config, mesh=mesh), "v5e-4")
     assert count(spread) == count(build(config, "v5e-1"))
