@@ -22,11 +22,16 @@ from benchmarks.record import write
 
 _ENVIRONMENT = dict(os.environ)
 KEPT = "full+attention+names:q,k,v,mid,gate,up"
+# What the planner answers when asked for 16.41 GiB: the norms' inverses and rotated q, k as well.
+FASTEST = (
+    "attention+names:@rsqrt.1,@rms_norm_rotate.1,@rms_norm_rotate.2,@rsqrt.4,q,k,v,mid,gate,up"
+)
 _SHORT, _LONG = {"batch_size": 8, "seq_len": 1024}, {"batch_size": 2, "seq_len": 16384}
 # Name -> (module of benchmarks/, its case). A pair's two sides stand next to each other.
 CASES = {
-    "short: kept": ("step_jax", {**_SHORT, "plan": KEPT}),
+    "short: fastest": ("step_jax", {**_SHORT, "plan": FASTEST}),
     "short: torch.compile": ("step_torch", _SHORT),
+    "short: kept": ("step_jax", {**_SHORT, "plan": KEPT}),
     "short: full": ("step_jax", {**_SHORT, "plan": "full"}),
     "short: torch.compile + checkpoint": ("step_torch", {**_SHORT, "checkpoint": True}),
     "short: attention": ("step_jax", {**_SHORT, "plan": "attention"}),
@@ -34,13 +39,13 @@ CASES = {
     "short: torch.compile, budget 0.5": ("step_torch", {**_SHORT, "budget": 0.5}),
     "long: attention": ("step_jax", {**_LONG, "plan": "attention"}),
     "long: torch + checkpoint": ("step_torch", {**_LONG, "mode": "eager", "checkpoint": True}),
+    "short: none": ("step_jax", {**_SHORT, "plan": "none"}),
     "short: floor": ("floor", _SHORT),
     "long: floor": ("floor", _LONG),
     "short: kept, large chunks": (
         "step_jax",
         {**_SHORT, "plan": KEPT, "loss_chunk_tokens": 4096},
     ),
-    "short: none": ("step_jax", {**_SHORT, "plan": "none"}),
     "long: full": ("step_jax", {**_LONG, "plan": "full"}),
     "short: kept, in a loop": ("step_jax", {**_SHORT, "plan": KEPT, "unroll": 1}),
     "long: torch.compile + checkpoint": ("step_torch", {**_LONG, "checkpoint": True}),
@@ -48,6 +53,7 @@ CASES = {
 }
 # Ours, the peer's, at most this share of its time, at most this share of its memory.
 BOUNDS = (
+    ("short: fastest", "short: torch.compile", 0.75, 0.6),
     ("short: kept", "short: torch.compile", 0.75, 0.6),
     ("short: full", "short: torch.compile + checkpoint", 0.70, 1.0),
     ("short: attention", "short: torch.compile, budget 0.5", 0.75, 1.0),
@@ -55,7 +61,7 @@ BOUNDS = (
     ("long: attention", "long: torch + checkpoint", 0.52, 1.0),
 )
 # Ours, the floor, at most this multiple of it.
-AIMS = (("short: kept", "short: floor", 1.25), ("long: attention", "long: floor", 1.12))
+AIMS = (("short: fastest", "short: floor", 1.25), ("long: attention", "long: floor", 1.12))
 
 
 def step(
