@@ -24,7 +24,8 @@ _PEERS = {
     "short: torch.compile + checkpoint": "torch.compile and Hugging Face's checkpointing",
     "long: torch + checkpoint": "eager PyTorch and Hugging Face's checkpointing",
 }
-_STEPS = ("short: kept", "short: attention", "short: full", *list(_PEERS)[:4], "long: attention")
+_OURS = ("short: fastest", "short: kept", "short: none", "short: attention", "short: full")
+_STEPS = (*_OURS, *list(_PEERS)[:4], "long: attention")
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
