@@ -94,6 +94,7 @@ def sweep(
 ):
     """Run a row for each plan, depth and target; rows that a folder holds already are kept."""
     del config  # read before the other flags were parsed; see experiments.cli
+    from experiments.corpus import corpus_of
     from experiments.measuring import check_targets
 
     cases = _cases(flags, settings)
@@ -101,7 +102,8 @@ def sweep(
         raise ConfigError(f"-o {str(folder)!r} is a file; name a folder")
     check_targets(flags.target)
     if LOCAL in flags.target:
-        _check_run(settings.with_plan("none"))
+        # What would be wrong with every run is said before the first.
+        corpus_of(settings.with_plan("none"))
     from experiments.sweeping.all_rows import run_all
 
     run_all(cases, folder, command=shlex.join(["python", "-m", "experiments.sweep", *sys.argv[1:]]))
@@ -129,24 +131,6 @@ def _cases(flags: SweepFlags, settings: SweepSettings) -> list[Case]:
     if len(set(keys)) < len(keys):
         raise ConfigError("a plan, budget, depth or target is given twice")
     return found
-
-
-def _check_run(config: TrainConfig):
-    """Raises for what would be wrong with every run, before the first."""
-    from experiments.data import check_corpus, check_grain, load_corpus
-    from experiments.init import check_init, end_token
-
-    tokenizer = check_init(config)
-    if config.pack:
-        check_grain()
-    corpus = load_corpus(
-        config.data,
-        token_dtype=config.token_dtype,
-        tokenizer=tokenizer,
-        pack=config.pack,
-        end_token=end_token(config),
-    )
-    check_corpus(corpus, seq_len=config.seq_len, vocab_size=config.model.vocab_size)
 
 
 if __name__ == "__main__":

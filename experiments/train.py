@@ -24,8 +24,7 @@ def train(
 ):
     """Train a Transformer under a checkpointing plan, and say what memory a step takes."""
     from experiments.auto import check_calibrated
-    from experiments.data import check_corpus, check_grain, load_corpus
-    from experiments.init import check_init, end_token
+    from experiments.corpus import corpus_of
     from experiments.record import check_tensorboard, run_folder
 
     if settings.tensorboard:
@@ -34,17 +33,7 @@ def train(
     processes.check(settings)
     del config  # read before the other flags were parsed; see experiments.cli
     folder = run_folder(settings)
-    tokenizer = check_init(settings)
-    if settings.pack:
-        check_grain()
-    corpus = load_corpus(
-        settings.data,
-        token_dtype=settings.token_dtype,
-        tokenizer=tokenizer,
-        pack=settings.pack,
-        end_token=end_token(settings),
-    )
-    check_corpus(corpus, seq_len=settings.seq_len, vocab_size=settings.model.vocab_size)
+    corpus = corpus_of(settings)
 
     with joined(processes, settings, corpus.sha256):
         from experiments.loop import run  # only now is JAX imported
