@@ -9,6 +9,7 @@ from benchmarks.page_tables import gib, load, markdown
 def rivals() -> str:
     """The answers beside fixed plans, timed in turns."""
     header = (
+        "GPU",
         "batch x tokens",
         "budget, GiB",
         "the planner's answer",
@@ -18,11 +19,17 @@ def rivals() -> str:
     )
     rows = [
         (
-            *(shape.replace("x", " x "), f"{one['budget GiB']:.2f}", f"`{one['plan']}`"),
+            *(
+                gpu.upper(),
+                shape.replace("x", " x "),
+                f"{one['budget GiB']:.2f}",
+                f"`{one['plan']}`",
+            ),
             *(f"{one['ms']:.1f}", f"`{one['best fixed']}`", f"{one['its ms']:.1f}"),
             *(f"`{one['best of MaxText']}`", f"{one['MaxText ms']:.1f}"),
         )
-        for shape, found in load("rivals_h200.json")["rows"].items()
+        for gpu in ("h200", "h100")
+        for shape, found in load(f"rivals_{gpu}.json")["rows"].items()
         for one in rivals_bounds.compared(found)
     ]
     return markdown((*header, "best of MaxText's", "ms"), rows)
