@@ -4,8 +4,8 @@ What is looked for is the fastest rung whose compiled peak is within the budget,
 before it compiled too, as the proof that it does not fit. Peaks that are known tell how far
 predictions are off: of a plan of the same family by the error nearest to it; of a family of which
 nothing is compiled yet, the first that may fit is compiled. Compilations are counted; when only
-one is left and nothing fits yet, it goes to the rung with the least peak, so that there is an
-answer.
+one is left and nothing is known to fit, it goes to the rung with the least peak: a budget that this
+peak is within is never refused.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ from jaxckpt.planner.ladder import Rung
 # How far off the first prediction of a family may be. Too high a one would pass over a plan that
 # fits, too low a one costs a compilation that tells of the whole family.
 _DOUBT = 0.02
-# What the last compilation must have to spare: a little where a wrong one leaves another answer and
-# the plan treats all blocks alike, else more; peaks of others are harder to tell.
-_SAFE, _SAFE_DOUBTFUL = 0.01, 0.04
+# What the last compilation must have to spare where there is an answer already: a little for a plan
+# that treats all blocks alike, more for others, whose peaks are harder to tell.
+_SAFE, _SAFE_MIXED = 0.01, 0.04
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,8 @@ class _Search:
         if high is None and last in self.peaks:
             return None
         if high is None and left == 1:
-            return next((i for i in range(last) if self.is_safe(i)), last)
+            safe = (i for i in range(last) if self.is_answered and self.is_safe(i))
+            return next(safe, last)
         unknown = [i for i in range(last + 1 if high is None else high) if i not in self.peaks]
         hopeful = [i for i in unknown if self.corrected(i) <= self.budget]
         alike = [i for i in hopeful if not self.rungs[i].is_mixed]
@@ -97,8 +98,7 @@ class _Search:
 
     def is_safe(self, place: int) -> bool:
         """Returns whether a rung that is not compiled is nearly sure to fit."""
-        is_told_well = self.is_answered and not self.rungs[place].is_mixed
-        margin = _SAFE if is_told_well else _SAFE_DOUBTFUL
+        margin = _SAFE_MIXED if self.rungs[place].is_mixed else _SAFE
         return place not in self.peaks and self.expected(place) <= (1 - margin) * self.budget
 
     def corrected(self, place: int) -> float:
