@@ -61,9 +61,12 @@ def ladder(rungs: Iterable[Rung], plain: Sequence[Rung]) -> tuple[Rung, ...]:
 
     ranked = sorted(rungs, key=rank)
     found = _thinned(_falling(ranked))
-    ranked = ranked[: 1 + ranked.index(found[-1])]
+    # Of tens of thousands: told apart by identity, for comparing their values takes seconds.
+    place = {id(rung): n for n, rung in enumerate(ranked)}
+    ranked = ranked[: 1 + place[id(found[-1])]]
     alike = _thinned(_falling(rung for rung in ranked if not rung.is_mixed))
-    return tuple(rung for rung in ranked if rung in found or rung in alike)
+    kept = {id(rung): rung for rung in (*found, *alike)}.values()
+    return tuple(sorted(kept, key=lambda rung: place[id(rung)]))
 
 
 def _falling(rungs: Iterable[Rung]) -> list[Rung]:

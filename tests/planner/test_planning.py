@@ -49,7 +49,7 @@ def steps(num_blocks: int) -> Steps:
     def report_of(plan):
         share = {"full": 0, "none": 1}.get(str(plan), 0.5)
         return types.SimpleNamespace(
-            peak_bytes=FULL_BYTES + int(share * num_blocks * RESIDUAL_BYTES)
+            peak_bytes=FULL_BYTES + int(share * num_blocks * RESIDUAL_BYTES), num_devices=1
         )
 
     return Steps(step_for, TARGET, report_of)
