@@ -1,5 +1,6 @@
 """`experiments.draw`: timelines are what runs, pictures are theirs, bad input is one line."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,18 @@ def test_figures(kind, tmp_path):
             assert part in content
     main(draw, [MIXED, "--blocks=16", f"-o={path}"])
     assert path.read_bytes() == content and [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("plan", ["full", "uniform:4", "sqrt", "binomial:4"])
+def test_the_pictures_of_the_documentation_are_current(plan, tmp_path):
+    """By their words and counts; how they are drawn depends on matplotlib's version."""
+    pytest.importorskip("matplotlib", reason="figures need the plot extra")
+    main(draw, [plan, "--blocks=16", f"-o={tmp_path / 'plan.svg'}"])
+    shown = ROOT / "docs" / "drawn" / f"{plan.replace(':', '')}.svg"
+    new, old = (
+        re.findall("<text[^>]*>([^<]*)<", p.read_text()) for p in (tmp_path / "plan.svg", shown)
+    )
+    assert new == old and any("evaluations" in words for words in old)
 
 
 def test_no_matplotlib(monkeypatch, tmp_path, capsys):
