@@ -7,6 +7,8 @@ Arguments may be arrays or `jax.ShapeDtypeStruct`s; nothing is allocated for the
 need not be there (`absent.py`).
 """
 
+import dataclasses
+import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import jax
 
-from jaxckpt.memory import absent, launch, statistics, traveling
+from jaxckpt.memory import absent, cache, launch, statistics, traveling
 from jaxckpt.memory.built_step import BuiltStep, annotate
 from jaxckpt.memory.chips import chip_of_device
 from jaxckpt.memory.flops import count_flops
@@ -125,4 +127,21 @@ def _compile_here(traced, options: Mapping[str, int | str] | None = None):
             dump=Path(dump),
             links=None if chip is None else links_of(chip),
         )
-        return report, compiled
+    return _with_buffers(report, lowered, options), compiled
+
+
+def _with_buffers(report: MemoryReport, lowered, options) -> MemoryReport:
+    """Returns a report that names its buffers, though JAX read the executable from its own cache.
+
+    What is not compiled dumps nothing, so the first report of a program is kept for the others.
+    """
+    if not jax.config.jax_compilation_cache_dir:
+        return report
+    device = jax.devices()[0].device_kind
+    program = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+    name = cache.key(kind="buffers", program=program, options=dict(options or {}), device=device)
+    if report.buffers:
+        cache.store(name, report)
+        return report
+    first = cache.load(name)
+    return report if first is None else dataclasses.replace(report, buffers=first.buffers)

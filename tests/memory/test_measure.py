@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import jaxckpt
 from jaxckpt.memory.built_step import BuiltStep
@@ -30,6 +31,33 @@ def test_the_largest_buffers_are_named():
     report = jaxckpt.measure(lambda x, y: (x @ y).sum(), X, X)
     assert {"f32[256,256]"} == {one.shape for one in report.buffers if one.size_bytes == SIZE}
     assert {"x", "y"} <= {one.operation for one in report.buffers}
+
+
+@pytest.fixture
+def executables(tmp_path, monkeypatch):
+    """JAX's cache of executables and ours of reports, both of this test alone."""
+    monkeypatch.setenv("JAXCKPT_CACHE", str(tmp_path / "reports"))
+    new = {"compilation_cache_dir": str(tmp_path), "persistent_cache_min_compile_time_secs": 0}
+    old = {name: getattr(jax.config, f"jax_{name}") for name in new}
+
+    def update(values):
+        for name, value in values.items():
+            jax.config.update(f"jax_{name}", value)
+        compilation_cache.reset_cache()
+
+    update(new)
+    yield tmp_path
+    update(old)
+
+
+def test_an_executable_that_was_read_from_jaxs_cache_has_its_buffers(executables, monkeypatch):
+    fn = lambda x: jnp.sin(x @ x).sum()
+    first = jaxckpt.measure(fn, X)
+    jax.clear_caches()
+    assert jaxckpt.measure(fn, X).buffers == first.buffers != ()
+    jax.clear_caches()
+    monkeypatch.setenv("JAXCKPT_CACHE", str(executables / "elsewhere"))
+    assert jaxckpt.measure(fn, X).buffers == ()  # it was read indeed
 
 
 def test_donation_counts_once():
