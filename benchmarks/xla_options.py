@@ -2,10 +2,10 @@
 
     python -m benchmarks.xla_options --output docs/measured/xla_options_h200.json
 
-Qwen3-0.6B's step at 8 x 1024 under the plan of `benchmarks.step`, each option in a fresh process on
-top of what a run gets anyway (`experiments/compilation.py`). The step without one is timed again
-after every few options: its spread is what a gain has to exceed. An option that this XLA does not
-know is a row with an error. What the output holds of the same GPU is not run again.
+Qwen3-0.6B's step at 8 x 1024 under a plan (that of `benchmarks.step`), each option in a fresh
+process on top of what a run gets anyway (`experiments/compilation.py`). The step without one is
+timed again after every few options: its spread is what a gain has to exceed. An option that this
+XLA does not know is a row with an error. What the output holds of the same GPU is not run again.
 """
 
 import json
@@ -27,8 +27,8 @@ from experiments.cli import fail
 _ENVIRONMENT = dict(os.environ)
 _BASE = ""
 _BASE_EVERY = 4
-_CASE = {"batch_size": 8, "seq_len": 1024, "plan": KEPT}
-_TINY = {"batch_size": 2, "seq_len": 64, "plan": KEPT, "tiny": True}
+_CASE = {"batch_size": 8, "seq_len": 1024}
+_TINY = {"batch_size": 2, "seq_len": 64, "tiny": True}
 OPTIONS = (
     "--xla_gpu_enable_command_buffer=",
     "--xla_gpu_command_buffer_scheduling_mode=SERIALIZE",
@@ -53,6 +53,7 @@ Row = dict[str, Any]
 def xla_options(
     *,
     option: Annotated[tuple[str, ...], Parameter(negative=(), allow_leading_hyphen=True)] = OPTIONS,
+    plan: str = KEPT,
     output: Path | None = None,
     tiny: Annotated[bool, Parameter(negative=())] = False,
 ):
@@ -60,16 +61,17 @@ def xla_options(
 
     Args:
       option: As in `XLA_FLAGS`; may be given several times.
+      plan: Of the blocks.
       output: JSON file to write, and to go on with.
       tiny: A small model, on any device, to try the script.
     """
-    about = {"case": _TINY if tiny else _CASE, "gpu": gpu()}
+    about = {"case": (_TINY if tiny else _CASE) | {"plan": plan}, "gpu": gpu()}
     rows: list[Row] = []
     if output is not None and output.exists():
         kept = json.loads(output.read_text())["rows"]
         rows = [row for row in kept if about.items() <= row.items()]
     known = {one["options"] for one in rows} - {_BASE}
-    command = _command(option, output, tiny)
+    command = _command(option, plan, output, tiny)
     for options in _turns([one for one in option if one not in known]):
         rows.append(about | _row(options, about["case"]))
         _write(output, command, rows)
@@ -119,9 +121,10 @@ def _line(row: Row) -> str:
     return f"{1e3 * row['seconds']:7.1f} ms {row['peak_bytes'] / 2**30:6.2f} GiB  {name}"
 
 
-def _command(option: Sequence[str], output: Path | None, tiny: bool) -> str:
+def _command(option: Sequence[str], plan: str, output: Path | None, tiny: bool) -> str:
     """Returns the command line that asks for the same."""
     flags = [] if tuple(option) == OPTIONS else [f"--option={shlex.quote(one)}" for one in option]
+    flags += [] if plan == KEPT else [f"--plan={plan}"]
     flags += ["--tiny"] * tiny + ([] if output is None else [f"--output {output}"])
     return " ".join(["python -m benchmarks.xla_options", *flags])
 

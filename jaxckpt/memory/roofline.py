@@ -6,8 +6,8 @@
 The roofline model (Williams et al. 2009): a matrix product or attention kernel takes the time of
 its arithmetic or of its bytes, whichever is longer. All else takes the time of its bytes, after a
 model of XLA's fusion (`fusion.py`). Trips of loops are counted; of a cond, the slowest branch.
-Copies to and from the host are assumed to overlap with everything else, so they cost only what
-they take beyond it.
+Copies to and from the host overlap with everything else, so that they cost only what they take
+beyond it, or they do not, as the chip's `HostLink` says.
 
 Random bits and the collectives of `jax.shard_map` are counted (`slow_steps.py`); those of XLA's
 partitioner are in no jaxpr: `annotate` adds them from the compiled program (`collectives.py`). What
@@ -23,6 +23,7 @@ from jaxckpt.memory.chips import Chip
 from jaxckpt.memory.flat import Flat, Step, bodies, flatten
 from jaxckpt.memory.flops import attention_shape, step_flops, trips
 from jaxckpt.memory.fusion import traffic
+from jaxckpt.memory.host_link import HostLink
 
 # What kernels reach of a chip's rates. Bytes are those of fused elementwise kernels.
 MATMUL_EFFICIENCY = 0.95
@@ -41,6 +42,7 @@ class Rates:
       flops_per_second: Of matrix products in the step's dtype.
       bytes_per_second: Of device memory.
       host_bytes_per_second: Of the link to host memory, one direction.
+      host_overlaps: Whether copies over it run beside the computation.
 
     Raises:
       ValueError: A rate that is not above 0.
@@ -49,16 +51,31 @@ class Rates:
     flops_per_second: float
     bytes_per_second: float
     host_bytes_per_second: float = 50e9
+    host_overlaps: bool = True
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+        for name, value in self._rates.items():
             if not value > 0:
-                raise ValueError(f"{field.name} is {value}; a rate is above 0")
+                raise ValueError(f"{name} is {value}; a rate is above 0")
+
+    @property
+    def _rates(self) -> dict[str, float]:
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name != "host_overlaps"}
+
+    @property
+    def host_link(self) -> HostLink:
+        """The link to host memory."""
+        return HostLink(bytes_per_second=self.host_bytes_per_second, overlaps=self.host_overlaps)
 
     @classmethod
     def of_data_sheet(
-        cls, *, flops_per_second: float, bytes_per_second: float, host_bytes_per_second: float
+        cls,
+        *,
+        flops_per_second: float,
+        bytes_per_second: float,
+        host_bytes_per_second: float,
+        host_overlaps: bool = True,
     ) -> "Rates":
         """Returns what a chip reaches of the rates that it is sold with.
 
@@ -68,6 +85,7 @@ class Rates:
             flops_per_second=0.8 * flops_per_second,
             bytes_per_second=0.9 * bytes_per_second,
             host_bytes_per_second=0.9 * host_bytes_per_second,
+            host_overlaps=host_overlaps,
         )
 
     @classmethod
@@ -77,12 +95,13 @@ class Rates:
             flops_per_second=chip.bf16_flops_per_second,
             bytes_per_second=chip.memory_bytes_per_second,
             host_bytes_per_second=chip.host_bytes_per_second,
+            host_overlaps=chip.backend != "cuda",
         )
 
     def times(self, num_devices: int) -> "Rates":
         """Returns the rates of several devices that share a step's work evenly."""
-        scaled = {name: num_devices * rate for name, rate in dataclasses.asdict(self).items()}
-        return Rates(**scaled)
+        scaled = {name: num_devices * rate for name, rate in self._rates.items()}
+        return dataclasses.replace(self, **scaled)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,10 +109,10 @@ class Estimate:
     """What one call costs.
 
     Attributes:
-      seconds: All of it: matmul and memory one after another, or the host link where longer.
+      seconds: All of it: matmul and memory one after another, and the host link beside or after.
       matmul_seconds: Matrix products and attention kernels.
       memory_seconds: All other work on the device, bound by its bytes.
-      host_seconds: Copies to and from host memory, which overlap with the rest.
+      host_seconds: Copies to and from host memory.
       flops: Of matrix products and attention kernels.
       bytes_moved: To and from device memory, by everything.
     """
@@ -125,7 +144,7 @@ class _Cost:
 
     def seconds(self, rates: Rates) -> float:
         device = self.matmul_seconds + self.memory_seconds(rates)
-        return max(device, self.host_bytes / rates.host_bytes_per_second)
+        return rates.host_link.seconds(device, self.host_bytes)
 
     def memory_seconds(self, rates: Rates) -> float:
         return self.memory_bytes / (rates.bytes_per_second * BYTES_EFFICIENCY)

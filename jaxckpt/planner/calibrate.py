@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxckpt.memory import cache
 from jaxckpt.memory.roofline import Rates
-from jaxckpt.planner.costs import Forward, Kind, overlapped
+from jaxckpt.planner.costs import Forward, Kind, with_copies
 from jaxckpt.planner.stacks import Stack
 from jaxckpt.planner.steps import program_text
 from jaxckpt.transforms.recording import Moving, differentiate
@@ -66,7 +66,7 @@ class Calibration:
         backward = self.backward_seconds + again * (device - none.seconds)
         seconds = self.forward_seconds + backward
         if kind.host_bytes:
-            seconds = overlapped(self.forward_seconds, backward, kind.host_bytes, rates)
+            seconds = with_copies(self.forward_seconds, backward, kind.host_bytes, rates)
         return dataclasses.replace(kind, seconds=seconds)
 
 

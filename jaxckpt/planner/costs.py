@@ -95,7 +95,7 @@ def kind_cost(stacks: Sequence[Stack], stage: Stage, rates: Rates, residual_byte
     device_seconds = seconds if host else 0.0
     if host:
         forward = forward_cost(stacks, rates).seconds
-        seconds = overlapped(forward, seconds - forward, host, rates)
+        seconds = with_copies(forward, seconds - forward, host, rates)
     return Kind(
         schedule=stage.schedule,
         policies=stage.policies,
@@ -109,10 +109,10 @@ def kind_cost(stacks: Sequence[Stack], stage: Stage, rates: Rates, residual_byte
     )
 
 
-def overlapped(
+def with_copies(
     forward_seconds: float, backward_seconds: float, moved_bytes: float, rates: Rates
 ) -> float:
-    """Returns what two passes take that move bytes to the host and back beside their computation.
+    """Returns what two passes take that move bytes to the host and back.
 
     Args:
       forward_seconds: While bytes go out.
@@ -120,8 +120,8 @@ def overlapped(
       moved_bytes: In each direction.
       rates: The chip's.
     """
-    link = moved_bytes / rates.host_bytes_per_second
-    return max(forward_seconds, link) + max(backward_seconds, link)
+    passes = (forward_seconds, backward_seconds)
+    return sum(rates.host_link.seconds(work, moved_bytes) for work in passes)
 
 
 def _run(stack: Stack, stage: Stage, carry, params, consts, unroll: int = 1):

@@ -15,6 +15,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 
+from jaxckpt.memory.host_link import HostLink
 from jaxckpt.planner.costs import Forward, Kind
 from jaxckpt.planner.pieces import Piece, run_of, schedules
 from jaxckpt.plans import Plan, Stage
@@ -75,7 +76,7 @@ def draft(pieces: Sequence[Piece]) -> Draft:
 
 
 def drafts(
-    kinds: Sequence[Kind], forward: Forward, num_blocks: int, link: float | None = None
+    kinds: Sequence[Kind], forward: Forward, num_blocks: int, link: HostLink | None = None
 ) -> Iterator[Draft]:
     """Yields every plan over some kinds.
 

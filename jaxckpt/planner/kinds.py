@@ -67,7 +67,7 @@ def _moving(
         forward_seconds=forward,
         backward_seconds=max(none.seconds - forward, 0.0),
         carry_bytes=sum(stack.carry_bytes for stack in stacks),
-        link_bytes_per_second=rates.host_bytes_per_second,
+        link=rates.host_link,
     )
     for stack, graph in zip(stacks, graphs, strict=True):
         for most in (math.inf, host_bytes / stack.num_blocks):

@@ -1,8 +1,8 @@
 """Inside a block: which values to keep, which to move to the host and back, by an exact program.
 
 It is the program of `frontier.py` with one more choice for each value that a plan can name, and for
-the block's input: to move it. The link to the host runs beside the computation, out in the forward
-pass and back in the backward pass, so each pass takes the longer of the two:
+the block's input: to move it, out in the forward pass and back in the backward pass. Where the link
+to the host runs beside the computation, each pass takes the longer of the two:
 
     minimize    forward + backward
     subject to  forward  >= F,  forward  >= moved bytes / link,  backward >= moved bytes / link
@@ -14,6 +14,8 @@ pass and back in the backward pass, so each pass takes the longer of the two:
                 kept bytes, the block's input where it stays among them, <= M
                 moved bytes <= H
 
+Where it does not, `moved bytes / link` is added to both passes instead.
+
 What is found are proposals, as in `frontier.py`. An attention kernel's arrays have no name of
 their own, so they are kept or made again.
 """
@@ -24,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxckpt.memory.host_link import HostLink
 from jaxckpt.planner.frontier import Graph, Program
 from jaxckpt.plans import Policy, words
 
@@ -40,13 +43,13 @@ class Passes:
       forward_seconds: The forward pass.
       backward_seconds: The backward pass alone, with nothing to run again.
       carry_bytes: The block's input.
-      link_bytes_per_second: The link to the host, one direction.
+      link: To the host.
     """
 
     forward_seconds: float
     backward_seconds: float
     carry_bytes: float
-    link_bytes_per_second: float
+    link: HostLink
 
 
 def proposals(graph: Graph, passes: Passes, most_bytes: float) -> Iterator[tuple[Policy, ...]]:
@@ -124,7 +127,8 @@ class _Program:
         passes, second = self.passes, self._unit_seconds
         steps, units, moved = len(self.graph.steps), len(self.sizes), len(self.moved_sizes)
         mib = 2**20
-        link = self.moved_sizes / passes.link_bytes_per_second / second
+        link = self.moved_sizes / passes.link.bytes_per_second / second
+        after = -link * (not passes.link.overlaps)
         rerun = np.array(self.graph.seconds) / second
         keeping = np.array([unit.seconds for unit in self.graph.units]) / second
         moving = np.array([*keeping[self.moving], 0.0])
@@ -134,11 +138,11 @@ class _Program:
         kept_bytes[0, steps + units + moved - 1] = -passes.carry_bytes / mib
         found = [
             LinearConstraint(
-                row(none(steps), none(units), none(moved), [1.0, 0.0]),
+                row(none(steps), none(units), after, [1.0, 0.0]),
                 lb=passes.forward_seconds / second,
             ),
             LinearConstraint(
-                row(-rerun, -keeping, -moving, [0.0, 1.0]),
+                row(-rerun, -keeping, after - moving, [0.0, 1.0]),
                 lb=passes.backward_seconds / second,
             ),
             LinearConstraint(row(none(steps), none(units), -link, [1.0, 0.0]), lb=0),

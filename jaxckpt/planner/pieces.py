@@ -9,6 +9,7 @@ adds.
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+from jaxckpt.memory.host_link import HostLink
 from jaxckpt.planner.costs import Forward, Kind
 from jaxckpt.plans import Policy, Stage, words
 from jaxckpt.plans.binomial import binomial_extra_forwards
@@ -60,7 +61,7 @@ def run_of(kind: Kind, count: int) -> Piece:
 
 
 def schedules(
-    kinds: Sequence[Kind], forward: Forward, count: int, link: float | None = None
+    kinds: Sequence[Kind], forward: Forward, count: int, link: HostLink | None = None
 ) -> Iterator[Piece]:
     """Yields the executor's stages of `count` blocks.
 
@@ -68,8 +69,7 @@ def schedules(
       kinds: `none` and `full` among them.
       forward: The cost of one more forward run of a block.
       count: Blocks of the stage.
-      link: Bytes a second that a device sends to the host, or gets from it; None where nothing may
-        be there.
+      link: Of a device to the host; None where nothing may be there.
     """
     none = next(kind for kind in kinds if kind.schedule == "none")
     full = next(kind for kind in kinds if kind.schedule == "full" and not kind.policies)
@@ -130,7 +130,7 @@ class _Scheduled:
             kind=kind,
         )
 
-    def on_host(self, piece: Piece, *, stored: int, loaded: int, link: float) -> Piece:
+    def on_host(self, piece: Piece, *, stored: int, loaded: int, link: HostLink) -> Piece:
         """Returns a schedule with its carries on the host.
 
         Args:
@@ -138,7 +138,7 @@ class _Scheduled:
           stored: Carries that it keeps, all of which go out in the forward pass.
           loaded: Carries that come back in the backward pass. Those that go out again then are
             fewer, and go the other way.
-          link: Bytes a second.
+          link: Of a device to the host.
         """
         forward = self.count * self.forward.seconds
         passes = (forward, stored), (piece.seconds - forward, loaded)
@@ -148,7 +148,7 @@ class _Scheduled:
             kept_bytes=piece.kept_bytes - stored * self.carry_bytes,
             host_bytes=stored * self.carry_bytes,
             live_bytes=piece.live_bytes + _IN_FLIGHT * self.carry_bytes,
-            seconds=sum(max(work, moved * self.carry_bytes / link) for work, moved in passes),
+            seconds=sum(link.seconds(work, moved * self.carry_bytes) for work, moved in passes),
         )
 
     def _piece(self, stage: Stage, *, kept_bytes, live_bytes, forwards: int, kind: Kind) -> Piece:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from jaxckpt.memory.flops import count_flops
+from jaxckpt.memory.host_link import HostLink
 from jaxckpt.memory.report import MemoryReport
 from jaxckpt.memory.roofline import Rates, estimate
 from jaxckpt.memory.units import gib
@@ -28,6 +29,7 @@ from jaxckpt.planner.stacks import given_stack
 from jaxckpt.planner.steps import Steps
 from jaxckpt.plans import Plan, PlanError, Stage
 
+_NO_LIMIT = HostLink(bytes_per_second=math.inf)
 _NONE, _FULL = Plan.parse("none"), Plan.parse("full")
 _LEAST_FOR_STAGES = 4  # blocks; fewer are hardly ever worth two stages
 _SHOWN_SHARE = 0.01  # of all arguments; smaller ones are not named one by one
@@ -48,7 +50,7 @@ class Problem:
       flops: Of the same.
       runs: How often a step runs its stacks: once for each part of an accumulated batch.
       host_bytes: What a plan may have on the host.
-      link_bytes_per_second: Of a device's link to the host, one direction.
+      link: Of a device to the host.
     """
 
     steps: Steps
@@ -61,7 +63,7 @@ class Problem:
     flops: int
     runs: int = 1
     host_bytes: int = 0
-    link_bytes_per_second: float = math.inf
+    link: HostLink = _NO_LIMIT
 
     @classmethod
     def of(
@@ -122,8 +124,11 @@ class Problem:
             runs=runs,
             host_bytes=host_bytes,
             # What was timed is one device's link, what is known of chips is that of all together.
-            link_bytes_per_second=rates.host_bytes_per_second
-            / (steps.num_devices if clock is None else 1),
+            link=dataclasses.replace(
+                rates.host_link,
+                bytes_per_second=rates.host_bytes_per_second
+                / (steps.num_devices if clock is None else 1),
+            ),
         )
 
     def peak(self, plan: Plan) -> int:
@@ -145,7 +150,7 @@ class Problem:
         return min(self.steps.compiled.items(), key=lambda item: item[1].peak_bytes)
 
     def _drafts(self) -> Iterator[Draft]:
-        link = self.link_bytes_per_second if self.host_bytes else None
+        link = self.link if self.host_bytes else None
         found = drafts(self.kinds, self.forward, self.num_blocks, link)
         return (one for one in found if one.host_bytes <= self.host_bytes)
 

@@ -1,5 +1,6 @@
 """The roofline estimate: bytes of fused groups counted by hand, loops, the host, plans in order."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 import jaxckpt
 from jaxckpt.memory import roofline
+from jaxckpt.memory.chips import CHIPS
 from jaxckpt.memory.flat import flatten
 from jaxckpt.memory.flops import count_flops
 from jaxckpt.memory.fusion import traffic
@@ -132,7 +134,7 @@ def test_loops_count_their_trips_and_conds_their_slowest_branch():
     assert found.seconds == pytest.approx(once.seconds, rel=1e-3)
 
 
-def test_the_host_link_overlaps():
+def test_the_host_link_beside_the_computation_or_after_it():
     def stack(x, w):
         block = lambda x, w: jnp.sin(jaxckpt.tag(x @ w, "h"))
         return jaxckpt.scan_blocks(block, w, x, remat="offload:h").sum()
@@ -146,6 +148,8 @@ def test_the_host_link_overlaps():
     assert fast.host_seconds == pytest.approx(2 * 4 * MIB / 1e15), "there and back, each block"
     assert fast.seconds == fast.matmul_seconds + fast.memory_seconds
     assert slow.seconds == slow.host_seconds == pytest.approx(2 * 4 * MIB / 1e8)
+    after = estimate(jaxpr, dataclasses.replace(rates(1e8), host_overlaps=False))
+    assert after.seconds == pytest.approx(slow.host_seconds + fast.seconds)
     plain = jax.make_jaxpr(jax.grad(lambda x, w: jnp.sin(x @ w[0]).sum()))(X, w)
     assert estimate(plain, rates(1e8)).host_seconds == 0
 
@@ -285,5 +289,8 @@ def test_rates():
     )
     assert sold.flops_per_second == pytest.approx(790e12, rel=0.01)
     assert sold.bytes_per_second == pytest.approx(4.3e12, rel=0.01)
+    # As timed: a GPU waits for its copies.
+    assert not Rates.of_chip(CHIPS["h100"]).times(8).host_overlaps
+    assert Rates.of_chip(CHIPS["v5e"]).host_overlaps
     with pytest.raises(ValueError, match=r"bytes_per_second is 0; a rate is above 0"):
         Rates(flops_per_second=1.0, bytes_per_second=0)

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
+from jaxckpt.memory.host_link import HostLink
 from jaxckpt.memory.roofline import Rates
 from jaxckpt.memory.targets import LOCAL
 from jaxckpt.planner import fit as fit_module
-from jaxckpt.planner.costs import kind_cost, overlapped
+from jaxckpt.planner.costs import kind_cost, with_copies
 from jaxckpt.planner.frontier import Graph
 from jaxckpt.planner.kinds import find_kinds
 from jaxckpt.planner.offload_check import Verdict
@@ -37,16 +38,16 @@ def few_units() -> Graph:
 FORWARD, BACKWARD, CARRY = 4e-6, 8e-6, 2048.0
 
 
-def passes(link: float) -> Passes:
+def passes(link: HostLink) -> Passes:
     return Passes(
         forward_seconds=FORWARD,
         backward_seconds=BACKWARD,
         carry_bytes=CARRY,
-        link_bytes_per_second=link,
+        link=link,
     )
 
 
-def every_choice(found: Graph, link: float):
+def every_choice(found: Graph, link: HostLink):
     """Yields `(device bytes, host bytes, seconds)` of every way to keep, move or make again."""
     may_move = [unit.policy.kind == "names" for unit in found.units]
     sizes = [unit.nbytes for unit in found.units]
@@ -56,11 +57,11 @@ def every_choice(found: Graph, link: float):
         moved = sum(s for s, c in zip(sizes, chosen, strict=True) if c == "moved")
         again = seconds_of(found, tuple(c != "again" for c in chosen))
         kept, moved = kept + CARRY * (carry == "kept"), moved + CARRY * (carry == "moved")
-        seconds = max(FORWARD, moved / link) + max(BACKWARD + again, moved / link)
+        seconds = link.seconds(FORWARD, moved) + link.seconds(BACKWARD + again, moved)
         yield kept, moved, seconds
 
 
-def figures(found: Graph, policies, link: float) -> tuple[float, float, float]:
+def figures(found: Graph, policies, link: HostLink) -> tuple[float, float, float]:
     """Returns the same of proposed policies."""
     moved_names = {name for p in policies if p.kind == "offload" for name in p.names}
     is_moved = [bool(moved_names.intersection(unit.policy.names)) for unit in found.units]
@@ -69,16 +70,17 @@ def figures(found: Graph, policies, link: float) -> tuple[float, float, float]:
     again = seconds_of(found, tuple(map(max, is_kept, is_moved)))
     kept = size(is_kept) + CARRY * ("carry" not in moved_names)
     moved = size(is_moved) + CARRY * ("carry" in moved_names)
-    return kept, moved, max(FORWARD, moved / link) + max(BACKWARD + again, moved / link)
+    return kept, moved, link.seconds(FORWARD, moved) + link.seconds(BACKWARD + again, moved)
 
 
-@pytest.mark.parametrize("link", [1e9, 3e8, 1e7])
+@pytest.mark.parametrize("overlaps", [True, False])
+@pytest.mark.parametrize("rate", [1e9, 3e8, 1e7])
 @pytest.mark.parametrize("most", [math.inf, 4500.0])
-def test_proposals_are_optimal(link, most):
-    found = few_units()
+def test_proposals_are_optimal(rate, most, overlaps):
+    found, link = few_units(), HostLink(bytes_per_second=rate, overlaps=overlaps)
     every = [choice for choice in every_choice(found, link) if choice[1] <= most]
     proposed = list(proposals(found, passes(link), most))
-    assert proposed or link < 1e9, "a link that is slow enough is not worth its use"
+    assert proposed or rate < 1e9, "a link that is slow enough is not worth its use"
     for policies in proposed:
         kept, moved, seconds = figures(found, policies, link)
         assert 0 < moved <= most
@@ -88,15 +90,18 @@ def test_proposals_are_optimal(link, most):
 
 def test_an_input_that_can_neither_stay_nor_go():
     found = few_units()
-    proposed = list(proposals(found, passes(1e9), 100.0))
-    assert all(figures(found, p, 1e9)[0] >= CARRY for p in proposed)
+    link = HostLink(bytes_per_second=1e9)
+    proposed = list(proposals(found, passes(link), 100.0))
+    assert all(figures(found, p, link)[0] >= CARRY for p in proposed)
 
 
 def test_a_pass_takes_the_longer_of_work_and_link():
     rates = Rates(flops_per_second=1.0, bytes_per_second=1.0, host_bytes_per_second=10.0)
-    assert overlapped(2.0, 5.0, 10.0, rates) == 2.0 + 5.0
-    assert overlapped(2.0, 5.0, 30.0, rates) == 3.0 + 5.0
-    assert overlapped(2.0, 5.0, 80.0, rates) == 8.0 + 8.0
+    assert with_copies(2.0, 5.0, 10.0, rates) == 2.0 + 5.0
+    assert with_copies(2.0, 5.0, 30.0, rates) == 3.0 + 5.0
+    assert with_copies(2.0, 5.0, 80.0, rates) == 8.0 + 8.0
+    waiting = dataclasses.replace(rates, host_overlaps=False)
+    assert with_copies(2.0, 5.0, 30.0, waiting) == 2.0 + 3.0 + 5.0 + 3.0
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from jaxckpt.memory.host_link import HostLink
 from jaxckpt.planner.costs import Forward, Kind
 from jaxckpt.planner.drafts import draft, drafts, hull
 from jaxckpt.planner.pieces import run_of
@@ -91,11 +92,17 @@ def test_schedules_count_what_they_run():
 
 
 @pytest.mark.parametrize(
-    ("link", "binomial_seconds", "uniform_seconds"),
+    ("rate", "overlaps", "binomial_seconds", "uniform_seconds"),
     # 8 s forward, and backward 28 s and 20 s; 4 or 2 bytes go out, 8 or 2 come back.
-    [(1.0, 8 + 28, 8 + 20), (0.25, 16 + 32, 8 + 20), (0.125, 32 + 64, 16 + 20)],
+    [
+        (1.0, True, 8 + 28, 8 + 20),
+        (0.25, True, 16 + 32, 8 + 20),
+        (0.125, True, 32 + 64, 16 + 20),
+        (1.0, False, 8 + 4 + 28 + 8, 8 + 2 + 20 + 2),
+    ],
 )
-def test_schedules_whose_carries_are_on_the_host(link, binomial_seconds, uniform_seconds):
+def test_schedules_whose_carries_are_on_the_host(rate, overlaps, binomial_seconds, uniform_seconds):
+    link = HostLink(bytes_per_second=rate, overlaps=overlaps)
     by_text = {str(one.plan): one for one in drafts(kinds_of(9, 3.2), FORWARD, 8, link)}
     moved = by_text["binomial:3+offload:carry"]
     assert moved.seconds == binomial_seconds
@@ -108,9 +115,12 @@ def test_schedules_whose_carries_are_on_the_host(link, binomial_seconds, uniform
     assert by_text["uniform:2+dots+offload:carry"].kept_bytes == 4 * 9
 
 
+LINK = HostLink(bytes_per_second=1.0)
+
+
 def test_without_a_link_no_schedule_moves():
     kinds = kinds_of(9, 3.2)
     texts = [str(one.plan) for one in drafts(kinds, FORWARD, 7)]
-    with_link = [str(one.plan) for one in drafts(kinds, FORWARD, 7, 1.0)]
+    with_link = [str(one.plan) for one in drafts(kinds, FORWARD, 7, LINK)]
     assert texts == [text for text in with_link if "offload" not in text]
     assert {"sqrt+offload:carry", "4xlog+offload:carry/3xfull"} <= set(with_link)
