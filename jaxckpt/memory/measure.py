@@ -25,6 +25,8 @@ from jaxckpt.memory.report import MemoryReport
 from jaxckpt.memory.roofline import Rates
 from jaxckpt.memory.targets import Target, parse_target
 
+_EXECUTABLES = "jax_compilation_cache_dir"  # an attribute that JAX's types do not have
+
 
 def measure(
     fn: Callable,
@@ -135,7 +137,7 @@ def _with_buffers(report: MemoryReport, lowered, options) -> MemoryReport:
 
     What is not compiled dumps nothing, so the first report of a program is kept for the others.
     """
-    if not jax.config.jax_compilation_cache_dir:
+    if not getattr(jax.config, _EXECUTABLES):
         return report
     device = jax.devices()[0].device_kind
     program = hashlib.sha256(lowered.as_text().encode()).hexdigest()

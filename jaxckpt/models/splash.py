@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.tree_util import Partial
 
 from jaxckpt.models.auto import splash_block
@@ -46,7 +47,7 @@ def _forward_rule(q_BHSN, k_BKSN, v_BKSN, segment_ids_BS):
 
     # The mask's tables are no residuals: as one they would cross `shard_map` as an array of a mesh,
     # and nobody could tell any more which blocks of the backward kernel's grid are skipped.
-    places = [at for at, leaf in enumerate(leaves) if isinstance(leaf, jax.core.Tracer)]
+    places = [at for at, leaf in enumerate(leaves) if isinstance(leaf, Tracer)]
 
     def rebuild(*traced):
         filled = dict(enumerate(leaves)) | dict(zip(places, traced, strict=True))
