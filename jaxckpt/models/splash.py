@@ -47,13 +47,14 @@ def _forward_rule(q_BHSN, k_BKSN, v_BKSN, segment_ids_BS):
 
     # The mask's tables are no residuals: as one they would cross `shard_map` as an array of a mesh,
     # and nobody could tell any more which blocks of the backward kernel's grid are skipped.
-    places = [at for at, leaf in enumerate(leaves) if isinstance(leaf, Tracer)]
+    constants = [None if isinstance(leaf, Tracer) else leaf for leaf in leaves]
+    traced = [tagged(leaf) for leaf in leaves if isinstance(leaf, Tracer)]
 
     def rebuild(*traced):
-        filled = dict(enumerate(leaves)) | dict(zip(places, traced, strict=True))
-        return tree.unflatten(filled.values())
+        rest = iter(traced)
+        return tree.unflatten([next(rest) if one is None else one for one in constants])
 
-    return tagged_BHSN, Partial(rebuild, *(tagged(leaves[at]) for at in places))
+    return tagged_BHSN, Partial(rebuild, *traced)
 
 
 def _backward_rule(residuals, grad_BHSN):
