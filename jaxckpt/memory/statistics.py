@@ -107,11 +107,12 @@ def refused(
     flops: int | None,
     usable_bytes: int,
     compile_seconds: float,
+    num_devices: int,
 ) -> MemoryReport:
     """Returns the report of a program that libtpu refused for want of memory.
 
     Its exact figures are in the buffer assignment that libtpu dumps before it refuses; without
-    one, the refusal's own figure is all there is.
+    one, the refusal's own figure is all there is. What it would send is not known.
     """
     totals = read_totals(dump)
     sizes = totals or Totals(
@@ -136,6 +137,7 @@ def refused(
         usable_bytes=usable_bytes,
         buffers=read_buffers(dump),
         compile_seconds=compile_seconds,
+        num_devices=num_devices,
     )
 
 

@@ -167,7 +167,9 @@ def compile_for(
             found = oom.parse(str(error)) if target.backend == "tpu" else None
             if found is None:
                 raise
-            return statistics.refused(found, compile_seconds=seconds(), **shared)
+            return statistics.refused(
+                found, compile_seconds=seconds(), num_devices=target.num_devices, **shared
+            )
         return statistics.report_of(
             compiled,
             backend=target.backend,

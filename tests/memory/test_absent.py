@@ -129,6 +129,17 @@ def test_what_does_not_fit_still_has_a_peak():
 
 
 @needs_tpu
+def test_what_does_not_fit_on_several_devices_is_of_one_of_them():
+    mesh = AbstractMesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    x = jax.ShapeDtypeStruct((1 << 21, 8192), jnp.float32, sharding=rows)
+    report = jaxckpt.measure(lambda x: jnp.tanh(x), x, target="v5e-4")
+    assert report.fits is False and "refused" in report.source
+    assert report.num_devices == 4
+    assert report.argument_bytes == 4 * 8192 * (1 << 21) // 4
+
+
+@needs_tpu
 def test_shardings_travel():
     mesh = AbstractMesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     both = NamedSharding(mesh, PartitionSpec("data", "model"))

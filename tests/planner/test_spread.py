@@ -37,6 +37,15 @@ def test_a_block_run_again_sends_again():
     assert (none.kept_bytes, full.kept_bytes) == (GIB, GIB / 8)
 
 
+def test_a_step_that_does_not_fit_does_not_tell_what_it_sends():
+    full = report(10.0, collective_seconds=5.0, num_devices=8)
+    found = Spread.of(kinds(), full, report(20.0, num_devices=8), num_blocks=10, runs=2)
+    assert (found.sent_seconds, found.again_seconds, found.num_devices) == (5.0, 0.0, 8)
+    neither = [report(size, num_devices=8) for size in (10.0, 20.0)]
+    found = Spread.of(kinds(), *neither, num_blocks=10, runs=2)
+    assert (found.sent_seconds, found.again_seconds, found.num_devices) == (0.0, 0.0, 8)
+
+
 def test_one_device_is_left_alone():
     found = Spread.of(kinds(), report(1.0), report(2.0), num_blocks=10, runs=1)
     assert found == Spread()
