@@ -59,7 +59,8 @@ class Spread:
         ratio = (traced[0] - traced[1]) / max(none.peak_bytes - full.peak_bytes, 1)
         sizes = [n for n in range(1, full.num_devices + 1) if full.num_devices % n == 0]
         parts = min(sizes, key=lambda n: abs(math.log(max(ratio, 1e-9) / n)))
-        # A step that was refused for its size does not tell: it is taken to send what the other does.
+        # A step that was refused for its size does not tell: it is taken to send what the other
+        # does, and nothing where neither tells.
         told = [report.collective_seconds for report in (none, full)]
         sent = [one if one is not None else next(filter(None, told), 0.0) for one in told]
         return cls(
