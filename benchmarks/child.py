@@ -18,7 +18,7 @@ def values_of(module: str, *asked: Any, environment: Mapping[str, str], name: st
       name: What the process is about, for an error.
 
     Raises:
-      RuntimeError: The process failed; with the last line that it wrote.
+      RuntimeError: The process failed; with the last line that it wrote about it.
     """
     command = [sys.executable, "-m", f"benchmarks.{module}", *map(json.dumps, asked)]
     # The compilers write banners that mean nothing to file descriptor 2.
@@ -33,5 +33,10 @@ def values_of(module: str, *asked: Any, environment: Mapping[str, str], name: st
                 raise
         if process.returncode:
             log.seek(0)
-            lines = log.read().strip().splitlines() or [f"exit code {process.returncode}"]
-            raise RuntimeError(f"{name}: {lines[-1]}")
+            lines = [line for line in log.read().splitlines() if _says_something(line)]
+            raise RuntimeError(f"{name}: {(lines or [f'exit code {process.returncode}'])[-1]}")
+
+
+def _says_something(line: str) -> bool:
+    """Whether a line is no rule, and not what JAX adds below an error's own text."""
+    return bool(line.strip(" -")) and not line.startswith("For simplicity, JAX has removed")

@@ -46,7 +46,8 @@ def answers() -> str:
             "-" if row["fixed_plan"] is None else f"`{row['fixed_plan']}`",
             _tera(row["fixed_recomputed_flops"]),
         )
-        for row in load("planner_absent.json")["rows"]
+        for name in ("planner_absent.json", "planner_h100.json")
+        for row in load(name)["rows"]
     ]
     return markdown((*header, "cheapest fixed plan", "its FLOPs run again"), rows)
 

@@ -221,6 +221,13 @@ def test_a_program_that_fails_takes_no_more_turns():
     assert list(Turns([good], lambda: 0, None).rounds(9, steps=1, until=0.0)) == [1, 2, 3]
 
 
+def test_what_jax_adds_below_an_error_is_not_the_error():
+    from benchmarks.child import _says_something
+
+    log = "Traceback\nValueError: 3\n------\nFor simplicity, JAX has removed its internal frames"
+    assert [*filter(_says_something, log.splitlines())][-1] == "ValueError: 3"
+
+
 def test_a_process_that_fails_says_its_last_line():
     from benchmarks.child import values_of
 

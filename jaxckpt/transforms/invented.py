@@ -7,8 +7,9 @@ and the forward rule of a `jax.custom_vjp`. The same block has the same names in
 user's tags. No tag of a user can be one of these, since tags have no `@`.
 
 Values without a name: views (a reshape, a transpose), random keys, what the user has tagged, what
-an attention kernel keeps (the policy `attention` means all of it), and what only the derivative
-rule of a primitive or of a `jax.custom_jvp` makes. Names follow the jaxpr: another release of JAX
+an attention kernel keeps (the policy `attention` means all of it), what only the derivative rule
+of a primitive or of a `jax.custom_jvp` makes, and casts of the block's parameters: some stacks make
+them before the block and some in it, and its names must not depend on that. Names follow the jaxpr: another release of JAX
 may count otherwise.
 """
 
@@ -55,7 +56,7 @@ def named(block: Callable, wants: Callable[[str], bool], *, opens_remat: bool = 
     """Returns a block that does the same, with a tag on the values whose invented names are wanted.
 
     Args:
-      block: A function of pytrees of arrays.
+      block: `block(carry, params_i, *consts)`, or a function of the carry alone.
       wants: Told a name such as `"@dot.2"`, returns whether its values get a tag.
       opens_remat: Takes out any `jax.checkpoint` inside the block, for who wants to know what the
         block would keep without it.
@@ -65,7 +66,9 @@ def named(block: Callable, wants: Callable[[str], bool], *, opens_remat: bool = 
         leaves, tree = jax.tree.flatten(args)
         flat = lambda *leaves: block(*jax.tree.unflatten(tree, leaves))
         closed, out = jax.make_jaxpr(flat, return_shape=True)(*leaves)
-        edited = _Namer(wants, opens_remat).closed(closed)
+        start, count = (len(jax.tree.leaves(args[n : n + 1])) for n in (0, 1))
+        params = frozenset(closed.jaxpr.invars[start : start + count])
+        edited = _Namer(wants, opens_remat, params).closed(closed)
         return jax.tree.unflatten(jax.tree.structure(out), core.jaxpr_as_fun(edited)(*leaves))
 
     return call
@@ -95,8 +98,9 @@ def offered(block: Callable, policies: Iterable[Policy], *args) -> tags.Tags:
 class _Namer:
     """Edits jaxprs, counting as it goes."""
 
-    def __init__(self, wants: Callable[[str], bool], opens_remat: bool):
+    def __init__(self, wants: Callable[[str], bool], opens_remat: bool, params: frozenset):
         self._wants = wants
+        self._params = params
         self._opens_remat = opens_remat
         self._counts = Counter()
         self._in_rule = False
@@ -152,6 +156,8 @@ class _Namer:
         """Returns an equation, and after it the tags of its outputs if its name is wanted."""
         primitive = equation.primitive.name
         if primitive in _VIEWS or not any(map(edits.is_var, equation.invars)):
+            return [equation]
+        if primitive == "convert_element_type" and self._params.intersection(equation.invars):
             return [equation]
         tag = self._next_tag(equation)
         outputs = [var for var in equation.outvars if _is_array(var) and var not in unnamed]

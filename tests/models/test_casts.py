@@ -110,3 +110,20 @@ def test_the_rotary_table_has_no_gradient():
     x, table = jnp.ones([1, 8, 2, 16]), rotary_table(8, 16, 1e4)
     of_x, of_table = jax.grad(lambda *args: rotate(*args).sum(), (0, 1))(x, table)
     assert np.abs(of_x).max() > 0 and not np.abs(of_table).any()
+
+
+def names_offered(plan: str) -> str:
+    """Returns the names that the block has under a plan that asks for one that it has not."""
+    config = steps.config(dtype="bf16", attention="plain")
+    model = Transformer(config, remat=plan, unroll=config.num_blocks)
+    tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+    params = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens)
+    with pytest.raises(jaxckpt.PlanError) as caught:
+        jax.eval_shape(model.apply, params, tokens)
+    return str(caught.value).partition("it has: ")[2]
+
+
+def test_a_name_means_the_same_value_whatever_the_other_stages_keep():
+    """Blocks cast their own rows if all are checkpointed, and get them cast if one is not."""
+    alone, mixed = names_offered("names:@none.1"), names_offered("1xnone/names:@none.1")
+    assert "@cast.2" in alone and alone == mixed
