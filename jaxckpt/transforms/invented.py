@@ -9,8 +9,8 @@ user's tags. No tag of a user can be one of these, since tags have no `@`.
 Values without a name: views (a reshape, a transpose), random keys, what the user has tagged, what
 an attention kernel keeps (the policy `attention` means all of it), what only the derivative rule
 of a primitive or of a `jax.custom_jvp` makes, and casts of the block's parameters: some stacks make
-them before the block and some in it, and its names must not depend on that. Names follow the jaxpr: another release of JAX
-may count otherwise.
+them before the block and some in it, and its names must not depend on that. Names follow the
+jaxpr: another release of JAX may count otherwise.
 """
 
 import re
