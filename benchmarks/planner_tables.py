@@ -46,8 +46,8 @@ def answers() -> str:
             "-" if row["fixed_plan"] is None else f"`{row['fixed_plan']}`",
             _tera(row["fixed_recomputed_flops"]),
         )
-        for name in ("planner_absent.json", "planner_h100.json")
-        for row in load(name)["rows"]
+        for name in ("absent", "h100", "h100_16k")
+        for row in load(f"planner_{name}.json")["rows"]
     ]
     return markdown((*header, "cheapest fixed plan", "its FLOPs run again"), rows)
 
