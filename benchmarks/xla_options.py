@@ -23,6 +23,7 @@ from benchmarks.child import values_of
 from benchmarks.record import write
 from benchmarks.step import KEPT, gpu
 from experiments.cli import fail
+from jaxckpt.plans import Plan, PlanError
 
 _ENVIRONMENT = dict(os.environ)
 _BASE = ""
@@ -65,6 +66,10 @@ def xla_options(
       output: JSON file to write, and to go on with.
       tiny: A small model, on any device, to try the script.
     """
+    try:
+        Plan.parse(plan)
+    except PlanError as error:
+        fail(error)
     about = {"case": (_TINY if tiny else _CASE) | {"plan": plan}, "gpu": gpu()}
     rows: list[Row] = []
     if output is not None and output.exists():

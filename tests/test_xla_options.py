@@ -70,3 +70,19 @@ def test_a_mistyped_flag_is_refused_in_one_line(capsys):
         benchmark.main(["--optoin", "--a=1"])
     assert ended.value.code == 2
     assert "--optoin" in capsys.readouterr().err
+
+
+def test_another_plan_is_recorded_and_a_mistyped_one_is_refused(monkeypatch, tmp_path, capsys):
+    asked, output = [], tmp_path / "options.json"
+    monkeypatch.setattr(benchmark, "values_of", timed({"": 0.1, "--a=1": 0.09}, asked))
+    with pytest.raises(SystemExit):
+        benchmark.xla_options(option=("--a=1",), plan="offload:q", output=output)
+    record = json.loads(output.read_text())
+    assert record["command"].endswith(f"--option=--a=1 --plan=offload:q --output {output}")
+    assert {row["case"]["plan"] for row in record["rows"]} == {"offload:q"}
+    asked.clear()
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main(["--plan=sqrtt"])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and asked == []
+    assert error.startswith("error: plan") and error.count("\n") == 1

@@ -21,6 +21,6 @@ class HostLink:
     overlaps: bool = True
 
     def seconds(self, work_seconds: float, moved_bytes: float) -> float:
-        """Returns what a computation takes that moves bytes over the link, in one direction."""
+        """Returns what a computation takes that moves bytes over the link, one after another."""
         copies = moved_bytes / self.bytes_per_second
         return max(work_seconds, copies) if self.overlaps else work_seconds + copies
