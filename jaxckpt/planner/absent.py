@@ -9,6 +9,7 @@ builds it for each plan (`worker.py`). The answer is kept on disk, and so is eve
 name that `measure_entry` gives it: a plan that either has compiled is not compiled again.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from jaxckpt.memory import cache, launch
@@ -21,7 +22,7 @@ from jaxckpt.planner.result import BudgetError, FitResult
 def fit_entry(
     entry: Entry,
     *,
-    num_blocks: int,
+    num_blocks: int | Mapping[str, int],
     target: str | Target,
     budget: str | int | float = "auto",
     host_budget: str | int | float = 0,
@@ -30,7 +31,7 @@ def fit_entry(
 
     Args:
       entry: A step without its plan: the function is called with `plan="sqrt"`, say, beside the
-        entry's arguments.
+        entry's arguments; for several stacks with texts by name, `plan={"encoder": "sqrt", ...}`.
       num_blocks: As for `jaxckpt.fit`.
       target: An absent chip.
       budget: As for `jaxckpt.fit`.
@@ -42,15 +43,12 @@ def fit_entry(
       Unavailable: The target's compiler is not installed.
       WorkerError: The entry or the compiler failed.
     """
-    if not isinstance(num_blocks, int):
-        raise ValueError(
-            f"an entry point is planned for one stack; num_blocks is a number, not {num_blocks!r}"
-        )
     check_asked(num_blocks)
     target = parse_target(target)
     if target.backend == "local":
         raise TargetError("target 'local' is this process's own backend: jaxckpt.fit takes it")
-    asked = {"num_blocks": num_blocks, "budget": budget_bytes(budget, target)}
+    count = dict(num_blocks) if isinstance(num_blocks, Mapping) else num_blocks
+    asked: dict[str, Any] = {"num_blocks": count, "budget": budget_bytes(budget, target)}
     asked["host_budget"] = host_bytes(host_budget)
     name = entry_key(entry, target, **asked)
     found = _answer(cache.load_json(name))

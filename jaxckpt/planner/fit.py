@@ -20,6 +20,7 @@ from typing import Any
 from jaxckpt.memory.targets import Target, parse_target
 from jaxckpt.planner.budgets import budget_bytes, check_asked, host_bytes
 from jaxckpt.planner.ladder import Rung
+from jaxckpt.planner.named_stacks import check_blocks
 from jaxckpt.planner.offload_check import verdict
 from jaxckpt.planner.problem import Problem
 from jaxckpt.planner.rates import chip_of, rates_of
@@ -27,6 +28,8 @@ from jaxckpt.planner.result import BudgetError, FitResult
 from jaxckpt.planner.search import search
 from jaxckpt.planner.several import SeveralProblem
 from jaxckpt.planner.steps import Steps
+from jaxckpt.plans import Plan
+from jaxckpt.plans.plan_set import PlanSet
 
 MOST_COMPILES = 6
 _CALIBRATED = "the roofline, calibrated by a block timed here"
@@ -40,7 +43,7 @@ def fit(
     budget: str | int | float = "auto",
     host_budget: str | int | float = 0,
     calibrate: bool = False,
-    block: Sequence | None = None,
+    block: Sequence | Mapping[str, Sequence] | None = None,
 ) -> FitResult:
     """Returns the fastest plan whose compiled peak is within a budget.
 
@@ -58,7 +61,8 @@ def fit(
       calibrate: Times a block on this process's device once, and plans with its seconds; for the
         target `local`.
       block: `(block, params_i, carry, *consts)`, as for `jaxckpt.explain`, for a step that runs
-        its blocks by other means than `scan_blocks` and jaxckpt's adapters.
+        its blocks by other means than `scan_blocks` and jaxckpt's adapters; of several stacks one
+        for each by name, in the order in which they run.
 
     Raises:
       BudgetError: No plan fits; it names the least budget that works, and its plan.
@@ -78,10 +82,7 @@ def fit(
     check_asked(num_blocks)
     target = parse_target(target)
     asked = {"budget": budget_bytes(budget, target), "host_budget": host_bytes(host_budget)}
-    if isinstance(num_blocks, Mapping):
-        one = {"block": block is not None, "host_budget": host_budget, "calibrate": calibrate}
-        for name in (name for name, given in one.items() if given):
-            raise ValueError(f"{name}= is one stack's; give num_blocks as a number")
+    check_blocks(block, num_blocks)
     if calibrate and target.backend != "local":
         raise ValueError(f"calibrate times the chip of this process; {target} is not it")
     return solve(
@@ -102,7 +103,7 @@ def solve(
     budget: int,
     host_budget: int = 0,
     calibrate: bool = False,
-    block: Sequence | None = None,
+    block: Sequence | Mapping[str, Sequence] | None = None,
 ) -> FitResult:
     """Returns what `fit` does, of steps that may be compiled elsewhere; budgets in bytes.
 
@@ -110,10 +111,9 @@ def solve(
       BudgetError: No plan fits.
       ValueError: The step ignores its plan, or runs stacks of another number of blocks.
     """
-    rates = rates_of(target).times(steps.num_devices)
-    if isinstance(num_blocks, Mapping):
-        problem = SeveralProblem.of(steps, num_blocks, rates)
-        return answer(problem, problem.ladder(), budget)
+    is_one = not isinstance(num_blocks, Mapping)
+    full = Plan.parse("full") if is_one else PlanSet(dict.fromkeys(num_blocks, "full"))
+    rates = rates_of(target).times(steps.num_devices(full))
     allowed = 0
     found: dict[str, Any] = {"clock": _CALIBRATED} if calibrate else {}
     if host_budget:
@@ -121,7 +121,8 @@ def solve(
         allowed = host_budget if offload.allowed else 0
         found |= {"host_budget_bytes": host_budget, "offload": offload.text}
     options = {"host_bytes": allowed, "timed": calibrate}
-    problem = Problem.of(steps, num_blocks, rates, block, **options)
+    kind: Any = Problem if is_one else SeveralProblem
+    problem = kind.of(steps, num_blocks, rates, block, **options)
     try:
         result = answer(problem, problem.ladder(), budget)
     except BudgetError as error:
@@ -155,6 +156,10 @@ def answer(problem: Problem | SeveralProblem, rungs: Sequence[Rung], budget: int
         MOST_COMPILES - len(steps.compiled),
         is_answered=min(anchors) <= budget,
     )
+    rungs = [
+        dataclasses.replace(rung, predicted_bytes=expected)
+        for rung, expected in zip(rungs, found.expected, strict=True)
+    ]
     if found.chosen is not None:
         return problem.result(rungs, found.chosen, budget)
     # A plan that was compiled to calibrate the model may fit where predictions were wrong.

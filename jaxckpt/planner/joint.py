@@ -8,8 +8,9 @@ later stacks are there:
     peak = max over stacks i of (kept of all j < i) + worst_i - (parameters of all j < i)
 
 beside an offset that has all gradients in it. Of each stack's plans only those count that no other
-beats in bytes kept, worst bytes, seconds and FLOPs at once; stacks are joined one by one and what
-is beaten is dropped, which loses no optimum. Above `MOST` such plans near equals are dropped too.
+beats in bytes kept, worst bytes, seconds, FLOPs and bytes on the host at once; stacks are joined
+one by one and what is beaten, or more than the host may hold, is dropped, which loses no optimum.
+Above `MOST` such plans near equals are dropped too.
 """
 
 import dataclasses
@@ -84,22 +85,27 @@ class Joint:
 
 
 def joints(
-    names: Sequence[str], drafts: Sequence[Sequence[Draft]], params_bytes: Sequence[float]
+    names: Sequence[str],
+    drafts: Sequence[Sequence[Draft]],
+    params_bytes: Sequence[float],
+    host_bytes: float = 0.0,
 ) -> list[Joint]:
     """Returns the joint plans that no other beats in peak, seconds and FLOPs.
 
     Args:
       names: Of the stacks, in the order in which they run.
-      drafts: Each stack's plans.
+      drafts: Each stack's plans, some of which move nothing.
       params_bytes: Of all blocks of each stack.
+      host_bytes: What all plans together may have on the host.
     """
-    # Columns: bytes before the next stack, worst bytes, seconds, FLOPs.
-    rows = np.array([[0.0, -np.inf, 0.0, 0.0]])
+    # Columns: bytes before the next stack, worst bytes, seconds, FLOPs, bytes on the host.
+    rows = np.array([[0.0, -np.inf, 0.0, 0.0, 0.0]])
     chosen: list[tuple[Draft, ...]] = [()]
     for own, params in zip(drafts, params_bytes, strict=True):
-        own, figures = _unbeaten(own)
+        own, figures = _unbeaten([one for one in own if one.host_bytes <= host_bytes])
         joined = _join(rows, figures, params)
-        kept = unbeaten(joined)
+        allowed = np.flatnonzero(joined[:, -1] <= host_bytes)
+        kept = [int(allowed[place]) for place in unbeaten(joined[allowed])]
         pairs = [divmod(place, len(own)) for place in kept]
         rows, chosen = joined[kept], [(*chosen[a], own[b]) for a, b in pairs]
     return [
@@ -109,20 +115,17 @@ def joints(
 
 def _join(rows: np.ndarray, figures: np.ndarray, params: float) -> np.ndarray:
     """Returns the figures of every row with every plan of the next stack."""
-    before, worst, seconds, flops = (column[:, None] for column in rows.T)
-    kept, own_worst, own_seconds, own_flops = figures.T
-    columns = (
-        before + kept - params,
-        np.maximum(worst, before + own_worst),
-        seconds + own_seconds,
-        flops + own_flops,
-    )
-    return np.stack(np.broadcast_arrays(*columns), axis=-1).reshape(-1, 4)
+    before, worst, *others = (column[:, None] for column in rows.T)
+    kept, own_worst, *own_others = figures.T
+    sums = (a + b for a, b in zip(others, own_others, strict=True))
+    columns = (before + kept - params, np.maximum(worst, before + own_worst), *sums)
+    return np.stack(np.broadcast_arrays(*columns), axis=-1).reshape(-1, rows.shape[1])
 
 
 def _unbeaten(drafts: Sequence[Draft]) -> tuple[list[Draft], np.ndarray]:
     drafts = sorted(drafts, key=lambda one: len(one.stages))
-    rows = np.array([[d.kept_bytes, d.worst_bytes, d.seconds, d.flops] for d in drafts])
+    figures = lambda d: [d.kept_bytes, d.worst_bytes, d.seconds, d.flops, d.host_bytes]
+    rows = np.array(list(map(figures, drafts)))
     kept = unbeaten(rows)
     return [drafts[place] for place in kept], rows[kept]
 

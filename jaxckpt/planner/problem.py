@@ -29,7 +29,7 @@ from jaxckpt.planner.stacks import given_stack
 from jaxckpt.planner.steps import Steps
 from jaxckpt.plans import Plan, PlanError, Stage
 
-_NO_LIMIT = HostLink(bytes_per_second=math.inf)
+NO_LIMIT = HostLink(bytes_per_second=math.inf)
 _NONE, _FULL = Plan.parse("none"), Plan.parse("full")
 _LEAST_FOR_STAGES = 4  # blocks; fewer are hardly ever worth two stages
 _SHOWN_SHARE = 0.01  # of all arguments; smaller ones are not named one by one
@@ -63,7 +63,7 @@ class Problem:
     flops: int
     runs: int = 1
     host_bytes: int = 0
-    link: HostLink = _NO_LIMIT
+    link: HostLink = NO_LIMIT
 
     @classmethod
     def of(
@@ -123,12 +123,7 @@ class Problem:
             flops=flops - round(runs * num_blocks * full.flops),
             runs=runs,
             host_bytes=host_bytes,
-            # What was timed is one device's link, what is known of chips is that of all together.
-            link=dataclasses.replace(
-                rates.host_link,
-                bytes_per_second=rates.host_bytes_per_second
-                / (steps.num_devices if clock is None else 1),
-            ),
+            link=link_of(rates, 1 if timed else steps.num_devices(_FULL)),
         )
 
     def peak(self, plan: Plan) -> int:
@@ -229,6 +224,17 @@ def _ignored(steps: Steps, jaxpr, others: Sequence[str]) -> str:
         "the step runs no scan_blocks or jaxckpt Stack while it is traced; give the block as "
         "block=(block, params_i, carry, *consts)"
     )
+
+
+def link_of(rates: Rates, num_devices: int) -> HostLink:
+    """Returns a device's link.
+
+    Args:
+      rates: Of all devices together, but for a link that was timed: that is one device's.
+      num_devices: That share the link.
+    """
+    share = rates.host_bytes_per_second / num_devices
+    return dataclasses.replace(rates.host_link, bytes_per_second=share)
 
 
 def runs_of(step_flops: int, stack_flops: float) -> int:

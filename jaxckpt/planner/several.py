@@ -2,10 +2,10 @@
 
     jaxckpt.fit(step_for, num_blocks={"encoder": 12, "decoder": 24}, budget="15GiB")
 
-`step_for` gets the plans by name. Which stack follows which name is found by tracing the step once
-a name, with that plan `none` and the others `full`; the order of the calls is the order in which
-they run. `full` everywhere and `none` everywhere are compiled: the one tells what the step needs
-beside its stacks, the other how much of what JAX keeps XLA really keeps, one share for all stacks.
+`step_for` gets the plans by name; `named_stacks.py` finds which stack follows which. `full`
+everywhere and `none` everywhere are compiled: the one tells what the step needs beside its stacks,
+the other how much of what JAX keeps XLA really keeps, one share for all stacks. What the host may
+hold is shared as the budget is.
 """
 
 import dataclasses
@@ -14,19 +14,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxckpt.memory.flops import count_flops
+from jaxckpt.memory.host_link import HostLink
 from jaxckpt.memory.report import MemoryReport
 from jaxckpt.memory.roofline import Rates, estimate
+from jaxckpt.planner.calibrate import Calibration, calibrate
 from jaxckpt.planner.costs import Forward, Kind, forward_cost
 from jaxckpt.planner.drafts import Draft, draft, drafts
 from jaxckpt.planner.joint import Joint, joints
 from jaxckpt.planner.kinds import find_kinds
 from jaxckpt.planner.ladder import Rung, ladder
+from jaxckpt.planner.named_stacks import named_stacks
 from jaxckpt.planner.pieces import run_of
-from jaxckpt.planner.problem import keeps_text, peak_parts, runs_of, why
+from jaxckpt.planner.problem import NO_LIMIT, keeps_text, link_of, peak_parts, runs_of, why
 from jaxckpt.planner.result import BudgetError, Candidate, FitResult
 from jaxckpt.planner.stacks import Stack
 from jaxckpt.planner.steps import Steps
-from jaxckpt.plans import PlanError
 from jaxckpt.plans.plan_set import PlanSet
 
 _BISECTIONS = 50
@@ -52,9 +54,16 @@ class Part:
     forward: Forward
 
     @classmethod
-    def of(cls, name: str, num_blocks: int, stacks: Sequence[Stack], rates: Rates) -> "Part":
+    def of(
+        cls,
+        name: str,
+        num_blocks: int,
+        stacks: Sequence[Stack],
+        rates: Rates,
+        host_bytes: int = 0,
+    ) -> "Part":
         """Costs the blocks of a name's stacks."""
-        kinds, plain = find_kinds(stacks, rates)
+        kinds, plain = find_kinds(stacks, rates, host_bytes)
         return cls(
             name=name,
             num_blocks=num_blocks,
@@ -71,9 +80,19 @@ class Part:
         """Returns the plan of one kind."""
         return draft([run_of(kind, self.num_blocks)])
 
-    def drafts(self) -> list[Draft]:
-        """Returns every plan worth a thought."""
-        return list(drafts(self.kinds, self.forward, self.num_blocks))
+    def drafts(self, link: HostLink | None) -> list[Draft]:
+        """Returns every plan worth a thought; without a link, those that move no carries."""
+        return list(drafts(self.kinds, self.forward, self.num_blocks, link))
+
+    def timed(self, clock: Calibration, rates: Rates) -> "Part":
+        """Returns the part with the seconds of a block that was timed."""
+        known = {"none": self.kind("none"), "forward": self.forward, "rates": rates}
+        return dataclasses.replace(
+            self,
+            kinds=tuple(clock.kind(kind, **known) for kind in self.kinds),
+            plain=tuple(clock.kind(kind, **known) for kind in self.plain),
+            forward=clock.forward(self.forward),
+        )
 
     def scaled(self, share: float) -> "Part":
         """Returns the part whose `none` keeps a share of what JAX keeps; `full` is the least."""
@@ -94,6 +113,8 @@ class SeveralProblem:
       seconds: Of the step beside its stacks.
       flops: Of the same.
       runs: How often a step runs its stacks.
+      host_bytes: What all plans together may have on the host.
+      link: Of a device to the host.
     """
 
     steps: Steps
@@ -102,12 +123,29 @@ class SeveralProblem:
     seconds: float
     flops: int
     runs: int = 1
+    host_bytes: int = 0
+    link: HostLink = NO_LIMIT
 
     @classmethod
-    def of(cls, steps: Steps, num_blocks: Mapping[str, int], rates: Rates) -> "SeveralProblem":
-        """Traces the step, costs its blocks and compiles its anchors."""
-        found = _named_stacks(steps, num_blocks)
-        parts = tuple(Part.of(name, num_blocks[name], found[name], rates) for name in found)
+    def of(
+        cls,
+        steps: Steps,
+        num_blocks: Mapping[str, int],
+        rates: Rates,
+        blocks: Mapping[str, Sequence] | None = None,
+        *,
+        host_bytes: int = 0,
+        timed: bool = False,
+    ) -> "SeveralProblem":
+        """Traces the step, costs its blocks and compiles its anchors; arguments as of `Problem`."""
+        found = named_stacks(steps, num_blocks, blocks)
+        clocks = {name: calibrate(stacks) for name, stacks in found.items()} if timed else {}
+        for clock in clocks.values():  # each has timed the same link
+            rates = clock.link(rates)
+        parts = tuple(
+            Part.of(name, num_blocks[name], stacks, rates, host_bytes)
+            for name, stacks in found.items()
+        )
         full, none = (PlanSet(dict.fromkeys(num_blocks, plan)) for plan in ("full", "none"))
         step_flops = [count_flops(steps.trace(plan)[0]) for plan in (full, none)]
         of_full, of_none = (_plain_joint(parts, schedule) for schedule in ("full", "none"))
@@ -115,13 +153,19 @@ class SeveralProblem:
         peaks = [steps.report(plan).peak_bytes for plan in (full, none)]
         offset = peaks[0] - of_full.worst_bytes
         seconds = estimate(steps.trace(full)[0], rates).seconds
+        parts = tuple(
+            part.timed(clocks[part.name], rates) if clocks else part
+            for part in _calibrated(parts, peaks[1] - offset)
+        )
         return cls(
             steps=steps,
-            parts=_calibrated(parts, peaks[1] - offset),
+            parts=parts,
             offset_bytes=offset,
             seconds=max(seconds - runs * of_full.seconds, 0.0),
             flops=step_flops[0] - round(runs * of_full.flops),
             runs=runs,
+            host_bytes=host_bytes,
+            link=link_of(rates, 1 if timed else steps.num_devices(full)),
         )
 
     def peak(self, plan: PlanSet) -> int:
@@ -131,8 +175,14 @@ class SeveralProblem:
     def ladder(self) -> tuple[Rung, ...]:
         """Returns the plans worth compiling, fastest first."""
         plain = itertools.product(*([part.draft(k) for k in part.plain] for part in self.parts))
+        found = joints(
+            [part.name for part in self.parts],
+            list(map(self._drafts, self.parts)),
+            _params(self.parts),
+            self.host_bytes,
+        )
         return ladder(
-            map(self._rung, _joints(self.parts, [part.drafts() for part in self.parts])),
+            map(self._rung, found),
             [self._rung(_joint(self.parts, drafts)) for drafts in plain],
         )
 
@@ -141,12 +191,15 @@ class SeveralProblem:
         plans, _ = self._least()
         drafts = []
         for part in self.parts:
-            found = (one for one in part.drafts() if one.plan == plans[part.name])
+            found = (one for one in self._drafts(part) if one.plan == plans[part.name])
             drafts.append(next(found, None))
         return None if None in drafts else self._rung(_joint(self.parts, drafts))
 
     def _least(self) -> tuple[Any, MemoryReport]:
         return min(self.steps.compiled.items(), key=lambda item: item[1].peak_bytes)
+
+    def _drafts(self, part: Part) -> list[Draft]:
+        return part.drafts(self.link if self.host_bytes else None)
 
     def _rung(self, joint: Joint) -> Rung:
         peak = int(self.offset_bytes + joint.worst_bytes)
@@ -195,37 +248,6 @@ class SeveralProblem:
         return BudgetError(budget_bytes=budget, plan=plan, report=report, parts=parts)
 
 
-def _named_stacks(steps: Steps, num_blocks: Mapping[str, int]) -> dict[str, list[Stack]]:
-    """Returns the stacks of each name, names in the order in which their stacks first run.
-
-    Raises:
-      ValueError: No stack follows a name's plan, or one has another number of blocks.
-    """
-    found, first = {}, {}
-    full = PlanSet(dict.fromkeys(num_blocks, "full"))
-    for name, count in num_blocks.items():
-        plans = full.replace(name, "none")
-        try:
-            _, finder = steps.trace(plans)
-        except PlanError as error:
-            raise ValueError(f"step_for({plans}) does not trace: {error}") from error
-        places = [place for place, own in enumerate(finder.names) if own == name]
-        if not places:
-            raise ValueError(
-                f"step_for ignores the plan of {name!r}: no stack runs under it; hand "
-                f"plans[{name!r}] to scan_blocks or Stack as remat="
-            )
-        found[name] = [finder.stacks[place] for place in places]
-        first[name] = min(finder.calls[place] for place in places)
-        wrong = [s.num_blocks for s in found[name] if s.num_blocks != count]
-        if wrong:
-            raise ValueError(
-                f"num_blocks of {name!r} is {count}, but the step runs a stack of {wrong[0]} "
-                "blocks under its plan"
-            )
-    return {name: found[name] for name in sorted(found, key=first.__getitem__)}
-
-
 def _params(parts: Sequence[Part]) -> tuple[float, ...]:
     return tuple(part.num_blocks * part.kind("full").params_bytes for part in parts)
 
@@ -233,10 +255,6 @@ def _params(parts: Sequence[Part]) -> tuple[float, ...]:
 def _joint(parts: Sequence[Part], drafts: Sequence[Draft]) -> Joint:
     names = tuple(part.name for part in parts)
     return Joint(names=names, drafts=tuple(drafts), params_bytes=_params(parts))
-
-
-def _joints(parts: Sequence[Part], drafts: Sequence[Sequence[Draft]]) -> list[Joint]:
-    return joints([part.name for part in parts], drafts, _params(parts))
 
 
 def _plain_joint(parts: Sequence[Part], schedule: str) -> Joint:

@@ -17,7 +17,6 @@ from jaxckpt.transforms.observers import observed
 
 # Functions in an equation's parameters are shown with where they are in memory.
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-_ANY = Plan.parse("full")
 _OPTIONS = ("donate_argnums", "static_argnums")
 
 
@@ -80,10 +79,9 @@ class Steps:
             )
         return Step(fn=fn, args=tuple(args), options=options)
 
-    @property
-    def num_devices(self) -> int:
-        """Devices that the arguments of a step are spread over."""
-        args = jax.tree.leaves(self.step(_ANY).args)
+    def num_devices(self, plan: Plan | PlanSet) -> int:
+        """Returns the devices that the arguments of a plan's step are spread over."""
+        args = jax.tree.leaves(self.step(plan).args)
         meshes = [getattr(getattr(leaf, "sharding", None), "mesh", None) for leaf in args]
         return max((mesh.size for mesh in meshes if mesh is not None), default=1)
 

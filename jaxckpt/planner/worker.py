@@ -18,6 +18,7 @@ from jaxckpt.planner.fit import solve
 from jaxckpt.planner.result import BudgetError
 from jaxckpt.planner.steps import Steps
 from jaxckpt.plans import Plan
+from jaxckpt.plans.plan_set import PlanSet, plan_json
 
 
 def main(folder: Path):
@@ -29,15 +30,16 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     target = parse_target(job["target"])
     topology = get_topology(target)
 
-    def entry_of(plan: Plan) -> Entry:
+    def entry_of(plan: Plan | PlanSet) -> Entry:
         given = job["entry"]
-        return Entry(function=given["function"], arguments=given["arguments"] | {"plan": str(plan)})
+        arguments = given["arguments"] | {"plan": plan_json(plan)}
+        return Entry(function=given["function"], arguments=arguments)
 
-    def step_for(plan: Plan):
+    def step_for(plan: Plan | PlanSet):
         step = build_step(**entry_of(plan).as_json())
         return step.fn, step.args, {"donate_argnums": step.donate_argnums}
 
-    def report_of(plan: Plan) -> MemoryReport:
+    def report_of(plan: Plan | PlanSet) -> MemoryReport:
         entry = entry_of(plan)
         name = entry_key(entry, target)
         report = cache.load(name)

@@ -37,3 +37,24 @@ def step_for(plan, num_blocks: int = NUM_BLOCKS, rows: int = ROWS, block=block):
 
     args = jax.eval_shape(lambda: arguments(num_blocks, rows))
     return jax.value_and_grad(loss, argnums=(0, 1)), args
+
+
+BOTH = {"first": 4, "second": 3}
+SIDE = 4096
+
+
+def both(plan):
+    """Returns gradients of two stacks with almost no weights, of arrays larger than on-chip memory.
+
+    Args:
+      plan: Plans, or their texts, by name.
+    """
+    block = lambda x, scale: jnp.sin(jaxckpt.tag(jnp.tanh(x * scale), "inner")) * x
+
+    def loss(scales, x):
+        for name in BOTH:
+            x = jaxckpt.scan_blocks(block, scales[name], x, remat=plan[name])
+        return x.sum()
+
+    scales = {n: jax.ShapeDtypeStruct((count, 1), jnp.float32) for n, count in BOTH.items()}
+    return jax.grad(loss), (scales, jax.ShapeDtypeStruct((SIDE, SIDE), jnp.float32)), ()

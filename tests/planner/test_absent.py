@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
+from jaxckpt.memory.absent import Entry
+from jaxckpt.planner.absent import fit_entry
+from tests.planner import steps
 
 pytest.importorskip("libtpu")
 
@@ -97,3 +100,22 @@ def test_a_host_with_little_room_gets_a_schedules_carries(tmp_path, monkeypatch)
         s.schedule not in ("none", "full") and s.offloads_carry for s in little.plan.stages
     )
     assert found.chosen.seconds < little.chosen.seconds
+
+
+@pytest.mark.heavy
+def test_two_stacks_of_an_entry_point_share_the_host(tmp_path, monkeypatch):
+    """Less than both need on the device alone is enough with some of both on the host."""
+    monkeypatch.setenv("JAXCKPT_CACHE", str(tmp_path))
+    entry = Entry(function="tests.planner.steps:both")
+    fit = functools.partial(fit_entry, entry, num_blocks=steps.BOTH, target="v5e-1")
+    with pytest.raises(jaxckpt.BudgetError) as caught:
+        fit(budget="1MiB")
+    assert caught.value.plan.keys() == steps.BOTH.keys()
+    carry = 4 * steps.SIDE**2
+    budget, host = caught.value.least_bytes - carry // 2, sum(steps.BOTH.values()) * carry
+    found = fit(budget=budget, host_budget=host)
+    assert found.report.peak_bytes <= budget
+    assert 0 < found.report.host_bytes <= host
+    assert any("offload:" in str(plan) for plan in found.plan.values())
+    assert found.chosen.host_bytes == pytest.approx(found.report.host_bytes, rel=0.01)
+    assert fit(budget=budget, host_budget=host) == found, "from disk"

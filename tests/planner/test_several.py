@@ -203,7 +203,6 @@ def test_never_slower_than_one_plan_for_both():
             {"num_blocks": {**NUM_BLOCKS, "third": 2}},
             r"step_for ignores the plan of 'third'.*hand plans\['third'\] to scan_blocks",
         ),
-        ({"block": (jnp.sin, 1.0, 2.0)}, "block= is one stack's"),
     ],
 )
 def test_bad_input(options, message):
