@@ -37,7 +37,7 @@ PARTS = {
     "h100-2x16384": Case(target="h100", budgets=5, **_LONG),
 }
 # What decides an answer beside the compiled peaks, which are kept by program.
-_SOURCES = ("jaxckpt", "experiments", "benchmarks.planner_rows")
+_SOURCES = ("jaxckpt", "experiments", "benchmarks.planner_rows", "benchmarks.fixed_plans")
 
 
 def planner(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.fixed_plans import fixed
 from benchmarks.peaks import QWEN3, TINY
 from benchmarks.planner_part import Case
 from experiments.build import build
@@ -29,12 +30,6 @@ from jaxckpt.planner.result import BudgetError
 from jaxckpt.planner.steps import Steps
 from jaxckpt.plans import Plan
 
-# What a user would try, the policies that MaxText names among them: save_qkv_proj,
-# save_dot_except_mlp, minimal and minimal_with_context.
-FIXED = (
-    *("none", "full", "dots", "dots_no_batch", "attention", "sqrt", "names:q,k,v"),
-    *("names:q,k,v,mid", "names:q,k,v,mid,gate,up", "full+attention+names:q,k,v,mid,gate,up"),
-)
 _NONE = Plan.parse("none")
 
 
@@ -76,8 +71,9 @@ def least_bytes(problem: Problem, rungs) -> int:
 
 
 def _fixed(steps: Steps, budget: int) -> dict[str, Any]:
-    """Returns the fixed plan within the budget that recomputes least."""
-    plans = sorted(map(Plan.parse, FIXED), key=lambda plan: count_flops(steps.trace(plan)[0]))
+    """Returns the fixed plan of the device alone within the budget that recomputes least."""
+    on_device = (Plan.parse(text) for text in fixed() if "offload" not in text)
+    plans = sorted(on_device, key=lambda plan: count_flops(steps.trace(plan)[0]))
     for plan in plans:
         report = steps.report(plan)
         if report.peak_bytes <= budget:

@@ -34,7 +34,7 @@ from jaxckpt.plans.errors import nearest
 
 # What decides a row beside the GPU.
 _SOURCES = (
-    *("jaxckpt", "experiments", "benchmarks.rivals_plans", "benchmarks.rivals_programs"),
+    *("jaxckpt", "experiments", "benchmarks.fixed_plans", "benchmarks.rivals_programs"),
     *("benchmarks.rivals_timing", "benchmarks.rivals_shape"),
 )
 

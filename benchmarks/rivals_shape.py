@@ -19,11 +19,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.fixed_plans import fixed
 from benchmarks.origin import device
 from benchmarks.peaks import QWEN3, TINY
 from benchmarks.planner_rows import least_bytes
 from benchmarks.rivals_part import Case
-from benchmarks.rivals_plans import fixed
 from benchmarks.rivals_programs import Program, Programs
 from benchmarks.rivals_timing import Turns
 from experiments.config import TrainConfig

@@ -5,9 +5,9 @@ import os
 
 import pytest
 
+from benchmarks import fixed_plans as plans
 from benchmarks import rivals as command
 from benchmarks import rivals_bounds as bounds
-from benchmarks import rivals_plans as plans
 from benchmarks.rivals_part import SHAPES
 
 GIB = 1 << 30

@@ -1,4 +1,6 @@
-"""The fixed plans that `benchmarks.rivals` times: those of the grammar, and MaxText's by name.
+"""What the planner is held against: fixed plans of the grammar, and MaxText's by name.
+
+`benchmarks.rivals` times them, `benchmarks.planner` counts what they run again.
 
 MaxText saves values by names of its own. Here they are the values of the same products under the
 tags of `jaxckpt.models.transformer`:
