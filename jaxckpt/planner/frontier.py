@@ -36,6 +36,7 @@ from jaxckpt.memory.roofline import (
 )
 from jaxckpt.memory.slow_steps import extra_bytes
 from jaxckpt.memory.values import all_named, values_by_name
+from jaxckpt.planner.integer_program import grain, minimize
 from jaxckpt.planner.stacks import Stack
 from jaxckpt.plans import Policy, words
 from jaxckpt.transforms import tags
@@ -107,16 +108,16 @@ def proposals(graph: Graph) -> Iterator[tuple[Policy, ...]]:
     if not graph.units:
         return
     program = Program(graph)
-    room = most = sum(unit.nbytes for unit in graph.units)
+    room = most = float(sum(unit.nbytes for unit in graph.units))
     for share in _SHARES:
-        room = min(room, int(share * most))
+        room = min(room, share * most)
         if room < 0:
             return
         units = list(itertools.compress(graph.units, program.solve(room)))
         yield tuple(unit.policy for unit in units)
         used = sum(unit.nbytes for unit in units)
         most = used if share == 1 else most
-        room = used - 1
+        room = used - program.grain / 2
 
 
 class Program:
@@ -125,6 +126,7 @@ class Program:
     Attributes:
       matrix: A row a constraint but for the last; columns are the steps, then the units.
       bounds: What each row is at least.
+      grain: Bytes of the program's unit.
     """
 
     def __init__(self, graph: Graph):
@@ -142,6 +144,7 @@ class Program:
         self.matrix = self._sparse(rows)
         scale = max(graph.seconds) or 1.0
         sizes = [unit.nbytes for unit in graph.units]
+        self.grain = grain(sizes)
         # Of sets that cost the same the smallest is taken, and then the one of the fewest names.
         tie = lambda size: 1e-6 * size / max(sum(sizes), 1) + 1e-8
         keeping = [unit.seconds / scale + tie(unit.nbytes) for unit in graph.units]
@@ -166,25 +169,23 @@ class Program:
         shape = (len(rows), len(self.place) + len(self.graph.units))
         return csr_array((values, (where_row, where_column)), shape=shape)
 
-    def solve(self, room: int) -> list[bool]:
+    def solve(self, room: float) -> list[bool]:
         """Returns which units an optimal solution within `room` bytes keeps."""
-        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.optimize import LinearConstraint
 
         count = len(self.place)
-        integrality = np.array([0] * count + [1] * len(self.graph.units))
-        found = milp(
+        least = cast(Any, np.array(self.bounds))
+        found = minimize(
             self.cost,
-            constraints=[
-                LinearConstraint(self.matrix, lb=cast(Any, np.array(self.bounds))),
-                LinearConstraint(self.sizes[None] / 2**20, ub=room / 2**20),
+            [
+                LinearConstraint(self.matrix, lb=least),
+                LinearConstraint(self.sizes[None] / self.grain, ub=room / self.grain),
             ],
-            bounds=Bounds(0, 1),
-            integrality=integrality,
-            options={"mip_rel_gap": 0.0},
+            upper=1.0,
+            integrality=np.array([0] * count + [1] * len(self.graph.units)),
         )
-        if found.x is None:
-            raise RuntimeError(f"the program of a block has no solution: {found.message}")
-        return [bool(x > 0.5) for x in found.x[count:]]
+        assert found is not None  # everything may be made again
+        return [bool(x > 0.5) for x in found[count:]]
 
 
 def _units(trace: Trace, live: set[Step], rates: Rates) -> Iterator[Unit]:

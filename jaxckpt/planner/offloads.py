@@ -28,10 +28,10 @@ import numpy as np
 
 from jaxckpt.memory.host_link import HostLink
 from jaxckpt.planner.frontier import Graph, Program
+from jaxckpt.planner.integer_program import grain, minimize
 from jaxckpt.plans import Policy, words
 
 _MOST_POINTS = 8
-_INFEASIBLE = 2  # as scipy's milp says it
 _TIE = 1e-6  # of all bytes, in units of a block's seconds: of sets that cost the same, the smallest
 
 
@@ -70,7 +70,7 @@ def proposals(graph: Graph, passes: Passes, most_bytes: float) -> Iterator[tuple
         policies, used = found
         if any(policy.kind == "offload" for policy in policies):
             yield policies
-        room = min(used - 1, room - step)
+        room = min(used - program.grain / 2, room - step)
 
 
 class _Program:
@@ -85,30 +85,23 @@ class _Program:
         self.sizes = np.array([unit.nbytes for unit in graph.units], float)
         self.moved_sizes = np.array([*self.sizes[self.moving], passes.carry_bytes])
         self.all_bytes = float(self.sizes.sum() + passes.carry_bytes)
+        self.grain = grain([*self.sizes, passes.carry_bytes])
 
     def solve(self, room: float) -> tuple[tuple[Policy, ...], float] | None:
         """Returns an optimal solution within `room` bytes on the device, and the bytes it keeps.
 
         None if there is no solution.
         """
-        from scipy.optimize import Bounds, milp
-
         steps, units, moved = len(self.graph.steps), len(self.sizes), len(self.moved_sizes)
-        whole = np.array([0] * steps + [1] * (units + moved) + [0, 0])
-        upper: Any = np.array([1.0] * (steps + units + moved) + [np.inf, np.inf])
-        options = {"mip_rel_gap": 0.0}
-        found = milp(
+        found = minimize(
             self._cost(),
-            constraints=self._constraints(room),
-            bounds=Bounds(0, upper),
-            integrality=whole,
-            options=options,
+            self._constraints(room),
+            upper=np.array([1.0] * (steps + units + moved) + [np.inf, np.inf]),
+            integrality=np.array([0] * steps + [1] * (units + moved) + [0, 0]),
         )
-        if found.status == _INFEASIBLE:
+        if found is None:
             return None
-        if found.x is None:
-            raise RuntimeError(f"the program of a block has no answer: {found.message}")
-        chosen = found.x[steps : steps + units + moved] > 0.5
+        chosen = found[steps : steps + units + moved] > 0.5
         return self._policies(chosen[:units], chosen[units:])
 
     @property
@@ -126,7 +119,6 @@ class _Program:
 
         passes, second = self.passes, self._unit_seconds
         steps, units, moved = len(self.graph.steps), len(self.sizes), len(self.moved_sizes)
-        mib = 2**20
         link = self.moved_sizes / passes.link.bytes_per_second / second
         after = -link * (not passes.link.overlaps)
         rerun = np.array(self.graph.seconds) / second
@@ -134,8 +126,8 @@ class _Program:
         moving = np.array([*keeping[self.moving], 0.0])
         none = lambda count: np.zeros(count)
         row = lambda *parts: np.concatenate(parts)[None]
-        kept_bytes = row(none(steps), self.sizes / mib, none(moved), none(2))
-        kept_bytes[0, steps + units + moved - 1] = -passes.carry_bytes / mib
+        kept_bytes = row(none(steps), self.sizes / self.grain, none(moved), none(2))
+        kept_bytes[0, steps + units + moved - 1] = -passes.carry_bytes / self.grain
         found = [
             LinearConstraint(
                 row(none(steps), none(units), after, [1.0, 0.0]),
@@ -147,10 +139,10 @@ class _Program:
             ),
             LinearConstraint(row(none(steps), none(units), -link, [1.0, 0.0]), lb=0),
             LinearConstraint(row(none(steps), none(units), -link, [0.0, 1.0]), lb=0),
-            LinearConstraint(kept_bytes, ub=(room - passes.carry_bytes) / mib),
+            LinearConstraint(kept_bytes, ub=(room - passes.carry_bytes) / self.grain),
             LinearConstraint(
-                row(none(steps), none(units), self.moved_sizes / mib, none(2)),
-                ub=self.most_bytes / mib,
+                row(none(steps), none(units), self.moved_sizes / self.grain, none(2)),
+                ub=self.most_bytes / self.grain,
             ),
         ]
         if self.base is not None:
