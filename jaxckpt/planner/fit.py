@@ -156,10 +156,6 @@ def answer(problem: Problem | SeveralProblem, rungs: Sequence[Rung], budget: int
         MOST_COMPILES - len(steps.compiled),
         is_answered=min(anchors) <= budget,
     )
-    rungs = [
-        dataclasses.replace(rung, predicted_bytes=expected)
-        for rung, expected in zip(rungs, found.expected, strict=True)
-    ]
     if found.chosen is not None:
         return problem.result(rungs, found.chosen, budget)
     # A plan that was compiled to calibrate the model may fit where predictions were wrong.

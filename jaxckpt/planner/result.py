@@ -17,7 +17,7 @@ class Candidate:
 
     Attributes:
       plan: The plan, or plans by name.
-      predicted_bytes: Its peak by the planner's model, corrected by what was compiled before it.
+      predicted_bytes: Its peak by the planner's model.
       compiled_bytes: Its peak by the compiler, or None if it was not compiled.
       seconds: The step's, by the target's roofline.
       flops: The step's, matrix products and attention kernels.

@@ -28,12 +28,10 @@ class Found:
     Attributes:
       chosen: Place of the fastest rung that is known to fit, or None if none is.
       peaks: Compiled peaks by place.
-      expected: The peak that was expected of each place before it was compiled, or at the end.
     """
 
     chosen: int | None
     peaks: dict[int, int]
-    expected: tuple[int, ...]
 
 
 def search(
@@ -56,15 +54,12 @@ def search(
       is_answered: Whether a plan that is on no rung is known to fit.
     """
     state = _Search(rungs=rungs, budget=budget, peaks=dict(known), is_answered=is_answered)
-    before = {place: rungs[place].predicted_bytes for place in known}
     for left in range(compiles, 0, -1):
         place = state.next_place(left)
         if place is None:
             break
-        before[place] = round(state.expected(place))
         state.peaks[place] = compile_peak(place)
-    expected = (before.get(i, round(state.expected(i))) for i in range(len(rungs)))
-    return Found(chosen=state.fitting, peaks=state.peaks, expected=tuple(expected))
+    return Found(chosen=state.fitting, peaks=state.peaks)
 
 
 @dataclasses.dataclass(kw_only=True)

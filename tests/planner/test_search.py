@@ -51,27 +51,6 @@ def test_four_compiles_find_one_that_fits(seed):
     assert peaks[found.chosen] <= budget
 
 
-def test_what_is_expected_learns_from_what_was_compiled():
-    """Of a family that is off by 10 %, the first prediction is too, the next no more."""
-    rungs = make(60, 0)[0]
-    peaks = [round(1.1 * rung.predicted_bytes) for rung in rungs]
-    found = search(rungs, 700_000, peaks.__getitem__, {}, 60)
-    first, *rest = found.peaks
-    assert found.expected[first] == rungs[first].predicted_bytes
-    assert found.expected[found.chosen] == pytest.approx(peaks[found.chosen], rel=1e-3)
-    assert len(rest) > 1 and len(found.expected) == len(rungs)
-    others = [n for n in range(60) if n not in found.peaks]
-    of_known = {rungs[n].is_mixed for n in found.peaks}
-    for n in (n for n in others if rungs[n].is_mixed in of_known):
-        assert found.expected[n] == pytest.approx(peaks[n], rel=1e-3)
-
-
-def test_what_was_known_before_is_as_predicted():
-    rungs, peaks = make(60, 3)
-    found = search(rungs, 600_000, peaks.__getitem__, {7: peaks[7]}, 4)
-    assert found.expected[7] == rungs[7].predicted_bytes != peaks[7]
-
-
 def test_a_budget_below_all_compiles_the_last():
     rungs, peaks = make(20, 0)
     found = search(rungs, 10, peaks.__getitem__, {}, 4)
