@@ -167,18 +167,19 @@ class _Head:
         shards = x.shape[:1] if self.sharded else ()
         state = (jnp.zeros(shards, sums),)
         if differentiated:
-            grad_w = self._spread(jnp.zeros((*shards, *w.shape), sums))
-            state += self._tokens(jnp.zeros_like(x)), grad_w
+            # A chunk's tokens are read once, so their gradients take their place.
+            state += x, self._spread(jnp.zeros((*shards, *w.shape), sums))
 
         def step(state, start, size):
-            cut = lambda array: lax.dynamic_slice_in_dim(array, start, size, axis)
-            part, *labels = (self._gathered(cut(array)) for array in (x, ids, weights))
-            loss, grad_logits = self._chunk(part, kernel, *labels)
             total, *grads = state
+            cut = lambda array: lax.dynamic_slice_in_dim(array, start, size, axis)
+            tokens = grads[0] if grads else x
+            part, *labels = (self._gathered(cut(array)) for array in (tokens, ids, weights))
+            loss, grad_logits = self._chunk(part, kernel, *labels)
             if not grads:
                 return (total + loss,)
             part_grad = self._tokens(self._grad_x(grad_logits, kernel).astype(x.dtype))
-            grad_x = lax.dynamic_update_slice_in_dim(grads[0], part_grad, start, axis)
+            grad_x = lax.dynamic_update_slice_in_dim(tokens, part_grad, start, axis)
             grad_w = self._spread(grads[1] + self._grad_w(part, grad_logits))
             return total + loss, grad_x, grad_w
 

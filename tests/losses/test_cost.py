@@ -99,6 +99,25 @@ def test_temp_does_not_grow_with_the_tokens():
     assert temp(plain, longer) > 3.9 * temp(plain)
 
 
+@pytest.mark.parametrize("is_read_again", [False, True])
+def test_gradients_take_the_place_of_the_tokens(is_read_again):
+    """Where nobody reads the tokens after the loss, they and their gradient are one array."""
+    tokens, width = 4096, 256
+    shapes = ((tokens, width), jnp.float32), ((width, 64), jnp.float32), ((tokens,), jnp.int32)
+
+    def step(x, w, targets):
+        def loss(x, w):
+            x = jnp.sin(x)
+            found = linear_cross_entropy(x, w, targets, chunk_tokens=64)
+            return found, x if is_read_again else ()
+
+        return jax.grad(loss, (0, 1), has_aux=True)(x, w)
+
+    report = jaxckpt.measure(step, *(jax.ShapeDtypeStruct(*one) for one in shapes))
+    held = report.peak_bytes - report.argument_bytes
+    assert (held < 1.5 * 4 * tokens * width) == (not is_read_again)
+
+
 def test_undifferentiated_holds_no_gradient():
     sums = 4 * WIDTH * VOCAB
     assert temp(chunked(4)) < sums
