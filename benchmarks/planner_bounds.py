@@ -17,14 +17,27 @@ def check(rows: Sequence[Row]) -> list[str]:
 
 def summaries(rows: Sequence[Row]) -> Iterator[str]:
     """Yields a line for each part: how far off its predictions are, how much it compiled."""
+    for one in figures(rows):
+        yield (
+            f"{one['part']}: {one['budgets']} budgets; predictions off by "
+            f"{one['median']} in the median, {one['worst']} at worst; at most "
+            f"{one['compiles']} compilations; planned in at most {one['planned']} beside them"
+        )
+
+
+def figures(rows: Sequence[Row]) -> Iterator[dict[str, str]]:
+    """Yields the same, each figure as text by its name, and which bounds do not hold."""
     for part, mine in _parts(rows):
         off = [_off(row) for row in mine]
-        yield (
-            f"{part}: {len(mine)} of {mine[0]['budgets']} budgets; predictions off by "
-            f"{statistics.median(off):.2%} in the median, {max(off):.2%} at worst; at most "
-            f"{max(row['compiles'] for row in mine)} compilations; planned in at most "
-            f"{max(row['planning_seconds'] for row in mine):.1f} s beside them"
-        )
+        yield {
+            "part": part,
+            "budgets": f"{len(mine)} of {mine[0]['budgets']}",
+            "median": f"{statistics.median(off):.2%}",
+            "worst": f"{max(off):.2%}",
+            "compiles": str(max(row["compiles"] for row in mine)),
+            "planned": f"{max(row['planning_seconds'] for row in mine):.1f} s",
+            "failures": "; ".join(_failures(mine)),
+        }
 
 
 def line(row: Row) -> str:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import planner as command
-from benchmarks.planner_bounds import check, line, summaries
+from benchmarks.planner_bounds import check, figures, line, summaries
 from benchmarks.planner_part import Case, run_part
 from jaxckpt.memory import launch
 from jaxckpt.memory.targets import parse_target
@@ -32,6 +32,12 @@ def test_what_keeps_every_promise():
     (text,) = summaries(rows())
     assert "3 of 3 budgets; predictions off by 0.50% in the median" in text
     assert "7.000 GiB compiled" in line(rows()[1])
+    assert [one["failures"] for one in figures(rows())] == [""]
+
+
+def test_what_fails_is_in_the_tables_row():
+    (one,) = figures(rows(compiles=7))
+    assert one["compiles"] == "7" and one["failures"].endswith("7 compilations, bound 6")
 
 
 @pytest.mark.parametrize(
