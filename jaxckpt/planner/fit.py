@@ -112,7 +112,7 @@ def solve(
       ValueError: The step ignores its plan, or runs stacks of another number of blocks.
     """
     is_one = not isinstance(num_blocks, Mapping)
-    full = Plan.parse("full") if is_one else PlanSet(dict.fromkeys(num_blocks, "full"))
+    full = Plan.parse("full") if is_one else PlanSet.same(num_blocks, "full")
     rates = rates_of(target).times(steps.num_devices(full))
     allowed = 0
     found: dict[str, Any] = {"clock": _CALIBRATED} if calibrate else {}

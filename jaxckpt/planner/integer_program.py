@@ -23,13 +23,13 @@ def grain(sizes: Sequence[float]) -> float:
     return max(float(common), _FINEST * sum(sizes), 1.0)
 
 
-def minimize(cost, constraints, *, upper: float | np.ndarray, integrality) -> np.ndarray | None:
+def minimize(cost, constraints, *, upper: Any, integrality) -> np.ndarray | None:
     """Returns an optimal point of `0 <= x <= upper`; None where there is no point.
 
     Args:
       cost: Of each column.
       constraints: `scipy.optimize.LinearConstraint`s.
-      upper: Bound of each column.
+      upper: Bound of all columns, or an array of one for each.
       integrality: 1 for a whole number, else 0.
 
     Raises:
@@ -37,9 +37,8 @@ def minimize(cost, constraints, *, upper: float | np.ndarray, integrality) -> np
     """
     from scipy.optimize import Bounds, milp
 
-    bounds: Any = Bounds(0, upper)  # pyright: ignore[reportArgumentType]
     options = {"mip_rel_gap": 0.0}
-    asked: dict[str, Any] = {"bounds": bounds, "integrality": integrality}
+    asked: dict[str, Any] = {"bounds": Bounds(0, upper), "integrality": integrality}
     found = milp(cost, constraints=constraints, options=options, **asked)
     if found.status == _FAILED:  # presolving has been wrong by its own tolerance
         options["presolve"] = False

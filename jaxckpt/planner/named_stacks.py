@@ -72,12 +72,12 @@ def _given(steps: Steps, num_blocks: Mapping[str, int], name: str, block: Sequen
     with_full = _traced(steps, num_blocks)[0]
     if program_text(_traced(steps, num_blocks, name)[0]) == program_text(with_full):
         raise ValueError(f"{_ignored(name)}: the program is the same under 'none' and 'full'")
-    return given_stack(block, num_blocks[name])
+    return given_stack(block, num_blocks[name], f"block[{name!r}]")
 
 
 def _traced(steps: Steps, num_blocks: Mapping[str, int], name: str | None = None):
     """Returns what `steps.trace` does of `full` everywhere but for one name."""
-    plans = PlanSet(dict.fromkeys(num_blocks, "full"))
+    plans = PlanSet.same(num_blocks, "full")
     plans = plans if name is None else plans.replace(name, "none")
     try:
         return steps.trace(plans)

@@ -110,7 +110,7 @@ class Problem:
         forward = forward_cost(stacks, rates)
         if clock is not None:
             known = {"none": none, "forward": forward, "rates": rates}
-            kinds, plain = (tuple(clock.kind(k, **known) for k in ks) for ks in (kinds, plain))
+            kinds, plain = (clock.kinds(found, **known) for found in (kinds, plain))
             forward = clock.forward(forward)
         return cls(
             steps=steps,

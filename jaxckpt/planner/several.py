@@ -89,8 +89,8 @@ class Part:
         known = {"none": self.kind("none"), "forward": self.forward, "rates": rates}
         return dataclasses.replace(
             self,
-            kinds=tuple(clock.kind(kind, **known) for kind in self.kinds),
-            plain=tuple(clock.kind(kind, **known) for kind in self.plain),
+            kinds=clock.kinds(self.kinds, **known),
+            plain=clock.kinds(self.plain, **known),
             forward=clock.forward(self.forward),
         )
 
@@ -146,7 +146,7 @@ class SeveralProblem:
             Part.of(name, num_blocks[name], stacks, rates, host_bytes)
             for name, stacks in found.items()
         )
-        full, none = (PlanSet(dict.fromkeys(num_blocks, plan)) for plan in ("full", "none"))
+        full, none = (PlanSet.same(num_blocks, plan) for plan in ("full", "none"))
         step_flops = [count_flops(steps.trace(plan)[0]) for plan in (full, none)]
         of_full, of_none = (_plain_joint(parts, schedule) for schedule in ("full", "none"))
         runs = runs_of(step_flops[0] - step_flops[1], of_full.flops - of_none.flops)

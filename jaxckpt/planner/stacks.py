@@ -126,14 +126,14 @@ def _bound(plan: Plan, num_blocks: int) -> Plan | None:
         return None
 
 
-def given_stack(block: Sequence, num_blocks: int) -> Stack:
+def given_stack(block: Sequence, num_blocks: int, name: str = "block") -> Stack:
     """Returns the stack of `(block, params_i, carry, *consts)`, as `jaxckpt.explain` takes them.
 
     Raises:
       ValueError: Something else was given.
     """
     if not isinstance(block, tuple | list) or len(block) < 3 or not callable(block[0]):
-        raise ValueError("block is (block, params_i, carry, *consts), as for jaxckpt.explain")
+        raise ValueError(f"{name} is (block, params_i, carry, *consts), as for jaxckpt.explain")
     call, params_i, carry, *consts = block
     widen = lambda x: jax.ShapeDtypeStruct((num_blocks, *x.shape), x.dtype)
     params = jax.tree.map(widen, tags.abstract(params_i))

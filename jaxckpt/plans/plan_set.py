@@ -1,6 +1,6 @@
 """Plans by name, for a model of several stacks: hashable, and read like a dictionary."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from jaxckpt.plans.plan import Plan, as_plan
@@ -22,6 +22,11 @@ class PlanSet(Mapping):
     def __init__(self, plans: Mapping[str, str | Plan]):
         """Takes plans, or their texts, by name; their order is kept."""
         self._plans = {name: as_plan(plan) for name, plan in plans.items()}
+
+    @classmethod
+    def same(cls, names: Iterable[str], plan: str | Plan) -> "PlanSet":
+        """Returns one plan for every name."""
+        return cls(dict.fromkeys(names, plan))
 
     def __getitem__(self, name: str) -> Plan:
         return self._plans[name]

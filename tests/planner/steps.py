@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 
 import jaxckpt
+from jaxckpt.memory.roofline import Rates
 
 NUM_BLOCKS, ROWS, WIDTH = 6, 256, 16
+CHIP = Rates(flops_per_second=1e11, bytes_per_second=1e10, host_bytes_per_second=1e10)
 
 
 def block(x, block_i, scale):

@@ -25,6 +25,7 @@ from jaxckpt.plans.stage_schedule import schedule_of
 from jaxckpt.transforms import executor
 from tests.experiments.test_fit import report
 from tests.planner import steps
+from tests.planner.steps import CHIP
 from tests.planner.test_frontier import graph, seconds_of
 
 
@@ -110,9 +111,6 @@ def stack():
     return finder.stacks
 
 
-CHIP = Rates(flops_per_second=1e11, bytes_per_second=1e10, host_bytes_per_second=1e10)
-
-
 def test_a_kind_says_what_is_where(stack):
     carry, hidden = steps.ROWS * steps.WIDTH * 4, steps.ROWS * 2 * steps.WIDTH * 4
     none, full, moved = (
@@ -133,15 +131,6 @@ def test_kinds_move_nothing_unless_they_may(stack):
     kinds, _ = find_kinds(stack, CHIP, host_bytes=2**30)
     moving = [kind for kind in kinds if kind.host_bytes]
     assert moving and all("offload" in str(kind) for kind in moving)
-
-
-@pytest.fixture
-def chip(monkeypatch):
-    """The planner takes this process's CPU for a chip with memory of its own, and a fast link."""
-    monkeypatch.setattr(fit_module, "rates_of", lambda target: CHIP)
-    found = Verdict(allowed=True, text="gradients checked on a chip")
-    monkeypatch.setattr(fit_module, "verdict", lambda target, knows_link: found)
-    return found
 
 
 def fitted(host_budget: int, budget: int = 2**30) -> FitResult:

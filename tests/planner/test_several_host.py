@@ -18,7 +18,6 @@ from jaxckpt.planner.offload_check import Verdict
 from jaxckpt.planner.result import FitResult
 from jaxckpt.planner.steps import Steps
 from tests.experiments.test_fit import report
-from tests.planner.test_offloads import CHIP
 from tests.planner.test_pieces import FORWARD, frontier, kinds_of
 from tests.planner.test_several import NUM_BLOCKS, replayed_peak, step_for
 
@@ -42,14 +41,6 @@ def test_joint_plans_within_the_hosts_bytes_equal_brute_force(host_bytes):
     np.testing.assert_allclose(
         frontier((one.worst_bytes, one.seconds) for one in found), frontier(every)
     )
-
-
-@pytest.fixture
-def chip(monkeypatch):
-    """The planner takes this process's CPU for a chip with memory of its own, and a fast link."""
-    monkeypatch.setattr(fit_module, "rates_of", lambda target: CHIP)
-    found = Verdict(allowed=True, text="gradients checked on a chip")
-    monkeypatch.setattr(fit_module, "verdict", lambda target, knows_link: found)
 
 
 def fitted(budget: int = 2**30, step=step_for, **asked) -> FitResult:
@@ -164,7 +155,7 @@ def test_a_given_block_whose_plan_is_ignored():
             r"block has 'enkoder', which num_blocks has not.*\(did you mean 'encoder'\?\)",
         ),
         ({"encoder": (jnp.sin, 1.0, 2.0)}, "block has none for 'decoder'; num_blocks has"),
-        ({**blocks(), "decoder": 3}, r"block is \(block, params_i, carry, \*consts\)"),
+        ({**blocks(), "decoder": 3}, r"block\['decoder'\] is \(block, params_i, carry, \*consts\)"),
     ],
 )
 def test_bad_blocks(block, message):
