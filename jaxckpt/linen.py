@@ -23,6 +23,7 @@ from jaxckpt.plans import Plan, PlanError, as_plan, words
 from jaxckpt.transforms import policies, rows, tags
 from jaxckpt.transforms.blocks import check_policies
 from jaxckpt.transforms.stack import scan_blocks
+from jaxckpt.transforms.traced_block import abstract
 
 _PARAMS = "params"
 
@@ -180,7 +181,7 @@ def _tags_of(block: type[nn.Module], module: nn.Module, args, kwargs) -> tags.Ta
         ]
         return twin.apply(variables, *merged, rngs=rngs, mutable=True, **kwargs)[0]
 
-    return tags.tags_of(call, tags.abstract(dict(module.variables)), *tags.abstract(arrays))
+    return tags.tags_of(call, abstract(dict(module.variables)), *abstract(arrays))
 
 
 def _scope(module: nn.Module) -> Scope:

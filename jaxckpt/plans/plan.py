@@ -152,6 +152,18 @@ class Stage:
         """Whether the carries that the schedule keeps go to the host."""
         return any(p.kind == "offload" and words.CARRY in p.names for p in self.policies)
 
+    @property
+    def inner_policies(self) -> tuple[Policy, ...]:
+        """What is kept or moved inside a block: the policies without the word `carry`."""
+        names = lambda policy: tuple(name for name in policy.names if name != words.CARRY)
+        pairs = [(policy, names(policy)) for policy in self.policies]
+        # Only `offload:carry` is left without a name that it had.
+        return tuple(
+            dataclasses.replace(policy, names=left)
+            for policy, left in pairs
+            if left or not policy.names
+        )
+
     def __str__(self) -> str:
         count = "" if self.count is None else f"{self.count}x"
         schedule = self.schedule if self.argument is None else f"{self.schedule}:{self.argument}"

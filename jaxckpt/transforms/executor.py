@@ -15,32 +15,23 @@ support every transform.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxckpt.plans import Stage, words
+from jaxckpt.plans import Stage
 from jaxckpt.plans.actions import Load, Record, Schedule
 from jaxckpt.plans.stage_schedule import schedule_of
-from jaxckpt.transforms import first_order, tags
 from jaxckpt.transforms import slots as slots_of
-from jaxckpt.transforms.blocks import check_mesh, first_block
-from jaxckpt.transforms.hoisting import hoist
+from jaxckpt.transforms.blocks import check_mesh
+from jaxckpt.transforms.custom_gradient import inexact, with_gradient
 from jaxckpt.transforms.layout import row_major
 from jaxckpt.transforms.policies import checkpoint_policy, refuse_bad_offload
-from jaxckpt.transforms.recording import (
-    Moving,
-    Recorder,
-    asked_for,
-    differentiate,
-    inexact,
-    instantiate,
-    pick,
-    spread,
-)
+from jaxckpt.transforms.recording import Moving, Recorder, differentiate
 from jaxckpt.transforms.tables import Table, make_table
+from jaxckpt.transforms.traced_block import abstract, first_block
 from jaxckpt.transforms.trips import trips
 
 # The schedules that the executor runs; `none` and `full` are plain loops.
@@ -76,10 +67,9 @@ def keeps_segments(schedule: Schedule) -> bool:
     return isinstance(first, Record) and first.stop - first.start > 1
 
 
-def run_stage(block: Callable, params, carry, consts, stage: Stage, unroll: int):
+def run_stage(call: Callable, params, carry, consts, stage: Stage, unroll: int) -> list:
     """Returns the carry after a bound stage of one of `SCHEDULES`; see `run_schedule`."""
-    kept = tuple(p for p in stage.policies if str(p) != f"offload:{words.CARRY}")
-    policy = checkpoint_policy(kept)
+    policy = checkpoint_policy(stage.inner_policies)
     # A block is recorded in one loop and reversed in another, which keeps them apart.
     checkpoint = functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
     schedule = schedule_of(stage)
@@ -88,19 +78,20 @@ def run_stage(block: Callable, params, carry, consts, stage: Stage, unroll: int)
         keep_last=stage.schedule in ("uniform", "every"),
         offload=stage.offloads_carry,
         unroll=unroll,
-        checkpoint=checkpoint if kept else None,
+        checkpoint=checkpoint if stage.inner_policies else None,
     )
-    return run_schedule(block, params, carry, consts, schedule, run)
+    return run_schedule(call, params, carry, consts, schedule, run)
 
 
-def run_schedule(block: Callable, params, carry, consts, schedule: Schedule, run: Run):
+def run_schedule(call: Callable, params, carry, consts, schedule: Schedule, run: Run) -> list:
     """Runs a stack of blocks under a schedule.
 
     Args:
-      block: `block(carry, params_i, *consts) -> carry`, carry-preserving.
+      call: `call(carry, params_i, consts) -> carry`, all of them lists of leaves; it closes over
+        nothing.
       params: Leaves `[L, ...]`.
       carry: The first block's input.
-      consts: A tuple; with closed-over arrays they get gradients.
+      consts: What all blocks share.
       schedule: For L blocks, executable (`tables.make_table`).
       run: How.
 
@@ -114,32 +105,17 @@ def run_schedule(block: Callable, params, carry, consts, schedule: Schedule, run
     check_mesh(params, carry, consts)
     if run.offload:
         refuse_bad_offload()
-    one = first_block(params)
-    hoisted = hoist(block, tags.abstract(carry), one, consts)
-    leaves = jax.tree.leaves(carry)
-    record = hoisted.call if run.checkpoint is None else run.checkpoint(hoisted.call)
-    shapes = tags.abstract((leaves, jax.tree.leaves(one), hoisted.consts))
+    record = call if run.checkpoint is None else run.checkpoint(call)
+    shapes = abstract((carry, jax.tree.leaves(first_block(params)), consts))
     loops = _Loops(
-        call=hoisted.call,
+        call=call,
         table=make_table(schedule),
         run=run,
         length=schedule.num_blocks,
         recorder_of=functools.cache(functools.partial(Recorder.trace, record, *shapes)),
     )
-    with first_order.explained():
-        out = _with_gradient(loops)(jax.tree.leaves(params), leaves, hoisted.consts)
-    return jax.tree.unflatten(hoisted.out_tree, out)
-
-
-def _with_gradient(loops: "_Loops") -> Callable:
-    """Returns `stack(params, carry, consts) -> carry` over lists of leaves."""
-
-    @jax.custom_vjp
-    def stack(params, carry, consts):
-        return loops.sweep(params, carry, consts, 0, loops.length)
-
-    stack.defvjp(loops.forward, loops.backward, symbolic_zeros=True)
-    return stack
+    stack = lambda params, carry, consts: loops.sweep(params, carry, consts, 0, loops.length)
+    return with_gradient(stack, loops.forward, loops.backward)(params, carry, consts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,12 +136,10 @@ class _Loops:
         body = lambda i, carry: self.call(carry, slots_of.row(params, i), consts)
         return lax.fori_loop(start, stop, body, carry)
 
-    def forward(self, params, carry, consts):
+    def forward(self, args, asked: Sequence[int]):
         """Returns the output, and what the backward pass is handed."""
-        params, of_params = asked_for(params)
-        consts, of_consts = asked_for(consts)
-        carry, _ = asked_for(carry)
-        moving = Moving(params=of_params, consts=of_consts)
+        params, carry, consts = args
+        moving = Moving.of(asked, params, carry, consts)
         recorder = self._recorder(moving)
         first = int(self.table.rows["record"][0]) if self.run.keep_last else self.length
 
@@ -211,15 +185,13 @@ class _Loops:
         steps = tuple(jnp.asarray(column) for column in zip(*stores, strict=True))
         return lax.scan(body, state, steps, length=len(stores))[0]
 
-    def backward(self, residuals, grads):
-        """Returns the gradients of parameters, carry and consts; None where there are none."""
+    def backward(self, residuals, grads) -> list:
+        """Returns the gradients that are asked for, of parameters, carry and consts."""
         params, consts, slots, kept, moving = residuals
-        params = first_order.guard(params, inexact(params))
-        grads = first_order.guard(instantiate(grads), inexact(slots))
         state = (
             slots,
             kept,
-            pick(grads, inexact(slots)),
+            grads,
             [jnp.zeros_like(params[i]) for i in moving.params],
             [jnp.zeros_like(consts[i]) for i in moving.consts],
         )
@@ -230,13 +202,8 @@ class _Loops:
             rows["again"] = rows["again"].at[0].set(self.length)
         body = lambda state, row: (self._run_row(params, consts, moving, state, row), None)
         (_, _, grad_carry, grad_params, grad_consts), _ = lax.scan(body, state, rows)
-        groups = zip(
-            (grad_params, grad_carry, grad_consts),
-            (moving.params, inexact(slots), moving.consts),
-            (params, slots, consts),
-            strict=True,
-        )
-        return tuple(spread(grads, places, like) for grads, places, like in groups)
+        of_place = dict(zip(inexact(slots), grad_carry, strict=True))
+        return [*grad_params, *(of_place[i] for i in moving.carry), *grad_consts]
 
     def _run_row(self, params, consts, moving, state, row):
         """Loads, moves, advances, records and reverses one row of the table."""
