@@ -161,23 +161,6 @@ def _refusal(fn: Callable, *args, policy: Callable | None = None) -> str | None:
     return None
 
 
-def check_mesh(*trees):
-    """Raises if an array is sharded over an Explicit axis of a mesh, which no slot could follow.
-
-    Raises:
-      NotImplementedError: Naming what works.
-    """
-    for leaf in jax.tree.leaves(trees):
-        sharding = jax.typeof(leaf).sharding
-        # An array's type tells its sharding over Explicit axes alone.
-        if any(axis is not None for axis in sharding.spec):
-            raise NotImplementedError(
-                f"the schedule executor does not run on Explicit mesh axes (here {sharding.spec}); "
-                "make the mesh with axis_types=(jax.sharding.AxisType.Auto, ...), or use "
-                "remat='full', 'none' or policies"
-            )
-
-
 def check_schedule(schedule: Schedule, num_blocks: int, nested: bool):
     """Raises unless a schedule given in place of a plan can be run over `num_blocks` blocks.
 

@@ -23,7 +23,7 @@ from jax import lax
 from jaxckpt.plans import Stage
 from jaxckpt.plans.actions import Action, Advance, Free, Load, Record, Reverse, Schedule, Store
 from jaxckpt.plans.stage_schedule import schedule_of
-from jaxckpt.transforms.custom_gradient import inexact, with_gradient
+from jaxckpt.transforms.custom_gradient import batched_call, inexact, moved, run_with_gradient
 from jaxckpt.transforms.policies import checkpoint_policy, refuse_bad_offload
 from jaxckpt.transforms.recording import Moving, differentiate
 
@@ -75,7 +75,7 @@ def run_schedule(
         checkpoint=checkpoint or (lambda call: call),
         offload=offload,
     )
-    return with_gradient(walk.run, walk.forward, walk.backward)(carry, list(consts))
+    return run_with_gradient(walk, carry, list(consts))
 
 
 @dataclasses.dataclass
@@ -95,7 +95,7 @@ class _Held:
     grad: list[Any] | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Walk:
     """The forward and the backward pass of one chain; every array is an argument."""
 
@@ -108,6 +108,22 @@ class _Walk:
     def first_reverse(self) -> int:
         """Where the backward pass begins among the actions."""
         return next(n for n, action in enumerate(self.actions) if isinstance(action, Reverse))
+
+    def batched(self, args: Sequence, dims: Sequence, axis) -> tuple["_Walk", Sequence]:
+        """Returns the walk over `jax.vmap` of every block, which has the batch first."""
+        carry, consts = args
+        rest = iter(dims)
+        carry = [
+            lax.broadcast(x, (axis.size,)) if dim is None else moved(x, dim, 0)
+            for x, dim in zip(carry, rest, strict=False)
+        ]
+        made, calls = [], []
+        for call, consts_i in zip(self.calls, consts, strict=True):
+            dims_i = [next(rest) for _ in consts_i]
+            made.append([moved(x, dim, 0) for x, dim in zip(consts_i, dims_i, strict=True)])
+            in_axes = (0, 0, [None if dim is None else 0 for dim in dims_i])
+            calls.append(batched_call(call, in_axes, axis))
+        return dataclasses.replace(self, calls=tuple(calls)), (carry, made)
 
     def run(self, carry, consts):
         """Returns the output."""
@@ -176,8 +192,10 @@ def _after_gradient(held: _Held, consts_i: list) -> list:
     """
     if held.grad is None:
         return consts_i
-    held.carry, held.grad, consts_i = _barrier((held.carry, held.grad, consts_i))
-    return consts_i
+    held.carry, held.grad, made = _barrier((held.carry, held.grad, consts_i))
+    # Under shard_map a barrier makes all of its values varying; those that are not stay outside.
+    is_same = lambda x, y: jax.typeof(x) == jax.typeof(y)
+    return [x if is_same(x, y) else y for x, y in zip(made, consts_i, strict=True)]
 
 
 def _barrier(tree):

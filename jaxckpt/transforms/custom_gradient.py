@@ -1,20 +1,21 @@
-"""Functions with a gradient of their own: reverse mode, of the leaves that are asked for.
+"""Functions with a gradient and a batching of their own: what the executors run blocks by.
 
-    fn = with_gradient(run, forward, backward)
+    out = run_with_gradient(walk, carry, consts)     # a `Walk`: how blocks are run and reversed
 
-`jax.custom_vjp` would do but for what it says. Forward mode through it, or a second reverse mode,
-ends in an error of JAX that names neither jaxckpt nor a plan that can; under `jit` it comes when
-nothing of ours is on the stack any more. Two primitives raise our sentence wherever it happens:
-`_TRANSPOSED` can be transposed but not run, `_ONCE` can be run but not transposed. Forward mode
-over reverse mode (`jax.hessian`) passes both.
+`jax.custom_vjp` would do but for two things. Under `jax.vmap` it makes a gradient for every example
+of what all examples share, and sums them afterwards; here the blocks themselves are batched. And
+forward mode through it, or a second reverse mode, ends in an error of JAX that names neither
+jaxckpt nor a plan that can; under `jit` it comes when nothing of ours is on the stack any more.
+
+So there are three primitives. `_RUN` runs, `_TRANSPOSED` can be transposed but not run, `_ONCE` can
+be run but not transposed. Forward mode over reverse mode (`jax.hessian`) passes them all.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
@@ -24,40 +25,42 @@ _MESSAGE = (
 )
 
 
-def with_gradient(run: Callable, forward: Callable, backward: Callable) -> Callable:
-    """Returns `run` with a gradient of its own.
+class Walk(Protocol):
+    """How blocks are run and reversed. Arguments are pytrees, outputs and gradients are lists."""
 
-    Args:
-      run: `run(*args) -> out`; an argument is any pytree of arrays, `out` a list of them.
-      forward: `forward(args, asked) -> (out, residuals)`. `asked` has the positions, among the
-        leaves of all arguments, whose gradients are asked for. Residuals are any pytree.
-      backward: `backward(residuals, grads)` returns the gradients of the leaves that are asked
-        for, from those of the floating and complex leaves of `out`; both are lists.
-    """
+    def run(self, *args) -> list:
+        """Returns the output."""
+        ...
 
-    @jax.custom_jvp
-    def fn(*args):
-        return run(*args)
+    def forward(self, args: Sequence, asked: tuple[int, ...]) -> tuple[list, Any]:
+        """Returns the output, and what `backward` is handed: any pytree.
 
-    def rule(primals, tangents):
-        flat = jax.tree.leaves(tangents, is_leaf=_is_zero)
-        asked = tuple(place for place, tangent in enumerate(flat) if not _is_zero(tangent))
-        out, residuals = forward(primals, asked)
-        leaves, tree = jax.tree.flatten(residuals)
-        made = _TRANSPOSED.bind(
-            *leaves,
-            *pick(flat, asked),
-            count=len(leaves),
-            backward=lambda leaves, grads: backward(jax.tree.unflatten(tree, leaves), grads),
-            avals=tuple(jax.typeof(out[place]) for place in inexact(out)),
-        )
-        tangents_out: list[Any] = [np.zeros(jnp.shape(x), jax.dtypes.float0) for x in out]
-        for place, tangent in zip(inexact(out), made, strict=True):
-            tangents_out[place] = tangent
-        return out, tangents_out
+        Args:
+          args: The arguments.
+          asked: The positions, among the leaves of all arguments, whose gradients are asked for.
+        """
+        ...
 
-    fn.defjvp(rule, symbolic_zeros=True)
-    return fn
+    def backward(self, residuals, grads: list) -> list:
+        """Returns the gradients that are asked for, from those of the output's inexact leaves."""
+        ...
+
+    def batched(self, args: Sequence, dims: Sequence, axis) -> tuple["Walk", Sequence]:
+        """Returns how a batch is run, whose outputs have the batch first, and its arguments.
+
+        Args:
+          args: The arguments.
+          dims: Of each leaf the batched axis, or None where all examples share it.
+          axis: Its `size` and `name`.
+        """
+        ...
+
+
+def run_with_gradient(walk: Walk, *args) -> list:
+    """Returns `walk.run(*args)`, differentiable and batched as the walk says."""
+    leaves, tree = jax.tree.flatten(args)
+    flat = lambda *leaves: walk.run(*jax.tree.unflatten(tree, leaves))
+    return _RUN.bind(*leaves, jaxpr=jax.make_jaxpr(flat)(*leaves), walk=walk, tree=tree)
 
 
 def inexact(leaves: Sequence) -> list[int]:
@@ -70,14 +73,56 @@ def pick(leaves: Sequence, positions: Sequence[int]) -> list:
     return [leaves[position] for position in positions]
 
 
+def batched_call(call: Callable, in_axes, axis) -> Callable:
+    """Returns `jax.vmap` of a walk's call, with the name that the batch has outside."""
+    return jax.vmap(call, in_axes, 0, axis_size=axis.size, axis_name=axis.name)
+
+
+def moved(x, dim: int | None, to: int):
+    """Returns an array with its batched axis in another place; as it is if it has none."""
+    return x if dim is None else jnp.moveaxis(x, dim, to)
+
+
 def _is_inexact(x) -> bool:
     return jnp.issubdtype(jax.typeof(x).dtype, jnp.inexact)
 
 
-def _is_zero(tangent) -> bool:
-    """Whether JAX hands a rule no tangent of a leaf: nobody asks for its gradient."""
-    symbolic: Any = jax.custom_derivatives.SymbolicZero
-    return isinstance(tangent, symbolic) or getattr(tangent, "dtype", None) == jax.dtypes.float0
+_RUN = core.Primitive("jaxckpt_run")
+_RUN.multiple_results = True
+_RUN.def_effectful_abstract_eval(lambda *_, jaxpr, **__: (jaxpr.out_avals, jaxpr.effects))
+
+
+@_RUN.def_impl
+def _evaluate(*leaves, jaxpr: core.ClosedJaxpr, **_):
+    return core.jaxpr_as_fun(jaxpr)(*leaves)
+
+
+def _differentiate(primals, tangents, *, jaxpr, walk: Walk, tree):
+    asked = tuple(n for n, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero))
+    out, residuals = walk.forward(jax.tree.unflatten(tree, primals), asked)
+    leaves, residual_tree = jax.tree.flatten(residuals)
+    made = _TRANSPOSED.bind(
+        *leaves,
+        *pick(tangents, asked),
+        count=len(leaves),
+        backward=lambda leaves, g: walk.backward(jax.tree.unflatten(residual_tree, leaves), g),
+        avals=tuple(jax.typeof(out[place]) for place in inexact(out)),
+    )
+    tangents_out: list[Any] = [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in out]
+    for place, tangent in zip(inexact(out), made, strict=True):
+        tangents_out[place] = tangent
+    return out, tangents_out
+
+
+def _batch_run(axis, leaves, dims, *, jaxpr, walk: Walk, tree):
+    walk, args = walk.batched(jax.tree.unflatten(tree, leaves), dims, axis)
+    out = run_with_gradient(walk, *args)
+    return out, [0] * len(out)
+
+
+ad.primitive_jvps[_RUN] = _differentiate
+mlir.register_lowering(_RUN, mlir.lower_fun(_evaluate, multiple_results=True))
+batching.fancy_primitive_batchers[_RUN] = _batch_run
 
 
 _TRANSPOSED = core.Primitive("jaxckpt_transposed")
@@ -97,7 +142,7 @@ def _transpose(cotangents, *args, count: int, backward: Callable, avals):
     return [*(None for _ in range(count)), *map(_once, backward(list(args[:count]), grads))]
 
 
-def _batch(axis, args, dims, *, count: int, backward: Callable, avals):
+def _batch_transposed(axis, args, dims, *, count: int, backward: Callable, avals):
     """Batches the backward pass; a tangent that all examples share gets the sum of gradients."""
 
     def batched(leaves, grads):
@@ -116,7 +161,7 @@ def _batch(axis, args, dims, *, count: int, backward: Callable, avals):
 ad.primitive_transposes[_TRANSPOSED] = _transpose
 ad.primitive_jvps[_TRANSPOSED] = _refuse_forward
 mlir.register_lowering(_TRANSPOSED, _refuse_forward)
-batching.fancy_primitive_batchers[_TRANSPOSED] = _batch
+batching.fancy_primitive_batchers[_TRANSPOSED] = _batch_transposed
 
 
 _ONCE = core.Primitive("jaxckpt_once")

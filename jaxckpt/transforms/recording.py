@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
 from jaxckpt.transforms.custom_gradient import inexact, pick
+from jaxckpt.transforms.traced_block import zeros
 
 
 @jax.tree_util.register_static
@@ -133,7 +133,7 @@ class Recorder:
         """Returns room for blocks' kept residuals, each leaf in the memory its policy says."""
         residuals = self.run.out_avals[self.num_carry :]
         return [
-            jax.device_put(jnp.zeros((num_blocks, *aval.shape), aval.dtype), aval.memory_space)
+            jax.device_put(zeros(num_blocks, aval), aval.memory_space)
             for aval, source in zip(residuals, self.sources, strict=True)
             if source is None
         ]

@@ -127,7 +127,7 @@ def _run(
 ) -> list:
     """Returns the last block's carry; params, carry and consts are lists of leaves."""
     if isinstance(plan, Schedule):
-        how = executor.Run(keep_last=executor.keeps_segments(plan), unroll=unroll)
+        how = executor.How(keep_last=executor.keeps_segments(plan), unroll=unroll)
         return executor.run_schedule(block.call, params, carry, consts, plan, how)
     call = invented.resolved(block.call, all_of(plan))
     apply = lambda carry, params_i: call(carry, params_i, consts)

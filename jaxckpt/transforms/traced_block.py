@@ -18,8 +18,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.core import ShapedArray
 from jax.extend import core
+from jax.sharding import PartitionSpec
 
 # Functions in an equation's parameters are shown with where they are in memory.
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -33,6 +35,27 @@ def abstract(tree):
 def as_arrays(tree):
     """Returns `tree` with Python scalars and NumPy arrays as JAX's, of the same weak types."""
     return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), tree)
+
+
+def zeros(count: int, aval: ShapedArray) -> jax.Array:
+    """Returns zeros `[count, ...]` of a type, sharded and varying over mesh axes as it is."""
+    spec, varying = aval.sharding.spec, varying_axes(aval)
+    is_sharded = any(axis is not None for axis in spec)
+    sharding = aval.sharding.update(spec=PartitionSpec(None, *spec)) if is_sharded else None
+    made = lax.full((count, *aval.shape), 0, aval.dtype, sharding=sharding)
+    if not varying:
+        return made
+    return (
+        lax.pcast(made, varying, to="varying")
+        if hasattr(lax, "pcast")
+        else lax.pvary(made, varying)
+    )
+
+
+def varying_axes(aval: ShapedArray) -> tuple[str, ...]:
+    """Returns the axes of `jax.shard_map` that a value differs along."""
+    kind = getattr(aval, "mat", None)  # its name since jax 0.10
+    return tuple(aval.vma if kind is None else kind.varying)
 
 
 def first_block(params):
