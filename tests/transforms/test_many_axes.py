@@ -1,4 +1,4 @@
-"""Stacks and chains under `vmap`, `shard_map`, named axes and Explicit meshes: gradients and memory.
+"""Stacks and chains under `vmap`, `shard_map`, named axes and Explicit meshes.
 
 What runs on eight devices runs in one fresh process, since a process has its devices for good.
 """
