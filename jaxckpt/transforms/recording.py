@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from jaxckpt.transforms import jaxprs
+
 
 def inexact(leaves: Sequence) -> list[int]:
     """Returns the positions of the leaves that have gradients: floating and complex ones."""
@@ -185,7 +187,7 @@ class Recorder:
 
 def _cast_of(equation: core.JaxprEqn, shared: dict) -> tuple[int, tuple] | None:
     """Returns `(input, dtypes)` if an equation casts what is shared, else None."""
-    if equation.primitive.name != "convert_element_type":
+    if equation.primitive.name != jaxprs.CAST:
         return None
     source = equation.invars[0]
     if isinstance(source, core.Literal) or source not in shared:
