@@ -96,6 +96,7 @@ class FitRow:
             "collective_seconds": report.collective_seconds,
             "compile_seconds": report.compile_seconds,
             "findings": list(report.findings),
+            "understood": dataclasses.asdict(report.understood),
             "source": report.source,
             "jax_version": report.jax_version,
         }

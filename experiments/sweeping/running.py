@@ -105,6 +105,7 @@ def row_of_run(record: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "compile_seconds": header["compile_seconds"],
         "memory_source": header["memory_source"],
         "buffers": header.get("buffers", []),
+        "understood": header.get("understood", {}),
     }
 
 
@@ -134,6 +135,7 @@ def _compile(case: Case) -> dict[str, Any]:
         "compile_seconds": report.compile_seconds,
         "memory_source": report.source,
         "buffers": [dataclasses.asdict(one) for one in report.buffers],
+        "understood": dataclasses.asdict(report.understood),
     }
 
 

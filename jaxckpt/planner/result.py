@@ -129,6 +129,7 @@ class FitResult:
             *self._of_host(),
             f"  why        {self.why}",
         ]
+        lines += [] if report.understood.is_all else [f"  read       {report.understood}"]
         return "\n".join(lines)
 
     def _of_host(self) -> list[str]:

@@ -1,7 +1,7 @@
 """Reading jaxprs: every equation of a function, those inside its calls and loops too.
 
 The table of JAX's primitives is here, each by all the names that it had. JAX promises none of them,
-so no other file spells one, and `tests/test_compatibility.py` looks up what each JAX binds.
+so no other file spells one, and `tests/test_canary.py` looks up what each JAX binds.
 """
 
 from collections.abc import Callable, Iterator

@@ -17,6 +17,7 @@ from experiments.measuring import FitRow
 from jaxckpt.memory import launch
 from jaxckpt.memory.report import MemoryReport
 from jaxckpt.memory.targets import parse_target
+from jaxckpt.memory.understood import Understood
 
 GIB = 1 << 30
 # Splash attention alone takes a minute to compile.
@@ -85,6 +86,15 @@ def test_a_plan_that_saves_nothing_is_named(monkeypatch, measured, capsys):
     warnings = [line for line in out.splitlines() if line.startswith("warning:")]
     assert len(warnings) == 2 and warnings[0].endswith("a finding; a cure")
     assert "plan 'full' saves no memory" in warnings[1]
+
+
+def test_a_text_that_was_not_understood_is_said(monkeypatch, measured, capsys, tmp_path):
+    monkeypatch.setitem(REPORTS, "full", report(10.0, understood=Understood(7, 9)))
+    path = tmp_path / "rows.json"
+    out = run(capsys, "--target=v5e-1", "--plan=none", "--plan=full", f"--json={path}")
+    assert "warning: full on v5e-1: understood 7 of 9 lines of XLA's text" in out
+    assert out.count("understood") == 1, "not of what was read whole"
+    assert json.loads(path.read_text())["rows"][1]["understood"] == {"lines": 7, "of": 9}
 
 
 def test_a_plan_that_cannot_be_compiled_does_not_stop_the_others(monkeypatch, capsys):
