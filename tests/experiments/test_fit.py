@@ -97,17 +97,21 @@ def test_a_text_that_was_not_understood_is_said(monkeypatch, measured, capsys, t
     assert json.loads(path.read_text())["rows"][1]["understood"] == {"lines": 7, "of": 9}
 
 
-def test_a_plan_that_cannot_be_compiled_does_not_stop_the_others(monkeypatch, capsys):
+def test_a_plan_that_cannot_be_compiled_does_not_stop_the_others(monkeypatch, capsys, tmp_path):
     def measure(config, *_):
         if config.remat == "dots":
             raise RuntimeError("no\nsuch thing")
         return REPORTS[config.remat]
 
     monkeypatch.setattr(measuring, "_measure", measure)
+    path = tmp_path / "rows.json"
     with pytest.raises(SystemExit) as stop:
-        main(fit, ["--plan=none", "--plan=dots", "--plan=full"])
+        main(fit, ["--plan=none", "--plan=dots", "--plan=full", f"--json={path}"])
+    kept = json.loads(path.read_text())["rows"][1]
+    assert kept["error"] == "no such thing" and ", in measure" in kept["traceback"]
     out, err = capsys.readouterr()
-    assert stop.value.code == 2 and "1 of 3 plans could not be compiled" in err
+    assert stop.value.code == 1 and err.endswith("error: 1 of 3 plans could not be compiled\n")
+    assert "Traceback" in err and ", in measure" in err, "a fault of the program is not hidden"
     assert "error: dots on local: no such thing" in out and "full" in out
 
 

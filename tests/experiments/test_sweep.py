@@ -190,8 +190,9 @@ def test_usual_plans_fit_any_stack():
 
 
 def test_a_process_that_fails_says_its_last_line(tmp_path):
-    with pytest.raises(running.RowError, match=r"steps is 0; the least is 1$"):
-        running._run_module("experiments.train", ["--steps=0"], Processes())
+    with pytest.raises(running.RowError, match=r"steps is 0; the least is 1$") as caught:
+        running._run_module("experiments.train", ["--steps=0", "--debug"], Processes())
+    assert "ConfigError: steps is 0" in caught.value.traceback
     assert "SIGKILL, which is what a machine without memory left" in running._reason(-9, "")
     assert running._reason(1, "Traceback\nValueError: no\n") == "ValueError: no"
 
