@@ -4,7 +4,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -214,13 +213,12 @@ def test_an_absent_chip_and_the_second_time(tmp_path):
     command = [sys.executable, "-c", code, *SIZES, "--target=v5e-1", f"--json={path}"]
     command += [f"--plan={plan}" for plan in plans]
     environment = {"JAXCKPT_CACHE": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
-    found, seconds = [], []
+    found = []
     for _ in range(2):
-        started = time.perf_counter()
         subprocess.run(command, check=True, env=_environment() | environment)
-        seconds.append(time.perf_counter() - started)
         found.append(json.loads(path.read_text())["rows"])
-    assert found[0] == found[1] and seconds[1] < 3
+    # To the digits of the seconds that compiling took: nothing was compiled again.
+    assert found[0] == found[1] and all(row["compile_seconds"] > 0 for row in found[0])
     none, full, sqrt = found[0]
     assert none["peak_bytes"] > full["peak_bytes"] > sqrt["peak_bytes"]
     assert none["recomputed_flops"] == 0 < full["recomputed_flops"] < sqrt["recomputed_flops"]

@@ -87,7 +87,6 @@ def test_every_process_plans_the_same():
             capture_output=True,
             text=True,
             check=True,
-            timeout=600,
         ).stdout.splitlines()[-1]
         for seed in ("1", "2")
     ]
