@@ -88,8 +88,9 @@ class MemoryReport:
           KeyError, TypeError: The values are not those of a report.
         """
         buffers = tuple(Buffer(**one) for one in values["buffers"])
-        made = {"buffers": buffers, "findings": tuple(values["findings"])}
-        return cls(**(values | made | {"understood": Understood(**values["understood"])}))
+        made: dict[str, Any] = {"buffers": buffers, "findings": tuple(values["findings"])}
+        made["understood"] = Understood(**values["understood"])
+        return cls(**(values | made))
 
     def __str__(self) -> str:
         lines = [f"memory of one step on {self.target} ({self.source}, jax {self.jax_version})"]
