@@ -8,6 +8,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 
+class ChildError(RuntimeError):
+    """A process that failed: the last line that it wrote, and all of it as `text`."""
+
+    def __init__(self, line: str, text: str):
+        super().__init__(line)
+        self.text = text
+
+
 def values_of(module: str, *asked: Any, environment: Mapping[str, str], name: str) -> Iterator[Any]:
     """Yields what `python -m benchmarks.MODULE` prints, a JSON value a line.
 
@@ -18,7 +26,7 @@ def values_of(module: str, *asked: Any, environment: Mapping[str, str], name: st
       name: What the process is about, for an error.
 
     Raises:
-      RuntimeError: The process failed; with the last line that it wrote about it.
+      ChildError: The process failed.
     """
     command = [sys.executable, "-m", f"benchmarks.{module}", *map(json.dumps, asked)]
     # The compilers write banners that mean nothing to file descriptor 2.
@@ -33,8 +41,10 @@ def values_of(module: str, *asked: Any, environment: Mapping[str, str], name: st
                 raise
         if process.returncode:
             log.seek(0)
-            lines = [line for line in log.read().splitlines() if _says_something(line)]
-            raise RuntimeError(f"{name}: {(lines or [f'exit code {process.returncode}'])[-1]}")
+            text = log.read()
+            lines = [line for line in text.splitlines() if _says_something(line)]
+            last = (lines or [f"exit code {process.returncode}"])[-1]
+            raise ChildError(f"{name}: {last}", text)
 
 
 def _says_something(line: str) -> bool:

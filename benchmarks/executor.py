@@ -18,6 +18,7 @@ from cyclopts import App, CycloptsError, Parameter
 from benchmarks import absent
 from benchmarks.record import write
 from experiments.cli import fail
+from experiments.config import ConfigError
 
 PARTS = ("equality", "evaluations", "temp", "nested", "compile", "copies")
 
@@ -115,23 +116,25 @@ def main(tokens: Sequence[str] | None = None):
         flags = bound.arguments.get("flags", Flags())
         if isinstance(flags, Flags):
             check(flags)
-    except (CycloptsError, ValueError) as error:
+    except (CycloptsError, ConfigError) as error:
         fail(error)
     function(*bound.args, **bound.kwargs)
 
 
 def check(flags: Flags):
-    """Raises `ValueError` for flags that do not fit one another."""
+    """Raises `ConfigError` for flags that do not fit one another."""
     if flags.write_docs and (flags.part not in (None, "temp") or flags.quick):
-        raise ValueError(
+        raise ConfigError(
             "--write-docs writes the whole table of temp; valid: --part temp, no --quick"
         )
     if flags.width % 128 or flags.width < 128:
-        raise ValueError(f"--width is {flags.width}; heads are of 128, so it is a multiple of that")
+        raise ConfigError(
+            f"--width is {flags.width}; heads are of 128, so it is a multiple of that"
+        )
     if flags.tokens % min(flags.tokens, flags.sequence):
-        raise ValueError(f"--tokens is {flags.tokens}, not a multiple of --sequence")
+        raise ConfigError(f"--tokens is {flags.tokens}, not a multiple of --sequence")
     if flags.blocks < 2 or flags.pairs < 1 or flags.tokens < 1 or flags.sequence < 1:
-        raise ValueError("--blocks is at least 2; --pairs, --tokens and --sequence at least 1")
+        raise ConfigError("--blocks is at least 2; --pairs, --tokens and --sequence at least 1")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def _present(place: int, tiny: bool) -> dict[str, Any]:
         [*command, *(["--tiny"] if tiny else [])], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1]}
+        return {"error": done.stderr.strip().splitlines()[-1], "traceback": done.stderr}
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -24,11 +24,13 @@ from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 
+from benchmarks.child import ChildError
 from benchmarks.record import write
 from benchmarks.rivals_bounds import check, result
 from benchmarks.rivals_part import SHAPES, Case, run_part
 from benchmarks.step import gpu
 from experiments.cli import fail
+from experiments.config import ConfigError
 from jaxckpt.memory import cache
 from jaxckpt.plans.errors import nearest
 
@@ -95,8 +97,9 @@ def _measure(
             elif row["rounds"] >= least:  # what was timed before stays until there is as much
                 rows[name] = made | row
                 save()
-    except RuntimeError as error:
-        rows[name] = rows.get(name, {}) | made | {"error": str(error)}
+    except ChildError as error:
+        failed = {"error": str(error), "traceback": error.text}
+        rows[name] = rows.get(name, {}) | made | failed
         save()
 
 
@@ -140,15 +143,15 @@ def _print(rows: Rows):
 
 
 def _refuse(shape: Sequence[str], budgets: int, minutes: float | None):
-    """Raises `ValueError` for flags that ask for nothing that can be measured."""
+    """Raises `ConfigError` for flags that ask for nothing that can be measured."""
     for name in shape:
         if name not in SHAPES:
             valid = ", ".join(SHAPES)
-            raise ValueError(f"shape {name!r} is not known; valid: {valid}{nearest(name, SHAPES)}")
+            raise ConfigError(f"shape {name!r} is not known; valid: {valid}{nearest(name, SHAPES)}")
     if budgets < 2:
-        raise ValueError(f"--budgets is {budgets}; the least is 2")
+        raise ConfigError(f"--budgets is {budgets}; the least is 2")
     if minutes is not None and not minutes > 0:
-        raise ValueError(f"--minutes is {minutes}; it is more than 0")
+        raise ConfigError(f"--minutes is {minutes}; it is more than 0")
 
 
 def main(tokens: Sequence[str] | None = None):
@@ -162,7 +165,7 @@ def main(tokens: Sequence[str] | None = None):
             asked = bound.arguments
             given = (asked.get("shape", ()), asked.get("budgets", 5), asked.get("minutes"))
             _refuse(*given)
-    except (CycloptsError, ValueError) as error:
+    except (CycloptsError, ConfigError) as error:
         fail(error)
     function(*bound.args, **bound.kwargs)
 

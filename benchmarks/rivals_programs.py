@@ -6,6 +6,7 @@ is one kernel, share it. What cannot be compiled is a program with an error.
 
 import dataclasses
 import time
+import traceback
 from typing import Any
 
 from experiments.build import build
@@ -27,19 +28,24 @@ class Program:
       compiled: To be called with state and batch; None after an error.
       report: The compiler's, likewise.
       seconds: What building and compiling took.
-      error: Why there is none.
+      failure: Why there is none.
     """
 
     plan: str
     compiled: Any = None
     report: MemoryReport | None = None
     seconds: float
-    error: str | None = None
+    failure: Exception | None = None
+
+    @property
+    def error(self) -> str | None:
+        """The first line of the failure; None if there was none."""
+        return None if self.failure is None else first_line(self.failure)
 
     def as_json(self) -> dict[str, Any]:
         """Returns what is known before it is run, as JSON values."""
         if self.report is None:
-            return {"error": self.error}
+            return failed(self.failure)
         names = ("peak_bytes", "host_bytes", "recomputed_flops", "estimated_seconds")
         found = {name: getattr(self.report, name) for name in names}
         return found | {"compile_seconds": self.seconds, "program_of": self.plan}
@@ -77,20 +83,18 @@ class Programs:
 
     def _made(self, plan: str) -> Program:
         started = time.perf_counter()
-        failed = lambda error: Program(
-            plan=plan,
-            seconds=time.perf_counter() - started,
-            error=first_line(error),
+        nothing = lambda error: Program(
+            plan=plan, seconds=time.perf_counter() - started, failure=error
         )
         try:
             text = program_text(self.steps.trace(Plan.parse(plan))[0])
         except (ValueError, RuntimeError) as error:
-            return failed(error)
+            return nothing(error)
         if text not in self._by_text:
             try:
                 compiled, report = compile_step(self._built(Plan.parse(plan)))
             except (ValueError, RuntimeError) as error:
-                self._by_text[text] = failed(error)
+                self._by_text[text] = nothing(error)
             else:
                 seconds = time.perf_counter() - started
                 found = {"compiled": compiled, "report": report, "seconds": seconds}
@@ -107,8 +111,14 @@ class Programs:
     def _report_of(self, plan: Plan) -> MemoryReport:
         program = self.of(str(plan))
         if program.report is None:
-            raise RuntimeError(f"{plan}: {program.error}")
+            raise RuntimeError(f"{plan}: {program.error}") from program.failure
         return program.report
+
+
+def failed(error: Exception | None) -> dict[str, str]:
+    """Returns what a record keeps of an error."""
+    assert error is not None  # what came to nothing has one
+    return {"error": first_line(error), "traceback": "".join(traceback.format_exception(error))}
 
 
 def first_line(error: Exception) -> str:

@@ -24,7 +24,7 @@ from benchmarks.origin import device
 from benchmarks.peaks import QWEN3, TINY
 from benchmarks.planner_rows import least_bytes
 from benchmarks.rivals_part import Case
-from benchmarks.rivals_programs import Program, Programs
+from benchmarks.rivals_programs import Program, Programs, failed
 from benchmarks.rivals_timing import Turns
 from experiments.config import TrainConfig
 from experiments.step import init_state, resolve_model
@@ -136,7 +136,7 @@ class Shape:
         timed: dict[Program, Row] = {}
         for program, seconds in turns.seconds.items():
             timed[program] = {"seconds": float(np.median(seconds)), "seconds_of_rounds": seconds}
-        return timed | {program: {"error": text} for program, text in turns.errors.items()}
+        return timed | {program: failed(error) for program, error in turns.errors.items()}
 
     def _known(self, timed: dict[Program, Row]) -> Row:
         of = self.programs.of

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.rivals_programs import Program, first_line
+from benchmarks.rivals_programs import Program
 
 Seconds = dict[Program, list[float]]
 _LEAST_ROUNDS = 3
@@ -31,7 +31,7 @@ class Turns:
         self._make_state, self._tokens = make_state, tokens
         self._state: Any = make_state()
         self.seconds: Seconds = {program: [] for program in programs}
-        self.errors: dict[Program, str] = {}
+        self.errors: dict[Program, Exception] = {}
 
     def rounds(self, count: int, steps: int, until: float | None = None) -> Iterator[int]:
         """Yields the number of rounds so far after each.
@@ -59,7 +59,7 @@ class Turns:
                 self.seconds[program].append(self._turn(program, steps))
                 continue
             except RuntimeError as error:  # out of memory, for one
-                self.errors[program] = first_line(error)
+                self.errors[program] = error
             # A step that fails may have taken the state with it.
             self._programs = [one for one in self._programs if one is not program]
             self._state = None

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 
-from benchmarks.child import values_of
+from benchmarks.child import ChildError, values_of
 from benchmarks.record import write
 from benchmarks.step import KEPT, gpu
 from experiments.cli import fail
@@ -100,8 +100,8 @@ def _row(options: str, case: Row) -> Row:
     environment = _ENVIRONMENT | {"XLA_FLAGS": flags}
     try:
         (found,) = values_of("step_jax", case, environment=environment, name=options)
-    except RuntimeError as error:
-        return {"options": options, "error": str(error)}
+    except ChildError as error:
+        return {"options": options, "error": str(error), "traceback": error.text}
     names = ("seconds", "peak_bytes", "compile_seconds", "device", "versions")
     return {"options": options} | {name: found[name] for name in names}
 

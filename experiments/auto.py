@@ -47,13 +47,13 @@ def choose(config: TrainConfig, target: str, *, budget: int | None = None) -> Fi
     num_blocks = config.model.num_blocks
     try:
         check_asked(num_blocks)
-        budgets = {"budget": budget, "host_budget": host_limit_bytes(config) or 0}
-        if parse_target(target).backend == "local":
-            return _choose_here(config, {**budgets, "calibrate": config.calibrate})
-        entry = plan_entry(config, target)
-        return fit_entry(entry, num_blocks=num_blocks, target=target, **budgets)
     except ImportError as error:
         raise ConfigError(f"plan 'auto': {error}") from None
+    budgets = {"budget": budget, "host_budget": host_limit_bytes(config) or 0}
+    if parse_target(target).backend == "local":
+        return _choose_here(config, {**budgets, "calibrate": config.calibrate})
+    entry = plan_entry(config, target)
+    return fit_entry(entry, num_blocks=num_blocks, target=target, **budgets)
 
 
 def check_calibrated(config: TrainConfig, plans: Sequence[Plan], targets: Sequence[str]):

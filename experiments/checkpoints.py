@@ -77,7 +77,7 @@ class Checkpoints:
         try:
             found = self._checkpointer.metadata(step).custom_metadata
         except Exception as error:  # Orbax and TensorStore raise many types for a torn file
-            raise self._unreadable(step, error) from None
+            raise self._unreadable(step, error) from error
         if not isinstance(found, dict) or "config" not in found:
             raise self._unreadable(step, "it was not written by experiments.train")
         return found
@@ -100,7 +100,7 @@ class Checkpoints:
         try:
             return self._checkpointer.load(step, like)
         except Exception as error:  # see `about`
-            raise self._unreadable(step, error) from None
+            raise self._unreadable(step, error) from error
 
     def parameter(self, step: int, path: tuple[str, ...]) -> np.ndarray:
         """Returns one parameter of a step; no other is read.
@@ -123,9 +123,12 @@ class Checkpoints:
         try:
             saved = self._checkpointer.metadata(step).metadata
             tree = self._checkpointer.load(step, jax.tree_util.tree_map_with_path(like, saved))
-            return np.asarray(functools.reduce(operator.getitem, path, tree["params"]))
         except Exception as error:  # see `about`
-            raise self._unreadable(step, error) from None
+            raise self._unreadable(step, error) from error
+        try:
+            return np.asarray(functools.reduce(operator.getitem, path, tree["params"]))
+        except KeyError as error:
+            raise self._unreadable(step, f"it has no parameter {'/'.join(path)}") from error
 
     def close(self):
         """Lets go of the folder; what failed while saving was said by `save` and `wait`."""

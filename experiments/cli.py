@@ -1,28 +1,25 @@
 """What every command line here shares: flags over a TOML file over defaults, errors in one line.
 
 A refused command line prints one plain line on stderr, exits with code 2, and has not imported JAX.
+What is refused is a `UserError`; any other error is a fault of the program, with its traceback and
+code 1. `--debug` shows where a line comes from, too.
 """
 
 import importlib.metadata
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from cyclopts import App, CycloptsError, config
 
-from experiments.config import ConfigError, load_toml
-from experiments.data import DataError
+from experiments.config import load_toml
 from experiments.init import shape_flags
 from experiments.record import RunError
-from jaxckpt.memory.launch import Unavailable
-from jaxckpt.memory.targets import TargetError
-from jaxckpt.models.mesh import MeshError
-from jaxckpt.planner.result import BudgetError
-from jaxckpt.plans import PlanError
+from jaxckpt.plans.errors import UserError
 
-USER_ERRORS = (PlanError, ConfigError, DataError, NotImplementedError, TargetError, Unavailable)
-USER_ERRORS += (BudgetError, MeshError)
+_DEBUG = "--debug"
 
 
 def main(command: Callable, tokens: Sequence[str] | None = None):
@@ -35,25 +32,26 @@ def main(command: Callable, tokens: Sequence[str] | None = None):
 
     Raises:
       SystemExit: With code 2 after an error of the user's, 1 after one that ends a run.
+      Exception: A fault of the program.
     """
-    tokens = list(sys.argv[1:] if tokens is None else tokens)
+    given = list(sys.argv[1:] if tokens is None else tokens)
+    tokens = [token for token in given if token != _DEBUG]
+    is_debugged = len(tokens) < len(given)
     app = App(
         name=f"python -m experiments.{command.__name__}",
         version=lambda: importlib.metadata.version("jaxckpt"),
         help_format="plaintext",
+        help_epilogue=f"{_DEBUG} prints the traceback of an error above its line.",
     )
     app.default(command)
     try:
         app.config = (config.Dict(_file_flags(tokens), source="the configuration file"),)
         function, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
-    except (CycloptsError, ValueError) as error:
-        fail(error)
-    try:
         function(*bound.args, **bound.kwargs)
-    except USER_ERRORS as error:
-        fail(error)
-    except RunError as error:
-        fail(error, code=1)
+    except (CycloptsError, UserError, RunError) as error:
+        if is_debugged:
+            traceback.print_exception(error)
+        fail(error, code=1 if isinstance(error, RunError) else 2)
 
 
 def fail(error: Exception | str, code: int = 2):

@@ -26,10 +26,10 @@ from jaxckpt.models.config import TransformerConfig
 from jaxckpt.models.mesh import MeshError, MeshShape
 from jaxckpt.planner.budgets import given_bytes, host_bytes
 from jaxckpt.plans import Plan
-from jaxckpt.plans.errors import nearest
+from jaxckpt.plans.errors import UserError, nearest
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A configuration that cannot be run: one line with what is valid and the nearest guess."""
 
 

@@ -24,7 +24,7 @@ from experiments.record import CONFIG, RunError
 from experiments.shard_writer import write_shards
 from experiments.shards import import_safetensors, read_json
 from jaxckpt.models import qwen3
-from jaxckpt.models.config import TransformerConfig
+from jaxckpt.models.config import ModelError, TransformerConfig
 from jaxckpt.plans.errors import nearest
 
 _DTYPES = {"bf16": "bfloat16", "f32": "float32"}
@@ -75,7 +75,7 @@ class _Source:
         """Returns the new `config.json`: of the folder that the run started from, or its own."""
         try:
             own = qwen3.config_json(self.model, dtype=dtype, max_positions=self.seq_len)
-        except ValueError as error:
+        except ModelError as error:
             raise ConfigError(f"the run's model is no Qwen3: {error}") from None
         if self.init is None:
             return own
@@ -98,7 +98,7 @@ def _read_run(run: Path) -> _Source:
         model = TransformerConfig(
             **{name: flags[flag] for name, flag in fields.items() if flag in flags}
         )
-    except ValueError as error:
+    except ModelError as error:
         raise ConfigError(f"{run / CONFIG}: {error}") from None
     init = flags.get("init")
     return _Source(model=model, init=None if init is None else Path(init), seq_len=flags["seq-len"])

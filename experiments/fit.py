@@ -8,6 +8,7 @@ python -m experiments.fit --config configs/qwen3_8b.toml --target v5e-16 --mesh 
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -77,8 +78,13 @@ def fit(
         flags.json.write_text(
             json.dumps({"rows": [row.as_json() for row in rows]}, indent=1) + "\n"
         )
+    faults = [row for row in failed if not row.is_refused]
+    if faults:
+        for row in faults:
+            print(row.traceback, file=sys.stderr)
+        fail(_failure(failed, len(rows)), code=1)
     if failed:
-        fail(_failure(failed, len(rows)), code=2)
+        raise ConfigError(_failure(failed, len(rows))) from failed[0].failure
 
 
 def _failure(failed: Sequence, count: int) -> str:

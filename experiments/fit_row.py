@@ -1,11 +1,13 @@
 """One row of `experiments.fit`: a plan on a target, measured or chosen. No JAX import."""
 
 import dataclasses
+import traceback
 from typing import Any
 
 from experiments.config import TrainConfig
 from jaxckpt.memory.report import MemoryReport
 from jaxckpt.planner.result import BudgetError, FitResult
+from jaxckpt.plans.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,23 +18,43 @@ class FitRow:
       config: What was compiled; with the plan that was chosen, where it was `auto`.
       target: For what.
       report: Its memory; None where it came to nothing.
-      error: Why it did, in one line.
+      failure: Why it did.
       size: With `--max`, the largest size that fits, 0 if none does.
       budget_bytes: What the step may need, where that was given.
       host_budget_bytes: What it may have on the host, where that was given.
       auto: What the planner chose and why, where the plan was `auto`.
-      infeasible: Where no plan fits: the least budget, and its plan.
     """
 
     config: TrainConfig
     target: str
     report: MemoryReport | None = None
-    error: str | None = None
+    failure: Exception | None = None
     size: int | None = None
     budget_bytes: int | None = None
     host_budget_bytes: int | None = None
     auto: FitResult | None = None
-    infeasible: BudgetError | None = None
+
+    @property
+    def error(self) -> str | None:
+        """Why the row came to nothing, in one line; None if it did not."""
+        if self.failure is None:
+            return None
+        return " ".join(str(self.failure).split()) or type(self.failure).__name__
+
+    @property
+    def traceback(self) -> str:
+        """Where the failure was raised, those that it follows from included."""
+        return "".join(traceback.format_exception(self.failure))
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the user can mend the failure; any other is a fault of the program."""
+        return isinstance(self.failure, UserError)
+
+    @property
+    def infeasible(self) -> BudgetError | None:
+        """The least budget and its plan, where no plan fits."""
+        return self.failure if isinstance(self.failure, BudgetError) else None
 
     @property
     def measured(self) -> MemoryReport:
@@ -78,7 +100,7 @@ class FitRow:
             found |= {"least_bytes": least.least_bytes, "least_plan": str(least.plan)}
             found["parts"] = {name: int(size) for name, size in least.parts.items()}
         if self.report is None:
-            return found | {"error": self.error}
+            return found | {"error": self.error, "traceback": self.traceback}
         report = self.report
         if self.auto is not None:
             chosen = self.auto.as_json()
@@ -96,6 +118,7 @@ class FitRow:
             "collective_seconds": report.collective_seconds,
             "compile_seconds": report.compile_seconds,
             "findings": list(report.findings),
+            "understood": dataclasses.asdict(report.understood),
             "source": report.source,
             "jax_version": report.jax_version,
         }

@@ -112,11 +112,16 @@ def _number(value: float | None, unit: float, form: str = "{:.2f}") -> str:
 
 
 def _findings(rows: Sequence[FitRow], largest: str | None):
-    """Yields each row with each of its findings, those that compare it with `none` too."""
+    """Yields each row with each of its findings, those that compare it with `none` too.
+
+    What was not understood of the compiler's texts is one of them.
+    """
     is_none = lambda row: all(stage.schedule == "none" for stage in row.config.plan.stages)
     nones = [row.measured for row in rows if is_none(row)]
     for row in rows:
         yield from ((row, finding) for finding in row.measured.findings)
+        if not row.measured.understood.is_all:
+            yield row, str(row.measured.understood)
         if nones and not largest:
             found = peak_not_below_none(row.config.remat, row.measured, nones[0])
             yield from ((row, str(finding)) for finding in found)

@@ -15,7 +15,7 @@ from experiments.config import ConfigError, TrainConfig
 from experiments.data.tokenizer import TOKENIZER_JSON, Tokenizer
 from experiments.shards import DTYPES, Shards, listed, read_json
 from jaxckpt.models import qwen3
-from jaxckpt.models.config import TransformerConfig
+from jaxckpt.models.config import ModelError, TransformerConfig
 from jaxckpt.plans.errors import nearest
 
 CONFIG_JSON = "config.json"
@@ -36,7 +36,7 @@ def read_shape(folder: Path) -> TransformerConfig:
     content = read_json(path)
     try:
         return qwen3.config_of(content)
-    except ValueError as error:
+    except ModelError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 

@@ -142,6 +142,7 @@ def _header(config: TrainConfig, corpus: Corpus, report: MemoryReport, compile_s
         "peak_flops_per_second": peak_flops_per_second(config),
         "findings": list(report.findings),
         "buffers": [dataclasses.asdict(one) for one in report.buffers],
+        "understood": dataclasses.asdict(report.understood),
         "compile_seconds": compile_seconds,
         "device": device.device_kind,
         "devices": 1 if config.mesh_shape is None else config.mesh_shape.size,

@@ -75,11 +75,8 @@ def _row(config: TrainConfig, target: str, largest: str | None, here) -> FitRow:
         if config.is_auto:
             return _auto_row(FitRow(**asked), _choose(config, target, here))
         return FitRow(**asked, report=_measure(config, target, here))
-    except BudgetError as error:
-        return FitRow(**asked, error=str(error), infeasible=error)
     except Exception as error:  # whatever it is, it is this row's and no other's
-        line = " ".join(str(error).split()) or type(error).__name__
-        return FitRow(**asked, error=line)
+        return FitRow(**asked, failure=error)
 
 
 def _choose(config: TrainConfig, target: str, here, budget: int | None = None) -> FitResult:

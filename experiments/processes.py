@@ -14,12 +14,12 @@ import json
 import os
 import sys
 
-from experiments.cli import USER_ERRORS
 from experiments.config import ConfigError, TrainConfig
 from experiments.lifelines import Lifelines
 from experiments.process_flags import ProcessFlags
 from experiments.record import RunError
 from experiments.roll_call import call_roll
+from jaxckpt.plans.errors import UserError
 
 
 @contextlib.contextmanager
@@ -43,11 +43,11 @@ def joined(flags: ProcessFlags, config: TrainConfig, corpus_sha256: str):
             yield
         except Exception as error:  # any that leaves the context: it is raised again
             alone = isinstance(error, RunError) and error.__cause__ is None
-            if not (isinstance(error, USER_ERRORS) or alone):
+            if not (isinstance(error, UserError) or alone):
                 # An exchange that broke, perhaps: then another process has ended, and that is said.
                 lifelines.listen()
             # JAX would wait for the others before this process ends.
-            atexit.register(_leave, 2 if isinstance(error, USER_ERRORS) else 1)
+            atexit.register(_leave, 2 if isinstance(error, UserError) else 1)
             raise
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments.compilation import choose_unroll
-from experiments.config import ConfigError, TrainConfig
+from experiments.config import TrainConfig
 from experiments.optimizers import make_optimizer
 from experiments.trainable import merge, split
 from jaxckpt.memory.targets import Target
@@ -50,13 +50,10 @@ def resolve_model(
       The configuration without either, and a line for each choice that says why.
 
     Raises:
-      ConfigError: The model names a kernel that the target or its sizes do not have.
+      ModelError: The model names a kernel that the target or its sizes do not have.
     """
-    try:
-        sizes = {"seq_len": config.seq_len, "packed": config.pack}
-        found = resolve(config.model, target, spread=config.mesh is not None, **sizes)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    sizes = {"seq_len": config.seq_len, "packed": config.pack}
+    found = resolve(config.model, target, spread=config.mesh is not None, **sizes)
     unroll, why = config.unroll, found.why
     if not unroll:
         count = 1 if config.mesh_shape is None else config.mesh_shape.size

@@ -8,6 +8,7 @@ import pytest
 from benchmarks import fixed_plans as plans
 from benchmarks import rivals as command
 from benchmarks import rivals_bounds as bounds
+from benchmarks.child import ChildError
 from benchmarks.rivals_part import SHAPES
 
 GIB = 1 << 30
@@ -122,7 +123,7 @@ def test_a_run_goes_on_where_it_was_cut_short(monkeypatch, tmp_path, capsys):
         yield {"says": "compiled"}
         yield row(85, rounds=0, is_whole=False)
         if fates.get(name):
-            raise RuntimeError(f"{name}: died")
+            raise ChildError(f"{name}: died", "Traceback: here")
         yield row(85)
 
     monkeypatch.setattr(command, "run_part", run)
@@ -139,6 +140,7 @@ def test_a_run_goes_on_where_it_was_cut_short(monkeypatch, tmp_path, capsys):
     rows = json.loads(output.read_text())["rows"]
     assert rows["8x1024"]["is_whole"] and rows["2x16384"]["rounds"] == 0
     assert rows["2x16384"]["error"] == "2x16384: died"
+    assert rows["2x16384"]["traceback"] == "Traceback: here"
     fates.clear()
     assert measured("--minutes", "9") == 0
     record = json.loads(output.read_text())
@@ -197,7 +199,7 @@ def test_what_there_is_no_time_for_is_named():
 
 
 def test_a_program_that_fails_takes_no_more_turns():
-    from benchmarks.rivals_programs import Program
+    from benchmarks.rivals_programs import Program, failed
     from benchmarks.rivals_timing import Turns
 
     ran, made = [], []
@@ -214,7 +216,9 @@ def test_a_program_that_fails_takes_no_more_turns():
     good, bad = program("good"), program("bad", fails_at=4)
     turns = Turns([good, bad], lambda: made.append(0) or 0, None)
     assert list(turns.rounds(3, steps=2)) == [1, 2, 3]
-    assert turns.errors == {bad: "RESOURCE_EXHAUSTED: out of memory"} and len(made) == 2
+    assert [*turns.errors] == [bad] and len(made) == 2
+    kept = failed(turns.errors[bad])
+    assert kept["error"] == "RESOURCE_EXHAUSTED: out of memory" and "in step" in kept["traceback"]
     assert len(turns.seconds[good]) == 3 and turns.seconds[bad] == []
     # The round that is not timed, then a step more than is timed in each turn.
     assert ran == [*["good"] * 2, *["bad"] * 2, *["good"] * 3, *["bad"] * 2, *["good"] * 6]
@@ -229,7 +233,8 @@ def test_what_jax_adds_below_an_error_is_not_the_error():
 
 
 def test_a_process_that_fails_says_its_last_line():
-    from benchmarks.child import values_of
+    from benchmarks.child import ChildError, values_of
 
-    with pytest.raises(RuntimeError, match=r"8x1024: .*No module named benchmarks\.no_such"):
+    with pytest.raises(ChildError, match=r"8x1024: .*No module named benchmarks\.no_such") as end:
         list(values_of("no_such", environment=os.environ, name="8x1024"))
+    assert "No module named" in end.value.text

@@ -37,16 +37,19 @@ def compiled(cases: Sequence[Case], path: Path, say: Callable[[str], None]) -> d
         found = row.error or f"peak {gib(row.measured.peak_bytes)}"
         say(f"{number}/{len(missing)}  {case.name} on {case.target}: {found}")
         if row.error is not None:
-            failed.append(f"{case.name}: {row.error}")
+            failed.append((f"{case.name}: {row.error}", row))
             continue
         rows[case.name] = _row(case, row)
         # In the order of the cases, so that the file changes no more than its numbers do.
         rows = {one.name: rows[one.name] for one in cases if one.name in rows}
         _write(path, {"rows": rows})
+    faults = [row.failure for _, row in failed if row.failure and not row.is_refused]
+    if faults:
+        raise faults[0]
     if failed:
         raise ConfigError(
             f"{len(failed)} of {len(cases)} cases could not be compiled, the others are kept in "
-            f"{path}; the first: {failed[0]}"
+            f"{path}; the first: {failed[0][0]}"
         )
     return rows
 

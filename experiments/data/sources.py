@@ -10,7 +10,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxckpt.plans.errors import nearest
+from jaxckpt.plans.errors import UserError, nearest
 
 _LEFT_OUT = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
@@ -20,7 +20,7 @@ _BUILD_RECORDS = ("_sysconfigdata_", "config-")
 _SNIFFED_BYTES = 8192
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """Data that cannot be trained on: one line with what is valid and the nearest guess."""
 
 

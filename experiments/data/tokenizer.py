@@ -34,11 +34,12 @@ class Tokenizer:
             ) from None
         try:
             content = path.read_bytes()
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from None
-        except Exception as error:  # the package raises nothing more special
-            raise DataError(f"{path} is not a readable tokenizer: {error}") from None
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the package's own, ValueError among them
+            raise DataError(f"{path} is not a readable tokenizer: {error}") from error
         self.path = path
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.largest_token = max(self._tokenizer.get_vocab().values(), default=-1)

@@ -47,7 +47,7 @@ class Point:
       losses: Of every step; empty where nothing ran.
       buffers: The largest values at the peak, largest first.
       command: The command line that repeats it.
-      origin: Versions and commit, as text.
+      origin: Versions, commit, and what of XLA's text was not understood, as text.
     """
 
     plan: str
@@ -188,4 +188,7 @@ def _origin(row: Mapping[str, Any]) -> str:
     commit = row.get("commit")
     if isinstance(commit, str) and commit != "unknown":
         parts.append(f"commit {commit[:10]}")
+    read = row.get("understood")
+    if isinstance(read, dict) and read.get("lines") != read.get("of"):
+        parts.append(f"understood {read.get('lines')} of {read.get('of')} lines of XLA's text")
     return ", ".join(parts)

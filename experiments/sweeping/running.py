@@ -27,10 +27,16 @@ from jaxckpt.memory.launch import Processes
 _ROOT = Path(__file__).parents[2]
 # The first step waits for what the runtime sets up once.
 _WARM_UP = 1
+# Of what a failed process wrote: a traceback of JAX's, whole.
+_KEPT_LETTERS = 20_000
 
 
 class RowError(RuntimeError):
-    """A row that came to nothing: why, in one line."""
+    """A row that came to nothing: why, in one line, and all that is known of it."""
+
+    def __init__(self, line: str, traceback: str = ""):
+        super().__init__(line)
+        self.traceback = traceback
 
 
 def run_case(
@@ -52,7 +58,7 @@ def run_case(
     try:
         row |= _run_here(case, folder, processes) if case.target == LOCAL else _compile(case)
     except RowError as error:
-        row["error"] = " ".join(str(error).split())
+        row |= {"error": " ".join(str(error).split()), "traceback": error.traceback}
     return row | {"seconds": round(time.perf_counter() - started, 3)}
 
 
@@ -105,6 +111,7 @@ def row_of_run(record: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "compile_seconds": header["compile_seconds"],
         "memory_source": header["memory_source"],
         "buffers": header.get("buffers", []),
+        "understood": header.get("understood", {}),
     }
 
 
@@ -113,7 +120,7 @@ def _compile(case: Case) -> dict[str, Any]:
 
     (row,) = measure_all([(case.config, case.target)], parallel=1)
     if row.error is not None:
-        raise RowError(row.error)
+        raise RowError(row.error, row.traceback)
     report = row.measured
     found = {"plan": row.config.remat, "device": f"{case.target} (not present)"}
     if row.auto is not None:
@@ -134,6 +141,7 @@ def _compile(case: Case) -> dict[str, Any]:
         "compile_seconds": report.compile_seconds,
         "memory_source": report.source,
         "buffers": [dataclasses.asdict(one) for one in report.buffers],
+        "understood": dataclasses.asdict(report.understood),
     }
 
 
@@ -141,7 +149,7 @@ def _run_module(module: str, flags: list[str], processes: Processes):
     """Runs a command of this package to its end.
 
     Raises:
-      RowError: It failed; the last line that it said.
+      RowError: It failed; the last line that it said, and the text's end.
     """
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryFile("w+") as said:
@@ -154,7 +162,8 @@ def _run_module(module: str, flags: list[str], processes: Processes):
         )
         if code:
             said.seek(0)
-            raise RowError(_reason(code, said.read()))
+            text = said.read()
+            raise RowError(_reason(code, text), text[-_KEPT_LETTERS:])
 
 
 def _reason(code: int, text: str) -> str:

@@ -25,7 +25,8 @@ from jaxckpt.memory.targets import Target, TargetError, parse_target
 # What makes a report of a program: an edit of any of these is another report.
 _RULES = (
     *("buffers", "chips", "collectives", "gpu_config", "links", "oom", "placements"),
-    *("program_text", "replica_groups", "slices", "source_lines", "statistics", "worker"),
+    *("program_text", "replica_groups", "slices", "source_lines", "statistics", "understood"),
+    "worker",
 )
 
 

@@ -11,7 +11,7 @@ from jaxckpt.memory.flat import Flat, Step, bodies, flatten
 from jaxckpt.memory.fusion import is_view
 from jaxckpt.memory.residuals import Trace, checkpointed, is_identity, origin_of
 from jaxckpt.plans import Plan, Policy, Stage, as_plan, words
-from jaxckpt.transforms import invented
+from jaxckpt.transforms import invented, jaxprs
 from jaxckpt.transforms.blocks import check_policies
 
 _FULL = Stage(schedule="full")
@@ -62,7 +62,7 @@ def dots_that_save_nothing(
 
 
 def _why_no_dots(policy: Policy, flat: Flat) -> str:
-    products = [step for step in _all_steps(flat) if step.name == "dot_general"]
+    products = [step for step in _all_steps(flat) if step.name == jaxprs.DOT]
     if not products:
         return "the block has no matmul; leave it out, or keep tagged values with names:..."
     batched = [step for step in products if step.params["dimension_numbers"][1] != ((), ())]
@@ -161,7 +161,7 @@ def _tags_of_outputs(block: Callable, args) -> set[str]:
     return {
         step.params["name"]
         for step in flat.steps
-        if step.name == "name" and origin_of(step.outputs[0]) in origins
+        if step.name == jaxprs.TAG and origin_of(step.outputs[0]) in origins
     }
 
 

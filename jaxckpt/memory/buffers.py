@@ -4,7 +4,7 @@ XLA dumps a buffer assignment (every allocation and the values in it) and, since
 the values that are alive at the peak. `read_buffers` lists the largest of the latter; where there
 is no such list, the largest values of which no two share memory. Names of instructions lead to the
 operation and the source line in the program's text. These are texts for people and change with
-every version: what is not understood is left out, and nothing here raises.
+every version: what is not understood is left out and counted, and nothing here raises.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxckpt.memory.source_lines import SourceLines
+from jaxckpt.memory.understood import Understood
 
 _ASSIGNMENT = "-buffer-assignment.txt"
 _TOTAL = re.compile(r"Total bytes(?: used)?: (\d+)")
@@ -102,6 +103,31 @@ def read_totals(folder: Path) -> Totals | None:
         output_bytes=sum(size for size, kind in kinds if "maybe-live-out" in kind),
         alias_bytes=sum(s for s, kind in kinds if is_argument(kind) and "maybe-live-out" in kind),
     )
+
+
+def read_understood(folder: Path) -> Understood:
+    """Returns how much of the largest program's texts was understood; nothing of an empty folder.
+
+    The lines are those that buffers, totals and source lines come from.
+    """
+    stem = _largest(folder)
+    if stem is None:
+        return Understood(0, len([*folder.glob(f"*{_ASSIGNMENT}")]))
+    assignment, live_range, program = (
+        _read(f"{stem}{end}") for end in (_ASSIGNMENT, "-live-range.txt", ".txt")
+    )
+    # The first line is a title; older versions write about uses and positions after a blank line.
+    lines = assignment.partition("\n\n")[0].splitlines()[1:]
+    found = Understood(sum(map(_is_read, lines)), max(1, len(lines)))
+    if live_range:
+        found += Understood(int(_peak(live_range) != ""), 1)
+    named = sum('op_name="' in line for line in program.splitlines())
+    found += Understood(sum('op_name="' in text for _, text in _METADATA.findall(program)), named)
+    return found + SourceLines(program).understood
+
+
+def _is_read(line: str) -> bool:
+    return (_ALLOCATION.match(line) or _VALUE.match(line)) is not None
 
 
 def _largest(folder: Path) -> str | None:

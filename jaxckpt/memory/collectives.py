@@ -19,11 +19,15 @@ from collections.abc import Iterator
 
 from jaxckpt.memory.links import Links
 from jaxckpt.memory.program_text import INSTRUCTION, Program, called, op_name
-from jaxckpt.memory.replica_groups import first_group
+from jaxckpt.memory.replica_groups import first_group, says_group
+from jaxckpt.memory.understood import Understood
 
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\]")
-_CHANNEL = re.compile(r"channel_id=([0-9]+)")
+_CHANNEL, _CHAIN = re.compile(r"channel_id=([0-9]+)"), re.compile(r'chain_id="([0-9]+)"')
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Operations that send, or wait for what was sent, by how their names begin.
+_SENDING = (*_KINDS, "collective-", "ragged-all-to-all", "send", "recv")
+_TO_HOST = "is_host_transfer=true"
 _BITS = {"pred": 8, "s4": 4, "u4": 4}
 
 
@@ -69,9 +73,15 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """What a program sends in one call, from one device."""
+    """What a program sends in one call, from one device.
+
+    Attributes:
+      collectives: Every collective that the program reaches.
+      understood: How much of the program's text was understood.
+    """
 
     collectives: tuple[Collective, ...]
+    understood: Understood
 
     @property
     def bytes(self) -> int:
@@ -90,7 +100,8 @@ def traffic(text: str, num_devices: int) -> Traffic:
       text: `compiled.as_text()`.
       num_devices: Devices that it runs on.
     """
-    return Traffic(collectives=tuple(_Reader(Program(text), num_devices).collectives()))
+    reader = _Reader(Program(text), num_devices)
+    return Traffic(collectives=tuple(reader.collectives()), understood=reader.understood())
 
 
 class _Reader:
@@ -99,20 +110,33 @@ class _Reader:
     def __init__(self, program: Program, num_devices: int):
         self._program, self._num_devices = program, num_devices
         self._known: dict[str, bool] = {}
+        self._misread: set[str] = set()
+
+    def understood(self) -> Understood:
+        """Returns how much was understood, when the collectives have been asked for."""
+        known = self._program.understood
+        if self._program.entry is None:  # nothing is reached
+            return Understood(0, max(1, known.of))
+        return Understood(known.lines - len(self._misread), known.of)
 
     def collectives(self) -> Iterator[Collective]:
         """Yields every collective that the entry reaches."""
         if self._program.entry is None:
             return
         seen = set()
-        for channel, one in self._of(self._program.entry, 1.0, 0):
-            # One that is spread over several fusions stands in each of them.
-            if channel is None or channel not in seen:
-                seen.add(channel)
+        for identity, one in self._of(self._program.entry, 1.0, 0, False):
+            if identity is None or identity not in seen:
+                seen.add(identity)
                 yield one
 
-    def _of(self, name: str, trips: float, loops: int) -> Iterator[tuple[str | None, Collective]]:
-        """Yields what a computation sends, with its channel, once for each way to it."""
+    def _of(
+        self, name: str, trips: float, loops: int, is_fused: bool
+    ) -> Iterator[tuple[tuple | None, Collective]]:
+        """Yields what a computation sends, once for each way to it.
+
+        A collective that is spread over several fusions stands in each of them, so one of a fusion
+        comes with what it is told by. Channels alone do not tell: all of a `jax.shard_map` are 1.
+        """
         if not self._has_any(name):
             return
         for line in self._program.lines[name]:
@@ -121,14 +145,16 @@ class _Reader:
                 continue
             kind = _kind_of(found[4])
             if kind is not None:
-                channel = _CHANNEL.search(line)
                 made = self._collective(kind, found[3], found[4], line, name, trips, loops)
-                yield channel and channel[1], made
+                yield _identity(made, line) if is_fused else None, made
                 continue
             is_loop = found[4] == "while"
             inner = trips * self._program.trips(line) if is_loop else trips
+            fused = is_fused or found[4] == "fusion"
+            if (is_loop and not self._program.knows_loop(line)) or _is_unknown(found[4], line):
+                self._misread.add(line)
             for inside in called(line):
-                yield from self._of(inside, inner, loops + is_loop)
+                yield from self._of(inside, inner, loops + is_loop, fused)
 
     def _has_any(self, name: str) -> bool:
         """Whether a computation holds a collective, or calls one that does."""
@@ -139,7 +165,7 @@ class _Reader:
 
     def _leads_to_one(self, line: str) -> bool:
         found = INSTRUCTION.match(line)
-        is_one = found is not None and _kind_of(found[4]) is not None
+        is_one = found is not None and found[4].startswith(_SENDING)
         return is_one or any(map(self._has_any, called(line)))
 
     def _collective(self, kind, shape: str, operation: str, line: str, name, trips, loops):
@@ -150,6 +176,8 @@ class _Reader:
         group = first_group(line, self._num_devices)
         if operation.endswith("-start"):
             shapes = _results(kind, shapes)
+        if not (shapes and says_group(line)):
+            self._misread.add(line)
         size = sum(_nbytes(*one) for one in shapes)
         if kind == "all-reduce" and self._is_scattered(name):
             kind, size = "reduce-scatter", size // len(group)
@@ -171,6 +199,18 @@ class _Reader:
 
 def _kind_of(operation: str) -> str | None:
     return next((k for k in _KINDS if operation in (k, f"{k}-start")), None)
+
+
+def _identity(one: Collective, line: str) -> tuple:
+    """Returns what the pieces of a collective have in common, wherever they stand."""
+    numbers = tuple(found and found[1] for found in (_CHANNEL.search(line), _CHAIN.search(line)))
+    return *numbers, one.kind, one.shapes, one.group, one.op_name
+
+
+def _is_unknown(operation: str, line: str) -> bool:
+    """Whether an operation sends between devices in a way that is not counted."""
+    waits = operation.endswith(("-done", "-update"))
+    return operation.startswith(_SENDING) and not waits and _TO_HOST not in line
 
 
 def _results(kind: str, shapes):

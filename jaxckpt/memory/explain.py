@@ -22,12 +22,13 @@ from jaxckpt.memory.residuals import (
 from jaxckpt.memory.source import where
 from jaxckpt.memory.values import names_by_key
 from jaxckpt.plans import Plan, as_plan
-from jaxckpt.transforms import invented
+from jaxckpt.transforms import invented, jaxprs
 from jaxckpt.transforms.blocks import check_policies
 
 # Left out of the text that says how a value is made again.
-_SHAPES = ("reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim")
-_SILENT = frozenset(("name", "reduce_precision", "device_put", "convert_element_type", *_SHAPES))
+_SILENT = frozenset(
+    (jaxprs.TAG, jaxprs.ROUND, jaxprs.PUT, jaxprs.CAST, jaxprs.BROADCAST, *jaxprs.SHAPES)
+)
 
 
 def explain(

@@ -15,12 +15,7 @@ from typing import Any
 
 from jax.extend import core
 
-from jaxckpt.transforms.jaxprs import subjaxprs
-
-# Primitives that only call their one jaxpr, by all names they had.
-_JAX_CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
-_CUSTOM_CALLS = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
-_CALLS = frozenset(_JAX_CALLS + _CUSTOM_CALLS)
+from jaxckpt.transforms import jaxprs
 
 
 @dataclasses.dataclass(eq=False)
@@ -108,15 +103,15 @@ def flatten(
 
 def bodies(step: Step) -> Iterator[Flat]:
     """Yields the functions in a step's parameters: a loop's body, a cond's branches, a kernel."""
-    for jaxpr in subjaxprs(step.equation):
+    for jaxpr in jaxprs.subjaxprs(step.equation):
         open_jaxpr = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
         shared: list[Value | None] = [None] * len(open_jaxpr.invars)
-        if step.name == "scan":
+        if step.name == jaxprs.SCAN:
             # What changes from trip to trip is no constant.
             for place in range(scan_consts(step, open_jaxpr)):
                 value = step.inputs[place]
                 shared[place] = Value(value.aval, constant=value.constant)
-        if step.name == "shard_map":
+        if step.name == jaxprs.SHARD_MAP:
             # A constant that is whole on every device is one inside, too.
             for place, (value, var) in enumerate(zip(step.inputs, open_jaxpr.invars, strict=True)):
                 if value.constant is not None and value.aval.shape == _aval(var).shape:
@@ -190,7 +185,7 @@ def _of_no_platform(equation: core.JaxprEqn) -> core.ClosedJaxpr:
 
 def _called(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:
     """Returns what a call calls, or None for an equation that is no call."""
-    if equation.primitive.name not in _CALLS:
+    if equation.primitive.name not in jaxprs.CALLS:
         return None
-    inner = next(subjaxprs(equation))
+    inner = next(jaxprs.subjaxprs(equation))
     return inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())

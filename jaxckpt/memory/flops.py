@@ -18,6 +18,7 @@ from jax.core import Tracer
 from jax.extend import core
 
 from jaxckpt.memory.flat import Flat, Step, bodies, flatten
+from jaxckpt.transforms import jaxprs
 from jaxckpt.transforms.trips import mean_trips
 
 
@@ -38,7 +39,7 @@ def step_flops(step: Step) -> Fraction | int:
     if count is not None:
         return count(step)
     inner = [_total(body) for body in bodies(step)]
-    return max(inner, default=0) if step.name == "cond" else sum(inner) * trips(step)
+    return max(inner, default=0) if step.name == jaxprs.COND else sum(inner) * trips(step)
 
 
 def trips(step: Step) -> Fraction | int:
@@ -46,11 +47,11 @@ def trips(step: Step) -> Fraction | int:
 
     A map over the devices of a mesh runs its body on each of them.
     """
-    if step.name == "scan":
+    if step.name == jaxprs.SCAN:
         return step.params["length"]
-    if step.name == "shard_map":
+    if step.name == jaxprs.SHARD_MAP:
         return step.params["mesh"].size
-    return mean_trips(step.equation) if step.name == "while" else 1
+    return mean_trips(step.equation) if step.name == jaxprs.WHILE else 1
 
 
 def is_kernel(step: Step) -> bool:
@@ -70,7 +71,7 @@ class AttentionShape(NamedTuple):
 
 def attention_shape(step: Step) -> AttentionShape | None:
     """Returns the sizes of a cuDNN attention kernel, or None for any other step."""
-    if not step.name.startswith("dot_product_attention"):
+    if step.name not in jaxprs.CUDNN:
         return None
     query, key = step.inputs[0].aval.shape, step.inputs[1].aval.shape
     if int(step.params["layout"]) == 1:  # [B, H, S, N]; else [B, S, H, N]
@@ -157,12 +158,12 @@ def _splash_fraction(step: Step) -> Fraction:
 
 # Primitive -> FLOPs of one step of it.
 _TABLE = {
-    "dot_general": _dot,
-    "ragged_dot_general": _ragged_dot,
-    "conv_general_dilated": _conv,
-    "dot_product_attention_fwd_wrapper": _attention(2),
-    "dot_product_attention_bwd_wrapper": _attention(5),
-    "dot_product_attention_fp8_fwd_wrapper": _attention(2),
-    "dot_product_attention_fp8_bwd_wrapper": _attention(5),
-    "pallas_call": _pallas,
+    jaxprs.DOT: _dot,
+    jaxprs.RAGGED_DOT: _ragged_dot,
+    jaxprs.CONV: _conv,
+    jaxprs.CUDNN_FORWARD: _attention(2),
+    jaxprs.CUDNN_BACKWARD: _attention(5),
+    jaxprs.CUDNN_FP8_FORWARD: _attention(2),
+    jaxprs.CUDNN_FP8_BACKWARD: _attention(5),
+    jaxprs.PALLAS: _pallas,
 }

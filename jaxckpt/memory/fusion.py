@@ -25,21 +25,19 @@ import dataclasses
 from jaxckpt.memory.flat import Flat, Step, Value
 from jaxckpt.memory.flops import is_kernel
 from jaxckpt.memory.slow_steps import extra_bytes, is_collective
-from jaxckpt.transforms.jaxprs import subjaxprs
+from jaxckpt.transforms import jaxprs
 
 # The same array seen otherwise: nothing moves, and a product's layout takes it in.
-_SHAPES = ("reshape", "squeeze", "expand_dims", "transpose", "bitcast_convert_type")
 _VIEWS = frozenset(
-    (*_SHAPES, "name", "reduce_precision", "copy", "copy_p", "pvary", "sharding_constraint")
+    (
+        *(jaxprs.BITCAST, *jaxprs.SHAPES, jaxprs.TAG, jaxprs.ROUND),
+        *(*jaxprs.COPIES, *jaxprs.PLACEMENTS),
+    )
 )
-_SLICES = frozenset(("slice", "dynamic_slice", "gather", "split"))
-_JOINS = frozenset(("concatenate", "stack", "pad"))
+_PARTS = jaxprs.SLICES | jaxprs.JOINS
 # Sources that are larger than the value by less than this are read in its place.
 _SLACK = 1.1
-_CUMULATIVE = ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
-_UNFUSED = frozenset(
-    ("sort", "optimization_barrier", "top_k", "fft", "random_bits", "threefry2x32", *_CUMULATIVE)
-)
+_UNFUSED = frozenset((jaxprs.BARRIER, *jaxprs.SORTS, *jaxprs.RANDOM_BITS, *jaxprs.CUMULATIVE))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,25 +74,19 @@ def kind_of(step: Step) -> str:
         return "kernel"
     if is_collective(step):
         return "whole"
-    if name == "device_put":
+    if name == jaxprs.PUT:
         return "copy" if _changes_memory(step) else "fused"
-    if name.startswith("scatter"):
+    if name.startswith(jaxprs.SCATTERS):
         return "scatter"
-    if name != "reduce_precision" and name.startswith(("reduce", "arg")):
+    if name != jaxprs.ROUND and name.startswith(jaxprs.REDUCTIONS):
         return "reduce"
-    if any(True for _ in subjaxprs(step.equation)):
+    if any(True for _ in jaxprs.subjaxprs(step.equation)):
         return "nested"
-    if name == "dynamic_update_slice":
+    if name == jaxprs.UPDATE:
         return "update"
     if name in _UNFUSED:
         return "whole"
-    if (
-        name in _VIEWS
-        or name == "broadcast_in_dim"
-        or name in _SLICES
-        or name in _JOINS
-        or _is_elementwise(step)
-    ):
+    if name in _VIEWS or name == jaxprs.BROADCAST or name in _PARTS or _is_elementwise(step):
         return "fused"
     return "whole"
 
@@ -187,7 +179,7 @@ class _Model:
 
     def _find_sources(self, value: Value) -> tuple[Value, ...]:
         step = value.step
-        if step is None or self.kinds.get(step) != "fused" or step.name in (*_SLICES, *_JOINS):
+        if step is None or self.kinds.get(step) != "fused" or step.name in _PARTS:
             return (value,)
         inputs = [v for v in step.inputs if not self._is_free(v)]
         found = dict.fromkeys(source for v in inputs for source in self._sources(v))
@@ -221,7 +213,7 @@ class _Model:
             elif kind == "scatter":
                 # In place: indices and updates are read, the touched places read and written.
                 moved += step.inputs[1].nbytes + 3 * step.inputs[2].nbytes
-            elif step.name != "optimization_barrier":
+            elif step.name != jaxprs.BARRIER:
                 moved += size + extra_bytes(step)
         moved += sum(min(size, value.nbytes) for (_, value), size in reads.items())
         needed.update(value for _, value in reads)
@@ -244,7 +236,7 @@ class _Model:
                 if self._is_inside(source, root):
                     continue
                 size = source.nbytes
-                if step.name in _SLICES:
+                if step.name in jaxprs.SLICES:
                     size = sum(out.nbytes for out in step.outputs)
                 reads[root, source] = reads.get((root, source), 0) + size
 

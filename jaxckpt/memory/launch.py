@@ -20,6 +20,7 @@ from typing import Any
 
 from jaxckpt.memory.report import MemoryReport
 from jaxckpt.memory.targets import Target
+from jaxckpt.plans.errors import UserError
 
 _SHARED = {
     "JAX_PLATFORMS": "cpu",  # the process has no chip and looks for none
@@ -43,21 +44,27 @@ _NEEDED = {
 }
 
 
-class Unavailable(RuntimeError):
+class Unavailable(UserError, RuntimeError):
     """The compiler for a target is not installed: one line, with the command that installs it."""
 
 
 class WorkerError(RuntimeError):
-    """The process that compiles failed: one line.
+    """The process that compiles failed: one line; its own traceback is a note to this one.
 
     Attributes:
       kind: The class of the error there, or `"died"`.
       detail: All that it said.
     """
 
-    def __init__(self, message: str, *, kind: str, detail: str):
+    def __init__(self, message: str, *, kind: str, detail: str, traceback: str = ""):
         super().__init__(message)
         self.kind, self.detail = kind, detail
+        if traceback:
+            self.add_note(f"In the process that compiles:\n{traceback}")
+
+
+class WorkerRefusal(UserError, WorkerError):
+    """The process that compiles was asked for something that the user can mend."""
 
 
 class Processes:
@@ -161,10 +168,11 @@ def run_module(
         except FileNotFoundError:
             raise _death(target, code, (folder / "log").read_text(errors="replace")) from None
     if "error" in result:
-        kind, detail = result["error"]["kind"], result["error"]["message"]
-        line = " ".join(detail.split())
+        found = result["error"]
+        line = " ".join(found["detail"].split())
         line = line if len(line) <= 600 else f"{line[:600]}..."
-        raise WorkerError(f"{target}: {kind}: {line}", kind=kind, detail=detail)
+        error = WorkerRefusal if found.pop("is_users") else WorkerError
+        raise error(f"{target}: {found['kind']}: {line}", **found)
     return result
 
 

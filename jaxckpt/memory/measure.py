@@ -146,4 +146,6 @@ def _with_buffers(report: MemoryReport, lowered, options) -> MemoryReport:
         cache.store(name, report)
         return report
     first = cache.load(name)
-    return report if first is None else dataclasses.replace(report, buffers=first.buffers)
+    if first is None:
+        return report
+    return dataclasses.replace(report, buffers=first.buffers, understood=first.understood)

@@ -13,9 +13,10 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxckpt.memory.targets import Target
+from jaxckpt.plans.errors import UserError
 
 
-class PlacementError(ValueError):
+class PlacementError(UserError, ValueError):
     """Arguments whose shardings do not fit one another or the target: one line."""
 
 

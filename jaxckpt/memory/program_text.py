@@ -2,15 +2,24 @@
 
 import re
 
-from jaxckpt.transforms.trips import trips_of_name
+from jaxckpt.memory.understood import Understood
+from jaxckpt.transforms.trips import says_trips, trips_of_name
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|called_computations)=\{?%?([\w.\-]+)")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|called_computations|true_computation|false_computation)="
+    r"\{?%?([\w.\-]+)"
+)
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _KNOWN_TRIPS = re.compile(r'known_trip_count[^0-9}]*"n":"([0-9]+)"')
 _CONSTANT = re.compile(r" [su](?:32|64)\[\]\S* constant\(([0-9]+)\)")
+_PARTS = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _COUNTER = re.compile(r"get-tuple-element\(.*\), index=([0-9]+)")
+# What stands above the computations: the module's line, and the tables of `source_lines.py`.
+_ABOVE = re.compile(
+    r'HloModule |(?:FileNames|FunctionNames|FileLocations|StackFrames)$|[0-9]+ (?:"|\{)'
+)
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
@@ -20,18 +29,27 @@ class Program:
     Attributes:
       lines: The instructions of each computation.
       entry: The computation that is run; None in a text that has none.
+      understood: How many of the text's lines have a form that is known.
     """
 
     def __init__(self, text: str):
         self.lines: dict[str, list[str]] = {}
         self.entry, current = None, None
+        known = read = 0
         for line in text.splitlines():
-            header = _HEADER.match(line)
+            if not line.strip() or line.startswith("}"):
+                continue
+            header, is_known = _HEADER.match(line), True
             if header:
                 current = self.lines[header[2]] = []
                 self.entry = header[2] if header[1] else self.entry
-            elif current is not None and "=" in line:
+            elif current is None:
+                is_known = _ABOVE.match(line) is not None
+            else:
+                is_known = INSTRUCTION.match(line) is not None
                 current.append(line)
+            known, read = known + is_known, read + 1
+        self.understood = Understood(known, read)
 
     def trips(self, line: str) -> float:
         """Returns how often the body of a loop runs: as the text says, or as its name does."""
@@ -42,11 +60,22 @@ class Program:
         said = trips_of_name(name)
         if said is not None:
             return float(said)
-        parts = re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
-        if parts is None or not {*parts.groups()} <= self.lines.keys():
+        parts = self._parts(line)
+        if parts is None:
             return 1
-        bound, counter = self._bound(parts[1])
-        return bound / self._increment(parts[2], counter)
+        bound, counter = self._bound(parts[0])
+        return bound / self._increment(parts[1], counter)
+
+    def knows_loop(self, line: str) -> bool:
+        """Returns whether a loop's condition and body are there, and its name's trips are read."""
+        name = op_name(line)
+        is_read = not says_trips(name) or trips_of_name(name) is not None
+        return is_read and self._parts(line) is not None
+
+    def _parts(self, line: str) -> tuple[str, str] | None:
+        """Returns the condition and the body of a loop; None if they are not in the text."""
+        found = _PARTS.search(line)
+        return (found[1], found[2]) if found and {*found.groups()} <= self.lines.keys() else None
 
     def _bound(self, condition: str) -> tuple[int, int | None]:
         """Returns what a loop's condition compares with, and where the counter is in its state.

@@ -38,6 +38,12 @@ def first_group(line: str, num_devices: int) -> tuple[int, ...]:
     return tuple(range(num_devices))
 
 
+def says_group(line: str) -> bool:
+    """Returns whether the devices of a collective are read, or the line leaves them out."""
+    named = re.search(r"(?:replica_groups|source_target_pairs)=(?!\{\})", line)
+    return named is None or any(form.search(line) for form in (_PAIRS, _LISTED, _MESH, _IOTA))
+
+
 def _mesh_group(axes: str, sizes: str | None, order: str | None, over: str) -> tuple[int, ...]:
     found = re.findall(r"'([^']*)'=([0-9]+)", axes)
     shape = [int(size) for _, size in found]

@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 from jaxckpt.memory.buffers import Buffer
+from jaxckpt.memory.understood import NOTHING_READ, Understood
 from jaxckpt.memory.units import gib
 
 _SHOWN_BUFFERS = 5
@@ -39,6 +40,8 @@ class MemoryReport:
       collective_bytes: What one device sends to others in one call; None on one device.
       collective_seconds: What its links need for that, part of `estimated_seconds`; None if they
         are not known.
+      understood: How much of the compiler's texts was understood, which collectives and buffers
+        are read from; not compared.
     """
 
     peak_bytes: int
@@ -61,6 +64,7 @@ class MemoryReport:
     num_devices: int = 1
     collective_bytes: int | None = None
     collective_seconds: float | None = None
+    understood: Understood = dataclasses.field(default=NOTHING_READ, compare=False)
 
     @property
     def headroom_bytes(self) -> int | None:
@@ -84,12 +88,15 @@ class MemoryReport:
           KeyError, TypeError: The values are not those of a report.
         """
         buffers = tuple(Buffer(**one) for one in values["buffers"])
-        return cls(**(values | {"buffers": buffers, "findings": tuple(values["findings"])}))
+        made: dict[str, Any] = {"buffers": buffers, "findings": tuple(values["findings"])}
+        made["understood"] = Understood(**values["understood"])
+        return cls(**(values | made))
 
     def __str__(self) -> str:
         lines = [f"memory of one step on {self.target} ({self.source}, jax {self.jax_version})"]
         lines += [f"  {name:<12}{text:>12}  {note}".rstrip() for name, text, note in self._rows()]
         lines += self._buffer_lines()
+        lines += [] if self.understood.is_all else [f"  {self.understood}"]
         return "\n".join(lines)
 
     def _rows(self) -> list[tuple[str, str, str]]:

@@ -18,14 +18,12 @@ from jax.core import Tracer
 from jaxckpt.memory.flat import Flat, Step, Value, flatten
 from jaxckpt.memory.source import where
 from jaxckpt.plans import Plan, PlanError, Stage, as_plan, words
-from jaxckpt.transforms import invented, tags
-from jaxckpt.transforms.jaxprs import subjaxprs
+from jaxckpt.transforms import invented, jaxprs, tags
 from jaxckpt.transforms.nested import Remat
 
 # Steps whose output is their input: a tag, a copy, a move.
-_IDENTITIES = frozenset(("name", "copy", "copy_p", "device_put"))
-_PALLAS = "pallas_call"
-_KERNELS = tags.ATTENTION_PRIMITIVES | {_PALLAS}
+_IDENTITIES = frozenset((jaxprs.TAG, jaxprs.PUT, *jaxprs.COPIES))
+_KERNELS = tags.ATTENTION_PRIMITIVES | {jaxprs.PALLAS}
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -122,7 +120,7 @@ class Trace:
         """Finds what users have tagged, and the arrays of each attention kernel."""
         kernel = None
         for step in self.flat.steps:
-            if step.name == "name" and step.params["name"] == tags.ATTENTION:
+            if step.name == jaxprs.TAG and step.params["name"] == tags.ATTENTION:
                 # A kernel of our own tags all its arrays at once.
                 origin = origin_of(step.outputs[0])
                 kernel = kernel or self._key(origin)
@@ -132,7 +130,7 @@ class Trace:
             if step.name in _KERNELS:
                 first = self._key(step.outputs[0])
                 self.kernels.update((value, first) for value in step.outputs)
-            if step.name == "name" and not tags.is_reserved(step.params["name"]):
+            if step.name == jaxprs.TAG and not tags.is_reserved(step.params["name"]):
                 origin = origin_of(step.outputs[0])
                 self.tags.setdefault(origin, []).append(step.params["name"])
 
@@ -156,7 +154,7 @@ class Trace:
             self._keys[step.outputs[0]] = self._key(step.inputs[0])
             return
         made = step.name, *_describe(step)
-        if step.name == _PALLAS or not any(True for _ in subjaxprs(step.equation)):
+        if step.name == jaxprs.PALLAS or not any(True for _ in jaxprs.subjaxprs(step.equation)):
             made = *made, *(self._key(value) for value in step.inputs)
         for place, value in enumerate(step.outputs):
             # A loop returns more arrays in one trace than in another: places are counted by shape.
@@ -193,7 +191,7 @@ def origin_of(value: Value) -> Value:
 
 def is_identity(step: Step) -> bool:
     """Whether a step's output has the bits of its input."""
-    if step.name == "reduce_precision":
+    if step.name == jaxprs.ROUND:
         # `jax.checkpoint` rounds what it keeps to the dtype it has; a user's may round for real.
         finfo = jax.numpy.finfo(step.outputs[0].aval.dtype)
         bits = step.params["exponent_bits"], step.params["mantissa_bits"]
@@ -233,9 +231,9 @@ def _describe(step: Step) -> tuple[str, ...]:
     Of a loop it is its place: its functions differ between traces, because a loop under `jax.vjp`
     returns residuals of its own. Of a kernel it is the function's name and place.
     """
-    if step.name == _PALLAS:
+    if step.name == jaxprs.PALLAS:
         return (str(step.params.get("name_and_src_info")),)
-    if any(True for _ in subjaxprs(step.equation)):
+    if any(True for _ in jaxprs.subjaxprs(step.equation)):
         return (where(step),)
     return tuple(
         f"{name}={_ADDRESS.sub('', repr(value))}" for name, value in sorted(step.params.items())

@@ -24,6 +24,7 @@ from jaxckpt.memory.flat import Flat, Step, bodies, flatten
 from jaxckpt.memory.flops import attention_shape, step_flops, trips
 from jaxckpt.memory.fusion import traffic
 from jaxckpt.memory.host_link import HostLink
+from jaxckpt.transforms import jaxprs
 
 # What kernels reach of a chip's rates. Bytes are those of fused elementwise kernels.
 MATMUL_EFFICIENCY = 0.95
@@ -196,7 +197,7 @@ def _efficiency(step: Step) -> float:
     shape = attention_shape(step)
     if shape is None:
         # Other kernels are taken for attention on sequences that are not short.
-        return ATTENTION_EFFICIENCY if step.name == "pallas_call" else MATMUL_EFFICIENCY
+        return ATTENTION_EFFICIENCY if step.name == jaxprs.PALLAS else MATMUL_EFFICIENCY
     return ATTENTION_EFFICIENCY * shape.rows / (shape.rows + ATTENTION_HALF_LENGTH)
 
 
@@ -205,12 +206,12 @@ def _nested_cost(step: Step, rates: Rates) -> _Cost:
     costs = []
     for body in bodies(step):
         rows = 0
-        if step.name == "scan" and step.params["unroll"] < step.params["length"]:
+        if step.name == jaxprs.SCAN and step.params["unroll"] < step.params["length"]:
             rows = sum(
                 outer.aval.ndim > inner.aval.ndim
                 for outer, inner in zip(step.outputs, body.outputs, strict=True)
             )
         costs.append(_cost_of(body, rates, rows))
-    if step.name == "cond":
+    if step.name == jaxprs.COND:
         return max(costs, key=lambda cost: cost.seconds(rates), default=_Cost())
     return sum(costs, _Cost()).times(float(trips(step)))

@@ -14,15 +14,14 @@ partitioner adds for sharded arrays are in no jaxpr.
 """
 
 from jaxckpt.memory.flat import Step
+from jaxckpt.transforms import jaxprs
 
-_RANDOM = frozenset(("random_bits", "threefry2x32"))
 _RANDOM_SHARE = 2
 _LINK_SHARE = 10
 # Primitive -> how often its array crosses a link.
 _COLLECTIVES = {
-    **dict.fromkeys(("psum", "psum2", "psum_invariant", "pmax", "pmin"), 2),
-    **dict.fromkeys(("all_gather", "all_gather_invariant", "all_to_all", "ragged_all_to_all"), 1),
-    **dict.fromkeys(("ppermute", "reduce_scatter", "psum_scatter", "pbroadcast"), 1),
+    **dict.fromkeys(jaxprs.ALL_REDUCES, 2),
+    **dict.fromkeys((*jaxprs.GATHERS, *jaxprs.EXCHANGES), 1),
 }
 
 
@@ -35,7 +34,7 @@ def extra_bytes(step: Step) -> int:
     """Returns what a step takes beside reading and writing, in bytes of memory; 0 for most."""
     inputs = sum(value.nbytes for value in step.inputs)
     outputs = sum(value.nbytes for value in step.outputs)
-    if step.name in _RANDOM:
+    if step.name in jaxprs.RANDOM_BITS:
         is_hardware = any("rbg" in str(value.aval.dtype) for value in step.inputs)
         return 0 if is_hardware else _RANDOM_SHARE * outputs
     return _LINK_SHARE * _COLLECTIVES.get(step.name, 0) * max(inputs, outputs)

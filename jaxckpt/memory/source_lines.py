@@ -7,12 +7,18 @@ there the innermost frame outside of installed packages is taken: the user's own
 
 import re
 
+from jaxckpt.memory.understood import Understood
+
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 _INSTALLED = ("/site-packages/", "/jaxckpt/transforms/", "/jaxckpt/models/", "/jaxckpt/memory/")
 
 
 class SourceLines:
-    """Finds the source line of an instruction from its metadata."""
+    """Finds the source line of an instruction from its metadata.
+
+    Attributes:
+      understood: How many rows of the tables lead somewhere.
+    """
 
     def __init__(self, program: str):
         files, _, locations, frames = (_table(program, name) for name in _TABLES)
@@ -25,6 +31,11 @@ class SourceLines:
             number: (_field(text, "file_location_id"), _field(text, "parent_frame_id"))
             for number, text in frames.items()
         }
+        known = [name in self._files.values() for name, _ in self._lines.values()]
+        known += [location in self._lines for location, _ in self._frames.values()]
+        # Frames that instructions speak of, and no table of them.
+        missing = not frames and "stack_frame_id=" in program
+        self.understood = Understood(sum(known), len(known) + missing)
 
     def of(self, metadata: str) -> str:
         """Returns `file.py:line`, or "" where the metadata does not lead to one."""

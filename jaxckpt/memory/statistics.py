@@ -17,10 +17,11 @@ from pathlib import Path
 
 import jax
 
-from jaxckpt.memory.buffers import Totals, read_buffers, read_totals
+from jaxckpt.memory.buffers import Totals, read_buffers, read_totals, read_understood
 from jaxckpt.memory.collectives import Links, traffic
 from jaxckpt.memory.oom import OutOfMemory
 from jaxckpt.memory.report import MemoryReport
+from jaxckpt.memory.understood import NOTHING_READ, Understood
 
 _ASSIGNED = "main memory's buffer assignment"
 
@@ -65,14 +66,19 @@ def report_of(
     )
     outside = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     peak, rule = outside + stats.temp_size_in_bytes, "argument + output - alias + temp"
+    totals = None
     if backend == "tpu":
         totals = read_totals(dump) if dump is not None else None
-        if totals is not None and totals.total_bytes >= outside:  # else it was not understood
+        if totals is not None and totals.total_bytes >= outside:
             peak, rule = totals.total_bytes, _ASSIGNED
         elif not host and getattr(stats, "peak_memory_in_bytes", 0):
             peak, rule = stats.peak_memory_in_bytes, "compiler's peak"
     num_devices = _num_devices(compiled)
     sent = traffic(compiled.as_text(), num_devices) if num_devices > 1 else None
+    understood = NOTHING_READ if dump is None else read_understood(dump)
+    understood += NOTHING_READ if sent is None else sent.understood
+    if rule != _ASSIGNED and totals is not None:  # a total that is less than its parts
+        understood += Understood(0, 1)
     return MemoryReport(
         peak_bytes=peak,
         argument_bytes=stats.argument_size_in_bytes,
@@ -87,6 +93,7 @@ def report_of(
         jax_version=jax.__version__,
         usable_bytes=usable_bytes,
         buffers=read_buffers(dump) if dump is not None else (),
+        understood=understood,
         compile_seconds=compile_seconds,
         num_devices=num_devices,
         collective_bytes=None if sent is None else sent.bytes,
@@ -136,6 +143,7 @@ def refused(
         jax_version=jax.__version__,
         usable_bytes=usable_bytes,
         buffers=read_buffers(dump),
+        understood=read_understood(dump),
         compile_seconds=compile_seconds,
         num_devices=num_devices,
     )

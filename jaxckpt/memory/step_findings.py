@@ -7,6 +7,7 @@ from jax.extend import core
 from jaxckpt.memory.finding import Finding
 from jaxckpt.memory.flat import Flat, Step, bodies, flatten
 from jaxckpt.plans import Plan
+from jaxckpt.transforms import jaxprs
 
 # A product is a `dot`, on TPU a `convolution`, on GPU often a library call.
 _PRODUCT = re.compile(r"=\s+\S+\s+(?:dot|convolution)\(")
@@ -49,14 +50,14 @@ def count_products(jaxpr: core.ClosedJaxpr) -> int:
 
 def _num_products(flat: Flat) -> int:
     return sum(
-        (step.name == "dot_general")
+        (step.name == jaxprs.DOT)
         + _num_copies(step) * sum(_num_products(body) for body in bodies(step))
         for step in flat.live_steps()
     )
 
 
 def _num_copies(step: Step) -> int:
-    if step.name != "scan":
+    if step.name != jaxprs.SCAN:
         return 1
     length, unroll = step.params["length"], int(step.params["unroll"])
     return min(length, unroll + length % unroll)

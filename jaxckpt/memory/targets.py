@@ -11,13 +11,13 @@ says what the number counts) or an NVIDIA GPU, with their number if there are se
 import dataclasses
 
 from jaxckpt.memory.chips import CHIPS, Chip
-from jaxckpt.plans.errors import nearest
+from jaxckpt.plans.errors import UserError, nearest
 
 HOST_GPUS = 8
 _MAX_HOSTS = 128
 
 
-class TargetError(ValueError):
+class TargetError(UserError, ValueError):
     """A target that does not exist: one line with what was given, what is valid, a guess."""
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from jaxckpt.memory.flat import Flat, Step, Value, bodies
 from jaxckpt.memory.flops import is_kernel
 from jaxckpt.memory.residuals import Trace, origin_of
-from jaxckpt.transforms import invented, tags
+from jaxckpt.transforms import invented, jaxprs, tags
 
 
 def all_named(block: Callable, *, opens_remat: bool = False) -> Callable:
@@ -45,7 +45,7 @@ def _names(flat: Flat) -> dict[Value, list[str]]:
     """Returns the invented names of values."""
     found: dict[Value, list[str]] = {}
     for step in flat.steps:
-        if step.name == "name":
+        if step.name == jaxprs.TAG:
             name = tags.invented_name(step.params["name"])
             if name is not None:
                 found.setdefault(origin_of(step.outputs[0]), []).append(name)

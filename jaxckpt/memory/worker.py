@@ -2,8 +2,8 @@
 
 It is started by `absent.py` with the environment that the target's compiler reads when it is
 loaded, takes `job.json` (and `program.bin`) from the folder and leaves `result.json` there: the
-report, or the error's class and its message. It is not meant to be run by hand. The planner's
-worker shares its parts.
+report, or the error's class, message and traceback. It is not meant to be run by hand. The
+planner's worker shares its parts.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from jaxckpt.memory.links import links_of
 from jaxckpt.memory.report import MemoryReport
 from jaxckpt.memory.roofline import Rates
 from jaxckpt.memory.targets import HOST_GPUS, Target, parse_target
+from jaxckpt.plans.errors import UserError
 
 
 def main(folder: Path):
@@ -41,7 +43,9 @@ def answer(folder: Path, work: Callable[[dict[str, Any]], dict[str, Any]]):
     try:
         result = work(job)
     except Exception as error:  # an entry is the user's code and may raise anything
-        result = {"error": {"kind": type(error).__name__, "message": str(error)}}
+        found = {"kind": type(error).__name__, "detail": str(error)}
+        found |= {"traceback": traceback.format_exc(), "is_users": isinstance(error, UserError)}
+        result = {"error": found}
     part = folder / "result.json.part"
     part.write_text(json.dumps(result))
     part.replace(folder / "result.json")

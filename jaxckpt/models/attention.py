@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxckpt.models import auto
+from jaxckpt.models.config import ModelError
 from jaxckpt.models.plain_attention import plain_attention, same_document
 from jaxckpt.models.splash import splash_attention
 from jaxckpt.plans.errors import nearest
@@ -48,10 +49,10 @@ def causal_attention(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS=None, *, kind: str =
         kind, _ = auto.choose_attention(auto.local_device(), packed=packed, **sizes)
     if kind not in _KERNELS:
         valid = ("auto", *_KERNELS)
-        raise ValueError(f"attention is {kind!r}; valid: {', '.join(valid)}{nearest(kind, valid)}")
+        raise ModelError(f"attention is {kind!r}; valid: {', '.join(valid)}{nearest(kind, valid)}")
     refusal = auto.refused_sizes(kind, packed=packed, **sizes)
     if refusal:
-        raise ValueError(f"attention {kind!r} {refusal}; 'plain' takes any")
+        raise ModelError(f"attention {kind!r} {refusal}; 'plain' takes any")
     return _KERNELS[kind](q_BSHN, k_BSKN, v_BSKN, segment_ids_BS)
 
 
@@ -66,7 +67,7 @@ def _cudnn(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS):
     except RuntimeError as error:
         if "cuDNN" not in str(error):
             raise
-        raise ValueError(
+        raise ModelError(
             f"attention 'cudnn' needs cuDNN where it is traced, and this process has none "
             f"({error}); use 'auto' or 'plain', or build a step for an absent GPU by "
             "jaxckpt.memory.absent.Entry"

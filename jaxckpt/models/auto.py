@@ -16,7 +16,7 @@ import re
 
 from jaxckpt.memory.gpu_config import compute_capability
 from jaxckpt.memory.targets import Target, parse_target
-from jaxckpt.models.config import ATTENTION_KINDS, TransformerConfig
+from jaxckpt.models.config import ATTENTION_KINDS, ModelError, TransformerConfig
 
 # Multiples of the kernel's 128 lanes; larger blocks read keys and values less often.
 _SPLASH_BLOCKS = (512, 384, 256, 128)
@@ -68,7 +68,7 @@ def resolve(
 
     Raises:
       TargetError: There is no such target.
-      ValueError: It names a kernel that the target or the sizes do not have.
+      ModelError: It names a kernel that the target or the sizes do not have.
     """
     device = device_of(target)
     if spread:
@@ -86,7 +86,7 @@ def resolve(
             others = [
                 k for k in ATTENTION_KINDS[1:] if k != kind and not _refused_device(k, device)
             ]
-            raise ValueError(f"attention {kind!r} {reason}; valid: auto, {', '.join(others)}")
+            raise ModelError(f"attention {kind!r} {reason}; valid: auto, {', '.join(others)}")
     return Resolved(
         config=dataclasses.replace(config, attention=kind, dtype=dtype), why=(why, dtype_why)
     )

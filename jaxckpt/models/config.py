@@ -3,10 +3,14 @@
 import dataclasses
 from typing import Literal
 
-from jaxckpt.plans.errors import nearest
+from jaxckpt.plans.errors import UserError, nearest
 
 _DTYPES = {"bf16": "bfloat16", "f32": "float32"}
 ATTENTION_KINDS = ("auto", "cudnn", "splash", "plain")
+
+
+class ModelError(UserError, ValueError):
+    """A model that cannot be, or not on this chip: one line with what is valid."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +36,7 @@ class TransformerConfig:
         `auto` is the one that the chip and the sizes allow (`auto.py`).
 
     Raises:
-      ValueError: An unknown word, a size below 1, heads that do not divide, an odd head, a rate
+      ModelError: An unknown word, a size below 1, heads that do not divide, an odd head, a rate
         outside [0, 1).
     """
 
@@ -55,19 +59,19 @@ class TransformerConfig:
         sizes = ("vocab_size", "num_blocks", "d_model", "num_heads", "num_kv_heads", "head_dim")
         for name in (*sizes, "d_ff"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; the least is 1")
+                raise ModelError(f"{name} is {getattr(self, name)}; the least is 1")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
+            raise ModelError(
                 f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}; "
                 f"valid: {', '.join(str(n) for n in _divisors(self.num_heads))}"
             )
         if self.head_dim % 2:
-            raise ValueError(
+            raise ModelError(
                 f"head_dim {self.head_dim} is odd; rotary positions turn pairs of components, so "
                 f"it is even, such as {self.head_dim + 1}"
             )
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is a rate in [0, 1), not {self.dropout}")
+            raise ModelError(f"dropout is a rate in [0, 1), not {self.dropout}")
         object.__setattr__(self, "dtype", _DTYPES.get(self.dtype, self.dtype))
         _check_word("dtype", self.dtype, ("auto", *_DTYPES.values()))
         _check_word("attention", self.attention, ATTENTION_KINDS)
@@ -75,7 +79,7 @@ class TransformerConfig:
 
 def _check_word(name: str, word: str, valid: tuple[str, ...]):
     if word not in valid:
-        raise ValueError(
+        raise ModelError(
             f"{name} is {word!r}; valid: {', '.join(valid)}{nearest(str(word), valid)}"
         )
 

@@ -11,13 +11,13 @@ import dataclasses
 import math
 
 from jaxckpt.models.config import TransformerConfig
-from jaxckpt.plans.errors import nearest
+from jaxckpt.plans.errors import UserError, nearest
 
 AXES = ("data", "fsdp", "tensor")
 _EXAMPLE = "data=2,fsdp=4,tensor=2"
 
 
-class MeshError(ValueError):
+class MeshError(UserError, ValueError):
     """A mesh that cannot be: one line with what was given, what is valid, a guess."""
 
 

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxckpt.models.config import TransformerConfig
+from jaxckpt.models.config import ModelError, TransformerConfig
 
 MODEL_TYPE = "qwen3"
 EMBEDDING = "model.embed_tokens.weight"
@@ -64,7 +64,7 @@ def tensors(config: TransformerConfig) -> tuple[Tensor, ...]:
     """Returns every tensor of a Qwen3 of this shape, those of one parameter in a row.
 
     Raises:
-      ValueError: A Transformer that is no Qwen3: it has no norms of queries and keys.
+      ModelError: A Transformer that is no Qwen3: it has no norms of queries and keys.
     """
     _check_is_qwen3(config)
     embedding = (config.vocab_size, config.d_model)
@@ -116,15 +116,15 @@ def config_of(hf: Mapping[str, Any]) -> TransformerConfig:
       hf: Its content.
 
     Raises:
-      ValueError: Not Qwen3, a key that is missing or of another type, or something that the
+      ModelError: Not Qwen3, a key that is missing or of another type, or something that the
         Transformer does not have. All of them are listed.
     """
     kind = hf.get("model_type")
     if kind != MODEL_TYPE:
-        raise ValueError(f"model_type is {kind!r}; valid: {MODEL_TYPE!r}")
+        raise ModelError(f"model_type is {kind!r}; valid: {MODEL_TYPE!r}")
     asked = _asked_for(hf)
     if asked:
-        raise ValueError(f"the Transformer has no {', no '.join(asked)}")
+        raise ModelError(f"the Transformer has no {', no '.join(asked)}")
     values = {**_OPTIONAL, **hf, "rope_theta": _rope_theta(hf)}
     names = {**_FIELDS, "rope_theta": "rope_theta"}
     types: dict[str, Any] = {
@@ -132,14 +132,14 @@ def config_of(hf: Mapping[str, Any]) -> TransformerConfig:
     }
     missing = [name for name in names.values() if values.get(name) is None]
     if missing:
-        raise ValueError(f"it has no {', no '.join(missing)}")
+        raise ModelError(f"it has no {', no '.join(missing)}")
     wrong = [
         f"{name} is {values[name]!r}, where {types[field].__name__} is needed"
         for field, name in names.items()
         if not _has_type(values[name], types[field])
     ]
     if wrong:
-        raise ValueError("; ".join(wrong))
+        raise ModelError("; ".join(wrong))
     return TransformerConfig(**{field: types[field](values[n]) for field, n in names.items()})
 
 
@@ -152,7 +152,7 @@ def config_json(config: TransformerConfig, *, dtype: str, max_positions: int) ->
       max_positions: The longest sequence that it is for.
 
     Raises:
-      ValueError: As `tensors`.
+      ModelError: As `tensors`.
     """
     _check_is_qwen3(config)
     return {
@@ -176,7 +176,7 @@ def shape(config: TransformerConfig) -> dict[str, Any]:
 
 def _check_is_qwen3(config: TransformerConfig):
     if not config.qk_norm:
-        raise ValueError("qk_norm is false; a Qwen3 normalizes queries and keys")
+        raise ModelError("qk_norm is false; a Qwen3 normalizes queries and keys")
 
 
 def _asked_for(hf: Mapping[str, Any]) -> list[str]:

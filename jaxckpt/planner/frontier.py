@@ -39,7 +39,7 @@ from jaxckpt.memory.values import all_named, values_by_name
 from jaxckpt.planner.integer_program import grain, minimize
 from jaxckpt.planner.stacks import Stack
 from jaxckpt.plans import Policy, words
-from jaxckpt.transforms import tags
+from jaxckpt.transforms import jaxprs, tags
 
 # What a step moves when it is run again, in the bytes that it writes: fused work rarely goes to
 # memory.
@@ -221,7 +221,7 @@ def _kept_by_attention(trace: Trace) -> list[Value]:
     tagged = [
         origin_of(step.outputs[0])
         for step in trace.flat.steps
-        if step.name == "name" and step.params["name"] == tags.ATTENTION
+        if step.name == jaxprs.TAG and step.params["name"] == tags.ATTENTION
     ]
     return [value for value in dict.fromkeys([*kernels, *tagged]) if value.step is not None]
 

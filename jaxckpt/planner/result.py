@@ -6,6 +6,7 @@ from typing import Any, Self
 from jaxckpt.memory.report import MemoryReport
 from jaxckpt.memory.units import gib
 from jaxckpt.plans import Plan
+from jaxckpt.plans.errors import UserError
 from jaxckpt.plans.plan_set import PlanSet, plan_json, plan_of_json
 
 _SHOWN = 3
@@ -129,6 +130,7 @@ class FitResult:
             *self._of_host(),
             f"  why        {self.why}",
         ]
+        lines += [] if report.understood.is_all else [f"  read       {report.understood}"]
         return "\n".join(lines)
 
     def _of_host(self) -> list[str]:
@@ -155,7 +157,7 @@ class FitResult:
         return lines
 
 
-class BudgetError(ValueError):
+class BudgetError(UserError, ValueError):
     """No plan fits a budget: one line with the least budget, its plan and what sets it.
 
     Attributes:

@@ -1,10 +1,17 @@
-"""Errors about plans, and the nearest guess that every one of them offers."""
+"""Errors that a user can mend, and the nearest guess that they offer."""
 
 import difflib
 from collections.abc import Iterable
 
 
-class PlanError(ValueError):
+class UserError(Exception):
+    """What whoever asked can mend: one line on the command line, without a traceback, code 2.
+
+    Every error of another class is a fault of the program and is shown with its traceback.
+    """
+
+
+class PlanError(UserError, ValueError):
     """A plan that cannot be meant: one line: what was given, what is valid, the nearest guess."""
 
 

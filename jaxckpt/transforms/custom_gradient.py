@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
+from jaxckpt.transforms import jaxprs
+
 _MESSAGE = (
     "a schedule has reverse mode, and forward mode over it (jax.hessian); {} is refused: "
     "remat='full' or nested=True has it"
@@ -87,7 +89,7 @@ def _is_inexact(x) -> bool:
     return jnp.issubdtype(jax.typeof(x).dtype, jnp.inexact)
 
 
-_RUN = core.Primitive("jaxckpt_run")
+_RUN = core.Primitive(jaxprs.SCHEDULE)
 _RUN.multiple_results = True
 _RUN.def_effectful_abstract_eval(lambda *_, jaxpr, **__: (jaxpr.out_avals, jaxpr.effects))
 

@@ -24,31 +24,21 @@ from jax.extend import core
 from jaxckpt.plans import Policy, words
 from jaxckpt.transforms import edits, jaxprs, tags
 
-_TRANSPARENT = frozenset(
-    ("jit", "pjit", "closed_call", "core_call", "scan", "cond", "shard_map", *jaxprs.REMATS)
-)
-_CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+_TRANSPARENT = frozenset((*jaxprs.JITS, *jaxprs.REMATS, jaxprs.SCAN, jaxprs.COND, jaxprs.SHARD_MAP))
+_CUSTOM = (*jaxprs.CUSTOM_JVPS, *jaxprs.CUSTOM_VJPS)
 # The same array seen otherwise: to make it again costs nothing, so it needs no name.
 _VIEWS = frozenset(
     (
-        *("name", "copy", "copy_p", "device_put", "reduce_precision", "optimization_barrier"),
-        *("reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "pvary"),
-        *("bitcast_convert_type", "sharding_constraint"),
-    )
-)
-# Their derivative is a function of what they return: the tag has to stand before its use there.
-_RULES_READ_RESULT = frozenset(
-    (
-        *("tanh", "logistic", "exp", "exp2", "expm1", "sqrt", "rsqrt", "cbrt", "tan", "erf_inv"),
-        *("max", "min", "pow", "reduce_max", "reduce_min"),
+        *(jaxprs.TAG, jaxprs.PUT, jaxprs.ROUND, jaxprs.BARRIER, *jaxprs.COPIES),
+        *(jaxprs.BROADCAST, jaxprs.BITCAST, *jaxprs.SHAPES, *jaxprs.PLACEMENTS),
     )
 )
 _WORDS = {
-    "dot_general": "dot",
-    "conv_general_dilated": "conv",
-    "convert_element_type": "cast",
-    "select_n": "where",
-    "integer_pow": "pow",
+    jaxprs.DOT: "dot",
+    jaxprs.CONV: "conv",
+    jaxprs.CAST: "cast",
+    jaxprs.SELECT: "where",
+    jaxprs.INTEGER_POWER: "pow",
 }
 
 
@@ -112,7 +102,7 @@ class _Namer:
 
     def _jaxpr(self, jaxpr: core.Jaxpr, unnamed=frozenset()) -> core.Jaxpr:
         """Returns an open jaxpr with tags, but for the variables of `unnamed`."""
-        tagged = {e.invars[0] for e in jaxpr.eqns if e.primitive.name == "name"}
+        tagged = {e.invars[0] for e in jaxpr.eqns if e.primitive.name == jaxprs.TAG}
         made = [self._equation(jaxpr, e, tagged | unnamed) for e in jaxpr.eqns]
         flat = [equation for group in made for equation in group]
         if len(flat) == len(jaxpr.eqns) and all(map(_is, flat, jaxpr.eqns)):
@@ -129,7 +119,7 @@ class _Namer:
             return [equation if opened is plain and name in _CUSTOM else opened]
         if name in _TRANSPARENT:
             return [self._inside(equation)]
-        if name.startswith("custom_vjp"):
+        if name in jaxprs.CUSTOM_VJPS:
             return [self._opened(jaxpr, equation, unnamed)]
         return self._tagged(jaxpr, equation, unnamed)
 
@@ -157,13 +147,14 @@ class _Namer:
         primitive = equation.primitive.name
         if primitive in _VIEWS or not any(map(edits.is_var, equation.invars)):
             return [equation]
-        if primitive == "convert_element_type" and self._params.intersection(equation.invars):
+        if primitive == jaxprs.CAST and self._params.intersection(equation.invars):
             return [equation]
         tag = self._next_tag(equation)
         outputs = [var for var in equation.outvars if _is_array(var) and var not in unnamed]
         if tag is None or not outputs:
             return [equation]
-        if primitive in _RULES_READ_RESULT and not self._in_rule and _is_inexact(equation):
+        reads_result = primitive in jaxprs.RULES_READ_RESULT and not self._in_rule
+        if reads_result and _is_inexact(equation):
             return [edits.tag_result(jaxpr, equation, tag)]
         return edits.tag_after(equation, outputs, tag)
 

@@ -1,12 +1,61 @@
-"""Reading jaxprs: every equation of a function, those inside its calls and loops too."""
+"""Reading jaxprs: every equation of a function, those inside its calls and loops too.
+
+The table of JAX's primitives is here, each by all the names that it had. JAX promises none of them,
+so no other file spells one, and `tests/test_canary.py` looks up what each JAX binds.
+"""
 
 from collections.abc import Callable, Iterator
 
 import jax
 from jax.extend import core
 
-# `jax.checkpoint`, by all names its primitive had.
+# Calls of one function.
+JITS = ("jit", "pjit", "closed_call", "core_call")
 REMATS = ("remat", "remat2", "checkpoint")
+CUSTOM_JVPS = ("custom_jvp_call",)
+CUSTOM_VJPS = ("custom_vjp_call", "custom_vjp_call_jaxpr")
+SCHEDULE = "jaxckpt_run"  # our own: blocks that an executor runs
+CALLS = frozenset((*JITS, *REMATS, *CUSTOM_JVPS, *CUSTOM_VJPS, SCHEDULE))
+
+# Loops, branches, maps over devices, kernels.
+SCAN, WHILE, COND, SHARD_MAP, PALLAS = "scan", "while", "cond", "shard_map", "pallas_call"
+DOT, RAGGED_DOT, CONV = "dot_general", "ragged_dot_general", "conv_general_dilated"
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
+CUDNN_BACKWARD = "dot_product_attention_bwd_wrapper"
+CUDNN_FP8_FORWARD = "dot_product_attention_fp8_fwd_wrapper"
+CUDNN_FP8_BACKWARD = "dot_product_attention_fp8_bwd_wrapper"
+CUDNN = (CUDNN_FORWARD, CUDNN_BACKWARD, CUDNN_FP8_FORWARD, CUDNN_FP8_BACKWARD)
+
+# What returns its input: a tag, a copy, a move to another memory, a rounding, a cast.
+TAG, PUT, ROUND, CAST = "name", "device_put", "reduce_precision", "convert_element_type"
+COPIES = ("copy", "copy_p")
+BARRIER = "optimization_barrier"
+PLACEMENTS = ("pvary", "pcast", "sharding_constraint")
+BROADCAST, BITCAST = "broadcast_in_dim", "bitcast_convert_type"
+SHAPES = ("reshape", "squeeze", "expand_dims", "transpose")
+
+# Parts of arrays, and arrays of parts.
+SLICES = frozenset(("slice", "dynamic_slice", "gather", "split"))
+JOINS = frozenset(("concatenate", "stack", "pad"))
+UPDATE = "dynamic_update_slice"
+SCATTERS = "scatter"  # names that begin so
+REDUCTIONS = ("reduce", "arg")  # names that begin so, but for `ROUND`
+CUMULATIVE = ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
+SORTS = ("sort", "top_k", "fft")
+
+RANDOM_BITS = ("random_bits", "threefry2x32")
+ALL_REDUCES = ("psum", "psum2", "psum_invariant", "pmax", "pmin")
+GATHERS = ("all_gather", "all_gather_invariant", "reduce_scatter", "psum_scatter")
+EXCHANGES = ("all_to_all", "ragged_all_to_all", "ppermute", "pbroadcast")
+
+# Their derivative is a function of what they return.
+RULES_READ_RESULT = frozenset(
+    (
+        *("tanh", "logistic", "exp", "exp2", "expm1", "sqrt", "rsqrt", "cbrt", "tan", "erf_inv"),
+        *("max", "min", "pow", "reduce_max", "reduce_min"),
+    )
+)
+SELECT, INTEGER_POWER = "select_n", "integer_pow"
 
 
 def linearized(fn: Callable, *args) -> core.ClosedJaxpr:

@@ -12,7 +12,7 @@ import jax
 
 from jaxckpt.plans import Plan, PlanError, Policy, words
 from jaxckpt.plans.errors import nearest
-from jaxckpt.transforms import tags
+from jaxckpt.transforms import jaxprs, tags
 from jaxckpt.transforms.tags import Tags
 
 # JAX releases on which an offloaded residual of a scan comes back wrong, without an error.
@@ -96,7 +96,7 @@ def checkpoint_policy(policies: tuple[Policy, ...]) -> Callable | None:
         refuse_bad_offload()
 
     def policy(primitive, *avals, **params):
-        if primitive.name == "name":
+        if primitive.name == jaxprs.TAG:
             name = params["name"]
             if moved(name):
                 return _offload_policy(name)(primitive, *avals, **params)

@@ -13,6 +13,7 @@ import jax
 from jax import lax
 from jax.extend import core
 
+from jaxckpt.transforms import jaxprs
 from jaxckpt.transforms.custom_gradient import inexact, pick
 from jaxckpt.transforms.traced_block import zeros
 
@@ -160,7 +161,7 @@ class Recorder:
 
 def _cast_of(equation: core.JaxprEqn, shared: dict) -> tuple[int, tuple] | None:
     """Returns `(input, dtypes)` if an equation casts what is shared, else None."""
-    if equation.primitive.name != "convert_element_type":
+    if equation.primitive.name != jaxprs.CAST:
         return None
     source = equation.invars[0]
     if isinstance(source, core.Literal) or source not in shared:

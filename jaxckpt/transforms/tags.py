@@ -25,7 +25,7 @@ NAMELESS = "what only the derivative of a primitive or of a jax.custom_jvp makes
 
 # Attention kernels whose outputs are what their own backward pass needs; values inside a kernel's
 # custom VJP carry no tag, but a policy sees the primitive.
-ATTENTION_PRIMITIVES = frozenset({"dot_product_attention_fwd_wrapper"})
+ATTENTION_PRIMITIVES = frozenset({jaxprs.CUDNN_FORWARD})
 
 
 def tag(x, name: str):
@@ -87,7 +87,7 @@ def tags_of(fn: Callable, *args) -> Tags:
       *args: Its arguments, arrays or abstract ones.
     """
     jaxpr = jaxprs.linearized(fn, *args)
-    named = [e for e in jaxprs.equations(jaxpr) if e.primitive.name == "name"]
+    named = [e for e in jaxprs.equations(jaxpr) if e.primitive.name == jaxprs.TAG]
     names = dict.fromkeys(e.params["name"] for e in named)
     return Tags(
         names=tuple(sorted(name for name in names if not is_reserved(name))),
@@ -100,6 +100,6 @@ def has_attention(jaxpr) -> bool:
     """Returns whether a linearized jaxpr runs an attention kernel that policies know."""
     return any(
         e.primitive.name in ATTENTION_PRIMITIVES
-        or (e.primitive.name == "name" and e.params["name"] == ATTENTION)
+        or (e.primitive.name == jaxprs.TAG and e.params["name"] == ATTENTION)
         for e in jaxprs.equations(jaxpr)
     )

@@ -26,6 +26,11 @@ def mean_trips(equation: core.JaxprEqn) -> fractions.Fraction:
     return fractions.Fraction(*map(int, found[-1])) if found else fractions.Fraction(1)
 
 
+def says_trips(op_name: str) -> bool:
+    """Returns whether the name of a compiled loop says its own trips, in whatever form."""
+    return any(_PREFIX in part for part in op_name.split("/")[-2:])
+
+
 def trips_of_name(op_name: str) -> fractions.Fraction | None:
     """Returns the same of a compiled loop, by its operation's name; None where nobody said."""
     found = _OF_LOOP.search(op_name)

@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -12,6 +14,7 @@ import numpy as np
 from orbax.checkpoint import v1
 
 ROOT = Path(__file__).parents[2]
+HANG_SECONDS = 3600  # ends what hangs; no bound on speed
 TINY = (
     "--num-blocks=3",
     "--d-model=16",
@@ -33,15 +36,17 @@ def start(
     largest_file_kib: int | None = None,
     devices: int = 1,
     first_path: Path = ROOT,
+    module: tuple[str, ...] = ("experiments.train",),
 ) -> subprocess.Popen:
     """Starts a tiny run; flags given here win over `TINY`.
 
     With `largest_file_kib`, writing more than that to a file fails, as on a full disk. `devices`
-    is how many devices JAX finds, `first_path` where Python looks for modules first.
+    is how many devices JAX finds, `first_path` where Python looks for modules first, `module` what
+    takes the flags, with its own arguments before them.
     """
     given = {str(flag).partition("=")[0] for flag in flags}
     flags = [flag for flag in TINY if flag.partition("=")[0] not in given] + [*map(str, flags)]
-    command = [sys.executable, "-m", "experiments.train", *flags, f"--compile-cache={cache}"]
+    command = [sys.executable, "-m", *module, *flags, f"--compile-cache={cache}"]
     if largest_file_kib is not None:
         command = ["bash", "-c", f'ulimit -f {largest_file_kib} && exec "$@"', "bash", *command]
     return subprocess.Popen(
@@ -62,7 +67,7 @@ def start(
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     """Waits; returns exit code, standard output and standard error."""
-    out, err = process.communicate(timeout=180)
+    out, err = process.communicate(timeout=HANG_SECONDS)
     return process.returncode, out, err
 
 
@@ -118,6 +123,13 @@ def assert_same_end(folder: Path, expected: Path):
     assert state.keys() == expected_state.keys()
     for name, leaf in state.items():
         np.testing.assert_array_equal(leaf, expected_state[name], err_msg=name)
+
+
+def wait_for(process: subprocess.Popen, happened: Callable[[], object]):
+    """Waits until something has happened, while a process runs."""
+    while not happened():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
 
 
 def kill(process: subprocess.Popen):

@@ -11,6 +11,7 @@ from experiments.claiming.evidence import Evidence, gather
 from experiments.claims import claims
 from experiments.cli import main
 from experiments.fit_row import FitRow
+from jaxckpt.plans import PlanError
 from tests.experiments.test_fit import GIB, report
 
 # Peaks in GiB that follow from theory: 32 inputs of 1/16, residuals of 16 inputs a block.
@@ -26,6 +27,12 @@ def fake_report(case):
     return report(peak, seconds=0.1 + 0.001 * again, again=again, temp_bytes=int((peak - 10) * GIB))
 
 
+class Failure:
+    """What a case that fails raises."""
+
+    kind = RuntimeError
+
+
 @pytest.fixture
 def compiling(monkeypatch):
     """Answers in place of the compiler; the names of what was compiled, and of what fails."""
@@ -37,7 +44,7 @@ def compiling(monkeypatch):
         case = by_config[config, target]
         asked.append(case.name)
         if case.name in failing:
-            return [FitRow(config=config, target=target, error="no such thing")]
+            return [FitRow(config=config, target=target, failure=Failure.kind("no such thing"))]
         return [FitRow(config=config, target=target, report=fake_report(case))]
 
     monkeypatch.setattr(numbers, "measure_all", measure_all)
@@ -63,9 +70,14 @@ def test_the_page_has_every_claim_and_plan(compiling, tmp_path):
     assert "67.1 MB" in text and "596 million parameters" in text
 
 
-def test_what_is_there_is_not_compiled_again(compiling, tmp_path):
+def test_what_is_there_is_not_compiled_again(compiling, tmp_path, monkeypatch):
     asked, failing = compiling
     failing.add("4B")
+    with pytest.raises(RuntimeError, match="no such thing"):  # a fault is none of the user's
+        run(tmp_path)
+    (tmp_path / "claims.json").unlink()
+    asked.clear()
+    monkeypatch.setattr(Failure, "kind", PlanError)
     with pytest.raises(SystemExit) as stop:
         run(tmp_path)
     assert stop.value.code == 2 and not (tmp_path / "claims.md").exists()

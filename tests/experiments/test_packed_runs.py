@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import time
 
 import jax
 import numpy as np
@@ -138,8 +137,8 @@ def test_a_killed_run_goes_on_bit_equal(lines, tmp_path):
     runs.train(*flags, f"--out={tmp_path / 'whole'}", cache=tmp_path / "cache")
     folder = tmp_path / "run"
     process = runs.start(*flags, f"--out={folder}", cache=tmp_path / "cache")
-    while not any(path.name.isdigit() for path in (folder / "checkpoints").glob("*")):
-        time.sleep(0.01)
+    saved = lambda: any(path.name.isdigit() for path in (folder / "checkpoints").glob("*"))
+    runs.wait_for(process, saved)
     runs.kill(process)
     runs.train(*flags, f"--out={folder}", "--resume", cache=tmp_path / "cache")
     assert any("resumed_from_step" in row for row in runs.rows(folder))

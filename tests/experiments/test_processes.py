@@ -15,7 +15,7 @@ import pytest
 from experiments.config import ConfigError, TrainConfig
 from experiments.process_flags import ProcessFlags
 from experiments.roll_call import call_roll
-from tests.experiments.runs import ROOT, TINY, finish, last_step, rows, start
+from tests.experiments.runs import ROOT, TINY, finish, last_step, rows, start, wait_for
 
 MESH = ("--mesh=data=2,fsdp=2", "--batch-size=8", "--num-kv-heads=2", "--seq-len=16")
 
@@ -91,9 +91,13 @@ def test_a_stranger_is_not_counted_in():
 
     thread = threading.Thread(target=lead)
     thread.start()
-    time.sleep(0.2)
-    with socket.create_connection(("localhost", port)) as stranger:
-        stranger.sendall(b"GET / HTTP/1.1\n")
+    while thread.is_alive():
+        try:
+            with socket.create_connection(("localhost", port)) as stranger:
+                stranger.sendall(b"GET / HTTP/1.1\n")
+            break
+        except OSError:  # nobody listens yet
+            time.sleep(0.01)
     thread.join()
     assert caught and caught[0].startswith("process 1 of 2 did not come")
 
@@ -158,14 +162,15 @@ def test_a_process_that_never_comes_ends_the_command_line(tmp_path):
 
 
 LIFELINE = """
-import socket, sys, time
+import socket, sys, threading
 from experiments.lifelines import Lifelines
 mine, theirs = socket.socketpair()
 with Lifelines({3: mine}, grace_seconds=0.2):
+    (watch,) = [thread for thread in threading.enumerate() if thread.daemon]
     if "done" in sys.argv:
         theirs.sendall(b"done\\n")
     theirs.close()
-    time.sleep(1.0)
+    watch.join()  # it has heard that the other ended, and what that means
 print("went on")
 """
 
@@ -207,8 +212,7 @@ def test_two_processes_of_which_one_is_killed(tmp_path):
 
     processes = both("--steps=3000", "--decay-steps=8")
     saved = lambda: [int(p.name) for p in (out / "checkpoints").glob("*") if p.name.isdigit()]
-    while (last_step(out) < 3 or not saved()) and processes[0].poll() is None:
-        time.sleep(0.1)
+    wait_for(processes[0], lambda: last_step(out) >= 3 and saved())
     processes[1].send_signal(signal.SIGKILL)
     code, _, err = finish(processes[0])
     finish(processes[1])

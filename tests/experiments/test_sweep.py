@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from experiments.sweeping import running
 from experiments.sweeping.case import flags_of
 from jaxckpt.memory.launch import Processes
 from jaxckpt.models.config import TransformerConfig
+from tests.experiments.runs import HANG_SECONDS, wait_for
 from tests.experiments.test_fit import GIB, report
 
 ROOT = Path(__file__).parents[2]
@@ -190,8 +190,9 @@ def test_usual_plans_fit_any_stack():
 
 
 def test_a_process_that_fails_says_its_last_line(tmp_path):
-    with pytest.raises(running.RowError, match=r"steps is 0; the least is 1$"):
-        running._run_module("experiments.train", ["--steps=0"], Processes())
+    with pytest.raises(running.RowError, match=r"steps is 0; the least is 1$") as caught:
+        running._run_module("experiments.train", ["--steps=0", "--debug"], Processes())
+    assert "ConfigError: steps is 0" in caught.value.traceback
     assert "SIGKILL, which is what a machine without memory left" in running._reason(-9, "")
     assert running._reason(1, "Traceback\nValueError: no\n") == "ValueError: no"
 
@@ -218,17 +219,14 @@ def start_sweep(folder: Path) -> subprocess.Popen:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_sweep_goes_on(number, tmp_path):
     process, path = start_sweep(tmp_path), tmp_path / "rows.jsonl"
-    deadline = time.monotonic() + 240
-    while not (path.exists() and path.read_text().endswith("\n")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
+    wait_for(process, lambda: path.exists() and path.read_text().endswith("\n"))
     process.send_signal(number)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == (1 if number == signal.SIGTERM else -number)
     assert number == signal.SIGKILL or "rows more are done, the same command goes on" in error
     before = path.read_text().splitlines()
     process = start_sweep(tmp_path)
-    out, error = process.communicate(timeout=400)
+    out, error = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 1 and "1 of 4 rows failed" in error
     assert f"{len(before)} of 4 rows are done already" in out
     assert path.read_text().splitlines()[: len(before)] == before

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import threading
-import time
 
 import jax
 import jax.numpy as jnp
@@ -142,10 +141,8 @@ def test_a_table_made_before_is_read_at_once_and_without_jax(started):
         "jobs = [(Entry(function=name, arguments=p), 'v5e-1') for p in plans]\n"
         "print({one.peak_bytes for one in measure_many(jobs)}, 'jax' in sys.modules)\n"
     )
-    begun = time.perf_counter()
     environment = launch.environment(absent.parse_target("v5e-1"))
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert done.stdout == f"{{{REPORT.peak_bytes}}} False\n", done.stderr
-    assert time.perf_counter() - begun < 10  # 40 compilations would take minutes

@@ -111,3 +111,53 @@ def test_links_of_chips():
 
 def test_a_program_of_one_device_sends_nothing():
     assert traffic("HloModule m\n\nENTRY %main (x: f32[]) -> f32[] {\n}\n", 1).bytes == 0
+
+
+# As libtpu writes a gather that runs beside two products: its parts share a chain, and as in every
+# program of `jax.shard_map` all channels are 1.
+CHAINS = """HloModule step
+
+%start (p: f32[4]) -> f32[16] {{
+  ROOT %g.1 = f32[16]{{0}} all-gather(%p), channel_id=1, {group}, {attributes}={{chain_id="0"}}
+}}
+
+%piece (p: f32[4]) -> f32[16] {{
+  ROOT %g.2 = f32[16]{{0}} all-gather(%p), channel_id=1, {group}, {attributes}={{chain_id="0"}}
+}}
+
+%other (p: f32[4]) -> f32[16] {{
+  ROOT %g.3 = f32[16]{{0}} all-gather(%p), channel_id=1, {group}, {attributes}={{chain_id="1"}}
+}}
+
+ENTRY %main (p: f32[4]) -> f32[16] {{
+  %f.1 = f32[16]{{0}} fusion(%p), kind=kCustom, calls=%start
+  %f.2 = f32[16]{{0}} fusion(%p), kind=kCustom, calls=%piece
+  %f.3 = f32[16]{{0}} fusion(%p), kind=kCustom, calls=%other
+  %r.1 = f32[16]{{0}} all-reduce(%f.1), channel_id=1, {group}, to_apply=%add
+  %r.2 = f32[16]{{0}} all-reduce(%f.2), channel_id=1, {group}, to_apply=%add
+}}
+""".format(group="replica_groups={{0,1,2,3}}", attributes="frontend_attributes")
+
+
+def test_collectives_of_one_channel_are_told_apart():
+    found = traffic(CHAINS, 4)
+    assert [c.kind for c in found.collectives] == ["all-gather"] * 2 + ["all-reduce"] * 2
+    assert found.understood.is_all
+
+
+@pytest.mark.parametrize("operation", ["ragged-all-to-all", "collective-broadcast", "send"])
+def test_what_is_sent_and_not_counted_is_said(operation):
+    changed = CHAINS.replace("all-reduce(%f.1)", f"{operation}(%f.1)")
+    understood = traffic(changed, 4).understood
+    assert understood.of - understood.lines == 1
+
+
+def test_what_goes_to_the_host_is_no_traffic_between_devices():
+    sent = CHAINS.replace("all-reduce(%f.1)", "send(%f.1), is_host_transfer=true")
+    assert traffic(sent, 4).understood.is_all
+
+
+def test_a_branch_is_followed_however_it_is_written():
+    branch = "%c.1 = f32[16] conditional(%p, %x, %x), true_computation=%start, false_computation=%x"
+    text = CHAINS.replace("%f.1 = f32[16]{0} fusion(%p), kind=kCustom, calls=%start", branch)
+    assert len(traffic(text, 4).collectives) == 5  # the start stands in no fusion now

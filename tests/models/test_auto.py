@@ -6,11 +6,12 @@ import sys
 
 import pytest
 
-from experiments.config import ConfigError, TrainConfig
+from experiments.config import TrainConfig
 from experiments.step import resolve_model
 from jaxckpt.memory.targets import TargetError
 from jaxckpt.models import TransformerConfig
 from jaxckpt.models.auto import Device, choose_attention, device_of, resolve
+from jaxckpt.models.config import ModelError
 from tests.memory.kernels import trace_cudnn
 
 QWEN = TransformerConfig(
@@ -155,5 +156,5 @@ def test_a_training_configuration_is_resolved_for_a_target():
     assert (found.model.attention, found.model.dtype) == ("splash", "bfloat16")
     assert why[0] == "attention splash: the flash kernel of v5e-1"
     assert resolve_model(found, "v5e-1")[0] == found
-    with pytest.raises(ConfigError, match="attention 'splash' is for TPUs, not for h100"):
+    with pytest.raises(ModelError, match="attention 'splash' is for TPUs, not for h100"):
         resolve_model(found, "h100")

@@ -1,9 +1,8 @@
-"""Planning alone, nothing compiled: how long it takes, and that every process plans the same."""
+"""Planning alone, nothing compiled: how much work it is, and that every process plans the same."""
 
 import os
 import subprocess
 import sys
-import time
 import types
 
 import jax
@@ -18,6 +17,7 @@ from jaxckpt.planner.rates import rates_of
 from jaxckpt.planner.stacks import Stack
 from jaxckpt.planner.steps import Steps
 from jaxckpt.plans import Plan
+from tests.work import calls_of
 
 TARGET = parse_target("v5e-1")
 RATES = rates_of(TARGET)
@@ -61,20 +61,18 @@ def ladder(num_blocks: int) -> list[str]:
     ]
 
 
-def test_eighty_blocks_are_planned_in_ten_seconds():
-    start = time.process_time()
-    plans = ladder(80)
-    # Seconds of processors, so that other work on the machine does not count.
-    assert time.process_time() - start < 10
+def test_the_work_of_planning_grows_with_the_blocks():
+    _, forty = calls_of(lambda: ladder(40))
+    plans, eighty = calls_of(lambda: ladder(80))
+    assert eighty < 3 * forty and eighty < 100_000_000
     assert plans[0].startswith("attention+names:") and len(plans) > 20
 
 
-def test_the_program_of_a_transformer_block_takes_less_than_five_seconds():
+def test_the_program_of_a_transformer_block_is_little_work():
     (stack,) = steps(28).trace(Plan.parse("full"))[1].stacks
     assert isinstance(stack, Stack)
-    start = time.process_time()
-    found = list(proposals(Graph.of(stack, RATES)))
-    assert time.process_time() - start < 5
+    found, calls = calls_of(lambda: list(proposals(Graph.of(stack, RATES))))
+    assert calls < 2_000_000  # 250,000
     assert len(found) >= 6
 
 
@@ -87,7 +85,6 @@ def test_every_process_plans_the_same():
             capture_output=True,
             text=True,
             check=True,
-            timeout=600,
         ).stdout.splitlines()[-1]
         for seed in ("1", "2")
     ]

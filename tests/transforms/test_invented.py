@@ -139,9 +139,7 @@ def test_a_chain_and_stacks_of_flax():
 
 def test_the_same_names_in_another_process():
     code = "import json, tests.transforms.test_invented as t; print(json.dumps(t.names()))"
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
-    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert tuple(json.loads(found.stdout.splitlines()[-1])) == names()
 
 
