@@ -63,14 +63,14 @@ def expanded(path: _AnyPath, name: str) -> _AnyPath:
     if found == text and text.partition("/")[0] == "~":
         raise ConfigError(f"{name} {text!r}: there is no home folder; set HOME, or write it out")
     try:
-        found.encode()
-        if "\0" in found:
-            raise ValueError
-    except ValueError:
+        is_utf8 = found.encode() == os.fsencode(found) and "\0" not in found
+    except UnicodeError:
+        is_utf8 = False
+    if not is_utf8:
         raise ConfigError(
-            f"{name} {text!r} has characters that are no UTF-8, so no record can name it; use "
-            "another name, or a link"
-        ) from None
+            f"{name} {text!r} has a name that is no UTF-8, so no record can hold it; use another "
+            "one, or a link"
+        )
     return type(path)(found)
 
 
