@@ -128,6 +128,10 @@ def _find_checkpoint(
         raise ConfigError(f"{checkpoints.folder} holds no complete checkpoint to resume from")
     about = checkpoints.about(step)
     check_same_run(config, corpus.sha256, about)
+    if step > config.steps:
+        raise ConfigError(
+            f"{checkpoints.folder} is at step {step} already; --steps is {config.steps}"
+        )
     return step, about
 
 
