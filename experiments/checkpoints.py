@@ -7,8 +7,12 @@ so a killed run leaves the last complete one.
 
 import contextlib
 import functools
+import glob
+import json
 import logging
 import operator
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ import jax
 import numpy as np
 
 from experiments.config import ConfigError, TrainConfig
+from experiments.files import reason
 from experiments.record import RunError, versions
 from experiments.step import TrainState
 
@@ -67,6 +72,44 @@ class Checkpoints:
         """
         if self._opened is not None:
             self._do("save", None, self._opened.wait)
+
+    def check_own(self):
+        """Raises where a folder is named like a step but was not saved by a run.
+
+        Orbax would take it for a checkpoint of this run, and remove it as an old one.
+
+        Raises:
+          ConfigError: Naming the folder.
+        """
+        for path in self._steps():
+            try:
+                about = json.loads((path / "_CHECKPOINT_METADATA").read_bytes())["custom_metadata"]
+                is_own = "corpus_sha256" in about
+            except (OSError, ValueError, LookupError, TypeError):
+                is_own = False
+            if not is_own:
+                raise ConfigError(
+                    f"{path} is no checkpoint of experiments.train; move it away, or name another "
+                    "--out"
+                )
+
+    def remove_all(self):
+        """Removes the checkpoints of the run that this one replaces; `check_own` comes before.
+
+        Raises:
+          RunError: One cannot be removed.
+        """
+        for path in self._steps():
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                raise RunError(f"cannot remove {path}: {reason(error)}") from None
+
+    def _steps(self) -> list[Path]:
+        """Returns what is named like a checkpoint."""
+        if not self.folder.is_dir():
+            return []
+        return [path for path in self.folder.iterdir() if path.name.isdecimal()]
 
     def about(self, step: int) -> dict[str, Any]:
         """Returns the JSON saved with a step.
@@ -149,9 +192,8 @@ class Checkpoints:
         from orbax.checkpoint import v1  # slow to import, and most runs never save
 
         latest: Any = v1.training.preservation_policies.LatestN(self._keep)
-        folder: Any = self.folder  # Orbax asks for its own kind of path, and takes any
         return v1.training.Checkpointer(
-            folder,
+            _literal(self.folder),
             preservation_policy=latest,
             cleanup_tmp_directories=writing,
         )
@@ -165,9 +207,25 @@ class Checkpoints:
 
     def _unreadable(self, step: int, error: Exception | str) -> ConfigError:
         return ConfigError(
-            f"checkpoint {step} in {self.folder} cannot be read: {_line(error)}; remove "
-            f"{self.folder / str(step)} to resume from an earlier one"
+            f"checkpoint {step} in {self.folder} cannot be read: {_line(error)}; where another "
+            f"program cannot read it either, move {self.folder / str(step)} away to go on from an "
+            "earlier one"
         )
+
+
+def _literal(folder: Path) -> Any:
+    """Returns a path of Orbax's kind whose own name is never taken for a pattern.
+
+    Orbax looks for the parts of a checkpoint by a glob below its folder, and etils makes one
+    pattern of both: in a folder named `r[1]` it would find none, and save what cannot be read.
+    """
+    from etils import epath
+
+    class LiteralPath(type(epath.Path(folder))):
+        def glob(self, pattern: str):
+            return map(type(self), glob.glob(os.path.join(glob.escape(os.fspath(self)), pattern)))
+
+    return LiteralPath(folder)
 
 
 def about_run(

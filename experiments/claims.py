@@ -11,7 +11,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from experiments import plotting
+from experiments import files
 from experiments.claiming.cases import ROOT, all_cases
 from experiments.cli import main
 
@@ -27,9 +27,11 @@ def claims(
     ] = True,
 ):
     """Compile what is missing, and write the page of claims."""
-    plotting.check_output(out, (".md",))
-    plotting.check_output(numbers, (".json",))
     from experiments.claiming import page
+
+    files.check_output(out, (".md",), page.MARK)
+    files.check_output(numbers, (".json",), mark="")  # what it holds is looked at as it is read
+
     from experiments.claiming.claims import CLAIMS
     from experiments.claiming.evidence import gather
     from experiments.claiming.numbers import checked, compiled, kept
@@ -40,7 +42,7 @@ def claims(
         rows, checks = compiled(cases, numbers, say), checked(numbers, say)
     else:
         rows, checks = kept(numbers)
-    plotting.write_text(out, page.page(CLAIMS, gather(rows, checks)))
+    files.write_text(out, page.page(CLAIMS, gather(rows, checks)))
     missing = f"; {len(cases) - len(rows)} are missing" if len(rows) < len(cases) else ""
     say(
         f"{out}: {len(CLAIMS)} claims and the table of methods, from {len(rows)} compilations"

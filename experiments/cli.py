@@ -6,15 +6,16 @@ code 1. `--debug` shows where a line comes from, too.
 """
 
 import importlib.metadata
+import io
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from cyclopts import App, CycloptsError, config
 
-from experiments.config import load_toml
+from experiments.config import PERMISSIONS, ConfigError, expanded, load_toml
 from experiments.init import shape_flags
 from experiments.record import RunError
 from jaxckpt.plans.errors import UserError
@@ -31,7 +32,8 @@ def main(command: Callable, tokens: Sequence[str] | None = None):
       tokens: The command line without the program's name; `sys.argv` by default.
 
     Raises:
-      SystemExit: With code 2 after an error of the user's, 1 after one that ends a run.
+      SystemExit: With code 2 after an error of the user's, 1 after one that ends a run, 130 or 143
+        where Ctrl-C or SIGTERM did.
       Exception: A fault of the program.
     """
     given = list(sys.argv[1:] if tokens is None else tokens)
@@ -44,14 +46,23 @@ def main(command: Callable, tokens: Sequence[str] | None = None):
         help_epilogue=f"{_DEBUG} prints the traceback of an error above its line.",
     )
     app.default(command)
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal cannot show ends no run.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app.config = (config.Dict(_file_flags(tokens), source="the configuration file"),)
+        taken = [one for one in app.assemble_argument_collection() if one.parse]
+        flags = _file_flags(tokens, {name for one in taken for name in one.names})
+        app.config = (config.Dict(flags, source="the configuration file"),)
         function, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
-        function(*bound.args, **bound.kwargs)
+        values = {name: _expanded(value, name) for name, value in bound.kwargs.items()}
+        function(*(_expanded(value, "path") for value in bound.args), **values)
     except (CycloptsError, UserError, RunError) as error:
         if is_debugged:
             traceback.print_exception(error)
-        fail(error, code=1 if isinstance(error, RunError) else 2)
+        fail(error, code=error.code if isinstance(error, RunError) else 2)
+    except KeyboardInterrupt:
+        fail("interrupted", code=130)
 
 
 def fail(error: Exception | str, code: int = 2):
@@ -60,12 +71,31 @@ def fail(error: Exception | str, code: int = 2):
     raise SystemExit(code)
 
 
-def _file_flags(tokens: Sequence[str]) -> dict[str, Any]:
-    """Returns the flags that the file named by `--config` sets, over those of `--init`'s model."""
+def _expanded(value: Any, name: str) -> Any:
+    """Returns an argument; paths with `~` as the user's home."""
+    if isinstance(value, tuple):
+        return tuple(_expanded(one, name) for one in value)
+    return expanded(value, name) if isinstance(value, Path) else value
+
+
+def _file_flags(tokens: Sequence[str], known: Collection[str]) -> dict[str, Any]:
+    """Returns the flags that the file named by `--config` sets, over those of `--init`'s model.
+
+    Settings of the file that this command has no use for, but another has, are left out.
+
+    Args:
+      tokens: The command line.
+      known: The command's flags.
+    """
     path = _value_of("--config", tokens)
-    flags = {} if path is None else load_toml(Path(path))
+    flags = {} if path is None else load_toml(expanded(Path(path), "config"))
+    for name in PERMISSIONS:
+        if flags.pop(name, False):
+            raise ConfigError(f"{path} sets {name}, which is for one time: give it as --{name}")
     folder = _value_of("--init", tokens) or flags.get("init")
-    return flags if folder is None else shape_flags(Path(folder)) | flags
+    if folder is not None:
+        flags = shape_flags(expanded(Path(folder), "init")) | flags
+    return {name: value for name, value in flags.items() if f"--{name}" in known}
 
 
 def _value_of(flag: str, tokens: Sequence[str]) -> str | None:

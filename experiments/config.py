@@ -17,7 +17,7 @@ import tomllib
 import types
 import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from cyclopts import Parameter
 
@@ -37,6 +37,41 @@ def _at_least(config, least: int, *names: str):
     for name in names:
         if not getattr(config, name) >= least:
             raise ConfigError(f"{name} is {getattr(config, name)}; the least is {least}")
+
+
+def _at_most(config, most: int, *names: str):
+    for name in names:
+        if not getattr(config, name) <= most:
+            raise ConfigError(f"{name} is {getattr(config, name)}; the most is {most}")
+
+
+_AnyPath = TypeVar("_AnyPath", str, Path)
+
+
+def expanded(path: _AnyPath, name: str) -> _AnyPath:
+    """Returns a path with `~` as the user's home.
+
+    Args:
+      path: As given; a string may be a glob.
+      name: What it is, for errors.
+
+    Raises:
+      ConfigError: There is no home folder, or no record could hold the path's name.
+    """
+    text = os.fspath(path)
+    found = os.path.expanduser(text)
+    if found == text and text.partition("/")[0] == "~":
+        raise ConfigError(f"{name} {text!r}: there is no home folder; set HOME, or write it out")
+    try:
+        is_utf8 = found.encode() == os.fsencode(found) and "\0" not in found
+    except UnicodeError:
+        is_utf8 = False
+    if not is_utf8:
+        raise ConfigError(
+            f"{name} {text!r} has a name that is no UTF-8, so no record can hold it; use another "
+            "one, or a link"
+        )
+    return type(path)(found)
 
 
 # Decays of the first and second moment that each optimizer has, and their defaults.
@@ -107,6 +142,11 @@ class OptimizerConfig:
         return first, second
 
 
+_PATHS = ("init", "data", "out", "compile_cache")
+# What is allowed one command once; a record that held it would allow it for ever.
+PERMISSIONS = ("overwrite", "resume")
+
+
 @Parameter(name="*")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -155,7 +195,8 @@ class TrainConfig:
       explain: Print the residuals of one block, and what the plan does with them.
       sample: Print a few lines that the trained model writes.
       tensorboard: Also write TensorBoard event files to `out`.
-      compile_cache: Folder of compiled steps, so that the next run starts sooner.
+      compile_cache: Folder of compiled steps, so that the next run starts sooner; by default
+        jaxckpt/compiled in the user's cache folder.
     """
 
     model: Annotated[TransformerConfig, Parameter(name="*")] = TransformerConfig()
@@ -190,13 +231,18 @@ class TrainConfig:
     explain: Annotated[bool, Parameter(negative="")] = False
     sample: Annotated[bool, Parameter(negative="")] = False
     tensorboard: Annotated[bool, Parameter(negative="")] = False
-    compile_cache: Path = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "jaxckpt/compiled"
+    compile_cache: Path | None = None
 
     def __post_init__(self):
+        for name in _PATHS:
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, expanded(value, name))
         _at_least(self, 1, "steps", "batch_size", "seq_len", "validation_batches")
         _at_least(self, 1, "accumulate", "keep", "max_skipped")
         _at_least(self, 0, "unroll", "validate_every", "seed", "save_every")
         _at_least(self, 0, "loss_chunk_tokens", "z_loss")
+        _at_most(self, 2**32 - 1, "seed")  # JAX's keys see no more of it
+        _at_most(self, 2**31 - 1, "steps", "batch_size", "seq_len")
         if self.batch_size % self.accumulate:
             parts = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
             raise ConfigError(
@@ -260,16 +306,24 @@ class TrainConfig:
         return Plan.parse(self.remat).bind(self.model.num_blocks)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as TOML and JSON hold them; unset ones are left out."""
+        """Returns the fields as records hold them: TOML and JSON values, paths absolute.
+
+        Unset ones and permissions for one time are left out.
+        """
 
         def plain(value) -> Any:
             if isinstance(value, dict):
                 return {key: plain(item) for key, item in value.items() if item is not None}
-            if isinstance(value, tuple):
-                return list(value)
-            return str(value) if isinstance(value, Path) else value
+            return list(value) if isinstance(value, tuple) else value
 
-        return plain(dataclasses.asdict(self))
+        fields = dataclasses.asdict(self)
+        kept = {name: value for name, value in fields.items() if name not in PERMISSIONS}
+        return plain(kept | {name: absolute(name, kept[name]) for name in _PATHS})
+
+
+def absolute(name: str, value: Any) -> Any:
+    """Returns the value of a field; a path as text that means the same in every folder."""
+    return os.path.abspath(value) if name in _PATHS and value is not None else value
 
 
 def load_toml(path: Path) -> dict[str, Any]:
@@ -279,7 +333,7 @@ def load_toml(path: Path) -> dict[str, Any]:
       ConfigError: No such file, not TOML, an unknown key or table, or a value of another type.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         folder = path.parent if path.parent.is_dir() else Path()
         names = sorted(str(file) for file in folder.glob("*.toml"))

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from experiments import plotting
+from experiments import files, plotting
 from experiments.cli import main
 from experiments.config import ConfigError
 from experiments.drawing import text
@@ -35,12 +35,12 @@ def draw(
     if blocks is not None and blocks < 1:
         raise ConfigError(f"blocks is {blocks}; the least is 1")
     if out is not None:
-        plotting.check_output(out, (".txt", *plotting.FIGURES))
+        files.check_output(out, (".txt", *plotting.FIGURES))
     line = timeline(parsed.bind(blocks or parsed.num_blocks or _BLOCKS))
     if out is None:
         print(text.draw(line))
     elif out.suffix.lower() == ".txt":
-        plotting.write_text(out, text.draw(line) + "\n")
+        files.write_text(out, f"{text.draw(line)}\n\n{files.MARK}\n")
     else:
         from experiments.drawing import figure
 

@@ -19,6 +19,7 @@ from cyclopts import Parameter
 
 from experiments.cli import main
 from experiments.config import ConfigError, load_toml
+from experiments.files import reason
 from experiments.init import CONFIG_JSON, read_shape
 from experiments.record import CONFIG, RunError
 from experiments.shard_writer import write_shards
@@ -58,7 +59,7 @@ def export(
             tensors = _tensors(source.model, read, _DTYPES[dtype])
             written = write_shards(folder, tensors, largest_bytes=int(shard_gb * 1e9))
     except OSError as error:
-        raise RunError(f"cannot write {out}: {error.strerror or error}") from None
+        raise RunError(f"cannot write {out}: {reason(error)}") from None
     beside = ", ".join(copied) or "no tokenizer: the run started with none"
     print(f"step {step} of {run} is in {out}: {written} in {dtype}; {beside}")
 

@@ -15,13 +15,15 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from experiments import files
 from experiments.cli import fail, main
-from experiments.config import ConfigError, TrainConfig
+from experiments.config import ConfigError, TrainConfig, expanded
 from jaxckpt.plans import PlanError
 
 # From the fastest and largest to the smallest; each is a way of spending memory that users know.
 PLANS = ("none", "dots_no_batch", "full+attention+names:q,k,v,mid,gate,up")
 PLANS += ("attention", "full", "sqrt", "log")
+_Hidden = Parameter(parse=False)
 
 
 @Parameter(name="*")
@@ -47,13 +49,27 @@ class FitFlags:
     def __post_init__(self):
         if self.parallel < 1:
             raise ConfigError(f"parallel is {self.parallel}; the least is 1")
-        if self.json is not None and not self.json.parent.is_dir():
-            raise ConfigError(f"--json {str(self.json)!r}: there is no folder {self.json.parent}")
+        if self.json is not None:
+            object.__setattr__(self, "json", expanded(self.json, "json"))
+            files.check_output(self.json, ())
+
+
+@Parameter(name="*")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitSettings(TrainConfig):
+    """The settings of a run that decide its step's memory and time."""
+
+    out: Annotated[Path | None, _Hidden] = None
+    overwrite: Annotated[bool, _Hidden] = False
+    resume: Annotated[bool, _Hidden] = False
+    save_every: Annotated[int, _Hidden] = 0
+    sample: Annotated[bool, _Hidden] = False
+    tensorboard: Annotated[bool, _Hidden] = False
 
 
 def fit(
     flags: FitFlags = FitFlags(),
-    settings: TrainConfig = TrainConfig(),
+    settings: FitSettings = FitSettings(),
     *,
     config: Annotated[Path | None, Parameter(help="TOML file with any of the settings.")] = None,
 ):
@@ -75,9 +91,8 @@ def fit(
     if settings.explain:
         _explain([row for row in rows if row not in failed])
     if flags.json is not None:
-        flags.json.write_text(
-            json.dumps({"rows": [row.as_json() for row in rows]}, indent=1) + "\n"
-        )
+        content = {"origin": files.MARK, "rows": [row.as_json() for row in rows]}
+        files.write_text(flags.json, json.dumps(content, indent=1) + "\n")
     faults = [row for row in failed if not row.is_refused]
     if faults:
         for row in faults:

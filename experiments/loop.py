@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import operator
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from experiments.config import ConfigError, TrainConfig
 from experiments.data import Corpus
 from experiments.display import Display
 from experiments.feeding import held_out_batches, put_batch, put_whole, training_batches
+from experiments.files import reason
 from experiments.init import load_params
 from experiments.placing import abstract_state, batch_sharding, make_mesh
 from experiments.plan_checks import explained, needless
@@ -24,6 +27,7 @@ from experiments.processes import any_of_us, is_first
 from experiments.record import Record, RunError, Unrecorded
 from experiments.step import TrainState, init_state, make_validation_step, resolve_model
 from experiments.stopping import StopRequest
+from jaxckpt.memory import cache
 from jaxckpt.memory.chips import chip_of_device
 from jaxckpt.memory.measure import compile_step
 from jaxckpt.memory.report import MemoryReport, gib
@@ -31,11 +35,19 @@ from jaxckpt.memory.report import MemoryReport, gib
 _SAMPLED_TOKENS = 240
 
 
-def run(config: TrainConfig, corpus: Corpus, folder: Path):
+def run(config: TrainConfig, corpus: Corpus, folder: Path) -> int | None:
     """Trains as `config` says and writes the record to `folder`.
 
     Nothing is written before the step has compiled, so a plan that does not fit the model leaves
     no folder behind.
+
+    Args:
+      config: Of the run.
+      corpus: What it trains on.
+      folder: From `run_folder`.
+
+    Returns:
+      The number of the signal that stopped the run; None if it came to its end.
 
     Raises:
       PlanError: The plan names what the model's blocks do not have.
@@ -44,9 +56,8 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path):
         more than the budget.
       RunError: The disk is full, or gradients stay non-finite.
     """
-    jax.config.update("jax_compilation_cache_dir", str(config.compile_cache.expanduser()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     display = Display(config.steps, quiet=not is_first())
+    _keep_compiled(config, display)
     display.print(f"data    {corpus.summary}")
     display.print(f"plan    {config.remat} on {config.model.num_blocks} blocks")
     limit, host_limit = limit_bytes(config, "local"), host_limit_bytes(config)
@@ -57,6 +68,7 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path):
         resumed, about = None, None
         if config.resume:
             resumed, about = _find_checkpoint(config, corpus, checkpoints)
+        checkpoints.check_own()
         config, planned_for = settle(config, limit, about, display.print)
         here, choices = resolve_model(config)
         for choice in choices:
@@ -73,12 +85,32 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path):
         header = _header(config, corpus, report, compile_seconds)
         header |= {"budget_bytes": limit, "host_budget_bytes": host_limit}
         header |= {"planned_for": planned_for}
+        if resumed is None and is_first():
+            checkpoints.remove_all()
         with contextlib.closing(_record(folder, config, header, resumed)) as record:
             training = _Training(
                 config, planned_for, corpus, step, report, record, checkpoints, display
             )
             with display, StopRequest() as stop:
-                training.run(state, stop)
+                return training.run(state, stop)
+
+
+def _keep_compiled(config: TrainConfig, display: Display):
+    """Has JAX keep compiled steps on disk, where there is a place for them."""
+    folder, home = config.compile_cache, cache.folder()
+    if folder is None and home is not None:
+        folder = home / "compiled"
+    try:
+        if folder is None:
+            raise OSError("there is no home folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise OSError(f"no permission to write to {folder}")
+    except OSError as error:
+        display.print(f"warning: compiled steps are not kept on disk: {reason(error)}")
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _record(folder: Path, config: TrainConfig, header, resumed: int | None):
@@ -96,6 +128,10 @@ def _find_checkpoint(
         raise ConfigError(f"{checkpoints.folder} holds no complete checkpoint to resume from")
     about = checkpoints.about(step)
     check_same_run(config, corpus.sha256, about)
+    if step > config.steps:
+        raise ConfigError(
+            f"{checkpoints.folder} is at step {step} already; --steps is {config.steps}"
+        )
     return step, about
 
 
@@ -167,8 +203,8 @@ class _Training:
         self.writer = _tensorboard(config, record.path.parent)
         self.where = batch_sharding(config)
 
-    def run(self, state: TrainState, stop: StopRequest):
-        """Steps until the end or a request to stop."""
+    def run(self, state: TrainState, stop: StopRequest) -> int | None:
+        """Steps until the end or a request to stop; returns the signal of that request."""
         config = self.config
         batches = training_batches(config, self.corpus)
         loss = None
@@ -185,7 +221,7 @@ class _Training:
                     f"{why}: saved step {number} in {self.checkpoints.folder}; "
                     "--resume goes on from there"
                 )
-                return
+                return signal.Signals[stop.signal_name or "SIGTERM"].value
             if config.save_every and (number % config.save_every == 0 or number == config.steps):
                 self._save(state)
         self.checkpoints.wait()
@@ -196,6 +232,7 @@ class _Training:
         self.display.print(f"validation loss {loss:.4f} nats a token; record in {self.record.path}")
         if config.sample:
             self._sample(state)
+        return None
 
     def _step(self, state: TrainState, batches, number: int) -> TrainState:
         config = self.config

@@ -9,6 +9,7 @@ that were made for it stay, so that the end of one is known to all (`lifelines.p
 
 import atexit
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -34,7 +35,7 @@ def joined(flags: ProcessFlags, config: TrainConfig, corpus_sha256: str):
     if flags.processes == 1:
         yield
         return
-    told = {**config.to_dict(), "corpus": corpus_sha256, "compile_cache": None}
+    told = {**dataclasses.asdict(config), "corpus": corpus_sha256, "compile_cache": None}
     text = json.dumps(told, sort_keys=True, default=str)
     connections = call_roll(flags, hashlib.sha256(text.encode()).hexdigest())
     with Lifelines(connections) as lifelines:

@@ -1,16 +1,19 @@
 """What a run leaves behind: `metrics.jsonl`, one JSON object a line, and `config.toml`."""
 
+import contextlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
-import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
+from experiments import files
 from experiments.config import ConfigError, TrainConfig
 
 METRICS = "metrics.jsonl"
@@ -18,29 +21,49 @@ CONFIG = "config.toml"
 
 
 class RunError(RuntimeError):
-    """What ends a run that began well: one line, exit code 1."""
+    """What ends a run that began well: one line.
+
+    Attributes:
+      code: The exit code of the process.
+    """
+
+    def __init__(self, message: str, *, code: int = 1):
+        super().__init__(message)
+        self.code = code
 
 
-def run_folder(config: TrainConfig) -> Path:
-    """Returns the folder a run writes to, without making it.
+@contextlib.contextmanager
+def run_folder(config: TrainConfig, *, is_first: bool) -> Iterator[Path]:
+    """A context with the folder that a run writes to, in which no other process writes there.
+
+    Args:
+      config: Of the run.
+      is_first: Whether this process is the one that writes, of several.
+
+    Yields:
+      The folder, absolute.
 
     Raises:
-      ConfigError: It holds a run already, holds none to resume, or cannot be a folder.
+      ConfigError: It holds a run already, holds none to resume, is somebody else's, or cannot be
+        made.
     """
-    folder = config.out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out {str(folder)!r} is a file; name a folder")
-    if config.resume:
-        if config.out is None:
-            raise ConfigError("--resume needs --out, the folder of the run to go on with")
-        if not (folder / METRICS).is_file():
-            raise ConfigError(f"--out {str(folder)!r} holds no run to resume; leave --resume out")
-    elif (folder / METRICS).exists() and not config.overwrite:
-        raise ConfigError(
-            f"--out {str(folder)!r} already holds a run; --resume goes on with it, --overwrite "
-            "replaces it, or name another folder"
-        )
-    return folder
+    if config.resume and config.out is None:
+        raise ConfigError("--resume needs --out, the folder of the run to go on with")
+    wanted = config.out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    if os.sep == "/" and "\\" in str(wanted.absolute()):
+        # TensorStore takes it for a slash, and would save beside the folder.
+        raise ConfigError(f"--out {str(wanted)!r}: no checkpoint can be kept below a backslash")
+    own = files.own_folder(wanted, "experiments.train", METRICS, is_new=config.out is None)
+    with own if is_first else contextlib.nullcontext(wanted.absolute()) as folder:
+        holds_run = (folder / METRICS).is_file()
+        if config.resume and not holds_run:
+            raise ConfigError(f"--out {str(wanted)!r} holds no run to resume; leave --resume out")
+        if holds_run and not (config.resume or config.overwrite):
+            raise ConfigError(
+                f"--out {str(wanted)!r} already holds a run; --resume goes on with it, --overwrite "
+                "replaces it, or name another folder"
+            )
+        yield folder
 
 
 def check_tensorboard():
@@ -69,7 +92,7 @@ class Record:
     def __init__(
         self, folder: Path, config: TrainConfig, header: dict[str, Any], resumed: int | None
     ):
-        """Makes the folder, writes the configuration as run and an object that begins the run.
+        """Writes the configuration as run and an object that begins the run.
 
         Args:
           folder: From `run_folder`.
@@ -84,9 +107,6 @@ class Record:
         self.validations: dict[int, float] = {}
         row = {"versions": versions(), "platform": platform.platform(), **header}
         try:
-            if resumed is None:
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            folder.mkdir(parents=True, exist_ok=True)
             _write_whole(folder / CONFIG, tomli_w.dumps(config.to_dict()))
             if resumed is None:
                 _write_whole(self.path, "")
@@ -95,9 +115,10 @@ class Record:
                 self.validations = _validations(lines)
                 _write_whole(self.path, "".join(lines))
                 row["resumed_from_step"] = resumed
-            self._file = self.path.open("a", encoding="utf-8", buffering=1)
+            # Without a buffer nothing is left to write, and to fail, when it is closed.
+            self._file = self.path.open("ab", buffering=0)
         except OSError as error:
-            raise RunError(f"cannot write to {folder}: {error.strerror}") from None
+            raise RunError(f"cannot write to {folder}: {files.reason(error)}") from None
         self.write(row)
 
     def write(self, row: dict[str, Any]):
@@ -108,9 +129,11 @@ class Record:
         """
         row = {key: None if _is_not_finite(value) else value for key, value in row.items()}
         try:
-            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            line = json.dumps(row, allow_nan=False).encode() + b"\n"
+            while line:
+                line = line[self._file.write(line) :]
         except OSError as error:
-            raise RunError(f"cannot write {self.path}: {error.strerror}") from None
+            raise RunError(f"cannot write {self.path}: {files.reason(error)}") from None
 
     def close(self):
         """Closes the file."""
@@ -150,10 +173,7 @@ def _validations(lines: list[str]) -> dict[int, float]:
 
 
 def _write_whole(path: Path, text: str):
-    """Writes a file that is either the old one or the new one, never half of it."""
-    temporary = path.with_suffix(path.suffix + ".new")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    files.write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def _is_not_finite(value: object) -> bool:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from experiments import plotting
+from experiments import files, plotting
 from experiments.cli import main
 from experiments.config import ConfigError
 from experiments.reporting import groups, page, reading
@@ -29,16 +29,16 @@ def report(
     """Write a page with memory against time, memory against depth, largest buffers and losses."""
     if not runs:
         raise ConfigError(f"name at least one folder of a sweep or a run; {reading.CURE}")
-    plotting.check_output(out, (".html", ".htm"))
+    files.check_output(out, (".html", ".htm"))
     if figure is not None:
-        plotting.check_output(figure, plotting.FIGURES)
+        files.check_output(figure, plotting.FIGURES)
         plotting.import_matplotlib()
     found = reading.read_all(runs)
     for line in found.skipped:
         print(f"warning: {line}", file=sys.stderr)
     grouped = groups.groups_of(found.points)
     lines = groups.lines_of(grouped)
-    plotting.write_text(out, page.page(found, grouped, lines, title))
+    files.write_text(out, page.page(found, grouped, lines, title))
     if figure is not None:
         from experiments.reporting import figure as figures
 

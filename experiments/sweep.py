@@ -18,8 +18,11 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from experiments.cli import main
-from experiments.config import ConfigError, TrainConfig
+from experiments.config import ConfigError, TrainConfig, absolute
+from experiments.files import own_folder
 from experiments.sweeping.case import LOCAL, Case
+from experiments.sweeping.rows import ROWS
+from jaxckpt.plans import Plan
 
 # Each is a way of spending memory that fits any stack, from the largest to the smallest.
 PLANS = ("none", "dots_no_batch", "attention", "full", "sqrt", "log")
@@ -78,9 +81,12 @@ class SweepSettings(TrainConfig):
     def with_plan(self, plan: str, budget: str | None = None, **model) -> TrainConfig:
         """Returns the configuration of one row."""
         values: dict[str, Any] = {
-            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+            field.name: absolute(field.name, getattr(self, field.name))
+            for field in dataclasses.fields(self)
         }
         values |= {"remat": plan, "budget": budget}
+        # A block is timed for the planner alone.
+        values["calibrate"] = self.calibrate and Plan.parse(plan).stages[0].schedule == "auto"
         values["model"] = dataclasses.replace(self.model, **model)
         return TrainConfig(**values)
 
@@ -98,15 +104,15 @@ def sweep(
     from experiments.measuring import check_targets
 
     cases = _cases(flags, settings)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"-o {str(folder)!r} is a file; name a folder")
     check_targets(flags.target)
-    if LOCAL in flags.target:
-        # What would be wrong with every run is said before the first.
-        corpus_of(settings.with_plan("none"))
-    from experiments.sweeping.all_rows import run_all
+    with own_folder(folder, "experiments.sweep", ROWS) as folder:
+        if LOCAL in flags.target:
+            # What would be wrong with every run is said before the first.
+            corpus_of(settings.with_plan("none"))
+        from experiments.sweeping.all_rows import run_all
 
-    run_all(cases, folder, command=shlex.join(["python", "-m", "experiments.sweep", *sys.argv[1:]]))
+        command = shlex.join(["python", "-m", "experiments.sweep", *sys.argv[1:]])
+        run_all(cases, folder, command=command)
 
 
 def _cases(flags: SweepFlags, settings: SweepSettings) -> list[Case]:

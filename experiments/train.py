@@ -32,13 +32,14 @@ def train(
     check_calibrated(settings, [settings.plan], ["local"])
     processes.check(settings)
     del config  # read before the other flags were parsed; see experiments.cli
-    folder = run_folder(settings)
-    corpus = corpus_of(settings)
+    with run_folder(settings, is_first=not processes.process_id) as folder:
+        corpus = corpus_of(settings)
+        with joined(processes, settings, corpus.sha256):
+            from experiments.loop import run  # only now is JAX imported
 
-    with joined(processes, settings, corpus.sha256):
-        from experiments.loop import run  # only now is JAX imported
-
-        run(settings, corpus, folder)
+            stopped_by = run(settings, corpus, folder)
+    if stopped_by is not None:
+        raise SystemExit(128 + stopped_by)  # it is not done, and what comes after it shall know
 
 
 if __name__ == "__main__":

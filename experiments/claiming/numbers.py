@@ -7,12 +7,13 @@ from typing import Any
 
 from experiments.claiming.cases import PACKAGES, Case
 from experiments.config import ConfigError
+from experiments.files import write_text
 from experiments.measuring import check_targets, measure_all
-from experiments.plotting import write_text
 from experiments.provenance import commit, versions
 from jaxckpt.memory.units import gib
 
 _KEPT_BUFFERS = 5
+_COMMAND = "python -m experiments.claims"
 
 
 def kept(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -71,15 +72,17 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if content["command"] != _COMMAND:  # somebody else's, which is not to be written over
+            raise ValueError
         return {part: dict(content.get(part, {})) for part in ("rows", "checks")}
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
         raise ConfigError(
             f"{str(path)!r} does not hold the numbers of claims; remove it to compile them again"
         ) from None
 
 
 def _write(path: Path, changes: dict[str, Any]):
-    content = {"command": "python -m experiments.claims", **_read(path), **changes}
+    content = {"command": _COMMAND, **_read(path), **changes}
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 

@@ -7,10 +7,12 @@ from experiments.claiming.cases import EXAMPLE, LARGE_CHIP, PLANS, QWEN, SMALL_C
 from experiments.claiming.claims import Claim
 from experiments.claiming.evidence import Evidence, config_of, gib, percent, recomputed
 
+# In the page's head: what this command may write over.
+MARK = "This page is written by a command; no number in it was typed"
 _HEAD = """# Claims, checked
 
 What an often-copied explanation of gradient checkpointing says, restated, beside what XLA compiled
-and what was measured. This page is written by a command; no number in it was typed:
+and what was measured. {mark}:
 
 ```bash
 pip install -e '.[experiments,tpu,cuda13]'
@@ -29,7 +31,7 @@ same loop (`--unroll=1`).
 
 def page(claims: Sequence[Claim], evidence: Evidence) -> str:
     """Returns the page's text."""
-    parts = [_HEAD.format(large=LARGE_CHIP, small=SMALL_CHIP)]
+    parts = [_HEAD.format(mark=MARK, large=LARGE_CHIP, small=SMALL_CHIP)]
     for number, claim in enumerate(claims, start=1):
         found = claim.held_against(evidence)
         parts.append(f"## {number}. {claim.says}\n\n{found.found}\n\n**{found.verdict}.**\n")

@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.files import MARK
 from experiments.reporting.groups import Group, Line
 from experiments.reporting.reading import Found
 
@@ -26,6 +27,7 @@ def page(found: Found, groups: Sequence[Group], lines: Sequence[Line], title: st
     style = _file("page.css")
     script = '"use strict";\n' + "\n".join(map(_file, _SCRIPTS))
     parts = {
+        "@MARK@": MARK,
         "@TITLE@": html.escape(title),
         "@POLICY@": _policy(style, script),
         "@STYLE@": style,

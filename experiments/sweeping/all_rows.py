@@ -1,6 +1,7 @@
 """All rows of a sweep, one after another, under a progress bar; stopped and resumed at will."""
 
 import contextlib
+import shlex
 import signal
 import threading
 import time
@@ -32,15 +33,14 @@ def run_all(cases: Sequence[Case], folder: Path, *, command: str):
         console.print(f"{len(cases) - len(waiting)} of {len(cases)} rows are done already")
     origin, failed = {"command": command, "commit": commit()}, 0
     processes, started = Processes(), time.perf_counter()
-    with _stopping(processes) as stop, _progress(console) as progress:
+    with _stopping(processes) as stopped_by, _progress(console) as progress:
         task = progress.add_task("sweep", total=len(waiting), case="")
         for number, case in enumerate(waiting, start=1):
             progress.update(task, case=_text(case))
             row = run_case(case, folder, origin, processes)
-            if stop.is_set():
-                raise RunError(
-                    f"stopped; {number - 1} rows more are done, the same command goes on"
-                )
+            if stopped_by:
+                done = f"stopped; {number - 1} rows more are done, the same command goes on"
+                raise RunError(done, code=128 + stopped_by[0])
             rows.add(row)
             failed += "error" in row
             progress.update(task, advance=1)
@@ -48,7 +48,8 @@ def run_all(cases: Sequence[Case], folder: Path, *, command: str):
             tail = "" if console.is_terminal else f"  left {left:.0f} s"
             line = f"row {number}/{len(waiting)}  {_text(case)}  {_result(row)}{tail}"
             console.print(line, markup=False)
-    console.print(f"rows in {rows.path}; python -m experiments.report {folder} -o report.html")
+    report = shlex.join(["python", "-m", "experiments.report", str(folder), "-o", "report.html"])
+    console.print(f"rows in {rows.path}; {report}", markup=False)
     if failed:
         raise RunError(
             f"{failed} of {len(cases)} rows failed, each with its error in {rows.path}; the same "
@@ -58,17 +59,17 @@ def run_all(cases: Sequence[Case], folder: Path, *, command: str):
 
 @contextlib.contextmanager
 def _stopping(processes: Processes):
-    """Yields an event that the first SIGINT or SIGTERM sets, which ends the row that runs."""
-    stop = threading.Event()
+    """Yields a list that SIGINT and SIGTERM are added to; the first ends the row that runs."""
+    stopped_by: list[int] = []
 
-    def handle(*_):
-        stop.set()
+    def handle(number: int, _):
+        stopped_by.append(number)
         # In a thread: the main one may hold the lock that `stop` takes.
         threading.Thread(target=processes.stop, daemon=True).start()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
+        yield stopped_by
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -8,7 +8,7 @@ import re
 import shlex
 from pathlib import Path
 
-from experiments.config import OptimizerConfig, TrainConfig, flag_of
+from experiments.config import PERMISSIONS, OptimizerConfig, TrainConfig, flag_of
 from experiments.record import versions
 from jaxckpt.models.config import TransformerConfig
 
@@ -16,7 +16,7 @@ LOCAL = "local"
 _TABLES = {"model": TransformerConfig(), "optimizer": OptimizerConfig()}
 # What a run's folder is called, and what it leaves there, changes no number.
 _OF_RECORD = ("save_every", "explain", "validate_every", "validation_batches")
-_NOT_OF_ROW = ("out", "overwrite", "resume", "compile_cache", "keep", "sample", "tensorboard")
+_NOT_OF_ROW = (*PERMISSIONS, "out", "compile_cache", "keep", "sample", "tensorboard")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import json_lines
+from experiments.files import reason, write_whole
 from experiments.record import RunError
 
 ROWS = "rows.jsonl"
@@ -22,20 +23,18 @@ class Rows:
         """Reads what the folder holds; a line that a killed sweep tore is cut off.
 
         Raises:
-          RunError: The folder cannot be made, read or written.
+          RunError: The folder cannot be read or written.
         """
         self.path = folder / ROWS
         self._rows: dict[str, dict[str, Any]] = {}
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
                 found = json_lines.read(self.path)
                 self._rows = {str(row.get("key")): row for row in found.rows}
-                part = self.path.with_name(ROWS + ".part")
-                part.write_text("".join(map(_line, self._rows.values())), encoding="utf-8")
-                part.replace(self.path)
+                text = "".join(map(_line, self._rows.values()))
+                write_whole(self.path, lambda part: part.write_text(text, encoding="utf-8"))
         except OSError as error:
-            raise RunError(f"cannot write to {folder}: {error.strerror}") from None
+            raise RunError(f"cannot write to {folder}: {reason(error)}") from None
 
     def done(self, key: str) -> bool:
         """Whether there is a row of that key which did not fail."""
@@ -54,7 +53,7 @@ class Rows:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise RunError(f"cannot write {self.path}: {error.strerror}") from None
+            raise RunError(f"cannot write {self.path}: {reason(error)}") from None
 
 
 def _line(row: dict[str, Any]) -> str:

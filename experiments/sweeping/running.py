@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import json_lines
+from experiments.files import is_locked
 from experiments.record import METRICS, versions
 from experiments.sweeping.case import LOCAL, Case, flags_of
 from jaxckpt.memory.launch import Processes
@@ -29,6 +30,9 @@ _ROOT = Path(__file__).parents[2]
 _WARM_UP = 1
 # Of what a failed process wrote: a traceback of JAX's, whole.
 _KEPT_LETTERS = 20_000
+_RETRY_SECONDS = 0.2
+# What a run's process answers to a signal, once it has saved.
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 class RowError(RuntimeError):
@@ -66,12 +70,15 @@ def _run_here(case: Case, folder: Path, processes: Processes) -> dict[str, Any]:
     chosen = {}
     if case.config.is_auto:
         plan = _chosen_here(case, processes)
-        config = dataclasses.replace(case.config, remat=plan, budget=None)
+        config = dataclasses.replace(case.config, remat=plan, budget=None, calibrate=False)
         case = dataclasses.replace(case, config=config)
         chosen = {"plan": plan, "train_command": case.command()}
     out = folder / case.name
     with tempfile.TemporaryDirectory(prefix="jaxckpt-") as cache:
         flags = [*case.training_flags(Path(cache)), f"--out={out}", "--overwrite"]
+        # A sweep that was killed may have left the run that it was waiting for.
+        while is_locked(out) and not processes.stopped:
+            time.sleep(_RETRY_SECONDS)
         _run_module("experiments.train", flags, processes)
     return chosen | row_of_run(json_lines.read(out / METRICS).rows) | {"run": out.name}
 
@@ -167,8 +174,8 @@ def _run_module(module: str, flags: list[str], processes: Processes):
 
 
 def _reason(code: int, text: str) -> str:
-    if code < 0:
-        name = signal.Signals(-code).name
+    if code < 0 or code in _STOPPED:
+        name = signal.Signals(abs(code) % 128).name
         memory = ", which is what a machine without memory left does" * (name == "SIGKILL")
         return f"its process was ended by {name}{memory}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -32,13 +32,14 @@ _NOT_FLAGS = (
 )
 
 
-def folder() -> Path:
-    """Returns where reports are kept; it need not exist."""
+def folder() -> Path | None:
+    """Returns where reports are kept; it need not exist. None where there is no home folder."""
     own = os.environ.get("JAXCKPT_CACHE")
-    if own:
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "jaxckpt"
+    found = Path(own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "jaxckpt"))
+    try:
+        return found.expanduser()
+    except RuntimeError:
+        return None
 
 
 def key(**parts: Any) -> str:
@@ -62,16 +63,20 @@ def store(name: str, report: MemoryReport):
 
 def load_json(name: str) -> Any:
     """Returns kept JSON values; None if there are none, or none that are whole."""
+    path = _path(name)
+    if path is None:
+        return None
     try:
-        return json.loads(_path(name).read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
 
 
 def store_json(name: str, values: Any):
     """Keeps JSON values, as `store` does a report."""
-    path = _path(name)
-    part = None
+    path, part = _path(name), None
+    if path is None:
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
@@ -83,8 +88,9 @@ def store_json(name: str, values: Any):
             Path(part).unlink(missing_ok=True)
 
 
-def _path(name: str) -> Path:
-    return folder() / "reports" / f"{name}.json"
+def _path(name: str) -> Path | None:
+    base = folder()
+    return None if base is None else base / "reports" / f"{name}.json"
 
 
 def versions() -> dict[str, str]:

@@ -68,17 +68,21 @@ class WorkerRefusal(UserError, WorkerError):
 
 
 class Processes:
-    """The processes of one caller, who may have to end them all from another thread."""
+    """The processes of one caller, who may have to end them all from another thread.
+
+    Attributes:
+      stopped: Whether they were ended; no more are started then.
+    """
 
     def __init__(self):
+        self.stopped = False
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen] = set()
-        self._stopped = False
 
     def run(self, command: Sequence[str], **options: Any) -> int:
         """Runs a command to its end and returns its exit code, negative if a signal ended it."""
         with self._lock:  # a process is either seen by `stop` or never started
-            if self._stopped:
+            if self.stopped:
                 return -signal.SIGTERM
             process = subprocess.Popen(command, **options)
             self._running.add(process)
@@ -93,7 +97,7 @@ class Processes:
     def stop(self):
         """Ends what runs; nothing is started any more."""
         with self._lock:
-            self._stopped = True
+            self.stopped = True
             for process in self._running:
                 process.kill()
 

@@ -194,6 +194,8 @@ def test_a_process_that_fails_says_its_last_line(tmp_path):
         running._run_module("experiments.train", ["--steps=0", "--debug"], Processes())
     assert "ConfigError: steps is 0" in caught.value.traceback
     assert "SIGKILL, which is what a machine without memory left" in running._reason(-9, "")
+    assert running._reason(143, "") == "its process was ended by SIGTERM"
+    assert running._reason(130, "") == "its process was ended by SIGINT"
     assert running._reason(1, "Traceback\nValueError: no\n") == "ValueError: no"
 
 
@@ -205,6 +207,33 @@ def test_no_jax(tmp_path):
     command = [sys.executable, "-c", code, "--plan=2xfull", f"-o={tmp_path / 'sweep'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "False\n", done.stderr
+
+
+def test_a_row_that_is_stopped_is_tried_again(monkeypatch, tmp_path):
+    """Its run saves what it has and ends in good order, which is not being done."""
+    run, sent = Processes.run, []
+
+    def stopped(self, command, **options):
+        if sent:
+            return run(self, command, **options)
+        sent.append(command)
+        code = "from experiments.stopping import StopRequest as S; import os, signal, sys\n"
+        code += "enter = S.__enter__\n"
+        code += "def now(self):\n    enter(self); os.kill(os.getpid(), signal.SIGTERM)\n"
+        code += "    while not self.signal_name: pass\n    return self\n"
+        code += "S.__enter__ = now\n"
+        code += "from experiments.cli import main; from experiments.train import train\n"
+        code += "main(train, sys.argv[1:])\n"
+        return run(self, [sys.executable, "-c", code, *command[3:]], **options)
+
+    monkeypatch.setattr(Processes, "run", stopped)
+    flags = [*TINY, "--plan=full", "--run-steps=3", f"-o={tmp_path}"]
+    with pytest.raises(SystemExit) as stop:
+        main(sweep, flags)
+    (row,) = rows_of(tmp_path)
+    assert stop.value.code == 1 and row["error"] == "its process was ended by SIGTERM"
+    main(sweep, flags)
+    assert len(sent) == 1 and len(rows_of(tmp_path)[-1]["losses"]) == 3
 
 
 def start_sweep(folder: Path) -> subprocess.Popen:
@@ -222,7 +251,7 @@ def test_a_killed_sweep_goes_on(number, tmp_path):
     wait_for(process, lambda: path.exists() and path.read_text().endswith("\n"))
     process.send_signal(number)
     _, error = process.communicate(timeout=HANG_SECONDS)
-    assert process.returncode == (1 if number == signal.SIGTERM else -number)
+    assert process.returncode == (143 if number == signal.SIGTERM else -number)
     assert number == signal.SIGKILL or "rows more are done, the same command goes on" in error
     before = path.read_text().splitlines()
     process = start_sweep(tmp_path)

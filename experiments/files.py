@@ -1,0 +1,251 @@
+"""Files and folders that commands write: whole or not at all, and never over anybody else's.
+
+A file says inside who wrote it. So does a folder, by a file of its own in it, which is also what a
+process locks while it writes there: the system lets go of the lock when the process ends, however
+it ends. What does not say so is somebody else's, whatever its name. No JAX import.
+"""
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from experiments.config import ConfigError
+from jaxckpt.plans.errors import nearest
+
+try:
+    import fcntl
+except ImportError:  # not every system has it
+    fcntl = None
+
+# In the metadata of a PNG as in a comment of HTML: nothing that either would escape.
+MARK = "Written by a command of jaxckpt, which may replace it"
+MARK_FILE = ".jaxckpt"
+_LOOKED_AT_BYTES = 4096
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+def check_output(path: Path, suffixes: tuple[str, ...], mark: str = MARK):
+    """Raises unless a file can be written there, in a form that is known, over nobody else's.
+
+    Args:
+      path: The file.
+      suffixes: Endings that are known; empty for any.
+      mark: Text near the start or the end of a file that may be replaced; empty for any file.
+
+    Raises:
+      ConfigError: Another ending, no such folder, or something there that is not a command's own.
+    """
+    name = str(path)
+    if suffixes and path.suffix.lower() not in suffixes:
+        guess = nearest(path.suffix, suffixes) if path.suffix else ""
+        raise ConfigError(
+            f"{name!r} ends in {path.suffix or 'nothing'!r}{guess}; valid: {', '.join(suffixes)}"
+        )
+    try:
+        if not path.parent.is_dir():
+            raise ConfigError(f"{name!r}: there is no folder {path.parent}")
+        if path.is_dir():
+            raise ConfigError(f"{name!r} is a folder; name a file")
+        if os.path.lexists(path) and not (path.is_file() and _has(path, mark)):
+            raise ConfigError(
+                f"{name!r} is there and was not written by this command; name another file, or "
+                "move it away"
+            )
+        if not os.access(path.parent, os.W_OK):
+            raise ConfigError(f"cannot write {name!r}: no permission in {path.parent}")
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"cannot write {name!r}: {reason(error)}") from None
+
+
+def _has(path: Path, mark: str) -> bool:
+    """Whether a file has a mark near its start or its end; an empty one has nothing to lose."""
+    with path.open("rb") as file:
+        start = file.read(_LOOKED_AT_BYTES)
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _LOOKED_AT_BYTES))
+        return not start or mark.encode() in start or mark.encode() in file.read()
+
+
+def write_text(path: Path, text: str):
+    """Writes a text file, the whole of it or nothing.
+
+    Raises:
+      ConfigError: It cannot be written.
+    """
+    try:
+        write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot write {str(path)!r}: {reason(error)}") from None
+
+
+def write_whole(path: Path, write: Callable[[Path], object]):
+    """Makes a file that is either the old one or the new one, never half of it.
+
+    Args:
+      path: The file.
+      write: Writes the new one to the path that it is given.
+
+    Raises:
+      OSError: It cannot be written; nothing is left of it.
+    """
+    number, name = tempfile.mkstemp(prefix=".part-", dir=path.absolute().parent)
+    os.close(number)
+    part = Path(name)
+    try:
+        write(part)
+        mask = os.umask(0)
+        os.umask(mask)
+        part.chmod(0o666 & ~mask)  # a temporary file is its owner's alone
+        part.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first error is the one to know
+            part.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def own_folder(folder: Path, command: str, record: str, *, is_new: bool = False) -> Iterator[Path]:
+    """A context in which this process alone writes to a folder, made where there is none.
+
+    What was made is removed again if nothing has been added to it by the end.
+
+    Args:
+      folder: Absent, empty, or made by the same command before.
+      command: Such as `experiments.train`.
+      record: Name of the file of JSON objects that the command keeps there: in folders from before
+        there were marks, its first line tells whose they are.
+      is_new: Take the first free name of `folder`, `folder-2`, ... instead.
+
+    Yields:
+      The folder's absolute path.
+
+    Raises:
+      ConfigError: It is somebody else's, another process is writing to it, or it cannot be made.
+    """
+    folder = folder.absolute()
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"{str(folder)!r} is a file; name a folder")
+        folder, made = _make(folder, is_new)
+        before = {*os.listdir(folder)}
+        if not is_own(folder, command, record) and before - {MARK_FILE}:
+            raise ConfigError(
+                f"{str(folder)!r} is not empty and no folder of {command}; name another one"
+            )
+        number = _lock(folder)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"cannot write to the folder {str(folder)!r}: {reason(error)}") from None
+    mark = folder / MARK_FILE
+    try:
+        if not os.fstat(number).st_size:
+            os.write(number, _line_of(command))
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):  # an error on the way here is the one to know
+            if {*os.listdir(folder)} - {MARK_FILE} == before and MARK_FILE not in before:
+                mark.unlink()
+                for path in made:
+                    path.rmdir()
+        os.close(number)
+
+
+def is_own(folder: Path, command: str, record: str) -> bool:
+    """Whether a command made a folder, by what lies in it."""
+    with contextlib.suppress(OSError):
+        if found := (folder / MARK_FILE).read_bytes():  # it is empty where a start was killed
+            return found == _line_of(command)
+    with contextlib.suppress(OSError, ValueError, RecursionError, LookupError, TypeError):
+        with (folder / record).open(encoding="utf-8") as file:
+            row: Any = json.loads(file.readline())
+        return "jaxckpt" in row["versions"]
+    return False
+
+
+def _line_of(command: str) -> bytes:
+    return f"{MARK}: a folder of {command}\n".encode()
+
+
+def _make(folder: Path, is_new: bool) -> tuple[Path, list[Path]]:
+    """Returns the folder and what had to be made for it, the innermost first."""
+    made = []
+    for parent in reversed(folder.parents):
+        with contextlib.suppress(FileExistsError):  # made by another process just now
+            if not parent.exists():
+                parent.mkdir()
+                made.insert(0, parent)
+    for number in itertools.count(1):
+        path = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        try:
+            path.mkdir()
+            return path, [path, *made]
+        except FileExistsError:
+            if not is_new:
+                return path, made
+    raise AssertionError
+
+
+def _lock(folder: Path) -> int:
+    """Returns a file descriptor that holds the folder's lock until it is closed."""
+    path = folder / MARK_FILE
+    while True:
+        number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock_file(number, folder)
+            # Who held it before may have removed the file with the folder.
+            if os.fstat(number).st_nlink:
+                return number
+        except BaseException:
+            os.close(number)
+            raise
+        os.close(number)
+
+
+def _lock_file(number: int, folder: Path):
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, "no locks")
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(
+            f"another process is writing to {str(folder)!r}; wait for it, or name another folder"
+        ) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        print(
+            f"warning: there are no locks on {folder}: keep other processes from writing to it",
+            file=sys.stderr,
+        )
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process is writing to a folder that a command made."""
+    try:
+        number = os.open(folder / MARK_FILE, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        if fcntl is not None:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(number)
+
+
+def reason(error: OSError | ValueError) -> str:
+    """Returns why, in the system's words."""
+    return getattr(error, "strerror", None) or str(error)
