@@ -11,13 +11,13 @@ import numpy as np
 import jaxckpt
 from jaxckpt.plans import Plan
 from jaxckpt.plans.actions import Schedule
-from jaxckpt.plans.stage_schedule import schedule_of
+from jaxckpt.plans.stage_schedule import stack_schedule_of
 
 
 def schedule(plan: str, num_blocks: int) -> Schedule:
     """Returns the schedule of a plan of one stage that has one: not `none`, not `full`."""
     (stage,) = Plan.parse(plan).bind(num_blocks).stages
-    found = schedule_of(stage)
+    found = stack_schedule_of(stage)
     assert found is not None, plan
     return found
 

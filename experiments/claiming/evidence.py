@@ -10,7 +10,7 @@ from experiments.claiming.cases import LARGE_CHIP, ROOT, plan_case
 from experiments.config import ConfigError, TrainConfig
 from experiments.reporting.groups import slope
 from jaxckpt.plans import Plan
-from jaxckpt.plans.stage_schedule import schedule_of
+from jaxckpt.plans.stage_schedule import stack_schedule_of
 
 MEASURED = ROOT / "docs/measured"
 _BF16_BYTES = 2
@@ -123,8 +123,8 @@ def recomputed(report: Mapping[str, Any]) -> float:
 
 
 def extra_forwards(plan: str, blocks: int) -> int:
-    """Returns the block forwards that a schedule runs again."""
-    schedule = schedule_of(Plan.parse(plan).bind(blocks).stages[0])
+    """Returns the block forwards that a stack runs again under a plan of one stage."""
+    schedule = stack_schedule_of(Plan.parse(plan).bind(blocks).stages[0])
     assert schedule is not None, plan
     return schedule.extra_forwards
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from experiments.config import ConfigError
 from jaxckpt.plans import Plan, Policy, Stage, words
 from jaxckpt.plans.actions import Advance, Free, Load, Record, Reverse, Schedule, Store
-from jaxckpt.plans.stage_schedule import schedule_of
+from jaxckpt.plans.stage_schedule import stack_schedule_of, under_loss
 from jaxckpt.plans.uniform import uniform
 
 FORWARD, RECOMPUTE, BACKWARD = "forward", "recompute", "backward"
@@ -19,8 +19,6 @@ CARRY, RESIDUALS = "carry", "residuals"
 BACKWARD_TIME = 2
 # A picture of more is a wall of colour, and takes minutes.
 MOST_RUNS = 100_000
-# The slot of a carry that is handed to the backward pass, beside those that a schedule counts.
-_HANDED_SLOT = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,8 +48,6 @@ class Timeline:
       held: Carries and residuals that wait for the backward pass.
       loss_time: When the forward pass is over.
       extra_forwards: Block forwards run again, the count of every stage's schedule added up.
-      handed: Stages that hand their last block's input to the backward pass: each runs one block
-        more than its schedule counts, and holds one carry beside its slots.
       peak_slots: The most slots in use at once, those of all stages together.
     """
 
@@ -60,7 +56,6 @@ class Timeline:
     held: tuple[Span, ...]
     loss_time: int
     extra_forwards: int
-    handed: int
     peak_slots: int
 
     @property
@@ -97,9 +92,9 @@ def timeline(plan: Plan) -> Timeline:
 
 def _replay(plan: Plan, schedules: list[Schedule]) -> Timeline:
     recorder, parts, offset = _Recorder(plan.bound_count), [], 0
-    for stage, schedule in zip(plan.stages, schedules, strict=True):
+    for schedule in schedules:
         stage_recorder = _StageRecorder(recorder, offset)
-        forward, backward = _split(schedule, _keeps_last(stage))
+        forward, backward = _split(schedule)
         stage_recorder.run(forward)
         parts.append((stage_recorder, backward))
         offset += schedule.num_blocks
@@ -112,7 +107,6 @@ def _replay(plan: Plan, schedules: list[Schedule]) -> Timeline:
         held=tuple(recorder.held),
         loss_time=loss_time,
         extra_forwards=sum(one.extra_forwards for one in schedules),
-        handed=sum(not _keeps_last(stage) for stage in plan.stages),
         peak_slots=recorder.peak_slots,
     )
 
@@ -122,25 +116,19 @@ def _schedule(stage: Stage) -> Schedule:
     if stage.schedule == "none":
         return uniform(stage.bound_count, 1)
     if stage.schedule == "full":
-        return uniform(stage.bound_count, stage.bound_count)
-    schedule = schedule_of(stage)
+        return under_loss(uniform(stage.bound_count, stage.bound_count))
+    schedule = stack_schedule_of(stage)
     assert schedule is not None, stage
     return schedule
 
 
-def _keeps_last(stage: Stage) -> bool:
-    """Whether the residuals that the forward pass records last are handed to the backward pass."""
-    return stage.schedule in ("none", "uniform", "every")
-
-
-def _split(schedule: Schedule, keeps_last: bool) -> tuple[list, list]:
+def _split(schedule: Schedule) -> tuple[list, list]:
     """Returns a schedule's actions before the loss, and those behind it."""
     actions = list(schedule.actions)
-    place, record = next((i, a) for i, a in enumerate(actions) if isinstance(a, Record))
-    if keeps_last:
-        return actions[: place + 1], actions[place + 1 :]
-    forward = [*actions[:place], Store(_HANDED_SLOT), Advance(record.start, record.stop)]
-    return forward, [Load(_HANDED_SLOT), Free(_HANDED_SLOT), *actions[place:]]
+    place = next(i for i, action in enumerate(actions) if isinstance(action, Load | Record))
+    # A load comes back from the loss; a segment that is recorded first is kept through it.
+    place += isinstance(actions[place], Record)
+    return actions[:place], actions[place:]
 
 
 class _Recorder:
@@ -190,12 +178,12 @@ class _StageRecorder:
             match action:
                 case Store(slot):
                     self.slots[slot] = self.current, recorder.now
-                    recorder.use_slots(slot != _HANDED_SLOT)
+                    recorder.use_slots(1)
                 case Load(slot):
                     self.current = self.slots[slot][0]
                 case Free(slot):
                     recorder.hold(*self.slots.pop(slot), CARRY)
-                    recorder.use_slots(-(slot != _HANDED_SLOT))
+                    recorder.use_slots(-1)
                 case Advance(start, stop) | Record(start, stop):
                     for block in range(self.offset + start, self.offset + stop):
                         recorder.evaluate(block)
@@ -218,15 +206,10 @@ def title(line: Timeline) -> str:
 def counts(line: Timeline) -> str:
     """Returns the counts that stand below a picture."""
     blocks, again = line.plan.bound_count, line.extra_forwards
-    sum_text = f"{blocks} + {again} extra forwards"
-    if line.handed == 1:
-        sum_text += " + 1: the last block's input is handed to the backward pass"
-    elif line.handed:
-        sum_text += f" + {line.handed}: stages that hand their last block's input on"
-    slots = f"peak slots {line.peak_slots}"
-    if line.handed:
-        slots += f", and {line.handed} {'carry' if line.handed == 1 else 'carries'} handed over"
-    return f"evaluations {line.evaluations} ({sum_text}); {slots}"
+    return (
+        f"evaluations {line.evaluations} ({blocks} + {again} extra forwards); "
+        f"peak slots {line.peak_slots}"
+    )
 
 
 def policy_words(plan: Plan) -> Iterator[str]:
@@ -248,7 +231,7 @@ def _policy_text(policy: Policy) -> str:
 
 def _rest(stage: Stage) -> str:
     """Returns what happens to the values that no policy keeps."""
-    if all(str(policy) == f"offload:{words.CARRY}" for policy in stage.policies):
+    if not stage.inner_policies:
         return ""
     if stage.schedule == "full":
         return "; a recompute runs the rest of the block"

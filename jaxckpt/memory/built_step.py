@@ -22,7 +22,7 @@ from jaxckpt.memory.report import MemoryReport
 from jaxckpt.memory.roofline import Rates, estimate
 from jaxckpt.plans import Plan, Stage, as_plan
 from jaxckpt.plans.actions import Load, Record
-from jaxckpt.plans.stage_schedule import schedule_of
+from jaxckpt.plans.stage_schedule import stack_schedule_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,7 @@ def _kept_bytes(stage: Stage, block: Callable, params_i, carry, consts) -> int:
         block, params_i, carry, *consts, plan=str(dataclasses.replace(stage, count=None))
     )
     assert found.saved_bytes is not None  # a plan was given
-    schedule = schedule_of(stage)
+    schedule = stack_schedule_of(stage)
     if schedule is None:
         return stage.bound_count * found.saved_bytes
     recorded = next(a for a in schedule.actions if isinstance(a, Load | Record))

@@ -13,7 +13,7 @@ from jaxckpt.memory.host_link import HostLink
 from jaxckpt.planner.costs import Forward, Kind
 from jaxckpt.plans import Policy, Stage, words
 from jaxckpt.plans.binomial import binomial_extra_forwards
-from jaxckpt.plans.stage_schedule import log_slots
+from jaxckpt.plans.stage_schedule import HANDED_OVER, log_slots
 from jaxckpt.plans.two_level import two_level
 from jaxckpt.plans.uniform import segment_sizes
 
@@ -82,10 +82,11 @@ def schedules(
     singles.append(("log", None, slots, binomial_extra_forwards(count, slots)))
     singles.append(("sqrt", None, two.peak_slots, two.extra_forwards))
     for schedule, argument, slots, extra in singles:
-        yield (piece := make.single(schedule, argument, slots, extra))
+        slots, forwards = slots + HANDED_OVER, extra + HANDED_OVER
+        yield (piece := make.single(schedule, argument, slots, forwards))
         if link is not None:
             # Each block's reversal loads what it starts from.
-            yield make.on_host(piece, stored=slots + 1, loaded=count, link=link)
+            yield make.on_host(piece, stored=slots, loaded=count, link=link)
     for segments in range(2, count):
         for kind in kinds:
             if kind is not full and not any(p.kind == "offload" for p in kind.policies):
@@ -103,16 +104,13 @@ class _Scheduled:
     forward: Forward
     count: int
 
-    def single(self, schedule: str, argument: int | None, slots: int, extra: int) -> Piece:
-        """Returns a schedule that records one block at a time.
-
-        The last block's input waits beside the slots, and the last block is run once more.
-        """
+    def single(self, schedule: str, argument: int | None, slots: int, forwards: int) -> Piece:
+        """Returns a schedule that records one block at a time, under a loss."""
         return self._piece(
             Stage(count=self.count, schedule=schedule, argument=argument),
-            kept_bytes=(slots + 1) * self.carry_bytes,
+            kept_bytes=slots * self.carry_bytes,
             live_bytes=self.none.kept_bytes,
-            forwards=extra + 1,
+            forwards=forwards,
             kind=self.none,
         )
 

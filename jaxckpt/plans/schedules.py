@@ -21,6 +21,7 @@ from jaxckpt.plans.binomial import binomial, binomial_extra_forwards
 from jaxckpt.plans.optimal_chain import BudgetTooSmall, optimal_chain
 from jaxckpt.plans.recursive import recursive
 from jaxckpt.plans.simulate import Counts, IllegalSchedule, simulate
+from jaxckpt.plans.stage_schedule import under_loss
 from jaxckpt.plans.uniform import segment_sizes, uniform
 
 __all__ = [
@@ -42,5 +43,6 @@ __all__ = [
     "recursive",
     "segment_sizes",
     "simulate",
+    "under_loss",
     "uniform",
 ]

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxckpt.plans import Stage
-from jaxckpt.plans.actions import Load, Record, Schedule
-from jaxckpt.plans.stage_schedule import schedule_of
+from jaxckpt.plans.actions import Schedule
+from jaxckpt.plans.stage_schedule import stack_schedule_of
 from jaxckpt.transforms import slots as slots_of
 from jaxckpt.transforms.custom_gradient import batched_call, inexact, moved, run_with_gradient
 from jaxckpt.transforms.layout import row_major
@@ -42,28 +42,15 @@ class How:
     """How a schedule is run.
 
     Attributes:
-      keep_last: The first row's blocks are recorded in the forward pass. Otherwise their input
-        alone is handed to the backward pass, which runs them once more.
       offload: Slots live in pinned host memory.
       unroll: Blocks unrolled in one trip of the forward pass; slots on the host are written once a
         trip of as many blocks as there are up to the next.
       checkpoint: How a block is wrapped before it is recorded, or None.
     """
 
-    keep_last: bool = False
     offload: bool = False
     unroll: int = 1
     checkpoint: Callable | None = None
-
-
-def keeps_segments(schedule: Schedule) -> bool:
-    """Whether a schedule records several blocks in its first sweep, as `uniform` does.
-
-    Their residuals are then handed to the backward pass. A single last block's are not: its input
-    is, which is no more than one carry.
-    """
-    first = next(action for action in schedule.actions if isinstance(action, Load | Record))
-    return isinstance(first, Record) and first.stop - first.start > 1
 
 
 def run_stage(call: Callable, params, carry, consts, stage: Stage, unroll: int) -> list:
@@ -71,10 +58,9 @@ def run_stage(call: Callable, params, carry, consts, stage: Stage, unroll: int) 
     policy = checkpoint_policy(stage.inner_policies)
     # A block is recorded in one loop and reversed in another, which keeps them apart.
     checkpoint = functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
-    schedule = schedule_of(stage)
+    schedule = stack_schedule_of(stage)
     assert schedule is not None, stage
     how = How(
-        keep_last=stage.schedule in ("uniform", "every"),
         offload=stage.offloads_carry,
         unroll=unroll,
         checkpoint=checkpoint if stage.inner_policies else None,
@@ -91,7 +77,7 @@ def run_schedule(call: Callable, params, carry, consts, schedule: Schedule, how:
       params: Leaves `[L, ...]`.
       carry: The first block's input.
       consts: What all blocks share.
-      schedule: For L blocks, executable (`tables.make_table`).
+      schedule: For L blocks, as it stands under a loss, executable (`tables.make_table`).
       how: How.
 
     Returns:
@@ -164,12 +150,12 @@ class _Loops:
         params, carry, consts = args
         moving = Moving.of(asked, params, carry, consts)
         recorder = self._recorder(moving)
-        first = int(self.table.rows["record"][0]) if self.how.keep_last else self.length
+        first = int(self.table.rows["record"][0]) if self.table.keeps_last else self.length
 
         sweep = self._sweep_to_host if self.how.offload else self._sweep_to_slots
         carry, slots = sweep(params, carry, consts, first)
         kept = [] if recorder is None else recorder.empty(self.table.largest_row)
-        if self.how.keep_last:
+        if self.table.keeps_last:
             blocks = (first, first, self.length)
             carry, kept = self._record(recorder, params, carry, consts, kept, *blocks)
         return carry, (params, consts, slots, kept, moving)
@@ -221,7 +207,7 @@ class _Loops:
         rows = {name: jnp.asarray(column) for name, column in self.table.rows.items()}
         # Blocks that the forward pass has recorded are not recorded again.
         rows["again"] = jnp.asarray(self.table.rows["record"])
-        if self.how.keep_last:
+        if self.table.keeps_last:
             rows["again"] = rows["again"].at[0].set(self.length)
         body = lambda state, row: (self._run_row(params, consts, moving, state, row), None)
         (_, _, grad_carry, grad_params, grad_consts), _ = lax.scan(body, state, rows)
@@ -255,7 +241,9 @@ class _Loops:
             _, reverse = differentiate(self.call, carry, params_i, consts, moving)
             grads = _accumulate(reverse, row["record"], *grads)
             return slots, kept, *grads
-        kept_blocks = self.length - int(self.table.rows["record"][0]) if self.how.keep_last else 0
+        kept_blocks = (
+            self.length - int(self.table.rows["record"][0]) if self.table.keeps_last else 0
+        )
         with trips(self.length - kept_blocks, num_rows):
             blocks = (row["record"], row["again"], row["stop"])
             _, kept = self._record(recorder, params, carry, consts, kept, *blocks)
@@ -272,7 +260,7 @@ class _Loops:
 
     def _recorder(self, moving: Moving) -> Recorder | None:
         """Returns what records the blocks of a row; None where each row is a single block."""
-        if self.how.keep_last or self.table.largest_row > 1:
+        if self.table.keeps_last or self.table.largest_row > 1:
             return self.recorder_of(moving)
         return None
 
@@ -288,7 +276,7 @@ class _Loops:
         return lax.fori_loop(start, stop, body, (carry, kept))
 
     def _slots(self, carry) -> list:
-        return slots_of.empty(carry, self.table.num_slots + 1, on_host=self.how.offload)
+        return slots_of.empty(carry, self.table.num_slots, on_host=self.how.offload)
 
     def _store(self, slots, slot, carry) -> list:
         return slots_of.store(slots, slot, carry, on_host=self.how.offload)

@@ -134,7 +134,7 @@ class Recorder:
         """Returns room for blocks' kept residuals, each leaf in the memory its policy says."""
         residuals = self.run.out_avals[self.num_carry :]
         return [
-            jax.device_put(zeros(num_blocks, aval), aval.memory_space)
+            zeros(num_blocks, aval)
             for aval, source in zip(residuals, self.sources, strict=True)
             if source is None
         ]

@@ -14,6 +14,7 @@ from jax import lax
 
 from jaxckpt.plans import Plan, as_plan
 from jaxckpt.plans.actions import Schedule
+from jaxckpt.plans.stage_schedule import under_loss
 from jaxckpt.transforms import executor, invented, observers, rows
 from jaxckpt.transforms import nested as reference
 from jaxckpt.transforms.blocks import (
@@ -127,8 +128,8 @@ def _run(
 ) -> list:
     """Returns the last block's carry; params, carry and consts are lists of leaves."""
     if isinstance(plan, Schedule):
-        how = executor.How(keep_last=executor.keeps_segments(plan), unroll=unroll)
-        return executor.run_schedule(block.call, params, carry, consts, plan, how)
+        how = executor.How(unroll=unroll)
+        return executor.run_schedule(block.call, params, carry, consts, under_loss(plan), how)
     call = invented.resolved(block.call, all_of(plan))
     apply = lambda carry, params_i: call(carry, params_i, consts)
     start = 0

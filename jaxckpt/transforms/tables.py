@@ -18,11 +18,11 @@ class Table:
     """What the executor's loops read; all arrays are int32.
 
     Attributes:
-      num_slots: Slots in use; one more holds what the first row starts from.
+      num_slots: Slots in use, the spare one among them where the sweep needs it.
+      keeps_last: The first row's blocks are recorded in the forward pass.
       sweep_slots: `[num_blocks]`: the slot that input i of the forward pass is written to.
         Inputs between two stores go to the slot of the later one, which overwrites them, so that
-        every trip of the sweep does the same work; those after the last store go to the spare
-        slot `num_slots`, where the last of them is what the first row starts from.
+        every trip of the sweep does the same work; those after the last store go to a spare slot.
       rows: Columns of `[number of rows]`: `load`, `first_move`, `last_move` (exclusive),
         `advance`, `record`, `stop`. Blocks `advance..record` are run, `record..stop` recorded
         and reversed.
@@ -32,6 +32,7 @@ class Table:
     """
 
     num_slots: int
+    keeps_last: bool
     sweep_slots: np.ndarray
     rows: dict[str, np.ndarray]
     moves: dict[str, np.ndarray]
@@ -78,11 +79,11 @@ def make_table(schedule: Schedule) -> Table:
 
 def _make_table(schedule: Schedule) -> Table:
     groups = _groups(schedule)
-    num_slots = schedule.peak_slots
     used = [action.slot for action in schedule.actions if isinstance(action, Store)]
-    num_slots = max([num_slots, *(slot + 1 for slot in used)])
-    stores, first_row = _first_group(groups[0], num_slots, schedule.num_blocks)
-    sweep_slots = np.full([schedule.num_blocks], num_slots, np.int32)
+    spare = max((slot + 1 for slot in used), default=0)
+    keeps_last = not any(isinstance(action, Load) for action in groups[0])
+    stores, first_row = _first_group(groups[0], spare, schedule.num_blocks)
+    sweep_slots = np.full([schedule.num_blocks], spare, np.int32)
     for position, slot in sorted(stores.items(), reverse=True):
         sweep_slots[: position + 1] = slot
     rows = [first_row, *(_row(group) for group in groups[1:])]
@@ -91,7 +92,8 @@ def _make_table(schedule: Schedule) -> Table:
     columns = zip(*((load, adv, rec, stop) for load, _, adv, rec, stop in rows), strict=True)
     load, advance, record, stop = (np.array(column, np.int32) for column in columns)
     return Table(
-        num_slots=num_slots,
+        num_slots=spare + int(keeps_last or spare in sweep_slots),
+        keeps_last=keeps_last,
         sweep_slots=sweep_slots,
         rows={
             "load": load,

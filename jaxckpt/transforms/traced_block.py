@@ -38,11 +38,13 @@ def as_arrays(tree):
 
 
 def zeros(count: int, aval: ShapedArray) -> jax.Array:
-    """Returns zeros `[count, ...]` of a type, sharded and varying over mesh axes as it is."""
+    """Returns zeros `[count, ...]` of a type, placed, sharded and varying as it is."""
     spec, varying = aval.sharding.spec, varying_axes(aval)
     is_sharded = any(axis is not None for axis in spec)
     sharding = aval.sharding.update(spec=PartitionSpec(None, *spec)) if is_sharded else None
     made = lax.full((count, *aval.shape), 0, aval.dtype, sharding=sharding)
+    if aval.memory_space != jax.memory.Space.Device:
+        made = jax.device_put(made, aval.memory_space)
     if not varying:
         return made
     return (

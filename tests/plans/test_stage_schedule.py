@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxckpt.plans import Plan, schedules
-from jaxckpt.plans.stage_schedule import log_slots, schedule_of
+from jaxckpt.plans.actions import Store
+from jaxckpt.plans.schedules import binomial, uniform
+from jaxckpt.plans.stage_schedule import log_slots, schedule_of, stack_schedule_of, under_loss
 from jaxckpt.plans.two_level import two_level
 
 
@@ -58,3 +60,24 @@ def test_two_level_counts(num_blocks, data):
 @given(st.integers(1, 400))
 def test_sqrt_keeps_about_two_roots_of_carries(num_blocks):
     assert schedule("sqrt", num_blocks).peak_slots <= 2 * math.sqrt(num_blocks)
+
+
+@given(st.integers(1, 40), st.data())
+def test_under_a_loss_the_last_block_runs_once_more(num_blocks, data):
+    slots = data.draw(st.integers(1, num_blocks))
+    schedule = binomial(num_blocks, slots)
+    ran = under_loss(schedule)
+    assert ran.extra_forwards == schedule.extra_forwards + 1  # replayed: the schedule is legal
+    assert ran.counts.evaluations[-1] == 2
+    # A slot that is free is used, so that there is one more carry at most.
+    assert schedule.peak_slots <= ran.peak_slots <= schedule.peak_slots + 1
+    used = {action.slot for action in ran.actions if isinstance(action, Store)}
+    assert len(used) <= max(slots, schedule.peak_slots) + 1
+    assert under_loss(ran) == ran
+
+
+@pytest.mark.parametrize("text", ["uniform:3", "every:2", "uniform:8"])
+def test_a_segment_that_is_kept_runs_as_it_is(text):
+    stage = Plan.parse(text).bind(8).stages[0]
+    assert stack_schedule_of(stage) == schedule_of(stage)
+    assert under_loss(uniform(8, 3, keep_last=False)) == uniform(8, 3, keep_last=False)
