@@ -189,3 +189,31 @@ def test_help_names_every_flag():
     assert done.returncode == 0
     for flag in ("--remat", "--steps", "--batch-size", "--seq-len", "--dtype", "--seed", "--out"):
         assert flag in done.stdout
+
+
+def test_no_home_and_a_terminal_of_few_letters(tmp_path):
+    """An unknown user without HOME runs without a cache, and any path can be printed."""
+    data = tmp_path / "文.txt"
+    data.write_bytes((ROOT / "README.md").read_bytes())
+    code = (
+        "import pwd, sys\n"
+        "def nobody(_):\n    raise KeyError\n"
+        "pwd.getpwuid = nobody\n"
+        "from experiments.cli import main\nfrom experiments.train import train\n"
+        "main(train, sys.argv[1:])\n"
+    )
+    environment = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "latin-1"}
+    flags = [*TINY, "--steps=1", f"--data={data}", f"--out={tmp_path / 'run 文'}"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags], cwd=ROOT, env=environment, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"compiled steps are not kept on disk: there is no home folder" in done.stdout
+    assert b"\\u6587.txt" in done.stdout and (tmp_path / "run 文/metrics.jsonl").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run 文", "文.txt"]
+
+
+@pytest.mark.parametrize("seed", [2**32, 2**63 - 1, 2**63])
+def test_a_seed_that_jax_would_cut_short(seed, tmp_path):
+    line = refused(train(f"--seed={seed}", f"--out={tmp_path / 'run'}", *TINY), tmp_path)
+    assert f"seed is {seed}; the most is 4294967295" in line
