@@ -33,7 +33,7 @@ def test_no_jax_is_needed():
 
 
 def test_default_is_the_standard_library_without_tests_and_packages():
-    names = [name for name, _ in standard_library()]
+    names = [file.name for file in standard_library()]
     assert names == sorted(names) and "ast.py" in names and "json/decoder.py" in names
     for part in ("test", "tests", "site-packages", "dist-packages", "idle_test", "__pycache__"):
         assert not any(part in name.split("/") for name in names)

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.data import DataError, load_corpus
-from experiments.data.documents import join, read_documents, starts_in
+from experiments.data.documents import starts_in
 from experiments.data.packed import PackedBatches, PackedRows, packed_validation_batches
+from tests.experiments.packing import join
 
 
 def rows_of(lengths, seq_len) -> PackedRows:
@@ -87,11 +88,24 @@ def test_validation_rows_are_fixed_and_spread():
 LINES = '{"text": "ab", "id": 7}\n\n{"tokens": [300, 5]}\n{"text": ""}\n{"tokens": []}\n'
 
 
-def test_lines_are_documents():
-    found = read_documents([("x.jsonl", LINES.encode()), ("y.txt", b"cd")], None, None)
-    assert [list(document) for document in found] == [[97, 98, 10], [300, 5], [99, 100, 10]]
-    found = read_documents([("x.jsonl", LINES.encode())], None, 256)
-    assert [list(document) for document in found] == [[97, 98, 256], [300, 5]]
+def documents_of(folder, **files: str) -> list[list[int]]:
+    """Returns the documents of a packed corpus of JSON Lines and text, without a split."""
+    for name, text in files.items():
+        (folder / name.replace("_", ".")).write_text(text)
+    return lambda end_token: [
+        list(document)
+        for part in ("train", "validation")
+        for corpus in [load_corpus(str(folder), pack=True, end_token=end_token)]
+        for document in np.split(
+            getattr(corpus, part), getattr(corpus, f"{part}_starts")[1:]
+        )
+    ]
+
+
+def test_lines_are_documents(tmp_path):
+    found = documents_of(tmp_path, x_jsonl=LINES, y_txt="cd")
+    assert found(None) == [[97, 98, 10], [300, 5], [99, 100, 10]]
+    assert found(256) == [[97, 98, 256], [300, 5], [99, 100, 256]]
 
 
 WRONG = [

@@ -13,12 +13,12 @@ import pytest
 from experiments.cli import main
 from experiments.config import OptimizerConfig, TrainConfig
 from experiments.data import PackedRows, load_corpus
-from experiments.data.documents import join
 from experiments.loop import run
 from experiments.step import init_state, make_train_step, make_validation_step
 from experiments.train import train
 from jaxckpt.models import Transformer, TransformerConfig, next_token_loss
 from tests.experiments import runs
+from tests.experiments.packing import join
 from tests.transforms.cases import relative_error
 
 MODEL = TransformerConfig(
