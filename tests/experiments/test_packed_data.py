@@ -96,9 +96,7 @@ def documents_of(folder, **files: str) -> list[list[int]]:
         list(document)
         for part in ("train", "validation")
         for corpus in [load_corpus(str(folder), pack=True, end_token=end_token)]
-        for document in np.split(
-            getattr(corpus, part), getattr(corpus, f"{part}_starts")[1:]
-        )
+        for document in np.split(getattr(corpus, part), getattr(corpus, f"{part}_starts")[1:])
     ]
 
 
