@@ -219,21 +219,22 @@ def _kept(key: str, write: Callable[[BinaryIO, BinaryIO], dict[str, Any]]) -> En
     Files appear whole, by the renaming of a folder. Where none can be kept, a temporary one is
     used, and gone as soon as it is open.
     """
-    with contextlib.suppress(*_TORN, RuntimeError):
-        return _open(cache.folder() / "tokens" / key)
+    home = cache.folder()
     try:
-        place = cache.folder() / "tokens" / key
+        if home is None:
+            raise OSError
+        place = home / "tokens" / key
+        with contextlib.suppress(*_TORN):
+            return _open(place)
         place.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix="part-", dir=place.parent))
-    except (OSError, RuntimeError):
+    except OSError:
         place, part = None, Path(tempfile.mkdtemp(prefix="jaxckpt-"))
     try:
         with (part / "tokens").open("wb") as tokens, tempfile.TemporaryFile(dir=part) as held:
             index = write(tokens, held)
         np.savez(part / "index.npz", **index)
-        if place is None:
-            return _open(part)
-        return _open(_moved(part, place))
+        return _open(part if place is None else _moved(part, place))
     except OSError as error:
         raise DataError(
             f"cannot keep tokens in {part.parent}: {error.strerror or error}; JAXCKPT_CACHE names "

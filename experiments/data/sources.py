@@ -8,6 +8,7 @@ left out and counted.
 """
 
 import dataclasses
+import fnmatch
 import glob
 import json
 import os
@@ -237,20 +238,48 @@ def _by_name(paths: list[Path], base: Path) -> list[tuple[str, Path]]:
 
 
 def _match(pattern: str) -> tuple[list[Path], Path, int]:
-    """Returns a glob's files, the folder that they have in common, and how many came again.
+    """Returns a glob's files, the folder that they have in common, and how many are left out.
 
     Names in the hash do not depend on where that folder is, and a single match is named as if it
-    had been given itself. `**` goes through links to folders, and through cycles of them.
+    had been given itself.
     """
-    found = [path for path in map(Path, set(glob.glob(pattern, recursive=True))) if path.is_file()]
-    if not found:
+    found = list(_matches(pattern))
+    # Links may bring a file twice; the shortest name is kept.
+    named = sorted((path for path in found if path), key=lambda path: (len(path.parts), path))
+    files = list({os.path.realpath(path): path for path in reversed(named)}.values())
+    if not files:
         raise DataError(
             f"--data {pattern!r} matches no file; '**/' goes through folders, as in 'src/**/*.py'"
         )
-    shortest = sorted(found, key=lambda path: (len(path.parts), path))
-    files = list({os.path.realpath(path): path for path in reversed(shortest)}.values())
     base = Path(os.path.commonpath([path.parent for path in files]))
     return files, base, len(found) - len(files)
+
+
+def _matches(pattern: str) -> Iterator[Path | None]:
+    """Yields the files that fit; None for what a walk through folders leaves out."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        yield from filter(Path.is_file, map(Path, glob.glob(pattern)))
+        return
+    # The library's own walk would go round cycles of links until they are too many.
+    first = next(place for place, part in enumerate(parts) if glob.has_magic(part))
+    base, wanted = Path(*parts[:first]), parts[first:]
+    is_hidden = lambda name: name.startswith(".")
+    may_be_hidden = any(map(is_hidden, wanted))
+    for path in _walk(base, lambda name: is_hidden(name) and not may_be_hidden):
+        if path is None or _fits(path.parts[first:], wanted):
+            yield path
+
+
+def _fits(parts: tuple[str, ...], wanted: tuple[str, ...]) -> bool:
+    if not wanted:
+        return not parts
+    if wanted[0] == "**":
+        starts = range(len(parts) + 1) if wanted[1:] else (len(parts),)
+        return any(_fits(parts[start:], wanted[1:]) for start in starts)
+    if not parts or (parts[0].startswith(".") and not wanted[0].startswith(".")):
+        return False
+    return fnmatch.fnmatchcase(parts[0], wanted[0]) and _fits(parts[1:], wanted[1:])
 
 
 def _first_missing(path: Path) -> tuple[Path, list[str]]:
