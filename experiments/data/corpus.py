@@ -210,7 +210,8 @@ def _from_tokens(
     """Returns the corpus of a token file."""
     sha256, largest = scan(tokens)
     starts = starts_in(tokens, end_token) if pack else None
-    if end_token is not None and len(starts) == 1 and tokens[-1] != end_token:
+    is_whole = starts is not None and len(starts) == 1
+    if is_whole and end_token is not None and tokens[-1] != end_token:
         raise DataError(
             f"the end token {end_token} is nowhere in {name!r}, so no document ends; --end-token "
             "names the one that does"

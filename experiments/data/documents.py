@@ -11,7 +11,7 @@ In a file of tokens the end token closes a document.
 import io
 import json
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -31,7 +31,7 @@ class Document(NamedTuple):
     """
 
     place: str
-    content: BinaryIO | np.ndarray
+    content: Any
 
 
 def read_documents(files: Iterable[TextFile]) -> Iterator[Document]:

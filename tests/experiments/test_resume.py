@@ -65,7 +65,7 @@ def test_a_run_on_a_mesh_goes_on_for_more_steps_on_another(cache, tmp_path):
     pattern = r"^python -m experiments.train (.*--out runs/a.*)$"
     commands = [line.split() for line in re.findall(pattern, page, re.MULTILINE)]
     assert len(commands) == 2
-    small = {"100": "4", "50": "2", "200": "8", "runs/a": str(tmp_path / "run")}
+    small: dict[str, str] = {"100": "4", "50": "2", "200": "8", "runs/a": str(tmp_path / "run")}
     for words in commands:
         runs.train(*_joined([small.get(word, word) for word in words]), cache=cache, devices=8)
     assert runs.last_step(tmp_path / "run") == 8
