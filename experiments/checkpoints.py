@@ -25,6 +25,7 @@ from experiments.record import RunError, versions
 from experiments.step import TrainState
 
 FOLDER = "checkpoints"
+_DECAY = "optimizer.decay_steps"
 
 
 class Checkpoints:
@@ -242,17 +243,29 @@ def about_run(
     }
 
 
-def check_same_run(config: TrainConfig, corpus_sha256: str, about: dict[str, Any]):
-    """Raises unless a run may go on from a checkpoint.
+def check_same_run(config: TrainConfig, corpus_sha256: str, about: dict[str, Any]) -> list[str]:
+    """Raises unless a run may go on from a checkpoint; returns what is not as it was, in lines.
 
     Plan, unrolling, accumulation, mesh, processes and what concerns folders and validation may
-    differ: the arithmetic of a step does not depend on them. All else has to be the same.
+    differ: the arithmetic of a step does not depend on them. So may what only follows another
+    setting: the learning rate's decay follows the steps, unless `decay_steps` is set. All else has
+    to be the same.
 
     Raises:
       ConfigError: Naming every difference.
     """
-    saved, given = identity(about["config"]), identity(config.to_dict())
+    before, now = about["config"], config.to_dict()
+    saved, given = identity(before), identity(now)
     saved["corpus"], given["corpus"] = about["corpus_sha256"][:12], corpus_sha256[:12]
+    changed = []
+    was, is_now = (settings.pop(_DECAY) for settings in (saved, given))
+    if was != is_now and not (before["optimizer"]["decay_steps"] or config.optimizer.decay_steps):
+        changed.append(
+            f"the learning rate decays over {is_now} steps, before over {was}: it follows --steps "
+            f"(--decay-steps={was} keeps it)"
+        )
+    elif was != is_now:
+        saved[_DECAY], given[_DECAY] = was, is_now
     different = [
         f"{key} was {saved.get(key)!r}, is {given.get(key)!r}"
         for key in sorted(saved.keys() | given.keys())
@@ -262,6 +275,7 @@ def check_same_run(config: TrainConfig, corpus_sha256: str, about: dict[str, Any
         raise ConfigError(
             f"cannot resume, the checkpoint is of another run: {'; '.join(different)}"
         )
+    return changed
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
@@ -272,8 +286,7 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     kept["pack"] = config.get("pack", False)
     for table in ("model", "optimizer"):
         kept.update({f"{table}.{key}": value for key, value in config[table].items()})
-    # The learning rate follows the length of the decay, which is the run's unless it is set.
-    kept["optimizer.decay_steps"] = config["optimizer"]["decay_steps"] or config["steps"]
+    kept[_DECAY] = config["optimizer"]["decay_steps"] or config["steps"]
     return kept
 
 

@@ -161,7 +161,7 @@ class TrainConfig:
         source text of Python's standard library.
       token_dtype: Type of the numbers in a .bin token file.
       pack: Rows hold whole documents one after another that do not see each other: text files, the
-        lines of .jsonl files ({"text": ...} or {"tokens": [...]}), or what end_token closes.
+        lines of JSON Lines ({"text": ...} or {"tokens": [...]}), or what end_token closes.
       end_token: Token that ends a document; by default the eos_token_id of --init, or none.
       remat: The checkpointing plan, such as sqrt, uniform:4+dots or 4xfull/none; auto is the
         fastest whose compiled peak is within the budget.

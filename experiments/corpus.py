@@ -21,6 +21,7 @@ def corpus_of(config: TrainConfig):
         tokenizer=tokenizer,
         pack=config.pack,
         end_token=end_token(config),
+        vocab_size=config.model.vocab_size,
     )
     check_corpus(corpus, seq_len=config.seq_len, vocab_size=config.model.vocab_size)
     return corpus

@@ -27,6 +27,7 @@ from experiments.processes import any_of_us, is_first
 from experiments.record import Record, RunError, Unrecorded
 from experiments.step import TrainState, init_state, make_validation_step, resolve_model
 from experiments.stopping import StopRequest
+from experiments.utilization import StepFlops, step_flops
 from jaxckpt.memory import cache
 from jaxckpt.memory.chips import chip_of_device
 from jaxckpt.memory.measure import compile_step
@@ -67,13 +68,15 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path) -> int | None:
     with contextlib.closing(Checkpoints(folder, config.keep)) as checkpoints:
         resumed, about = None, None
         if config.resume:
-            resumed, about = _find_checkpoint(config, corpus, checkpoints)
+            resumed, about, changed = _find_checkpoint(config, corpus, checkpoints)
+            for line in changed:
+                display.print(line)
         checkpoints.check_own()
         config, planned_for = settle(config, limit, about, display.print)
         here, choices = resolve_model(config)
         for choice in choices:
             display.print(f"model   {choice}")
-        step, report, compile_seconds = _compile(here, display)
+        step, report, flops, compile_seconds = _compile(here, display)
         check_within(config, report, limit, host_limit)
         state = _first_state(checkpoints, resumed, here)
         display.print(str(report))
@@ -82,14 +85,14 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path) -> int | None:
         )
         if resumed is not None:
             display.print(f"resumed at step {resumed} from {checkpoints.folder}")
-        header = _header(config, corpus, report, compile_seconds)
+        header = _header(config, corpus, report, flops, compile_seconds)
         header |= {"budget_bytes": limit, "host_budget_bytes": host_limit}
         header |= {"planned_for": planned_for}
         if resumed is None and is_first():
             checkpoints.remove_all()
         with contextlib.closing(_record(folder, config, header, resumed)) as record:
             training = _Training(
-                config, planned_for, corpus, step, report, record, checkpoints, display
+                config, planned_for, corpus, step, report, flops, record, checkpoints, display
             )
             with display, StopRequest() as stop:
                 return training.run(state, stop)
@@ -121,18 +124,17 @@ def _record(folder: Path, config: TrainConfig, header, resumed: int | None):
 
 def _find_checkpoint(
     config: TrainConfig, corpus: Corpus, checkpoints: Checkpoints
-) -> tuple[int, dict[str, Any]]:
-    """Returns the step to go on from, and what its checkpoint says of itself."""
+) -> tuple[int, dict[str, Any], list[str]]:
+    """Returns the step to go on from, what its checkpoint says of itself, and what has changed."""
     step = checkpoints.latest()
     if step is None:
         raise ConfigError(f"{checkpoints.folder} holds no complete checkpoint to resume from")
     about = checkpoints.about(step)
-    check_same_run(config, corpus.sha256, about)
     if step > config.steps:
         raise ConfigError(
             f"{checkpoints.folder} is at step {step} already; --steps is {config.steps}"
         )
-    return step, about
+    return step, about, check_same_run(config, corpus.sha256, about)
 
 
 def _first_state(checkpoints: Checkpoints, resumed: int | None, config: TrainConfig) -> TrainState:
@@ -152,7 +154,7 @@ def _sharding(leaf):
 
 
 def _compile(config: TrainConfig, display: Display):
-    """Returns the compiled train step, its memory report and the seconds it took."""
+    """Returns the compiled train step, its memory report, its FLOPs and the seconds it took."""
     started = time.perf_counter()
     built = build(config, "local")
     step, report = compile_step(built)
@@ -163,10 +165,16 @@ def _compile(config: TrainConfig, display: Display):
     report = dataclasses.replace(report, findings=(*report.findings, *needless(built, report)))
     for finding in report.findings:
         display.print(f"warning: {finding}")
-    return step, report, seconds
+    return step, report, step_flops(config, built), seconds
 
 
-def _header(config: TrainConfig, corpus: Corpus, report: MemoryReport, compile_seconds: float):
+def _header(
+    config: TrainConfig,
+    corpus: Corpus,
+    report: MemoryReport,
+    flops: StepFlops,
+    compile_seconds: float,
+):
     device = jax.devices()[0]
     return {
         "plan": str(config.plan),
@@ -175,6 +183,8 @@ def _header(config: TrainConfig, corpus: Corpus, report: MemoryReport, compile_s
         "memory_source": report.source,
         "step_flops": report.flops,
         "recomputed_flops": report.recomputed_flops,
+        "model_flops": flops.model,
+        "hardware_flops": flops.hardware,
         "peak_flops_per_second": peak_flops_per_second(config),
         "findings": list(report.findings),
         "buffers": [dataclasses.asdict(one) for one in report.buffers],
@@ -194,9 +204,11 @@ def _header(config: TrainConfig, corpus: Corpus, report: MemoryReport, compile_s
 class _Training:
     """One run from its first state to its last: what the loop's parts share."""
 
-    def __init__(self, config, planned_for, corpus, step, report, record, checkpoints, display):
+    def __init__(
+        self, config, planned_for, corpus, step, report, flops, record, checkpoints, display
+    ):
         self.config, self.planned_for = config, planned_for
-        self.corpus, self.step, self.report = corpus, step, report
+        self.corpus, self.step, self.report, self.flops = corpus, step, report, flops
         self.record, self.checkpoints, self.display = record, checkpoints, display
         self.peak_flops = peak_flops_per_second(config)
         self.validate = _validator(config, corpus)
@@ -248,7 +260,7 @@ class _Training:
             "skipped": int(metrics["skipped"]),
             "step_seconds": seconds,
             "tokens_per_second": config.batch_size * config.seq_len / seconds,
-            **utilization(self.report, seconds, self.peak_flops),
+            **self.flops.utilization(seconds, self.peak_flops),
         }
         actual = runtime_peak_bytes()
         if actual is not None:
@@ -314,18 +326,6 @@ def peak_flops_per_second(config: TrainConfig) -> float | None:
     chip = chip_of_device(jax.devices()[0].device_kind)
     count = 1 if config.mesh_shape is None else config.mesh_shape.size
     return None if chip is None else count * chip.bf16_flops_per_second
-
-
-def utilization(report: MemoryReport, seconds: float, peak_flops: float | None) -> dict[str, float]:
-    """Returns the shares of the devices' peak that a step reaches; empty where the peak is unknown.
-
-    `mfu` counts what the model needs, `hfu` also what the plan runs again (Chowdhery et al. 2022,
-    PaLM, appendix B); both count matrix products and attention from the jaxpr.
-    """
-    if peak_flops is None or report.flops is None or report.recomputed_flops is None:
-        return {}
-    model_flops = report.flops - report.recomputed_flops
-    return {"mfu": model_flops / seconds / peak_flops, "hfu": report.flops / seconds / peak_flops}
 
 
 def runtime_peak_bytes() -> int | None:

@@ -219,13 +219,15 @@ def _accumulated(config: TrainConfig, value_and_grad):
 def make_validation_step(config: TrainConfig):
     """Returns `validation_step(params, batch) -> (loss, count)`: nats a token, and of how many.
 
-    It is the cross entropy alone: without dropout, and without `z_loss`.
+    It is the cross entropy alone: without dropout, and without `z_loss`. Rows of -1 fill a batch
+    up and count for nothing.
     """
     layout = layout_of(config)
     model = Transformer(config.model, remat="none", layout=layout)
 
     def validation_step(params, batch):
         inputs_BS, targets_BS = _inputs_and_targets(batch)
+        inputs_BS = [jnp.maximum(x_BS, 0) for x_BS in inputs_BS]
         x_BSD = model.apply({"params": params}, *inputs_BS, method="features")
         options = {"ignore_index": _IGNORED, "return_count": True, "layout": layout}
         return next_token_loss(x_BSD, params, targets_BS, config.model, **options)

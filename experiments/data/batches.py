@@ -43,7 +43,7 @@ class Batches:
 def validation_batches(
     tokens: np.ndarray, *, batch_size: int, seq_len: int, max_batches: int
 ) -> tuple[np.ndarray, ...]:
-    """Returns fixed, evenly spaced windows, the same in every run.
+    """Returns fixed, evenly spaced windows that do not overlap, the same in every run.
 
     Args:
       tokens: One-dimensional integers with at least `seq_len + 1` entries.
@@ -52,18 +52,28 @@ def validation_batches(
       max_batches: The most batches; fewer where the text has fewer separate windows.
 
     Returns:
-      At least one int32 array `[batch_size, seq_len + 1]`. Windows do not overlap where the text
-      has a whole batch of separate ones.
+      At least one int32 array `[batch_size, seq_len + 1]`. Rows that the last one has too many are
+      -1 throughout, and are no windows.
 
     Raises:
       DataError: The tokens do not hold a single window.
     """
     _check_window(tokens, seq_len)
-    separate = max(1, len(tokens) // ((seq_len + 1) * batch_size))
-    count = min(max_batches, separate) * batch_size
-    starts = np.linspace(0, len(tokens) - seq_len - 1, count).astype(np.int64)
-    windows = _windows(tokens, starts, seq_len)
-    return tuple(windows.reshape(-1, batch_size, seq_len + 1))
+    count = min(max_batches * batch_size, len(tokens) // (seq_len + 1))
+    starts = spread(len(tokens) - seq_len - 1, count)
+    return in_batches(_windows(tokens, starts, seq_len), batch_size)
+
+
+def spread(last: int, count: int) -> np.ndarray:
+    """Returns `count` whole numbers from 0 to `last`, as evenly as they can be; 0 alone for one."""
+    return np.arange(count) * last // max(1, count - 1)
+
+
+def in_batches(rows: np.ndarray, batch_size: int) -> tuple[np.ndarray, ...]:
+    """Returns rows in batches of one size, the last filled up with rows of -1."""
+    short = -len(rows) % batch_size
+    rows = np.concatenate([rows, np.full_like(rows, -1, shape=(short, *rows.shape[1:]))])
+    return tuple(rows.reshape(-1, batch_size, *rows.shape[1:]))
 
 
 def _check_window(tokens: np.ndarray, seq_len: int):

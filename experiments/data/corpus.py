@@ -2,27 +2,33 @@
 
 Text is split by file: of the sorted files every tenth (the last one, where there are fewer than
 ten) is for validation, and each file is ended by one newline byte so that files stay apart. A
-single file is split by position and nothing is added to it, and so is a token file.
+single file is split by position and nothing is added to it, and so is a token file. Where a split
+by files would hold out more than it leaves, the split is by position too, and the summary says so.
 
 Text is bytes, or tokens where there is a tokenizer. A packed corpus knows where its documents begin
 (`documents.py`): of these every tenth is for validation, and a token file is cut between two.
 """
 
 import dataclasses
-import functools
 import hashlib
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from experiments.data.documents import JSON_LINES, join, read_documents, starts_in
-from experiments.data.sources import DataError, find_files, read_texts, standard_library
+from experiments.data.documents import starts_in
+from experiments.data.encoding import FOLDS, Encoding
+from experiments.data.sources import (
+    DataError,
+    TextFile,
+    find_files,
+    standard_library,
+    text_files,
+    token_format,
+)
 from experiments.data.tokenizer import Tokenizer
-from experiments.data.tokens import SUFFIXES, chunks, map_tokens, scan
-
-# Of ten files or documents the tenth is for validation; of a single one the last tenth.
-_FOLDS = 10
+from experiments.data.tokens import map_tokens, scan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,11 +41,14 @@ class Corpus:
       sha256: Hash of the text: names, boundaries, order and contents; and of the tokenizer.
       name: What it was made from.
       num_files: Files read.
-      skipped_files: Files left out because they are hidden, empty or not text.
-      largest_token: The largest token id, where reading the text has found it already.
+      skipped_files: Files left out because they are hidden, empty or not text, and links to what
+        was found already.
+      largest_token: The largest token id.
       tokenizer: What turns text into these tokens and back; None for bytes.
       train_starts: Of a packed corpus, where its documents begin in `train`.
       validation_starts: The same in `validation`.
+      is_cut_by_size: Whether every tenth file or document was more than the others together, so
+        that the last tenth of the tokens is for validation instead.
     """
 
     train: np.ndarray
@@ -48,10 +57,11 @@ class Corpus:
     name: str
     num_files: int = 1
     skipped_files: int = 0
-    largest_token: int | None = None
+    largest_token: int = 255
     tokenizer: Tokenizer | None = None
     train_starts: np.ndarray | None = None
     validation_starts: np.ndarray | None = None
+    is_cut_by_size: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -70,6 +80,8 @@ class Corpus:
                 f", {len(self.train_starts):,} training and {len(self.validation_starts):,} "
                 "validation documents"
             )
+        if self.is_cut_by_size:
+            documents += ", cut by size (whole files would hold out more than they leave)"
         return (
             f"{self.name}: {files}{skipped}{kind}{documents}, {len(self.train):,} training and "
             f"{len(self.validation):,} validation tokens, sha256 {self.sha256[:12]}"
@@ -83,6 +95,7 @@ def load_corpus(
     tokenizer: Tokenizer | None = None,
     pack: bool = False,
     end_token: int | None = None,
+    vocab_size: int | None = None,
 ) -> Corpus:
     """Returns the corpus that `--data` names: of text, bytes unless there is a tokenizer.
 
@@ -91,163 +104,160 @@ def load_corpus(
         text of Python's standard library.
       token_dtype: The numbers of a `.bin` file, `"uint16"` or `"uint32"`.
       tokenizer: What makes tokens of text. A token file's are its own, but it decodes them.
-      pack: Whether documents are kept apart; `.jsonl` files are read as documents then.
+      pack: Whether documents are kept apart; JSON Lines are read as documents then.
       end_token: The token that ends a document of a packed corpus, if there is one.
+      vocab_size: Of the model; a `.bin` file's numbers are wide enough for it.
 
     Returns:
-      The corpus; tokens of a token file stay in a memory map.
+      The corpus; tokens of a token file or of a tokenizer stay in a memory map.
 
     Raises:
-      DataError: Nothing readable there.
+      DataError: Nothing readable there, or not what it is taken for.
     """
-    make = functools.partial(_from_documents, end_token=end_token) if pack else _from_texts
+    end_token = end_token if pack else None
     if path is None:
         version = ".".join(platform.python_version_tuple()[:2])
-        name = f"Python {version} standard library"
-        return make(name, standard_library(), 0, tokenizer)
-    files, base, hidden = find_files(path)
-    if len(files) == 1 and files[0].suffix in SUFFIXES and not Path(path).is_dir():
-        tokens = map_tokens(files[0], token_dtype)
-        corpus = _from_tokens(path, tokens, tokenizer)
-        return _pack_tokens(corpus, tokens, end_token) if pack else corpus
-    if files and not pack and all(file.suffix == JSON_LINES for file in files):
-        raise DataError(f"--data {path!r} is JSON Lines; --pack reads its documents")
-    texts, skipped = read_texts(files, base)
-    if not texts:
-        what = "is empty or not text" if Path(path).is_file() else "holds no text file"
-        raise DataError(f"--data {path!r} {what} ({hidden + skipped} skipped)")
-    return make(path, texts, hidden + skipped, tokenizer)
+        name, files, skipped = f"Python {version} standard library", standard_library(), 0
+    else:
+        paths, base, hidden = find_files(path)
+        kind = token_format(paths[0]) if len(paths) == 1 and not Path(path).is_dir() else None
+        if kind is not None:
+            tokens = map_tokens(paths[0], token_dtype if kind == "bin" else None, vocab_size)
+            return _from_tokens(path, tokens, tokenizer, pack, end_token)
+        name, (files, skipped) = path, text_files(paths, base)
+        skipped += hidden
+    lines = [file.name for file in files if file.is_json_lines]
+    if lines and not pack:
+        more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
+        raise DataError(
+            f"--data {path!r}: {lines[0]}{more} is JSON Lines; --pack reads its documents"
+        )
+    if not files:
+        what = "is empty or not text" if Path(name).is_file() else "holds no text file"
+        raise DataError(f"--data {name!r} {what} ({skipped} skipped)")
+    corpus = _from_texts(name, files, tokenizer, pack, end_token)
+    return dataclasses.replace(corpus, num_files=len(files), skipped_files=skipped)
 
 
 def check_corpus(corpus: Corpus, *, seq_len: int, vocab_size: int):
-    """Raises unless both parts hold a window and every token is in the vocabulary.
+    """Raises unless both parts hold a window with a target and every token is in the vocabulary.
 
     Raises:
-      DataError: Too short, or a token that the model has no embedding for.
+      DataError: Too short, nothing to predict, or a token that the model has no embedding for.
     """
     for part in ("train", "validation"):
-        found = len(getattr(corpus, part))
+        found, starts = len(getattr(corpus, part)), getattr(corpus, f"{part}_starts")
         if found < seq_len + 1:
             raise DataError(
                 f"{corpus.name}: the {part} part has {found} tokens, a window of --seq-len "
                 f"{seq_len} needs {seq_len + 1}; a tenth of the text is kept for validation"
             )
-    largest = corpus.largest_token
-    if largest is None:
-        parts = (corpus.train, corpus.validation)
-        largest = max(int(chunk.max()) for part in parts for chunk in chunks(part))
-    if largest >= vocab_size:
+        targets = (found - 1) // seq_len * seq_len  # of whole rows
+        if starts is not None and np.count_nonzero((starts > 0) & (starts <= targets)) == targets:
+            raise DataError(
+                f"{corpus.name}: no document of the {part} part has a second token, so there is "
+                "nothing to predict"
+            )
+    if corpus.largest_token >= vocab_size:
         raise DataError(
-            f"{corpus.name} has token {largest}, the model's vocabulary ends at {vocab_size - 1}; "
-            f"--vocab-size {largest + 1} or more is needed"
+            f"{corpus.name} has token {corpus.largest_token}, the model's vocabulary ends at "
+            f"{vocab_size - 1}; --vocab-size {corpus.largest_token + 1} or more is needed"
         )
 
 
 def _from_texts(
-    name: str, texts: list[tuple[str, bytes]], skipped: int, tokenizer: Tokenizer | None
-) -> Corpus:
-    """Returns the corpus of all files as one text."""
-    if len(texts) == 1:
-        train, validation = _cut(_encode([texts[0][1]], tokenizer))
-    else:
-        parts = _every_tenth([text + b"\n" for _, text in texts])
-        train, validation = (_encode(part, tokenizer) for part in parts)
-    return Corpus(
-        train=train,
-        validation=validation,
-        sha256=_hash(texts, tokenizer),
-        name=name,
-        num_files=len(texts),
-        skipped_files=skipped,
-        tokenizer=tokenizer,
-    )
-
-
-def _from_documents(
     name: str,
-    texts: list[tuple[str, bytes]],
-    skipped: int,
+    files: Sequence[TextFile],
     tokenizer: Tokenizer | None,
+    pack: bool,
     end_token: int | None,
 ) -> Corpus:
-    """Returns the packed corpus of all documents."""
-    documents = read_documents(texts, tokenizer, end_token)
-    if not documents:
-        raise DataError(f"{name} holds no document")
-    one = len(documents) == 1
-    parts = [[part] for part in _cut(documents[0])] if one else _every_tenth(documents)
-    (train, train_starts), (validation, validation_starts) = map(join, parts)
-    return Corpus(
-        train=train,
-        validation=validation,
-        sha256=_packed_hash(_hash(texts, tokenizer), end_token),
+    """Returns the corpus of some files' documents; without packing each file is one."""
+    sha256 = _hash(files, tokenizer)
+    is_ended = end_token is None and (pack or len(files) > 1)
+    how = Encoding(tokenizer=tokenizer, ending=b"\n" if is_ended else b"", end_token=end_token)
+    try:
+        found = how.of(files, sha256)
+    except DataError as error:
+        raise DataError(f"--data {name!r}: {error}") from None
+    corpus = Corpus(
+        train=found.tokens,
+        validation=found.tokens[:0],
+        sha256=_packed_hash(sha256, end_token) if pack else sha256,
         name=name,
-        num_files=len(texts),
-        skipped_files=skipped,
+        largest_token=found.largest,
         tokenizer=tokenizer,
-        train_starts=train_starts,
-        validation_starts=validation_starts,
     )
+    size, held_out = len(found.tokens), found.held_out
+    if held_out == size and len(found.starts) > 1:
+        held_out = int(found.starts[-1])  # fewer than ten: the last one
+    if size - held_out <= held_out < size:
+        return _cut(corpus, held_out, found.starts if pack else None)
+    corpus = _cut_by_position(corpus, found.starts if pack else None)
+    if held_out == size:
+        return corpus
+    sha256 = hashlib.sha256(f"{corpus.sha256} by size".encode()).hexdigest()
+    return dataclasses.replace(corpus, sha256=sha256, is_cut_by_size=True)
 
 
-def _pack_tokens(corpus: Corpus, tokens: np.ndarray, end_token: int | None) -> Corpus:
-    """Returns a token file's corpus as a packed one; the cut moves to where a document begins."""
-    starts = starts_in(tokens, end_token)
-    later = starts[starts >= len(corpus.train)]
-    cut = int(later[0]) if later.size else len(corpus.train)
+def _from_tokens(
+    name: str,
+    tokens: np.ndarray,
+    tokenizer: Tokenizer | None,
+    pack: bool,
+    end_token: int | None,
+) -> Corpus:
+    """Returns the corpus of a token file."""
+    sha256, largest = scan(tokens)
+    starts = starts_in(tokens, end_token) if pack else None
+    is_whole = starts is not None and len(starts) == 1
+    if is_whole and end_token is not None and tokens[-1] != end_token:
+        raise DataError(
+            f"the end token {end_token} is nowhere in {name!r}, so no document ends; --end-token "
+            "names the one that does"
+        )
+    corpus = Corpus(
+        train=tokens,
+        validation=tokens[:0],
+        sha256=_packed_hash(sha256, end_token) if pack else sha256,
+        name=name,
+        largest_token=largest,
+        tokenizer=tokenizer,
+    )
+    return _cut_by_position(corpus, starts)
+
+
+def _cut_by_position(corpus: Corpus, starts: np.ndarray | None) -> Corpus:
+    """Returns a corpus whose last tenth is for validation; packed, from where a document begins."""
+    cut = len(corpus.train) - len(corpus.train) // FOLDS
+    later = [] if starts is None else starts[starts >= cut]
+    return _cut(corpus, int(later[0]) if len(later) else cut, starts)
+
+
+def _cut(corpus: Corpus, cut: int, starts: np.ndarray | None) -> Corpus:
+    """Returns a corpus of what `train` has, cut in two; parts of a memory map stay mapped."""
+    tokens = corpus.train
+    corpus = dataclasses.replace(corpus, train=tokens[:cut], validation=tokens[cut:])
+    if starts is None:
+        return corpus
     return dataclasses.replace(
         corpus,
-        train=tokens[:cut],
-        validation=tokens[cut:],
-        sha256=_packed_hash(corpus.sha256, end_token),
         train_starts=starts[starts < cut],
-        validation_starts=np.union1d([0], later - cut),
+        validation_starts=np.union1d([0], starts[starts >= cut] - cut),
     )
 
 
-def _hash(texts: list[tuple[str, bytes]], tokenizer: Tokenizer | None) -> str:
+def _hash(files: Sequence[TextFile], tokenizer: Tokenizer | None) -> str:
     """Returns the hash of texts with their names and lengths, and of the tokenizer."""
     digest = hashlib.sha256() if tokenizer is None else hashlib.sha256(tokenizer.sha256.encode())
-    for path, text in texts:
+    for file in files:
         # A file's name need not be UTF-8; Python carries its odd bytes as surrogates.
-        digest.update(f"{path}\0{len(text)}\0".encode(errors="surrogateescape"))
-        digest.update(text)
+        digest.update(f"{file.name}\0{file.stamp[0]}\0".encode(errors="surrogateescape"))
+        for chunk in file.chunks():
+            digest.update(chunk)
     return digest.hexdigest()
 
 
 def _packed_hash(sha256: str, end_token: int | None) -> str:
     """Returns the hash of what was packed and of how documents end."""
     return hashlib.sha256(f"{sha256} packed {end_token}".encode()).hexdigest()
-
-
-def _every_tenth(items: list) -> tuple[list, list]:
-    """Returns the items without every tenth, and every tenth; of fewer than ten, the last."""
-    fold = min(_FOLDS, len(items))
-    rest = [item for index, item in enumerate(items) if index % fold != fold - 1]
-    return rest, items[fold - 1 :: fold]
-
-
-def _from_tokens(name: str, tokens: np.ndarray, tokenizer: Tokenizer | None) -> Corpus:
-    sha256, largest = scan(tokens)
-    train, validation = _cut(tokens)
-    return Corpus(
-        train=train,
-        validation=validation,
-        sha256=sha256,
-        name=name,
-        largest_token=largest,
-        tokenizer=tokenizer,
-    )
-
-
-def _cut(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the first nine tenths and the last tenth; parts of a memory map stay mapped."""
-    cut = len(tokens) - len(tokens) // _FOLDS
-    return tokens[:cut], tokens[cut:]
-
-
-def _encode(texts: list[bytes], tokenizer: Tokenizer | None) -> np.ndarray:
-    """Returns texts one after another, as bytes or as tokens."""
-    if tokenizer is None:
-        return np.frombuffer(b"".join(texts), np.uint8)
-    return np.concatenate([np.zeros(0, np.uint32), *tokenizer.encode(texts)])

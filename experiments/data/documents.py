@@ -1,6 +1,6 @@
 """Documents: the texts that a row of packed data keeps apart, and where each begins.
 
-A text file is one document; each line of a JSON Lines file (`.jsonl`) is one, as text or as tokens:
+A text file is one document; each line of a JSON Lines file is one, as text or as tokens:
 
     {"text": "Once upon a time"}
     {"tokens": [3, 1, 4, 1, 5]}
@@ -8,46 +8,48 @@ A text file is one document; each line of a JSON Lines file (`.jsonl`) is one, a
 In a file of tokens the end token closes a document.
 """
 
+import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from experiments.data.sources import DataError
-from experiments.data.tokenizer import Tokenizer
+from experiments.data.sources import UTF8_BOM, DataError, TextFile
 from experiments.data.tokens import chunks
 
-JSON_LINES = ".jsonl"
 _SHOWN_LINES = 3
 
 
-def read_documents(
-    texts: Iterable[tuple[str, bytes]], tokenizer: Tokenizer | None, end_token: int | None
-) -> list[np.ndarray]:
-    """Returns the token ids of every document that is not empty.
+class Document(NamedTuple):
+    """A document before it is tokens.
 
-    Args:
-      texts: Names and contents of files.
-      tokenizer: What makes tokens of text; None for bytes.
-      end_token: Put at a text's end; without one a newline is, so that a document ends in some
-        way. Tokens that are given as tokens stay as they are.
+    Attributes:
+      place: Where it comes from, for people.
+      content: Its text as a stream of bytes, to be read before the next document is asked for; or
+        the tokens that were given.
+    """
+
+    place: str
+    content: Any
+
+
+def read_documents(files: Iterable[TextFile]) -> Iterator[Document]:
+    """Yields every document of some files, also the empty ones.
 
     Raises:
-      DataError: Lines that are no documents, by file and number.
+      DataError: Lines that are no documents, by file and number; a file that cannot be read.
     """
-    found: list[bytes | np.ndarray] = []
-    for name, content in texts:
-        found += _lines(name, content) if name.endswith(JSON_LINES) else [content]
-    written = [text for text in found if isinstance(text, bytes)]
-    encoded = iter(_encode(written, tokenizer, end_token))
-    documents = [next(encoded) if isinstance(item, bytes) else item for item in found]
-    return [document for document in documents if document.size]
-
-
-def join(documents: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns documents one after another, and where each begins."""
-    lengths = [len(document) for document in documents]
-    return np.concatenate(documents), np.cumsum([0, *lengths[:-1]], dtype=np.int64)
+    for file in files:
+        try:
+            with file.path.open("rb") as stream:
+                if file.is_json_lines:
+                    yield from _lines(file.name, stream)
+                else:
+                    yield Document(file.name, stream)
+            file.check_unchanged()
+        except OSError as error:
+            raise DataError(f"cannot read {str(file.path)!r}: {error.strerror}") from None
 
 
 def starts_in(tokens: np.ndarray, end_token: int | None) -> np.ndarray:
@@ -60,43 +62,33 @@ def starts_in(tokens: np.ndarray, end_token: int | None) -> np.ndarray:
     return starts[starts < len(tokens)]
 
 
-def _encode(
-    texts: list[bytes], tokenizer: Tokenizer | None, end_token: int | None
-) -> list[np.ndarray]:
-    if end_token is None:
-        texts = [text + b"\n" if text else text for text in texts]
-    if tokenizer is None:
-        found = [np.frombuffer(text, np.uint8) for text in texts]
-    else:
-        found = tokenizer.encode(texts)
-    if end_token is None:
-        return found
-    return [np.append(ids, np.uint32(end_token)) if ids.size else ids for ids in found]
-
-
-def _lines(name: str, content: bytes) -> list[bytes | np.ndarray]:
-    """Returns the documents of a JSON Lines file; empty lines are none."""
-    found, wrong = [], []
-    for number, line in enumerate(content.split(b"\n"), 1):
+def _lines(name: str, stream: BinaryIO) -> Iterator[Document]:
+    """Yields the documents of a JSON Lines file; empty lines are none."""
+    wrong, more = [], 0
+    for number, line in enumerate(stream, 1):
+        line = line.removeprefix(UTF8_BOM) if number == 1 else line
         if not line.strip():
             continue
         try:
-            found.append(_document(json.loads(line)))
+            content = _content(json.loads(line.decode()))
         except (ValueError, RecursionError) as error:
             wrong.append(f"line {number}: {error}")
+            more += len(wrong) > _SHOWN_LINES
+            del wrong[_SHOWN_LINES:]
+            continue
+        if not wrong:
+            yield Document(f"{name}, line {number}", content)
     if wrong:
-        more = f"; {len(wrong) - _SHOWN_LINES} more" if len(wrong) > _SHOWN_LINES else ""
-        raise DataError(f"{name}, {'; '.join(wrong[:_SHOWN_LINES])}{more}")
-    return found
+        raise DataError(f"{name}, {'; '.join(wrong)}{f'; {more} more' if more else ''}")
 
 
-def _document(value: object) -> bytes | np.ndarray:
+def _content(value: object) -> BinaryIO | np.ndarray:
     if not isinstance(value, dict) or ("text" in value) == ("tokens" in value):
         raise ValueError('a document is {"text": "..."} or {"tokens": [...]}')
     if "text" in value:
         if not isinstance(value["text"], str):
             raise ValueError(f"text is {type(value['text']).__name__}, not a string")
-        return value["text"].encode(errors="replace")
+        return io.BytesIO(value["text"].encode())
     tokens = value["tokens"]
     if not isinstance(tokens, list) or not all(_is_token(item) for item in tokens):
         raise ValueError("tokens are no list of whole numbers from 0 to 2^32 - 1")

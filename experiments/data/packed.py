@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.data.batches import mix_seed
+from experiments.data.batches import in_batches, mix_seed, spread
 from experiments.data.sources import DataError
 
 
@@ -100,16 +100,17 @@ class PackedBatches:
 def packed_validation_batches(
     rows: PackedRows, *, batch_size: int, max_batches: int
 ) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-    """Returns fixed, evenly spaced rows, the same in every run.
+    """Returns fixed, evenly spaced rows, each once, the same in every run.
 
     Args:
-      rows: The rows; where there are fewer than a batch has, some come twice.
-      batch_size: Rows of a batch.
+      rows: The rows.
+      batch_size: Rows of a batch; those that the last one has too many are -1 throughout.
       max_batches: The most batches.
     """
-    count = min(max_batches, max(1, len(rows) // batch_size)) * batch_size
-    chosen = [rows[row] for row in np.linspace(0, len(rows) - 1, count).astype(np.int64)]
-    return tuple(_stacked(chosen[i : i + batch_size]) for i in range(0, count, batch_size))
+    chosen = spread(len(rows) - 1, min(max_batches * batch_size, len(rows)))
+    found = _stacked(rows[row] for row in chosen)
+    tokens, segment_ids = (in_batches(part, batch_size) for part in found)
+    return tuple(zip(tokens, segment_ids, strict=True))
 
 
 def check_grain():

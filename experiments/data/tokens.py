@@ -10,22 +10,23 @@ import numpy as np
 from experiments.data.sources import DataError
 from jaxckpt.plans.errors import nearest
 
-SUFFIXES = (".npy", ".bin")
 TOKEN_DTYPES = ("uint16", "uint32")
 _CHUNK_TOKENS = 1 << 22
 
 
-def map_tokens(path: Path, token_dtype: str) -> np.ndarray:
+def map_tokens(path: Path, token_dtype: str | None, vocab_size: int | None = None) -> np.ndarray:
     """Returns a token file as a read-only, one-dimensional memory map.
 
     Args:
-      path: A `.npy` file, or a `.bin` file of bare numbers.
-      token_dtype: `"uint16"` or `"uint32"`, the numbers of a `.bin` file.
+      path: A NumPy file, or one of bare numbers.
+      token_dtype: `"uint16"` or `"uint32"`, what bare numbers are; None for a NumPy file.
+      vocab_size: Of the model, where it is known.
 
     Raises:
-      DataError: Empty, torn, or not one-dimensional uint16 or uint32.
+      DataError: Empty, torn, not one-dimensional uint16 or uint32, or bare numbers that are not
+        what `token_dtype` says.
     """
-    if token_dtype not in TOKEN_DTYPES:
+    if token_dtype is not None and token_dtype not in TOKEN_DTYPES:
         raise DataError(
             f"--token-dtype {token_dtype!r} is not one of {', '.join(TOKEN_DTYPES)}"
             f"{nearest(token_dtype, TOKEN_DTYPES)}"
@@ -33,7 +34,7 @@ def map_tokens(path: Path, token_dtype: str) -> np.ndarray:
     if path.stat().st_size == 0:
         raise DataError(f"token file {str(path)!r} is empty")
     try:
-        tokens = _map_npy(path) if path.suffix == ".npy" else _map_bin(path, token_dtype)
+        tokens = _map_npy(path) if token_dtype is None else _map_bin(path, token_dtype)
     except OSError as error:
         raise DataError(f"cannot read {str(path)!r}: {error.strerror}") from None
     if tokens.ndim != 1 or tokens.dtype.name not in TOKEN_DTYPES:
@@ -43,6 +44,8 @@ def map_tokens(path: Path, token_dtype: str) -> np.ndarray:
         )
     if tokens.size == 0:
         raise DataError(f"token file {str(path)!r} is empty")
+    if token_dtype is not None:
+        _check_width(path, tokens, vocab_size)
     return tokens
 
 
@@ -59,6 +62,23 @@ def scan(tokens: np.ndarray) -> tuple[str, int]:
         digest.update(chunk.tobytes())
         largest = max(largest, int(chunk.max()))
     return digest.hexdigest(), largest
+
+
+def _check_width(path: Path, tokens: np.ndarray, vocab_size: int | None):
+    """Raises where bare numbers read as uint16 are uint32, by the vocabulary or by themselves."""
+    if tokens.dtype != np.uint16:
+        return
+    if vocab_size is not None and vocab_size > 2**16:
+        raise DataError(
+            f"token file {str(path)!r} is read as uint16, which ends at 65535, but the model's "
+            f"vocabulary ends at {vocab_size - 1}; --token-dtype uint32 reads wider numbers"
+        )
+    halves = [any(chunk[half::2].any() for chunk in chunks(tokens)) for half in (0, 1)]
+    if tokens.size % 2 == 0 and halves[0] != halves[1]:
+        raise DataError(
+            f"token file {str(path)!r} is read as uint16, but every second number is 0, as in "
+            "uint32; --token-dtype uint32 reads it"
+        )
 
 
 def _map_npy(path: Path) -> np.ndarray:

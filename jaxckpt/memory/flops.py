@@ -3,8 +3,8 @@
 XLA's own cost analysis counts a loop's body once; here a `scan` counts it times its length, so a
 recomputed block shows. Matrix products, convolutions and attention kernels are counted, two
 operations a multiply-add, as the kernels run them: a causal kernel that skips what is masked counts
-half, and the backward pass of flash attention counts the product that it recomputes. Elementwise
-work is left out, as in the usual model-FLOPs figures.
+half (or all, where that is asked for), and the backward pass of flash attention counts the product
+that it recomputes. Elementwise work is left out, as in the usual model-FLOPs figures.
 
 `_TABLE` says how a primitive is counted; a new kernel is one entry and one function.
 """
@@ -22,23 +22,27 @@ from jaxckpt.transforms import jaxprs
 from jaxckpt.transforms.trips import mean_trips
 
 
-def count_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> int:
+def count_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr, *, masked: bool = False) -> int:
     """Returns the FLOPs of all matrix products, convolutions and attention kernels in a jaxpr.
 
     A `cond` counts its most expensive branch. A `while` loop's trip count is not in the jaxpr:
     the executor's loops say theirs, the body of any other counts once. A Pallas kernel counts what
     its `cost_estimate` says, or else its body once for each point of its grid; of splash
     attention's grid, the blocks that its mask leaves (all of them where the mask is no constant).
+
+    Args:
+      jaxpr: Of the function.
+      masked: Whether what an attention kernel skips because of its mask counts too.
     """
-    return int(_total(flatten(jaxpr)))
+    return int(_total(flatten(jaxpr), masked))
 
 
-def step_flops(step: Step) -> Fraction | int:
+def step_flops(step: Step, *, masked: bool = False) -> Fraction | int:
     """Returns the FLOPs of one step, those of a loop or kernel with all its trips."""
     count = _TABLE.get(step.name)
     if count is not None:
-        return count(step)
-    inner = [_total(body) for body in bodies(step)]
+        return count(step, masked)
+    inner = [_total(body, masked) for body in bodies(step)]
     return max(inner, default=0) if step.name == jaxprs.COND else sum(inner) * trips(step)
 
 
@@ -81,16 +85,16 @@ def attention_shape(step: Step) -> AttentionShape | None:
     return AttentionShape(batch, heads, rows, key[1], head_dim)
 
 
-def _total(flat: Flat) -> Fraction | int:
-    return sum(step_flops(step) for step in flat.steps)
+def _total(flat: Flat, masked: bool) -> Fraction | int:
+    return sum(step_flops(step, masked=masked) for step in flat.steps)
 
 
-def _dot(step: Step) -> int:
+def _dot(step: Step, _) -> int:
     (contracted, _), _ = step.params["dimension_numbers"]
     return 2 * _depth(step, contracted) * math.prod(step.outputs[0].aval.shape)
 
 
-def _ragged_dot(step: Step) -> int:
+def _ragged_dot(step: Step, _) -> int:
     """A row of one operand meets one group of the other: no FLOPs depend on the group sizes."""
     numbers = step.params["ragged_dot_dimension_numbers"]
     (contracted, _), _ = numbers.dot_dimension_numbers
@@ -105,7 +109,7 @@ def _depth(step: Step, axes) -> int:
     return math.prod(step.inputs[0].aval.shape[axis] for axis in axes)
 
 
-def _conv(step: Step) -> int:
+def _conv(step: Step, _) -> int:
     kernel = step.inputs[1].aval.shape
     out_features = kernel[step.params["dimension_numbers"].rhs_spec[0]]
     return 2 * math.prod(step.outputs[0].aval.shape) * math.prod(kernel) // out_features
@@ -118,14 +122,14 @@ def _attention(products: int):
     2022, FlashAttention, algorithm 4).
     """
 
-    def count(step: Step) -> int:
+    def count(step: Step, masked: bool) -> int:
         shape = attention_shape(step)
         assert shape is not None, step.name
         pairs = shape.rows * shape.columns
-        if _is_causal(step.params["mask_type"]):
+        if _is_causal(step.params["mask_type"]) and not masked:
             pairs //= 2
         window = step.params.get("sliding_window_length")
-        if window:
+        if window and not masked:
             pairs = min(pairs, shape.rows * window)
         return products * 2 * shape.batch * shape.heads * pairs * shape.head_dim
 
@@ -136,13 +140,13 @@ def _is_causal(mask_type) -> bool:
     return "CAUSAL" in getattr(mask_type, "name", str(mask_type))
 
 
-def _pallas(step: Step) -> Fraction | int:
+def _pallas(step: Step, masked: bool) -> Fraction | int:
     estimate = step.params.get("cost_estimate")
     if estimate is not None:
         return int(estimate.flops)
     grid = [size for size in step.params["grid_mapping"].grid if isinstance(size, int)]
-    body = sum(_total(inner) for inner in bodies(step))
-    return int(body * math.prod(grid) * _splash_fraction(step))
+    body = sum(_total(inner, masked) for inner in bodies(step))
+    return int(body * math.prod(grid) * (1 if masked else _splash_fraction(step)))
 
 
 def _splash_fraction(step: Step) -> Fraction:

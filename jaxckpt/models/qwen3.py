@@ -9,6 +9,8 @@ mapping alone: no file is touched, and JAX is not needed.
 """
 
 import dataclasses
+import itertools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,12 +35,44 @@ _FIELDS = {
 }
 _OPTIONAL = {"tie_word_embeddings": False}  # transformers leaves out what it takes by default
 
-# What the Transformer does not have: keys, and the values that ask for nothing.
-_NOT_THERE = {
-    "attention_bias": (False, None),
-    "hidden_act": ("silu", None),
-    "use_sliding_window": (False, None),
+# Other names for a number: transformers' own and those of other libraries.
+_ALIASES = {
+    "vocab_size": ("n_vocab",),
+    "num_hidden_layers": ("num_layers", "n_layer", "n_layers"),
+    "hidden_size": ("d_model", "n_embd", "dim"),
+    "num_attention_heads": ("num_heads", "n_head", "n_heads"),
+    "num_key_value_heads": ("num_kv_heads", "n_kv_heads", "num_query_groups"),
+    "head_dim": ("kv_channels",),
+    "intermediate_size": ("ffn_hidden_size", "n_inner", "d_ff"),
+    "rms_norm_eps": ("norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
+    "rope_theta": ("rotary_emb_base", "rope_base"),
+    "hidden_act": ("hidden_activation", "activation_function"),
+    "dtype": ("torch_dtype",),
 }
+_ROTARY_TABLES = ("rope_parameters", "rope_scaling")
+_QK_NORM = ("qk_norm", "use_qk_norm", "qk_layernorm")
+
+# The Transformer has nothing that a key with one of these words asks for: biases, dropout, windows,
+# scaled or partial rotations, experts, quantized weights.
+_ARITHMETIC = re.compile(
+    r"(?:^|_)(?:act|activation|attention|attn|bias|cap|clip|drop|dropout|experts?|factor|fp8|gate|"
+    r"layerdrop|logits?|lora|mlp|moe|multiplier|nope|norm|pct|pdrop|position|quant|quantization|"
+    r"residual|rope|rotary|router|scale|scalar|scaling|sinks?|sliding|softcap|softcapping|window)"
+    r"(?:_|$)",
+    re.IGNORECASE,
+)
+# A 1 under such a key changes nothing, but where it takes the place of attention's own scale.
+_FACTOR = re.compile(r"^(?!.*attention).*(?:factor|multiplier|pct|scaling)$", re.IGNORECASE)
+# Keys with such a word that ask for nothing here: how the library computes, and what is a limit, or
+# of use only where another key says so.
+_ASK_NOTHING = frozenset(
+    {
+        *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+        *("max_position_embeddings", "max_window_layers", "sliding_window", "layer_types"),
+        *("output_attentions", "use_flash_attn", *_ROTARY_TABLES, *_QK_NORM),
+    }
+)
+_NOTHING = (None, False, 0, 0.0, "", "default", [], {})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,6 +156,7 @@ def config_of(hf: Mapping[str, Any]) -> TransformerConfig:
     kind = hf.get("model_type")
     if kind != MODEL_TYPE:
         raise ModelError(f"model_type is {kind!r}; valid: {MODEL_TYPE!r}")
+    _check_names(hf)
     asked = _asked_for(hf)
     if asked:
         raise ModelError(f"the Transformer has no {', no '.join(asked)}")
@@ -179,23 +214,66 @@ def _check_is_qwen3(config: TransformerConfig):
         raise ModelError("qk_norm is false; a Qwen3 normalizes queries and keys")
 
 
+def _check_names(hf: Mapping[str, Any]):
+    """Raises where two keys that say one thing differ: a reader would follow one of them."""
+    different = []
+    for name, others in _ALIASES.items():
+        said = {key: hf[key] for key in (name, *others) if hf.get(key) is not None}
+        if name == "rope_theta":
+            said |= {f"{table}.rope_theta": theta for table, theta in _tabled_thetas(hf).items()}
+        if any(value != next(iter(said.values())) for value in said.values()):
+            different.append(" but ".join(f"{key} is {value!r}" for key, value in said.items()))
+    layers, kinds = hf.get("num_hidden_layers"), hf.get("layer_types")
+    if isinstance(kinds, list) and kinds and len(kinds) != layers:
+        different.append(f"num_hidden_layers is {layers!r} but layer_types has {len(kinds)}")
+    if different:
+        raise ModelError("; ".join(different))
+
+
 def _asked_for(hf: Mapping[str, Any]) -> list[str]:
     """Returns what a file asks for that the Transformer does not have."""
-    found = [
-        f"{key} {hf[key]!r}" for key, nothing in _NOT_THERE.items() if hf.get(key) not in nothing
+    known = {*_FIELDS.values(), *_ALIASES, *itertools.chain(*_ALIASES.values()), *_ASK_NOTHING}
+    activations = ("hidden_act", *_ALIASES["hidden_act"])
+    found = [f"{key} {hf[key]!r}" for key in activations if hf.get(key) not in ("silu", None)]
+    found += [f"{key} {hf[key]!r}" for key in _QK_NORM if hf.get(key) not in (True, None)]
+    found += [
+        f"{key} {value!r}"
+        for key, value in hf.items()
+        if key not in known and _changes_arithmetic(key, value)
     ]
-    for table in ("rope_scaling", "rope_parameters"):
-        scaling = hf.get(table) or {}
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind != "default":
-            found.append(f"rotary scaling {kind!r}")
+    for name in _ROTARY_TABLES:
+        table = hf.get(name) or {}
+        if not isinstance(table, Mapping):
+            found.append(f"{name} {table!r}")
+            continue
+        kinds = [table[key] for key in ("rope_type", "type") if table.get(key) is not None]
+        found += [f"rotary scaling {kind!r}" for kind in dict.fromkeys(kinds) if kind != "default"]
+        rest = set(table) - {"rope_type", "type", "rope_theta", "original_max_position_embeddings"}
+        if not found:
+            wanted = (key for key in sorted(rest) if table[key] not in (*_NOTHING, 1))
+            found += [f"{name} {key} {table[key]!r}" for key in wanted]
     other = sorted(set(hf.get("layer_types") or ()) - {"full_attention"})
     return found + [f"layer_types {name!r}" for name in other]
 
 
+def _changes_arithmetic(key: str, value: Any) -> bool:
+    if value in _NOTHING or not _ARITHMETIC.search(key):
+        return False
+    return not (_FACTOR.match(key) and value == 1 and value is not True)
+
+
+def _tabled_thetas(hf: Mapping[str, Any]) -> dict[str, Any]:
+    tables = {name: hf.get(name) for name in _ROTARY_TABLES}
+    return {
+        name: table["rope_theta"]
+        for name, table in tables.items()
+        if isinstance(table, Mapping) and table.get("rope_theta") is not None
+    }
+
+
 def _rope_theta(hf: Mapping[str, Any]) -> Any:
-    table = hf.get("rope_parameters") or {}
-    return hf.get("rope_theta", table.get("rope_theta"))
+    given = hf.get("rope_theta")
+    return next(iter(_tabled_thetas(hf).values()), None) if given is None else given
 
 
 def _has_type(value: Any, wanted: type) -> bool:

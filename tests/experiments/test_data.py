@@ -33,7 +33,7 @@ def test_no_jax_is_needed():
 
 
 def test_default_is_the_standard_library_without_tests_and_packages():
-    names = [name for name, _ in standard_library()]
+    names = [file.name for file in standard_library()]
     assert names == sorted(names) and "ast.py" in names and "json/decoder.py" in names
     for part in ("test", "tests", "site-packages", "dist-packages", "idle_test", "__pycache__"):
         assert not any(part in name.split("/") for name in names)
@@ -184,4 +184,6 @@ def test_validation_is_fixed_and_spread():
     starts = np.concatenate([batch[:, 0] for batch in made])
     assert starts[0] == 0 and starts[-1] == 5000 - 17
     assert (np.diff(starts) > 17).all()
-    assert len(validation_batches(TOKENS[:18], batch_size=4, seq_len=16, max_batches=8)) == 1
+    (short,) = validation_batches(TOKENS[:40], batch_size=4, seq_len=16, max_batches=8)
+    np.testing.assert_array_equal(short[:2, 0], [0, 40 - 17])
+    assert (short[2:] == -1).all(), "the text has two rows, and none comes twice"

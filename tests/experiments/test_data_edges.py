@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import experiments.data.corpus as corpus_module
 from experiments.data import Batches, DataError, check_corpus, load_corpus, validation_batches
 
 ROOT = Path(__file__).parents[2]
@@ -134,6 +135,57 @@ def test_text_that_is_not_there(tmp_path):
     assert "matches no file" in _refused(tmp_path / "*.rs")
 
 
+def test_a_link_to_a_folder_is_followed_once(tmp_path):
+    """Whatever the names: a folder itself comes before links to it, and no cycle is gone round."""
+    _folder(tmp_path / "elsewhere/inner", a="linked")
+    where = Path(_folder(tmp_path / "texts/sub", b="own")).parent
+    (where / "linked").symlink_to(tmp_path / "elsewhere")
+    (where / "again").symlink_to(where / "sub")  # its name is before sub's
+    (where / "sub/up").symlink_to(where)
+    (where / "sub/above").symlink_to(tmp_path)
+    (where / "broken").symlink_to(tmp_path / "nowhere")
+    corpus = load_corpus(str(where))
+    assert (corpus.num_files, corpus.skipped_files) == (2, 4)
+    text = _text(corpus.train) + _text(corpus.validation)
+    assert sorted(text.split()) == [b"linked", b"own"]
+    globbed = load_corpus(f"{where}/**/*.txt")
+    assert globbed.num_files == 2 and globbed.skipped_files > 0
+
+
+def test_a_split_by_files_that_holds_out_the_most_is_made_by_size(tmp_path):
+    _folder(tmp_path / "a", a="small", z="x" * 500)
+    corpus = load_corpus(str(tmp_path / "a"))
+    assert len(corpus.validation) == corpus.num_tokens // 10 and "cut by size" in corpus.summary
+    # Of eleven the tenth.
+    texts = _numbered(11) | {"f009": "x" * 5000}
+    corpus = load_corpus(_folder(tmp_path / "b", **texts))
+    assert len(corpus.validation) == corpus.num_tokens // 10 and corpus.is_cut_by_size
+    assert sorted(_text(corpus.train) + _text(corpus.validation)) == sorted(
+        b"".join(text.encode() + b"\n" for text in texts.values())
+    )
+    even = load_corpus(_folder(tmp_path / "c", **_numbered(11)))
+    assert not even.is_cut_by_size and "by size" not in even.summary
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_text_in_another_form_is_named(encoding, tmp_path):
+    (tmp_path / "a.txt").write_text("中文" * 50, encoding=encoding)
+    assert re.search(r"a\.txt begins with the byte order mark of UTF", _refused(tmp_path / "a.txt"))
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("text")
+    hash_of = corpus_module._hash
+
+    def hash_and_write(files, tokenizer):
+        found = hash_of(files, tokenizer)
+        (tmp_path / "a.txt").write_text("longer text")
+        return found
+
+    monkeypatch.setattr(corpus_module, "_hash", hash_and_write)
+    assert "a.txt changed while it was read" in _refused(tmp_path / "a.txt")
+
+
 def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("text")
 
@@ -174,6 +226,34 @@ def test_a_damaged_npy_header_is_refused_or_read(tmp_path):
             assert "tokens.npy" in str(error)
 
 
+def test_numbers_of_another_width(tmp_path):
+    path = tmp_path / "tokens.bin"
+    tokens = np.arange(1000, dtype=np.uint32)
+    path.write_bytes(tokens.tobytes())
+    assert "every second number is 0, as in uint32" in _refused(path)
+    assert len(load_corpus(str(path), token_dtype="uint32").train) == 900
+    path.write_bytes((tokens + 69_000).tobytes())
+    message = _refused(path, vocab_size=70_000)
+    assert "is read as uint16" in message and "--token-dtype uint32" in message
+    assert load_corpus(str(path), vocab_size=70_000, token_dtype="uint32").train[0] == 69_000
+    # A NumPy file says its own width.
+    np.save(tmp_path / "a.npy", tokens.astype(np.uint16))
+    assert load_corpus(str(tmp_path / "a.npy"), vocab_size=70_000).num_tokens == 1000
+
+
+def test_a_token_file_under_another_name(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(1000, dtype=np.uint16))
+    for name in ("a.txt", "A.NPY", "b.bin"):
+        (tmp_path / name).write_bytes((tmp_path / "a.npy").read_bytes())
+        assert load_corpus(str(tmp_path / name)).num_tokens == 1000
+    (tmp_path / "C.BIN").write_bytes(np.arange(1, 1001, dtype=np.uint16).tobytes())
+    assert load_corpus(str(tmp_path / "C.BIN")).num_tokens == 1000
+    # In a folder they are no text, whatever bytes they have.
+    folder = Path(_folder(tmp_path / "texts", a="text", b="more"))
+    (folder / "d.bin").write_bytes(b"abcd")
+    assert load_corpus(str(folder)).skipped_files == 1
+
+
 def test_bin_of_another_size_or_type(tmp_path):
     (tmp_path / "tokens.bin").write_bytes(bytes(6))
     message = _refused(tmp_path / "tokens.bin", token_dtype="uint32")
@@ -203,12 +283,14 @@ def test_validation_windows_do_not_overlap_where_there_is_room(seq_len, beyond, 
     batches = validation_batches(tokens, batch_size=batch_size, seq_len=seq_len, max_batches=most)
     assert 1 <= len(batches) <= most
     assert all(batch.shape == (batch_size, seq_len + 1) for batch in batches)
-    starts = np.concatenate(batches)[:, 0]
-    assert np.array_equal(np.concatenate(batches), starts[:, None] + np.arange(seq_len + 1))
-    if len(tokens) >= batch_size * (seq_len + 1):
-        assert (np.diff(starts) > seq_len).all()
-    if len(starts) > 1:
-        assert starts[0] == 0 and starts[-1] == len(tokens) - seq_len - 1
+    rows = np.concatenate(batches)
+    count = min(most * batch_size, len(tokens) // (seq_len + 1))
+    assert (rows[count:] == -1).all() and len(rows) - count < batch_size
+    starts = rows[:count, 0]
+    assert np.array_equal(rows[:count], starts[:, None] + np.arange(seq_len + 1))
+    assert (np.diff(starts) > seq_len).all() and starts[0] == 0
+    if count > 1:
+        assert starts[-1] == len(tokens) - seq_len - 1
 
 
 def test_too_few_tokens_for_a_window():

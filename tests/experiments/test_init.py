@@ -102,7 +102,31 @@ SHAPES = [
         "the Transformer has no hidden_act 'gelu', no use_sliding_window True, no rotary scaling "
         "'yarn'",
     ),
-    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types 'sliding_attention'"),
+    (
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        "layer_types 'sliding_attention'",
+    ),
+    ({"layer_types": ["full_attention"]}, "num_hidden_layers is 3 but layer_types has 1"),
+    # Two names for one number.
+    (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        "rope_theta is 1000000.0 but rope_parameters.rope_theta is 500000.0",
+    ),
+    ({"n_layer": 12}, "num_hidden_layers is 3 but n_layer is 12"),
+    ({"layer_norm_eps": 1e-5}, "rms_norm_eps is 1e-06 but layer_norm_eps is 1e-05"),
+    # What the Transformer does not compute, known by name or not.
+    ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "llama3"}}, "no rotary scaling 'llama3'"),
+    ({"rope_scaling": {"type": "default", "factor": 4.0}}, "no rope_scaling factor 4.0"),
+    ({"partial_rotary_factor": 0.5}, "no partial_rotary_factor 0.5"),
+    (
+        {"attention_dropout": 0.1, "resid_pdrop": 0.2},
+        "no attention_dropout 0.1, no resid_pdrop 0.2",
+    ),
+    ({"attn_logit_softcapping": 50.0}, "no attn_logit_softcapping 50.0"),
+    ({"attention_multiplier": 1.0}, "no attention_multiplier 1.0"),
+    ({"mlp_bias": True, "num_experts": 8}, "no mlp_bias True, no num_experts 8"),
+    ({"quantization_config": {"bits": 4}}, "no quantization_config {'bits': 4}"),
+    ({"use_qk_norm": False}, "no use_qk_norm False"),
 ]
 
 
@@ -112,6 +136,19 @@ def test_a_config_json_of_another_model(changes, message, tmp_path):
     with pytest.raises(ConfigError) as caught:
         read_shape(tmp_path)
     assert message in str(caught.value) and str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_keys_that_ask_for_nothing_are_no_matter(tmp_path):
+    nothing = {
+        **{"sliding_window": 4096, "max_window_layers": 28, "attention_dropout": 0.0},
+        **{"rope_scaling": {"type": "default", "rope_theta": 1e6}, "partial_rotary_factor": 1.0},
+        **{"_attn_implementation": "sdpa", "pruned_heads": {}, "num_experts": 0, "use_cache": True},
+        **{"embedding_multiplier": 1.0, "logits_scaling": 1, "qk_norm": True, "n_layer": 3},
+        **{"temperature": 0.6, "mask_token_id": 7, "layer_types": ["full_attention"] * 3},
+        **{"quantization_config": None, "initializer_range": 0.02},
+    }
+    hf_folders.write(tmp_path, **nothing)
+    assert qwen3.shape(read_shape(tmp_path)) == qwen3.shape(hf_folders.CONFIG)
 
 
 def test_newer_files_have_a_table_for_rotary_positions(tmp_path):

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.data import DataError, load_corpus
-from experiments.data.documents import join, read_documents, starts_in
+from experiments.data import DataError, check_corpus, load_corpus
+from experiments.data.documents import starts_in
 from experiments.data.packed import PackedBatches, PackedRows, packed_validation_batches
+from tests.experiments.packing import join
 
 
 def rows_of(lengths, seq_len) -> PackedRows:
@@ -79,6 +80,10 @@ def test_parts_of_a_batch_are_its_rows():
 
 def test_validation_rows_are_fixed_and_spread():
     rows = rows_of([5] * 40, seq_len=8)
+    short = packed_validation_batches(rows, batch_size=50, max_batches=2)
+    ((tokens, ids),) = short
+    assert len(np.unique(tokens[:24, 0])) == len(rows) == 24
+    assert (tokens[24:] == -1).all() and (ids[24:] == -1).all()
     batches = packed_validation_batches(rows, batch_size=3, max_batches=2)
     assert [tokens.shape for tokens, _ in batches] == [(3, 9)] * 2
     assert batches[0][0][0, 0] == 0 and batches[1][0][-1, 0] == rows[len(rows) - 1][0][0]
@@ -87,11 +92,18 @@ def test_validation_rows_are_fixed_and_spread():
 LINES = '{"text": "ab", "id": 7}\n\n{"tokens": [300, 5]}\n{"text": ""}\n{"tokens": []}\n'
 
 
-def test_lines_are_documents():
-    found = read_documents([("x.jsonl", LINES.encode()), ("y.txt", b"cd")], None, None)
-    assert [list(document) for document in found] == [[97, 98, 10], [300, 5], [99, 100, 10]]
-    found = read_documents([("x.jsonl", LINES.encode())], None, 256)
-    assert [list(document) for document in found] == [[97, 98, 256], [300, 5]]
+def documents_of(where, end_token) -> list[list[int]]:
+    """Returns the documents of a packed corpus, of both parts."""
+    corpus = load_corpus(str(where), pack=True, end_token=end_token)
+    parts = [(corpus.train, corpus.train_starts), (corpus.validation, corpus.validation_starts)]
+    return [list(one) for tokens, starts in parts for one in np.split(tokens, starts[1:])]
+
+
+def test_lines_are_documents(tmp_path):
+    (tmp_path / "x.jsonl").write_text(LINES)
+    (tmp_path / "y.txt").write_text("cd")
+    assert documents_of(tmp_path, None) == [[97, 98, 10], [300, 5], [99, 100, 10]]
+    assert documents_of(tmp_path, 256) == [[97, 98, 256], [300, 5], [99, 100, 256]]
 
 
 WRONG = [
@@ -105,6 +117,7 @@ WRONG = [
     ("1\n2\n3\n4\n5", "line 3: a document"),
     ("1\n2\n3\n4\n5", "; 2 more"),
     (b'{"text": "\xff"}', "line 1: 'utf-8' codec"),
+    ('{"text": "\\ud800"}', "line 1: 'utf-8' codec can't encode character"),
 ]
 
 
@@ -144,8 +157,63 @@ def test_a_token_file_is_cut_between_documents(tmp_path):
     assert len(whole.train) == 90 and list(whole.validation_starts) == [0]
 
 
-def test_json_lines_are_not_trained_on_as_text(tmp_path):
+@pytest.mark.parametrize("end_token, count", [(0, 4), (9, 1), (None, 1)])
+def test_an_end_token_that_never_occurs(end_token, count, tmp_path):
+    path = tmp_path / "x.npy"
+    np.save(path, np.array([5, 0, 6, 7, 0, 0, 8] + [1] * 33, np.uint16))
+    if end_token == 9:
+        with pytest.raises(DataError, match=r"end token 9 is nowhere in '.*x\.npy'.*--end-token"):
+            load_corpus(str(path), pack=True, end_token=end_token)
+    else:
+        corpus = load_corpus(str(path), pack=True, end_token=end_token)
+        assert len(corpus.train_starts) == count
+    # Whoever ends with it has one document.
+    np.save(path, np.array([5] * 39 + [9], np.uint16))
+    assert len(load_corpus(str(path), pack=True, end_token=9).train_starts) == 1
+
+
+def test_documents_of_one_token_have_nothing_to_predict(tmp_path):
     path = tmp_path / "x.jsonl"
-    path.write_text(LINES)
-    with pytest.raises(DataError, match="is JSON Lines; --pack reads its documents"):
+    path.write_text('{"tokens": [1]}\n' * 200)
+    corpus = load_corpus(str(path), pack=True)
+    with pytest.raises(DataError, match="no document of the train part has a second token"):
+        check_corpus(corpus, seq_len=8, vocab_size=256)
+    path.write_text('{"tokens": [1]}\n' * 100 + '{"tokens": [1, 2]}\n' * 100)
+    check_corpus(load_corpus(str(path), pack=True), seq_len=8, vocab_size=256)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.JSONL", "x.ndjson", "x.json", "x.txt", "x"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_json_lines_are_told_by_their_first_line(name, mark, tmp_path):
+    """Alone or beside other text, they are read as documents or not at all."""
+    path = tmp_path / name
+    path.write_bytes(mark + LINES.replace("\n", "\r\n").encode())
+    assert documents_of(path, None) == [[97, 98, 10], [300, 5]]
+    with pytest.raises(DataError, match=rf"{name} is JSON Lines; --pack reads its documents"):
         load_corpus(str(path))
+    (tmp_path / "README.md").write_text("About these files")
+    with pytest.raises(DataError, match=rf"{name} is JSON Lines"):
+        load_corpus(str(tmp_path))
+
+
+NOT_LINES = ['{"name": "a", "version": 1}', '{\n  "text": "a"\n}', "{}", "{ return 1 }\n{ 2 }"]
+
+
+@pytest.mark.parametrize("text", NOT_LINES)
+def test_other_text_with_braces_is_text(text, tmp_path):
+    (tmp_path / "x.json").write_text(text)
+    assert load_corpus(str(tmp_path / "x.json")).num_tokens == len(text)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"content": "a"}\n{"content": "b"}', "is JSON Lines"),
+        ('{"text": "a\n{"text": "b"}', "is JSON Lines"),  # torn
+        ('[{"text": "a"},\n{"text": "b"}]', "is one JSON array of documents"),
+    ],
+)
+def test_markup_around_documents_is_not_trained_on(text, message, tmp_path):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(DataError, match=message):
+        load_corpus(str(tmp_path / "x.json"))

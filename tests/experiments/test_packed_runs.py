@@ -11,13 +11,18 @@ import pytest
 
 from experiments.cli import main
 from experiments.config import OptimizerConfig, TrainConfig
-from experiments.data import PackedRows, load_corpus
-from experiments.data.documents import join
+from experiments.data import (
+    PackedRows,
+    load_corpus,
+    packed_validation_batches,
+    validation_batches,
+)
 from experiments.loop import run
 from experiments.step import init_state, make_train_step, make_validation_step
 from experiments.train import train
 from jaxckpt.models import Transformer, TransformerConfig, next_token_loss
 from tests.experiments import runs
+from tests.experiments.packing import join
 from tests.transforms.cases import relative_error
 
 MODEL = TransformerConfig(
@@ -94,6 +99,26 @@ def test_a_packed_batch_is_its_documents_alone():
     tokens, ids = batch()
     loss, counted = validate()(params, (tokens, 0 * ids))
     assert counted == 4 * 24 and abs(loss - want[0]) > 1e-4
+
+
+def test_a_validation_counts_each_row_once():
+    """Two rows in batches of four: the mean is that of the two, packed or not."""
+    tokens = np.random.default_rng(0).integers(0, 256, 52)
+    rows = PackedRows(tokens=tokens[:49], starts=np.array([0, 7, 30]), seq_len=24)
+    params = first_state().params
+    of_rows = [validate()(params, tuple(part[None] for part in rows[row])) for row in (0, 1)]
+    (short,) = packed_validation_batches(rows, batch_size=4, max_batches=3)
+    loss, count = validate()(params, short)
+    assert count == sum(count for _, count in of_rows) == 2 * 24 - 2
+    want = sum(loss * count for loss, count in of_rows) / count
+    np.testing.assert_allclose(loss, want, rtol=1e-6)
+    plain = jax.jit(make_validation_step(dataclasses.replace(CONFIG, pack=False)))
+    windows = validation_batches(tokens, batch_size=1, seq_len=24, max_batches=9)
+    (short,) = validation_batches(tokens, batch_size=4, seq_len=24, max_batches=9)
+    loss, count = plain(params, short)
+    assert count == 2 * 24 and len(windows) == 2
+    want = np.mean([plain(params, window)[0] for window in windows])
+    np.testing.assert_allclose(loss, want, rtol=1e-6)
 
 
 def test_a_batch_whose_documents_have_one_token_has_no_loss():

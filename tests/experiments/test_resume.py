@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 
 import numpy as np
@@ -44,6 +45,35 @@ def test_a_run_goes_on_bit_equal_under_another_plan(plan, whole, cache, tmp_path
     assert runs.checkpoint(tmp_path / "run")[0] == 12
     state, expected = runs.checkpoint(tmp_path / "run")[1], runs.checkpoint(whole)[1]
     assert all((state[name] == expected[name]).all() for name in expected)
+
+
+def test_a_decay_that_follows_the_steps_goes_on_with_them(cache, tmp_path):
+    out = f"--out={tmp_path / 'run'}"
+    runs.train("--steps=2", "--save-every=1", out, cache=cache)
+    text = runs.train("--steps=4", "--save-every=1", out, "--resume", cache=cache)
+    assert "the learning rate decays over 4 steps, before over 2" in text
+    assert [step for step, _ in runs.losses(tmp_path / "run")][-2:] == [4, 4]
+    # A decay that was set is not a consequence of the steps.
+    err = refused("--steps=4", "--decay-steps=9", out, "--resume", cache=cache)
+    assert "optimizer.decay_steps was 4, is 9" in err
+
+
+@pytest.mark.heavy
+def test_a_run_on_a_mesh_goes_on_for_more_steps_on_another(cache, tmp_path):
+    """The two commands of docs/many_chips.md, at a size for a test."""
+    page = (runs.ROOT / "docs/many_chips.md").read_text()
+    pattern = r"^python -m experiments.train (.*--out runs/a.*)$"
+    commands = [line.split() for line in re.findall(pattern, page, re.MULTILINE)]
+    assert len(commands) == 2
+    small: dict[str, str] = {"100": "4", "50": "2", "200": "8", "runs/a": str(tmp_path / "run")}
+    for words in commands:
+        runs.train(*_joined([small.get(word, word) for word in words]), cache=cache, devices=8)
+    assert runs.last_step(tmp_path / "run") == 8
+
+
+def _joined(words: list[str]) -> list[str]:
+    """Returns flags with their values as single words, `--steps=4`."""
+    return " ".join(words).replace(" --", "\0--").replace(" ", "=").split("\0")
 
 
 @pytest.mark.heavy
@@ -168,7 +198,7 @@ DIFFERENT = [
     (["--d-model=24"], "model.d_model was 16, is 24"),
     (["--learning-rate=0.5"], "optimizer.learning_rate was 0.003, is 0.5"),
     (["--seed=3", "--batch-size=8"], "batch_size was 4, is 8; seed was 0, is 3"),
-    (["--steps=13"], "optimizer.decay_steps was 12, is 13"),
+    (["--decay-steps=13"], "optimizer.decay_steps was 12, is 13"),
     (["--data=README.md"], "corpus was"),
 ]
 

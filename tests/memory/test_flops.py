@@ -18,12 +18,12 @@ def cudnn(monkeypatch):
     trace_cudnn(monkeypatch)
 
 
-def traced(fn, *shapes, grad: bool = False):
+def traced(fn, *shapes, grad: bool = False, masked: bool = False):
     """Returns the FLOPs of a bfloat16 function, or of its gradient."""
     args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     scalar = lambda *args: fn(*args).astype(jnp.float32).sum()
     run = jax.grad(scalar, argnums=tuple(range(len(args)))) if grad else fn
-    return count_flops(jax.make_jaxpr(run)(*args))
+    return count_flops(jax.make_jaxpr(run)(*args), masked=masked)
 
 
 SHAPES = ((BATCH, SIZE, HEADS, HEAD_DIM), *[(BATCH, SIZE, KV_HEADS, HEAD_DIM)] * 2)
@@ -36,6 +36,15 @@ def test_cudnn_attention_counts_what_its_kernel_runs(cudnn):
     assert traced(attention, *SHAPES, grad=True) == (2 + 5) * PRODUCT
     assert traced(causal, *SHAPES, grad=True) == (2 + 5) * PRODUCT // 2
     assert traced(jax.checkpoint(causal), *SHAPES, grad=True) == (2 + 2 + 5) * PRODUCT // 2
+
+
+def test_what_a_mask_hides_counts_where_it_is_asked_for(cudnn):
+    window = functools.partial(causal, local_window_size=(15, 0))
+    for one in (attention, causal, window):
+        assert traced(one, *SHAPES, masked=True) == 2 * PRODUCT
+        assert traced(one, *SHAPES, grad=True, masked=True) == (2 + 5) * PRODUCT
+    in_loop = lambda q, k, v: jax.lax.fori_loop(0, 3, lambda _, q: causal(q, k, v), q)
+    assert traced(in_loop, *SHAPES, masked=True) == 3 * 2 * PRODUCT
 
 
 def test_cudnn_attention_with_a_window_counts_the_window(cudnn):
@@ -73,6 +82,7 @@ def test_splash_attention_counts_the_blocks_that_its_mask_leaves():
     # Blocks of 128: 36 of 8 x 8 touch the lower triangle.
     assert traced(lower, *shapes) == 2 * product * 36 // 64
     assert traced(jax.jit(lower), *shapes) == 2 * product * 36 // 64
+    assert traced(lower, *shapes, masked=True) == traced(full, *shapes)
     in_loop = lambda q, k, v: jax.lax.fori_loop(
         0, 3, lambda _, q: lower(q, k, v).astype(q.dtype), q
     )
