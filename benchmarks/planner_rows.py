@@ -21,11 +21,11 @@ from jaxckpt.memory.built_step import BuiltStep
 from jaxckpt.memory.flops import count_flops
 from jaxckpt.memory.measure import compile_step
 from jaxckpt.memory.report import MemoryReport
+from jaxckpt.memory.roofline import UNKNOWN, rates_of
 from jaxckpt.memory.targets import parse_target
 from jaxckpt.memory.worker import get_topology, measure_built
 from jaxckpt.planner.fit import answer
 from jaxckpt.planner.problem import Problem
-from jaxckpt.planner.rates import rates_of
 from jaxckpt.planner.result import BudgetError
 from jaxckpt.planner.steps import Steps
 from jaxckpt.plans import Plan
@@ -38,7 +38,7 @@ def rows(case: Case, done: Sequence[int]) -> Iterator[dict[str, Any]]:
     compiler = _Compiler(case)
     steps = compiler.steps
     started = time.perf_counter()
-    rates = rates_of(parse_target(case.target))
+    rates = rates_of(parse_target(case.target)) or UNKNOWN
     problem = Problem.of(steps, compiler.model.num_blocks, rates, None)
     rungs = problem.ladder()
     traced = time.perf_counter() - started - compiler.seconds

@@ -18,12 +18,12 @@ import jax
 
 from jaxckpt.memory import absent, cache, launch, statistics, traveling
 from jaxckpt.memory.built_step import BuiltStep, annotate
-from jaxckpt.memory.chips import chip_of_device
 from jaxckpt.memory.flops import count_flops
 from jaxckpt.memory.links import links_of
+from jaxckpt.memory.present import chip_of
 from jaxckpt.memory.report import MemoryReport
-from jaxckpt.memory.roofline import Rates
-from jaxckpt.memory.targets import Target, parse_target
+from jaxckpt.memory.roofline import rates_of
+from jaxckpt.memory.targets import LOCAL, Target, parse_target
 
 _EXECUTABLES = "jax_compilation_cache_dir"  # an attribute that JAX's types do not have
 
@@ -101,13 +101,7 @@ def compile_step(step: BuiltStep):
     report, compiled = _compile_here(traced, step.compiler_options)
     # Elsewhere the compiler merges and splits products, and unrolled remat is kept.
     text = compiled.as_text if jax.default_backend() == "cpu" else None
-    return compiled, annotate(step, traced.jaxpr, report, rates=local_rates(), compiled_text=text)
-
-
-def local_rates() -> Rates | None:
-    """Returns the rates of this process's first device; None for one that is not in the table."""
-    chip = chip_of_device(jax.devices()[0].device_kind)
-    return None if chip is None else Rates.of_chip(chip)
+    return compiled, annotate(step, traced.jaxpr, report, rates=rates_of(LOCAL), compiled_text=text)
 
 
 def _measure_here(jitted: Callable, args: Sequence) -> MemoryReport:
@@ -117,7 +111,7 @@ def _measure_here(jitted: Callable, args: Sequence) -> MemoryReport:
 
 def _compile_here(traced, options: Mapping[str, int | str] | None = None):
     """Returns the report of a traced function, and its executable."""
-    lowered, chip = traced.lower(), chip_of_device(jax.devices()[0].device_kind)
+    lowered, chip = traced.lower(), chip_of(LOCAL)
     with tempfile.TemporaryDirectory(prefix="jaxckpt-") as dump:
         started = time.perf_counter()
         compiled = lowered.compile(compiler_options={"xla_dump_to": dump, **(options or {})})

@@ -17,13 +17,14 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jaxckpt.memory.present import chip_of
+from jaxckpt.memory.roofline import UNKNOWN, rates_of
 from jaxckpt.memory.targets import Target, parse_target
 from jaxckpt.planner.budgets import budget_bytes, check_asked, host_bytes
 from jaxckpt.planner.ladder import Rung
 from jaxckpt.planner.named_stacks import check_blocks
 from jaxckpt.planner.offload_check import verdict
 from jaxckpt.planner.problem import Problem
-from jaxckpt.planner.rates import chip_of, rates_of
 from jaxckpt.planner.result import BudgetError, FitResult
 from jaxckpt.planner.search import search
 from jaxckpt.planner.several import SeveralProblem
@@ -113,7 +114,7 @@ def solve(
     """
     is_one = not isinstance(num_blocks, Mapping)
     full = Plan.parse("full") if is_one else PlanSet.same(num_blocks, "full")
-    rates = rates_of(target).times(steps.num_devices(full))
+    rates = (rates_of(target) or UNKNOWN).times(steps.num_devices(full))
     allowed = 0
     found: dict[str, Any] = {"clock": _CALIBRATED} if calibrate else {}
     if host_budget:

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxckpt.memory.roofline import rates_of
 from jaxckpt.memory.targets import parse_target
 from jaxckpt.models import Transformer, TransformerConfig
 from jaxckpt.planner.frontier import Graph, proposals
 from jaxckpt.planner.problem import Problem
-from jaxckpt.planner.rates import rates_of
 from jaxckpt.planner.stacks import Stack
 from jaxckpt.planner.steps import Steps
 from jaxckpt.plans import Plan
