@@ -73,7 +73,7 @@ def least_bytes(problem: Problem, rungs) -> int:
 def _fixed(steps: Steps, budget: int) -> dict[str, Any]:
     """Returns the fixed plan of the device alone within the budget that recomputes least."""
     on_device = (Plan.parse(text) for text in fixed() if "offload" not in text)
-    plans = sorted(on_device, key=lambda plan: count_flops(steps.trace(plan)[0]))
+    plans = sorted(on_device, key=lambda plan: count_flops(steps.trace(plan).jaxpr))
     for plan in plans:
         report = steps.report(plan)
         if report.peak_bytes <= budget:

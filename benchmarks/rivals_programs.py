@@ -83,7 +83,7 @@ class Programs:
             error=first_line(error),
         )
         try:
-            text = program_text(self.steps.trace(Plan.parse(plan))[0])
+            text = program_text(self.steps.trace(Plan.parse(plan)).jaxpr)
         except (ValueError, RuntimeError) as error:
             return failed(error)
         if text not in self._by_text:

@@ -8,11 +8,11 @@ need not be there (`absent.py`).
 """
 
 import dataclasses
-import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -69,11 +69,11 @@ def measure(
       (262144, 262144, 33554432)
     """
     target = parse_target(target)
-    jitted = _jitted(fn, donate_argnums, static_argnums)
+    made = jitted(fn, donate_argnums, static_argnums)
     if target.backend == "local":
-        return _measure_here(jitted, args)
+        return _measure_here(made, args)
     launch.check_available(target)
-    traveler = traveling.pack(jitted, args, target.backend)
+    traveler = traveling.pack(made, args, target.backend)
     return absent.measure_program(
         traveler.program,
         target=target,
@@ -85,7 +85,8 @@ def measure(
     )
 
 
-def _jitted(fn: Callable, donate_argnums, static_argnums) -> Callable:
+def jitted(fn: Callable, donate_argnums=(), static_argnums=()) -> Any:
+    """Returns the function that `measure` compiles, of its arguments."""
     if hasattr(fn, "trace") and donate_argnums == () and static_argnums == ():
         return fn
     return jax.jit(fn, donate_argnums=donate_argnums, static_argnums=static_argnums)
@@ -104,8 +105,8 @@ def compile_step(step: BuiltStep):
     return compiled, annotate(step, traced.jaxpr, report, rates=rates_of(LOCAL), compiled_text=text)
 
 
-def _measure_here(jitted: Callable, args: Sequence) -> MemoryReport:
-    report, _ = _compile_here(jitted.trace(*args))
+def _measure_here(made: Any, args: Sequence) -> MemoryReport:
+    report, _ = _compile_here(made.trace(*args))
     return report
 
 
@@ -126,6 +127,18 @@ def _compile_here(traced, options: Mapping[str, int | str] | None = None):
     return _with_buffers(report, lowered, options), compiled
 
 
+def program_key(lowered, **parts: Any) -> str:
+    """Returns the name of a result of a program that this process's backend compiles.
+
+    Args:
+      lowered: The program: `jax.jit(f).lower(...)`. Its text has the shardings of arguments and
+        results, donations, and the values of static arguments.
+      **parts: What else the result depends on, JSON values.
+    """
+    sources = cache.digest_of_sources({"jaxckpt.memory"})
+    return cache.key(program=lowered.as_text(), sources=sources, **cache.here(), **parts)
+
+
 def _with_buffers(report: MemoryReport, lowered, options) -> MemoryReport:
     """Returns a report that names its buffers, though JAX read the executable from its own cache.
 
@@ -133,9 +146,7 @@ def _with_buffers(report: MemoryReport, lowered, options) -> MemoryReport:
     """
     if not getattr(jax.config, _EXECUTABLES):
         return report
-    device = jax.devices()[0].device_kind
-    program = hashlib.sha256(lowered.as_text().encode()).hexdigest()
-    name = cache.key(kind="buffers", program=program, options=dict(options or {}), device=device)
+    name = program_key(lowered, kind="buffers", options=dict(options or {}))
     if report.buffers:
         cache.store(name, report)
         return report

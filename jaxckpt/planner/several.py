@@ -147,12 +147,12 @@ class SeveralProblem:
             for name, stacks in found.items()
         )
         full, none = (PlanSet.same(num_blocks, plan) for plan in ("full", "none"))
-        step_flops = [count_flops(steps.trace(plan)[0]) for plan in (full, none)]
+        step_flops = [count_flops(steps.trace(plan).jaxpr) for plan in (full, none)]
         of_full, of_none = (_plain_joint(parts, schedule) for schedule in ("full", "none"))
         runs = runs_of(step_flops[0] - step_flops[1], of_full.flops - of_none.flops)
         peaks = [steps.report(plan).peak_bytes for plan in (full, none)]
         offset = peaks[0] - of_full.worst_bytes
-        seconds = estimate(steps.trace(full)[0], rates).seconds
+        seconds = estimate(steps.trace(full).jaxpr, rates).seconds
         parts = tuple(
             part.timed(clocks[part.name], rates) if clocks else part
             for part in _calibrated(parts, peaks[1] - offset)

@@ -1,8 +1,7 @@
-"""The stacks of a step: found by tracing it, or given by the user.
+"""A stack of a step as data for the planner: found by tracing it (`places.py`), or given.
 
-`scan_blocks` tells who watches (`transforms.observers`), so a stack is found however deep in a
-model it is run, and through Linen's and NNX's adapters. A block is made into a closed function of
-abstract leaves at once, while what it closes over can still be traced.
+A block is made into a closed function of abstract leaves at once, while what it closes over can
+still be traced.
 """
 
 import dataclasses
@@ -11,13 +10,9 @@ from typing import Any
 
 import jax
 
-from jaxckpt.plans import Plan, PlanError, as_plan
-from jaxckpt.plans.actions import Schedule
-from jaxckpt.plans.plan_set import PlanSet
 from jaxckpt.transforms import tags
 from jaxckpt.transforms.blocks import first_block
 from jaxckpt.transforms.hoisting import hoist
-from jaxckpt.transforms.observers import StackCall
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +52,7 @@ class Stack:
 
     @property
     def shape(self) -> tuple:
-        """What makes two stacks the same to the planner."""
+        """What makes two stacks weigh the same."""
         text = lambda leaves: tuple((tuple(x.shape), str(x.dtype)) for x in leaves)
         return (self.num_blocks, text(self.carry), text(self.params), text(self.consts))
 
@@ -72,58 +67,6 @@ class Stack:
             consts=tags.abstract(hoisted.consts),
             num_blocks=num_blocks,
         )
-
-
-class Finder:
-    """Collects the stacks that follow a plan while a step is traced; hand it to `observed`.
-
-    Attributes:
-      stacks: Those that run under the plan, each once.
-      others: What other stacks ran under, as text.
-      calls: Of each stack, how many other calls came before its first.
-      names: Of each stack, whose plan it runs under; of plans that are equal, the first.
-    """
-
-    def __init__(self, plan: Plan | PlanSet):
-        self.plans = plan if isinstance(plan, PlanSet) else {"": plan}
-        self.stacks: list[Stack] = []
-        self.others: list[str] = []
-        self.names: list[str] = []
-        self.calls: list[int] = []
-        self._seen: set[tuple] = set()
-        self._count = 0
-
-    def __call__(self, call: StackCall):
-        """Takes note of one call of `scan_blocks`."""
-        self._count += 1
-        name = self._followed(call)
-        if name is None:
-            self.others.append(str(call.remat))
-            return
-        stack = Stack.of(call.block, call.params, call.carry, call.consts, call.num_blocks)
-        stack = dataclasses.replace(stack, unroll=call.unroll)
-        # A step's parts may be traced more than once; equal stacks weigh the same in every plan.
-        if (name, stack.shape) not in self._seen:
-            self._seen.add((name, stack.shape))
-            self.stacks.append(stack)
-            self.names.append(name)
-            self.calls.append(self._count)
-
-    def _followed(self, call: StackCall) -> str | None:
-        """Returns the name of the plan that a call runs under, or None."""
-        if isinstance(call.remat, Schedule):
-            return None
-        given = as_plan(call.remat).bind(call.num_blocks)
-        bound = ((name, _bound(plan, call.num_blocks)) for name, plan in self.plans.items())
-        return next((name for name, plan in bound if plan == given), None)
-
-
-def _bound(plan: Plan, num_blocks: int) -> Plan | None:
-    """Returns a plan for a number of blocks, or None where it is for another number."""
-    try:
-        return plan.bind(num_blocks)
-    except PlanError:
-        return None
 
 
 def given_stack(block: Sequence, num_blocks: int, name: str = "block") -> Stack:

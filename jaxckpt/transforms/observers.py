@@ -1,16 +1,21 @@
 """Watching stacks: who wants to know which blocks a function runs is told while it is traced.
 
-    with observed(seen.append):
+    with observed(watch):
         jax.make_jaxpr(train_step)(state, batch)
 
-A planner learns a step's blocks this way, however deep inside a model they are run.
+A planner learns a step's blocks this way, however deep inside a model they are run. A part of a
+step may be traced more than once, or once for several places. So a watcher gets to mark the stack's
+input: what the jaxpr has in the end is what runs.
 """
 
 import contextlib
 import contextvars
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from jaxckpt.plans import Plan
 from jaxckpt.plans.actions import Schedule
@@ -39,23 +44,29 @@ class StackCall:
     unroll: int
 
 
-_OBSERVER: contextvars.ContextVar[Callable[[StackCall], None] | None] = contextvars.ContextVar(
+# Returns the carry to go on with: the call's own, or the same under a mark.
+Observer = Callable[[StackCall], Any]
+
+_OBSERVER: contextvars.ContextVar[Observer | None] = contextvars.ContextVar(
     "jaxckpt_stack_observer", default=None
 )
+_COUNT = itertools.count()
 
 
 @contextlib.contextmanager
-def observed(observer: Callable[[StackCall], None] | None) -> Iterator[None]:
+def observed(observer: Observer | None) -> Iterator[None]:
     """A context in which every `scan_blocks` calls `observer`; None stops an outer one's view."""
     token = _OBSERVER.set(observer)
     try:
-        yield
+        # Inner functions under `jax.jit` that were traced before would be taken from JAX's cache,
+        # unseen; its key has these metadata. They go no further than the jaxpr.
+        with set_xla_metadata(jaxckpt_observed=str(next(_COUNT))):
+            yield
     finally:
         _OBSERVER.reset(token)
 
 
-def tell(**fields):
-    """Hands a `StackCall` of these fields to the observer, if there is one."""
+def tell(**fields) -> Any:
+    """Hands a `StackCall` of these fields to the observer, if any; returns the carry to use."""
     observer = _OBSERVER.get()
-    if observer is not None:
-        observer(StackCall(**fields))
+    return fields["carry"] if observer is None else observer(StackCall(**fields))

@@ -73,7 +73,7 @@ def scan_blocks(
         raise ValueError(f"unroll is a whole number of blocks, at least 1, not {unroll!r}")
     num_blocks = stack_length(params)
     one = (tags.abstract(carry), first_block(params), *tags.abstract(consts))
-    observers.tell(
+    carry = observers.tell(
         block=block,
         params=params,
         carry=carry,

@@ -14,6 +14,7 @@ from jaxckpt.memory.roofline import rates_of
 from jaxckpt.memory.targets import parse_target
 from jaxckpt.models import Transformer, TransformerConfig
 from jaxckpt.planner.frontier import Graph, proposals
+from jaxckpt.planner.places import places
 from jaxckpt.planner.problem import Problem
 from jaxckpt.planner.stacks import Stack
 from jaxckpt.planner.steps import Steps
@@ -70,7 +71,8 @@ def test_eighty_blocks_are_planned_in_ten_seconds():
 
 
 def test_the_program_of_a_transformer_block_takes_less_than_five_seconds():
-    (stack,) = steps(28).trace(Plan.parse("full"))[1].stacks
+    (place,) = places(steps(28).trace(Plan.parse("full")).phases)
+    stack = place.call.stack
     assert isinstance(stack, Stack)
     start = time.process_time()
     found = list(proposals(Graph.of(stack, RATES)))
