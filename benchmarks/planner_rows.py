@@ -42,12 +42,10 @@ def rows(case: Case, done: Sequence[int]) -> Iterator[dict[str, Any]]:
     problem = Problem.of(steps, compiler.model.num_blocks, rates, None)
     rungs = problem.ladder()
     traced = time.perf_counter() - started - compiler.seconds
-    anchors = dict(steps.compiled)
     budgets = np.linspace(steps.report(_NONE).peak_bytes, least_bytes(problem, rungs), case.budgets)
     for place, budget in enumerate(map(int, budgets)):
         if place in done:
             continue
-        steps.compiled = dict(anchors)  # each budget is planned for as if it were the only one
         before, started = compiler.seconds, time.perf_counter()
         found = answer(problem, rungs, budget)
         seconds = time.perf_counter() - started - (compiler.seconds - before)

@@ -6,7 +6,7 @@ Everything here is of a step and not of a budget: `Problem.ladder` has the plans
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -87,6 +87,7 @@ class Problem:
           host_bytes: What a plan may have on the host.
           timed: Whether a block is timed on this process's device.
         """
+        steps = steps.apart()  # what else was compiled of them is no part of this problem
         stacks, seconds, flops = _stacks(steps, num_blocks, rates, block)
         clock = calibrate(stacks) if timed else None
         rates = rates if clock is None else clock.link(rates)
@@ -126,6 +127,10 @@ class Problem:
             host_bytes=host_bytes,
             link=link_of(rates, 1 if timed else steps.num_devices(_FULL)),
         )
+
+    def apart(self, plans: Iterable[Plan]) -> "Problem":
+        """Returns the problem as it is if some plans are compiled and no others."""
+        return dataclasses.replace(self, steps=self.steps.apart(plans))
 
     def peak(self, plan: Plan) -> int:
         """Returns the compiled peak of a plan."""

@@ -60,6 +60,7 @@ class FitResult:
       clock: Whose seconds they are.
       offload: Whether values could be moved to the host there, and why, as text; empty where it was
         not asked.
+      left_out: Plans under which the step does not run, each with the error, as text.
     """
 
     plan: Plan | PlanSet
@@ -73,6 +74,7 @@ class FitResult:
     host_budget_bytes: int = 0
     clock: str = "the roofline"
     offload: str = ""
+    left_out: tuple[str, ...] = ()
 
     @property
     def table(self) -> tuple[Candidate, ...]:
@@ -93,6 +95,7 @@ class FitResult:
             "host_budget_bytes": self.host_budget_bytes,
             "clock": self.clock,
             "offload": self.offload,
+            "left_out": list(self.left_out),
         }
 
     @classmethod
@@ -109,6 +112,7 @@ class FitResult:
             "candidates": candidates,
             "chosen": candidates[values["chosen"]],
             "keeps": tuple(values["keeps"]),
+            "left_out": tuple(values["left_out"]),
         }
         return cls(**(values | made))
 
@@ -128,6 +132,7 @@ class FitResult:
             *(f"  keeps      {text}" for text in self.keeps),
             *self._of_host(),
             f"  why        {self.why}",
+            *(f"  left out   {text}" for text in self.left_out),
         ]
         return "\n".join(lines)
 

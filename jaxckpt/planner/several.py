@@ -10,7 +10,7 @@ hold is shared as the budget is.
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxckpt.memory.flops import count_flops
@@ -138,6 +138,7 @@ class SeveralProblem:
         timed: bool = False,
     ) -> "SeveralProblem":
         """Traces the step, costs its blocks and compiles its anchors; arguments as of `Problem`."""
+        steps = steps.apart()  # what else was compiled of them is no part of this problem
         found = named_stacks(steps, num_blocks, blocks)
         clocks = {name: calibrate(stacks) for name, stacks in found.items()} if timed else {}
         for clock in clocks.values():  # each has timed the same link
@@ -167,6 +168,10 @@ class SeveralProblem:
             host_bytes=host_bytes,
             link=link_of(rates, 1 if timed else steps.num_devices(full)),
         )
+
+    def apart(self, plans: Iterable[PlanSet]) -> "SeveralProblem":
+        """Returns the problem as it is if some plans are compiled and no others."""
+        return dataclasses.replace(self, steps=self.steps.apart(plans))
 
     def peak(self, plan: PlanSet) -> int:
         """Returns the compiled peak of a plan for each stack."""

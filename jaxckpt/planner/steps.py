@@ -1,7 +1,8 @@
 """A user's `step_for`, asked for the step of a plan: traced, compiled, and each plan once."""
 
+import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -66,6 +67,13 @@ class Steps:
         self._report_of = report_of or self._measured
         self._traced: dict[Plan | PlanSet, Trace] = {}
         self.compiled: dict[Plan | PlanSet, MemoryReport] = {}
+
+    def apart(self, plans: Iterable[Plan | PlanSet] = ()) -> "Steps":
+        """Returns steps that know the reports of some plans, and ask these for all others."""
+        made = copy.copy(self)
+        made.compiled = {plan: self.report(plan) for plan in plans}
+        made._report_of = self.report
+        return made
 
     def step(self, plan: Plan | PlanSet) -> Step:
         """Returns the step of a plan.
