@@ -98,10 +98,13 @@ class Problem:
         reports = [steps.report(plan) for plan in (_FULL, _NONE)]
         peaks = [report.peak_bytes for report in reports]
         block_seconds = full.seconds
-        spread = Spread.of(plain, reports[0], reports[1], num_blocks, runs)
-        kinds, plain = (tuple(map(spread.kind, found)) for found in (kinds, plain))
+        worst = [draft([run_of(kind, num_blocks)]).worst_bytes for kind in (none, full)]
+        spread = Spread.of(worst[0] - worst[1], runs * again, *reports)
+        on_one = lambda found: tuple(spread.kind(kind, none) for kind in found)
+        kinds, plain = on_one(kinds), on_one(plain)
         none, full = (_kind_of(plain, plan) for plan in (_NONE, _FULL))
-        model = PeakModel.between(full, peaks[0], none, peaks[1], num_blocks)
+        turns = len(stacks)
+        model = PeakModel.between(full, peaks[0], none, peaks[1], num_blocks, turns)
         # From here on kinds weigh what they weigh once compiled.
         compiled = lambda found: tuple(map(model.compiled, found))
         halves = [run_of(full, num_blocks // 2)]
