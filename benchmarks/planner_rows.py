@@ -21,11 +21,11 @@ from jaxckpt.memory.built_step import BuiltStep
 from jaxckpt.memory.flops import count_flops
 from jaxckpt.memory.measure import compile_step
 from jaxckpt.memory.report import MemoryReport
+from jaxckpt.memory.roofline import UNKNOWN, rates_of
 from jaxckpt.memory.targets import parse_target
 from jaxckpt.memory.worker import get_topology, measure_built
 from jaxckpt.planner.fit import answer
 from jaxckpt.planner.problem import Problem
-from jaxckpt.planner.rates import rates_of
 from jaxckpt.planner.result import BudgetError
 from jaxckpt.planner.steps import Steps
 from jaxckpt.plans import Plan
@@ -38,16 +38,14 @@ def rows(case: Case, done: Sequence[int]) -> Iterator[dict[str, Any]]:
     compiler = _Compiler(case)
     steps = compiler.steps
     started = time.perf_counter()
-    rates = rates_of(parse_target(case.target))
+    rates = rates_of(parse_target(case.target)) or UNKNOWN
     problem = Problem.of(steps, compiler.model.num_blocks, rates, None)
     rungs = problem.ladder()
     traced = time.perf_counter() - started - compiler.seconds
-    anchors = dict(steps.compiled)
     budgets = np.linspace(steps.report(_NONE).peak_bytes, least_bytes(problem, rungs), case.budgets)
     for place, budget in enumerate(map(int, budgets)):
         if place in done:
             continue
-        steps.compiled = dict(anchors)  # each budget is planned for as if it were the only one
         before, started = compiler.seconds, time.perf_counter()
         found = answer(problem, rungs, budget)
         seconds = time.perf_counter() - started - (compiler.seconds - before)
@@ -73,7 +71,7 @@ def least_bytes(problem: Problem, rungs) -> int:
 def _fixed(steps: Steps, budget: int) -> dict[str, Any]:
     """Returns the fixed plan of the device alone within the budget that recomputes least."""
     on_device = (Plan.parse(text) for text in fixed() if "offload" not in text)
-    plans = sorted(on_device, key=lambda plan: count_flops(steps.trace(plan)[0]))
+    plans = sorted(on_device, key=lambda plan: count_flops(steps.trace(plan).jaxpr))
     for plan in plans:
         report = steps.report(plan)
         if report.peak_bytes <= budget:

@@ -34,12 +34,6 @@ from experiments.config import ConfigError
 from jaxckpt.memory import cache
 from jaxckpt.plans.errors import nearest
 
-# What decides a row beside the GPU.
-_SOURCES = (
-    *("jaxckpt", "experiments", "benchmarks.fixed_plans", "benchmarks.rivals_programs"),
-    *("benchmarks.rivals_timing", "benchmarks.rivals_shape"),
-)
-
 Rows = dict[str, dict[str, Any]]
 
 
@@ -84,7 +78,8 @@ def _measure(
 ):
     """Measures a shape, and saves what is known of it as it comes."""
     made = {"case": case.as_json(), "gpu": gpu()}
-    made |= {"sources": cache.digest_of_sources(_SOURCES)[:16]}
+    # What decides a row beside the GPU.
+    made |= {"sources": cache.key(sources=cache.digest_of_sources({"benchmarks"}))[:16]}
     old = rows.get(name, {})
     is_same = made.items() <= old.items()
     if is_same and old.get("is_whole"):

@@ -87,7 +87,7 @@ class Programs:
             plan=plan, seconds=time.perf_counter() - started, failure=error
         )
         try:
-            text = program_text(self.steps.trace(Plan.parse(plan))[0])
+            text = program_text(self.steps.trace(Plan.parse(plan)).jaxpr)
         except (ValueError, RuntimeError) as error:
             return nothing(error)
         if text not in self._by_text:

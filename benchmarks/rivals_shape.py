@@ -28,12 +28,12 @@ from benchmarks.rivals_programs import Program, Programs, failed
 from benchmarks.rivals_timing import Turns
 from experiments.config import TrainConfig
 from experiments.step import init_state, resolve_model
+from jaxckpt.memory.present import usable_bytes
+from jaxckpt.memory.roofline import UNKNOWN, rates_of
 from jaxckpt.memory.targets import LOCAL
 from jaxckpt.memory.units import gib
-from jaxckpt.planner.budgets import usable_bytes
 from jaxckpt.planner.fit import answer
 from jaxckpt.planner.problem import Problem
-from jaxckpt.planner.rates import rates_of
 from jaxckpt.planner.result import BudgetError
 from jaxckpt.plans import Plan
 
@@ -93,7 +93,7 @@ class Shape:
     def _plan(self) -> Iterator[Row]:
         """Asks the planner, for each budget as if it were the only one."""
         steps, num_blocks = self.programs.steps, self._config.model.num_blocks
-        problem = Problem.of(steps, num_blocks, rates_of(LOCAL), None, timed=True)
+        problem = Problem.of(steps, num_blocks, rates_of(LOCAL) or UNKNOWN, None, timed=True)
         rungs, anchors = problem.ladder(), dict(steps.compiled)
         found = [plan["peak_bytes"] for plan in self.plans.values() if "peak_bytes" in plan]
         least = min(least_bytes(problem, rungs), *found)

@@ -16,17 +16,12 @@ from typing import Any
 from experiments.build import build, plan_entry
 from experiments.config import ConfigError, TrainConfig
 from experiments.record import versions
+from jaxckpt.memory.present import usable_bytes
 from jaxckpt.memory.report import MemoryReport
 from jaxckpt.memory.targets import LOCAL, parse_target
 from jaxckpt.memory.units import gib
 from jaxckpt.planner.absent import fit_entry
-from jaxckpt.planner.budgets import (
-    check_asked,
-    given_bytes,
-    host_bytes,
-    more_than_usable,
-    usable_bytes,
-)
+from jaxckpt.planner.budgets import check_asked, given_bytes, host_bytes, more_than_usable
 from jaxckpt.planner.result import FitResult
 from jaxckpt.plans import Plan
 

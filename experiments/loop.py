@@ -29,9 +29,10 @@ from experiments.step import TrainState, init_state, make_validation_step, resol
 from experiments.stopping import StopRequest
 from experiments.utilization import StepFlops, step_flops
 from jaxckpt.memory import cache
-from jaxckpt.memory.chips import chip_of_device
 from jaxckpt.memory.measure import compile_step
+from jaxckpt.memory.present import chip_of
 from jaxckpt.memory.report import MemoryReport, gib
+from jaxckpt.memory.targets import LOCAL
 
 _SAMPLED_TOKENS = 240
 
@@ -323,7 +324,7 @@ def _tensorboard(config: TrainConfig, folder: Path):
 
 def peak_flops_per_second(config: TrainConfig) -> float | None:
     """Returns the bf16 peak of a run's devices; None for one that is not in the table."""
-    chip = chip_of_device(jax.devices()[0].device_kind)
+    chip = chip_of(LOCAL)
     count = 1 if config.mesh_shape is None else config.mesh_shape.size
     return None if chip is None else count * chip.bf16_flops_per_second
 

@@ -22,13 +22,6 @@ from jaxckpt.memory import cache, launch
 from jaxckpt.memory.report import MemoryReport
 from jaxckpt.memory.targets import Target, TargetError, parse_target
 
-# What makes a report of a program: an edit of any of these is another report.
-_RULES = (
-    *("buffers", "chips", "collectives", "gpu_config", "links", "oom", "placements"),
-    *("program_text", "replica_groups", "slices", "source_lines", "statistics", "understood"),
-    "worker",
-)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
@@ -113,7 +106,12 @@ def entry_key(entry: Entry, target: Target, **asked: Any) -> str:
         sources = cache.digest_of_sources({"jaxckpt", package})
     except ModuleNotFoundError as error:
         raise ValueError(f"entry {entry.function!r}: {error}") from None
-    return cache.key(target=target.name, sources=sources, entry=entry.as_json(), **asked)
+    return _key(target, sources=sources, entry=entry.as_json(), **asked)
+
+
+def _key(target: Target, **parts: Any) -> str:
+    """Returns the name of a report that a process for a target makes: its settings decide."""
+    return cache.key(environment=launch.environment(target), target=target.name, **parts)
 
 
 def measure_program(
@@ -132,8 +130,9 @@ def measure_program(
       WorkerError: The compiler failed.
     """
     target = _absent(target)
-    sources = cache.digest_of_sources(f"jaxckpt.memory.{module}" for module in _RULES)
-    name = cache.key(target=target.name, sources=sources, program=digest)
+    sources = cache.digest_of_sources({"jaxckpt.memory"})
+    asked = {place: value for place, value in job.items() if place != "flops"}
+    name = _key(target, sources=sources, program=digest, job=asked)
     report = _cached(name, target, {"entry": None, **job}, program=program)
     return dataclasses.replace(report, flops=job["flops"])  # those were counted here
 

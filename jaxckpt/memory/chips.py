@@ -21,7 +21,6 @@ two links of one axis of its torus, on a GPU over NVLink, or over PCIe where it 
 """
 
 import dataclasses
-import re
 
 from jaxckpt.memory.slices import SLICES, Slice
 
@@ -168,26 +167,3 @@ _ALL = (
 )
 
 CHIPS: dict[str, Chip] = {chip.name: chip for chip in _ALL}
-
-# What JAX calls a device, and the chip it is one of; the first that is found in the text holds.
-_DEVICE_KINDS = (
-    *(("TPU v2", "v2"), ("TPU v3", "v3"), ("TPU v4", "v4"), ("TPU v5 lite", "v5e")),
-    *(("TPU v5e", "v5e"), ("TPU v5", "v5p"), ("TPU v6", "v6e"), ("TPU7x", "tpu7x")),
-    *(("Tesla T4", "t4"), ("NVIDIA L4", "l4"), ("A100-SXM4-40GB", "a100-40g")),
-    *(("A100-PCIE-40GB", "a100-40g"), ("A100-SXM4-80GB", "a100-80g"), ("RTX 4090", "rtx4090")),
-    *(("H100 80GB HBM3", "h100"), ("H200", "h200"), ("B200", "b200")),
-)
-
-
-def chip_of_device(device_kind: str) -> Chip | None:
-    """Returns the chip that a JAX device's `device_kind` names, or None if it is not in the table.
-
-    Example:
-      >>> chip_of_device("NVIDIA H100 80GB HBM3"), chip_of_device("TPU v5 lite")
-      (<Chip h100>, <Chip v5e>)
-      >>> chip_of_device("cpu") is None
-      True
-    """
-    whole = lambda text: re.search(rf"{re.escape(text)}(?!\w)", device_kind)  # no L40 is an L4
-    names = (name for text, name in _DEVICE_KINDS if whole(text))
-    return CHIPS.get(next(names, ""))

@@ -8,22 +8,22 @@ need not be there (`absent.py`).
 """
 
 import dataclasses
-import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from jaxckpt.memory import absent, cache, launch, statistics, traveling
 from jaxckpt.memory.built_step import BuiltStep, annotate
-from jaxckpt.memory.chips import chip_of_device
 from jaxckpt.memory.flops import count_flops
 from jaxckpt.memory.links import links_of
+from jaxckpt.memory.present import chip_of
 from jaxckpt.memory.report import MemoryReport
-from jaxckpt.memory.roofline import Rates
-from jaxckpt.memory.targets import Target, parse_target
+from jaxckpt.memory.roofline import rates_of
+from jaxckpt.memory.targets import LOCAL, Target, parse_target
 
 _EXECUTABLES = "jax_compilation_cache_dir"  # an attribute that JAX's types do not have
 
@@ -69,11 +69,11 @@ def measure(
       (262144, 262144, 33554432)
     """
     target = parse_target(target)
-    jitted = _jitted(fn, donate_argnums, static_argnums)
+    made = jitted(fn, donate_argnums, static_argnums)
     if target.backend == "local":
-        return _measure_here(jitted, args)
+        return _measure_here(made, args)
     launch.check_available(target)
-    traveler = traveling.pack(jitted, args, target.backend)
+    traveler = traveling.pack(made, args, target.backend)
     return absent.measure_program(
         traveler.program,
         target=target,
@@ -85,7 +85,8 @@ def measure(
     )
 
 
-def _jitted(fn: Callable, donate_argnums, static_argnums) -> Callable:
+def jitted(fn: Callable, donate_argnums=(), static_argnums=()) -> Any:
+    """Returns the function that `measure` compiles, of its arguments."""
     if hasattr(fn, "trace") and donate_argnums == () and static_argnums == ():
         return fn
     return jax.jit(fn, donate_argnums=donate_argnums, static_argnums=static_argnums)
@@ -101,23 +102,17 @@ def compile_step(step: BuiltStep):
     report, compiled = _compile_here(traced, step.compiler_options)
     # Elsewhere the compiler merges and splits products, and unrolled remat is kept.
     text = compiled.as_text if jax.default_backend() == "cpu" else None
-    return compiled, annotate(step, traced.jaxpr, report, rates=local_rates(), compiled_text=text)
+    return compiled, annotate(step, traced.jaxpr, report, rates=rates_of(LOCAL), compiled_text=text)
 
 
-def local_rates() -> Rates | None:
-    """Returns the rates of this process's first device; None for one that is not in the table."""
-    chip = chip_of_device(jax.devices()[0].device_kind)
-    return None if chip is None else Rates.of_chip(chip)
-
-
-def _measure_here(jitted: Callable, args: Sequence) -> MemoryReport:
-    report, _ = _compile_here(jitted.trace(*args))
+def _measure_here(made: Any, args: Sequence) -> MemoryReport:
+    report, _ = _compile_here(made.trace(*args))
     return report
 
 
 def _compile_here(traced, options: Mapping[str, int | str] | None = None):
     """Returns the report of a traced function, and its executable."""
-    lowered, chip = traced.lower(), chip_of_device(jax.devices()[0].device_kind)
+    lowered, chip = traced.lower(), chip_of(LOCAL)
     with tempfile.TemporaryDirectory(prefix="jaxckpt-") as dump:
         started = time.perf_counter()
         compiled = lowered.compile(compiler_options={"xla_dump_to": dump, **(options or {})})
@@ -132,6 +127,18 @@ def _compile_here(traced, options: Mapping[str, int | str] | None = None):
     return _with_buffers(report, lowered, options), compiled
 
 
+def program_key(lowered, **parts: Any) -> str:
+    """Returns the name of a result of a program that this process's backend compiles.
+
+    Args:
+      lowered: The program: `jax.jit(f).lower(...)`. Its text has the shardings of arguments and
+        results, donations, and the values of static arguments.
+      **parts: What else the result depends on, JSON values.
+    """
+    sources = cache.digest_of_sources({"jaxckpt.memory"})
+    return cache.key(program=lowered.as_text(), sources=sources, **cache.here(), **parts)
+
+
 def _with_buffers(report: MemoryReport, lowered, options) -> MemoryReport:
     """Returns a report that names its buffers, though JAX read the executable from its own cache.
 
@@ -139,9 +146,7 @@ def _with_buffers(report: MemoryReport, lowered, options) -> MemoryReport:
     """
     if not getattr(jax.config, _EXECUTABLES):
         return report
-    device = jax.devices()[0].device_kind
-    program = hashlib.sha256(lowered.as_text().encode()).hexdigest()
-    name = cache.key(kind="buffers", program=program, options=dict(options or {}), device=device)
+    name = program_key(lowered, kind="buffers", options=dict(options or {}))
     if report.buffers:
         cache.store(name, report)
         return report

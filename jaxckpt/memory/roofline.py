@@ -24,6 +24,8 @@ from jaxckpt.memory.flat import Flat, Step, bodies, flatten
 from jaxckpt.memory.flops import attention_shape, step_flops, trips
 from jaxckpt.memory.fusion import traffic
 from jaxckpt.memory.host_link import HostLink
+from jaxckpt.memory.present import chip_of
+from jaxckpt.memory.targets import Target
 from jaxckpt.transforms import jaxprs
 
 # What kernels reach of a chip's rates. Bytes are those of fused elementwise kernels.
@@ -103,6 +105,18 @@ class Rates:
         """Returns the rates of several devices that share a step's work evenly."""
         scaled = {name: num_devices * rate for name, rate in self._rates.items()}
         return dataclasses.replace(self, **scaled)
+
+
+# What the planner takes for the rates of a device that is in no table. Bytes cost nothing here:
+# elementwise work of a CPU is bound by arithmetic, of which a roofline knows nothing, so plans are
+# put in order by their matrix products alone.
+UNKNOWN = Rates(flops_per_second=1e11, bytes_per_second=1e15, host_bytes_per_second=1e15)
+
+
+def rates_of(target: Target) -> Rates | None:
+    """Returns the rates of a target, this process's device for `local`; None if not known."""
+    chip = chip_of(target)
+    return None if chip is None else Rates.of_chip(chip)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,10 +17,12 @@ from pathlib import Path
 
 import jax
 
+from jaxckpt.memory import present
 from jaxckpt.memory.buffers import Totals, read_buffers, read_totals, read_understood
 from jaxckpt.memory.collectives import Links, traffic
 from jaxckpt.memory.oom import OutOfMemory
 from jaxckpt.memory.report import MemoryReport
+from jaxckpt.memory.targets import LOCAL
 from jaxckpt.memory.understood import NOTHING_READ, Understood
 
 _ASSIGNED = "main memory's buffer assignment"
@@ -53,7 +55,7 @@ def report_of(
       RuntimeError: The backend has no memory analysis.
     """
     if usable_bytes is None and backend is None:
-        usable_bytes = local_usable_bytes()
+        usable_bytes = present.usable_bytes(LOCAL)
     backend = backend or jax.default_backend()
     stats = compiled.memory_analysis()
     if stats is None:
@@ -147,9 +149,3 @@ def refused(
         compile_seconds=compile_seconds,
         num_devices=num_devices,
     )
-
-
-def local_usable_bytes() -> int | None:
-    """Returns what this process may fill of its first device; None where the backend is silent."""
-    stats = jax.local_devices()[0].memory_stats()
-    return stats.get("bytes_limit") if stats else None

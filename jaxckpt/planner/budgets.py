@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping
 
+from jaxckpt.memory.present import usable_bytes
 from jaxckpt.memory.targets import Target
 from jaxckpt.memory.units import gib, parse_bytes
 
@@ -98,15 +99,3 @@ def more_than_usable(size: int, target: Target) -> str | None:
         f"the budget of {gib(size)} is more than the {gib(usable)} that a program may fill "
         f"of {target}"
     )
-
-
-def usable_bytes(target: Target) -> int | None:
-    """Returns what a program may fill of one device, or None if nobody says."""
-    if target.backend != "local":
-        return target.usable_bytes
-    import jax
-
-    try:
-        return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    except (RuntimeError, NotImplementedError):
-        return None

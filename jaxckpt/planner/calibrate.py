@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxckpt.memory import cache
+from jaxckpt.memory.measure import program_key
 from jaxckpt.memory.roofline import Rates
 from jaxckpt.planner.costs import Forward, Kind, with_copies
 from jaxckpt.planner.stacks import Stack
-from jaxckpt.planner.steps import program_text
 from jaxckpt.transforms.recording import Moving, differentiate
 
 _TIMES = 5
@@ -85,7 +85,7 @@ def calibrate(stacks: Sequence[Stack]) -> Calibration:
     return Calibration(
         forward_seconds=sum(one["forward"] for one in found),
         backward_seconds=sum(one["backward"] for one in found),
-        host_bytes_per_second=None if is_cpu else _kept("link", "", _time_link)["link"],
+        host_bytes_per_second=None if is_cpu else _link(),
     )
 
 
@@ -105,13 +105,12 @@ def _of_block(stack: Stack) -> dict[str, float]:
         both = _seconds(jax.jit(backward), *args)
         return {"forward": forward, "backward": max(both - forward, 0.0)}
 
-    return _kept("block", program_text(jax.make_jaxpr(backward)(*groups)), timed)
+    return _kept(jax.jit(backward).lower(*groups), timed)
 
 
-def _kept(what: str, program: str, timed: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Returns seconds from disk, where they are timed if they are not there."""
-    device = jax.local_devices()[0].device_kind
-    name = cache.key(timed=what, program=program, device=device)
+def _kept(lowered, timed: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Returns seconds of a program from disk, where they are timed if they are not there."""
+    name = program_key(lowered, timed="seconds", by=cache.digest_of_sources({"jaxckpt.planner"}))
     found = cache.load_json(name)
     is_whole = isinstance(found, dict) and all(isinstance(x, float) for x in found.values())
     if not found or not is_whole:
@@ -141,10 +140,14 @@ def _seconds(fn: Callable, *args) -> float:
     return statistics.median(found)
 
 
-def _time_link() -> dict[str, float]:
+def _link() -> float:
     """Returns the bytes a second of a large copy to the host and of one back, the slower."""
     to = lambda space: jax.jit(lambda x: jax.device_put(x, space))
-    here = jnp.zeros(_LINK_BYTES, jnp.int8)
     out, back = to(jax.memory.Space.Host), to(jax.memory.Space.Device)
-    slower = max(_seconds(out, here), _seconds(back, out(here)))
-    return {"link": _LINK_BYTES / slower}
+
+    def timed() -> dict[str, float]:
+        here = jnp.zeros(_LINK_BYTES, jnp.int8)
+        return {"seconds": max(_seconds(out, here), _seconds(back, out(here)))}
+
+    lowered = out.lower(jax.ShapeDtypeStruct((_LINK_BYTES,), jnp.int8))
+    return _LINK_BYTES / _kept(lowered, timed)["seconds"]

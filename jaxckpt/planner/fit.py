@@ -14,16 +14,18 @@ Limits: stacks that follow one plan have the same number of blocks; seconds are 
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jaxckpt.memory.present import chip_of
+from jaxckpt.memory.roofline import UNKNOWN, rates_of
 from jaxckpt.memory.targets import Target, parse_target
 from jaxckpt.planner.budgets import budget_bytes, check_asked, host_bytes
 from jaxckpt.planner.ladder import Rung
 from jaxckpt.planner.named_stacks import check_blocks
 from jaxckpt.planner.offload_check import verdict
 from jaxckpt.planner.problem import Problem
-from jaxckpt.planner.rates import chip_of, rates_of
 from jaxckpt.planner.result import BudgetError, FitResult
 from jaxckpt.planner.search import search
 from jaxckpt.planner.several import SeveralProblem
@@ -32,6 +34,7 @@ from jaxckpt.plans import Plan
 from jaxckpt.plans.plan_set import PlanSet
 
 MOST_COMPILES = 6
+_LOG = logging.getLogger(__name__)
 _CALIBRATED = "the roofline, calibrated by a block timed here"
 
 
@@ -113,7 +116,7 @@ def solve(
     """
     is_one = not isinstance(num_blocks, Mapping)
     full = Plan.parse("full") if is_one else PlanSet.same(num_blocks, "full")
-    rates = rates_of(target).times(steps.num_devices(full))
+    rates = (rates_of(target) or UNKNOWN).times(steps.num_devices(full))
     allowed = 0
     found: dict[str, Any] = {"clock": _CALIBRATED} if calibrate else {}
     if host_budget:
@@ -133,33 +136,69 @@ def solve(
 def answer(problem: Problem | SeveralProblem, rungs: Sequence[Rung], budget: int) -> FitResult:
     """Returns the answer for one budget of a problem, whose ladder serves all of them.
 
+    It is the answer that a new problem would give: what is compiled for one budget is not compiled
+    again for another, but nothing else of a budget is known to the others.
+
     Args:
-      problem: A step with its compiled anchors; what is compiled here is added to them.
+      problem: A step with its compiled anchors.
       rungs: `problem.ladder()`.
       budget: In bytes.
 
     Raises:
       BudgetError: No plan fits.
     """
-    steps = problem.steps
-    anchors = [report.peak_bytes for report in steps.compiled.values()]
-    known = {
-        place: problem.peak(rung.draft.plan)
-        for place, rung in enumerate(rungs)
-        if rung.draft.plan in steps.compiled
-    }
-    found = search(
-        rungs,
-        budget,
-        lambda place: problem.peak(rungs[place].draft.plan),
-        known,
-        MOST_COMPILES - len(steps.compiled),
-        is_answered=min(anchors) <= budget,
-    )
-    if found.chosen is not None:
-        return problem.result(rungs, found.chosen, budget)
-    # A plan that was compiled to calibrate the model may fit where predictions were wrong.
+    anchors = problem.steps.compiled
+    problem = problem.apart(anchors)
+    left_out: list[str] = []
+    while True:
+        try:
+            chosen = _searched(problem, rungs, budget, len(anchors))
+        except _DoesNotRun as error:
+            if len(left_out) == MOST_COMPILES:  # it is not the plans
+                raise error.cause from None
+            plan = rungs[error.place].draft.plan
+            left_out.append(f"{plan}: {type(error.cause).__name__}: {error.cause}".splitlines()[0])
+            _LOG.debug("%s does not run", plan, exc_info=error.cause)
+            rungs = [rung for place, rung in enumerate(rungs) if place != error.place]
+        else:
+            break
+    if chosen is not None:
+        found = problem.result(rungs, chosen, budget)
+        return dataclasses.replace(found, left_out=tuple(left_out))
+    # A plan that was compiled to calibrate the model may fit where predictions were wrong. The last
+    # rung is compiled whenever nothing else fits, so every budget that is named here is kept to.
+    problem = problem.apart([*anchors, rungs[-1].draft.plan])
     least = problem.least()
     if least is None or problem.peak(least.draft.plan) > budget:
         raise problem.infeasible(budget)
-    return problem.result((*rungs, least), len(rungs), budget)
+    found = problem.result((*rungs, least), len(rungs), budget)
+    return dataclasses.replace(found, left_out=tuple(left_out))
+
+
+class _DoesNotRun(Exception):
+    """The step does not trace or compile under the plan of a rung."""
+
+    def __init__(self, place: int, cause: Exception):
+        self.place, self.cause = place, cause
+
+
+def _searched(problem: Any, rungs: Sequence[Rung], budget: int, num_anchors: int) -> int | None:
+    """Returns the place of the fastest rung that is known to fit, or None."""
+    compiled = problem.steps.compiled
+    peaks = [report.peak_bytes for report in compiled.values()]
+
+    def compile_peak(place: int) -> int:
+        try:
+            return problem.peak(rungs[place].draft.plan)
+        except Exception as error:  # the user's step and the compiler may raise anything
+            raise _DoesNotRun(place, error) from error
+
+    known = {
+        place: compiled[rung.draft.plan].peak_bytes
+        for place, rung in enumerate(rungs)
+        if rung.draft.plan in compiled
+    }
+    compiles = MOST_COMPILES - len(compiled)
+    return search(
+        rungs, budget, compile_peak, known, compiles, is_answered=min(peaks) <= budget
+    ).chosen

@@ -19,6 +19,7 @@ References:
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -41,6 +42,7 @@ from jaxckpt.planner.stacks import Stack
 from jaxckpt.plans import Policy, words
 from jaxckpt.transforms import jaxprs, tags
 
+_LOG = logging.getLogger(__name__)
 # What a step moves when it is run again, in the bytes that it writes: fused work rarely goes to
 # memory.
 _FUSED_SHARE = 0.25
@@ -90,9 +92,12 @@ class Graph:
     def of(cls, stack: Stack, rates: Rates) -> "Graph":
         """Returns the graph of a stack's block."""
         block = lambda carry, params_i, consts: stack.call(carry, params_i, consts)
-        trace = Trace(
-            all_named(block, opens_remat=True), stack.params_i, stack.carry, (stack.consts,)
-        )
+        given = (stack.params_i, stack.carry, (stack.consts,))
+        try:
+            trace = Trace(all_named(block, opens_remat=True), *given)
+        except Exception:  # a block that JAX does not run again from its equations
+            _LOG.debug("values without a tag cannot be named", exc_info=True)
+            trace = Trace(block, *given)
         residuals = [r.origin for r in trace.residuals if r.origin.step is not None]
         steps = trace.flat.live_steps()
         return cls(

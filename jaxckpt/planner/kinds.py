@@ -1,6 +1,8 @@
 """The ways to treat a block that the planner mixes: plain ones, and those of the frontier."""
 
+import dataclasses
 import itertools
+import logging
 import math
 from collections.abc import Iterator, Sequence
 
@@ -17,6 +19,7 @@ from jaxckpt.plans import Plan, PlanError, Policy, Stage
 PLAIN = ("none", "full", "dots", "dots_no_batch", "attention")
 # Keeping more has to spare this share of a block's time; less the model cannot tell.
 _LEAST_GAIN = 0.001
+_LOG = logging.getLogger(__name__)
 
 
 def find_kinds(
@@ -33,10 +36,10 @@ def find_kinds(
       `(kinds, plain)`: plain are those that a user could name, `PLAIN` and those of `lean.py`.
     """
     none = kind_cost(stacks, Stage(schedule="none"), rates)
-    plain = [none]
-    for text in PLAIN[1:]:
+    plain = [none, kind_cost(stacks, Stage(schedule="full"), rates, none.kept_bytes)]
+    for text in PLAIN[2:]:
         plain += _costed(stacks, Plan.parse(text).stages[0], rates, none)
-    graphs = [Graph.of(stack, rates) for stack in stacks]
+    graphs = [_keepable(Graph.of(stack, rates), stacks, rates, none) for stack in stacks]
     seen = {kind.policies for kind in plain}
     for graph in graphs:
         for policies in lean_proposals(graph, rates):
@@ -74,11 +77,22 @@ def _moving(
             yield from offloads.proposals(graph, passes, most)
 
 
+def _keepable(graph: Graph, stacks: Sequence[Stack], rates: Rates, none: Kind) -> Graph:
+    """Returns a graph without the values that cannot be kept, such as complex ones under JAX."""
+    stage = lambda *units: Stage(schedule="full", policies=tuple(unit.policy for unit in units))
+    if not graph.units or _costed(stacks, stage(*graph.units), rates, none):
+        return graph
+    units = (unit for unit in graph.units if _costed(stacks, stage(unit), rates, none))
+    return dataclasses.replace(graph, units=tuple(units))
+
+
 def _costed(stacks: Sequence[Stack], stage: Stage, rates: Rates, none: Kind) -> list[Kind]:
-    """Returns the kind of a stage, or nothing where some stack's block refuses it."""
+    """Returns the kind of a stage, or nothing where some stack does not run under it."""
     try:
         return [kind_cost(stacks, stage, rates, none.kept_bytes)]
-    except PlanError:
+    except Exception as error:  # a user's block, or JAX under its policy, may raise anything
+        if not isinstance(error, PlanError):
+            _LOG.debug("%s is not proposed: no block runs under it", stage, exc_info=True)
         return []
 
 

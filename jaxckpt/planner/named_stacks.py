@@ -6,11 +6,14 @@ is the order in which the stacks run.
 
 from collections.abc import Mapping, Sequence
 
+from jaxckpt.planner.places import following, held_together, places
 from jaxckpt.planner.stacks import Stack, given_stack
-from jaxckpt.planner.steps import Steps, program_text
-from jaxckpt.plans import PlanError
+from jaxckpt.planner.steps import Steps, Trace, is_same_program
+from jaxckpt.plans import Plan
 from jaxckpt.plans.errors import nearest
 from jaxckpt.plans.plan_set import PlanSet
+
+_FULL, _NONE = Plan.parse("full"), Plan.parse("none")
 
 
 def check_blocks(
@@ -46,18 +49,20 @@ def named_stacks(
     """
     if blocks is not None:
         return {name: [_given(steps, num_blocks, name, block)] for name, block in blocks.items()}
+    full = steps.trace(PlanSet.same(num_blocks, _FULL))
+    order = list(places(full.phases))
     found, first = {}, {}
     for name, count in num_blocks.items():
-        finder = _traced(steps, num_blocks, name)[1]
-        places = [place for place, own in enumerate(finder.names) if own == name]
-        if not places:
+        none = _traced_without(steps, num_blocks, name)
+        followers = following(full.phases, _FULL, none.phases, _NONE)
+        if not followers:
             raise ValueError(
                 f"{_ignored(name)}: no stack runs under it; hand plans[{name!r}] to scan_blocks or "
                 "Stack as remat=, or give the blocks as block={name: (block, params_i, carry, "
                 "*consts), ...}"
             )
-        found[name] = [finder.stacks[place] for place in places]
-        first[name] = min(finder.calls[place] for place in places)
+        found[name] = [place.call.stack for place in held_together(full.phases, followers)]
+        first[name] = min(map(order.index, followers))
         wrong = [s.num_blocks for s in found[name] if s.num_blocks != count]
         if wrong:
             raise ValueError(
@@ -69,20 +74,15 @@ def named_stacks(
 
 def _given(steps: Steps, num_blocks: Mapping[str, int], name: str, block: Sequence) -> Stack:
     """Returns the stack of a block that was given, if the step follows its plan."""
-    with_full = _traced(steps, num_blocks)[0]
-    if program_text(_traced(steps, num_blocks, name)[0]) == program_text(with_full):
+    full = steps.trace(PlanSet.same(num_blocks, _FULL))
+    if is_same_program(full, _traced_without(steps, num_blocks, name)):
         raise ValueError(f"{_ignored(name)}: the program is the same under 'none' and 'full'")
     return given_stack(block, num_blocks[name], f"block[{name!r}]")
 
 
-def _traced(steps: Steps, num_blocks: Mapping[str, int], name: str | None = None):
-    """Returns what `steps.trace` does of `full` everywhere but for one name."""
-    plans = PlanSet.same(num_blocks, "full")
-    plans = plans if name is None else plans.replace(name, "none")
-    try:
-        return steps.trace(plans)
-    except PlanError as error:
-        raise ValueError(f"step_for({plans}) does not trace: {error}") from error
+def _traced_without(steps: Steps, num_blocks: Mapping[str, int], name: str) -> Trace:
+    """Returns the step under `full` everywhere but for one name, which is `none`."""
+    return steps.trace(PlanSet.same(num_blocks, _FULL).replace(name, _NONE))
 
 
 def _ignored(name: str) -> str:

@@ -6,7 +6,7 @@ Everything here is of a step and not of a budget: `Problem.ladder` has the plans
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,11 +23,12 @@ from jaxckpt.planner.kinds import find_kinds
 from jaxckpt.planner.ladder import Rung, ladder
 from jaxckpt.planner.peak import PeakModel
 from jaxckpt.planner.pieces import run_of
+from jaxckpt.planner.places import following, held_together, places
 from jaxckpt.planner.result import BudgetError, Candidate, FitResult
 from jaxckpt.planner.spread import Spread
 from jaxckpt.planner.stacks import given_stack
-from jaxckpt.planner.steps import Steps
-from jaxckpt.plans import Plan, PlanError, Stage
+from jaxckpt.planner.steps import Steps, Trace, is_same_program
+from jaxckpt.plans import Plan, Stage
 
 NO_LIMIT = HostLink(bytes_per_second=math.inf)
 _NONE, _FULL = Plan.parse("none"), Plan.parse("full")
@@ -86,20 +87,24 @@ class Problem:
           host_bytes: What a plan may have on the host.
           timed: Whether a block is timed on this process's device.
         """
+        steps = steps.apart()  # what else was compiled of them is no part of this problem
         stacks, seconds, flops = _stacks(steps, num_blocks, rates, block)
         clock = calibrate(stacks) if timed else None
         rates = rates if clock is None else clock.link(rates)
         kinds, plain = find_kinds(stacks, rates, host_bytes)
         none, full = (_kind_of(plain, plan) for plan in (_NONE, _FULL))
         again = num_blocks * (full.flops - none.flops)
-        runs = runs_of(flops - count_flops(steps.trace(_NONE)[0]), again)
+        runs = runs_of(flops - count_flops(steps.trace(_NONE).jaxpr), again)
         reports = [steps.report(plan) for plan in (_FULL, _NONE)]
         peaks = [report.peak_bytes for report in reports]
         block_seconds = full.seconds
-        spread = Spread.of(plain, reports[0], reports[1], num_blocks, runs)
-        kinds, plain = (tuple(map(spread.kind, found)) for found in (kinds, plain))
+        worst = [draft([run_of(kind, num_blocks)]).worst_bytes for kind in (none, full)]
+        spread = Spread.of(worst[0] - worst[1], runs * again, *reports)
+        on_one = lambda found: tuple(spread.kind(kind, none) for kind in found)
+        kinds, plain = on_one(kinds), on_one(plain)
         none, full = (_kind_of(plain, plan) for plan in (_NONE, _FULL))
-        model = PeakModel.between(full, peaks[0], none, peaks[1], num_blocks)
+        turns = len(stacks)
+        model = PeakModel.between(full, peaks[0], none, peaks[1], num_blocks, turns)
         # From here on kinds weigh what they weigh once compiled.
         compiled = lambda found: tuple(map(model.compiled, found))
         halves = [run_of(full, num_blocks // 2)]
@@ -125,6 +130,10 @@ class Problem:
             host_bytes=host_bytes,
             link=link_of(rates, 1 if timed else steps.num_devices(_FULL)),
         )
+
+    def apart(self, plans: Iterable[Plan]) -> "Problem":
+        """Returns the problem as it is if some plans are compiled and no others."""
+        return dataclasses.replace(self, steps=self.steps.apart(plans))
 
     def peak(self, plan: Plan) -> int:
         """Returns the compiled peak of a plan."""
@@ -192,33 +201,35 @@ def _stacks(steps: Steps, num_blocks: int, rates: Rates, block):
     """Returns the stacks that follow the plan, and the seconds and FLOPs of the step under `full`.
 
     Raises:
-      ValueError: No stack follows the plan, or one has another number of blocks.
+      ValueError: The step does not trace, no stack follows its plan, or one that does has another
+        number of blocks.
     """
-    try:
-        jaxpr, finder = steps.trace(_FULL)
-    except PlanError as error:
-        raise ValueError(f"step_for('full') does not trace: {error}") from error
-    stacks = list(finder.stacks) if block is None else [given_stack(block, num_blocks)]
-    if not stacks:
-        raise ValueError(_ignored(steps, jaxpr, finder.others))
+    full, none = steps.trace(_FULL), steps.trace(_NONE)
+    if block is None:
+        found = following(full.phases, _FULL, none.phases, _NONE)
+        stacks = [place.call.stack for place in held_together(full.phases, found)]
+    else:
+        stacks = [given_stack(block, num_blocks)]
+    if not stacks or (block is not None and is_same_program(full, none)):
+        raise ValueError(_ignored(full, none))
     for stack in stacks:
         if stack.num_blocks != num_blocks:
             raise ValueError(
                 f"num_blocks is {num_blocks}, but the step runs a stack of {stack.num_blocks} "
                 "blocks under the plan"
             )
-    if block is not None and str(steps.trace(_NONE)[0]) == str(jaxpr):
-        raise ValueError(_ignored(steps, jaxpr, finder.others))
-    return stacks, estimate(jaxpr, rates).seconds, count_flops(jaxpr)
+    return stacks, estimate(full.jaxpr, rates).seconds, count_flops(full.jaxpr)
 
 
-def _ignored(steps: Steps, jaxpr, others: Sequence[str]) -> str:
-    if others:
-        return (
-            f"step_for ignores its plan: asked for 'full', its stack runs under {others[0]!r}; "
-            "hand the plan to scan_blocks or Stack as remat="
-        )
-    if str(steps.trace(_NONE)[0]) == str(jaxpr):
+def _ignored(full: Trace, none: Trace) -> str:
+    for plan, trace in ((_FULL, full), (_NONE, none)):
+        others = [place.call for place in places(trace.phases) if not place.call.is_under(plan)]
+        if others:
+            return (
+                f"step_for ignores its plan: asked for {str(plan)!r}, its stack runs under "
+                f"{others[0].remat!r}; hand the plan to scan_blocks or Stack as remat="
+            )
+    if is_same_program(full, none):
         return "step_for ignores its plan: the program is the same under 'none' and 'full'"
     return (
         "the step runs no scan_blocks or jaxckpt Stack while it is traced; give the block as "

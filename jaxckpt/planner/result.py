@@ -61,6 +61,7 @@ class FitResult:
       clock: Whose seconds they are.
       offload: Whether values could be moved to the host there, and why, as text; empty where it was
         not asked.
+      left_out: Plans under which the step does not run, each with the error, as text.
     """
 
     plan: Plan | PlanSet
@@ -74,6 +75,7 @@ class FitResult:
     host_budget_bytes: int = 0
     clock: str = "the roofline"
     offload: str = ""
+    left_out: tuple[str, ...] = ()
 
     @property
     def table(self) -> tuple[Candidate, ...]:
@@ -94,6 +96,7 @@ class FitResult:
             "host_budget_bytes": self.host_budget_bytes,
             "clock": self.clock,
             "offload": self.offload,
+            "left_out": list(self.left_out),
         }
 
     @classmethod
@@ -110,6 +113,7 @@ class FitResult:
             "candidates": candidates,
             "chosen": candidates[values["chosen"]],
             "keeps": tuple(values["keeps"]),
+            "left_out": tuple(values["left_out"]),
         }
         return cls(**(values | made))
 
@@ -129,6 +133,7 @@ class FitResult:
             *(f"  keeps      {text}" for text in self.keeps),
             *self._of_host(),
             f"  why        {self.why}",
+            *(f"  left out   {text}" for text in self.left_out),
         ]
         lines += [] if report.understood.is_all else [f"  read       {report.understood}"]
         return "\n".join(lines)

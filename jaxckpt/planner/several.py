@@ -10,7 +10,7 @@ hold is shared as the budget is.
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxckpt.memory.flops import count_flops
@@ -27,6 +27,7 @@ from jaxckpt.planner.named_stacks import named_stacks
 from jaxckpt.planner.pieces import run_of
 from jaxckpt.planner.problem import NO_LIMIT, keeps_text, link_of, peak_parts, runs_of, why
 from jaxckpt.planner.result import BudgetError, Candidate, FitResult
+from jaxckpt.planner.spread import Spread
 from jaxckpt.planner.stacks import Stack
 from jaxckpt.planner.steps import Steps
 from jaxckpt.plans.plan_set import PlanSet
@@ -84,6 +85,17 @@ class Part:
         """Returns every plan worth a thought; without a link, those that move no carries."""
         return list(drafts(self.kinds, self.forward, self.num_blocks, link))
 
+    def spread(self, spread: Spread) -> "Part":
+        """Returns the part as one of a step's devices sees it."""
+        none = self.kind("none")
+        on_one = lambda kinds: tuple(spread.kind(kind, none) for kind in kinds)
+        return dataclasses.replace(
+            self,
+            kinds=on_one(self.kinds),
+            plain=on_one(self.plain),
+            forward=spread.forward(self.forward),
+        )
+
     def timed(self, clock: Calibration, rates: Rates) -> "Part":
         """Returns the part with the seconds of a block that was timed."""
         known = {"none": self.kind("none"), "forward": self.forward, "rates": rates}
@@ -138,6 +150,7 @@ class SeveralProblem:
         timed: bool = False,
     ) -> "SeveralProblem":
         """Traces the step, costs its blocks and compiles its anchors; arguments as of `Problem`."""
+        steps = steps.apart()  # what else was compiled of them is no part of this problem
         found = named_stacks(steps, num_blocks, blocks)
         clocks = {name: calibrate(stacks) for name, stacks in found.items()} if timed else {}
         for clock in clocks.values():  # each has timed the same link
@@ -147,26 +160,34 @@ class SeveralProblem:
             for name, stacks in found.items()
         )
         full, none = (PlanSet.same(num_blocks, plan) for plan in ("full", "none"))
-        step_flops = [count_flops(steps.trace(plan)[0]) for plan in (full, none)]
+        step_flops = [count_flops(steps.trace(plan).jaxpr) for plan in (full, none)]
         of_full, of_none = (_plain_joint(parts, schedule) for schedule in ("full", "none"))
-        runs = runs_of(step_flops[0] - step_flops[1], of_full.flops - of_none.flops)
-        peaks = [steps.report(plan).peak_bytes for plan in (full, none)]
-        offset = peaks[0] - of_full.worst_bytes
-        seconds = estimate(steps.trace(full)[0], rates).seconds
+        again = of_full.flops - of_none.flops
+        runs = runs_of(step_flops[0] - step_flops[1], again)
+        reports = [steps.report(plan) for plan in (full, none)]
+        stack_seconds = of_full.seconds
+        spread = Spread.of(of_none.worst_bytes - of_full.worst_bytes, runs * again, *reports)
+        parts = tuple(part.spread(spread) for part in parts)
+        offset = reports[0].peak_bytes - _plain_joint(parts, "full").worst_bytes
+        seconds = estimate(steps.trace(full).jaxpr, rates).seconds
         parts = tuple(
             part.timed(clocks[part.name], rates) if clocks else part
-            for part in _calibrated(parts, peaks[1] - offset)
+            for part in _calibrated(parts, reports[1].peak_bytes - offset)
         )
         return cls(
             steps=steps,
             parts=parts,
             offset_bytes=offset,
-            seconds=max(seconds - runs * of_full.seconds, 0.0),
+            seconds=max(seconds - runs * stack_seconds, 0.0) + spread.sent_seconds,
             flops=step_flops[0] - round(runs * of_full.flops),
             runs=runs,
             host_bytes=host_bytes,
             link=link_of(rates, 1 if timed else steps.num_devices(full)),
         )
+
+    def apart(self, plans: Iterable[PlanSet]) -> "SeveralProblem":
+        """Returns the problem as it is if some plans are compiled and no others."""
+        return dataclasses.replace(self, steps=self.steps.apart(plans))
 
     def peak(self, plan: PlanSet) -> int:
         """Returns the compiled peak of a plan for each stack."""

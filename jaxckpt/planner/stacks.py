@@ -1,8 +1,7 @@
-"""The stacks of a step: found by tracing it, or given by the user.
+"""A stack of a step as data for the planner: found by tracing it (`places.py`), or given.
 
-`scan_blocks` tells who watches (`transforms.observers`), so a stack is found however deep in a
-model it is run, and through Linen's and NNX's adapters. A block is made into a closed function of
-abstract leaves at once, while what it closes over can still be traced.
+A block is made into a closed function of abstract leaves at once, while what it closes over can
+still be traced.
 """
 
 import dataclasses
@@ -11,11 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxckpt.plans import Plan, PlanError, as_plan
-from jaxckpt.plans.actions import Schedule
-from jaxckpt.plans.plan_set import PlanSet
-from jaxckpt.transforms.observers import StackCall
-from jaxckpt.transforms.traced_block import abstract, first_block, trace_block
+from jaxckpt.transforms.traced_block import TracedBlock, abstract, first_block, trace_block
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,76 +50,22 @@ class Stack:
 
     @property
     def shape(self) -> tuple:
-        """What makes two stacks the same to the planner."""
+        """What makes two stacks weigh the same."""
         text = lambda leaves: tuple((tuple(x.shape), str(x.dtype)) for x in leaves)
         return (self.num_blocks, text(self.carry), text(self.params), text(self.consts))
 
     @classmethod
-    def of(cls, block: Callable, params, carry, consts: Sequence, num_blocks: int) -> "Stack":
-        """Returns the stack of a block; arguments as for `scan_blocks`, abstract ones too."""
-        traced, _ = trace_block(block, carry, first_block(params), tuple(consts))
-        # What the block hands on is no carry to the executor either.
-        traced = traced.only_changed()
-        carry, _, consts = traced.inputs
+    def of(cls, block: TracedBlock, params, num_blocks: int, unroll: int = 1) -> "Stack":
+        """Returns the stack of a block; `params` are of all blocks, abstract ones too."""
+        carry, _, consts = block.inputs
         return cls(
-            call=traced.call,
+            call=block.call,
             carry=carry,
             params=abstract(jax.tree.leaves(params)),
             consts=consts,
             num_blocks=num_blocks,
+            unroll=unroll,
         )
-
-
-class Finder:
-    """Collects the stacks that follow a plan while a step is traced; hand it to `observed`.
-
-    Attributes:
-      stacks: Those that run under the plan, each once.
-      others: What other stacks ran under, as text.
-      calls: Of each stack, how many other calls came before its first.
-      names: Of each stack, whose plan it runs under; of plans that are equal, the first.
-    """
-
-    def __init__(self, plan: Plan | PlanSet):
-        self.plans = plan if isinstance(plan, PlanSet) else {"": plan}
-        self.stacks: list[Stack] = []
-        self.others: list[str] = []
-        self.names: list[str] = []
-        self.calls: list[int] = []
-        self._seen: set[tuple] = set()
-        self._count = 0
-
-    def __call__(self, call: StackCall):
-        """Takes note of one call of `scan_blocks`."""
-        self._count += 1
-        name = self._followed(call)
-        if name is None:
-            self.others.append(str(call.remat))
-            return
-        stack = Stack.of(call.block, call.params, call.carry, call.consts, call.num_blocks)
-        stack = dataclasses.replace(stack, unroll=call.unroll)
-        # A step's parts may be traced more than once; equal stacks weigh the same in every plan.
-        if (name, stack.shape) not in self._seen:
-            self._seen.add((name, stack.shape))
-            self.stacks.append(stack)
-            self.names.append(name)
-            self.calls.append(self._count)
-
-    def _followed(self, call: StackCall) -> str | None:
-        """Returns the name of the plan that a call runs under, or None."""
-        if isinstance(call.remat, Schedule):
-            return None
-        given = as_plan(call.remat).bind(call.num_blocks)
-        bound = ((name, _bound(plan, call.num_blocks)) for name, plan in self.plans.items())
-        return next((name for name, plan in bound if plan == given), None)
-
-
-def _bound(plan: Plan, num_blocks: int) -> Plan | None:
-    """Returns a plan for a number of blocks, or None where it is for another number."""
-    try:
-        return plan.bind(num_blocks)
-    except PlanError:
-        return None
 
 
 def given_stack(block: Sequence, num_blocks: int, name: str = "block") -> Stack:
@@ -138,7 +79,8 @@ def given_stack(block: Sequence, num_blocks: int, name: str = "block") -> Stack:
     call, params_i, carry, *consts = block
     widen = lambda x: jax.ShapeDtypeStruct((num_blocks, *x.shape), x.dtype)
     params = jax.tree.map(widen, abstract(params_i))
-    return Stack.of(call, params, carry, tuple(consts), num_blocks)
+    traced, _ = trace_block(call, carry, params_i, tuple(consts))
+    return Stack.of(traced.only_changed(), params, num_blocks)
 
 
 def _nbytes(leaf) -> int:

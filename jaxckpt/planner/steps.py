@@ -1,18 +1,21 @@
 """A user's `step_for`, asked for the step of a plan: traced, compiled, and each plan once."""
 
+import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.extend import core
+from jax.sharding import Mesh
 
 from jaxckpt.memory import cache
-from jaxckpt.memory.measure import measure
+from jaxckpt.memory.measure import jitted, measure, program_key
 from jaxckpt.memory.report import MemoryReport
 from jaxckpt.memory.targets import Target
-from jaxckpt.planner.stacks import Finder
-from jaxckpt.plans import Plan
-from jaxckpt.plans.plan_set import PlanSet
+from jaxckpt.planner.places import Finder, Phases
+from jaxckpt.plans import Plan, PlanError
+from jaxckpt.plans.plan_set import PlanSet, plan_json
 from jaxckpt.transforms.observers import observed
 
 # Functions in an equation's parameters are shown with where they are in memory.
@@ -26,6 +29,13 @@ class Step(NamedTuple):
     fn: Callable
     args: tuple
     options: dict[str, Any]
+
+
+class Trace(NamedTuple):
+    """A step as it was traced: its jaxpr, and where that runs stacks."""
+
+    jaxpr: core.ClosedJaxpr
+    phases: Phases
 
 
 class Steps:
@@ -55,8 +65,15 @@ class Steps:
         self._step_for = step_for
         self._target = target
         self._report_of = report_of or self._measured
-        self._traced: dict[Plan | PlanSet, Any] = {}
+        self._traced: dict[Plan | PlanSet, Trace] = {}
         self.compiled: dict[Plan | PlanSet, MemoryReport] = {}
+
+    def apart(self, plans: Iterable[Plan | PlanSet] = ()) -> "Steps":
+        """Returns steps that know the reports of some plans, and ask these for all others."""
+        made = copy.copy(self)
+        made.compiled = {plan: self.report(plan) for plan in plans}
+        made._report_of = self.report
+        return made
 
     def step(self, plan: Plan | PlanSet) -> Step:
         """Returns the step of a plan.
@@ -85,14 +102,21 @@ class Steps:
         meshes = [getattr(getattr(leaf, "sharding", None), "mesh", None) for leaf in args]
         return max((mesh.size for mesh in meshes if mesh is not None), default=1)
 
-    def trace(self, plan: Plan | PlanSet):
-        """Returns the jaxpr of a plan's step, and the `Finder` that watched its stacks."""
+    def trace(self, plan: Plan | PlanSet) -> Trace:
+        """Returns a plan's step as it is traced.
+
+        Raises:
+          ValueError: The step cannot run under the plan.
+        """
         if plan not in self._traced:
-            step, finder = self.step(plan), Finder(plan)
+            step, finder = self.step(plan), Finder()
             static = step.options.get("static_argnums", ())
-            with observed(finder):
-                jaxpr = jax.make_jaxpr(step.fn, static_argnums=static)(*step.args)
-            self._traced[plan] = jaxpr, finder
+            try:
+                with observed(finder):
+                    jaxpr = jax.make_jaxpr(step.fn, static_argnums=static)(*step.args)
+            except PlanError as error:
+                raise ValueError(f"step_for({str(plan)!r}) does not trace: {error}") from error
+            self._traced[plan] = Trace(jaxpr, finder.phases(jaxpr))
         return self._traced[plan]
 
     def report(self, plan: Plan | PlanSet) -> MemoryReport:
@@ -109,9 +133,7 @@ class Steps:
         """
         step = self.step(plan)
         measured = lambda: measure(step.fn, *step.args, target=self._target, **step.options)
-        if self._target.backend != "local":
-            return measured()
-        return self.kept(plan, measured, options=repr(sorted(step.options.items())))
+        return measured() if self._target.backend != "local" else self.kept(plan, measured)
 
     def kept(
         self, plan: Plan | PlanSet, made: Callable[[], MemoryReport], **parts: Any
@@ -121,14 +143,18 @@ class Steps:
         Args:
           plan: The plan.
           made: Compiles its step.
-          **parts: What the report depends on beside program, target, device and versions, as JSON
-            values.
+          **parts: What the report depends on beside the program, the target and what `cache.key`
+            and `cache.here` know of, as JSON values.
         """
-        name = cache.key(
-            program=program_text(self.trace(plan)[0]),
+        fn, args, options = self.step(plan)
+        traced = jitted(fn, **options).trace(*args)
+        is_here = self._target.backend == "local"
+        backend = None if is_here else (self._target.backend,)
+        name = program_key(
+            traced.lower(lowering_platforms=backend),
+            plan=plan_json(plan),
             target=self._target.name,
-            device=jax.local_devices()[0].device_kind,
-            sources=cache.digest_of_sources({"jaxckpt.memory"}),
+            devices_of_arguments=_devices(args),
             **parts,
         )
         report = cache.load(name)
@@ -138,6 +164,19 @@ class Steps:
         return report
 
 
+def _devices(args: Sequence) -> list[list[int]]:
+    """Returns the devices of arguments' meshes, in order: a program's text has their number."""
+    leaves = jax.tree.leaves(tuple(args))
+    meshes = {getattr(getattr(leaf, "sharding", None), "mesh", None) for leaf in leaves}
+    ids = {tuple(one.id for one in mesh.devices.flat) for mesh in meshes if isinstance(mesh, Mesh)}
+    return sorted(map(list, ids))
+
+
+def is_same_program(one: Trace, other: Trace) -> bool:
+    """Returns whether two traces are of one program."""
+    return program_text(one.jaxpr) == program_text(other.jaxpr)
+
+
 def program_text(jaxpr) -> str:
-    """Returns a jaxpr as text that is the same in every process, to keep a report under."""
+    """Returns a jaxpr as text that is the same each time it is traced."""
     return _ADDRESS.sub("", str(jaxpr))

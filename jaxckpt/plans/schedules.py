@@ -1,7 +1,7 @@
 """Schedules of a stack's forward and backward pass, by name: users reach this as one module.
 
-    from jaxckpt import schedules
-    print(schedules.binomial(32, slots=4))    # binomial(slots=4): 32 blocks, 75 extra forwards, ..
+    schedule = jaxckpt.schedules.binomial(32, slots=4)
+    print(schedule)    # binomial(slots=4): 32 blocks, 75 extra forwards, ..
 
 A `Schedule` is data; the executor runs it, `simulate` replays it on paper.
 """

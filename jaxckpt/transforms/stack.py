@@ -85,15 +85,6 @@ def scan_blocks(
     check_stack(block, params)
     params, carry, consts = as_arrays((params, carry, consts))
     num_blocks = stack_length(params)
-    observers.tell(
-        block=block,
-        params=params,
-        carry=carry,
-        consts=consts,
-        remat=remat,
-        num_blocks=num_blocks,
-        unroll=unroll,
-    )
     remat = remat if isinstance(remat, Schedule) else as_plan(remat)
     if isinstance(remat, Schedule):
         check_schedule(remat, num_blocks, nested)
@@ -116,7 +107,12 @@ def scan_blocks(
     leaves, tree = jax.tree.flatten(carry)
     held = [leaf for place, leaf in enumerate(leaves) if place not in traced.changed]
     changed = [leaves[place] for place in traced.changed]
-    static = (traced.only_changed(), plan, unroll, nested)
+    alone = traced.only_changed()
+    call = observers.StackCall(
+        block=alone, params=params, carry=changed, remat=remat, num_blocks=num_blocks, unroll=unroll
+    )
+    changed = observers.tell(call)
+    static = (alone, plan, unroll, nested)
     program = once_compiled(_run, identity(block), *static)
     changed = iter(program(jax.tree.leaves(params), changed, [*all_consts, *held]))
     leaves = [next(changed) if n in traced.changed else x for n, x in enumerate(leaves)]

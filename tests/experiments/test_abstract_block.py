@@ -10,8 +10,8 @@ from experiments.config import TrainConfig
 from experiments.step import make_train_step
 from jaxckpt.memory.built_step import stack_bytes
 from jaxckpt.models.config import TransformerConfig
-from jaxckpt.planner.stacks import Finder
-from jaxckpt.plans import Plan, Policy
+from jaxckpt.planner.places import Finder, places
+from jaxckpt.plans import Policy
 from jaxckpt.transforms import invented
 from jaxckpt.transforms.observers import observed
 
@@ -25,10 +25,11 @@ def test_untagged_values_are_counted_as_in_the_stack(plan, unroll):
     model = TransformerConfig(**_SIZES, dtype="bf16", attention="plain")
     config = TrainConfig(model=model, remat=plan, unroll=unroll, batch_size=2, seq_len=16)
     step = build(config, "local")
-    finder = Finder(Plan.parse(plan))
+    finder = Finder()
     with observed(finder):
-        jax.make_jaxpr(make_train_step(config))(*step.args)
-    (stack,) = finder.stacks
+        jaxpr = jax.make_jaxpr(make_train_step(config))(*step.args)
+    (place,) = places(finder.phases(jaxpr))
+    stack = place.call.stack
     block, params_i, x, *consts = abstract_block(config, step.args[0].params)
     of_step = invented.offered(stack.call, _ANY, stack.carry, stack.params_i, stack.consts)
     of_block = invented.offered(block, _ANY, x, params_i, *consts)

@@ -6,7 +6,6 @@ import pytest
 
 import jaxckpt
 from jaxckpt.memory.built_step import BuiltStep, annotate, stack_bytes
-from jaxckpt.memory.chips import chip_of_device
 from jaxckpt.memory.measure import compile_step
 from jaxckpt.memory.roofline import Rates
 from jaxckpt.plans import as_plan
@@ -78,9 +77,3 @@ def test_findings_of_the_block_are_in_the_report():
 def test_what_a_stack_keeps(plan, kept):
     bound = as_plan(plan).bind(LENGTH)
     assert stack_bytes(bound, block, W_I, X) == pytest.approx((kept + 3) * CARRY)
-
-
-def test_kinds_of_devices():
-    assert chip_of_device("NVIDIA L40S") is None and chip_of_device("NVIDIA L4").name == "l4"
-    assert chip_of_device("TPU v5").name == "v5p" and chip_of_device("TPU v6 lite").name == "v6e"
-    assert chip_of_device("NVIDIA A100-SXM4-80GB").name == "a100-80g"

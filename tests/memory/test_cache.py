@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
-from jaxckpt.memory import absent, cache, launch, traveling
+from jaxckpt.memory import absent, cache, launch, measure, traveling
 from jaxckpt.memory.absent import Entry, measure_entry
 from jaxckpt.memory.launch import WorkerError
 from tests.memory.test_report import REPORT
@@ -126,6 +126,71 @@ def test_sources_are_read_without_importing_them(tmp_path, monkeypatch):
     assert cache.digest_of_sources(["made_up"]) != first
     with pytest.raises(ValueError, match=r"entry 'not_there.a:b': no module named 'not_there'"):
         measure_entry(Entry(function="not_there.a:b"), "v5e-1")
+
+
+def test_sources_that_a_package_imports_count_too(tmp_path, monkeypatch):
+    """Whole packages, whatever they are, but for those that are installed with a version."""
+    for package in ("entry_of", "helper_of", "stranger_of"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("")
+    (tmp_path / "entry_of" / "step.py").write_text("def f():\n  import os, helper_of.deep as h\n")
+    (tmp_path / "helper_of" / "deep.py").write_text("from single_of import x\nimport jax\n")
+    (tmp_path / "single_of.py").write_text("x = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    digest = lambda: cache.digest_of_sources({"entry_of"})
+    seen = [digest()]
+    for name in ("entry_of/other.py", "helper_of/unread.py", "single_of.py", "helper_of/deep.py"):
+        with (tmp_path / name).open("a") as file:
+            file.write("# edited\n")
+        assert digest() not in seen
+        seen.append(digest())
+    (tmp_path / "stranger_of" / "__init__.py").write_text("# edited\n")
+    assert digest() == seen[-1]
+
+
+def test_a_report_depends_on_what_it_is_made_with_and_not_on_the_planner(monkeypatch):
+    roots = []
+    root_of = cache._roots
+    monkeypatch.setattr(cache, "_roots", lambda name: roots.append(name) or root_of(name))
+    cache.digest_of_sources({"jaxckpt.memory"})
+    assert {"jaxckpt.memory", "jaxckpt.plans", "jaxckpt.transforms"} <= set(roots)
+    assert not {"jaxckpt", "jaxckpt.planner"} & set(roots)
+
+
+@pytest.mark.parametrize("name", ["XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE", "TF_X"])
+def test_settings_of_compilers_count(monkeypatch, name):
+    before = cache.key(a=1)
+    monkeypatch.setenv(name, "another")
+    assert cache.key(a=1) != before
+    monkeypatch.delenv(name)
+    for other in ("JAXCKPT_CACHE", "PWD", "PYTEST_CURRENT_TEST"):
+        monkeypatch.setenv(other, "another")
+    assert cache.key(a=1) == before
+
+
+def test_everything_that_is_installed_counts():
+    found = cache.versions()
+    assert {"python", "jax", "jaxlib", "scipy", "pytest"} <= found.keys()
+    assert found["jax"] == jax.__version__
+
+
+def test_what_this_process_compiles_depends_on_its_devices_and_settings():
+    x = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    lowered = lambda **options: jax.jit(lambda x: x @ x, **options).lower(x)
+    key = lambda **options: measure.program_key(lowered(**options))
+    assert key() == key() and cache.here()["devices"] == [d.device_kind for d in jax.devices()]
+    assert len({key(), key(donate_argnums=0), measure.program_key(lowered(), more=1)}) == 3
+    before = key()
+    level = "jax_exec_time_optimization_effort"  # in no program's text
+    with jax.default_matmul_precision("highest"):
+        assert key() != before
+    old = getattr(jax.config, level)
+    try:
+        jax.config.update(level, -1.0)
+        assert key() != before
+    finally:
+        jax.config.update(level, old)
+    assert key() == before
 
 
 def test_a_table_made_before_is_read_at_once_and_without_jax(started):

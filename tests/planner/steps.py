@@ -5,6 +5,10 @@ import jax.numpy as jnp
 
 import jaxckpt
 from jaxckpt.memory.roofline import Rates
+from jaxckpt.memory.targets import LOCAL
+from jaxckpt.planner.places import following, held_together
+from jaxckpt.planner.steps import Steps
+from jaxckpt.plans import Plan
 
 NUM_BLOCKS, ROWS, WIDTH = 6, 256, 16
 CHIP = Rates(flops_per_second=1e11, bytes_per_second=1e10, host_bytes_per_second=1e10)
@@ -39,6 +43,15 @@ def step_for(plan, num_blocks: int = NUM_BLOCKS, rows: int = ROWS, block=block):
 
     args = jax.eval_shape(lambda: arguments(num_blocks, rows))
     return jax.value_and_grad(loss, argnums=(0, 1)), args
+
+
+def stacks_of(step_for, *, plan: str = "full", other: str = "none"):
+    """Returns the stacks of a step that follow its plan."""
+    of = Steps(step_for, LOCAL)
+    one, two = (Plan.parse(text) for text in (plan, other))
+    phases = of.trace(one).phases
+    found = following(phases, one, of.trace(two).phases, two)
+    return [place.call.stack for place in held_together(phases, found)]
 
 
 BOTH = {"first": 4, "second": 3}

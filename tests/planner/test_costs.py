@@ -8,10 +8,9 @@ import pytest
 
 import jaxckpt
 from jaxckpt.memory.roofline import Rates
-from jaxckpt.memory.targets import LOCAL
 from jaxckpt.planner.costs import kind_cost
-from jaxckpt.planner.steps import Steps
 from jaxckpt.plans import Plan
+from tests.planner.steps import stacks_of
 
 CHIP = Rates(flops_per_second=790e12, bytes_per_second=4.3e12)
 
@@ -24,8 +23,7 @@ def stack_of(unroll: int):
         run = lambda w, x: jaxckpt.scan_blocks(block, w, x, remat=plan, unroll=unroll).sum()
         return jax.grad(run), (jnp.ones([4, 64, 64]), jnp.ones([512, 64]))
 
-    _, finder = Steps(step_for, LOCAL).trace(Plan.parse("full"))
-    (found,) = finder.stacks
+    (found,) = stacks_of(step_for)
     return found
 
 

@@ -107,8 +107,7 @@ def test_a_pass_takes_the_longer_of_work_and_link():
 
 @pytest.fixture(scope="module")
 def stack():
-    _, finder = Steps(steps.step_for, LOCAL).trace(Plan.parse("full"))
-    return finder.stacks
+    return steps.stacks_of(steps.step_for)
 
 
 def test_a_kind_says_what_is_where(stack):

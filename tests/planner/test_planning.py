@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxckpt.memory.roofline import rates_of
 from jaxckpt.memory.targets import parse_target
 from jaxckpt.models import Transformer, TransformerConfig
 from jaxckpt.planner.frontier import Graph, proposals
+from jaxckpt.planner.places import places
 from jaxckpt.planner.problem import Problem
-from jaxckpt.planner.rates import rates_of
 from jaxckpt.planner.stacks import Stack
 from jaxckpt.planner.steps import Steps
 from jaxckpt.plans import Plan
@@ -69,7 +70,8 @@ def test_the_work_of_planning_grows_with_the_blocks():
 
 
 def test_the_program_of_a_transformer_block_is_little_work():
-    (stack,) = steps(28).trace(Plan.parse("full"))[1].stacks
+    (place,) = places(steps(28).trace(Plan.parse("full")).phases)
+    stack = place.call.stack
     assert isinstance(stack, Stack)
     found, calls = calls_of(lambda: list(proposals(Graph.of(stack, RATES))))
     assert calls < 2_000_000  # 250,000

@@ -7,6 +7,7 @@ from jaxckpt.planner.spread import Spread
 from tests.experiments.test_fit import report
 
 GIB = 1 << 30
+AGAIN = 2 * 10 * 100.0  # FLOPs of ten blocks in two runs
 
 
 def kinds() -> tuple[Kind, Kind]:
@@ -20,7 +21,7 @@ def spread(devices: int, gib_between: float) -> Spread:
     many = {"num_devices": devices}
     full = report(10.0, collective_seconds=5.0, **many)
     none = report(10.0 + gib_between, collective_seconds=4.0, **many)
-    return Spread.of(kinds(), full, none, num_blocks=10, runs=2)
+    return Spread.of(63.0 * GIB, AGAIN, full, none)
 
 
 @pytest.mark.parametrize("between, parts", [(62.0, 1), (8.5, 8), (16.0, 4), (30.0, 2), (-1.0, 8)])
@@ -30,23 +31,23 @@ def test_peaks_tell_how_many_share_what_is_kept(between, parts):
 
 def test_a_block_run_again_sends_again():
     found = spread(8, 8.0)
-    none, full = map(found.kind, kinds())
+    none, full = (found.kind(kind, kinds()[0]) for kind in kinds())
     assert found.sent_seconds == 4.0
     assert (none.seconds, full.seconds) == (3.0, 4.0 + (5.0 - 4.0) / 20)
-    assert found.forward(Forward(seconds=1.0, flops=1.0)).seconds == 1.0 + 1 / 20
+    assert found.forward(Forward(seconds=1.0, flops=100.0)).seconds == 1.0 + 1 / 20
     assert (none.kept_bytes, full.kept_bytes) == (GIB, GIB / 8)
 
 
 def test_a_step_that_does_not_fit_does_not_tell_what_it_sends():
     full = report(10.0, collective_seconds=5.0, num_devices=8)
-    found = Spread.of(kinds(), full, report(20.0, num_devices=8), num_blocks=10, runs=2)
-    assert (found.sent_seconds, found.again_seconds, found.num_devices) == (5.0, 0.0, 8)
+    found = Spread.of(63.0 * GIB, AGAIN, full, report(20.0, num_devices=8))
+    assert (found.sent_seconds, found.again_seconds_per_flop, found.num_devices) == (5.0, 0.0, 8)
     neither = [report(size, num_devices=8) for size in (10.0, 20.0)]
-    found = Spread.of(kinds(), *neither, num_blocks=10, runs=2)
-    assert (found.sent_seconds, found.again_seconds, found.num_devices) == (0.0, 0.0, 8)
+    found = Spread.of(63.0 * GIB, AGAIN, *neither)
+    assert (found.sent_seconds, found.again_seconds_per_flop, found.num_devices) == (0.0, 0.0, 8)
 
 
 def test_one_device_is_left_alone():
-    found = Spread.of(kinds(), report(1.0), report(2.0), num_blocks=10, runs=1)
+    found = Spread.of(63.0 * GIB, AGAIN, report(1.0), report(2.0))
     assert found == Spread()
-    assert tuple(map(found.kind, kinds())) == kinds()
+    assert tuple(found.kind(kind, kinds()[0]) for kind in kinds()) == kinds()

@@ -1,0 +1,183 @@
+"""Where a step runs its stacks, and which of them follow a plan.
+
+`scan_blocks` tells who watches (`transforms.observers`), so a stack is found however deep in a
+model it is run, and through Linen's and NNX's adapters. The watcher marks each stack's input, and
+the marks in the jaxpr say what the program runs: a call that was traced for a shape alone is
+nowhere, one that two places share is at both.
+
+A stack follows a plan if its own plan changed between two traces under two plans.
+"""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Collection, Iterator, Sequence
+from typing import TypeAlias
+
+from jax.extend import core
+
+from jaxckpt.memory.flat import Flat, Step, bodies, flatten
+from jaxckpt.planner.stacks import Stack
+from jaxckpt.plans import Plan, PlanError, as_plan
+from jaxckpt.plans.actions import Schedule
+from jaxckpt.transforms import jaxprs, tags
+from jaxckpt.transforms.observers import StackCall
+
+_MARK = "jaxckpt.stack."
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Call:
+    """One call of `scan_blocks`.
+
+    Attributes:
+      stack: What it runs.
+      remat: What it was asked for, as text.
+      plan: The same as a bound plan; None for a schedule.
+    """
+
+    stack: Stack
+    remat: str
+    plan: Plan | None
+
+    def is_under(self, plan: Plan) -> bool:
+        """Returns whether the stack was asked for a plan."""
+        try:
+            return self.plan is not None and self.plan == plan.bind(self.stack.num_blocks)
+        except PlanError:  # the plan is for another number of blocks
+            return False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Place:
+    """A place of a program where a stack runs; two places are the same only if they are one.
+
+    Attributes:
+      call: What runs.
+      is_again: Whether `jax.checkpoint` runs it again for a backward pass.
+    """
+
+    call: Call
+    is_again: bool
+
+
+# A program's phases, one after the other. A phase is what holds its memory at the same time: places
+# and loops whose bodies have phases of their own.
+Phases: TypeAlias = "list[list[Place | Phases]]"
+
+
+class Finder:
+    """Watches the calls of `scan_blocks` while a step is traced; hand it to `observed`."""
+
+    def __init__(self):
+        self._calls: list[Call] = []
+
+    def __call__(self, call: StackCall):
+        """Takes note of one call of `scan_blocks`; returns its carry under a mark."""
+        is_schedule = isinstance(call.remat, Schedule)
+        made = Call(
+            stack=Stack.of(call.block, call.params, call.num_blocks, unroll=call.unroll),
+            remat=str(call.remat),
+            plan=None if is_schedule else as_plan(call.remat).bind(call.num_blocks),
+        )
+        # A stack without a carry computes nothing.
+        marked = tags.tag_reserved(call.carry[:1], f"{_MARK}{len(self._calls)}")
+        self._calls.append(made)
+        return [*marked, *call.carry[1:]]
+
+    def phases(self, jaxpr: core.ClosedJaxpr) -> Phases:
+        """Returns where the program that was traced runs its stacks."""
+        return self._phases(flatten(jaxpr))
+
+    def _phases(self, flat: Flat) -> Phases:
+        steps = flat.live_steps()
+        last_use = {value: n for n, step in enumerate(steps) for value in step.inputs}
+        phases: Phases = []
+        end = -1  # where the last phase ends
+        for n, step in enumerate(steps):
+            found = self._found(step)
+            if found is None:
+                continue
+            if n > end:
+                phases.append([])
+            phases[-1].append(found)
+            loop = _forward(steps[n:]) if isinstance(found, Place) else step
+            uses = [len(steps)] if loop is None else [last_use.get(x, n) for x in loop.outputs]
+            end = max(end, n, *uses)
+        return phases
+
+    def _found(self, step: Step) -> "Place | Phases | None":
+        """Returns what a step runs; None if it runs no stack."""
+        if step.name == jaxprs.TAG:
+            name = step.params["name"]
+            if not name.startswith(_MARK):
+                return None
+            is_again = any(call.params.get("differentiated") for call in step.calls)
+            return Place(self._calls[int(name.removeprefix(_MARK))], is_again)
+        inner = [self._phases(body) for body in bodies(step)]
+        if step.name == jaxprs.COND:  # one branch runs
+            inner = [max(inner, key=lambda phases: len(list(places(phases))))]
+        return list(itertools.chain(*inner)) or None
+
+
+def _forward(steps: Sequence[Step]) -> Step | None:
+    """Returns the loop that runs a stack, from its mark on; None if it is unrolled."""
+    reached = set(steps[0].outputs)
+    for step in steps:
+        if not reached.isdisjoint(step.inputs):
+            reached.update(step.outputs)
+            if next(bodies(step), None) is not None:
+                return step
+    return None
+
+
+def places(phases: Phases) -> Iterator[Place]:
+    """Yields every place, in the order in which they run."""
+    for item in itertools.chain(*phases):
+        if isinstance(item, Place):
+            yield item
+        else:
+            yield from places(item)
+
+
+def held_together(phases: Phases, chosen: Collection[Place]) -> list[Place]:
+    """Returns the chosen places whose stacks are held at the same time.
+
+    Phases share their memory, as the parts of an accumulated batch do: of equal stacks in several
+    phases those of one phase are returned.
+    """
+    kept: list[Place] = []
+    for phase in phases:
+        found: list[Place] = []
+        for item in phase:
+            inner = [item] if isinstance(item, Place) else held_together(item, chosen)
+            found += (place for place in inner if place in chosen)
+        first = {place.call for place in found if not place.is_again}
+        found = [place for place in found if not (place.is_again and place.call in first)]
+        spare = collections.Counter(place.call.stack.shape for place in kept)
+        for place in found:
+            spare[place.call.stack.shape] -= 1
+            if spare[place.call.stack.shape] < 0:
+                kept.append(place)
+    return kept
+
+
+def following(one: Phases, plan: Plan, other: Phases, other_plan: Plan) -> list[Place]:
+    """Returns the places of a program whose stacks follow its plan.
+
+    Args:
+      one: The program of a step under a plan.
+      plan: That plan.
+      other: The program of the same step under another plan.
+      other_plan: The other plan. Equal stacks run in the same order in both programs.
+    """
+    waiting = collections.defaultdict(collections.deque)
+    for place in places(other):
+        waiting[place.call.stack.shape].append(place)
+    found = []
+    for place in places(one):
+        same = waiting[place.call.stack.shape]
+        is_changed = not same or same.popleft().call.is_under(other_plan)
+        if is_changed and place.call.is_under(plan):
+            found.append(place)
+    return found

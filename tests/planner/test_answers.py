@@ -1,0 +1,133 @@
+"""What an answer depends on: the step, the target and the budget, and nothing else."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxckpt
+from jaxckpt.memory.roofline import UNKNOWN
+from jaxckpt.memory.targets import LOCAL
+from jaxckpt.planner import frontier
+from jaxckpt.planner.fit import answer
+from jaxckpt.planner.problem import Problem
+from jaxckpt.planner.steps import Steps
+from jaxckpt.plans import Plan
+from tests.planner import steps
+
+W = jax.ShapeDtypeStruct((8, 32, 32), jnp.float32)
+X = jax.ShapeDtypeStruct((2048, 32), jnp.float32)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXCKPT_CACHE", str(tmp_path))
+
+
+def peak_of(step_for, plan) -> int:
+    fn, args = step_for(plan)
+    return jaxckpt.measure(fn, *args).peak_bytes
+
+
+def test_budgets_are_answered_as_if_each_were_the_only_one():
+    of = Steps(steps.step_for, LOCAL)
+    peaks = [of.report(Plan.parse(text)).peak_bytes for text in ("full", "none")]
+    budgets = [1, *map(int, np.linspace(0.7 * peaks[0], peaks[1], 6))]
+
+    def asked(order):
+        problem = Problem.of(of, steps.NUM_BLOCKS, UNKNOWN, None)
+        rungs, found = problem.ladder(), {}
+        for budget in order:
+            try:
+                found[budget] = answer(problem, rungs, budget).as_json()
+            except jaxckpt.BudgetError as error:
+                found[budget] = error.as_json()
+        return found
+
+    one, other = asked(budgets), asked(budgets[::-1])
+    assert one == other
+    alone = {budget: asked([budget])[budget] for budget in budgets[:3]}
+    assert alone.items() <= one.items()
+    assert len({str(found.get("plan")) for found in one.values()}) > 2
+    assert len(of.compiled) > 6, "what one budget compiled serves the others"
+
+
+def test_equal_towers_are_predicted():
+    block = lambda c, w: c + jnp.tanh(c @ w)
+
+    def step_for(plan):
+        def loss(p, x):
+            y, z = (jaxckpt.scan_blocks(block, p[k], x, remat=plan) for k in "ab")
+            return (y * z).sum()
+
+        return jax.grad(loss), ({"a": W, "b": W}, X)
+
+    problem = Problem.of(Steps(step_for, LOCAL), 8, UNKNOWN, None)
+    rungs = {str(rung.draft.plan): rung for rung in problem.ladder()}
+    assert min(rung.predicted_bytes for rung in rungs.values()) > 4 * (2 * 8 * 32**2 + 2048 * 32)
+    for plan in ("none", "names:@tanh.1"):
+        assert rungs[plan].predicted_bytes == pytest.approx(peak_of(step_for, plan), rel=0.02)
+    # A tower alone keeps half as much, so that a tower forgotten would be seen.
+    (stack,) = {stack.carry_bytes for stack in steps.stacks_of(step_for)}
+    assert len(steps.stacks_of(step_for)) == 2 and stack == 4 * 2048 * 32
+
+
+def fourier(x, w):
+    """A block whose values are complex in the middle: JAX's policies by name cannot keep them."""
+    h = jnp.fft.fft(jaxckpt.tag(x @ w, "product"))
+    return x + jnp.tanh(jnp.fft.ifft(h * jnp.conj(h)).real)
+
+
+def fourier_step(plan):
+    w = jax.ShapeDtypeStruct((6, 16, 16), jnp.float32)
+    x = jax.ShapeDtypeStruct((2048, 16), jnp.float32)
+    return jax.grad(lambda w, x: jaxckpt.scan_blocks(fourier, w, x, remat=plan).sum()), (w, x)
+
+
+def test_a_block_is_planned_without_the_values_that_cannot_be_kept():
+    _, low = (peak_of(fourier_step, plan) for plan in ("none", "full"))
+    plans = set()
+    for budget in map(int, np.linspace(low, top, 5)):
+        found = jaxckpt.fit(fourier_step, num_blocks=6, budget=budget)
+        assert found.report.peak_bytes <= budget and not found.left_out
+        plans |= {str(one.plan) for one in found.candidates}
+    assert any("names:" in plan for plan in plans), "others are still named"
+
+
+def test_values_that_cannot_be_named_do_not_end_the_search(monkeypatch, caplog):
+    def fail(block, *, opens_remat):
+        raise AssertionError("varying axes")
+
+    monkeypatch.setattr(frontier, "all_named", fail)
+    with caplog.at_level(logging.DEBUG):
+        found = jaxckpt.fit(steps.step_for, num_blocks=steps.NUM_BLOCKS, budget="1GiB")
+    plans = [str(one.plan) for one in found.candidates]
+    assert not any("@" in plan for plan in plans) and any("names:hidden" in plan for plan in plans)
+    assert "varying axes" in caplog.text  # with its traceback
+
+
+def test_a_plan_that_does_not_run_is_left_out_and_said():
+    def step_for(plan):
+        if "names:" in str(plan):
+            raise AssertionError("this one breaks")
+        return steps.step_for(plan)
+
+    _, low = (peak_of(steps.step_for, plan) for plan in ("none", "full"))
+    found = jaxckpt.fit(step_for, num_blocks=steps.NUM_BLOCKS, budget=(top + low) // 2)
+    assert found.left_out and "names:" not in str(found.plan)
+    assert all(text.endswith(": AssertionError: this one breaks") for text in found.left_out)
+    assert f"  left out   {found.left_out[0]}" in str(found)
+    assert jaxckpt.planner.result.FitResult.from_json(found.as_json()) == found
+
+
+def test_a_step_that_never_runs_raises_its_own_error():
+    def step_for(plan):
+        if str(plan) not in ("full", "none", "3xfull/3xnone"):
+            raise AssertionError("none of these")
+        return steps.step_for(plan)
+
+    _, low = (peak_of(steps.step_for, plan) for plan in ("none", "full"))
+    with pytest.raises(AssertionError, match="none of these"):
+        jaxckpt.fit(step_for, num_blocks=steps.NUM_BLOCKS, budget=low - 1)
