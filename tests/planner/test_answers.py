@@ -87,7 +87,7 @@ def fourier_step(plan):
 
 
 def test_a_block_is_planned_without_the_values_that_cannot_be_kept():
-    _, low = (peak_of(fourier_step, plan) for plan in ("none", "full"))
+    top, low = (peak_of(fourier_step, plan) for plan in ("none", "full"))
     plans = set()
     for budget in map(int, np.linspace(low, top, 5)):
         found = jaxckpt.fit(fourier_step, num_blocks=6, budget=budget)
@@ -114,7 +114,7 @@ def test_a_plan_that_does_not_run_is_left_out_and_said():
             raise AssertionError("this one breaks")
         return steps.step_for(plan)
 
-    _, low = (peak_of(steps.step_for, plan) for plan in ("none", "full"))
+    top, low = (peak_of(steps.step_for, plan) for plan in ("none", "full"))
     found = jaxckpt.fit(step_for, num_blocks=steps.NUM_BLOCKS, budget=(top + low) // 2)
     assert found.left_out and "names:" not in str(found.plan)
     assert all(text.endswith(": AssertionError: this one breaks") for text in found.left_out)
