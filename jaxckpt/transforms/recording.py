@@ -35,7 +35,14 @@ class Moving:
     consts: tuple[int, ...]
 
     @classmethod
-    def of(cls, asked: Sequence[int], params: Sequence, carry: Sequence, consts: Sequence):
+    def all_of(cls, params: Sequence, consts: Sequence) -> "Moving":
+        """Returns every parameter and const that can have a gradient."""
+        return cls(params=tuple(inexact(params)), carry=(), consts=tuple(inexact(consts)))
+
+    @classmethod
+    def of(
+        cls, asked: Sequence[int], params: Sequence, carry: Sequence, consts: Sequence
+    ) -> "Moving":
         """Returns the leaves that are asked for, by their positions among all of them."""
         starts = (0, len(params), len(params) + len(carry))
         groups = [
