@@ -10,7 +10,7 @@ PATH = ROOT / "docs" / "theory.md"
 BEGIN, END = "<!-- begin: made by a command -->", "<!-- end: made by a command -->"
 
 
-def write(result: Result, record: dict[str, Any], path: Path = PATH):
+def write_section(result: Result, record: dict[str, Any], path: Path = PATH):
     """Replaces what stands between the markers by the result's table and where it comes from."""
     before, rest = path.read_text().split(BEGIN)
     _, after = rest.split(END)

@@ -74,7 +74,7 @@ def executor(flags: Annotated[Flags, Parameter(name="*")] = Flags(), *, command:
         record["parts"][part] = result.as_json() | {"seconds": seconds}
         failures += result.failures
         if part == "temp" and flags.write_docs:
-            document.write(result, record)
+            document.write_section(result, record)
         record["failures"] = failures
         write(record, flags.output)  # after every part, so that a run cut short leaves something
     verdict = f"{len(failures)} bounds failed" if failures else "every bound holds"

@@ -20,7 +20,7 @@ from benchmarks.page_tables import ROOT
 from jaxckpt.plans.errors import nearest
 
 DOCS = ROOT / "docs"
-TABLES = page_tables.TABLES | planner_tables.TABLES
+TABLES = page_tables.TABLES | planner_tables.PLANNER_TABLES
 _TABLE = re.compile(r"<!-- table: (?P<name>\S+) -->\n(?P<old>.*?)<!-- end table -->", re.DOTALL)
 
 

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from benchmarks import planner_bounds, rivals_bounds
 from benchmarks.page_tables import gib, load, markdown
+from benchmarks.planner_bounds import figures
+from benchmarks.rivals_bounds import compared
 
 
 def rivals() -> str:
@@ -30,7 +31,7 @@ def rivals() -> str:
         )
         for gpu, name in (("h200", "h200"), ("h200", "h200_16k"), ("h100", "h100"))
         for shape, found in load(f"rivals_{name}.json")["rows"].items()
-        for one in rivals_bounds.compared(found)
+        for one in compared(found)
     ]
     return markdown((*header, "best of MaxText's", "ms"), rows)
 
@@ -51,7 +52,7 @@ def answers() -> str:
     return markdown((*header, "cheapest fixed plan", "its FLOPs run again"), rows)
 
 
-def bounds() -> str:
+def planner_bounds_table() -> str:
     """How the same answers keep what is promised, a row a part."""
     header = {
         "part": "part",
@@ -62,7 +63,7 @@ def bounds() -> str:
         "planned": "planned beside them in",
         "failures": "bounds that do not hold",
     }
-    found = planner_bounds.figures(load("planner_absent.json")["rows"])
+    found = figures(load("planner_absent.json")["rows"])
     rows = [tuple((one[name] or "none") for name in header) for one in found]
     return markdown(tuple(header.values()), rows)
 
@@ -71,4 +72,8 @@ def _tera(flops: Any) -> str:
     return "-" if flops is None else f"{flops / 1e12:.2f} T"
 
 
-TABLES = {"planner-answers": answers, "planner-bounds": bounds, "planner-rivals": rivals}
+PLANNER_TABLES = {
+    "planner-answers": answers,
+    "planner-bounds": planner_bounds_table,
+    "planner-rivals": rivals,
+}

@@ -73,7 +73,7 @@ def scaling(
     """Compile rows that are not there yet; of several plans, a row is the fastest that fits."""
     record: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {"rows": []}
     if write:
-        document.write(_table(record["rows"]), record, PAGE)
+        document.write_section(_table(record["rows"]), record, PAGE)
         return
     for size, place, one in [(m, t, p) for m in model for t in target for p in plan]:
         asked = {"model": size, "target": place, "asked": one}

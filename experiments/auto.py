@@ -15,7 +15,7 @@ from typing import Any
 
 from experiments.build import build, plan_entry
 from experiments.config import ConfigError, TrainConfig
-from experiments.record import versions
+from experiments.provenance import versions
 from jaxckpt.memory.present import usable_bytes
 from jaxckpt.memory.report import MemoryReport
 from jaxckpt.memory.targets import LOCAL, parse_target

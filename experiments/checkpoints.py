@@ -21,7 +21,8 @@ import numpy as np
 
 from experiments.config import ConfigError, TrainConfig
 from experiments.files import reason
-from experiments.record import RunError, versions
+from experiments.provenance import versions
+from experiments.record import RunError
 from experiments.step import TrainState
 
 FOLDER = "checkpoints"

@@ -19,8 +19,12 @@ def commit() -> str:
     return done.stdout.strip()
 
 
-def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Returns the versions of Python and of those of the packages that are installed."""
+# The packages that decide a run's numbers.
+PACKAGES = ("jaxckpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Returns the versions of Python and of the packages that are installed."""
     found = {"python": platform.python_version()}
     for package in packages:
         try:

@@ -1,7 +1,6 @@
 """What a run leaves behind: `metrics.jsonl`, one JSON object a line, and `config.toml`."""
 
 import contextlib
-import importlib.metadata
 import json
 import math
 import os
@@ -15,6 +14,7 @@ import tomli_w
 
 from experiments import files
 from experiments.config import ConfigError, TrainConfig
+from experiments.provenance import versions
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.toml"
@@ -178,15 +178,3 @@ def _write_whole(path: Path, text: str):
 
 def _is_not_finite(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that decide a run's numbers."""
-    packages = ("jaxckpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found

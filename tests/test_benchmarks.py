@@ -100,8 +100,8 @@ def test_what_stands_around_the_documented_table_stays(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"above\n{document.BEGIN}\nold\n{document.END}\nbelow\n")
     result = temp.Result(title="", rows=[{"plan": "log", "L=16": None}])
-    record = {"command": "python -m x", "versions": {"jax": "1"}, "device": "cpu"}
-    document.write(result, record, page)
+    made_by = {"command": "python -m x", "versions": {"jax": "1"}, "device": "cpu"}
+    document.write_section(result, made_by, page)
     assert page.read_text() == (
         f"above\n{document.BEGIN}\nMade by `python -m x` on cpu, jax 1.\n\n"
         f"| plan | L=16 |\n| --- | --- |\n| log | - |\n{document.END}\nbelow\n"

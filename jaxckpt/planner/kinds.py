@@ -7,11 +7,10 @@ import math
 from collections.abc import Iterator, Sequence
 
 from jaxckpt.memory.roofline import Rates
-from jaxckpt.planner import offloads
 from jaxckpt.planner.costs import Kind, forward_cost, kind_cost
 from jaxckpt.planner.frontier import Graph, proposals
 from jaxckpt.planner.lean import lean_proposals
-from jaxckpt.planner.offloads import Passes
+from jaxckpt.planner.offloads import Passes, offload_proposals
 from jaxckpt.planner.stacks import Stack
 from jaxckpt.plans import Plan, PlanError, Policy, Stage
 
@@ -74,7 +73,7 @@ def _moving(
     )
     for stack, graph in zip(stacks, graphs, strict=True):
         for most in (math.inf, host_bytes / stack.num_blocks):
-            yield from offloads.proposals(graph, passes, most)
+            yield from offload_proposals(graph, passes, most)
 
 
 def _keepable(graph: Graph, stacks: Sequence[Stack], rates: Rates, none: Kind) -> Graph:

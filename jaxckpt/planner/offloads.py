@@ -32,7 +32,9 @@ from jaxckpt.planner.integer_program import grain, minimize
 from jaxckpt.plans import Policy, words
 
 _MOST_POINTS = 8
-_TIE = 1e-6  # of all bytes, in units of a block's seconds: of sets that cost the same, the smallest
+_BYTES_TIE = (
+    1e-6  # of all bytes, in units of a block's seconds: of sets that cost the same, the smallest
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,9 @@ class Passes:
     link: HostLink
 
 
-def proposals(graph: Graph, passes: Passes, most_bytes: float) -> Iterator[tuple[Policy, ...]]:
+def offload_proposals(
+    graph: Graph, passes: Passes, most_bytes: float
+) -> Iterator[tuple[Policy, ...]]:
     """Yields policies that move something, from those that keep most to those that keep least.
 
     Args:
@@ -109,7 +113,7 @@ class _Program:
         return self.passes.forward_seconds + self.passes.backward_seconds
 
     def _cost(self) -> np.ndarray:
-        tie = _TIE / max(self.all_bytes, 1.0)
+        tie = _BYTES_TIE / max(self.all_bytes, 1.0)
         kept, moved = tie * self.sizes, 2 * tie * self.moved_sizes
         return np.concatenate([np.zeros(len(self.graph.steps)), kept, moved, [1.0, 1.0]])
 

@@ -17,7 +17,7 @@ from jaxckpt.planner.costs import kind_cost, with_copies
 from jaxckpt.planner.frontier import Graph
 from jaxckpt.planner.kinds import find_kinds
 from jaxckpt.planner.offload_check import Verdict
-from jaxckpt.planner.offloads import Passes, proposals
+from jaxckpt.planner.offloads import Passes, offload_proposals
 from jaxckpt.planner.result import FitResult
 from jaxckpt.planner.steps import Steps
 from jaxckpt.plans import Plan, words
@@ -80,7 +80,7 @@ def figures(found: Graph, policies, link: HostLink) -> tuple[float, float, float
 def test_proposals_are_optimal(rate, most, overlaps):
     found, link = few_units(), HostLink(bytes_per_second=rate, overlaps=overlaps)
     every = [choice for choice in every_choice(found, link) if choice[1] <= most]
-    proposed = list(proposals(found, passes(link), most))
+    proposed = list(offload_proposals(found, passes(link), most))
     assert proposed or rate < 1e9, "a link that is slow enough is not worth its use"
     for policies in proposed:
         kept, moved, seconds = figures(found, policies, link)
@@ -92,7 +92,7 @@ def test_proposals_are_optimal(rate, most, overlaps):
 def test_an_input_that_can_neither_stay_nor_go():
     found = few_units()
     link = HostLink(bytes_per_second=1e9)
-    proposed = list(proposals(found, passes(link), 100.0))
+    proposed = list(offload_proposals(found, passes(link), 100.0))
     assert all(figures(found, p, link)[0] >= CARRY for p in proposed)
 
 
