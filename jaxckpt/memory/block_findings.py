@@ -79,7 +79,7 @@ def tags_that_save_nothing(
 ) -> tuple[Finding, ...]:
     """Returns a finding for every name of a stage whose value spares the backward pass no step."""
     args = carry, params_i, *consts
-    patterns = [p for p in stage.policies if set(p.names) - {words.CARRY}]
+    patterns = [policy for policy in stage.inner_policies if policy.names]
     if not patterns:
         return ()
     tags = invented.offered(block, patterns, *args)
@@ -122,7 +122,7 @@ def _is_useful(num_steps: Callable[[Stage], int], stage: Stage, kind: str, name:
 def _exact(stage: Stage, offered, without: tuple[str, str] | None = None) -> Stage:
     """Returns a `full` stage that keeps the same tags, spelled out, but for one of a kind."""
     policies = []
-    for policy in stage.policies:
+    for policy in stage.inner_policies:
         names = tuple(n for n in _matching(policy, offered) if (policy.kind, n) != without)
         if names or not policy.names:
             policies.append(dataclasses.replace(policy, names=names))
@@ -130,8 +130,7 @@ def _exact(stage: Stage, offered, without: tuple[str, str] | None = None) -> Sta
 
 
 def _matching(policy: Policy, offered: Iterable[str]) -> list[str]:
-    patterns = [pattern for pattern in policy.names if pattern != words.CARRY]
-    return [name for name in offered if any(words.matches(name, p) for p in patterns)]
+    return [name for name in offered if any(words.matches(name, p) for p in policy.names)]
 
 
 def _num_steps(block: Callable, args, stage: Stage) -> int:

@@ -17,7 +17,7 @@ from jax.core import Tracer
 
 from jaxckpt.memory.flat import Flat, Step, Value, flatten
 from jaxckpt.memory.source import where
-from jaxckpt.plans import Plan, PlanError, Stage, as_plan, words
+from jaxckpt.plans import Plan, PlanError, Stage, as_plan
 from jaxckpt.transforms import invented, tags
 from jaxckpt.transforms.jaxprs import subjaxprs
 from jaxckpt.transforms.nested import Remat
@@ -56,7 +56,7 @@ def checkpointed(block: Callable, stage: Stage) -> Callable:
     policies = stage.policies
     if stage.schedule in ("uniform", "every"):
         # The segment's input is what goes to the host, not the inputs of its blocks.
-        policies = tuple(p for p in policies if str(p) != f"offload:{words.CARRY}")
+        policies = stage.inner_policies
         if not policies:
             return block
     if stage.schedule == "none":

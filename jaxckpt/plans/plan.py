@@ -152,6 +152,16 @@ class Stage:
         """Whether the carries that the schedule keeps go to the host."""
         return any(p.kind == "offload" and words.CARRY in p.names for p in self.policies)
 
+    @property
+    def inner_policies(self) -> tuple[Policy, ...]:
+        """The policies of values inside a block: all of them, without the word `carry`."""
+        inner = []
+        for policy in self.policies:
+            names = tuple(name for name in policy.names if name != words.CARRY)
+            if names or not policy.names:
+                inner.append(dataclasses.replace(policy, names=names))
+        return tuple(inner)
+
     def __str__(self) -> str:
         count = "" if self.count is None else f"{self.count}x"
         schedule = self.schedule if self.argument is None else f"{self.schedule}:{self.argument}"
