@@ -9,12 +9,14 @@ what `jax.vjp` keeps; XLA may drop a copy or merge two arrays that are equal.
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
+from jaxckpt.memory.block_findings import unchanged_carry
 from jaxckpt.memory.explanation import Explanation, Row
 from jaxckpt.memory.flat import Value
 from jaxckpt.memory.flops import step_flops
 from jaxckpt.memory.residuals import (
     Residual,
     Trace,
+    check_arguments,
     checkpointed,
     single_stage,
     slice_of,
@@ -53,7 +55,8 @@ def explain(
 
     Raises:
       PlanError: A plan that does not parse, has several stages, or names what the block has not.
-      ValueError: `num_blocks` below 1.
+      ValueError: `num_blocks` below 1, the parameters of a whole stack, or arguments in another
+        order.
 
     Example:
       >>> import jax.numpy as jnp, jaxckpt
@@ -64,6 +67,7 @@ def explain(
     """
     if num_blocks is not None and (isinstance(num_blocks, bool) or num_blocks < 1):
         raise ValueError(f"num_blocks is {num_blocks}; a stack has at least 1 block")
+    check_arguments(block, params_i, carry, consts)
     trace = Trace(block, params_i, carry, consts)
     kept = None
     if plan is not None:
@@ -80,6 +84,7 @@ def explain(
         shared_bytes=sum(value.nbytes for value in dict.fromkeys(trace.shared)),
         num_blocks=num_blocks,
         plan=None if plan is None else str(plan),
+        findings=tuple(map(str, unchanged_carry(block, params_i, carry, *consts))),
     )
 
 

@@ -49,6 +49,7 @@ class Explanation:
       shared_bytes: Bytes of the parameters and consts that the backward pass reads again.
       num_blocks: L, or None if it was not given.
       plan: The plan's text, or None if none was given.
+      findings: What of the block costs memory for nothing, a line each.
     """
 
     rows: tuple[Row, ...]
@@ -56,6 +57,7 @@ class Explanation:
     shared_bytes: int
     num_blocks: int | None = None
     plan: str | None = None
+    findings: tuple[str, ...] = ()
 
     @property
     def residual_bytes(self) -> int:
@@ -137,7 +139,7 @@ def _totals(explanation: Explanation) -> list[str]:
         f"not counted: {_mib(found.shared_bytes)} MiB of parameters and consts, "
         "which are in memory anyway and read again"
     )
-    return lines
+    return lines + [f"note: {finding}" for finding in found.findings]
 
 
 def _mib(size: int) -> str:

@@ -19,6 +19,7 @@ from jaxckpt.memory.flat import Flat, Step, Value, flatten
 from jaxckpt.memory.source import where
 from jaxckpt.plans import Plan, PlanError, Stage, as_plan
 from jaxckpt.transforms import invented, tags
+from jaxckpt.transforms.blocks import check_carry, first_block
 from jaxckpt.transforms.jaxprs import subjaxprs
 from jaxckpt.transforms.nested import Remat
 
@@ -45,6 +46,37 @@ def single_stage(plan: str | Plan) -> Stage:
     if stage.schedule == "auto":
         raise PlanError("auto names no plan yet; ask for one, such as 'full'")
     return stage
+
+
+def check_arguments(block: Callable, params_i, carry, consts: tuple):
+    """Raises `ValueError` if a block is given the whole stack, or its arguments in another order.
+
+    Seen by what the block returns: a carry like the one it was given, or not.
+    """
+    if not callable(block):
+        raise ValueError(f"the first argument is the block, a function, not {type(block).__name__}")
+    if _keeps_carry(block, params_i, carry, consts):
+        return
+    if _keeps_carry(block, carry, params_i, consts):
+        raise ValueError(
+            "params_i and carry have changed places: the order is (block, params_i, carry, *consts)"
+        )
+    sizes = {jax.typeof(leaf).shape[:1] for leaf in jax.tree.leaves(params_i)}
+    if len(sizes) == 1 and sizes != {()}:
+        ((length,),) = sizes
+        if length and _keeps_carry(block, first_block(params_i), carry, consts):
+            raise ValueError(
+                f"params_i has a leading axis of {length} in every leaf: one block's parameters "
+                "are wanted, such as jax.tree.map(lambda x: x[0], params)"
+            )
+
+
+def _keeps_carry(block: Callable, params_i, carry, consts: tuple) -> bool:
+    try:
+        check_carry(block, carry, *tags.abstract((params_i, *consts)))
+    except Exception:  # of the block's, of any type: it is called with what may not be meant for it
+        return False
+    return True
 
 
 def checkpointed(block: Callable, stage: Stage) -> Callable:

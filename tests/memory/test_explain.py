@@ -120,6 +120,19 @@ def test_what_a_plan_does_with_each_row(plan):
         assert (kept > 0) == (row.decision != "recomputed")
 
 
+@pytest.mark.parametrize("schedule", ["full", "uniform:2", "every:3"])
+def test_one_plan_in_two_spellings(schedule):
+    """A carry on the host is not the block's own inputs in the live segment, however spelled."""
+    written = [explain(mlp, W, X, plan=f"{schedule}+{end}") for end in CARRY_AND_HIDDEN]
+    assert written[0].rows == written[1].rows == written[2].rows
+    decisions = {row.name: row.decision for row in written[0].rows}
+    assert decisions["hidden"] == "host"
+    assert decisions["carry"] == ("host" if schedule == "full" else "saved")
+
+
+CARRY_AND_HIDDEN = ("offload:carry,hidden", "offload:hidden,carry", "offload:hidden+offload:carry")
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_rows_add_up_to_what_vjp_keeps(plan):
     params, carry, scale = cases.dropout_stack(1)
@@ -232,6 +245,44 @@ def test_text_is_a_table_with_totals():
 def test_plans_that_cannot_be_explained(options, message):
     with pytest.raises(PlanError, match=message):
         explain(mlp, W, X, **options)
+
+
+STACK = jax.tree.map(lambda x: jnp.stack([x] * 3), W)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ((mlp, STACK, X), r"leading axis of 3 in every leaf: one block's.*lambda x: x\[0\]"),
+        ((mlp, X, W), r"changed places: the order is \(block, params_i, carry, \*consts\)"),
+        ((W, mlp, X), "the first argument is the block, a function, not dict"),
+    ],
+)
+def test_arguments_that_are_not_one_blocks(args, message):
+    with pytest.raises(ValueError, match=message):
+        explain(*args)
+
+
+def test_a_blocks_own_error_and_a_carry_that_changes_stay():
+    with pytest.raises(KeyError, match="nope"):
+        explain(lambda x, p: x + p["nope"], W, X)
+    assert explain(lambda x, p: jnp.sin(x @ p["w"]), W, X).residual_bytes > 0
+
+
+def with_mask(carry, p):
+    x, mask, count = carry
+    return jnp.where(mask, mlp(x, p), x), jaxckpt.tag(mask, "mask"), count
+
+
+def test_what_the_carry_holds_for_nothing():
+    mask = jnp.ones(X.shape, bool)
+    found = explain(with_mask, W, (X, mask, jnp.int32(0)), plan="full")
+    (said,) = found.findings
+    assert said.startswith(f"carry[1], {mask.nbytes} bytes, is handed on unchanged")
+    assert "make it a const" in said and f"note: {said}" in str(found)
+    changed = lambda carry, p: (*with_mask(carry, p)[:1], ~carry[1], carry[2])
+    assert explain(changed, W, (X, mask, jnp.int32(0))).findings == ()
+    assert explain(mlp, W, X).findings == ()
 
 
 def test_num_blocks_is_at_least_one():
