@@ -111,3 +111,19 @@ def in_vocabulary(targets, vocab_size: int):
 def accumulator_dtype(x) -> jnp.dtype:
     """Returns the dtype of logits, losses and summed gradients: float32, or float64 for it."""
     return jnp.promote_types(jax.typeof(x).dtype, jnp.float32)
+
+
+def varying_alike(*arrays) -> list[jax.Array]:
+    """Returns arrays that vary over the same axes of a `jax.shard_map`, where they are in one."""
+    axes = frozenset().union(*(jax.typeof(array).vma for array in arrays))
+    missing = [tuple(sorted(axes - jax.typeof(array).vma)) for array in arrays]
+    return [
+        _vary(array, names) if names else array
+        for array, names in zip(arrays, missing, strict=True)
+    ]
+
+
+def _vary(array, axes: tuple[str, ...]):
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(array, axes, to="varying")
+    return jax.lax.pvary(array, axes)  # jax 0.7
