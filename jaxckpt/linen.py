@@ -28,6 +28,7 @@ from jaxckpt.transforms import policies, rows, tags
 from jaxckpt.transforms.arguments import apart, check_class
 from jaxckpt.transforms.blocks import check_policies
 from jaxckpt.transforms.stack import scan_blocks
+from jaxckpt.transforms.traced_block import abstract
 
 _PARAMS = "params"
 
@@ -282,7 +283,7 @@ def _checkpointed(fn: Callable, plan: Plan, prevent_cse: bool) -> Callable:
     def call(*args):
         closed, out = jax.make_jaxpr(fn, return_shape=True)(*args)
         flat, leaves = core.jaxpr_as_fun(closed), jax.tree.leaves(args)
-        check_policies(plan, lambda _: tags.tags_of(flat, *tags.abstract(leaves)))
+        check_policies(plan, lambda _: tags.tags_of(flat, *abstract(leaves)))
         policy = policies.checkpoint_policy(plan.stages[0].policies)
         made = jax.checkpoint(flat, policy=policy, prevent_cse=prevent_cse)(*leaves)
         return jax.tree.unflatten(jax.tree.structure(out), made)

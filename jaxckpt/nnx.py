@@ -22,8 +22,9 @@ from jax.core import Tracer
 
 from jaxckpt.plans import Plan, PlanError, as_plan
 from jaxckpt.transforms.arguments import apart, check_class
-from jaxckpt.transforms.blocks import check_carry, first_block
+from jaxckpt.transforms.blocks import check_carry
 from jaxckpt.transforms.stack import scan_blocks
+from jaxckpt.transforms.traced_block import first_block
 
 # The stacked axis in partition specs: not sharded.
 _AXIS = {nn.PARTITION_NAME: None}
@@ -237,7 +238,7 @@ def _drawn_streams(run: Callable, carry, rows, arrays) -> list[int]:
         drawn[:] = [i for i, count in enumerate(draws) if count is not None]
         return carry
 
-    check_carry(call, carry, first_block(rows), *arrays)
+    check_carry(carry, jax.eval_shape(call, carry, first_block(rows), *arrays))
     return drawn
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxckpt.plans.errors import nearest
+from jaxckpt.transforms.traced_block import vary, varying_axes
 
 LAYOUTS = ("DV", "VD")
 REDUCTIONS = ("mean", "sum")
@@ -115,15 +116,8 @@ def accumulator_dtype(x) -> jnp.dtype:
 
 def varying_alike(*arrays) -> list[jax.Array]:
     """Returns arrays that vary over the same axes of a `jax.shard_map`, where they are in one."""
-    axes = frozenset().union(*(jax.typeof(array).vma for array in arrays))
-    missing = [tuple(sorted(axes - jax.typeof(array).vma)) for array in arrays]
-    return [
-        _vary(array, names) if names else array
-        for array, names in zip(arrays, missing, strict=True)
-    ]
-
-
-def _vary(array, axes: tuple[str, ...]):
-    if hasattr(jax.lax, "pcast"):
-        return jax.lax.pcast(array, axes, to="varying")
-    return jax.lax.pvary(array, axes)  # jax 0.7
+    found = [varying_axes(jax.typeof(array)) for array in arrays]
+    axes = set().union(*found)
+    missing = [tuple(sorted(axes.difference(of_array))) for of_array in found]
+    pairs = zip(arrays, missing, strict=True)
+    return [vary(array, names) if names else array for array, names in pairs]

@@ -37,30 +37,10 @@ def findings_of_block(
     args = carry, params_i, *consts
     check_policies(plan, lambda asked: invented.offered(block, asked, *args))
     found = []
-    if any(stage.schedule != "none" for stage in plan.stages):
-        found += unchanged_carry(block, params_i, carry, *consts)
     for stage in plan.stages:
         found += dots_that_save_nothing(block, params_i, carry, *consts, stage=stage)
         found += tags_that_save_nothing(block, params_i, carry, *consts, stage=stage)
     return tuple(dict.fromkeys(found))
-
-
-def unchanged_carry(block: Callable, params_i, carry, *consts) -> tuple[Finding, ...]:
-    """Returns a finding for every array of the carry that the block hands on as it is."""
-    flat = flatten(jax.make_jaxpr(block)(carry, params_i, *consts))
-    leaves = jax.tree_util.tree_leaves_with_path(carry)
-    found = []
-    for (path, _), given, returned in zip(leaves, flat.inputs, flat.outputs, strict=False):
-        # A single number costs nothing.
-        if origin_of(returned) is not given or not given.aval.ndim:
-            continue
-        message = (
-            f"carry{jax.tree_util.keystr(path)}, {given.nbytes} bytes, is handed on unchanged by "
-            "every block and kept again with every carry that is kept; make it a const, which is "
-            "there once: block(carry, params_i, const)"
-        )
-        found.append(Finding(code="carry-unchanged", message=message))
-    return tuple(found)
 
 
 def dots_that_save_nothing(

@@ -9,7 +9,6 @@ what `jax.vjp` keeps; XLA may drop a copy or merge two arrays that are equal.
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
-from jaxckpt.memory.block_findings import unchanged_carry
 from jaxckpt.memory.explanation import Explanation, Row
 from jaxckpt.memory.flat import Value
 from jaxckpt.memory.flops import step_flops
@@ -84,7 +83,6 @@ def explain(
         shared_bytes=sum(value.nbytes for value in dict.fromkeys(trace.shared)),
         num_blocks=num_blocks,
         plan=None if plan is None else str(plan),
-        findings=tuple(map(str, unchanged_carry(block, params_i, carry, *consts))),
     )
 
 

@@ -49,7 +49,6 @@ class Explanation:
       shared_bytes: Bytes of the parameters and consts that the backward pass reads again.
       num_blocks: L, or None if it was not given.
       plan: The plan's text, or None if none was given.
-      findings: What of the block costs memory for nothing, a line each.
     """
 
     rows: tuple[Row, ...]
@@ -57,7 +56,6 @@ class Explanation:
     shared_bytes: int
     num_blocks: int | None = None
     plan: str | None = None
-    findings: tuple[str, ...] = ()
 
     @property
     def residual_bytes(self) -> int:
@@ -139,7 +137,7 @@ def _totals(explanation: Explanation) -> list[str]:
         f"not counted: {_mib(found.shared_bytes)} MiB of parameters and consts, "
         "which are in memory anyway and read again"
     )
-    return lines + [f"note: {finding}" for finding in found.findings]
+    return lines
 
 
 def _mib(size: int) -> str:

@@ -8,8 +8,8 @@ class Finding:
     """A plan, or a part of it, that does nothing.
 
     Attributes:
-      code: `carry-unchanged`, `dots-save-nothing`, `tag-on-output`, `tag-not-needed`,
-        `remat-undone`, `peak-not-below-none` or `head-sets-peak`.
+      code: `dots-save-nothing`, `tag-on-output`, `tag-not-needed`, `remat-undone`,
+        `peak-not-below-none` or `head-sets-peak`.
       message: One line: what was found, and what to do.
     """
 

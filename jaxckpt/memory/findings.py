@@ -12,7 +12,6 @@ from jaxckpt.memory.block_findings import (
     dots_that_save_nothing,
     findings_of_block,
     tags_that_save_nothing,
-    unchanged_carry,
 )
 from jaxckpt.memory.finding import Finding
 from jaxckpt.memory.peak_findings import head_sets_peak, peak_not_below_none
@@ -26,6 +25,5 @@ __all__ = [
     "head_sets_peak",
     "peak_not_below_none",
     "tags_that_save_nothing",
-    "unchanged_carry",
     "undone_remat",
 ]

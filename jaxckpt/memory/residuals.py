@@ -19,9 +19,10 @@ from jaxckpt.memory.flat import Flat, Step, Value, flatten
 from jaxckpt.memory.source import where
 from jaxckpt.plans import Plan, PlanError, Stage, as_plan
 from jaxckpt.transforms import invented, tags
-from jaxckpt.transforms.blocks import check_carry, first_block
+from jaxckpt.transforms.blocks import check_carry
 from jaxckpt.transforms.jaxprs import subjaxprs
 from jaxckpt.transforms.nested import Remat
+from jaxckpt.transforms.traced_block import abstract, first_block
 
 # Steps whose output is their input: a tag, a copy, a move.
 _IDENTITIES = frozenset(("name", "copy", "copy_p", "device_put"))
@@ -73,7 +74,7 @@ def check_arguments(block: Callable, params_i, carry, consts: tuple):
 
 def _keeps_carry(block: Callable, params_i, carry, consts: tuple) -> bool:
     try:
-        check_carry(block, carry, *tags.abstract((params_i, *consts)))
+        check_carry(carry, jax.eval_shape(block, *abstract((carry, params_i, *consts))))
     except Exception:  # of the block's, of any type: it is called with what may not be meant for it
         return False
     return True

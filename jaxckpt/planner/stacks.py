@@ -14,10 +14,8 @@ import jax
 from jaxckpt.plans import Plan, PlanError, as_plan
 from jaxckpt.plans.actions import Schedule
 from jaxckpt.plans.plan_set import PlanSet
-from jaxckpt.transforms import tags
-from jaxckpt.transforms.blocks import first_block
-from jaxckpt.transforms.hoisting import hoist
 from jaxckpt.transforms.observers import StackCall
+from jaxckpt.transforms.traced_block import abstract, first_block, trace_block
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,12 +62,15 @@ class Stack:
     @classmethod
     def of(cls, block: Callable, params, carry, consts: Sequence, num_blocks: int) -> "Stack":
         """Returns the stack of a block; arguments as for `scan_blocks`, abstract ones too."""
-        hoisted = hoist(block, tags.abstract(carry), first_block(params), tuple(consts))
+        traced, _ = trace_block(block, carry, first_block(params), tuple(consts))
+        # What the block hands on is no carry to the executor either.
+        traced = traced.only_changed()
+        carry, _, consts = traced.inputs
         return cls(
-            call=hoisted.call,
-            carry=tags.abstract(jax.tree.leaves(carry)),
-            params=tags.abstract(jax.tree.leaves(params)),
-            consts=tags.abstract(hoisted.consts),
+            call=traced.call,
+            carry=carry,
+            params=abstract(jax.tree.leaves(params)),
+            consts=consts,
             num_blocks=num_blocks,
         )
 
@@ -136,7 +137,7 @@ def given_stack(block: Sequence, num_blocks: int, name: str = "block") -> Stack:
         raise ValueError(f"{name} is (block, params_i, carry, *consts), as for jaxckpt.explain")
     call, params_i, carry, *consts = block
     widen = lambda x: jax.ShapeDtypeStruct((num_blocks, *x.shape), x.dtype)
-    params = jax.tree.map(widen, tags.abstract(params_i))
+    params = jax.tree.map(widen, abstract(params_i))
     return Stack.of(call, params, carry, tuple(consts), num_blocks)
 
 

@@ -154,13 +154,15 @@ class Stage:
 
     @property
     def inner_policies(self) -> tuple[Policy, ...]:
-        """The policies of values inside a block: all of them, without the word `carry`."""
-        inner = []
-        for policy in self.policies:
-            names = tuple(name for name in policy.names if name != words.CARRY)
-            if names or not policy.names:
-                inner.append(dataclasses.replace(policy, names=names))
-        return tuple(inner)
+        """What is kept or moved inside a block: the policies without the word `carry`."""
+        names = lambda policy: tuple(name for name in policy.names if name != words.CARRY)
+        pairs = [(policy, names(policy)) for policy in self.policies]
+        # Only `offload:carry` is left without a name that it had.
+        return tuple(
+            dataclasses.replace(policy, names=left)
+            for policy, left in pairs
+            if left or not policy.names
+        )
 
     def __str__(self) -> str:
         count = "" if self.count is None else f"{self.count}x"

@@ -1,12 +1,16 @@
 """Checks that every way to run blocks shares, made before anything is differentiated."""
 
+import contextlib
+import inspect
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 
 from jaxckpt.plans import Plan, PlanError, Policy
 from jaxckpt.plans.actions import Schedule
-from jaxckpt.transforms import policies, tags
+from jaxckpt.transforms import jaxprs, policies, tags
+from jaxckpt.transforms.traced_block import TracedBlock, abstract
 
 
 def stack_length(params) -> int:
@@ -35,19 +39,63 @@ def stack_length(params) -> int:
     return next(iter(sizes))
 
 
-def first_block(params):
-    """Returns the abstract parameters of one block: every leaf without its leading axis."""
-    return jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), params)
+def check_stack(block, params):
+    """Raises for what is no block, before it is traced.
+
+    Raises:
+      ValueError: Naming the order of arguments.
+    """
+    if not callable(block):
+        raise ValueError(
+            "the first argument is the block, a function block(carry, params_i, *consts); got "
+            f"{_kind(block)}"
+        )
+    if inspect.isroutine(params):
+        raise ValueError("the second argument is the blocks' parameters; got a function")
 
 
-def check_carry(block: Callable, carry, *args):
-    """Raises if `block(carry, *args)` does not return what it was given.
+def _kind(value) -> str:
+    shape = getattr(value, "shape", None)
+    what = "an array" if shape is not None else f"a {type(value).__name__}"
+    return f"{what} of arrays" if isinstance(value, dict | list | tuple) else what
+
+
+@contextlib.contextmanager
+def lists_explained(params):
+    """A context in which a block that cannot read a list of layers is explained.
+
+    Raises:
+      ValueError: An error was raised inside, and `params` is a list of trees that are alike.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(params, list | tuple) or len(params) < 2:
+            raise
+        alike = {(jax.tree.structure(one), _shapes(one)) for one in params}
+        if len(alike) > 1:
+            raise
+        raise ValueError(
+            f"params is a list of {len(params)} trees, and the block cannot read it; stack them: "
+            "jax.tree.map(lambda *leaves: jnp.stack(leaves), *params), or use jaxckpt.chain"
+        ) from error
+
+
+def _shapes(tree) -> tuple:
+    return tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def check_carry(given, made):
+    """Raises if a block does not return what it was given.
+
+    Args:
+      given: The block's input, arrays or abstract.
+      made: Its output.
 
     Raises:
       ValueError: The structure, a shape or a dtype of the carry changes.
     """
-    given = tags.abstract(carry)
-    made = jax.eval_shape(block, given, *args)
+    given, made = abstract((given, made))
     if jax.tree.structure(given) != jax.tree.structure(made):
         raise ValueError(
             "a block returns the carry it was given, but the structure changes from "
@@ -63,21 +111,54 @@ def check_carry(block: Callable, carry, *args):
             )
 
 
-def check_mesh(*trees):
-    """Raises if an array is sharded over an Explicit axis of a mesh, which no slot could follow.
+def check_rerun(block: TracedBlock, remat: Plan | Schedule):
+    """Raises if a block that is run again does what must happen once, or what JAX cannot keep.
+
+    `jax.checkpoint` decides what may be repeated; it is asked before anything runs.
 
     Raises:
-      NotImplementedError: Naming what works.
+      PlanError: Naming the step of the block, or the policy.
     """
-    for leaf in jax.tree.leaves(trees):
-        sharding = jax.typeof(leaf).sharding
-        # An array's type tells its sharding over Explicit axes alone.
-        if any(axis is not None for axis in sharding.spec):
-            raise NotImplementedError(
-                f"the schedule executor does not run on Explicit mesh axes (here {sharding.spec}); "
-                "make the mesh with axis_types=(jax.sharding.AxisType.Auto, ...), or use "
-                "remat='full', 'none' or policies"
+    stages = remat.stages if isinstance(remat, Plan) else ()
+    if stages and all(stage.schedule == "none" for stage in stages):
+        return
+    found = [e.primitive.name for e in jaxprs.equations(block.jaxpr) if e.effects]
+    # Only what the block does matters here, and not whether it has a derivative.
+    beside = lambda x, *inputs: (jnp.sin(x), block.call(*jax.lax.stop_gradient(inputs)))
+    if found and _refusal(beside, 0.0, *block.inputs) is not None:
+        raise PlanError(
+            f"{str(remat)!r} runs blocks again, and the block has an effect that must happen once "
+            f"({', '.join(dict.fromkeys(found))}); remat='none' runs each block once, "
+            "jax.pure_callback may be run again"
+        )
+    dtypes = {getattr(aval, "dtype", None) for aval in _avals(block)}
+    if not any(
+        dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes
+    ):
+        return
+    for stage in stages:
+        policy = policies.checkpoint_policy(stage.inner_policies)
+        error = policy and _refusal(block.call, *block.inputs, policy=policy)
+        if error:
+            raise PlanError(
+                f"plan {str(remat)!r} keeps complex values of the block, which jax.checkpoint "
+                f"cannot do ({error}); use none, full, or a schedule without policies"
             )
+
+
+def _avals(block: TracedBlock):
+    yield from block.jaxpr.in_avals
+    for equation in jaxprs.equations(block.jaxpr):
+        yield from (var.aval for var in equation.outvars)
+
+
+def _refusal(fn: Callable, *args, policy: Callable | None = None) -> str | None:
+    """Returns why JAX refuses to differentiate `fn` under a checkpoint; None where it does not."""
+    try:
+        jaxprs.linearized(jax.checkpoint(fn, policy=policy), *args)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        return str(error).partition("\n")[0]
+    return None
 
 
 def check_schedule(schedule: Schedule, num_blocks: int, nested: bool):

@@ -15,8 +15,15 @@ from jaxckpt.plans import Plan, Policy, as_plan
 from jaxckpt.plans.actions import Schedule
 from jaxckpt.transforms import chain_executor, executor, invented, tags
 from jaxckpt.transforms import nested as reference
-from jaxckpt.transforms.blocks import check_policies, check_schedule
+from jaxckpt.transforms.blocks import check_policies, check_rerun, check_schedule
 from jaxckpt.transforms.policies import all_of
+from jaxckpt.transforms.traced_block import (
+    TracedBlock,
+    as_arrays,
+    identity,
+    once_compiled,
+    trace_block,
+)
 
 
 def chain(
@@ -58,31 +65,54 @@ def chain(
     blocks = tuple(blocks)
     if not blocks:
         raise ValueError("a chain needs at least one block")
+    if not all(map(callable, blocks)):
+        raise ValueError(
+            "a chain's blocks are functions carry -> carry; see scan_blocks for a stack"
+        )
+    remat = remat if isinstance(remat, Schedule) else as_plan(remat)
     if isinstance(remat, Schedule):
         check_schedule(remat, len(blocks), nested)
-        return chain_executor.run_schedule(blocks, carry, remat)
-    given = as_plan(remat)
-    plan = given.bind(len(blocks))
-    check_policies(given, lambda asked: _tags_of(blocks, asked, carry))
-    blocks = tuple(invented.resolved(block, all_of(given)) for block in blocks)
+        plan = remat
+    else:
+        plan = remat.bind(len(blocks))
+    carry = as_arrays(carry)
+    traced, consts, shape = [], [], carry
+    for block in blocks:
+        one, consts_i = trace_block(lambda carry, _, block=block: block(carry), shape)
+        check_rerun(one, remat)
+        traced.append(one)
+        consts.append(consts_i)
+        shape = one.out
+    if isinstance(remat, Plan):
+        check_policies(remat, lambda asked: _tags_of(traced, asked))
+    identities = tuple(map(identity, blocks))
+    program = once_compiled(_run, identities, tuple(traced), plan, nested)
+    out = program(jax.tree.leaves(carry), consts)
+    return jax.tree.unflatten(traced[-1].out_tree, out)
+
+
+def _run(blocks: Sequence[TracedBlock], plan: Plan | Schedule, nested: bool, carry, consts) -> list:
+    """Returns the last block's output; the carry and each block's consts are lists of leaves."""
+    calls = [block.call for block in blocks]
+    if isinstance(plan, Schedule):
+        return chain_executor.run_schedule(calls, carry, consts, plan)
+    calls = [invented.resolved(call, all_of(plan)) for call in calls]
     start = 0
     for stage in plan.stages:
-        part = blocks[start : start + stage.bound_count]
+        here = slice(start, start + stage.bound_count)
         if not nested and stage.schedule in executor.SCHEDULES:
-            carry = chain_executor.run_stage(part, carry, stage)
+            carry = chain_executor.run_stage(calls[here], carry, consts[here], stage)
         else:
-            apply = lambda carry, block: block(carry)
-            carry = reference.run_stage(reference.Listed(blocks=part), apply, carry, stage)
+            pairs = tuple(zip(calls[here], consts[here], strict=True))
+            apply = lambda carry, pair: pair[0](carry, [], pair[1])
+            carry = reference.run_stage(reference.Listed(blocks=pairs), apply, carry, stage)
         start += stage.bound_count
     return carry
 
 
-def _tags_of(blocks: Sequence[Callable], policies: Sequence[Policy], carry) -> tags.Tags:
+def _tags_of(blocks: Sequence[TracedBlock], policies: Sequence[Policy]) -> tags.Tags:
     """Returns the tags of all blocks together."""
-    carry, found = tags.abstract(carry), []
-    for block in blocks:
-        found.append(invented.offered(block, policies, carry))
-        carry = jax.eval_shape(block, carry)
+    found = [invented.offered(block.call, policies, *block.inputs) for block in blocks]
     names = lambda kind: dict.fromkeys(name for tags in found for name in getattr(tags, kind))
     return tags.Tags(
         names=tuple(sorted(names("names"))),

@@ -12,6 +12,7 @@ barriers before it merges (jax 0.10): there a chain is right, but saves less tha
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,48 +20,46 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxckpt.plans import Stage, words
+from jaxckpt.plans import Stage
 from jaxckpt.plans.actions import Action, Advance, Free, Load, Record, Reverse, Schedule, Store
 from jaxckpt.plans.stage_schedule import schedule_of
-from jaxckpt.transforms import first_order, tags
-from jaxckpt.transforms.hoisting import hoist
+from jaxckpt.transforms.custom_gradient import batched_call, inexact, moved, run_with_gradient
 from jaxckpt.transforms.policies import checkpoint_policy, refuse_bad_offload
-from jaxckpt.transforms.recording import (
-    Moving,
-    asked_for,
-    differentiate,
-    inexact,
-    instantiate,
-    pick,
-    spread,
-)
+from jaxckpt.transforms.recording import Moving, differentiate
 
 
-def run_stage(blocks: Sequence[Callable], carry, stage: Stage):
+def run_stage(calls: Sequence[Callable], carry, consts, stage: Stage) -> list:
     """Returns the carry after a bound stage that has a schedule; see `run_schedule`."""
-    kept = tuple(p for p in stage.policies if str(p) != f"offload:{words.CARRY}")
+    kept = stage.inner_policies
     # Its own barriers would only stand beside ours.
     wrap = functools.partial(jax.checkpoint, policy=checkpoint_policy(kept), prevent_cse=True)
     schedule = schedule_of(stage)
     assert schedule is not None, stage
     return run_schedule(
-        blocks, carry, schedule, checkpoint=wrap if kept else None, offload=stage.offloads_carry
+        calls,
+        carry,
+        consts,
+        schedule,
+        checkpoint=wrap if kept else None,
+        offload=stage.offloads_carry,
     )
 
 
 def run_schedule(
-    blocks: Sequence[Callable],
+    calls: Sequence[Callable],
     carry,
+    consts: Sequence[list],
     schedule: Schedule,
     *,
     checkpoint: Callable | None = None,
     offload: bool = False,
-):
+) -> list:
     """Runs different blocks under a schedule.
 
     Args:
-      blocks: L functions `carry -> carry`; what they close over gets gradients.
+      calls: L functions `call(carry, (), consts) -> carry` over lists of leaves.
       carry: The first block's input.
+      consts: What each block reads beside its carry.
       schedule: Legal, for L blocks.
       checkpoint: How a block is wrapped before it is recorded, or None.
       offload: Slots live in pinned host memory.
@@ -70,32 +69,13 @@ def run_schedule(
     """
     if offload:
         refuse_bad_offload()
-    hoisted, shape = [], tags.abstract(carry)
-    for block in blocks:
-        hoisted.append(hoist(lambda carry, _, block=block: block(carry), shape))
-        shape = hoisted[-1].out
     walk = _Walk(
-        calls=tuple(one.call for one in hoisted),
+        calls=tuple(calls),
         actions=schedule.actions,
         checkpoint=checkpoint or (lambda call: call),
         offload=offload,
     )
-    with first_order.explained():
-        out = _with_gradient(walk)(jax.tree.leaves(carry), [one.consts for one in hoisted])
-    return jax.tree.unflatten(jax.tree.structure(shape), out)
-
-
-def _with_gradient(walk: "_Walk") -> Callable:
-    """Returns `chain(carry, consts) -> carry` over lists of leaves, one list of consts a block."""
-
-    @jax.custom_vjp
-    def chain(carry, consts):
-        for call, consts_i in zip(walk.calls, consts, strict=True):
-            carry = call(carry, [], consts_i)
-        return carry
-
-    chain.defvjp(walk.forward, walk.backward, symbolic_zeros=True)
-    return chain
+    return run_with_gradient(walk, carry, list(consts))
 
 
 @dataclasses.dataclass
@@ -115,7 +95,7 @@ class _Held:
     grad: list[Any] | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Walk:
     """The forward and the backward pass of one chain; every array is an argument."""
 
@@ -129,25 +109,47 @@ class _Walk:
         """Where the backward pass begins among the actions."""
         return next(n for n, action in enumerate(self.actions) if isinstance(action, Reverse))
 
-    def forward(self, carry, consts):
+    def batched(self, args: Sequence, dims: Sequence, axis) -> tuple["_Walk", Sequence]:
+        """Returns the walk over `jax.vmap` of every block, which has the batch first."""
+        carry, consts = args
+        rest = iter(dims)
+        carry = [
+            lax.broadcast(x, (axis.size,)) if dim is None else moved(x, dim, 0)
+            for x, dim in zip(carry, rest, strict=False)
+        ]
+        made, calls = [], []
+        for call, consts_i in zip(self.calls, consts, strict=True):
+            dims_i = [next(rest) for _ in consts_i]
+            made.append([moved(x, dim, 0) for x, dim in zip(consts_i, dims_i, strict=True)])
+            in_axes = (0, 0, [None if dim is None else 0 for dim in dims_i])
+            calls.append(batched_call(call, in_axes, axis))
+        return dataclasses.replace(self, calls=tuple(calls)), (carry, made)
+
+    def run(self, carry, consts):
+        """Returns the output."""
+        for call, consts_i in zip(self.calls, consts, strict=True):
+            carry = call(carry, [], consts_i)
+        return carry
+
+    def forward(self, args, asked: Sequence[int]):
         """Returns the output, and what the backward pass is handed."""
-        carry, _ = asked_for(carry)
-        consts, places = zip(*map(asked_for, consts), strict=True)
-        moving = [Moving(params=(), consts=of_consts) for of_consts in places]
+        carry, consts = args
+        moving, start = [], len(carry)
+        for consts_i in consts:
+            moving.append(Moving.of([place - start for place in asked], (), (), consts_i))
+            start += len(consts_i)
         held, out = _Held(carry=carry), None
         for action in self.actions[: self.first_reverse]:
             self._run(action, held, consts, moving)
             if isinstance(action, Record) and action.stop == len(self.calls):
                 out = held.carry
-        return out, (carry, consts, held.slots, held.records, moving)
+        of_carry = Moving.of(asked, (), carry, ())
+        return out, (carry, consts, held.slots, held.records, moving, of_carry)
 
-    def backward(self, residuals, grads):
-        """Returns the gradients of the carry and of every block's consts."""
-        carry, consts, slots, records, moving = _guard_all(residuals)
-        grads = instantiate(grads)
-        grads = first_order.guard(grads, inexact(grads))
-        held = _Held(carry=carry, slots=dict(slots), records=dict(records))
-        held.grad = pick(grads, inexact(grads))
+    def backward(self, residuals, grads) -> list:
+        """Returns the gradients that are asked for, of the carry and of every block's consts."""
+        carry, consts, slots, records, moving, of_carry = residuals
+        held = _Held(carry=carry, slots=dict(slots), records=dict(records), grad=grads)
         of_consts: list[list] = [[] for _ in consts]
         for action in self.actions[self.first_reverse :]:
             if isinstance(action, Reverse):
@@ -155,12 +157,8 @@ class _Walk:
                 held.grad, _, of_consts[action.block] = reverse(held.grad)
             else:
                 self._run(action, held, consts, moving)
-        assert held.grad is not None  # given above
-        groups = zip(of_consts, moving, consts, strict=True)
-        return (
-            spread(held.grad, inexact(carry), carry),
-            [spread(grads, places.consts, like) for grads, places, like in groups],
-        )
+        of_place = dict(zip(inexact(carry), held.grad, strict=True))
+        return [*(of_place[i] for i in of_carry.carry), *itertools.chain(*of_consts)]
 
     def _run(self, action: Action, held: _Held, consts, moving: Sequence[Moving]):
         """Runs any action but a `Reverse`."""
@@ -187,12 +185,6 @@ class _Walk:
         return [jax.device_put(x, space) for x in carry] if self.offload else carry
 
 
-def _guard_all(tree):
-    """Returns the tree with every leaf that has a gradient guarded against a second one."""
-    leaves, structure = jax.tree.flatten(tree)
-    return jax.tree.unflatten(structure, first_order.guard(leaves, inexact(leaves)))
-
-
 def _after_gradient(held: _Held, consts_i: list) -> list:
     """Makes a block of the backward pass wait for the gradient; returns its consts.
 
@@ -200,8 +192,10 @@ def _after_gradient(held: _Held, consts_i: list) -> list:
     """
     if held.grad is None:
         return consts_i
-    held.carry, held.grad, consts_i = _barrier((held.carry, held.grad, consts_i))
-    return consts_i
+    held.carry, held.grad, made = _barrier((held.carry, held.grad, consts_i))
+    # Under shard_map a barrier makes all of its values varying; those that are not stay outside.
+    is_same = lambda x, y: jax.typeof(x) == jax.typeof(y)
+    return [x if is_same(x, y) else y for x, y in zip(made, consts_i, strict=True)]
 
 
 def _barrier(tree):

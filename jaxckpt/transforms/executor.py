@@ -15,32 +15,22 @@ support every transform.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxckpt.plans import Stage, words
+from jaxckpt.plans import Stage
 from jaxckpt.plans.actions import Load, Record, Schedule
 from jaxckpt.plans.stage_schedule import schedule_of
-from jaxckpt.transforms import first_order, tags
 from jaxckpt.transforms import slots as slots_of
-from jaxckpt.transforms.blocks import check_mesh, first_block
-from jaxckpt.transforms.hoisting import hoist
+from jaxckpt.transforms.custom_gradient import batched_call, inexact, moved, run_with_gradient
 from jaxckpt.transforms.layout import row_major
 from jaxckpt.transforms.policies import checkpoint_policy, refuse_bad_offload
-from jaxckpt.transforms.recording import (
-    Moving,
-    Recorder,
-    asked_for,
-    differentiate,
-    inexact,
-    instantiate,
-    pick,
-    spread,
-)
+from jaxckpt.transforms.recording import Moving, Recorder, differentiate
 from jaxckpt.transforms.tables import Table, make_table
+from jaxckpt.transforms.traced_block import abstract, first_block
 from jaxckpt.transforms.trips import trips
 
 # The schedules that the executor runs; `none` and `full` are plain loops.
@@ -48,7 +38,7 @@ SCHEDULES = frozenset({"uniform", "every", "sqrt", "log", "binomial"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
+class How:
     """How a schedule is run.
 
     Attributes:
@@ -76,73 +66,47 @@ def keeps_segments(schedule: Schedule) -> bool:
     return isinstance(first, Record) and first.stop - first.start > 1
 
 
-def run_stage(block: Callable, params, carry, consts, stage: Stage, unroll: int):
+def run_stage(call: Callable, params, carry, consts, stage: Stage, unroll: int) -> list:
     """Returns the carry after a bound stage of one of `SCHEDULES`; see `run_schedule`."""
-    kept = tuple(p for p in stage.policies if str(p) != f"offload:{words.CARRY}")
-    policy = checkpoint_policy(kept)
+    policy = checkpoint_policy(stage.inner_policies)
     # A block is recorded in one loop and reversed in another, which keeps them apart.
     checkpoint = functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
     schedule = schedule_of(stage)
     assert schedule is not None, stage
-    run = Run(
+    how = How(
         keep_last=stage.schedule in ("uniform", "every"),
         offload=stage.offloads_carry,
         unroll=unroll,
-        checkpoint=checkpoint if kept else None,
+        checkpoint=checkpoint if stage.inner_policies else None,
     )
-    return run_schedule(block, params, carry, consts, schedule, run)
+    return run_schedule(call, params, carry, consts, schedule, how)
 
 
-def run_schedule(block: Callable, params, carry, consts, schedule: Schedule, run: Run):
+def run_schedule(call: Callable, params, carry, consts, schedule: Schedule, how: How) -> list:
     """Runs a stack of blocks under a schedule.
 
     Args:
-      block: `block(carry, params_i, *consts) -> carry`, carry-preserving.
+      call: `call(carry, params_i, consts) -> carry`, all of them lists of leaves; it closes over
+        nothing.
       params: Leaves `[L, ...]`.
       carry: The first block's input.
-      consts: A tuple; with closed-over arrays they get gradients.
+      consts: What all blocks share.
       schedule: For L blocks, executable (`tables.make_table`).
-      run: How.
+      how: How.
 
     Returns:
       The last block's carry.
 
     Raises:
-      NotImplementedError: Arrays sharded over Explicit mesh axes.
       ValueError: A schedule that the loops cannot follow.
     """
-    check_mesh(params, carry, consts)
-    if run.offload:
+    if how.offload:
         refuse_bad_offload()
-    one = first_block(params)
-    hoisted = hoist(block, tags.abstract(carry), one, consts)
-    leaves = jax.tree.leaves(carry)
-    record = hoisted.call if run.checkpoint is None else run.checkpoint(hoisted.call)
-    shapes = tags.abstract((leaves, jax.tree.leaves(one), hoisted.consts))
-    loops = _Loops(
-        call=hoisted.call,
-        table=make_table(schedule),
-        run=run,
-        length=schedule.num_blocks,
-        recorder_of=functools.cache(functools.partial(Recorder.trace, record, *shapes)),
-    )
-    with first_order.explained():
-        out = _with_gradient(loops)(jax.tree.leaves(params), leaves, hoisted.consts)
-    return jax.tree.unflatten(hoisted.out_tree, out)
+    args = (params, carry, consts)
+    return run_with_gradient(_Loops.of(call, make_table(schedule), how, args), *args)
 
 
-def _with_gradient(loops: "_Loops") -> Callable:
-    """Returns `stack(params, carry, consts) -> carry` over lists of leaves."""
-
-    @jax.custom_vjp
-    def stack(params, carry, consts):
-        return loops.sweep(params, carry, consts, 0, loops.length)
-
-    stack.defvjp(loops.forward, loops.backward, symbolic_zeros=True)
-    return stack
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Loops:
     """The forward and the backward pass of one stack; every array is an argument.
 
@@ -151,28 +115,61 @@ class _Loops:
 
     call: Callable
     table: Table
-    run: Run
-    length: int
+    how: How
     recorder_of: Callable[[Moving], Recorder]
+
+    @classmethod
+    def of(cls, call: Callable, table: Table, how: How, args: Sequence) -> "_Loops":
+        """Returns the loops for arguments of the types of `args`."""
+        params, carry, consts = args
+        record = call if how.checkpoint is None else how.checkpoint(call)
+        shapes = abstract((carry, first_block(params), consts))
+        recorder_of = functools.cache(functools.partial(Recorder.trace, record, *shapes))
+        return cls(call=call, table=table, how=how, recorder_of=recorder_of)
+
+    @property
+    def length(self) -> int:
+        """L."""
+        return len(self.table.sweep_slots)
+
+    def batched(self, args: Sequence, dims: Sequence, axis) -> tuple["_Loops", Sequence]:
+        """Returns the loops of `jax.vmap` of the block, which has the batch first everywhere."""
+        params, carry, consts = args
+        rest = iter(dims)
+        dims_of = [[next(rest) for _ in leaves] for leaves in args]
+        # A row is what comes behind the blocks' axis. Every carry has a batch once one has.
+        params = [moved(x, dim, 1) for x, dim in zip(params, dims_of[0], strict=True)]
+        carry = [
+            lax.broadcast(x, (axis.size,)) if dim is None else moved(x, dim, 0)
+            for x, dim in zip(carry, dims_of[1], strict=True)
+        ]
+        consts = [moved(x, dim, 0) for x, dim in zip(consts, dims_of[2], strict=True)]
+        first = lambda dims: [None if dim is None else 0 for dim in dims]
+        in_axes = ([0] * len(carry), first(dims_of[0]), first(dims_of[2]))
+        call = batched_call(self.call, in_axes, axis)
+        args = (params, carry, consts)
+        return _Loops.of(call, self.table, self.how, args), args
+
+    def run(self, params, carry, consts) -> list:
+        """Returns the output."""
+        return self.sweep(params, carry, consts, 0, self.length)
 
     def sweep(self, params, carry, consts, start, stop):
         """Runs blocks `start..stop` and stores nothing."""
         body = lambda i, carry: self.call(carry, slots_of.row(params, i), consts)
         return lax.fori_loop(start, stop, body, carry)
 
-    def forward(self, params, carry, consts):
+    def forward(self, args, asked: Sequence[int]):
         """Returns the output, and what the backward pass is handed."""
-        params, of_params = asked_for(params)
-        consts, of_consts = asked_for(consts)
-        carry, _ = asked_for(carry)
-        moving = Moving(params=of_params, consts=of_consts)
+        params, carry, consts = args
+        moving = Moving.of(asked, params, carry, consts)
         recorder = self._recorder(moving)
-        first = int(self.table.rows["record"][0]) if self.run.keep_last else self.length
+        first = int(self.table.rows["record"][0]) if self.how.keep_last else self.length
 
-        sweep = self._sweep_to_host if self.run.offload else self._sweep_to_slots
+        sweep = self._sweep_to_host if self.how.offload else self._sweep_to_slots
         carry, slots = sweep(params, carry, consts, first)
         kept = [] if recorder is None else recorder.empty(self.table.largest_row)
-        if self.run.keep_last:
+        if self.how.keep_last:
             blocks = (first, first, self.length)
             carry, kept = self._record(recorder, params, carry, consts, kept, *blocks)
         return carry, (params, consts, slots, kept, moving)
@@ -188,7 +185,7 @@ class _Loops:
 
         state = (carry, self._slots(carry))
         steps = (jnp.arange(stop), jnp.asarray(self.table.sweep_slots[:stop]))
-        unroll = min(self.run.unroll, max(stop, 1))
+        unroll = min(self.how.unroll, max(stop, 1))
         return lax.scan(body, state, steps, length=stop, unroll=unroll)[0]
 
     def _sweep_to_host(self, params, carry, consts, stop: int):
@@ -211,32 +208,25 @@ class _Loops:
         steps = tuple(jnp.asarray(column) for column in zip(*stores, strict=True))
         return lax.scan(body, state, steps, length=len(stores))[0]
 
-    def backward(self, residuals, grads):
-        """Returns the gradients of parameters, carry and consts; None where there are none."""
+    def backward(self, residuals, grads) -> list:
+        """Returns the gradients that are asked for, of parameters, carry and consts."""
         params, consts, slots, kept, moving = residuals
-        params = first_order.guard(params, inexact(params))
-        grads = first_order.guard(instantiate(grads), inexact(slots))
         state = (
             slots,
             kept,
-            pick(grads, inexact(slots)),
+            grads,
             [jnp.zeros_like(params[i]) for i in moving.params],
             [jnp.zeros_like(consts[i]) for i in moving.consts],
         )
         rows = {name: jnp.asarray(column) for name, column in self.table.rows.items()}
         # Blocks that the forward pass has recorded are not recorded again.
         rows["again"] = jnp.asarray(self.table.rows["record"])
-        if self.run.keep_last:
+        if self.how.keep_last:
             rows["again"] = rows["again"].at[0].set(self.length)
         body = lambda state, row: (self._run_row(params, consts, moving, state, row), None)
         (_, _, grad_carry, grad_params, grad_consts), _ = lax.scan(body, state, rows)
-        groups = zip(
-            (grad_params, grad_carry, grad_consts),
-            (moving.params, inexact(slots), moving.consts),
-            (params, slots, consts),
-            strict=True,
-        )
-        return tuple(spread(grads, places, like) for grads, places, like in groups)
+        of_place = dict(zip(inexact(slots), grad_carry, strict=True))
+        return [*grad_params, *(of_place[i] for i in moving.carry), *grad_consts]
 
     def _run_row(self, params, consts, moving, state, row):
         """Loads, moves, advances, records and reverses one row of the table."""
@@ -251,7 +241,7 @@ class _Loops:
                 carry = self.sweep(params, carry, consts, start, stop)
             return carry, self._store(slots, moves["slot"][index], carry)
 
-        carry = slots_of.load(slots, row["load"], on_host=self.run.offload)
+        carry = slots_of.load(slots, row["load"], on_host=self.how.offload)
         if self.table.num_moves:
             with trips(self.table.num_moves, num_rows):
                 carry, slots = lax.fori_loop(
@@ -265,7 +255,7 @@ class _Loops:
             _, reverse = differentiate(self.call, carry, params_i, consts, moving)
             grads = _accumulate(reverse, row["record"], *grads)
             return slots, kept, *grads
-        kept_blocks = self.length - int(self.table.rows["record"][0]) if self.run.keep_last else 0
+        kept_blocks = self.length - int(self.table.rows["record"][0]) if self.how.keep_last else 0
         with trips(self.length - kept_blocks, num_rows):
             blocks = (row["record"], row["again"], row["stop"])
             _, kept = self._record(recorder, params, carry, consts, kept, *blocks)
@@ -282,7 +272,7 @@ class _Loops:
 
     def _recorder(self, moving: Moving) -> Recorder | None:
         """Returns what records the blocks of a row; None where each row is a single block."""
-        if self.run.keep_last or self.table.largest_row > 1:
+        if self.how.keep_last or self.table.largest_row > 1:
             return self.recorder_of(moving)
         return None
 
@@ -298,10 +288,10 @@ class _Loops:
         return lax.fori_loop(start, stop, body, (carry, kept))
 
     def _slots(self, carry) -> list:
-        return slots_of.empty(carry, self.table.num_slots + 1, on_host=self.run.offload)
+        return slots_of.empty(carry, self.table.num_slots + 1, on_host=self.how.offload)
 
     def _store(self, slots, slot, carry) -> list:
-        return slots_of.store(slots, slot, carry, on_host=self.run.offload)
+        return slots_of.store(slots, slot, carry, on_host=self.how.offload)
 
 
 def _accumulate(reverse: Callable, index, grad_carry, grad_params, grad_consts):

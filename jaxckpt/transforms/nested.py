@@ -96,9 +96,9 @@ class Stacked:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Listed:
-    """Different blocks: functions of the carry that may close over traced values."""
+    """Different blocks, each what `apply` takes; they may close over traced values."""
 
-    blocks: tuple[Callable, ...]
+    blocks: tuple[Any, ...]
 
     @property
     def length(self) -> int:
@@ -161,7 +161,7 @@ def _uniform(stage: Stage):
         segments = math.ceil(stage.bound_count / segments)
     # The policies speak of the live segment's blocks; the carries that go to the host are the
     # segments' inputs, which `run_stage` sees to.
-    kept = tuple(p for p in stage.policies if str(p) != f"offload:{words.CARRY}")
+    kept = stage.inner_policies
     leaf = Remat(policies=kept) if kept else None
     return (lambda length: segment_sizes(length, segments),), leaf
 

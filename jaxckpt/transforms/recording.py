@@ -10,28 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+from jax import lax
 from jax.extend import core
 
-
-def inexact(leaves: Sequence) -> list[int]:
-    """Returns the positions of the leaves that have gradients: floating and complex ones."""
-    return [
-        position
-        for position, leaf in enumerate(leaves)
-        if jnp.issubdtype(jax.typeof(leaf).dtype, jnp.inexact)
-    ]
-
-
-def pick(leaves: Sequence, positions: Sequence[int]) -> list:
-    """Returns the leaves at `positions`."""
-    return [leaves[position] for position in positions]
-
-
-def spread(grads: Sequence, places: Sequence[int], like: Sequence) -> list:
-    """Returns a list like `like` with `grads` at `places` and None elsewhere."""
-    found = dict(zip(places, grads, strict=True))
-    return [found.get(position) for position in range(len(like))]
+from jaxckpt.transforms.custom_gradient import inexact, pick
+from jaxckpt.transforms.traced_block import zeros
 
 
 @jax.tree_util.register_static
@@ -41,32 +24,24 @@ class Moving:
 
     Attributes:
       params: Positions among the parameters.
+      carry: Positions among the carry's leaves whose gradients the caller asks for; the blocks
+        make those of all.
       consts: Positions among the consts.
     """
 
     params: tuple[int, ...]
+    carry: tuple[int, ...]
     consts: tuple[int, ...]
 
     @classmethod
-    def all_of(cls, params: Sequence, consts: Sequence) -> "Moving":
-        """Returns every leaf that can have a gradient."""
-        return cls(params=tuple(inexact(params)), consts=tuple(inexact(consts)))
-
-
-def asked_for(primals: Sequence) -> tuple[list, tuple[int, ...]]:
-    """Returns the values of a forward rule's inputs, and the positions a gradient is asked for.
-
-    Args:
-      primals: `jax.custom_derivatives.CustomVJPPrimal`s, as rules with symbolic zeros get them.
-    """
-    values = [primal.value for primal in primals]
-    return values, tuple(place for place in inexact(values) if primals[place].perturbed)
-
-
-def instantiate(grads: Sequence) -> list:
-    """Returns gradients of a backward rule with its symbolic zeros as arrays."""
-    symbolic: Any = jax.custom_derivatives.SymbolicZero
-    return [jnp.zeros(g.shape, g.dtype) if isinstance(g, symbolic) else g for g in grads]
+    def of(cls, asked: Sequence[int], params: Sequence, carry: Sequence, consts: Sequence):
+        """Returns the leaves that are asked for, by their positions among all of them."""
+        starts = (0, len(params), len(params) + len(carry))
+        groups = [
+            tuple(place - start for place in asked if 0 <= place - start < len(group))
+            for start, group in zip(starts, (params, carry, consts), strict=True)
+        ]
+        return cls(params=groups[0], carry=groups[1], consts=groups[2])
 
 
 def differentiate(
@@ -158,7 +133,7 @@ class Recorder:
         """Returns room for blocks' kept residuals, each leaf in the memory its policy says."""
         residuals = self.run.out_avals[self.num_carry :]
         return [
-            jax.device_put(jnp.zeros((num_blocks, *aval.shape), aval.dtype), aval.memory_space)
+            jax.device_put(zeros(num_blocks, aval), aval.memory_space)
             for aval, source in zip(residuals, self.sources, strict=True)
             if source is None
         ]
@@ -178,7 +153,7 @@ class Recorder:
         for source, dtypes in zip(self.sources, self.casts, strict=True):
             leaf = next(fresh) if source is None else shared[source]
             for dtype in dtypes:
-                leaf = leaf.astype(dtype)
+                leaf = lax.convert_element_type(leaf, dtype)
             leaves.append(leaf)
         return jax.tree.unflatten(self.residual_tree, leaves)
 

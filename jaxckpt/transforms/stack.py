@@ -12,18 +12,28 @@ from collections.abc import Callable
 import jax
 from jax import lax
 
-from jaxckpt.plans import Plan, Stage, as_plan
+from jaxckpt.plans import Plan, as_plan
 from jaxckpt.plans.actions import Schedule
-from jaxckpt.transforms import executor, invented, observers, rows, tags
+from jaxckpt.transforms import executor, invented, observers, rows
 from jaxckpt.transforms import nested as reference
 from jaxckpt.transforms.blocks import (
     check_carry,
     check_policies,
+    check_rerun,
     check_schedule,
-    first_block,
+    check_stack,
+    lists_explained,
     stack_length,
 )
 from jaxckpt.transforms.policies import all_of
+from jaxckpt.transforms.traced_block import (
+    TracedBlock,
+    as_arrays,
+    first_block,
+    identity,
+    once_compiled,
+    trace_block,
+)
 
 
 def scan_blocks(
@@ -71,8 +81,9 @@ def scan_blocks(
     """
     if isinstance(unroll, bool) or not isinstance(unroll, int) or unroll < 1:
         raise ValueError(f"unroll is a whole number of blocks, at least 1, not {unroll!r}")
+    check_stack(block, params)
+    params, carry, consts = as_arrays((params, carry, consts))
     num_blocks = stack_length(params)
-    one = (tags.abstract(carry), first_block(params), *tags.abstract(consts))
     observers.tell(
         block=block,
         params=params,
@@ -82,37 +93,77 @@ def scan_blocks(
         num_blocks=num_blocks,
         unroll=unroll,
     )
+    remat = remat if isinstance(remat, Schedule) else as_plan(remat)
     if isinstance(remat, Schedule):
         check_schedule(remat, num_blocks, nested)
-        check_carry(block, *one)
-        run = executor.Run(keep_last=executor.keeps_segments(remat), unroll=unroll)
-        return executor.run_schedule(block, params, carry, consts, remat, run)
-    given = as_plan(remat)
-    plan = given.bind(num_blocks)
-    check_carry(block, *one)
-    check_policies(given, lambda asked: invented.offered(block, asked, *one))
-    block = invented.resolved(block, all_of(given))
+        plan = remat
+    elif num_blocks == 0 and remat.num_blocks is None:
+        return carry
+    else:
+        plan = remat.bind(num_blocks)
+    one = first_block(params)
+    with lists_explained(params):
+        traced, all_consts = trace_block(block, carry, one, consts)
+    carry, is_cast = _as_returned(carry, traced.out)
+    if is_cast:
+        traced, all_consts = trace_block(block, carry, one, consts)
+    check_carry(carry, traced.out)
+    check_rerun(traced, remat)
+    if isinstance(remat, Plan):
+        check_policies(remat, lambda asked: invented.offered(traced.call, asked, *traced.inputs))
+    # What every block hands on is kept once and not with every carry.
+    leaves, tree = jax.tree.flatten(carry)
+    held = [leaf for place, leaf in enumerate(leaves) if place not in traced.changed]
+    changed = [leaves[place] for place in traced.changed]
+    static = (traced.only_changed(), plan, unroll, nested)
+    program = once_compiled(_run, identity(block), *static)
+    changed = iter(program(jax.tree.leaves(params), changed, [*all_consts, *held]))
+    leaves = [next(changed) if n in traced.changed else x for n, x in enumerate(leaves)]
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _run(
+    block: TracedBlock, plan: Plan | Schedule, unroll: int, nested: bool, params, carry, consts
+) -> list:
+    """Returns the last block's carry; params, carry and consts are lists of leaves."""
+    if isinstance(plan, Schedule):
+        how = executor.How(keep_last=executor.keeps_segments(plan), unroll=unroll)
+        return executor.run_schedule(block.call, params, carry, consts, plan, how)
+    call = invented.resolved(block.call, all_of(plan))
+    apply = lambda carry, params_i: call(carry, params_i, consts)
     start = 0
     # Where another stage keeps its rows, reading from the whole stack would keep that as well.
     reads_whole = rows.reads_inside(plan, unroll)
     for stage in plan.stages:
-        part = _rows(params, start, start + stage.bound_count, num_blocks)
+        part = _rows(params, start, start + stage.bound_count, plan.bound_count)
         if not nested and stage.schedule in executor.SCHEDULES:
-            carry = executor.run_stage(block, part, carry, consts, stage, unroll)
+            carry = executor.run_stage(call, part, carry, consts, stage, unroll)
         else:
-            part_of = (params, start) if reads_whole else None
             blocks = reference.Stacked(
-                params=part, length=stage.bound_count, unroll=unroll, part_of=part_of
+                params=part,
+                length=stage.bound_count,
+                unroll=unroll,
+                part_of=(params, start) if reads_whole else None,
             )
-            carry = _run_scan(block, blocks, carry, consts, stage)
+            carry = reference.run_stage(blocks, apply, carry, stage)
         start += stage.bound_count
     return carry
 
 
-def _run_scan(block, blocks: reference.Stacked, carry, consts, stage: Stage):
-    """Returns the carry after a stage without a schedule."""
-    apply = lambda carry, params_i: block(carry, params_i, *consts)
-    return reference.run_stage(blocks, apply, carry, stage)
+def _as_returned(carry, made) -> tuple:
+    """Returns the carry with Python scalars in the dtype that a block returns, and if any changed.
+
+    As in `lax.scan`: a scalar has no dtype of its own.
+    """
+    leaves, tree = jax.tree.flatten(carry)
+    if tree != jax.tree.structure(made):
+        return carry, False
+    pairs = zip(leaves, jax.tree.leaves(made), strict=True)
+    is_free = lambda x, dtype: jax.typeof(x).weak_type and x.dtype != dtype
+    cast = [x.astype(y.dtype) if is_free(x, y.dtype) else x for x, y in pairs]
+    return jax.tree.unflatten(tree, cast), any(
+        a is not b for a, b in zip(cast, leaves, strict=True)
+    )
 
 
 def _rows(params, start: int, stop: int, num_blocks: int):

@@ -8,7 +8,6 @@ A tag is JAX's own `checkpoint_name`, so tags that a model already carries work 
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxckpt.plans import PlanError, words
@@ -103,11 +102,4 @@ def has_attention(jaxpr) -> bool:
         e.primitive.name in ATTENTION_PRIMITIVES
         or (e.primitive.name == "name" and e.params["name"] == ATTENTION)
         for e in jaxprs.equations(jaxpr)
-    )
-
-
-def abstract(tree):
-    """Returns `tree` with every array (or scalar) as its `jax.ShapeDtypeStruct`."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(jax.typeof(x).shape, jax.typeof(x).dtype), tree
     )

@@ -129,35 +129,6 @@ def test_a_name_beside_dots_that_keep_the_same():
     assert codes(before_tanh, "dots+names:pre") == []
 
 
-def masked(carry, w):
-    x, mask = carry
-    return jnp.where(mask, jnp.tanh(x @ w[0]), x), mask
-
-
-def test_an_array_that_every_block_hands_on():
-    mask = jnp.ones(X.shape, bool)
-    assert codes(masked, "full", carry=(X, mask)) == ["carry-unchanged"]
-    assert codes(masked, "4xnone/sqrt+offload:carry", carry=(X, mask)) == ["carry-unchanged"]
-    assert codes(masked, "none", carry=(X, mask)) == []
-    assert codes(lambda x, w: masked((x, mask), w)[0], "full") == []
-
-
-def test_the_unchanged_finding_is_true():
-    """As a const it is in memory once, in the carry once for every carry that is kept."""
-    mask, num_blocks = jax.ShapeDtypeStruct((2048, 32), jnp.bool_), 8
-    x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2048, 32), (8, 1, 32, 32)))
-
-    def in_carry(w, x, mask):
-        return jaxckpt.scan_blocks(masked, w, (x, mask), remat="full")[0].sum()
-
-    def as_const(w, x, mask):
-        block = lambda x, w, mask: masked((x, mask), w)[0]
-        return jaxckpt.scan_blocks(block, w, x, mask, remat="full").sum()
-
-    temp = lambda loss: jaxckpt.measure(jax.grad(loss), w, x, mask).temp_bytes
-    assert temp(in_carry) - temp(as_const) >= (num_blocks - 1) * 2048 * 32
-
-
 def test_blocks_with_keys_consts_and_kernels():
     params, carry, scale = cases.dropout_stack(1)
     params_i = jax.tree.map(lambda leaf: leaf[0], params)

@@ -1,8 +1,11 @@
 """What `scan_blocks` and `chain` say to bad input."""
 
+import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental import io_callback
 
 import jaxckpt
 from jaxckpt import PlanError
@@ -91,21 +94,142 @@ def test_what_comes_later_says_so():
         jaxckpt.scan_blocks(block, W, X, remat="binomial:2", nested=True)
 
 
-def test_the_executor_names_what_has_higher_derivatives():
-    def loss(w, remat, nested=False):
-        return jaxckpt.scan_blocks(
-            lambda x, w: jnp.tanh(x @ w), w, X, remat=remat, nested=nested
-        ).sum()
+def product(x, w):
+    return jnp.tanh(x @ w)
 
-    with pytest.raises(NotImplementedError, match=r"remat='full' or nested=True"):
-        jax.hessian(loss)(W, "sqrt")
-    with pytest.raises(NotImplementedError, match=r"remat='full' or nested=True"):
-        jax.jvp(lambda w: loss(w, "log"), (W,), (W,))
-    with pytest.raises(NotImplementedError, match=r"remat='full' or nested=True"):
-        jax.grad(lambda w: jax.grad(loss)(w, "log").sum())(W)
-    jax.jvp(lambda w: loss(w, "sqrt", nested=True), (W,), (W,))
-    jax.jvp(lambda w: loss(w, "full"), (W,), (W,))
-    jax.grad(lambda w: jax.grad(loss)(w, "log", nested=True).sum())(W)
+
+def loss_of(w, remat, nested=False):
+    return jaxckpt.scan_blocks(product, w, X, remat=remat, nested=nested).sum()
+
+
+def chain_of(w, remat, nested=False):
+    blocks = [lambda x, w_i=w_i: product(x, w_i) for w_i in w]
+    return jaxckpt.chain(blocks, X, remat=remat, nested=nested).sum()
+
+
+SCAN = lambda f: lambda w: jax.lax.scan(lambda c, _: (c + f(w), None), 0.0, None, length=2)[0]
+
+
+@pytest.mark.parametrize("loss", [loss_of, chain_of])
+@pytest.mark.parametrize(
+    "derivative",
+    [
+        lambda f: jax.jvp(f, (W,), (W,)),
+        lambda f: jax.jvp(jax.jit(f), (W,), (W,)),
+        lambda f: jax.linearize(f, W)[1](W),
+        lambda f: jax.linearize(jax.jit(f), W)[1](W),
+        lambda f: jax.jacfwd(jax.jit(f))(W),
+        lambda f: jax.jvp(SCAN(f), (W,), (W,)),
+        lambda f: jax.jvp(lambda w: jax.vmap(f)(w[None]).sum(), (W,), (W,)),
+        lambda f: jax.grad(lambda w: jax.grad(f)(w).sum())(W),
+        lambda f: jax.grad(jax.jit(lambda w: jax.grad(f)(w).sum()))(W),
+        lambda f: jax.jacrev(jax.jacrev(f))(W),
+    ],
+    ids=(
+        "jvp",
+        "jit",
+        "linearize",
+        "linear_jit",
+        "jacfwd",
+        "scan",
+        "vmap",
+        "twice",
+        "jit2",
+        "rev2",
+    ),
+)
+def test_derivatives_that_a_schedule_lacks_name_the_plan_that_has_them(loss, derivative):
+    with pytest.raises(NotImplementedError, match=r"remat='full' or nested=True has it"):
+        jax.block_until_ready(derivative(lambda w: loss(w, "sqrt")))
+    if loss is loss_of:  # what the sentence says is so
+        jax.block_until_ready(derivative(lambda w: loss(w, "full")))
+        jax.block_until_ready(derivative(lambda w: loss(w, "sqrt", nested=True)))
+
+
+@pytest.mark.parametrize("plan", ["uniform:3", "sqrt", "log", "binomial:2", "3xsqrt/log"])
+@pytest.mark.parametrize("loss", [loss_of, chain_of])
+def test_forward_over_reverse(loss, plan):
+    w = 0.3 * jax.random.normal(jax.random.key(0), W.shape)
+    of = lambda plan: lambda w: jnp.sin(loss(w, plan))
+    want = jax.jvp(jax.grad(of("none")), (w,), (W,))[1]
+    got = jax.jit(lambda: jax.jvp(jax.grad(of(plan)), (w,), (W,))[1])()
+    chex.assert_trees_all_close(got, want, atol=1e-5)
+    assert float(jnp.abs(want).max()) > 0.1
+    if loss is loss_of:
+        hessians = [jax.hessian(of(plan))(w) for plan in (plan, "none")]
+        chex.assert_trees_all_close(*hessians, atol=1e-5)
+
+
+def counts_on_the_host(x, w):
+    number = io_callback(lambda: np.float32(1), jax.ShapeDtypeStruct((), "float32"))
+    return x + number * (x @ w)
+
+
+@pytest.mark.parametrize("plan", ["full", "dots", "uniform:2", "sqrt", "log", "4xnone/full"])
+def test_effects_that_must_happen_once(plan):
+    message = r"the block has an effect that must happen once \(io_callback\); remat='none'"
+    for run in (
+        lambda: jaxckpt.scan_blocks(counts_on_the_host, W, X, remat=plan),
+        lambda: jax.jit(lambda w: jaxckpt.scan_blocks(counts_on_the_host, w, X, remat=plan))(W),
+        lambda: jaxckpt.chain([lambda x: counts_on_the_host(x, W[0])] * 8, X, remat=plan),
+    ):
+        with pytest.raises(PlanError, match=message):
+            run()
+    schedule = jaxckpt.schedules.binomial(8, slots=2)
+    with pytest.raises(PlanError, match=message):
+        jaxckpt.scan_blocks(counts_on_the_host, W, X, remat=schedule)
+
+
+def test_effects_that_may_happen_again():
+    """`none` runs a block once; what jax.checkpoint repeats, schedules do."""
+    run = lambda block, plan: jax.grad(
+        lambda w: jaxckpt.scan_blocks(block, w, X, remat=plan).sum()
+    )(W)
+    chex.assert_trees_all_close(
+        run(counts_on_the_host, "none"), run(lambda x, w: x + x @ w, "none")
+    )
+
+    def prints(x, w):
+        jax.debug.callback(lambda: None)
+        return x + jax.pure_callback(np.sin, jax.ShapeDtypeStruct(X.shape, X.dtype), X) @ w
+
+    for plan in ("full", "log"):
+        assert run(prints, plan).shape == W.shape
+
+
+@pytest.mark.parametrize("plan", ["dots", "uniform:2+dots", "names:product", "4xnone/dots"])
+def test_complex_values_cannot_be_kept_by_policies(plan):
+    bent = lambda x, w: jnp.tanh(jaxckpt.tag(x @ w, "product"))
+    x = X.astype("complex64")
+    with pytest.raises(PlanError, match="keeps complex values of the block"):
+        jaxckpt.scan_blocks(bent, W, x, remat=plan)
+    # A product that no derivative reads is not kept.
+    assert jax.grad(lambda w: jaxckpt.scan_blocks(block, w, x, remat=plan).real.sum())(W).shape
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ((W, block, X), "the first argument is the block, .* got an array"),
+        (({"w": W}, block, X), "the first argument is the block, .* got a dict of arrays"),
+        ((block, block, X), "the second argument is the blocks' parameters; got a function"),
+        ((block, list(W), X), "params is a list of 8 trees, .* jnp.stack"),
+        ((lambda x, p: x @ p["w"], [{"w": w} for w in W], X), "params is a list of 8 trees"),
+    ],
+)
+def test_arguments_in_the_wrong_place(args, message):
+    with pytest.raises(ValueError, match=message):
+        jaxckpt.scan_blocks(*args)
+
+
+def test_a_users_own_error_stays_as_it_is():
+    def wrong(x, w):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        jaxckpt.scan_blocks(wrong, W, X)
+    # A tuple of stacked arrays is no list of layers where the block can read it.
+    assert jaxckpt.scan_blocks(lambda x, p: x @ p[0] + p[1][0], (W, W), X).shape == X.shape
 
 
 def test_chain_needs_blocks():

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jaxckpt
 from jaxckpt.memory.flops import count_flops
 from jaxckpt.transforms import invented
-from jaxckpt.transforms.blocks import first_block
+from jaxckpt.transforms.traced_block import first_block
 from tests.transforms.invented_cases import (
     ARRAY,
     DOT,

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import jaxckpt
@@ -245,22 +244,3 @@ def test_sharded_parameters_and_carries_stay_sharded():
         text=True,
     )
     assert done.stdout == "ok\n", done.stderr
-
-
-def test_an_explicit_mesh_is_refused_by_name():
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
-    w, x = jnp.full((4, 8, 8), 0.1), jnp.ones((2, 8))
-    loss = lambda w, x, plan: jaxckpt.scan_blocks(
-        lambda x, w: jnp.tanh(x @ w), w, x, remat=plan
-    ).sum()
-    want = jax.grad(loss)(w, x, "none")
-    spec = jax.sharding.PartitionSpec("data")
-    with jax.set_mesh(mesh):
-        sharded = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
-        grad = jax.jit(jax.grad(loss), static_argnums=2)
-        for plan in ("sqrt", "uniform:2"):
-            with pytest.raises(NotImplementedError, match=r"Explicit mesh axes .*AxisType\.Auto"):
-                grad(w, sharded, plan)
-        # What the error names does work, and so does a mesh over which nothing is sharded.
-        assert np.allclose(grad(w, sharded, "full"), want, rtol=1e-6)
-        assert np.allclose(grad(w, x, "sqrt"), want, rtol=1e-6)

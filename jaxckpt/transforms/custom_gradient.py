@@ -1,0 +1,190 @@
+"""Functions with a gradient and a batching of their own: what the executors run blocks by.
+
+    out = run_with_gradient(walk, carry, consts)     # a `Walk`: how blocks are run and reversed
+
+`jax.custom_vjp` would do but for two things. Under `jax.vmap` it makes a gradient for every example
+of what all examples share, and sums them afterwards; here the blocks themselves are batched. And
+forward mode through it, or a second reverse mode, ends in an error of JAX that names neither
+jaxckpt nor a plan that can; under `jit` it comes when nothing of ours is on the stack any more.
+
+So there are three primitives. `_RUN` runs, `_TRANSPOSED` can be transposed but not run, `_ONCE` can
+be run but not transposed. Forward mode over reverse mode (`jax.hessian`) passes them all.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir
+
+_MESSAGE = (
+    "a schedule has reverse mode, and forward mode over it (jax.hessian); {} is refused: "
+    "remat='full' or nested=True has it"
+)
+
+
+class Walk(Protocol):
+    """How blocks are run and reversed. Arguments are pytrees, outputs and gradients are lists."""
+
+    def run(self, *args) -> list:
+        """Returns the output."""
+        ...
+
+    def forward(self, args: Sequence, asked: tuple[int, ...]) -> tuple[list, Any]:
+        """Returns the output, and what `backward` is handed: any pytree.
+
+        Args:
+          args: The arguments.
+          asked: The positions, among the leaves of all arguments, whose gradients are asked for.
+        """
+        ...
+
+    def backward(self, residuals, grads: list) -> list:
+        """Returns the gradients that are asked for, from those of the output's inexact leaves."""
+        ...
+
+    def batched(self, args: Sequence, dims: Sequence, axis) -> tuple["Walk", Sequence]:
+        """Returns how a batch is run, whose outputs have the batch first, and its arguments.
+
+        Args:
+          args: The arguments.
+          dims: Of each leaf the batched axis, or None where all examples share it.
+          axis: Its `size` and `name`.
+        """
+        ...
+
+
+def run_with_gradient(walk: Walk, *args) -> list:
+    """Returns `walk.run(*args)`, differentiable and batched as the walk says."""
+    leaves, tree = jax.tree.flatten(args)
+    flat = lambda *leaves: walk.run(*jax.tree.unflatten(tree, leaves))
+    return _RUN.bind(*leaves, jaxpr=jax.make_jaxpr(flat)(*leaves), walk=walk, tree=tree)
+
+
+def inexact(leaves: Sequence) -> list[int]:
+    """Returns the positions of the leaves that have gradients: floating and complex ones."""
+    return [place for place, leaf in enumerate(leaves) if _is_inexact(leaf)]
+
+
+def pick(leaves: Sequence, positions: Sequence[int]) -> list:
+    """Returns the leaves at `positions`."""
+    return [leaves[position] for position in positions]
+
+
+def batched_call(call: Callable, in_axes, axis) -> Callable:
+    """Returns `jax.vmap` of a walk's call, with the name that the batch has outside."""
+    return jax.vmap(call, in_axes, 0, axis_size=axis.size, axis_name=axis.name)
+
+
+def moved(x, dim: int | None, to: int):
+    """Returns an array with its batched axis in another place; as it is if it has none."""
+    return x if dim is None else jnp.moveaxis(x, dim, to)
+
+
+def _is_inexact(x) -> bool:
+    return jnp.issubdtype(jax.typeof(x).dtype, jnp.inexact)
+
+
+_RUN = core.Primitive("jaxckpt_run")
+_RUN.multiple_results = True
+_RUN.def_effectful_abstract_eval(lambda *_, jaxpr, **__: (jaxpr.out_avals, jaxpr.effects))
+
+
+@_RUN.def_impl
+def _evaluate(*leaves, jaxpr: core.ClosedJaxpr, **_):
+    return core.jaxpr_as_fun(jaxpr)(*leaves)
+
+
+def _differentiate(primals, tangents, *, jaxpr, walk: Walk, tree):
+    asked = tuple(n for n, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero))
+    out, residuals = walk.forward(jax.tree.unflatten(tree, primals), asked)
+    leaves, residual_tree = jax.tree.flatten(residuals)
+    made = _TRANSPOSED.bind(
+        *leaves,
+        *pick(tangents, asked),
+        count=len(leaves),
+        backward=lambda leaves, g: walk.backward(jax.tree.unflatten(residual_tree, leaves), g),
+        avals=tuple(jax.typeof(out[place]) for place in inexact(out)),
+    )
+    tangents_out: list[Any] = [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in out]
+    for place, tangent in zip(inexact(out), made, strict=True):
+        tangents_out[place] = tangent
+    return out, tangents_out
+
+
+def _batch_run(axis, leaves, dims, *, jaxpr, walk: Walk, tree):
+    walk, args = walk.batched(jax.tree.unflatten(tree, leaves), dims, axis)
+    out = run_with_gradient(walk, *args)
+    return out, [0] * len(out)
+
+
+ad.primitive_jvps[_RUN] = _differentiate
+mlir.register_lowering(_RUN, mlir.lower_fun(_evaluate, multiple_results=True))
+batching.fancy_primitive_batchers[_RUN] = _batch_run
+
+
+_TRANSPOSED = core.Primitive("jaxckpt_transposed")
+_TRANSPOSED.multiple_results = True
+_TRANSPOSED.def_abstract_eval(lambda *_, avals, **__: avals)
+
+
+@_TRANSPOSED.def_impl
+def _refuse_forward(*_, **__):
+    raise NotImplementedError(_MESSAGE.format("forward mode by itself (jvp, linearize, jacfwd)"))
+
+
+def _transpose(cotangents, *args, count: int, backward: Callable, avals):
+    """Runs the backward pass. A leaf's gradient stands in the place of its tangent."""
+    pairs = zip(cotangents, avals, strict=True)
+    grads = [jnp.zeros(a.shape, a.dtype) if isinstance(c, ad.Zero) else c for c, a in pairs]
+    return [*(None for _ in range(count)), *map(_once, backward(list(args[:count]), grads))]
+
+
+def _batch_transposed(axis, args, dims, *, count: int, backward: Callable, avals):
+    """Batches the backward pass; a tangent that all examples share gets the sum of gradients."""
+
+    def batched(leaves, grads):
+        run = jax.vmap(
+            backward, (list(dims[:count]), 0), 0, axis_size=axis.size, axis_name=axis.name
+        )
+        pairs = zip(run(leaves, grads), dims[count:], strict=True)
+        return [g.sum(0) if dim is None else jnp.moveaxis(g, 0, dim) for g, dim in pairs]
+
+    widen = lambda x: jnp.broadcast_to(x, (axis.size, *x.shape))
+    avals = jax.make_jaxpr(lambda leaves: [*map(widen, leaves)])(list(avals)).out_avals
+    out = _TRANSPOSED.bind(*args, count=count, backward=batched, avals=tuple(avals))
+    return out, [0] * len(out)
+
+
+ad.primitive_transposes[_TRANSPOSED] = _transpose
+ad.primitive_jvps[_TRANSPOSED] = _refuse_forward
+mlir.register_lowering(_TRANSPOSED, _refuse_forward)
+batching.fancy_primitive_batchers[_TRANSPOSED] = _batch_transposed
+
+
+_ONCE = core.Primitive("jaxckpt_once")
+_ONCE.def_abstract_eval(lambda x: x)
+_ONCE.def_impl(lambda x: x)
+
+
+def _refuse_reverse(*_):
+    raise NotImplementedError(_MESSAGE.format("a second reverse mode (grad of grad)"))
+
+
+ad.primitive_jvps[_ONCE] = lambda primals, tangents: (primals[0], _ONCE.bind(tangents[0]))
+ad.primitive_transposes[_ONCE] = _refuse_reverse
+mlir.register_lowering(_ONCE, lambda _, x: [x])
+batching.primitive_batchers[_ONCE] = lambda args, dims: (_ONCE.bind(*args), dims[0])
+
+
+@jax.custom_jvp
+def _once(x):
+    """Returns a gradient; a second reverse mode, which comes to it first, is refused."""
+    return x
+
+
+@_once.defjvp
+def _(primals, tangents):
+    return primals[0], _ONCE.bind(tangents[0])

@@ -1,0 +1,209 @@
+"""A block traced once: a closed function of flat leaves, and what its jaxpr tells.
+
+    block, consts = trace_block(block, carry, params_i, consts)
+    block.call(carry_leaves, params_leaves, consts)
+
+What the block closed over is among `consts`, so that it gets gradients, and so that nothing of the
+trace that made it stays in the function. Everything is made abstract by one function, `abstract`,
+which keeps all that a type says: weak types, keys, shardings, varying axes.
+"""
+
+import dataclasses
+import functools
+import re
+import types
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import ShapedArray
+from jax.extend import core
+from jax.sharding import PartitionSpec
+
+# Functions in an equation's parameters are shown with where they are in memory.
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def abstract(tree):
+    """Returns `tree` with every array, abstract array or scalar as its type."""
+    return jax.tree.map(lambda x: x if isinstance(x, ShapedArray) else jax.typeof(x), tree)
+
+
+def as_arrays(tree):
+    """Returns `tree` with Python scalars and NumPy arrays as JAX's, of the same weak types."""
+    return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), tree)
+
+
+def zeros(count: int, aval: ShapedArray) -> jax.Array:
+    """Returns zeros `[count, ...]` of a type, sharded and varying over mesh axes as it is."""
+    spec, varying = aval.sharding.spec, varying_axes(aval)
+    is_sharded = any(axis is not None for axis in spec)
+    sharding = aval.sharding.update(spec=PartitionSpec(None, *spec)) if is_sharded else None
+    made = lax.full((count, *aval.shape), 0, aval.dtype, sharding=sharding)
+    return vary(made, varying) if varying else made
+
+
+def vary(x, axes: tuple[str, ...]):
+    """Returns an array, the same on all devices along some axes, as one that varies along them."""
+    if hasattr(lax, "pcast"):
+        return lax.pcast(x, axes, to="varying")
+    return lax.pvary(x, axes)  # jax 0.7
+
+
+def varying_axes(aval: ShapedArray) -> tuple[str, ...]:
+    """Returns the axes of `jax.shard_map` that a value differs along."""
+    kind = getattr(aval, "mat", None)  # its name since jax 0.10
+    return tuple(aval.vma if kind is None else kind.varying)
+
+
+def first_block(params):
+    """Returns the abstract parameters of one block: every leaf without its leading axis."""
+    leaves, tree = jax.tree.flatten(abstract(params))
+    first = jax.make_jaxpr(lambda leaves: [x[0] for x in leaves])(leaves)
+    return jax.tree.unflatten(tree, first.out_avals)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class TracedBlock:
+    """A block that closes over nothing. Two are equal if they read and compute the same.
+
+    Attributes:
+      jaxpr: From the leaves of carry, parameters and consts to those of the output.
+      counts: How many leaves the carry, the parameters and the consts have.
+      out_tree: The structure of the block's output.
+    """
+
+    jaxpr: core.ClosedJaxpr
+    counts: tuple[int, int, int]
+    out_tree: Any
+
+    @property
+    def out(self):
+        """The block's output, abstract."""
+        return jax.tree.unflatten(self.out_tree, self.jaxpr.out_avals)
+
+    @property
+    def inputs(self) -> tuple[list, list, list]:
+        """The abstract leaves of the carry, the parameters and the consts."""
+        avals, (carry, params, _) = self.jaxpr.in_avals, self.counts
+        return avals[:carry], avals[carry : carry + params], avals[carry + params :]
+
+    @property
+    def changed(self) -> tuple[int, ...]:
+        """The positions of the carry's leaves that the block does not hand on as they are."""
+        pairs = zip(self.jaxpr.jaxpr.invars, self.jaxpr.jaxpr.outvars, strict=False)
+        return tuple(place for place, (given, made) in enumerate(pairs) if given is not made)
+
+    def call(self, carry: Sequence, params_i: Sequence, consts: Sequence) -> list:
+        """Returns the leaves of the block's output."""
+        return core.jaxpr_as_fun(self.jaxpr)(*carry, *params_i, *consts)
+
+    def only_changed(self) -> "TracedBlock":
+        """Returns the block without the leaves of its carry that it hands on: they are consts.
+
+        A schedule then keeps them once and not with every carry. They come after the other consts.
+        """
+        places, jaxpr = self.changed, self.jaxpr.jaxpr
+        carry, rest = jaxpr.invars[: self.counts[0]], jaxpr.invars[self.counts[0] :]
+        held = [var for place, var in enumerate(carry) if place not in places]
+        jaxpr = jaxpr.replace(
+            invars=[*(carry[place] for place in places), *rest, *held],
+            outvars=[jaxpr.outvars[place] for place in places],
+            # Names of arguments and results, of which there are others now.
+            debug_info=jaxpr.debug_info.with_unknown_names(),
+        )
+        return TracedBlock(
+            jaxpr=core.ClosedJaxpr(jaxpr, ()),
+            counts=(len(places), self.counts[1], self.counts[2] + len(held)),
+            out_tree=jax.tree.structure([0] * len(places)),
+        )
+
+    @functools.cached_property
+    def _key(self) -> tuple:
+        text = _ADDRESS.sub("", str(self.jaxpr))
+        return text, tuple(self.jaxpr.in_avals), self.counts, self.out_tree
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, TracedBlock) and self._key == other._key
+
+
+def identity(block: Callable) -> Hashable:
+    """Returns what is equal for the same block alone, to keep a program of it under.
+
+    A function is not kept alive by it: a dead one equals nothing.
+    """
+    if isinstance(block, types.MethodType):
+        return weakref.WeakMethod(block)
+    if isinstance(block, types.FunctionType):
+        return weakref.ref(block)
+    try:
+        hash(block)
+    except TypeError:
+        return object()
+    return block
+
+
+def once_compiled(run: Callable, identities: Hashable, *static: Hashable) -> Callable:
+    """Returns `run(*static, ...)` as a function of the rest, for a call that is made just now.
+
+    Outside `jit` every call would compile its loops anew, since they are made of new functions;
+    what a call compiles there is kept for the next one of the same block and of equal `static`.
+    A program that is being traced gets the function as it is.
+
+    Args:
+      run: A function of this package.
+      identities: Of the blocks, from `identity`.
+      *static: Its first arguments; with the blocks they say what it computes.
+    """
+    if isinstance(jnp.zeros([]), jax.core.Tracer):
+        return functools.partial(run, *static)
+    return _jitted(run, identities, static)
+
+
+@functools.lru_cache(maxsize=64)
+def _jitted(run: Callable, identities: Hashable, static: tuple) -> Callable:
+    return jax.jit(functools.partial(run, *static))
+
+
+def trace_block(block: Callable, carry, params_i=(), consts=()) -> tuple[TracedBlock, list]:
+    """Returns `block(carry, params_i, *consts)` traced, and its consts.
+
+    Args:
+      block: The block.
+      carry: Its input, arrays or abstract.
+      params_i: One block's parameters, abstract.
+      consts: A tuple of arrays.
+
+    Returns:
+      The block, and the leaves of its consts: the caller's, then what the block closed over.
+    """
+    trees = [jax.tree.structure(part) for part in (carry, params_i, consts)]
+    leaves = [jax.tree.leaves(part) for part in (carry, params_i, consts)]
+    out_trees = []
+
+    def flat(*leaves):
+        carry, params_i, consts = map(jax.tree.unflatten, trees, leaves)
+        made, tree = jax.tree.flatten(block(carry, params_i, *consts))
+        out_trees.append(tree)
+        return made
+
+    closed = jax.make_jaxpr(flat)(*map(abstract, leaves))
+    # What was closed over comes last among the arguments.
+    jaxpr = closed.jaxpr.replace(
+        constvars=[],
+        invars=[*closed.jaxpr.invars, *closed.jaxpr.constvars],
+        debug_info=closed.jaxpr.debug_info.with_unknown_names(),
+    )
+    all_consts = [*leaves[2], *closed.consts]
+    traced = TracedBlock(
+        jaxpr=core.ClosedJaxpr(jaxpr, ()),
+        counts=(len(leaves[0]), len(leaves[1]), len(all_consts)),
+        out_tree=out_trees[-1],
+    )
+    return traced, all_consts

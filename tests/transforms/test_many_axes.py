@@ -1,0 +1,140 @@
+"""Stacks and chains under `vmap`, `shard_map`, named axes and Explicit meshes: gradients and memory.
+
+What runs on eight devices runs in one fresh process, since a process has its devices for good.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxckpt
+from tests.transforms.cases import relative_error
+
+PLANS = ("none", "full", "dots", "uniform:2", "uniform:2+dots", "sqrt", "log", "binomial:3")
+L, WIDTH = 8, 32
+W = 0.1 * jax.random.normal(jax.random.key(0), (L, WIDTH, WIDTH))
+X = jnp.linspace(-1, 1, 256 * WIDTH).reshape(256, WIDTH)
+
+
+def block(x, w):
+    return x + jnp.tanh(x @ w)
+
+
+def stack(w, x, plan, block=block):
+    return jaxckpt.scan_blocks(block, w, x, remat=plan)
+
+
+def chain(w, x, plan):
+    blocks = [lambda x, i=i: block(x, w[i]) for i in range(L)]
+    return jaxckpt.chain(blocks, x, remat=plan)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("run", [stack, chain])
+def test_a_gradient_outside_vmap_keeps_none_for_each_example(run, plan):
+    """It takes what it takes on the batch, and not a gradient of all weights for each example."""
+    vmapped = lambda w: jax.vmap(lambda x: run(w, x, plan))(X).sum()
+    batched = lambda w: run(w, X, plan).sum()
+    assert relative_error(jax.grad(vmapped)(W), jax.grad(batched)(W)) <= 1e-6
+    temps = [jaxckpt.measure(jax.grad(fn), W).temp_bytes for fn in (vmapped, batched)]
+    assert temps[0] <= 1.3 * temps[1]
+    # The twin: gradients of each example are what takes more, and they are right too.
+    each = jax.vmap(jax.grad(lambda w, x: run(w, x, plan).sum()), (None, 0))
+    assert jaxckpt.measure(each, W, X).peak_bytes > 256 * W.nbytes
+    assert (
+        relative_error(each(W, X[:3]).sum(0), jax.grad(lambda w: run(w, X[:3], plan).sum())(W))
+        <= 1e-5
+    )
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_two_batches(plan):
+    """Weights of a batch of their own, inside and outside; the batch stands where it stands."""
+
+    def loss(plan):
+        inner = jax.vmap(lambda w, x: stack(w, x, plan), (None, 1), 1)
+        outer = jax.vmap(inner, (0, None))
+        return lambda ws: jnp.sin(outer(ws, X[:5].T)).sum()
+
+    ws = jnp.stack([W, -2 * W])
+    assert relative_error(*(jax.jit(jax.grad(loss(p)))(ws) for p in (plan, "none"))) <= 1e-6
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_named_axis_in_the_block(plan):
+    def mean(x, w):
+        return x + jnp.tanh(jax.lax.pmean(x, "batch") @ w) * (1 + jax.lax.axis_index("batch"))
+
+    def loss(plan):
+        run = jax.vmap(lambda w, x: stack(w, x, plan, mean), (None, 0), axis_name="batch")
+        return lambda w, x: jnp.sin(run(w, x)).sum()
+
+    for wrap in (lambda fn: fn, jax.jit):
+        got, want = (wrap(jax.grad(loss(p), (0, 1)))(W, X[:4]) for p in (plan, "none"))
+        assert relative_error(got, want) <= 1e-6
+
+
+EIGHT_DEVICES = """
+import jax, jax.numpy as jnp, numpy as np, jaxckpt
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from tests.transforms.test_many_axes import PLANS, W, X, block, chain, stack
+assert len(jax.devices()) == 8
+mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+shard = lambda fn, out=P("d"): jax.shard_map(fn, mesh=mesh, in_specs=(P(), P("d")), out_specs=out)
+loss = lambda run: lambda w, x: jnp.sin(run(w, x)).sum()
+gradients = lambda run: jax.jit(jax.grad(loss(run), (0, 1)))(W, X)
+
+def check(name, got, want, bound=2e-5):
+    for a, b in zip(got, want, strict=True):
+        assert np.abs(a - b).max() <= bound * np.abs(b).max(), name
+
+def mean(x, w):
+    return x + jnp.tanh(jax.lax.pmean(x, "d") @ w)
+
+def gather(x, w):
+    return x + jnp.tanh(jax.lax.all_gather(x, "d").mean(0) @ w) * (1 + jax.lax.axis_index("d"))
+
+plain = gradients(lambda w, x: stack(w, x, "none"))
+for run in (stack, chain):
+    for plan in PLANS:
+        under = lambda w, x: run(w, x, plan)
+        check((run, plan, "outside"), gradients(shard(under)), plain)
+        inside = shard(jax.grad(loss(under), (0, 1)), (P(), P("d")))
+        check((run, plan, "inside"), jax.jit(inside)(W, X), plain)
+        check((run, plan, "eager"), jax.grad(loss(shard(under)), (0, 1))(W, X), plain)
+for made in (mean, gather):
+    want = gradients(shard(lambda w, x: stack(w, x, "none", made)))
+    for plan in PLANS:
+        check((made, plan), gradients(shard(lambda w, x: stack(w, x, plan, made))), want)
+
+explicit = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
+put = lambda x, *spec: jax.device_put(x, NamedSharding(explicit, P(*spec)))
+with jax.set_mesh(explicit):
+    for run in (stack, chain):
+        for plan in (*PLANS, "full+offload:carry", "sqrt+offload:carry"):
+            got = jax.jit(jax.grad(loss(lambda w, x: run(w, x, plan)), (0, 1)))(put(W), put(X, "d"))
+            check((run, plan, "explicit"), got, plain)
+            assert got[1].sharding.spec[0] == "d", (run, plan, got[1].sharding)
+            assert not any(got[0].sharding.spec), (run, plan, got[0].sharding)
+print("ok")
+"""
+
+
+def test_shard_map_and_explicit_axes():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", EIGHT_DEVICES],
+        cwd=Path(__file__).parents[2],
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "ok\n", done.stderr
