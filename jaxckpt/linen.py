@@ -11,21 +11,33 @@ any other. Blocks with state beside parameters (batch statistics, caches) are re
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.core import Scope
+from flax.core import DenyList, Scope, lift
+from flax.core.scope import intersect_filters
+from flax.linen.transforms import lift_transform
+from jax.extend import core
 
 from jaxckpt.plans import Plan, PlanError, as_plan, words
 from jaxckpt.transforms import policies, rows, tags
+from jaxckpt.transforms.arguments import apart, check_class
 from jaxckpt.transforms.blocks import check_policies
 from jaxckpt.transforms.stack import scan_blocks
 from jaxckpt.transforms.traced_block import abstract
 
 _PARAMS = "params"
+
+# What to do about state, by its collection.
+_CURES = {
+    "batch_stats": "use a layer without state (LayerNorm or GroupNorm instead of BatchNorm)",
+    "cache": "decode with a loop over blocks, which needs no gradients and so no checkpointing",
+    "intermediates": "return what is sown in the carry, or leave 'intermediates' out of mutable=",
+}
 
 
 class Stack(nn.Module):
@@ -36,7 +48,7 @@ class Stack(nn.Module):
     (`rngs={"dropout": key}`) is split into one key a block.
 
     Attributes:
-      block: A Linen module class, or a `functools.partial` of one, called without arguments.
+      block: A Linen module class, or a `functools.partial` of one, called with `parent=None`.
       num_blocks: L.
       remat: A plan or its text.
       unroll: Blocks unrolled in one trip of a loop.
@@ -53,62 +65,115 @@ class Stack(nn.Module):
     unroll: int = 1
     dtype: Any = None
 
+    def __post_init__(self):
+        check_class(self.block, nn.Module, "linen.Stack")
+        if isinstance(self.num_blocks, bool) or not isinstance(self.num_blocks, int):
+            raise PlanError(f"num_blocks is a whole number of blocks, not {self.num_blocks!r}")
+        super().__post_init__()
+
     @nn.compact
-    def __call__(self, carry, *consts, **static):
+    def __call__(self, carry, *consts, **named):
         """Returns the last block's carry.
 
         Args:
-          carry: The first block's input; `block(carry, *consts, **static)` returns its like.
-          *consts: Arrays handed to every block.
-          **static: Python values handed to every block, such as `deterministic=True`.
+          carry: The first block's input; `block(carry, *consts, **named)` returns its like.
+          *consts: Handed to every block. Arrays get gradients; Python values, such as `True`, stay
+            what they are.
+          **named: The same by keyword, such as `deterministic=True`.
 
         Raises:
           PlanError: As `jaxckpt.scan_blocks`.
-          ValueError: A block with state beside its parameters, or one that changes its carry.
+          ValueError: A block with state beside its parameters, one that sows where the caller
+            wants what is sown, one that holds a module of the model around the stack, or one that
+            changes its carry.
         """
         block = self.block(parent=None)
-        keys = {
-            stream: jax.random.split(self.make_rng(stream), self.num_blocks)
-            for stream in _scope(self).rngs
-            if stream != _PARAMS
-        }
+        _check_unshared(block, consts, named)
+        scope = _scope(self)
+        # The parameters' stream is there for all others that the caller has given no key for.
+        keys = {name: jax.random.split(self.make_rng(name), self.num_blocks) for name in scope.rngs}
+        arrays, merge = apart((consts, named))
         if self.is_initializing():
-            call = functools.partial(block.init, **static)
-            self._init_params(call, keys, carry, *consts)
+            self._init_params(lambda keys: block.init(keys, carry, *consts, **named), keys)
 
         cast = functools.partial(in_dtype, dtype=self.dtype)
         params = nn.meta.unbox(dict(self.variables.get(_PARAMS, {})))
         if not rows.reads_inside(self.remat, self.unroll):
             params, cast = cast(params), lambda params: params
+        mutable = intersect_filters(scope.mutable, DenyList(_PARAMS))
 
-        def apply(carry, block_i, *consts):
+        def apply(carry, block_i, *arrays):
+            # Bound, not applied, so that a caller's capture_intermediates reaches the block.
             variables = {_PARAMS: cast(block_i["params"])}
-            return block.apply(variables, carry, *consts, rngs=block_i["keys"], **static)
+            bound = block.bind(variables, rngs=block_i["keys"], mutable=mutable)
+            consts, named = merge(arrays)
+            carry = bound(carry, *consts, **named)
+            _check_state(bound.variables)
+            return carry
 
         # The index is there for blocks that have neither parameters nor keys.
         blocks = {"params": params, "keys": keys, "index": jnp.arange(self.num_blocks)}
-        return scan_blocks(apply, blocks, carry, *consts, remat=self.remat, unroll=self.unroll)
+        return scan_blocks(apply, blocks, carry, *arrays, remat=self.remat, unroll=self.unroll)
 
-    def _init_params(self, init: Callable, keys, carry, *consts):
-        """Draws every block's parameters from a key of its own and stores them stacked."""
+    def _init_params(self, init: Callable, keys: dict[str, jax.Array]):
+        """Draws every block's parameters from keys of its own and stores them stacked."""
 
-        def init_one(key, keys):
-            variables = init({_PARAMS: key, **keys}, carry, *consts)
-            state = sorted(set(variables) - {_PARAMS})
-            if state:
-                raise ValueError(
-                    f"the block keeps state in {', '.join(state)}, which a stack of checkpointed "
-                    "blocks does not carry; put it into the carry, or use a layer without state "
-                    "(LayerNorm or GroupNorm instead of BatchNorm)"
-                )
+        def init_one(keys):
+            variables = init(keys)
+            _check_state(variables)
             return variables.get(_PARAMS, {})
 
-        stacked = jax.vmap(init_one)(
-            jax.random.split(self.make_rng(_PARAMS), self.num_blocks), keys
-        )
+        stacked = jax.vmap(init_one)(keys)
         stacked = nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: "blocks"})
         for name, value in stacked.items():
             self.put_variable(_PARAMS, name, value)
+
+
+def _check_unshared(block: nn.Module, consts, named):
+    """Raises `ValueError` if blocks would share a module of the model around their stack."""
+    for where, module in _modules_of(block, consts, named):
+        if module.parent is not None:
+            raise ValueError(
+                f"{where} is the module {module.name!r} of the model around the stack, whose "
+                "parameters the blocks would not share; call it outside and hand its output over, "
+                "or make it with parent=None for one of its own in every block"
+            )
+
+
+def _modules_of(block: nn.Module, consts, named) -> Iterator[tuple[str, nn.Module]]:
+    """Yields `(where, module)` for each module in a block's fields and its call's arguments."""
+    given = [(f"the block's {name}", value) for name, value in _fields(block)]
+    given += [("an argument of the stack", value) for value in (*consts, *named.values())]
+    while given:
+        where, tree = given.pop()
+        for leaf in jax.tree.leaves(tree):
+            if isinstance(leaf, nn.Module):
+                yield where, leaf
+                given += [(f"{where}.{name}", value) for name, value in _fields(leaf)]
+
+
+def _fields(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(module):
+        if field.init and field.name not in ("parent", "name"):
+            yield field.name, getattr(module, field.name)
+
+
+def _check_state(variables):
+    """Raises `ValueError` if a block has variables beside its parameters."""
+    state = {name: kept for name, kept in variables.items() if name != _PARAMS and kept}
+    if not state:
+        return
+    paths = [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, _ in jax.tree_util.tree_leaves_with_path(state)
+    ]
+    if len(paths) > 3:
+        paths[3:] = [f"{len(paths) - 3} more"]
+    cures = dict.fromkeys(_CURES.get(name, "put it into the carry") for name in state)
+    raise ValueError(
+        f"the block keeps state in {', '.join(paths)}, which a stack of checkpointed blocks does "
+        f"not carry; {'; '.join(cures)}"
+    )
 
 
 def in_dtype(params, dtype):
@@ -119,20 +184,44 @@ def in_dtype(params, dtype):
     return jax.tree.map(lambda x: x.astype(dtype) if is_floating(x) else x, params)
 
 
-def remat(block: type[nn.Module], plan: str | Plan, **options) -> type[nn.Module]:
-    """Returns a Linen module class whose call is checkpointed by `flax.linen.remat`.
+def remat(
+    block: type[nn.Module],
+    plan: str | Plan,
+    *,
+    methods: Sequence[str] | None = None,
+    static_argnums: int | Sequence[int] = (),
+    prevent_cse: bool = True,
+) -> type[nn.Module]:
+    """Returns a Linen module class whose call is checkpointed, as `flax.linen.remat` does it.
 
-    It keeps the name of `block`, and so the parameter tree of a model that uses it.
+    It keeps the name of `block`, and so the parameter tree of a model that uses it. Arguments that
+    are Python values (`True`, `"gelu"`) stay what they are, by position and by keyword.
 
     Args:
-      block: A Linen module class with a `__call__`.
+      block: A Linen module class with a `__call__`, or a `functools.partial` of one.
       plan: `none`, `full` or policies, such as `"attention"`: what one block can follow.
-      **options: For `flax.linen.remat`, such as `static_argnums`.
+      methods: Names of the methods that are checkpointed; `__call__` alone by default.
+      static_argnums: Positions of arguments, `self` being 0, that stay what they are even if they
+        are arrays.
+      prevent_cse: As in `jax.checkpoint`; False inside a loop.
 
     Raises:
       PlanError: A plan that speaks of several blocks (use `Stack`); when the module is called, a
         name that matches nothing in the block.
+      ValueError: A module in place of its class.
     """
+    check_class(block, nn.Module, "linen.remat")
+    if isinstance(block, functools.partial):
+        made = remat(
+            block.func,
+            plan,
+            methods=methods,
+            static_argnums=static_argnums,
+            prevent_cse=prevent_cse,
+        )
+        return functools.partial(made, *block.args, **block.keywords)
+    if not (inspect.isclass(block) and issubclass(block, nn.Module)):
+        raise ValueError(f"linen.remat takes a Linen module class, not {block!r}")
     plan = as_plan(plan)
     stage = plan.stages[0]
     if len(plan.stages) > 1 or stage.count or stage.schedule not in ("none", "full"):
@@ -149,39 +238,57 @@ def remat(block: type[nn.Module], plan: str | Plan, **options) -> type[nn.Module
         )
     if stage.schedule == "none":
         return block
-    policy = policies.checkpoint_policy(stage.policies)
+    static = [static_argnums] if isinstance(static_argnums, int) else static_argnums
+    made = lift_transform(
+        _checkpoint,
+        block,
+        plan=plan,
+        prevent_cse=prevent_cse,
+        static={number - 1 for number in static},
+        methods=methods,
+    )
+    made.__name__, made.__qualname__ = block.__name__, block.__qualname__
+    made.__doc__ = block.__doc__
+    return made
 
-    class Checkpointed(nn.remat(block, policy=policy, **options)):
-        def __call__(self, *args, **kwargs):
-            if not self.is_initializing():
-                check_policies(plan, lambda _: _tags_of(block, self, args, kwargs))
-            return super().__call__(*args, **kwargs)
 
-    Checkpointed.__name__, Checkpointed.__qualname__ = block.__name__, block.__qualname__
-    Checkpointed.__doc__ = block.__doc__
-    return Checkpointed
+def _checkpoint(fn: Callable, *, plan: Plan, prevent_cse: bool, static: set[int]) -> Callable:
+    """Returns `fn(scopes, *args, **named)` under `jax.checkpoint`, a lifted transform of Flax.
+
+    Flax hands over the scopes of the very module that is called, of what it shares with others
+    too, so the tags are those of this call.
+    """
+
+    def call(scopes, *args, **named):
+        dynamic = [None if at in static else arg for at, arg in enumerate(args)]
+        arrays, merge = apart((dynamic, named))
+
+        def inner(scopes_of, repack, variables, rngs, *arrays):
+            def pure(variables, rngs, *arrays):
+                scopes = scopes_of(variables, rngs)
+                dynamic, named = merge(arrays)
+                given = [args[at] if at in static else arg for at, arg in enumerate(dynamic)]
+                return fn(scopes, *given, **named), repack(scopes)
+
+            return _checkpointed(pure, plan, prevent_cse)(variables, rngs, *arrays)
+
+        return lift.pack(inner, (True,), (True,), (True,), name="remat")(scopes, *arrays)
+
+    return call
 
 
-def _tags_of(block: type[nn.Module], module: nn.Module, args, kwargs) -> tags.Tags:
-    """Returns the tags of one call of a bound module, traced on an unbound twin of it."""
-    fields = {
-        field.name: getattr(module, field.name)
-        for field in dataclasses.fields(block)
-        if field.init and field.name not in ("parent", "name")
-    }
-    twin = block(**fields, parent=None)
-    rngs = {stream: jax.random.key(0) for stream in _scope(module).rngs}
-    is_array = [hasattr(arg, "dtype") for arg in args]
-    arrays = [arg for arg, dynamic in zip(args, is_array, strict=True) if dynamic]
+def _checkpointed(fn: Callable, plan: Plan, prevent_cse: bool) -> Callable:
+    """Returns `fn`, traced once, under `jax.checkpoint`, its tags checked against the plan."""
 
-    def call(variables, *arrays):
-        rest = iter(arrays)
-        merged = [
-            next(rest) if dynamic else arg for arg, dynamic in zip(args, is_array, strict=True)
-        ]
-        return twin.apply(variables, *merged, rngs=rngs, mutable=True, **kwargs)[0]
+    def call(*args):
+        closed, out = jax.make_jaxpr(fn, return_shape=True)(*args)
+        flat, leaves = core.jaxpr_as_fun(closed), jax.tree.leaves(args)
+        check_policies(plan, lambda _: tags.tags_of(flat, *abstract(leaves)))
+        policy = policies.checkpoint_policy(plan.stages[0].policies)
+        made = jax.checkpoint(flat, policy=policy, prevent_cse=prevent_cse)(*leaves)
+        return jax.tree.unflatten(jax.tree.structure(out), made)
 
-    return tags.tags_of(call, abstract(dict(module.variables)), *abstract(arrays))
+    return call
 
 
 def _scope(module: nn.Module) -> Scope:

@@ -21,12 +21,16 @@ from flax.nnx import spmd
 from jax.core import Tracer
 
 from jaxckpt.plans import Plan, PlanError, as_plan
+from jaxckpt.transforms.arguments import apart, check_class
 from jaxckpt.transforms.blocks import check_carry
 from jaxckpt.transforms.stack import scan_blocks
 from jaxckpt.transforms.traced_block import first_block
 
 # The stacked axis in partition specs: not sharded.
 _AXIS = {nn.PARTITION_NAME: None}
+# Metadata of the variables whose partition spec has that axis. Values that come with the metadata
+# of other blocks, as `nnx.update` brings them, have no such axis in their spec.
+_STACKED = "jaxckpt_stacked"
 
 # What to do about a kind of state, by the name of its class.
 _CURES = {
@@ -82,6 +86,7 @@ class Stack(nn.Module):
           PlanError: A plan that does not parse or does not fit L blocks.
           ValueError: A block with state beside parameters and random streams.
         """
+        check_class(block, nn.Module, "nnx.Stack")
         if isinstance(num_blocks, bool) or not isinstance(num_blocks, int):
             raise PlanError(f"num_blocks is a whole number of blocks, not {num_blocks!r}")
         as_plan(remat).bind(num_blocks)
@@ -90,14 +95,15 @@ class Stack(nn.Module):
         self.unroll = unroll
         self.blocks = _make_blocks(block, _split(rngs, num_blocks), num_blocks)
 
-    def __call__(self, carry, *consts, **static):
+    def __call__(self, carry, *consts, **named):
         """Returns the last block's carry.
 
         Args:
-          carry: The first block's input; `block(carry, *consts, **static)` returns its like.
-          *consts: Arrays handed to every block.
-          **static: Python values handed to every block, such as `deterministic=True`. Of
-            `rngs=nnx.Rngs(...)` each block is handed streams of its own, split from these.
+          carry: The first block's input; `block(carry, *consts, **named)` returns its like.
+          *consts: Handed to every block. Arrays get gradients; Python values, such as `True`, stay
+            what they are.
+          **named: The same by keyword, such as `deterministic=True`. Of `rngs=nnx.Rngs(...)` each
+            block is handed streams of its own, split from these.
 
         Raises:
           PlanError: As `jaxckpt.scan_blocks`.
@@ -107,19 +113,20 @@ class Stack(nn.Module):
         graph, counts, rest = nn.split(self.blocks, nn.RngCount, ...)
         # The index is there for blocks that have neither parameters nor keys.
         rows = {"counts": counts, "rest": rest, "index": jnp.arange(self.num_blocks)}
-        rows["keys"], static = _split_keys(consts, static, self.num_blocks)
-        run = functools.partial(_run_block, graph, static)
-        drawn = _drawn_streams(run, carry, rows, consts)
+        rows["keys"], named = _split_keys(consts, named, self.num_blocks)
+        arrays, merge = apart((consts, named))
+        run = functools.partial(_run_block, graph, merge)
+        drawn = _drawn_streams(run, carry, rows, arrays)
 
-        def apply(carry, row, *consts):
+        def apply(carry, row, *arrays):
             carry, most = carry
-            carry, draws = run(carry, row, consts)
+            carry, draws = run(carry, row, arrays)
             counts: Any = draws  # of the streams that are drawn from, a number
             return carry, {i: jnp.maximum(most[i], counts[i]) for i in drawn}
 
         none_yet = {i: jnp.zeros([], jnp.uint32) for i in drawn}
         carry, draws = scan_blocks(
-            apply, rows, (carry, none_yet), *consts, remat=self.remat, unroll=self.unroll
+            apply, rows, (carry, none_yet), *arrays, remat=self.remat, unroll=self.unroll
         )
         if drawn:  # a call that changes nothing can be made anywhere
             leaves, tree = jax.tree.flatten(counts)
@@ -128,16 +135,16 @@ class Stack(nn.Module):
         return carry
 
 
-def _split_keys(consts, static: dict, num_blocks: int) -> tuple[dict[str, jax.Array], dict]:
+def _split_keys(consts, named: dict, num_blocks: int) -> tuple[dict[str, jax.Array], dict]:
     """Returns one key a block from every stream of the call's `rngs`, and its other values."""
-    static = dict(static)
-    rngs = static.pop("rngs", None)
-    if any(isinstance(value, nn.Rngs | nn.RngStream) for value in (*consts, *static.values())):
+    named = dict(named)
+    rngs = named.pop("rngs", None)
+    if any(isinstance(value, nn.Rngs | nn.RngStream) for value in (*consts, *named.values())):
         raise ValueError(
             "random streams are handed to a stack as rngs=nnx.Rngs(...), or every block would "
             "draw the same"
         )
-    return ({} if rngs is None else _split(rngs, num_blocks)), static
+    return ({} if rngs is None else _split(rngs, num_blocks)), named
 
 
 def _split(rngs: nn.Rngs, num_blocks: int) -> dict[str, jax.Array]:
@@ -154,6 +161,9 @@ def _make_blocks(
 ) -> nn.Module:
     """Returns a block whose state is that of one block for each row of `keys`, stacked."""
     graphs = []
+    jax.eval_shape(
+        functools.partial(_check_unshared, block), {n: key[0] for n, key in keys.items()}
+    )
 
     def make_one(keys):
         made = block(rngs=nn.Rngs(**keys))
@@ -164,27 +174,53 @@ def _make_blocks(
         return state
 
     state = jax.vmap(make_one, axis_size=num_blocks)(keys)
-    return nn.merge(graphs[0], spmd.add_axis(state, 0, _AXIS))
+    return nn.merge(graphs[0], _with_axis(state))
 
 
-def _run_block(graph, static: dict, carry, row, consts):
+def _with_axis(state):
+    """Returns the blocks' state, its partition specs with the stacked axis."""
+    add = lambda x: _marked(spmd.add_axis(x, 0, _AXIS), True) if _is_variable(x) else x
+    return jax.tree.map(add, state, is_leaf=_is_variable)
+
+
+def _without_axis(state):
+    """Returns one block's state, its partition specs without the stacked axis."""
+    has_axis = lambda x: _is_variable(x) and x.get_metadata().get(_STACKED)
+    remove = lambda x: _marked(spmd.remove_axis(x, 0, _AXIS), False) if has_axis(x) else x
+    return jax.tree.map(remove, state, is_leaf=_is_variable)
+
+
+def _marked(variable: nn.Variable, stacked: bool) -> nn.Variable:
+    if hasattr(variable, "set_metadata"):
+        variable.set_metadata(_STACKED, stacked)
+    else:  # Flax 0.11
+        setattr(variable, _STACKED, stacked)
+    return variable
+
+
+def _is_variable(x) -> bool:
+    return isinstance(x, nn.Variable)
+
+
+def _run_block(graph, merge: Callable, carry, row, arrays):
     """Returns one block's carry, and for each of its streams how often it drew; None for never.
 
     Args:
       graph: The stacked blocks' graph definition.
-      static: Python values for the call.
+      merge: From the call's arrays to all its arguments, as of `apart`.
       carry: The block's input.
       row: The block's state, keys and index.
-      consts: Arrays for the call.
+      arrays: The call's.
     """
     # Flax changes the variables it is given in place, so they are copied.
     state = jax.tree.map(lambda x: x, (row["counts"], row["rest"]))
-    block = nn.merge(graph, *spmd.remove_axis(state, 0, _AXIS))
+    block = nn.merge(graph, *_without_axis(state))
+    consts, named = merge(arrays)
     if row["keys"]:
-        static = {**static, "rngs": nn.Rngs(**row["keys"])}
+        named = {**named, "rngs": nn.Rngs(**row["keys"])}
     graph, _, before = nn.split(block, nn.RngCount, ...)
     before = _arrays(before)
-    carry = block(carry, *consts, **static)
+    carry = block(carry, *consts, **named)
     _check_state(block)
     graph_after, counts, after = nn.split(block, nn.RngCount, ...)
     _check_unchanged(before, _arrays(after), graph == graph_after)
@@ -193,16 +229,16 @@ def _run_block(graph, static: dict, carry, row, consts):
     return carry, [None if new is old else new - old for old, new in pairs]
 
 
-def _drawn_streams(run: Callable, carry, rows, consts) -> list[int]:
+def _drawn_streams(run: Callable, carry, rows, arrays) -> list[int]:
     """Returns the positions of the streams a block draws from; its carry is checked on the way."""
     drawn = []
 
-    def call(carry, row, *consts):
-        carry, draws = run(carry, row, consts)
+    def call(carry, row, *arrays):
+        carry, draws = run(carry, row, arrays)
         drawn[:] = [i for i, count in enumerate(draws) if count is not None]
         return carry
 
-    check_carry(carry, jax.eval_shape(call, carry, first_block(rows), *consts))
+    check_carry(carry, jax.eval_shape(call, carry, first_block(rows), *arrays))
     return drawn
 
 
@@ -228,6 +264,19 @@ def _check_unchanged(before: dict, after: dict, same_graph: bool):
         )
 
 
+def _check_unshared(block: Callable[..., nn.Module], keys):
+    """Raises `ValueError` if two blocks would hold one variable that was made outside of them."""
+    one, other = (block(rngs=nn.Rngs(**keys)) for _ in range(2))
+    seen = {id(node) for _, node in nn.iter_graph(other)}
+    for path, node in nn.iter_graph(one):
+        if id(node) in seen and isinstance(node, nn.Variable | nn.Module):
+            raise ValueError(
+                f"the block's {'.'.join(map(str, path))} is made outside of the block, and the "
+                "blocks of a stack would not share it; call it outside and hand its output over, "
+                "or make it in the block"
+            )
+
+
 def _check_arrays(block: nn.Module, state):
     """Raises `ValueError` if Flax takes an array of a block for a static attribute."""
     kept = {id(leaf) for leaf in jax.tree.leaves(state)}
@@ -249,6 +298,7 @@ def _check_state(block: nn.Module):
     found = {
         ".".join(map(str, path)): type(variable).__name__
         for path, variable in nn.to_flat_state(others)
+        if jax.tree.leaves(variable)  # `nnx.capture` gives every module an empty one
     }
     if not found:
         return

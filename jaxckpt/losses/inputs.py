@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxckpt.plans.errors import nearest
+from jaxckpt.transforms.traced_block import vary, varying_axes
 
 LAYOUTS = ("DV", "VD")
 REDUCTIONS = ("mean", "sum")
@@ -111,3 +112,12 @@ def in_vocabulary(targets, vocab_size: int):
 def accumulator_dtype(x) -> jnp.dtype:
     """Returns the dtype of logits, losses and summed gradients: float32, or float64 for it."""
     return jnp.promote_types(jax.typeof(x).dtype, jnp.float32)
+
+
+def varying_alike(*arrays) -> list[jax.Array]:
+    """Returns arrays that vary over the same axes of a `jax.shard_map`, where they are in one."""
+    found = [varying_axes(jax.typeof(array)) for array in arrays]
+    axes = set().union(*found)
+    missing = [tuple(sorted(axes.difference(of_array))) for of_array in found]
+    pairs = zip(arrays, missing, strict=True)
+    return [vary(array, names) if names else array for array, names in pairs]

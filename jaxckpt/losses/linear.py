@@ -107,6 +107,8 @@ def linear_cross_entropy(
         if token_shards != 1:
             raise ValueError(f"a placement has its token_shards; {token_shards} are given as well")
         token_shards = placement.num_shards
+    # The gradient of weights that are whole on every device is then summed over the devices.
+    x, w, targets = inputs.varying_alike(x, w, targets)
     x, targets = _split_shards(x, targets, token_shards)
     vocab_size = w.shape[1 - options.width_axis]
     if chunk_tokens is None:
@@ -165,10 +167,12 @@ class _Head:
         x = self._tokens(x)
         sums, axis = inputs.accumulator_dtype(x), x.ndim - 2
         shards = x.shape[:1] if self.sharded else ()
-        state = (jnp.zeros(shards, sums),)
+        _, total = inputs.varying_alike(x, jnp.zeros(shards, sums))
+        state = (total,)
         if differentiated:
             # A chunk's tokens are read once, so their gradients take their place.
-            state += x, self._spread(jnp.zeros((*shards, *w.shape), sums))
+            _, grad_w = inputs.varying_alike(x, jnp.zeros((*shards, *w.shape), sums))
+            state += x, self._spread(grad_w)
 
         def step(state, start, size):
             total, *grads = state

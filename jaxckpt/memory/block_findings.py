@@ -9,7 +9,7 @@ import jax
 from jaxckpt.memory.finding import Finding
 from jaxckpt.memory.flat import Flat, Step, bodies, flatten
 from jaxckpt.memory.fusion import is_view
-from jaxckpt.memory.residuals import Trace, checkpointed, is_identity, origin_of
+from jaxckpt.memory.residuals import Trace, check_arguments, checkpointed, is_identity, origin_of
 from jaxckpt.plans import Plan, Policy, Stage, as_plan, words
 from jaxckpt.transforms import invented, jaxprs
 from jaxckpt.transforms.blocks import check_policies
@@ -33,6 +33,7 @@ def findings_of_block(
       PlanError: The plan does not parse, or names what the block has not.
     """
     plan = as_plan(plan)
+    check_arguments(block, params_i, carry, consts)
     args = carry, params_i, *consts
     check_policies(plan, lambda asked: invented.offered(block, asked, *args))
     found = []
@@ -79,7 +80,7 @@ def tags_that_save_nothing(
 ) -> tuple[Finding, ...]:
     """Returns a finding for every name of a stage whose value spares the backward pass no step."""
     args = carry, params_i, *consts
-    patterns = [p for p in stage.policies if set(p.names) - {words.CARRY}]
+    patterns = [policy for policy in stage.inner_policies if policy.names]
     if not patterns:
         return ()
     tags = invented.offered(block, patterns, *args)
@@ -122,7 +123,7 @@ def _is_useful(num_steps: Callable[[Stage], int], stage: Stage, kind: str, name:
 def _exact(stage: Stage, offered, without: tuple[str, str] | None = None) -> Stage:
     """Returns a `full` stage that keeps the same tags, spelled out, but for one of a kind."""
     policies = []
-    for policy in stage.policies:
+    for policy in stage.inner_policies:
         names = tuple(n for n in _matching(policy, offered) if (policy.kind, n) != without)
         if names or not policy.names:
             policies.append(dataclasses.replace(policy, names=names))
@@ -130,8 +131,7 @@ def _exact(stage: Stage, offered, without: tuple[str, str] | None = None) -> Sta
 
 
 def _matching(policy: Policy, offered: Iterable[str]) -> list[str]:
-    patterns = [pattern for pattern in policy.names if pattern != words.CARRY]
-    return [name for name in offered if any(words.matches(name, p) for p in patterns)]
+    return [name for name in offered if any(words.matches(name, p) for p in policy.names)]
 
 
 def _num_steps(block: Callable, args, stage: Stage) -> int:

@@ -15,6 +15,7 @@ from jaxckpt.memory.flops import step_flops
 from jaxckpt.memory.residuals import (
     Residual,
     Trace,
+    check_arguments,
     checkpointed,
     single_stage,
     slice_of,
@@ -54,7 +55,8 @@ def explain(
 
     Raises:
       PlanError: A plan that does not parse, has several stages, or names what the block has not.
-      ValueError: `num_blocks` below 1.
+      ValueError: `num_blocks` below 1, the parameters of a whole stack, or arguments in another
+        order.
 
     Example:
       >>> import jax.numpy as jnp, jaxckpt
@@ -65,6 +67,7 @@ def explain(
     """
     if num_blocks is not None and (isinstance(num_blocks, bool) or num_blocks < 1):
         raise ValueError(f"num_blocks is {num_blocks}; a stack has at least 1 block")
+    check_arguments(block, params_i, carry, consts)
     trace = Trace(block, params_i, carry, consts)
     kept = None
     if plan is not None:

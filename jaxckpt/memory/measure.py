@@ -8,6 +8,8 @@ need not be there (`absent.py`).
 """
 
 import dataclasses
+import functools
+import inspect
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -46,8 +48,9 @@ def measure(
     with the same axes; without any, everything is replicated, and each device holds all of it.
 
     Args:
-      fn: A function, or one already under `jax.jit`: its own donations then hold if none are
-        given here.
+      fn: A function, or one already under `jax.jit` or `nnx.jit`: its own donations then hold if
+        none are given here. A function of NNX modules is compiled by `nnx.jit`, with the state
+        that it changes among its outputs.
       *args: Arrays or abstract values.
       target: `"local"`, the backend of this process, or a chip: `"v5e-1"`, `"h100"`;
         `jaxckpt.memory.targets` has them all.
@@ -56,6 +59,7 @@ def measure(
       static_argnums: Arguments that are compile-time constants.
 
     Raises:
+      ValueError: No function, or one that holds arrays of its own; arguments that are no arrays.
       TargetError: An unknown target.
       Unavailable: The target's compiler is not installed; the message says how to.
       PlacementError: Arguments are sharded over more or fewer devices than the target has.
@@ -69,7 +73,7 @@ def measure(
       (262144, 262144, 33554432)
     """
     target = parse_target(target)
-    made = jitted(fn, donate_argnums, static_argnums)
+    made, args = jitted(fn, args, donate_argnums, static_argnums)
     if target.backend == "local":
         return _measure_here(made, args)
     launch.check_available(target)
@@ -85,11 +89,83 @@ def measure(
     )
 
 
-def jitted(fn: Callable, donate_argnums=(), static_argnums=()) -> Any:
-    """Returns the function that `measure` compiles, of its arguments."""
-    if hasattr(fn, "trace") and donate_argnums == () and static_argnums == ():
-        return fn
-    return jax.jit(fn, donate_argnums=donate_argnums, static_argnums=static_argnums)
+def jitted(fn: Callable, args: tuple, donate_argnums=(), static_argnums=()) -> tuple[Any, tuple]:
+    """Returns a function under a `jit`, and the arguments it takes."""
+    if not callable(fn):
+        raise ValueError(f"measure takes a function and its arguments, not {_shown(fn)} first")
+    has_options = donate_argnums != () or static_argnums != ()
+    if isinstance(fn, functools.partial) and hasattr(fn.func, "trace") and not fn.keywords:
+        # As a function of its own it would lose what it donates.
+        return jitted(fn.func, (*fn.args, *args), donate_argnums, static_argnums)
+    if hasattr(fn, "trace") and not has_options:
+        return fn, args
+    _check_holds_nothing(fn)
+    if traveling.has_nnx(args):
+        if hasattr(fn, "trace"):
+            raise ValueError(
+                "a function of NNX modules has options of its own; give donate_argnums and "
+                "static_argnums to nnx.jit, and its result to measure"
+            )
+        from flax import nnx  # imported by whoever has made the arguments
+
+        jit = nnx.jit
+    else:
+        jit = jax.jit
+        _check_arrays(args, static_argnums)
+    call = fn if _has_hash(fn) else lambda *args: fn(*args)  # `jit` keeps functions by their hash
+    made = jit(call, donate_argnums=donate_argnums, static_argnums=static_argnums)
+    if donate_argnums == () and hasattr(getattr(fn, "func", fn), "lower"):
+        equations = traveling.trace(made, args).jaxpr.eqns
+        if any(any(equation.params.get("donated_invars", ())) for equation in equations):
+            raise ValueError(
+                f"{_shown(fn)} is compiled already, and what it donates is lost in the function "
+                "that is measured here; give measure its donate_argnums"
+            )
+    return made, args
+
+
+def _check_holds_nothing(fn: Callable):
+    """Raises `ValueError` for a module, or a method of one, whose arrays are no arguments."""
+    holder = fn.__self__ if inspect.ismethod(fn) else fn
+    leaves = jax.tree.leaves(holder)
+    is_tree = not jax.tree_util.all_leaves([holder])
+    holds_arrays = is_tree and any(hasattr(leaf, "dtype") for leaf in leaves)
+    # A bound Linen module is no tree; it has no hash because it holds variables.
+    if holds_arrays or not (is_tree or _has_hash(holder)):
+        raise ValueError(
+            f"{_shown(holder)} holds arrays, which would be constants of the program; hand them "
+            "over as arguments, such as measure(module.apply, variables, x) or "
+            "measure(lambda module, x: module(x), module, x)"
+        )
+
+
+def _has_hash(value) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _check_arrays(args: tuple, static_argnums: int | Sequence[int]):
+    """Raises `ValueError` for an argument that is neither arrays nor static."""
+    numbers = [static_argnums] if isinstance(static_argnums, int) else static_argnums
+    static = {number % len(args) for number in numbers} if args else set()
+    dynamic = [None if place in static else arg for place, arg in enumerate(args)]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(dynamic):
+        try:
+            jax.typeof(leaf)
+        except TypeError:
+            raise ValueError(
+                f"args{jax.tree_util.keystr(path)} is {_shown(leaf)}, no array; close over it "
+                "(functools.partial; equinox.partition for a module), or name its argument in "
+                "static_argnums"
+            ) from None
+
+
+def _shown(value) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def compile_step(step: BuiltStep):
@@ -106,7 +182,7 @@ def compile_step(step: BuiltStep):
 
 
 def _measure_here(made: Any, args: Sequence) -> MemoryReport:
-    report, _ = _compile_here(made.trace(*args))
+    report, _ = _compile_here(traveling.trace(made, args))
     return report
 
 

@@ -17,9 +17,11 @@ from jax.core import Tracer
 
 from jaxckpt.memory.flat import Flat, Step, Value, flatten
 from jaxckpt.memory.source import where
-from jaxckpt.plans import Plan, PlanError, Stage, as_plan, words
+from jaxckpt.plans import Plan, PlanError, Stage, as_plan
 from jaxckpt.transforms import invented, jaxprs, tags
+from jaxckpt.transforms.blocks import check_carry
 from jaxckpt.transforms.nested import Remat
+from jaxckpt.transforms.traced_block import abstract, first_block
 
 # Steps whose output is their input: a tag, a copy, a move.
 _IDENTITIES = frozenset((jaxprs.TAG, jaxprs.PUT, *jaxprs.COPIES))
@@ -45,6 +47,37 @@ def single_stage(plan: str | Plan) -> Stage:
     return stage
 
 
+def check_arguments(block: Callable, params_i, carry, consts: tuple):
+    """Raises `ValueError` if a block is given the whole stack, or its arguments in another order.
+
+    Seen by what the block returns: a carry like the one it was given, or not.
+    """
+    if not callable(block):
+        raise ValueError(f"the first argument is the block, a function, not {type(block).__name__}")
+    if _keeps_carry(block, params_i, carry, consts):
+        return
+    if _keeps_carry(block, carry, params_i, consts):
+        raise ValueError(
+            "params_i and carry have changed places: the order is (block, params_i, carry, *consts)"
+        )
+    sizes = {jax.typeof(leaf).shape[:1] for leaf in jax.tree.leaves(params_i)}
+    if len(sizes) == 1 and sizes != {()}:
+        ((length,),) = sizes
+        if length and _keeps_carry(block, first_block(params_i), carry, consts):
+            raise ValueError(
+                f"params_i has a leading axis of {length} in every leaf: one block's parameters "
+                "are wanted, such as jax.tree.map(lambda x: x[0], params)"
+            )
+
+
+def _keeps_carry(block: Callable, params_i, carry, consts: tuple) -> bool:
+    try:
+        check_carry(carry, jax.eval_shape(block, *abstract((carry, params_i, *consts))))
+    except Exception:  # of the block's, of any type: it is called with what may not be meant for it
+        return False
+    return True
+
+
 def checkpointed(block: Callable, stage: Stage) -> Callable:
     """Returns `block` as a stage differentiates one block of the live segment.
 
@@ -54,7 +87,7 @@ def checkpointed(block: Callable, stage: Stage) -> Callable:
     policies = stage.policies
     if stage.schedule in ("uniform", "every"):
         # The segment's input is what goes to the host, not the inputs of its blocks.
-        policies = tuple(p for p in policies if str(p) != f"offload:{words.CARRY}")
+        policies = stage.inner_policies
         if not policies:
             return block
     if stage.schedule == "none":

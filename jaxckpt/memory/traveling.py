@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,7 +70,17 @@ def pack(jitted, args: Sequence[Any], platform: str) -> Traveler:
       TravelError: It cannot be exported.
       PlacementError: Arguments are sharded over several meshes.
     """
-    traced = _trace(jitted, args)
+    if has_nnx(args):
+        raise TravelError(
+            "NNX modules cannot be handed to the process that compiles; hand over a function of "
+            "their state: graph, state = nnx.split(model), then measure a function of state that "
+            "calls nnx.merge(graph, state) and returns what it changes, nnx.state(model)"
+        )
+    try:
+        traced = trace(jitted, args)
+    except RuntimeError as error:
+        # cuDNN is looked for while tracing, and there is none in a process of another backend.
+        raise (TravelError(_advice(error)) if "cuDNN" in str(error) else error) from error
     is_info = lambda x: hasattr(x, "donated")
     infos, _ = jax.tree_util.tree_flatten_with_path(traced.args_info, is_leaf=is_info)
     try:
@@ -87,12 +98,19 @@ def pack(jitted, args: Sequence[Any], platform: str) -> Traveler:
     )
 
 
-def _trace(jitted, args: Sequence[Any]):
-    try:
-        return jitted.trace(*args)
-    except RuntimeError as error:
-        # cuDNN is looked for while tracing, and there is none in a process of another backend.
-        raise (TravelError(_advice(error)) if "cuDNN" in str(error) else error) from error
+def trace(jitted, args: Sequence[Any]):
+    """Returns `jitted.trace(*args)` as JAX's own object, of `nnx.jit` too."""
+    traced = jitted.trace(*args)
+    return traced if hasattr(traced, "jaxpr") else traced.traced
+
+
+def has_nnx(args: Sequence[Any]) -> bool:
+    """Returns whether NNX modules, variables or optimizers are among the arguments."""
+    nnx: Any = sys.modules.get("flax.nnx")  # whoever has such a thing has imported it
+    if nnx is None:
+        return False
+    is_nnx = lambda x: isinstance(x, nnx.Pytree | nnx.Variable)
+    return any(map(is_nnx, jax.tree.leaves(tuple(args), is_leaf=is_nnx)))
 
 
 def _export(jitted, args: Sequence[Any], platform: str) -> export.Exported:

@@ -32,9 +32,8 @@ from jaxckpt.planner.integer_program import grain, minimize
 from jaxckpt.plans import Policy, words
 
 _MOST_POINTS = 8
-_BYTES_TIE = (
-    1e-6  # of all bytes, in units of a block's seconds: of sets that cost the same, the smallest
-)
+# Of all bytes, in units of a block's seconds: of sets that cost the same, the smallest is taken.
+_BYTES_TIE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

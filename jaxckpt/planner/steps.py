@@ -9,7 +9,7 @@ import jax
 from jax.extend import core
 from jax.sharding import Mesh
 
-from jaxckpt.memory import cache
+from jaxckpt.memory import cache, traveling
 from jaxckpt.memory.measure import jitted, measure, program_key
 from jaxckpt.memory.report import MemoryReport
 from jaxckpt.memory.targets import Target
@@ -147,7 +147,8 @@ class Steps:
             and `cache.here` know of, as JSON values.
         """
         fn, args, options = self.step(plan)
-        traced = jitted(fn, **options).trace(*args)
+        program, args = jitted(fn, args, **options)
+        traced = traveling.trace(program, args)
         is_here = self._target.backend == "local"
         backend = None if is_here else (self._target.backend,)
         name = program_key(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxckpt.plans import Plan, PlanError, Policy
 from jaxckpt.plans.actions import Schedule
-from jaxckpt.transforms import jaxprs, policies, tags
+from jaxckpt.transforms import invented, jaxprs, policies, tags
 from jaxckpt.transforms.traced_block import TracedBlock, abstract
 
 
@@ -138,7 +138,8 @@ def check_rerun(block: TracedBlock, remat: Plan | Schedule):
         return
     for stage in stages:
         policy = policies.checkpoint_policy(stage.inner_policies)
-        error = policy and _refusal(block.call, *block.inputs, policy=policy)
+        call = invented.resolved(block.call, stage.inner_policies)
+        error = policy and _refusal(call, *block.inputs, policy=policy)
         if error:
             raise PlanError(
                 f"plan {str(remat)!r} keeps complex values of the block, which jax.checkpoint "

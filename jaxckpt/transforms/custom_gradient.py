@@ -20,6 +20,7 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
 from jaxckpt.transforms import jaxprs
+from jaxckpt.transforms.traced_block import abstract
 
 _MESSAGE = (
     "a schedule has reverse mode, and forward mode over it (jax.hessian); {} is refused: "
@@ -86,7 +87,7 @@ def moved(x, dim: int | None, to: int):
 
 
 def _is_inexact(x) -> bool:
-    return jnp.issubdtype(jax.typeof(x).dtype, jnp.inexact)
+    return jnp.issubdtype(abstract(x).dtype, jnp.inexact)
 
 
 _RUN = core.Primitive(jaxprs.SCHEDULE)

@@ -45,13 +45,14 @@ def zeros(count: int, aval: ShapedArray) -> jax.Array:
     made = lax.full((count, *aval.shape), 0, aval.dtype, sharding=sharding)
     if aval.memory_space != jax.memory.Space.Device:
         made = jax.device_put(made, aval.memory_space)
-    if not varying:
-        return made
-    return (
-        lax.pcast(made, varying, to="varying")
-        if hasattr(lax, "pcast")
-        else lax.pvary(made, varying)
-    )
+    return vary(made, varying) if varying else made
+
+
+def vary(x, axes: tuple[str, ...]):
+    """Returns an array, the same on all devices along some axes, as one that varies along them."""
+    if hasattr(lax, "pcast"):
+        return lax.pcast(x, axes, to="varying")
+    return lax.pvary(x, axes)  # jax 0.7
 
 
 def varying_axes(aval: ShapedArray) -> tuple[str, ...]:

@@ -171,3 +171,25 @@ def test_float32_weights_under_a_bf16_computation_keep_float32_gradients():
     assert kept.dtype == jnp.float32
     chex.assert_trees_all_equal(kept.astype(jnp.bfloat16), rounded)
     assert relative_error(kept, rounded.astype(jnp.float32)) > 1e-4
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 2])
+def test_inside_shard_map(chunk_tokens):
+    """Its sums vary over the mesh as the tokens do; weights that do not get a summed gradient."""
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    P = jax.sharding.PartitionSpec
+    x = jax.random.normal(jax.random.key(0), (2, 8, 4))
+    w = jax.random.normal(jax.random.key(1), (4, 16))
+    y = jnp.arange(16).reshape(2, 8)
+
+    def sharded(x, w):
+        head = lambda x, w, y: jax.lax.pmean(
+            linear_cross_entropy(x, w, y, chunk_tokens=chunk_tokens), "d"
+        )
+        specs = (P("d"), P(), P("d"))
+        return jax.shard_map(head, mesh=mesh, in_specs=specs, out_specs=P())(x, w, y)
+
+    plain = lambda x, w: plain_linear_cross_entropy(x, w, y)
+    got, want = (jax.value_and_grad(loss, (0, 1))(x, w) for loss in (sharded, plain))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert jnp.allclose(a, b, atol=1e-6)

@@ -9,7 +9,7 @@ from jaxckpt import PlanError
 from jaxckpt.memory.explain import explain
 from jaxckpt.memory.residuals import checkpointed, single_stage
 from jaxckpt.models import TransformerConfig, transformer
-from jaxckpt.transforms.recording import Moving, Recorder
+from jaxckpt.transforms.recording import Moving, Recorder, inexact
 from tests.transforms import cases
 
 X, W = jnp.ones((4, 16)), {"w": jnp.ones((16, 32)), "v": jnp.ones((32, 16))}
@@ -46,7 +46,9 @@ def kept_by_vjp(block, plan: str, carry, params_i, *consts) -> int:
         return jax.tree.leaves(fn(carry, params_i, *consts))
 
     groups = [jax.tree.leaves(part) for part in (carry, params_i, consts)]
-    recorder = Recorder.trace(call, *groups, Moving.all_of(*groups[1:]))
+    places = [tuple(inexact(group)) for group in groups]
+    moving = Moving(carry=places[0], params=places[1], consts=places[2])
+    recorder = Recorder.trace(call, *groups, moving)
     kept = recorder.run.jaxpr.outvars[recorder.num_carry :]
     places = zip(kept, recorder.sources, recorder.casts, strict=True)
     kept = {var for var, source, casts in places if source is None or casts}
@@ -118,6 +120,19 @@ def test_what_a_plan_does_with_each_row(plan):
         kept = {"saved": row.saved_bytes, "host": row.host_bytes, "recomputed": 0}[row.decision]
         assert row.saved_bytes + row.host_bytes == kept
         assert (kept > 0) == (row.decision != "recomputed")
+
+
+@pytest.mark.parametrize("schedule", ["full", "uniform:2", "every:3"])
+def test_one_plan_in_two_spellings(schedule):
+    """A carry on the host is not the block's own inputs in the live segment, however spelled."""
+    written = [explain(mlp, W, X, plan=f"{schedule}+{end}") for end in CARRY_AND_HIDDEN]
+    assert written[0].rows == written[1].rows == written[2].rows
+    decisions = {row.name: row.decision for row in written[0].rows}
+    assert decisions["hidden"] == "host"
+    assert decisions["carry"] == ("host" if schedule == "full" else "saved")
+
+
+CARRY_AND_HIDDEN = ("offload:carry,hidden", "offload:hidden,carry", "offload:hidden+offload:carry")
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -232,6 +247,28 @@ def test_text_is_a_table_with_totals():
 def test_plans_that_cannot_be_explained(options, message):
     with pytest.raises(PlanError, match=message):
         explain(mlp, W, X, **options)
+
+
+STACK = jax.tree.map(lambda x: jnp.stack([x] * 3), W)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ((mlp, STACK, X), r"leading axis of 3 in every leaf: one block's.*lambda x: x\[0\]"),
+        ((mlp, X, W), r"changed places: the order is \(block, params_i, carry, \*consts\)"),
+        ((W, mlp, X), "the first argument is the block, a function, not dict"),
+    ],
+)
+def test_arguments_that_are_not_one_blocks(args, message):
+    with pytest.raises(ValueError, match=message):
+        explain(*args)
+
+
+def test_a_blocks_own_error_and_a_carry_that_changes_stay():
+    with pytest.raises(KeyError, match="nope"):
+        explain(lambda x, p: x + p["nope"], W, X)
+    assert explain(lambda x, p: jnp.sin(x @ p["w"]), W, X).residual_bytes > 0
 
 
 def test_num_blocks_is_at_least_one():

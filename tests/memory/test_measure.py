@@ -1,14 +1,21 @@
 """`measure` on this process's backend: the rules for each number, donation, abstract arguments."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
+from flax import linen as nn
+from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
 import jaxckpt
+from jaxckpt.memory import traveling
 from jaxckpt.memory.built_step import BuiltStep
 from jaxckpt.memory.measure import compile_step
 from jaxckpt.memory.report import report_of
+from jaxckpt.memory.traveling import TravelError
 
 X = jnp.ones((256, 256))
 SIZE = 256 * 256 * 4
@@ -96,6 +103,101 @@ def test_a_loop_gets_the_executable_and_its_report():
     assert report_of(compiled).peak_bytes == measured.peak_bytes
     assert report.peak_bytes == measured.peak_bytes and report.flops == measured.flops
     assert float(compiled(jnp.ones((256, 256)))[0, 0]) == 256
+
+
+# Functions that are compiled, bound or filtered already.
+
+
+def nnx_step(model, optimizer, x):
+    grads = nnx.grad(lambda model: jnp.square(model(x)).sum())(model)
+    optimizer.update(model, grads)
+
+
+@pytest.mark.parametrize("donate", [(), (0, 1)])
+def test_a_step_of_nnx_modules(donate):
+    """Under `nnx.jit` or not, the new weights and moments are among the outputs."""
+    model = nnx.Linear(256, 256, use_bias=False, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+    jitted = jaxckpt.measure(nnx.jit(nnx_step, donate_argnums=donate), model, optimizer, X)
+    plain = jaxckpt.measure(nnx_step, model, optimizer, X, donate_argnums=donate)
+    for report in (jitted, plain):
+        assert report.flops == 2 * 2 * 256**3, "the weights' gradient is not dead code"
+        assert report.output_bytes >= 3 * SIZE and report.argument_bytes >= 4 * SIZE
+        assert (report.alias_bytes >= 3 * SIZE) == bool(donate)
+        assert report.peak_bytes == jitted.peak_bytes
+
+
+def test_options_belong_to_nnx_jit():
+    model = nnx.Linear(256, 256, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"give donate_argnums and static_argnums to nnx\.jit"):
+        jaxckpt.measure(nnx.jit(lambda model, x: model(x)), model, X, donate_argnums=0)
+
+
+def test_nnx_modules_do_not_travel():
+    model = nnx.Linear(256, 256, rngs=nnx.Rngs(0))
+    with pytest.raises(TravelError, match=r"graph, state = nnx\.split\(model\)"):
+        traveling.pack(nnx.jit(lambda model, x: model(x)), (model, X), "tpu")
+
+
+def test_a_partial_keeps_what_its_function_donates():
+    jitted = jax.jit(lambda y, x: x + y, donate_argnums=1)
+    report = jaxckpt.measure(functools.partial(jitted, X), X)
+    assert report.alias_bytes == SIZE and report.argument_bytes == 2 * SIZE
+    apply = functools.partial(jax.jit(lambda x, n: x[:n], static_argnames="n"), n=3)
+    assert jaxckpt.measure(apply, X).output_bytes == 3 * 256 * 4
+
+
+def test_a_donation_that_would_be_lost_is_refused():
+    jitted = jax.jit(lambda x, n: x + n, donate_argnums=0)
+    with pytest.raises(ValueError, match=r"what it donates is lost.*give measure its donate_arg"):
+        jaxckpt.measure(jitted, X, 3, static_argnums=1)
+    report = jaxckpt.measure(jitted, X, 3, static_argnums=1, donate_argnums=0)
+    assert report.alias_bytes == SIZE
+
+
+DENSE = nn.Dense(256)
+VARIABLES = DENSE.init(jax.random.key(0), X)
+
+
+def test_a_modules_apply():
+    assert jaxckpt.measure(DENSE.apply, VARIABLES, X).argument_bytes == 2 * SIZE + 256 * 4
+
+
+@pytest.mark.parametrize(
+    "fn, message",
+    [
+        (DENSE.bind(VARIABLES), r"holds arrays, which would be constants.*measure\(module\.apply"),
+        (DENSE.bind(VARIABLES).__call__, "holds arrays, which would be constants"),
+        (nnx.Linear(4, 4, rngs=nnx.Rngs(0)), r"holds arrays.*lambda module, x: module\(x\)"),
+        (X, "takes a function and its arguments, not Array"),
+        (jax.jit(jnp.sin).lower(X), "takes a function and its arguments, not .*Lowered"),
+    ],
+)
+def test_what_is_no_function_of_arrays_is_refused(fn, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        jaxckpt.measure(fn, X)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_argument_that_is_no_array_is_named():
+    with pytest.raises(ValueError, match=r"args\[1\]\['how'\] is 'fast', no array; close over it"):
+        jaxckpt.measure(lambda x, options: x, X, {"how": "fast"})
+
+
+def test_equinox_modules():
+    eqx = pytest.importorskip("equinox")
+    linear = eqx.nn.Linear(256, 256, use_bias=False, key=jax.random.key(0))
+    loss = lambda linear, x: jax.vmap(linear)(x).sum()
+    plain = jaxckpt.measure(loss, linear, X)
+    assert plain.argument_bytes == 2 * SIZE
+    assert jaxckpt.measure(eqx.filter_jit(loss), linear, X).peak_bytes == plain.peak_bytes
+    assert jaxckpt.measure(eqx.filter_grad(loss), linear, X).output_bytes == SIZE
+    with pytest.raises(ValueError, match="what it donates is lost"):
+        add = eqx.filter_jit(lambda x: x + 1, donate="all")
+        jaxckpt.measure(add, X)
+    mlp = eqx.nn.MLP(4, 4, 4, 2, key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"args\[0\]\.activation is .*equinox\.partition"):
+        jaxckpt.measure(eqx.filter_jit(loss), mlp, X)
 
 
 def test_text_is_a_small_table():

@@ -299,3 +299,54 @@ def test_partition_metadata_gets_the_stacked_axis():
         specs = nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(stack)))
     kernel = specs["blocks"]["linear"]["kernel"]
     assert kernel == jax.sharding.PartitionSpec(None, "in", "out")
+
+
+def stack_rows(*leaves):
+    return jnp.stack(leaves)
+
+
+@pytest.mark.parametrize("plan", ("none", "sqrt"))
+@pytest.mark.parametrize("pure", (True, False))
+def test_weights_with_partition_metadata_move_in_and_out(pure, plan):
+    """As values, which leaves every module its own metadata, and as states that carry theirs."""
+    mesh = jax.make_mesh((1,), ("in",), axis_types=(jax.sharding.AxisType.Auto,))
+    init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("in", None))
+    block = functools.partial(nnx.Linear, WIDTH, WIDTH, kernel_init=init)
+    read = nnx.to_pure_dict if pure else lambda state: state
+    specs_of = lambda module: nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(module)))
+
+    with jax.set_mesh(mesh):
+        loop, fresh = ([block(rngs=nnx.Rngs(seed + i)) for i in range(3)] for seed in (0, 9))
+        stack = jaxckpt.nnx.Stack(block, 3, remat=plan, rngs=nnx.Rngs(7))
+    before = stack(X)
+    rows = [read(nnx.state(one, nnx.Param)) for one in loop]
+    nnx.update(stack.blocks, jax.tree.map(stack_rows, *rows))
+    want = functools.reduce(lambda x, one: one(x), loop, X)
+    assert relative_error(stack(X), want) <= 1e-6 < relative_error(before, want)
+    grads = nnx.grad(lambda stack: stack(X).sum())(stack)
+    assert grads["blocks"]["kernel"][...].shape == (3, WIDTH, WIDTH)
+
+    for i, one in enumerate(fresh):
+        row = jax.tree.map(lambda x, i=i: x[i], read(nnx.state(stack.blocks, nnx.Param)))
+        nnx.update(one, row)
+    assert relative_error(functools.reduce(lambda x, one: one(x), fresh, X), want) <= 1e-6
+    if pure:
+        spec = jax.sharding.PartitionSpec
+        assert specs_of(stack.blocks)["kernel"] == spec(None, "in", None)
+        assert specs_of(fresh[0])["kernel"] == spec("in", None)
+
+
+@pytest.mark.parametrize("plan", ("none", "full", "uniform:2"))
+def test_python_values_stay_what_they_are(plan):
+    class Chosen(nnx.Module):
+        def __init__(self, *, rngs):
+            self.inner = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+
+        def __call__(self, x, double, act="tanh"):
+            y = getattr(jnp, act)(self.inner(x))
+            return x + (2.0 if double else 1.0) * y
+
+    stack = jaxckpt.nnx.Stack(Chosen, 3, remat=plan, rngs=nnx.Rngs(0))
+    assert relative_error(stack(X, True, "sin"), stack(X, double=True, act="sin")) == 0
+    assert relative_error(stack(X, False, "sin"), stack(X, True, "sin")) > 1e-3
+    assert relative_error(stack(X, True), stack(X, True, "sin")) > 1e-3

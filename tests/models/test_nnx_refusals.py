@@ -104,6 +104,45 @@ def test_blocks_that_change_themselves_are_refused_when_they_are_called(block, m
         stack(X)
 
 
+def test_what_is_captured_is_refused_by_name():
+    if not hasattr(nnx, "capture"):
+        pytest.skip("this Flax captures nothing")
+
+    class Captured(Keeps):
+        def __call__(self, x):
+            self.sow(nnx.Intermediate, "norm", x.mean())
+            return self.inner(x)
+
+    run = nnx.capture(lambda stack, x: stack(x), nnx.Intermediate)
+    make = functools.partial(Captured, nnx.Param)
+    with pytest.raises(ValueError, match=r"\(Intermediate\).*return what is sown in the carry"):
+        run(jaxckpt.nnx.Stack(make, 3, rngs=nnx.Rngs(0)), X)
+    plain = functools.partial(nnx.Linear, WIDTH, WIDTH)
+    assert run(jaxckpt.nnx.Stack(plain, 3, rngs=nnx.Rngs(0)), X)[0].shape == X.shape
+
+
+def test_a_module_that_blocks_would_share_is_refused():
+    class Shares(nnx.Module):
+        def __init__(self, shared, *, rngs):
+            self.inner, self.shared = nnx.Linear(WIDTH, WIDTH, rngs=rngs), shared
+
+        def __call__(self, x):
+            return self.shared(self.inner(x))
+
+    shared = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))
+    blocks = (functools.partial(Shares, shared), lambda rngs: Shares(shared, rngs=rngs))
+    for block in blocks:
+        with pytest.raises(ValueError, match=r"block's shared.* is made outside of the block"):
+            jaxckpt.nnx.Stack(block, 3, rngs=nnx.Rngs(0))
+
+
+def test_an_instance_is_no_class():
+    with pytest.raises(ValueError, match=r"nnx\.Stack takes the class Mlp or.*not an instance"):
+        jaxckpt.nnx.Stack(Mlp(rngs=nnx.Rngs(0)), 3, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"nnx\.Stack takes a module class.*, not 3"):
+        jaxckpt.nnx.Stack(3, Mlp, rngs=nnx.Rngs(0))
+
+
 def test_plan_errors():
     make = functools.partial(jaxckpt.nnx.Stack, Mlp, rngs=nnx.Rngs(0))
     for num_blocks, plan, message in (

@@ -56,6 +56,7 @@ def test_a_block_takes_what_it_takes(monkeypatch, tmp_path):
             return compiled(*args)
 
         compiled = jit(fn)
+        run.lower = compiled.lower
         return run
 
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
