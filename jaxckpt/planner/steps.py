@@ -65,14 +65,18 @@ class Steps:
         self._step_for = step_for
         self._target = target
         self._report_of = report_of or self._measured
+        self._first = self
         self._traced: dict[Plan | PlanSet, Trace] = {}
         self.compiled: dict[Plan | PlanSet, MemoryReport] = {}
 
     def apart(self, plans: Iterable[Plan | PlanSet] = ()) -> "Steps":
-        """Returns steps that know the reports of some plans, and ask these for all others."""
+        """Returns the same steps of which some plans are compiled and no others.
+
+        What any of them compiles is compiled once for all.
+        """
         made = copy.copy(self)
         made.compiled = {plan: self.report(plan) for plan in plans}
-        made._report_of = self.report
+        made._report_of = self._first.report
         return made
 
     def step(self, plan: Plan | PlanSet) -> Step:
