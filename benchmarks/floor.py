@@ -18,10 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.origin import device
+from benchmarks.record import device
 from benchmarks.step_jax import Case
-from experiments.step import init_state, make_train_step, resolve_model
-from jaxckpt.memory.flops import count_flops
+from experiments.training.step import init_state, make_train_step, resolve_model
+from jaxckpt.costs.flops import count_flops
 from jaxckpt.models.attention import causal_attention
 
 _SIDE = 8192

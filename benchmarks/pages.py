@@ -15,12 +15,12 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from benchmarks import page_tables, planner_tables
-from benchmarks.page_tables import ROOT
+from benchmarks import tables
+from benchmarks.tables import ROOT
 from jaxckpt.plans.errors import nearest
 
 DOCS = ROOT / "docs"
-TABLES = page_tables.TABLES | planner_tables.PLANNER_TABLES
+TABLES = tables.TABLES | tables.PLANNER_TABLES
 _TABLE = re.compile(r"<!-- table: (?P<name>\S+) -->\n(?P<old>.*?)<!-- end table -->", re.DOTALL)
 
 

@@ -18,10 +18,10 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from experiments.build import build, entry_of
+from benchmarks.shapes import QWEN3, TINY
 from experiments.config import TrainConfig
-from jaxckpt.memory.absent import JobFailure, measure_many
-from jaxckpt.models.config import TransformerConfig
+from experiments.training.build import build, entry_of
+from jaxckpt.absent.jobs import JobFailure, measure_many
 
 KEPT = "full+attention+names:q,k,v,mid,gate,up"
 POINTS = (
@@ -31,16 +31,6 @@ POINTS = (
     *(("full", 32, 1024), ("sqrt", 32, 1024)),
 )
 PRESENT, MEDIAN, WORST = 0.02, 0.02, 0.05
-QWEN3 = TransformerConfig(
-    vocab_size=151936,
-    num_blocks=28,
-    d_model=1024,
-    num_heads=16,
-    num_kv_heads=8,
-    head_dim=128,
-    d_ff=3072,
-)
-TINY = TransformerConfig(num_blocks=4)
 
 
 def config_of(point: tuple[str, int, int], tiny: bool) -> TrainConfig:
@@ -56,8 +46,8 @@ def child(place: int, tiny: bool):
     """Compiles and runs the step of one point; prints a JSON line."""
     import jax
 
-    from experiments.loop import runtime_peak_bytes
-    from experiments.step import init_state, resolve_model
+    from experiments.training.loop import runtime_peak_bytes
+    from experiments.training.step import init_state, resolve_model
     from jaxckpt.memory.measure import compile_step
 
     config, _ = resolve_model(config_of(POINTS[place], tiny))
@@ -150,10 +140,10 @@ def check(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _write(path: Path, rows: list[dict[str, Any]], target: str):
-    from benchmarks import origin
+    from benchmarks import record
 
     command = f"python -m benchmarks.peaks --target {target} --output {path}"
-    path.write_text(json.dumps(origin.origin(command) | {"rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps(record.origin(command) | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

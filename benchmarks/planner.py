@@ -20,11 +20,12 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from benchmarks.planner_bounds import check, line, summaries
-from benchmarks.planner_part import Case, run_part
+from benchmarks.planner_parts.bounds import check, line, summaries
+from benchmarks.planner_parts.process import Case, run_part
 from benchmarks.record import write
-from jaxckpt.memory import cache, launch
-from jaxckpt.memory.targets import parse_target
+from jaxckpt.absent import launch
+from jaxckpt.compiled import cache
+from jaxckpt.targets.target import parse_target
 
 _SHORT: dict[str, Any] = {"batch_size": 8, "seq_len": 1024}
 _LONG: dict[str, Any] = {"batch_size": 2, "seq_len": 16384}
@@ -111,7 +112,7 @@ def _command(output: Path | None, parts: Sequence[str], budgets: int | None, tin
 def _write(output: Path | None, command: str, rows: Sequence[dict[str, Any]]):
     if output is None:
         return
-    from benchmarks.origin import origin
+    from benchmarks.record import origin
 
     record = origin(command) | {"rows": list(rows)}
     write(record, output)

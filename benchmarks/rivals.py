@@ -24,14 +24,13 @@ from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 
-from benchmarks.child import ChildError
-from benchmarks.record import write
-from benchmarks.rivals_bounds import check, result
-from benchmarks.rivals_part import SHAPES, Case, run_part
+from benchmarks.record import ChildError, write
+from benchmarks.rivals_parts.bounds import check, result
+from benchmarks.rivals_parts.process import SHAPES, Case, run_part
 from benchmarks.step import gpu
 from experiments.cli import fail
 from experiments.config import ConfigError
-from jaxckpt.memory import cache
+from jaxckpt.compiled import cache
 from jaxckpt.plans.errors import nearest
 
 Rows = dict[str, dict[str, Any]]
@@ -117,7 +116,7 @@ def _write(output: Path | None, command: str, rows: Rows):
     if output is None:
         return
     os.environ["JAX_PLATFORMS"] = "cpu"  # this process must hold nothing of the GPU
-    from benchmarks.origin import origin
+    from benchmarks.record import origin
 
     found = next((row["device"] for row in rows.values() if "device" in row), None)
     record = origin(command)

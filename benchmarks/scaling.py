@@ -15,14 +15,13 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from benchmarks import document
-from benchmarks.origin import origin
+from benchmarks.record import origin
 from benchmarks.result import Result
 from experiments.config import TrainConfig
-from experiments.measuring import measure_all
+from experiments.fitting.measuring import measure_all
 from experiments.provenance import ROOT
-from jaxckpt.memory.targets import parse_target
 from jaxckpt.models.config import TransformerConfig
+from jaxckpt.targets.target import parse_target
 
 OUTPUT = ROOT / "docs" / "measured" / "scaling.json"
 PAGE = ROOT / "docs" / "scaling.md"
@@ -73,7 +72,7 @@ def scaling(
     """Compile rows that are not there yet; of several plans, a row is the fastest that fits."""
     record: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {"rows": []}
     if write:
-        document.write_section(_table(record["rows"]), record, PAGE)
+        record.write_section(_table(record["rows"]), record, PAGE)
         return
     for size, place, one in [(m, t, p) for m in model for t in target for p in plan]:
         asked = {"model": size, "target": place, "asked": one}

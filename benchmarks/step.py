@@ -180,7 +180,7 @@ def _write(output: Path | None, rows):
     if output is None:
         return
     os.environ["JAX_PLATFORMS"] = "cpu"  # this process must hold nothing of the GPU
-    from benchmarks.origin import origin
+    from benchmarks.record import origin
 
     record = origin(f"python -m benchmarks.step --output {output}")
     ran = next((row for row in rows.values() if "device" in row), {})

@@ -3,10 +3,20 @@
     python -m benchmarks.step_jax '{"batch_size": 8, "seq_len": 1024, "plan": "full"}'
 
 Prints one JSON line. The model is Qwen3-0.6B's shape; `tiny` is one for trying the script.
+
+Where the time of a GPU's step goes: device kernels of a profile, by what they are.
+
+    with jax.profiler.trace(folder): ...
+    kernels.by_kind(folder, steps=3)     # {'matrix products': 0.040, ...} seconds a step
+
+Limits: NVIDIA GPUs; kernels are told apart by their names, which are those of XLA, cuBLAS and
+cuDNN in 2026. What runs beside another kernel is counted in full.
 """
 
+import collections
 import dataclasses
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -16,13 +26,12 @@ from typing import Any
 
 import jax
 
-from benchmarks import kernels
-from benchmarks.origin import device
-from benchmarks.peaks import QWEN3, TINY
-from experiments.build import build
+from benchmarks.record import device
+from benchmarks.shapes import QWEN3, TINY
 from experiments.config import TrainConfig
-from experiments.loop import runtime_peak_bytes
-from experiments.step import init_state, resolve_model
+from experiments.training.build import build
+from experiments.training.loop import runtime_peak_bytes
+from experiments.training.step import init_state, resolve_model
 from jaxckpt.memory.measure import compile_step
 
 _WARM_UP, _BLOCKS, _STEPS, _PROFILED = 3, 5, 4, 3
@@ -97,8 +106,50 @@ def _profile(step, state, tokens) -> dict[str, float]:
             for _ in range(_PROFILED):
                 state, _ = step(state, tokens)
             jax.block_until_ready(state)
-        return kernels.by_kind(Path(folder), steps=_PROFILED)
+        return by_kind(Path(folder), steps=_PROFILED)
 
 
 if __name__ == "__main__":
     print(json.dumps(run(Case(**json.loads(sys.argv[1])))))
+
+
+# The first that matches names the kind.
+_KINDS = (
+    ("attention forward", r"(fprop|flash_fwd|sdpa.*fwd)"),
+    ("attention backward", r"(bprop|flash_bwd|sdpa.*bwd|cudnn.*(dq|dot_do))"),
+    ("copies", r"(memcpy|memset|^copy|_copy)"),
+    ("matrix products", r"(gemm|nvjet|cutlass|xmma|splitk|cublas)"),
+)
+OTHER = "elementwise and reductions"
+
+
+def by_kind(folder: Path, *, steps: int) -> dict[str, float]:
+    """Returns the seconds of a step that each kind of kernel takes, largest first.
+
+    Args:
+      folder: Where `jax.profiler.trace` wrote one trace.
+      steps: Steps that the trace holds.
+    """
+    found: Any = collections.Counter()  # of seconds
+    for name, seconds in by_kernel(folder, steps=steps).items():
+        found[kind_of(name)] += seconds
+    return dict(found.most_common())
+
+
+def by_kernel(folder: Path, *, steps: int) -> dict[str, float]:
+    """Returns the seconds of a step that each kernel takes, by its name."""
+    found: Any = collections.Counter()  # of seconds
+    for path in sorted(Path(folder).rglob("*.xplane.pb")):
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+            if not plane.name.startswith("/device:GPU"):
+                continue
+            for line in plane.lines:
+                if line.name.startswith("Stream"):
+                    for event in line.events:
+                        found[event.name] += event.duration_ns / 1e9 / steps
+    return dict(found.most_common())
+
+
+def kind_of(name: str) -> str:
+    """Returns what a kernel is, by its name."""
+    return next((kind for kind, text in _KINDS if re.search(text, name, re.IGNORECASE)), OTHER)

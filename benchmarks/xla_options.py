@@ -3,9 +3,10 @@
     python -m benchmarks.xla_options --output docs/measured/xla_options_h200.json
 
 Qwen3-0.6B's step at 8 x 1024 under a plan (that of `benchmarks.step`), each option in a fresh
-process on top of what a run gets anyway (`experiments/compilation.py`). The step without one is
-timed again after every few options: its spread is what a gain has to exceed. An option that this
-XLA does not know is a row with an error. What the output holds of the same GPU is not run again.
+process on top of what a run gets anyway (`experiments/training/compilation.py`). The step without
+one is timed again after every few options: its spread is what a gain has to exceed. An option that
+this XLA does not know is a row with an error. What the output holds of the same GPU is not run
+again.
 """
 
 import json
@@ -19,8 +20,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 
-from benchmarks.child import ChildError, values_of
-from benchmarks.record import write
+from benchmarks.record import ChildError, values_of, write
 from benchmarks.step import KEPT, gpu
 from experiments.cli import fail
 from jaxckpt.plans import Plan, PlanError
@@ -138,7 +138,7 @@ def _write(output: Path | None, command: str, rows: list[Row]):
     if output is None:
         return
     os.environ["JAX_PLATFORMS"] = "cpu"  # this process must hold nothing of the GPU
-    from benchmarks.origin import origin
+    from benchmarks.record import origin
 
     devices = [row["device"] for row in rows if "device" in row]
     record = origin(command) | {"rows": rows}

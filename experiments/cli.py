@@ -15,9 +15,8 @@ from typing import Any
 
 from cyclopts import App, CycloptsError, config
 
-from experiments.config import PERMISSIONS, ConfigError, expanded, load_toml
-from experiments.init import shape_flags
-from experiments.record import RunError
+from experiments.config import PERMISSIONS, ConfigError, RunError, expanded, load_toml
+from experiments.weights.load import shape_flags
 from jaxckpt.plans.errors import UserError
 
 _DEBUG = "--debug"

@@ -29,6 +29,18 @@ from jaxckpt.plans import Plan
 from jaxckpt.plans.errors import UserError, nearest
 
 
+class RunError(RuntimeError):
+    """What ends a run that began well: one line.
+
+    Attributes:
+      code: The exit code of the process.
+    """
+
+    def __init__(self, message: str, *, code: int = 1):
+        super().__init__(message)
+        self.code = code
+
+
 class ConfigError(UserError, ValueError):
     """A configuration that cannot be run: one line with what is valid and the nearest guess."""
 

@@ -18,12 +18,11 @@ import numpy as np
 from cyclopts import Parameter
 
 from experiments.cli import main
-from experiments.config import ConfigError, load_toml
+from experiments.config import ConfigError, RunError, load_toml
 from experiments.files import reason
-from experiments.init import CONFIG_JSON, read_shape
-from experiments.record import CONFIG, RunError
-from experiments.shard_writer import write_shards
-from experiments.shards import import_safetensors, read_json
+from experiments.training.record import CONFIG
+from experiments.weights.load import CONFIG_JSON, read_shape
+from experiments.weights.shards import import_safetensors, read_json, write_shards
 from jaxckpt.models import qwen3
 from jaxckpt.models.config import ModelError, TransformerConfig
 from jaxckpt.plans.errors import nearest
@@ -153,7 +152,7 @@ def _parameters(run: Path, step: int) -> Iterator[Callable[[tuple[str, ...]], np
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # nothing is computed, and a GPU may be busy
-    from experiments.checkpoints import Checkpoints
+    from experiments.training.checkpoints import Checkpoints
 
     with contextlib.closing(Checkpoints(run, keep=1)) as checkpoints:
         yield lambda path: checkpoints.parameter(step, path)

@@ -3,9 +3,12 @@
 A file says inside who wrote it. So does a folder, by a file of its own in it, which is also what a
 process locks while it writes there: the system lets go of the lock when the process ends, however
 it ends. What does not say so is somebody else's, whatever its name. No JAX import.
+
+JSON Lines that a killed process may have torn: what can be read, and how much cannot.
 """
 
 import contextlib
+import dataclasses
 import errno
 import itertools
 import json
@@ -249,3 +252,43 @@ def is_locked(folder: Path) -> bool:
 def reason(error: OSError | ValueError) -> str:
     """Returns why, in the system's words."""
     return getattr(error, "strerror", None) or str(error)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lines:
+    """What a file holds.
+
+    Attributes:
+      rows: The objects, in order.
+      broken: Numbers of the lines that are no JSON object, from 1.
+    """
+
+    rows: tuple[dict[str, Any], ...]
+    broken: tuple[int, ...]
+
+
+def read(path: Path) -> Lines:
+    """Returns the objects of a file, and which lines are none; empty lines are skipped.
+
+    Raises:
+      OSError: It cannot be read.
+    """
+    rows, broken = [], []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            # NaN and Infinity are no JSON, and a browser would not read them.
+            row = json.loads(line, parse_constant=_refuse)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            broken.append(number)
+    return Lines(rows=tuple(rows), broken=tuple(broken))
+
+
+def _refuse(constant: str):
+    raise ValueError(f"{constant} is not JSON")

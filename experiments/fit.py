@@ -75,10 +75,10 @@ def fit(
 ):
     """Compile the train step under plans and for targets; print which fit and how fast they are."""
     del config  # read before the other flags were parsed; see experiments.cli
-    from experiments import fit_table
-    from experiments.auto import check_calibrated
-    from experiments.init import check_shape
-    from experiments.measuring import check_targets, measure_all
+    from experiments.fitting import table
+    from experiments.fitting.measuring import check_targets, measure_all
+    from experiments.training.choose_plan import check_calibrated
+    from experiments.weights.load import check_shape
 
     check_shape(settings)
     cases = _cases(settings, flags)
@@ -87,7 +87,7 @@ def fit(
     rows = measure_all(cases, largest=flags.max, parallel=flags.parallel)
     failed = [row for row in rows if row.error is not None]
     if len(failed) < len(rows) or len(rows) > 1:
-        fit_table.show(rows, settings, flags.max)
+        table.show(rows, settings, flags.max)
     if settings.explain:
         _explain([row for row in rows if row not in failed])
     if flags.json is not None:
@@ -133,8 +133,7 @@ def _cases(settings: TrainConfig, flags: FitFlags) -> list[tuple[TrainConfig, st
 
 def _explain(rows: Sequence):
     """Prints a table of one block's residuals for each stage of each plan."""
-    from experiments.build import build
-    from experiments.plan_checks import explained
+    from experiments.training.build import build, explained
 
     for row in (row for row in rows if row.target == rows[0].target):
         for text in explained(build(row.config, row.target)):

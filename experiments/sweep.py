@@ -100,8 +100,8 @@ def sweep(
 ):
     """Run a row for each plan, depth and target; rows that a folder holds already are kept."""
     del config  # read before the other flags were parsed; see experiments.cli
-    from experiments.corpus import corpus_of
-    from experiments.measuring import check_targets
+    from experiments.fitting.measuring import check_targets
+    from experiments.training.run_data import corpus_of
 
     cases = _cases(flags, settings)
     check_targets(flags.target)
@@ -109,7 +109,7 @@ def sweep(
         if LOCAL in flags.target:
             # What would be wrong with every run is said before the first.
             corpus_of(settings.with_plan("none"))
-        from experiments.sweeping.all_rows import run_all
+        from experiments.sweeping.running import run_all
 
         command = shlex.join(["python", "-m", "experiments.sweep", *sys.argv[1:]])
         run_all(cases, folder, command=command)

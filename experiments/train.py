@@ -12,8 +12,8 @@ from cyclopts import Parameter
 
 from experiments.cli import main
 from experiments.config import TrainConfig
-from experiments.process_flags import ProcessFlags
-from experiments.processes import joined
+from experiments.processes.flags import ProcessFlags
+from experiments.processes.join import joined
 
 
 def train(
@@ -23,9 +23,9 @@ def train(
     config: Annotated[Path | None, Parameter(help="TOML file with any of the settings.")] = None,
 ):
     """Train a Transformer under a checkpointing plan, and say what memory a step takes."""
-    from experiments.auto import check_calibrated
-    from experiments.corpus import corpus_of
-    from experiments.record import check_tensorboard, run_folder
+    from experiments.training.choose_plan import check_calibrated
+    from experiments.training.record import check_tensorboard, run_folder
+    from experiments.training.run_data import corpus_of
 
     if settings.tensorboard:
         check_tensorboard()
@@ -35,7 +35,7 @@ def train(
     with run_folder(settings, is_first=not processes.process_id) as folder:
         corpus = corpus_of(settings)
         with joined(processes, settings, corpus.sha256):
-            from experiments.loop import run  # only now is JAX imported
+            from experiments.training.loop import run  # only now is JAX imported
 
             stopped_by = run(settings, corpus, folder)
     if stopped_by is not None:

@@ -19,16 +19,16 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for editors and type checkers
     from jaxckpt import losses as losses
     from jaxckpt import models as models
     from jaxckpt import nnx as nnx
+    from jaxckpt import schedules
+    from jaxckpt.compiled.report import MemoryReport as MemoryReport
     from jaxckpt.memory.explain import explain as explain
     from jaxckpt.memory.measure import measure as measure
-    from jaxckpt.memory.report import MemoryReport as MemoryReport
     from jaxckpt.planner.fit import fit as fit
     from jaxckpt.planner.result import BudgetError as BudgetError
     from jaxckpt.plans import Plan as Plan
     from jaxckpt.plans import PlanError as PlanError
     from jaxckpt.plans import Policy as Policy
     from jaxckpt.plans import Stage as Stage
-    from jaxckpt.plans import schedules as schedules
     from jaxckpt.transforms.chain import chain as chain
     from jaxckpt.transforms.stack import scan_blocks as scan_blocks
     from jaxckpt.transforms.tags import tag as tag
@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for editors and type checkers
 # Public name -> module that defines it; a name without an attribute of its own is the module.
 _PUBLIC = {
     "BudgetError": "jaxckpt.planner.result",
-    "MemoryReport": "jaxckpt.memory.report",
+    "MemoryReport": "jaxckpt.compiled.report",
     "Plan": "jaxckpt.plans",
     "PlanError": "jaxckpt.plans",
     "Policy": "jaxckpt.plans",
@@ -50,7 +50,7 @@ _PUBLIC = {
     "models": "jaxckpt.models",
     "nnx": "jaxckpt.nnx",
     "scan_blocks": "jaxckpt.transforms.stack",
-    "schedules": "jaxckpt.plans.schedules",
+    "schedules": "jaxckpt.schedules",
     "tag": "jaxckpt.transforms.tags",
 }
 

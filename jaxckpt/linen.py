@@ -26,7 +26,7 @@ from jax.extend import core
 from jaxckpt.plans import Plan, PlanError, as_plan, words
 from jaxckpt.transforms import policies, rows, tags
 from jaxckpt.transforms.arguments import apart, check_class
-from jaxckpt.transforms.blocks import check_policies
+from jaxckpt.transforms.checks import check_policies
 from jaxckpt.transforms.stack import scan_blocks
 from jaxckpt.transforms.traced_block import abstract
 

@@ -22,7 +22,7 @@ from jax.core import Tracer
 
 from jaxckpt.plans import Plan, PlanError, as_plan
 from jaxckpt.transforms.arguments import apart, check_class
-from jaxckpt.transforms.blocks import check_carry
+from jaxckpt.transforms.checks import check_carry
 from jaxckpt.transforms.stack import scan_blocks
 from jaxckpt.transforms.traced_block import first_block
 

@@ -4,18 +4,8 @@ import json
 
 import pytest
 
-from benchmarks import (
-    compile_time,
-    copies,
-    document,
-    equality,
-    evaluations,
-    executor,
-    kernels,
-    nested,
-    step,
-    temp,
-)
+from benchmarks import executor, record, step, step_jax
+from benchmarks.executor_parts import compile_time, copies, equality, evaluations, nested, temp
 
 MODULES = {
     "equality": equality,
@@ -28,8 +18,8 @@ MODULES = {
 
 
 def test_the_documented_table_names_the_command_that_made_it():
-    page = document.PATH.read_text()
-    table = page.split(document.BEGIN)[1].split(document.END)[0]
+    page = record.PATH.read_text()
+    table = page.split(record.BEGIN)[1].split(record.END)[0]
     assert table.startswith("\nMade by `python -m benchmarks.executor")
     assert "--write-docs" in table.splitlines()[1]
     for plan in temp.PLANS:
@@ -98,13 +88,13 @@ def test_a_refused_command_line_is_one_line(flags, message, capsys):
 
 def test_what_stands_around_the_documented_table_stays(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text(f"above\n{document.BEGIN}\nold\n{document.END}\nbelow\n")
+    page.write_text(f"above\n{record.BEGIN}\nold\n{record.END}\nbelow\n")
     result = temp.Result(title="", rows=[{"plan": "log", "L=16": None}])
     made_by = {"command": "python -m x", "versions": {"jax": "1"}, "device": "cpu"}
-    document.write_section(result, made_by, page)
+    record.write_section(result, made_by, page)
     assert page.read_text() == (
-        f"above\n{document.BEGIN}\nMade by `python -m x` on cpu, jax 1.\n\n"
-        f"| plan | L=16 |\n| --- | --- |\n| log | - |\n{document.END}\nbelow\n"
+        f"above\n{record.BEGIN}\nMade by `python -m x` on cpu, jax 1.\n\n"
+        f"| plan | L=16 |\n| --- | --- |\n| log | - |\n{record.END}\nbelow\n"
     )
 
 
@@ -128,8 +118,8 @@ def test_the_step_benchmark_tells_what_fails():
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_", "attention backward"),
         ("void cudnn::fusion::compute_dot_do_o_specialized<true, 128>(", "attention backward"),
         ("memcpy128", "copies"),
-        ("loop_add_multiply_fusion", kernels.OTHER),
+        ("loop_add_multiply_fusion", step_jax.OTHER),
     ],
 )
 def test_kernels_are_told_by_name(name, kind):
-    assert kernels.kind_of(name) == kind
+    assert step_jax.kind_of(name) == kind

@@ -21,17 +21,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxckpt.memory.buffers import read_buffers, read_totals, read_understood
-from jaxckpt.memory.collectives import traffic
-from jaxckpt.memory.flat import bodies, flatten
-from jaxckpt.memory.flops import count_flops
-from jaxckpt.memory.fusion import kind_of
-from jaxckpt.memory.program_text import INSTRUCTION, Program, op_name
-from jaxckpt.memory.slow_steps import is_collective
+from jaxckpt.compiled.buffers import read_buffers, read_totals, read_understood
+from jaxckpt.compiled.collectives import INSTRUCTION, Program, op_name, traffic
+from jaxckpt.costs.flat import bodies, flatten
+from jaxckpt.costs.flops import count_flops
+from jaxckpt.costs.fusion import is_collective, kind_of
 from jaxckpt.transforms import jaxprs
-from jaxckpt.transforms.trips import mean_trips, says_trips
+from jaxckpt.transforms.jaxprs import mean_trips, says_trips
 from tests import canary_program as known
-from tests.memory.test_report import REPORT
+from tests.compiled.test_report import REPORT
 
 ROOT = Path(__file__).parents[1]
 ARRAY_BYTES = 4 * known.SIZE**2

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.config import ConfigError, OptimizerConfig, TrainConfig, load_toml
-from experiments.init import check_weights
 from experiments.reporting.reading import read_all
-from experiments.shards import Shards, read_json
+from experiments.weights.load import check_weights
+from experiments.weights.shards import Shards, read_json
 from jaxckpt.models.config import TransformerConfig
 from jaxckpt.plans import Plan, PlanError, words
 from tests.experiments.report_rows import row
@@ -262,8 +262,8 @@ def saved(tmp_path_factory):
 
     import jax
 
-    from experiments.checkpoints import Checkpoints, about_run
-    from experiments.step import init_state, resolve_model
+    from experiments.training.checkpoints import Checkpoints, about_run
+    from experiments.training.step import init_state, resolve_model
 
     folder = tmp_path_factory.mktemp("run")
     model = dataclasses.replace(MODEL, vocab_size=16)
@@ -283,7 +283,7 @@ def saved(tmp_path_factory):
 def test_checkpoint_folders(saved, tmp_path):
     import shutil
 
-    from experiments.checkpoints import Checkpoints
+    from experiments.training.checkpoints import Checkpoints
 
     folder, like = saved
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())

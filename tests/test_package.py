@@ -11,16 +11,22 @@ import jaxckpt
 
 ROOT = Path(__file__).parents[1]
 
-# A package may import those to the left of itself in this list, and itself.
-LAYERS = ("plans", "transforms", "memory", "losses", "planner", "linen", "nnx", "models")
+# A layer may import those before it in this list, and itself.
+LAYERS = (
+    *("compatibility", "plans", "units", "schedules", "targets", "transforms", "losses"),
+    *("costs", "compiled", "absent", "linen", "nnx", "models", "memory", "planner"),
+)
 
 
-def modules(package: str) -> list[Path]:
-    path = ROOT / "jaxckpt" / package
-    return [*path.rglob("*.py")] if path.is_dir() else [path.with_suffix(".py")]
+def modules(*tops: str) -> dict[str, Path]:
+    """Returns the files of some packages by their modules' names."""
+    paths = [path for top in tops for path in (ROOT / top).rglob("*.py")]
+    name = lambda path: ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return {name(path).removesuffix(".__init__"): path for path in paths}
 
 
 def imports(path: Path) -> set[str]:
+    """Returns all that a file imports, inside its functions too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -30,23 +36,62 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("package", LAYERS)
-def test_imports_go_downward(package):
-    allowed = LAYERS[: LAYERS.index(package) + 1]
-    for path in modules(package):
-        if not path.exists():
-            continue
-        for name in imports(path):
-            if name.startswith("jaxckpt."):
-                assert name.split(".")[1] in allowed, f"{path} imports {name}"
-            assert not name.startswith(("experiments", "chex")), f"{path} imports {name}"
+def arrows(files: dict[str, Path]) -> dict[str, set[str]]:
+    """Returns which modules each module imports, of those that are given."""
+    found = {}
+    for name, path in files.items():
+        whole = {one if one in files else one.rpartition(".")[0] for one in imports(path)}
+        found[name] = (whole & files.keys()) - {name}
+    return found
 
 
-def test_plans_need_the_standard_library_alone():
-    for path in modules("plans"):
-        for name in imports(path):
-            top = name.split(".")[0]
-            assert top == "jaxckpt" or top in sys.stdlib_module_names, f"{path} imports {name}"
+def circle(found: dict[str, set[str]]) -> list[str]:
+    """Returns modules that import one another in a circle; none if there is no circle."""
+    left = dict(found)
+    while left:
+        free = [name for name, others in left.items() if not others & left.keys()]
+        if not free:
+            return sorted(left)
+        for name in free:
+            del left[name]
+    return []
+
+
+def upward(found: dict[str, set[str]]) -> list[tuple[str, str]]:
+    """Returns the imports that go from a layer to one after it."""
+    floor = lambda name: LAYERS.index(name.split(".")[1])
+    pairs = ((name, other) for name, others in found.items() for other in others)
+    inside = ((name, other) for name, other in pairs if "jaxckpt" not in (name, other))
+    return [(name, other) for name, other in inside if floor(other) > floor(name)]
+
+
+def test_imports_go_downward():
+    found = arrows(modules("jaxckpt"))
+    assert upward(found) == []
+    assert upward({"jaxckpt.plans.plan": {"jaxckpt.planner.fit"}})  # the check sees one
+    folders = {name.split(".")[1] for name in found if "." in name}
+    assert folders == set(LAYERS)
+
+
+def test_no_file_imports_itself_by_a_detour():
+    found = arrows(modules("jaxckpt", "experiments", "benchmarks"))
+    assert circle(found) == []
+    found["jaxckpt.plans.words"] = {"jaxckpt.plans.plan"}
+    assert "jaxckpt.plans.words" in circle(found)
+
+
+def test_the_library_imports_no_command():
+    for path in modules("jaxckpt").values():
+        tops = {name.split(".")[0] for name in imports(path)}
+        assert not tops & {"experiments", "benchmarks", "chex", "tests"}, path
+
+
+@pytest.mark.parametrize("package", ["plans", "schedules", "units"])
+def test_some_need_the_standard_library_alone(package):
+    for name, path in modules("jaxckpt").items():
+        if name.split(".")[1:2] == [package]:
+            tops = {one.split(".")[0] for one in imports(path)}
+            assert tops <= {"jaxckpt", *sys.stdlib_module_names}, path
 
 
 def test_jax_internals_are_not_touched():

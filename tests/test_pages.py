@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import jaxckpt
-from benchmarks import page_tables, pages
+from benchmarks import pages, tables
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -37,11 +37,11 @@ def test_tables_are_what_their_data_says():
 
 
 def test_a_changed_number_makes_its_page_stale(monkeypatch, tmp_path):
-    record = page_tables.load("peaks_h100.json")
+    record = tables.load("peaks_h100.json")
     assert "| 9.99 | 107.7 |" in page("choose")
     record["rows"][4]["seconds"] *= 1.01  # `full`
-    monkeypatch.setattr(page_tables, "load", lambda name: record)
-    assert "| 9.99 | 108.8 |" in page_tables.plans()
+    monkeypatch.setattr(tables, "load", lambda name: record)
+    assert "| 9.99 | 108.8 |" in tables.plans()
     (tmp_path / "choose.md").write_text(page("choose"))
     monkeypatch.setattr(pages, "filled", lambda text: text.replace("107.7", "108.8"))
     assert pages.stale(tmp_path) == [tmp_path / "choose.md"]
@@ -49,7 +49,7 @@ def test_a_changed_number_makes_its_page_stale(monkeypatch, tmp_path):
 
 def test_every_target_has_a_row_with_its_source():
     text = page("targets")
-    for chip in page_tables.CHIPS.values():
+    for chip in tables.CHIPS.values():
         assert text.count(f"| `{chip.name}` |") == 2 and chip.source in text
 
 
@@ -63,7 +63,7 @@ def test_a_table_that_nobody_makes_is_named():
 
 def test_plans_to_choose_from_are_in_the_order_of_their_measured_times_and_peaks():
     table = page("choose").split("| need |")[1].split("\n\n")[0]
-    rows = page_tables.load("peaks_h100.json")["rows"]
+    rows = tables.load("peaks_h100.json")["rows"]
     rows = {row["plan"]: row for row in rows if (row["batch_size"], row["seq_len"]) == (8, 1024)}
     named = [plan for plan in re.findall(r"`([^`]+)`", table) if plan in rows]
     assert len(named) >= 5

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from benchmarks import planner as command
-from benchmarks.planner_bounds import check, figures, line, summaries
-from benchmarks.planner_part import Case, run_part
-from jaxckpt.memory import launch
-from jaxckpt.memory.targets import parse_target
+from benchmarks.planner_parts.bounds import check, figures, line, summaries
+from benchmarks.planner_parts.process import Case, run_part
+from jaxckpt.absent import launch
+from jaxckpt.targets.target import parse_target
 
 GIB = 1 << 30
 

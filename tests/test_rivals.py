@@ -7,9 +7,9 @@ import pytest
 
 from benchmarks import fixed_plans as plans
 from benchmarks import rivals as command
-from benchmarks import rivals_bounds as bounds
-from benchmarks.child import ChildError
-from benchmarks.rivals_part import SHAPES
+from benchmarks.record import ChildError
+from benchmarks.rivals_parts import bounds
+from benchmarks.rivals_parts.process import SHAPES
 
 GIB = 1 << 30
 KEPT = plans.canonical(plans.MAXTEXT["minimal_with_context"])
@@ -74,12 +74,12 @@ def test_a_plan_above_its_budget_and_one_that_failed():
 
 def test_maxtext_is_mapped_onto_tags_of_the_model():
     import jax
+    from benchmarks.shapes import TINY
 
     import jaxckpt
-    from benchmarks.peaks import TINY
-    from experiments.build import abstract_block, build
     from experiments.config import TrainConfig
-    from experiments.step import resolve_model
+    from experiments.training.build import abstract_block, build
+    from experiments.training.step import resolve_model
 
     found = plans.fixed()
     assert set(plans.MAXTEXT) == {name for names in found.values() for name in names}
@@ -169,12 +169,12 @@ def test_a_timed_shape_is_not_lost_to_one_that_is_not(monkeypatch, tmp_path):
 
 @pytest.mark.heavy
 def test_a_tiny_shape_from_end_to_end(monkeypatch, tmp_path):
-    from benchmarks import rivals_shape
+    from benchmarks.rivals_parts import process
 
     monkeypatch.setenv("JAXCKPT_CACHE", str(tmp_path))
     asked = {"none": (), "names:q,k,v": ("save_qkv_proj",), "names:qq": ("mistyped",)}
-    monkeypatch.setattr(rivals_shape, "fixed", lambda: asked)
-    shape = rivals_shape.Shape(SHAPES["8x1024"].changed(2, tiny=True), None)
+    monkeypatch.setattr(process, "fixed", lambda: asked)
+    shape = process.Shape(SHAPES["8x1024"].changed(2, tiny=True), None)
     found = [one for one in shape.run() if "rounds" in one]
     assert [one["rounds"] for one in found] == [0, 1, 2, 3, 3]
     assert not found[0]["is_whole"] and "seconds" not in found[0]["plans"]["none"]
@@ -191,16 +191,15 @@ def test_a_tiny_shape_from_end_to_end(monkeypatch, tmp_path):
 
 
 def test_what_there_is_no_time_for_is_named():
-    from benchmarks import rivals_shape
+    from benchmarks.rivals_parts import process
 
-    shape = rivals_shape.Shape(SHAPES["8x1024"].changed(2, tiny=True), 1e-9)
+    shape = process.Shape(SHAPES["8x1024"].changed(2, tiny=True), 1e-9)
     assert list(shape._compile_fixed()) == [] and shape.programs.made == []
     assert shape.left_out[0] == "the fixed plan none" and len(shape.left_out) == 14
 
 
 def test_a_program_that_fails_takes_no_more_turns():
-    from benchmarks.rivals_programs import Program, failed
-    from benchmarks.rivals_timing import Turns
+    from benchmarks.rivals_parts.programs import Program, Turns, failed
 
     ran, made = [], []
 
@@ -226,14 +225,14 @@ def test_a_program_that_fails_takes_no_more_turns():
 
 
 def test_what_jax_adds_below_an_error_is_not_the_error():
-    from benchmarks.child import _says_something
+    from benchmarks.record import _says_something
 
     log = "Traceback\nValueError: 3\n------\nFor simplicity, JAX has removed its internal frames"
     assert [*filter(_says_something, log.splitlines())][-1] == "ValueError: 3"
 
 
 def test_a_process_that_fails_says_its_last_line():
-    from benchmarks.child import ChildError, values_of
+    from benchmarks.record import ChildError, values_of
 
     with pytest.raises(ChildError, match=r"8x1024: .*No module named benchmarks\.no_such") as end:
         list(values_of("no_such", environment=os.environ, name="8x1024"))

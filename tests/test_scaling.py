@@ -2,7 +2,7 @@
 
 import json
 
-from benchmarks import document, scaling
+from benchmarks import scaling
 
 
 def test_every_row_is_a_valid_configuration():
@@ -15,7 +15,7 @@ def test_every_row_is_a_valid_configuration():
 
 def test_the_page_is_made_from_the_file():
     record = json.loads(scaling.OUTPUT.read_text())
-    text = document.section(scaling._table(record["rows"]), record)
+    text = record.section(scaling._table(record["rows"]), record)
     assert text in scaling.PAGE.read_text()
 
 

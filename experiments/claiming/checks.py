@@ -65,7 +65,7 @@ def _parameters() -> int:
     """Returns the number of parameters of Qwen3-0.6B."""
     import jax
 
-    from experiments.step import init_state, resolve_model
+    from experiments.training.step import init_state, resolve_model
 
     config, _ = resolve_model(plan_case(QWEN, SMALL_CHIP, "full").config)
     params = jax.eval_shape(lambda: init_state(config)).params

@@ -10,7 +10,7 @@ from experiments.claiming.cases import LARGE_CHIP, ROOT, plan_case
 from experiments.config import ConfigError, TrainConfig
 from experiments.reporting.groups import slope
 from jaxckpt.plans import Plan
-from jaxckpt.plans.stage_schedule import stack_schedule_of
+from jaxckpt.schedules.of_stage import stack_schedule_of
 
 MEASURED = ROOT / "docs/measured"
 _BF16_BYTES = 2

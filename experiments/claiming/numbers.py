@@ -8,9 +8,9 @@ from typing import Any
 from experiments.claiming.cases import PACKAGES, Case
 from experiments.config import ConfigError
 from experiments.files import write_text
-from experiments.measuring import check_targets, measure_all
+from experiments.fitting.measuring import check_targets, measure_all
 from experiments.provenance import commit, versions
-from jaxckpt.memory.units import gib
+from jaxckpt.units import gib
 
 _KEPT_BUFFERS = 5
 _COMMAND = "python -m experiments.claims"

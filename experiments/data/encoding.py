@@ -24,7 +24,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from experiments.data.documents import Document, read_documents
 from experiments.data.sources import DataError, TextFile
 from experiments.data.tokenizer import Piece, Tokenizer
-from jaxckpt.memory import cache
+from jaxckpt.compiled import cache
 
 # Of ten documents the tenth is for validation.
 FOLDS = 10

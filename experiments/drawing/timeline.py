@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 from experiments.config import ConfigError
 from jaxckpt.plans import Plan, Policy, Stage, words
-from jaxckpt.plans.actions import Advance, Free, Load, Record, Reverse, Schedule, Store
-from jaxckpt.plans.stage_schedule import stack_schedule_of, under_loss
-from jaxckpt.plans.uniform import uniform
+from jaxckpt.schedules.actions import Advance, Free, Load, Record, Reverse, Store
+from jaxckpt.schedules.of_stage import stack_schedule_of, under_loss
+from jaxckpt.schedules.schedule import Schedule
+from jaxckpt.schedules.segments import uniform
 
 FORWARD, RECOMPUTE, BACKWARD = "forward", "recompute", "backward"
 CARRY, RESIDUALS = "carry", "residuals"

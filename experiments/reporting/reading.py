@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from experiments import json_lines
+from experiments import files
 from experiments.config import ConfigError
-from experiments.record import METRICS
 from experiments.reporting.points import Point, PointError, point_of_row, point_of_run
 from experiments.sweeping.rows import ROWS
+from experiments.training.record import METRICS
 from jaxckpt.plans.errors import nearest
 
 CURE = "python -m experiments.sweep -o sweeps/small makes some"
@@ -77,7 +77,7 @@ def _files(path: Path) -> Iterator[Path]:
 
 def _read(file: Path, points: list[Point], failed: list, skipped: list[str]):
     try:
-        lines = json_lines.read(file)
+        lines = files.read(file)
     except OSError as error:
         skipped.append(f"{file}: {error.strerror}")
         return

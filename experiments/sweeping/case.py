@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 
 from experiments.config import PERMISSIONS, OptimizerConfig, TrainConfig, flag_of
-from experiments.record import versions
+from experiments.training.record import versions
 from jaxckpt.models.config import TransformerConfig
 
 LOCAL = "local"

@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from experiments import json_lines
+from experiments import files
+from experiments.config import RunError
 from experiments.files import reason, write_whole
-from experiments.record import RunError
 
 ROWS = "rows.jsonl"
 
@@ -29,7 +29,7 @@ class Rows:
         self._rows: dict[str, dict[str, Any]] = {}
         try:
             if self.path.exists():
-                found = json_lines.read(self.path)
+                found = files.read(self.path)
                 self._rows = {str(row.get("key")): row for row in found.rows}
                 text = "".join(map(_line, self._rows.values()))
                 write_whole(self.path, lambda part: part.write_text(text, encoding="utf-8"))

@@ -22,9 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxckpt.losses import inputs
-from jaxckpt.losses.chunks import Chunks, choose_chunks, given_chunks
+from jaxckpt.losses.chunks import Chunks, choose_chunks, given_chunks, row_statistics
 from jaxckpt.losses.placement import Placement
-from jaxckpt.losses.row_statistics import row_statistics
 
 _NO_FORWARD_MODE = (
     "linear_cross_entropy has reverse-mode gradients (jax.grad, jax.vjp) alone; "

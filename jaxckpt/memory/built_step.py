@@ -15,14 +15,14 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from jaxckpt.compiled.report import MemoryReport
+from jaxckpt.costs.flops import count_flops
+from jaxckpt.costs.roofline import Rates, estimate
 from jaxckpt.memory import findings
 from jaxckpt.memory.explain import explain
-from jaxckpt.memory.flops import count_flops
-from jaxckpt.memory.report import MemoryReport
-from jaxckpt.memory.roofline import Rates, estimate
 from jaxckpt.plans import Plan, Stage, as_plan
-from jaxckpt.plans.actions import Load, Record
-from jaxckpt.plans.stage_schedule import stack_schedule_of
+from jaxckpt.schedules.actions import Load, Record
+from jaxckpt.schedules.of_stage import stack_schedule_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,16 +6,34 @@
 Checks of a block trace it and run nothing; checks of a step read what the caller has compiled. A
 finding is a plan that works as written and does not do what it was written for; what cannot be
 meant at all is a `PlanError` instead.
+
+`Finding`: one line about a plan that does nothing, and its cure.
+
+Policies that do nothing for a block, found by tracing it.
+
+Checks of reports for plans that do not lower the peak.
+
+Checks of compiled steps for remat that the compiler has undone.
 """
 
-from jaxckpt.memory.block_findings import (
-    dots_that_save_nothing,
-    findings_of_block,
-    tags_that_save_nothing,
-)
-from jaxckpt.memory.finding import Finding
-from jaxckpt.memory.peak_findings import head_sets_peak, peak_not_below_none
-from jaxckpt.memory.step_findings import count_products, undone_remat
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable
+
+import jax
+from jax.extend import core
+
+from jaxckpt.compiled.buffers import Buffer
+from jaxckpt.compiled.report import MemoryReport
+from jaxckpt.costs.flat import Flat, Step, bodies, flatten
+from jaxckpt.costs.fusion import is_view
+from jaxckpt.costs.residuals import Trace, check_arguments, checkpointed, is_identity, origin_of
+from jaxckpt.plans import Plan, Policy, Stage, as_plan, words
+from jaxckpt.transforms import jaxprs, value_names
+from jaxckpt.transforms.checks import check_policies
+from jaxckpt.units import gib
 
 __all__ = [
     "Finding",
@@ -27,3 +45,289 @@ __all__ = [
     "tags_that_save_nothing",
     "undone_remat",
 ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A plan, or a part of it, that does nothing.
+
+    Attributes:
+      code: `dots-save-nothing`, `tag-on-output`, `tag-not-needed`, `remat-undone`,
+        `peak-not-below-none` or `head-sets-peak`.
+      message: One line: what was found, and what to do.
+    """
+
+    code: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.message} [{self.code}]"
+
+
+_FULL = Stage(schedule="full")
+
+
+def findings_of_block(
+    block: Callable, params_i, carry, *consts, plan: str | Plan
+) -> tuple[Finding, ...]:
+    """Returns what a plan's policies do not do for a block, each once, in the plan's order.
+
+    Args:
+      block: `block(carry, params_i, *consts) -> carry`.
+      params_i: The parameters of one block, arrays or abstract.
+      carry: The block's input, arrays or abstract.
+      *consts: What all blocks share.
+      plan: A plan or its text.
+
+    Raises:
+      PlanError: The plan does not parse, or names what the block has not.
+    """
+    plan = as_plan(plan)
+    check_arguments(block, params_i, carry, consts)
+    args = carry, params_i, *consts
+    check_policies(plan, lambda asked: value_names.offered(block, asked, *args))
+    found = []
+    for stage in plan.stages:
+        found += dots_that_save_nothing(block, params_i, carry, *consts, stage=stage)
+        found += tags_that_save_nothing(block, params_i, carry, *consts, stage=stage)
+    return tuple(dict.fromkeys(found))
+
+
+def dots_that_save_nothing(
+    block: Callable, params_i, carry, *consts, stage: Stage
+) -> tuple[Finding, ...]:
+    """Returns a finding if a stage has a dots policy that keeps no array more than `full`."""
+    found = []
+    for policy in stage.policies:
+        if policy.kind not in ("dots", "dots_no_batch"):
+            continue
+        kept = [
+            len(Trace(checkpointed(block, alone), params_i, carry, consts).residuals)
+            for alone in (_FULL, dataclasses.replace(_FULL, policies=(policy,)))
+        ]
+        if kept[1] <= kept[0]:
+            flat = flatten(jax.make_jaxpr(block)(carry, params_i, *consts))
+            message = f"policy {policy} saves nothing: {_why_no_dots(policy, flat)}"
+            found.append(Finding(code="dots-save-nothing", message=message))
+    return tuple(found)
+
+
+def _why_no_dots(policy: Policy, flat: Flat) -> str:
+    products = [step for step in _all_steps(flat) if step.name == jaxprs.DOT]
+    if not products:
+        return "the block has no matmul; leave it out, or keep tagged values with names:..."
+    batched = [step for step in products if step.params["dimension_numbers"][1] != ((), ())]
+    if policy.kind == "dots_no_batch" and len(batched) == len(products):
+        return (
+            f"every matmul of the block ({len(products)}) has batch dimensions; use dots, or keep "
+            "tagged values with names:..."
+        )
+    return "the backward pass needs none of the outputs that it may keep; leave it out"
+
+
+def tags_that_save_nothing(
+    block: Callable, params_i, carry, *consts, stage: Stage
+) -> tuple[Finding, ...]:
+    """Returns a finding for every name of a stage whose value spares the backward pass no step."""
+    args = carry, params_i, *consts
+    patterns = [policy for policy in stage.inner_policies if policy.names]
+    if not patterns:
+        return ()
+    tags = value_names.offered(block, patterns, *args)
+    offered = (*tags.names, *tags.invented)
+    outputs = _tags_of_outputs(block, args)
+    num_steps = functools.cache(functools.partial(_num_steps, block, args))
+    found = []
+    for policy in patterns:
+        for name in _matching(policy, offered):
+            if _is_useful(num_steps, stage, policy.kind, name, offered):
+                continue
+            found.append(_useless(policy.kind, name, is_output=name in outputs))
+    return tuple(found)
+
+
+def _useless(kind: str, name: str, is_output: bool) -> Finding:
+    if is_output:
+        message = (
+            f"{kind}:{name} does nothing: {name!r} is on the block's output, which the next block "
+            "keeps as its input anyway; leave it out, or write offload:carry to move the carries"
+        )
+        return Finding(code="tag-on-output", message=message)
+    message = (
+        f"{kind}:{name} spares no recomputation: the backward pass does not ask for {name!r}, or "
+        "makes what it is made from anyway; tag what the next operation's derivative reads, such "
+        "as the input of a nonlinearity (jaxckpt.explain lists it)"
+    )
+    return Finding(code="tag-not-needed", message=message)
+
+
+def _is_useful(num_steps: Callable[[Stage], int], stage: Stage, kind: str, name: str, offered):
+    """Whether keeping `name` spares a step, alone or beside all else that the stage keeps."""
+    alone = dataclasses.replace(_FULL, policies=(Policy(kind=kind, names=(name,)),))
+    if num_steps(alone) < num_steps(_FULL):
+        return True
+    everything = _exact(stage, offered)
+    return num_steps(everything) < num_steps(_exact(stage, offered, without=(kind, name)))
+
+
+def _exact(stage: Stage, offered, without: tuple[str, str] | None = None) -> Stage:
+    """Returns a `full` stage that keeps the same tags, spelled out, but for one of a kind."""
+    policies = []
+    for policy in stage.inner_policies:
+        names = tuple(n for n in _matching(policy, offered) if (policy.kind, n) != without)
+        if names or not policy.names:
+            policies.append(dataclasses.replace(policy, names=names))
+    return dataclasses.replace(_FULL, policies=tuple(policies))
+
+
+def _matching(policy: Policy, offered: Iterable[str]) -> list[str]:
+    return [name for name in offered if any(words.matches(name, p) for p in policy.names)]
+
+
+def _num_steps(block: Callable, args, stage: Stage) -> int:
+    """Returns how many steps a block's forward and backward pass take, views left out."""
+    fn = checkpointed(block, stage)
+
+    def both(args, grads):
+        out, reverse = jax.vjp(fn, *args)
+        return out, reverse(grads)
+
+    grads = jax.eval_shape(fn, *args)
+    grads = jax.tree.map(_cotangent, grads)
+    flat = flatten(jax.make_jaxpr(both)(args, grads))
+    return sum(not (is_identity(step) or is_view(step)) for step in flat.live_steps())
+
+
+def _cotangent(x):
+    if jax.numpy.issubdtype(x.dtype, jax.numpy.inexact):
+        return x
+    return jax.ShapeDtypeStruct(x.shape, jax.dtypes.float0)
+
+
+def _tags_of_outputs(block: Callable, args) -> set[str]:
+    """Returns the tags that stand on what the block returns."""
+    flat = flatten(jax.make_jaxpr(block)(*args))
+    origins = {origin_of(value) for value in flat.outputs}
+    return {
+        step.params["name"]
+        for step in flat.steps
+        if step.name == jaxprs.TAG and origin_of(step.outputs[0]) in origins
+    }
+
+
+def _all_steps(flat: Flat) -> list[Step]:
+    inner = [found for step in flat.steps for body in bodies(step) for found in _all_steps(body)]
+    return [*flat.steps, *inner]
+
+
+def peak_not_below_none(
+    plan: str | Plan, report: MemoryReport, none_report: MemoryReport
+) -> tuple[Finding, ...]:
+    """Returns a finding if a plan's compiled peak is not below that of `none`.
+
+    Args:
+      plan: The plan of `report`; of `none` itself there is nothing to find.
+      report: Of the step under the plan.
+      none_report: Of the same step under `none`, on the same target.
+    """
+    if all(stage.schedule == "none" for stage in as_plan(plan).stages):
+        return ()
+    if report.peak_bytes < none_report.peak_bytes:
+        return ()
+    message = (
+        f"plan {str(plan)!r} saves no memory: its peak is {gib(report.peak_bytes)}, that of none "
+        f"is {gib(none_report.peak_bytes)}; use none, which is faster, or look for what else sets "
+        "the peak (optimizer state, the loss head, a single block)"
+    )
+    return (Finding(code="peak-not-below-none", message=message),)
+
+
+def head_sets_peak(
+    buffers: Iterable[Buffer], *, tokens: int, vocab_size: int, stack_bytes: int
+) -> tuple[Finding, ...]:
+    """Returns a finding if logits outweigh, at the peak, all that the stack's plan can change.
+
+    Args:
+      buffers: `MemoryReport.buffers`, of which no two share memory.
+      tokens: Tokens of one step on one device.
+      vocab_size: Size of the vocabulary on one device.
+      stack_bytes: What the stack keeps, and one block needs while it is reversed, on one device:
+        L times `Explanation.saved_bytes`, plus `Explanation.residual_bytes`.
+    """
+    logits = [buffer for buffer in buffers if _is_logits(buffer, tokens, vocab_size)]
+    size = sum(buffer.size_bytes for buffer in logits)
+    if size <= stack_bytes:
+        return ()
+    message = (
+        f"the loss head sets the peak, not the stack: logits {logits[0].shape} take {gib(size)} "
+        f"there, all that the stack keeps {gib(stack_bytes)}; no plan for the stack helps, a loss "
+        "in chunks of tokens does (jaxckpt.losses)"
+    )
+    return (Finding(code="head-sets-peak", message=message),)
+
+
+def _is_logits(buffer: Buffer, tokens: int, vocab_size: int) -> bool:
+    """Whether a buffer is `[..., vocab_size]` with all tokens before, in any layout of them."""
+    found = re.fullmatch(r"\w+\[([\d,]+)\].*", buffer.shape)
+    if not found:
+        return False
+    *rows, last = map(int, found[1].split(","))
+    return last == vocab_size and math.prod(rows) == tokens
+
+
+# A product is a `dot`, on TPU a `convolution`, on GPU often a library call.
+_PRODUCT = re.compile(r"=\s+\S+\s+(?:dot|convolution)\(")
+_LIBRARY = re.compile(r'custom_call_target="[^"]*(?:gemm|matmul)[^"]*"')
+
+
+def undone_remat(
+    plan: str | Plan,
+    compiled_text: str,
+    jaxpr: core.ClosedJaxpr,
+    none_jaxpr: core.ClosedJaxpr,
+) -> tuple[Finding, ...]:
+    """Returns a finding if the compiled step makes no matmul again although its jaxpr does.
+
+    Args:
+      plan: The plan of the step.
+      compiled_text: `compiled.as_text()` of the step under the plan.
+      jaxpr: Of the same step.
+      none_jaxpr: Of the step under `none`, at the same unroll; it need not be compiled.
+    """
+    expected, plain = count_products(jaxpr), count_products(none_jaxpr)
+    made = _num_compiled(compiled_text)
+    if expected <= plain or made > plain:
+        return ()
+    message = (
+        f"plan {str(plan)!r} is undone by the compiler: {made} matmuls are left of the {expected} "
+        f"that the step asks for, {plain} without remat; common-subexpression elimination merged "
+        "unrolled blocks with their recomputation; use unroll=1 (a loop keeps them apart)"
+    )
+    return (Finding(code="remat-undone", message=message),)
+
+
+def count_products(jaxpr: core.ClosedJaxpr) -> int:
+    """Returns how many matrix products a program has when compiled; a loop's body counts once.
+
+    Of an unrolled scan the body counts as often as it is written out.
+    """
+    return _num_products(flatten(jaxpr))
+
+
+def _num_products(flat: Flat) -> int:
+    return sum(
+        (step.name == jaxprs.DOT)
+        + _num_copies(step) * sum(_num_products(body) for body in bodies(step))
+        for step in flat.live_steps()
+    )
+
+
+def _num_copies(step: Step) -> int:
+    if step.name != jaxprs.SCAN:
+        return 1
+    length, unroll = step.params["length"], int(step.params["unroll"])
+    return min(length, unroll + length % unroll)
+
+
+def _num_compiled(text: str) -> int:
+    return len(_PRODUCT.findall(text)) + len(_LIBRARY.findall(text))

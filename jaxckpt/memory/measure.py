@@ -4,7 +4,7 @@
     print(jaxckpt.measure(train_step, state, batch, donate_argnums=0, target="v5e-1"))
 
 Arguments may be arrays or `jax.ShapeDtypeStruct`s; nothing is allocated for the latter. The chip
-need not be there (`absent.py`).
+need not be there (`jobs.py`).
 """
 
 import dataclasses
@@ -18,14 +18,15 @@ from typing import Any
 
 import jax
 
-from jaxckpt.memory import absent, cache, launch, statistics, traveling
+from jaxckpt.absent import exported, jobs, launch
+from jaxckpt.compiled import cache, peak
+from jaxckpt.compiled.report import MemoryReport
+from jaxckpt.costs.flops import count_flops
+from jaxckpt.costs.roofline import rates_of
 from jaxckpt.memory.built_step import BuiltStep, annotate
-from jaxckpt.memory.flops import count_flops
-from jaxckpt.memory.links import links_of
-from jaxckpt.memory.present import chip_of
-from jaxckpt.memory.report import MemoryReport
-from jaxckpt.memory.roofline import rates_of
-from jaxckpt.memory.targets import LOCAL, Target, parse_target
+from jaxckpt.targets.links import links_of
+from jaxckpt.targets.present import chip_of
+from jaxckpt.targets.target import LOCAL, Target, parse_target
 
 _EXECUTABLES = "jax_compilation_cache_dir"  # an attribute that JAX's types do not have
 
@@ -53,7 +54,7 @@ def measure(
         that it changes among its outputs.
       *args: Arrays or abstract values.
       target: `"local"`, the backend of this process, or a chip: `"v5e-1"`, `"h100"`;
-        `jaxckpt.memory.targets` has them all.
+        `jaxckpt.targets.target` has them all.
       donate_argnums: Arguments whose memory outputs may reuse. Without it a training step counts
         parameters and optimizer state twice.
       static_argnums: Arguments that are compile-time constants.
@@ -77,8 +78,8 @@ def measure(
     if target.backend == "local":
         return _measure_here(made, args)
     launch.check_available(target)
-    traveler = traveling.pack(made, args, target.backend)
-    return absent.measure_program(
+    traveler = exported.pack(made, args, target.backend)
+    return jobs.measure_program(
         traveler.program,
         target=target,
         digest=traveler.digest(),
@@ -100,7 +101,7 @@ def jitted(fn: Callable, args: tuple, donate_argnums=(), static_argnums=()) -> t
     if hasattr(fn, "trace") and not has_options:
         return fn, args
     _check_holds_nothing(fn)
-    if traveling.has_nnx(args):
+    if exported.has_nnx(args):
         if hasattr(fn, "trace"):
             raise ValueError(
                 "a function of NNX modules has options of its own; give donate_argnums and "
@@ -115,7 +116,7 @@ def jitted(fn: Callable, args: tuple, donate_argnums=(), static_argnums=()) -> t
     call = fn if _has_hash(fn) else lambda *args: fn(*args)  # `jit` keeps functions by their hash
     made = jit(call, donate_argnums=donate_argnums, static_argnums=static_argnums)
     if donate_argnums == () and hasattr(getattr(fn, "func", fn), "lower"):
-        equations = traveling.trace(made, args).jaxpr.eqns
+        equations = exported.trace(made, args).jaxpr.eqns
         if any(any(equation.params.get("donated_invars", ())) for equation in equations):
             raise ValueError(
                 f"{_shown(fn)} is compiled already, and what it donates is lost in the function "
@@ -182,7 +183,7 @@ def compile_step(step: BuiltStep):
 
 
 def _measure_here(made: Any, args: Sequence) -> MemoryReport:
-    report, _ = _compile_here(traveling.trace(made, args))
+    report, _ = _compile_here(exported.trace(made, args))
     return report
 
 
@@ -193,7 +194,7 @@ def _compile_here(traced, options: Mapping[str, int | str] | None = None):
         started = time.perf_counter()
         compiled = lowered.compile(compiler_options={"xla_dump_to": dump, **(options or {})})
         seconds = time.perf_counter() - started
-        report = statistics.report_of(
+        report = peak.report_of(
             compiled,
             flops=count_flops(traced.jaxpr),
             compile_seconds=seconds,
@@ -211,7 +212,7 @@ def program_key(lowered, **parts: Any) -> str:
         results, donations, and the values of static arguments.
       **parts: What else the result depends on, JSON values.
     """
-    sources = cache.digest_of_sources({"jaxckpt.memory"})
+    sources = cache.digest_of_sources({"jaxckpt"})
     return cache.key(program=lowered.as_text(), sources=sources, **cache.here(), **parts)
 
 

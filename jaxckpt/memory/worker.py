@@ -1,6 +1,6 @@
 """The process that compiles for a chip that is not there: `python -m jaxckpt.memory.worker FOLDER`.
 
-It is started by `absent.py` with the environment that the target's compiler reads when it is
+It is started by `jobs.py` with the environment that the target's compiler reads when it is
 loaded, takes `job.json` (and `program.bin`) from the folder and leaves `result.json` there: the
 report, or the error's class, message and traceback. It is not meant to be run by hand. The
 planner's worker shares its parts.
@@ -21,15 +21,16 @@ import jax
 from jax import export
 from jax.experimental import topologies
 
-from jaxckpt.memory import oom, placements, statistics
+from jaxckpt.absent import exported
+from jaxckpt.compiled import peak
+from jaxckpt.compiled.report import MemoryReport
+from jaxckpt.costs.flops import count_flops
+from jaxckpt.costs.roofline import Rates
 from jaxckpt.memory.built_step import BuiltStep, annotate
-from jaxckpt.memory.flops import count_flops
-from jaxckpt.memory.gpu_config import target_config
-from jaxckpt.memory.links import links_of
-from jaxckpt.memory.report import MemoryReport
-from jaxckpt.memory.roofline import Rates
-from jaxckpt.memory.targets import HOST_GPUS, Target, parse_target
 from jaxckpt.plans.errors import UserError
+from jaxckpt.targets.gpu_config import target_config
+from jaxckpt.targets.links import links_of
+from jaxckpt.targets.target import HOST_GPUS, Target, parse_target
 
 
 def main(folder: Path):
@@ -58,7 +59,7 @@ def _run(job: dict[str, Any], folder: Path) -> MemoryReport:
         # The topology is up before the step is traced: cuDNN's attention looks for its chip then.
         return measure_built(build_step(**job["entry"]), target, topology)
     exported = export.deserialize(bytearray((folder / "program.bin").read_bytes()))
-    shardings = placements.rebuild(job["placement"], topology, target, exported.nr_devices)
+    shardings = exported.rebuild(job["placement"], topology, target, exported.nr_devices)
     # Arguments that the program never reads are dropped, as `jax.jit` does.
     kept = exported.module_kept_var_idx
     donated = [at for at, flat in enumerate(kept) if job["donated"][flat]]
@@ -106,11 +107,11 @@ def build_step(function: str, arguments: Mapping[str, Any]) -> BuiltStep:
 def measure_built(step: BuiltStep, target: Target, topology) -> MemoryReport:
     """Returns the report of a step, with time and findings, compiled for a topology's devices."""
     leaves, tree = jax.tree.flatten(tuple(step.args))
-    described = placements.describe([getattr(leaf, "sharding", None) for leaf in leaves])
+    described = exported.describe([getattr(leaf, "sharding", None) for leaf in leaves])
     placed = [
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         for leaf, sharding in zip(
-            leaves, placements.rebuild(described, topology, target), strict=True
+            leaves, exported.rebuild(described, topology, target), strict=True
         )
     ]
     step = dataclasses.replace(step, args=tree.unflatten(placed))
@@ -168,13 +169,13 @@ def compile_for(
         try:
             compiled = lowered.compile(compiler_options={"xla_dump_to": dump, **(options or {})})
         except jax.errors.JaxRuntimeError as error:
-            found = oom.parse(str(error)) if target.backend == "tpu" else None
+            found = peak.parse(str(error)) if target.backend == "tpu" else None
             if found is None:
                 raise
-            return statistics.refused(
+            return peak.refused(
                 found, compile_seconds=seconds(), num_devices=target.num_devices, **shared
             )
-        return statistics.report_of(
+        return peak.report_of(
             compiled,
             backend=target.backend,
             compile_seconds=seconds(),

@@ -11,7 +11,7 @@ _LAZY = {
     "Transformer": "jaxckpt.models.transformer",
     "causal_attention": "jaxckpt.models.attention",
     "next_token_loss": "jaxckpt.models.loss",
-    "resolve": "jaxckpt.models.auto",
+    "resolve": "jaxckpt.models.device_choice",
 }
 
 __all__ = ["Transformer", "TransformerConfig", "causal_attention", "next_token_loss", "resolve"]

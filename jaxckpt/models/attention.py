@@ -15,7 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxckpt.models import auto
+from jaxckpt.models import device_choice
 from jaxckpt.models.config import ModelError
 from jaxckpt.models.plain_attention import plain_attention, same_document
 from jaxckpt.models.splash import splash_attention
@@ -46,11 +46,13 @@ def causal_attention(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS=None, *, kind: str =
     sizes = {"dtype": q_BSHN.dtype.name, "head_dim": head_dim, "seq_len": size}
     packed = segment_ids_BS is not None
     if kind == "auto":
-        kind, _ = auto.choose_attention(auto.local_device(), packed=packed, **sizes)
+        kind, _ = device_choice.choose_attention(
+            device_choice.local_device(), packed=packed, **sizes
+        )
     if kind not in _KERNELS:
         valid = ("auto", *_KERNELS)
         raise ModelError(f"attention is {kind!r}; valid: {', '.join(valid)}{nearest(kind, valid)}")
-    refusal = auto.refused_sizes(kind, packed=packed, **sizes)
+    refusal = device_choice.refused_sizes(kind, packed=packed, **sizes)
     if refusal:
         raise ModelError(f"attention {kind!r} {refusal}; 'plain' takes any")
     return _KERNELS[kind](q_BSHN, k_BSKN, v_BSKN, segment_ids_BS)
@@ -70,7 +72,7 @@ def _cudnn(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS):
         raise ModelError(
             f"attention 'cudnn' needs cuDNN where it is traced, and this process has none "
             f"({error}); use 'auto' or 'plain', or build a step for an absent GPU by "
-            "jaxckpt.memory.absent.Entry"
+            "jaxckpt.absent.jobs.Entry"
         ) from None
 
 

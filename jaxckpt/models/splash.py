@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.tree_util import Partial
 
-from jaxckpt.models.auto import splash_block
+from jaxckpt.models.device_choice import splash_block
 from jaxckpt.transforms import tags
 
 

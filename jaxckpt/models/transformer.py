@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax import Array
 
 from jaxckpt.linen import Stack
-from jaxckpt.models import auto
+from jaxckpt.models import device_choice
 from jaxckpt.models.attention import causal_attention
 from jaxckpt.models.config import TransformerConfig
 from jaxckpt.models.normalization import rms_norm, rms_norm_rotate, rotate
@@ -209,4 +209,8 @@ def _dense(config: TransformerConfig, features: int, name: str | None = None) ->
 
 def _dtype(config: TransformerConfig) -> str:
     """Returns the dtype of the computation; `auto` that nobody resolved is this process's."""
-    return auto.choose_dtype(auto.local_device())[0] if config.dtype == "auto" else config.dtype
+    return (
+        device_choice.choose_dtype(device_choice.local_device())[0]
+        if config.dtype == "auto"
+        else config.dtype
+    )

@@ -1,6 +1,6 @@
 """The planner for a step that is built in the process that compiles it. No JAX import.
 
-    step = Entry(function="experiments.build:built_step", arguments={...})
+    step = Entry(function="experiments.training.build:built_step", arguments={...})
     print(fit_entry(step, num_blocks=28, target="h100", budget="70GiB"))
 
 `jaxckpt.fit` traces a step where it is called. A step that cannot be traced there (cuDNN's
@@ -12,11 +12,12 @@ name that `measure_entry` gives it: a plan that either has compiled is not compi
 from collections.abc import Mapping
 from typing import Any
 
-from jaxckpt.memory import cache, launch
-from jaxckpt.memory.absent import Entry, entry_key
-from jaxckpt.memory.targets import Target, TargetError, parse_target
+from jaxckpt.absent import launch
+from jaxckpt.absent.jobs import Entry, entry_key
+from jaxckpt.compiled import cache
 from jaxckpt.planner.budgets import budget_bytes, check_asked, host_bytes
 from jaxckpt.planner.result import BudgetError, FitResult
+from jaxckpt.targets.target import Target, TargetError, parse_target
 
 
 def fit_entry(

@@ -3,9 +3,9 @@
 import warnings
 from collections.abc import Mapping
 
-from jaxckpt.memory.present import usable_bytes
-from jaxckpt.memory.targets import Target
-from jaxckpt.memory.units import gib, parse_bytes
+from jaxckpt.targets.present import usable_bytes
+from jaxckpt.targets.target import Target
+from jaxckpt.units import gib, parse_bytes
 
 
 def check_asked(num_blocks: int | Mapping[str, int]):

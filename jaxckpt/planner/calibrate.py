@@ -18,12 +18,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxckpt.memory import cache
+from jaxckpt.compiled import cache
+from jaxckpt.costs.roofline import Rates
 from jaxckpt.memory.measure import program_key
-from jaxckpt.memory.roofline import Rates
-from jaxckpt.planner.costs import Forward, Kind, with_copies
+from jaxckpt.planner.kinds import Forward, Kind, with_copies
 from jaxckpt.planner.stacks import Stack
-from jaxckpt.transforms.recording import Moving, differentiate
+from jaxckpt.transforms.block_vjp import Moving, differentiate
 
 _TIMES = 5
 _LINK_BYTES = 1 << 26
@@ -110,7 +110,7 @@ def _of_block(stack: Stack) -> dict[str, float]:
 
 def _kept(lowered, timed: Callable[[], dict[str, float]]) -> dict[str, float]:
     """Returns seconds of a program from disk, where they are timed if they are not there."""
-    name = program_key(lowered, timed="seconds", by=cache.digest_of_sources({"jaxckpt.planner"}))
+    name = program_key(lowered, timed="seconds", by=cache.digest_of_sources({"jaxckpt"}))
     found = cache.load_json(name)
     is_whole = isinstance(found, dict) and all(isinstance(x, float) for x in found.values())
     if not found or not is_whole:

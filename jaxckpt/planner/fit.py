@@ -4,11 +4,11 @@
     print(result)                # --remat=..., its compiled peak, why nothing faster fits
 
 `step_for(plan)` returns the step as a function and its (abstract) arguments. The stacks in it are
-found by tracing, blocks are costed as `costs.py` says, plans put together in `drafts.py` and
-ordered in `ladder.py`, and `search.py` compiles a few. A plan is only returned if the compiler's
+found by tracing, blocks are costed as `kinds.py` says, plans put together in `across_blocks.py` and
+ordered in `search.py`, and `search.py` compiles a few. A plan is only returned if the compiler's
 own peak of its step is within the budget.
 
-Stacks that are given by name get a plan each (`several.py`).
+Stacks that are given by name get a plan each (`problem.py`).
 
 Limits: stacks that follow one plan have the same number of blocks; seconds are a roofline's.
 """
@@ -18,20 +18,17 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxckpt.memory.present import chip_of
-from jaxckpt.memory.roofline import UNKNOWN, rates_of
-from jaxckpt.memory.targets import Target, parse_target
+from jaxckpt.costs.roofline import UNKNOWN, rates_of
 from jaxckpt.planner.budgets import budget_bytes, check_asked, host_bytes
-from jaxckpt.planner.ladder import Rung
-from jaxckpt.planner.named_stacks import check_blocks
 from jaxckpt.planner.offload_check import verdict
-from jaxckpt.planner.problem import Problem
+from jaxckpt.planner.problem import Problem, SeveralProblem
 from jaxckpt.planner.result import BudgetError, FitResult
-from jaxckpt.planner.search import search
-from jaxckpt.planner.several import SeveralProblem
-from jaxckpt.planner.steps import Steps
+from jaxckpt.planner.search import Rung, search
+from jaxckpt.planner.steps import Steps, check_blocks
 from jaxckpt.plans import Plan
 from jaxckpt.plans.plan_set import PlanSet
+from jaxckpt.targets.present import chip_of
+from jaxckpt.targets.target import Target, parse_target
 
 MOST_COMPILES = 6
 _LOG = logging.getLogger(__name__)

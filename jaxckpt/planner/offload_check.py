@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxckpt.memory import cache
-from jaxckpt.memory.targets import Target
+from jaxckpt.compiled import cache
+from jaxckpt.targets.target import Target
 from jaxckpt.transforms.policies import bad_offload
 from jaxckpt.transforms.stack import scan_blocks
 from jaxckpt.transforms.tags import tag
@@ -82,7 +82,7 @@ def checked(backend: str) -> dict[str, float]:
     Args:
       backend: This process's.
     """
-    sources = cache.digest_of_sources({"jaxckpt.planner"})
+    sources = cache.digest_of_sources({"jaxckpt"})
     asked = {"check": "gradients under offload", "backend": backend, "sources": sources}
     name = cache.key(**asked, **cache.here())
     found = cache.load_json(name)

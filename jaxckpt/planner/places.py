@@ -16,10 +16,10 @@ from typing import TypeAlias
 
 from jax.extend import core
 
-from jaxckpt.memory.flat import Flat, Step, bodies, flatten
+from jaxckpt.costs.flat import Flat, Step, bodies, flatten
 from jaxckpt.planner.stacks import Stack
 from jaxckpt.plans import Plan, PlanError, as_plan
-from jaxckpt.plans.actions import Schedule
+from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms import jaxprs, tags
 from jaxckpt.transforms.observers import StackCall
 

@@ -3,11 +3,11 @@
 import dataclasses
 from typing import Any, Self
 
-from jaxckpt.memory.report import MemoryReport
-from jaxckpt.memory.units import gib
+from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.plans import Plan
 from jaxckpt.plans.errors import UserError
 from jaxckpt.plans.plan_set import PlanSet, plan_json, plan_of_json
+from jaxckpt.units import gib
 
 _SHOWN = 3
 

@@ -1,6 +1,6 @@
 """The process that plans for a chip that is not there: `python -m jaxckpt.planner.worker FOLDER`.
 
-It is started by `absent.py` as `jaxckpt.memory.worker` is, and compiles every plan that it looks
+It is started by `jobs.py` as `jaxckpt.memory.worker` is, and compiles every plan that it looks
 at itself: the target's topology is up, so the step can be traced. It is not meant to be run by
 hand.
 """
@@ -9,16 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxckpt.memory import cache
-from jaxckpt.memory.absent import Entry, entry_key
-from jaxckpt.memory.report import MemoryReport
-from jaxckpt.memory.targets import parse_target
+from jaxckpt.absent.jobs import Entry, entry_key
+from jaxckpt.compiled import cache
+from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.memory.worker import answer, build_step, get_topology, measure_built
 from jaxckpt.planner.fit import solve
 from jaxckpt.planner.result import BudgetError
 from jaxckpt.planner.steps import Steps
 from jaxckpt.plans import Plan
 from jaxckpt.plans.plan_set import PlanSet, plan_json
+from jaxckpt.targets.target import parse_target
 
 
 def main(folder: Path):

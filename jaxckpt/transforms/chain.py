@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 import jax
 
 from jaxckpt.plans import Plan, Policy, as_plan
-from jaxckpt.plans.actions import Schedule
-from jaxckpt.transforms import chain_executor, executor, invented, tags
-from jaxckpt.transforms import nested as reference
-from jaxckpt.transforms.blocks import check_policies, check_rerun, check_schedule
+from jaxckpt.schedules.schedule import Schedule
+from jaxckpt.transforms import chain_executor, stack_executor, tags, value_names
+from jaxckpt.transforms import checkpointed as reference
+from jaxckpt.transforms.checks import check_policies, check_rerun, check_schedule
 from jaxckpt.transforms.policies import all_of
 from jaxckpt.transforms.traced_block import (
     TracedBlock,
@@ -96,11 +96,11 @@ def _run(blocks: Sequence[TracedBlock], plan: Plan | Schedule, nested: bool, car
     calls = [block.call for block in blocks]
     if isinstance(plan, Schedule):
         return chain_executor.run_schedule(calls, carry, consts, plan)
-    calls = [invented.resolved(call, all_of(plan)) for call in calls]
+    calls = [value_names.resolved(call, all_of(plan)) for call in calls]
     start = 0
     for stage in plan.stages:
         here = slice(start, start + stage.bound_count)
-        if not nested and stage.schedule in executor.SCHEDULES:
+        if not nested and stage.schedule in stack_executor.SCHEDULES:
             carry = chain_executor.run_stage(calls[here], carry, consts[here], stage)
         else:
             pairs = tuple(zip(calls[here], consts[here], strict=True))
@@ -112,7 +112,7 @@ def _run(blocks: Sequence[TracedBlock], plan: Plan | Schedule, nested: bool, car
 
 def _tags_of(blocks: Sequence[TracedBlock], policies: Sequence[Policy]) -> tags.Tags:
     """Returns the tags of all blocks together."""
-    found = [invented.offered(block.call, policies, *block.inputs) for block in blocks]
+    found = [value_names.offered(block.call, policies, *block.inputs) for block in blocks]
     names = lambda kind: dict.fromkeys(name for tags in found for name in getattr(tags, kind))
     return tags.Tags(
         names=tuple(sorted(names("names"))),

@@ -21,11 +21,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxckpt.plans import Stage
-from jaxckpt.plans.actions import Action, Advance, Free, Load, Record, Reverse, Schedule, Store
-from jaxckpt.plans.stage_schedule import schedule_of
+from jaxckpt.schedules.actions import Action, Advance, Free, Load, Record, Reverse, Store
+from jaxckpt.schedules.of_stage import schedule_of
+from jaxckpt.schedules.schedule import Schedule
+from jaxckpt.transforms.block_vjp import Moving, differentiate
 from jaxckpt.transforms.custom_gradient import batched_call, inexact, moved, run_with_gradient
 from jaxckpt.transforms.policies import checkpoint_policy, refuse_bad_offload
-from jaxckpt.transforms.recording import Moving, differentiate
 
 
 def run_stage(calls: Sequence[Callable], carry, consts, stage: Stage) -> list:

@@ -18,7 +18,7 @@ from typing import Any
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from jaxckpt.plans import Plan
-from jaxckpt.plans.actions import Schedule
+from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms.traced_block import TracedBlock
 
 

@@ -13,11 +13,11 @@ import jax
 from jax import lax
 
 from jaxckpt.plans import Plan, as_plan
-from jaxckpt.plans.actions import Schedule
-from jaxckpt.plans.stage_schedule import under_loss
-from jaxckpt.transforms import executor, invented, observers, rows
-from jaxckpt.transforms import nested as reference
-from jaxckpt.transforms.blocks import (
+from jaxckpt.schedules.of_stage import under_loss
+from jaxckpt.schedules.schedule import Schedule
+from jaxckpt.transforms import checkpointed as reference
+from jaxckpt.transforms import observers, rows, stack_executor, value_names
+from jaxckpt.transforms.checks import (
     check_carry,
     check_policies,
     check_rerun,
@@ -102,7 +102,7 @@ def scan_blocks(
     check_carry(carry, traced.out)
     check_rerun(traced, remat)
     if isinstance(remat, Plan):
-        check_policies(remat, lambda asked: invented.offered(traced.call, asked, *traced.inputs))
+        check_policies(remat, lambda asked: value_names.offered(traced.call, asked, *traced.inputs))
     # What every block hands on is kept once and not with every carry.
     leaves, tree = jax.tree.flatten(carry)
     held = [leaf for place, leaf in enumerate(leaves) if place not in traced.changed]
@@ -124,17 +124,17 @@ def _run(
 ) -> list:
     """Returns the last block's carry; params, carry and consts are lists of leaves."""
     if isinstance(plan, Schedule):
-        how = executor.How(unroll=unroll)
-        return executor.run_schedule(block.call, params, carry, consts, under_loss(plan), how)
-    call = invented.resolved(block.call, all_of(plan))
+        how = stack_executor.How(unroll=unroll)
+        return stack_executor.run_schedule(block.call, params, carry, consts, under_loss(plan), how)
+    call = value_names.resolved(block.call, all_of(plan))
     apply = lambda carry, params_i: call(carry, params_i, consts)
     start = 0
     # Where another stage keeps its rows, reading from the whole stack would keep that as well.
     reads_whole = rows.reads_inside(plan, unroll)
     for stage in plan.stages:
         part = _rows(params, start, start + stage.bound_count, plan.bound_count)
-        if not nested and stage.schedule in executor.SCHEDULES:
-            carry = executor.run_stage(call, part, carry, consts, stage, unroll)
+        if not nested and stage.schedule in stack_executor.SCHEDULES:
+            carry = stack_executor.run_stage(call, part, carry, consts, stage, unroll)
         else:
             blocks = reference.Stacked(
                 params=part,

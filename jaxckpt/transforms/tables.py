@@ -10,7 +10,8 @@ import functools
 
 import numpy as np
 
-from jaxckpt.plans.actions import Advance, Free, Load, Record, Reverse, Schedule, Store
+from jaxckpt.schedules.actions import Advance, Free, Load, Record, Reverse, Store
+from jaxckpt.schedules.schedule import Schedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,14 +5,14 @@ import dataclasses
 import jax
 import pytest
 
-from experiments.build import abstract_block, build
 from experiments.config import TrainConfig
-from experiments.step import make_train_step
+from experiments.training.build import abstract_block, build
+from experiments.training.step import make_train_step
 from jaxckpt.memory.built_step import stack_bytes
 from jaxckpt.models.config import TransformerConfig
 from jaxckpt.planner.places import Finder, places
 from jaxckpt.plans import Policy
-from jaxckpt.transforms import invented
+from jaxckpt.transforms import value_names
 from jaxckpt.transforms.observers import observed
 
 _SIZES = {"num_blocks": 4, "d_model": 16, "d_ff": 32, "num_heads": 2, "vocab_size": 64}
@@ -31,8 +31,8 @@ def test_untagged_values_are_counted_as_in_the_stack(plan, unroll):
     (place,) = places(finder.phases(jaxpr))
     stack = place.call.stack
     block, params_i, x, *consts = abstract_block(config, step.args[0].params)
-    of_step = invented.offered(stack.call, _ANY, stack.carry, stack.params_i, stack.consts)
-    of_block = invented.offered(block, _ANY, x, params_i, *consts)
+    of_step = value_names.offered(stack.call, _ANY, stack.carry, stack.params_i, stack.consts)
+    of_block = value_names.offered(block, _ANY, x, params_i, *consts)
     assert of_step.invented == of_block.invented
     assert "@cast.1" in of_block.invented
 
@@ -44,7 +44,7 @@ def test_a_plan_that_names_the_last_cast_of_an_unrolled_block_is_explained():
 
     def names_of(config):
         block, params_i, x, *consts = abstract_block(config, build(config, "local").args[0].params)
-        return invented.offered(block, _ANY, x, params_i, *consts).invented
+        return value_names.offered(block, _ANY, x, params_i, *consts).invented
 
     names = names_of(config)
     assert names == names_of(dataclasses.replace(config, unroll=1))

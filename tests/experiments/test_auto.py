@@ -13,19 +13,20 @@ import numpy as np
 import pytest
 
 import jaxckpt
-from experiments import auto, measuring
-from experiments.build import build, entry_of
 from experiments.cli import main
 from experiments.config import ConfigError, OptimizerConfig, TrainConfig
 from experiments.data import Corpus
 from experiments.fit import fit
-from experiments.loop import run
+from experiments.fitting import measuring
 from experiments.train import train
-from jaxckpt.memory import launch
+from experiments.training import choose_plan
+from experiments.training.build import build, entry_of
+from experiments.training.loop import run
+from jaxckpt.absent import launch
 from jaxckpt.memory.measure import compile_step
-from jaxckpt.memory.targets import parse_target
 from jaxckpt.models import TransformerConfig
 from jaxckpt.planner.result import BudgetError, FitResult
+from jaxckpt.targets.target import parse_target
 from tests.experiments.test_fit import report
 
 pytestmark = pytest.mark.xdist_group("auto")
@@ -121,7 +122,7 @@ def result(chosen, budget) -> FitResult:
     config = dataclasses.replace(CONFIG, remat="auto", budget=str(budget))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jaxckpt.memory.measure.compile_step", None)
-        return auto.choose(config, "local")
+        return choose_plan.choose(config, "local")
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +137,12 @@ def test_the_second_start_compiles_nothing_to_plan(chosen, result):
 
 
 def test_what_is_verified_is_compiled_with_the_options_of_what_runs(monkeypatch):
-    monkeypatch.setattr("experiments.build.compiler_options", lambda _: {"xla_not_there": 1})
+    monkeypatch.setattr(
+        "experiments.training.build.compiler_options", lambda _: {"xla_not_there": 1}
+    )
     config = dataclasses.replace(CONFIG, remat="auto", budget="1MiB")
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_not_there"):
-        auto.choose(config, "local")
+        choose_plan.choose(config, "local")
 
 
 def test_flops_are_those_of_the_whole_accumulated_step(result):
@@ -156,7 +159,7 @@ def test_a_resumed_run_keeps_its_plan_and_is_planned_anew_if_asked(
         asked.append(budget)
         return dataclasses.replace(result, plan=jaxckpt.Plan.parse("full"))
 
-    monkeypatch.setattr(auto, "choose", choose)
+    monkeypatch.setattr(choose_plan, "choose", choose)
     again = {"resume": True, "remat": "auto", "save_every": 3}
     same, more = trained(folder, **again, budget=str(budget))
     assert same["plan"] == header["plan"] and not asked and more == losses
@@ -174,12 +177,12 @@ def test_a_plan_that_needs_more_than_the_budget_is_refused(peaks, tmp_path):
 def test_a_plan_that_moves_more_than_the_hosts_budget_is_refused():
     config = dataclasses.replace(CONFIG, remat="offload:carry", host_budget="1MiB")
     needs = report(1.0, host_bytes=2**21)
-    limit = auto.host_limit_bytes(config)
-    auto.check_within(config, report(1.0, host_bytes=2**20), None, limit)
+    limit = choose_plan.host_limit_bytes(config)
+    choose_plan.check_within(config, report(1.0, host_bytes=2**20), None, limit)
     with pytest.raises(
         ConfigError, match=r"plan 'offload:carry' .* the host budget of 0\.0010 GiB"
     ):
-        auto.check_within(config, needs, None, limit)
+        choose_plan.check_within(config, needs, None, limit)
     row = measuring.FitRow(config=config, target="v5e-1", report=needs, host_budget_bytes=limit)
     assert row.fits is False and row.as_json()["host_budget_bytes"] == 2**20
 
@@ -197,7 +200,7 @@ def test_nothing_fits(command, infeasible, monkeypatch, capsys, tmp_path):
     def choose(*_, **__):
         raise infeasible
 
-    monkeypatch.setattr(auto, "choose", choose)
+    monkeypatch.setattr(choose_plan, "choose", choose)
     monkeypatch.setattr(measuring, "choose", choose)
     flags = [*FLAGS, "--remat=auto", "--budget=30KB", f"--out={tmp_path / 'run'}"]
     err = refused(command, [*flags, "--data=README.md"], capsys)
@@ -266,7 +269,7 @@ WORLD = {"none": lambda n: 4 * n, "full": lambda n: 2 * n, "log": lambda n: 4 + 
 
 def plans_of_the_world(config, target, budget=None):
     """Returns what a planner would: the first of WORLD that fits, as fast as it is early."""
-    limit = (budget or auto.limit_bytes(config, target)) >> 30
+    limit = (budget or choose_plan.limit_bytes(config, target)) >> 30
     peaks = {plan: peak(config.batch_size) for plan, peak in WORLD.items()}
     for plan, peak in peaks.items():
         if peak <= limit:

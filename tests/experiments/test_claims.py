@@ -10,7 +10,7 @@ from experiments.claiming.claims import CLAIMS
 from experiments.claiming.evidence import Evidence, gather
 from experiments.claims import claims
 from experiments.cli import main
-from experiments.fit_row import FitRow
+from experiments.fitting.row import FitRow
 from jaxckpt.plans import PlanError
 from tests.experiments.test_fit import GIB, report
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import evaluations
+from benchmarks.executor_parts import evaluations
 from experiments.cli import main
 from experiments.draw import draw
 from experiments.drawing import text

@@ -11,13 +11,12 @@ from cyclopts import Parameter
 import experiments
 import jaxckpt
 from experiments.cli import main
-from experiments.config import ConfigError, TrainConfig
+from experiments.config import ConfigError, RunError, TrainConfig
 from experiments.data.sources import DataError
 from experiments.data.tokenizer import Tokenizer
 from experiments.fit import fit
-from experiments.fit_row import FitRow
-from experiments.record import RunError
-from jaxckpt.memory.launch import WorkerError, WorkerRefusal
+from experiments.fitting.row import FitRow
+from jaxckpt.absent.launch import WorkerError, WorkerRefusal
 from jaxckpt.plans.errors import UserError
 
 FAULTS = (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, AssertionError)

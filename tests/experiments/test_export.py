@@ -10,8 +10,7 @@ import pytest
 from experiments import export as export_module
 from experiments.cli import main
 from experiments.export import export
-from experiments.shard_writer import write_shards
-from experiments.shards import Shards
+from experiments.weights.shards import Shards, write_shards
 from tests.experiments import hf_folders, runs
 
 TEXT = "def import self: return the of and in for\n" * 200

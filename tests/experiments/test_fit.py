@@ -7,16 +7,15 @@ import sys
 
 import pytest
 
-from experiments import fit_table, measuring
 from experiments.cli import main
 from experiments.config import ConfigError, TrainConfig
 from experiments.fit import PLANS, fit
-from experiments.largest import largest_that_fits
-from experiments.measuring import FitRow
-from jaxckpt.memory import launch
-from jaxckpt.memory.report import MemoryReport
-from jaxckpt.memory.targets import parse_target
-from jaxckpt.memory.understood import Understood
+from experiments.fitting import measuring, table
+from experiments.fitting.measuring import FitRow, largest_that_fits
+from jaxckpt.absent import launch
+from jaxckpt.compiled.report import MemoryReport
+from jaxckpt.compiled.understood import Understood
+from jaxckpt.targets.target import parse_target
 
 GIB = 1 << 30
 # Splash attention alone takes a minute to compile.
@@ -159,9 +158,9 @@ def test_ranks_without_times_by_what_is_run_again():
         FitRow(config=config, target="local", report=report(1.0, seconds=None, again=again))
         for again in (30, 0, 10)
     ]
-    assert [row.report.recomputed_flops for row in fit_table.ranked(rows)] == [0, 10, 30]
+    assert [row.report.recomputed_flops for row in table.ranked(rows)] == [0, 10, 30]
     unknown = dataclasses.replace(rows[0].report, usable_bytes=None)
-    assert fit_table.best([dataclasses.replace(rows[0], report=unknown)]) is None
+    assert table.best([dataclasses.replace(rows[0], report=unknown)]) is None
 
 
 @pytest.mark.parametrize(

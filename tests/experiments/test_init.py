@@ -16,9 +16,9 @@ from flax import traverse_util
 
 from experiments.cli import main
 from experiments.config import ConfigError, TrainConfig, load_toml
-from experiments.init import check_init, load_params, read_shape
-from experiments.step import init_state
 from experiments.train import train
+from experiments.training.step import init_state
+from experiments.weights.load import check_init, load_params, read_shape
 from jaxckpt.models import TransformerConfig, qwen3
 from tests.experiments import hf_folders
 
@@ -79,7 +79,7 @@ def test_weights_are_checked_without_jax(tmp_path):
     hf_folders.write(tmp_path, tensors={**tensors, qwen3.HEAD: tensors[qwen3.EMBEDDING]})
     code = (
         "import pathlib, sys\n"
-        "from experiments.init import check_weights, read_shape\n"
+        "from experiments.weights.load import check_weights, read_shape\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "check_weights(folder, read_shape(folder))\n"
         "print('jax' in sys.modules)\n"

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 
-from experiments.build import entry_of
 from experiments.config import TrainConfig
-from jaxckpt.memory import launch
-from jaxckpt.memory.absent import measure_entry
-from jaxckpt.memory.targets import parse_target
+from experiments.training.build import entry_of
+from jaxckpt.absent import launch
+from jaxckpt.absent.jobs import measure_entry
 from jaxckpt.models import TransformerConfig
+from jaxckpt.targets.target import parse_target
 
 MODEL = TransformerConfig(
     **{"num_blocks": 4, "d_model": 256, "num_heads": 4, "num_kv_heads": 4, "head_dim": 64},

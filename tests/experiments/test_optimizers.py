@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.checkpoints import Checkpoints, about_run
 from experiments.cli import main
 from experiments.config import ConfigError, OptimizerConfig, TrainConfig, load_toml
-from experiments.optimizers import make_optimizer
-from experiments.step import init_state, make_train_step
+from experiments.training.checkpoints import Checkpoints, about_run
+from experiments.training.optimizers import make_optimizer
+from experiments.training.step import init_state, make_train_step
 from jaxckpt.models import TransformerConfig
 
 MODEL = TransformerConfig(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import files, record
+from experiments import files
 from experiments.claims import claims
 from experiments.cli import main
 from experiments.config import ConfigError, TrainConfig
@@ -23,6 +23,7 @@ from experiments.fit import fit
 from experiments.report import report
 from experiments.sweep import sweep
 from experiments.train import train
+from experiments.training import record
 from tests.experiments import runs
 from tests.experiments.test_resume import snapshot
 

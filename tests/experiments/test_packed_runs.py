@@ -17,9 +17,9 @@ from experiments.data import (
     packed_validation_batches,
     validation_batches,
 )
-from experiments.loop import run
-from experiments.step import init_state, make_train_step, make_validation_step
 from experiments.train import train
+from experiments.training.loop import run
+from experiments.training.step import init_state, make_train_step, make_validation_step
 from jaxckpt.models import Transformer, TransformerConfig, next_token_loss
 from tests.experiments import runs
 from tests.experiments.packing import join

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from experiments.config import ConfigError, TrainConfig
-from experiments.process_flags import ProcessFlags
-from experiments.roll_call import call_roll
+from experiments.processes.connections import call_roll
+from experiments.processes.flags import ProcessFlags
 from tests.experiments.runs import ROOT, TINY, finish, last_step, rows, start, wait_for
 
 MESH = ("--mesh=data=2,fsdp=2", "--batch-size=8", "--num-kv-heads=2", "--seq-len=16")
@@ -163,7 +163,7 @@ def test_a_process_that_never_comes_ends_the_command_line(tmp_path):
 
 LIFELINE = """
 import socket, sys, threading
-from experiments.lifelines import Lifelines
+from experiments.processes.connections import Lifelines
 mine, theirs = socket.socketpair()
 with Lifelines({3: mine}, grace_seconds=0.2):
     (watch,) = [thread for thread in threading.enumerate() if thread.daemon]

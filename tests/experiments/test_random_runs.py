@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.checkpoints import Checkpoints
 from experiments.cli import main
 from experiments.train import train
+from experiments.training.checkpoints import Checkpoints
 from tests.experiments import runs
 
 ROOT = Path(__file__).parents[2]

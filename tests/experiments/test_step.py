@@ -12,8 +12,8 @@ import pytest
 import jaxckpt
 from experiments.config import TrainConfig
 from experiments.data import Corpus
-from experiments.loop import run
-from experiments.step import init_state, make_train_step
+from experiments.training.loop import run
+from experiments.training.step import init_state, make_train_step
 from jaxckpt.models import TransformerConfig
 from tests.transforms.cases import relative_error
 
@@ -58,7 +58,7 @@ def test_nothing_recompiles_and_state_is_donated():
 
 def test_norms_do_not_decay():
     """With a zero gradient, weight decay shrinks matrices and leaves scales at one."""
-    from experiments.step import make_optimizer
+    from experiments.training.step import make_optimizer
 
     optimizer = make_optimizer(dataclasses.replace(CONFIG.optimizer, warmup_steps=0), 10)
     params = jax.jit(lambda: init_state(CONFIG))().params

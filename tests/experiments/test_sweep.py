@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from cyclopts import App
 
-from experiments import measuring
 from experiments.cli import main
 from experiments.config import OptimizerConfig, TrainConfig
-from experiments.fit_row import FitRow
+from experiments.fitting import measuring
+from experiments.fitting.row import FitRow
 from experiments.sweep import PLANS, sweep
 from experiments.sweeping import running
 from experiments.sweeping.case import flags_of
-from jaxckpt.memory.launch import Processes
+from jaxckpt.absent.launch import Processes
 from jaxckpt.models.config import TransformerConfig
 from tests.experiments.runs import HANG_SECONDS, wait_for
 from tests.experiments.test_fit import GIB, report
@@ -217,7 +217,9 @@ def test_a_row_that_is_stopped_is_tried_again(monkeypatch, tmp_path):
         if sent:
             return run(self, command, **options)
         sent.append(command)
-        code = "from experiments.stopping import StopRequest as S; import os, signal, sys\n"
+        code = (
+            "from experiments.training.stopping import StopRequest as S; import os, signal, sys\n"
+        )
         code += "enter = S.__enter__\n"
         code += "def now(self):\n    enter(self); os.kill(os.getpid(), signal.SIGTERM)\n"
         code += "    while not self.signal_name: pass\n    return self\n"

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as HuggingFace
 from experiments.data import DataError, load_corpus
 from experiments.data.documents import Document
 from experiments.data.tokenizer import Tokenizer
-from jaxckpt.memory import cache
+from jaxckpt.compiled import cache
 from tests.experiments import hf_folders
 
 ROOT = Path(__file__).parents[2]

@@ -6,10 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.build import build
 from experiments.config import ConfigError, OptimizerConfig, TrainConfig
-from experiments.step import init_state, make_train_step, resolve_model
-from experiments.trainable import merge, split
+from experiments.training.build import build
+from experiments.training.step import init_state, make_train_step, merge, resolve_model, split
 from jaxckpt.memory.measure import compile_step
 from jaxckpt.models.config import TransformerConfig
 

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.build import build
 from experiments.config import TrainConfig
-from experiments.step import init_state
-from experiments.utilization import StepFlops, model_flops, step_flops
-from jaxckpt.memory.flops import count_flops
+from experiments.training.build import build
+from experiments.training.step import init_state
+from experiments.training.utilization import StepFlops, model_flops, step_flops
+from jaxckpt.costs.flops import count_flops
 from jaxckpt.models import TransformerConfig
 
 MODEL = TransformerConfig(

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
+from jaxckpt.costs.flops import count_flops
 from jaxckpt.losses import chunks, linear_cross_entropy, plain_linear_cross_entropy
-from jaxckpt.memory.flops import count_flops
 from jaxckpt.transforms.jaxprs import equations
 from tests.losses.cases import inputs
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
+from jaxckpt.costs.roofline import Rates
 from jaxckpt.memory.built_step import BuiltStep, annotate, stack_bytes
 from jaxckpt.memory.measure import compile_step
-from jaxckpt.memory.roofline import Rates
 from jaxckpt.plans import as_plan
 
 LENGTH, WIDTH, ROWS = 8, 64, 32

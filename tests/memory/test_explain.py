@@ -6,10 +6,10 @@ import pytest
 
 import jaxckpt
 from jaxckpt import PlanError
+from jaxckpt.costs.residuals import checkpointed, single_stage
 from jaxckpt.memory.explain import explain
-from jaxckpt.memory.residuals import checkpointed, single_stage
 from jaxckpt.models import TransformerConfig, transformer
-from jaxckpt.transforms.recording import Moving, Recorder, inexact
+from jaxckpt.transforms.block_vjp import Moving, Recorder, inexact
 from tests.transforms import cases
 
 X, W = jnp.ones((4, 16)), {"w": jnp.ones((16, 32)), "v": jnp.ones((32, 16))}

@@ -6,7 +6,7 @@ import pytest
 
 import jaxckpt
 from jaxckpt import PlanError
-from jaxckpt.memory.buffers import read_buffers
+from jaxckpt.compiled.buffers import read_buffers
 from jaxckpt.memory.explain import explain
 from jaxckpt.memory.findings import (
     Finding,

@@ -11,11 +11,11 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
 import jaxckpt
-from jaxckpt.memory import traveling
+from jaxckpt.absent import exported
+from jaxckpt.absent.exported import TravelError
+from jaxckpt.compiled.peak import report_of
 from jaxckpt.memory.built_step import BuiltStep
 from jaxckpt.memory.measure import compile_step
-from jaxckpt.memory.report import report_of
-from jaxckpt.memory.traveling import TravelError
 
 X = jnp.ones((256, 256))
 SIZE = 256 * 256 * 4
@@ -136,7 +136,7 @@ def test_options_belong_to_nnx_jit():
 def test_nnx_modules_do_not_travel():
     model = nnx.Linear(256, 256, rngs=nnx.Rngs(0))
     with pytest.raises(TravelError, match=r"graph, state = nnx\.split\(model\)"):
-        traveling.pack(nnx.jit(lambda model, x: model(x)), (model, X), "tpu")
+        exported.pack(nnx.jit(lambda model, x: model(x)), (model, X), "tpu")
 
 
 def test_a_partial_keeps_what_its_function_donates():

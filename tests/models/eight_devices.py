@@ -13,11 +13,11 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from experiments.checkpoints import Checkpoints
 from experiments.config import TrainConfig
-from experiments.placing import abstract_state, make_mesh
-from experiments.step import init_state, layout_of, make_loss
-from jaxckpt.memory.collectives import traffic
+from experiments.training.checkpoints import Checkpoints
+from experiments.training.mesh import abstract_state, make_mesh
+from experiments.training.step import init_state, layout_of, make_loss
+from jaxckpt.compiled.collectives import traffic
 from jaxckpt.models import TransformerConfig, sharding
 
 MODEL = TransformerConfig(

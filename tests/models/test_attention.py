@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
-from jaxckpt.memory import launch
-from jaxckpt.memory.absent import Entry, measure_entry
-from jaxckpt.memory.flops import count_flops
-from jaxckpt.memory.targets import parse_target
+from jaxckpt.absent import launch
+from jaxckpt.absent.jobs import Entry, measure_entry
+from jaxckpt.costs.flops import count_flops
 from jaxckpt.models import causal_attention
+from jaxckpt.targets.target import parse_target
 from tests.memory.kernels import trace_cudnn
 from tests.models import steps
 from tests.transforms.cases import relative_error

@@ -7,11 +7,11 @@ import sys
 import pytest
 
 from experiments.config import TrainConfig
-from experiments.step import resolve_model
-from jaxckpt.memory.targets import TargetError
+from experiments.training.step import resolve_model
 from jaxckpt.models import TransformerConfig
-from jaxckpt.models.auto import Device, choose_attention, device_of, resolve
 from jaxckpt.models.config import ModelError
+from jaxckpt.models.device_choice import Device, choose_attention, device_of, resolve
+from jaxckpt.targets.target import TargetError
 from tests.memory.kernels import trace_cudnn
 
 QWEN = TransformerConfig(
@@ -119,7 +119,7 @@ def test_an_absent_chip_is_resolved_without_jax():
     code = (
         "import sys\n"
         "from jaxckpt.models import TransformerConfig\n"
-        "from jaxckpt.models.auto import resolve\n"
+        "from jaxckpt.models.device_choice import resolve\n"
         "config = TransformerConfig(head_dim=128)\n"
         "print(resolve(config, 'h100', seq_len=512).config.attention, 'jax' in sys.modules)\n"
     )
@@ -133,7 +133,7 @@ H100 = Device(name="NVIDIA H100", platform="gpu", compute_capability=(9, 0))
 def test_a_model_that_nobody_resolved_takes_the_chip_of_this_process(monkeypatch):
     import jax
 
-    from jaxckpt.models import auto
+    from jaxckpt.models import device_choice
     from tests.models import steps
 
     def traced():
@@ -143,7 +143,7 @@ def test_a_model_that_nobody_resolved_takes_the_chip_of_this_process(monkeypatch
     here, _ = traced()
     assert "bf16" not in here
     trace_cudnn(monkeypatch)
-    monkeypatch.setattr(auto, "local_device", lambda: H100)
+    monkeypatch.setattr(device_choice, "local_device", lambda: H100)
     there, params = traced()
     assert there.count("dot_product_attention_fwd_wrapper[") == 2
     assert "bf16[2,1024,256]" in there

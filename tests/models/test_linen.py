@@ -10,7 +10,7 @@ from flax import linen as nn
 
 import jaxckpt
 from jaxckpt import PlanError
-from jaxckpt.memory.flops import count_flops
+from jaxckpt.costs.flops import count_flops
 from tests.transforms.cases import relative_error
 
 X = jnp.linspace(-1, 1, 24).reshape(4, 6)

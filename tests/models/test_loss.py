@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from experiments.config import ConfigError, TrainConfig
-from experiments.step import init_state, make_train_step, make_validation_step
+from experiments.training.step import init_state, make_train_step, make_validation_step
 from jaxckpt.models import Transformer, TransformerConfig, next_token_loss
 from tests.transforms.cases import relative_error
 

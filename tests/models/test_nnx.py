@@ -165,10 +165,10 @@ def test_plans_recompute(plan):
 
 
 def test_the_twin_sees_a_remat_that_does_nothing(monkeypatch):
-    from jaxckpt.transforms import executor
+    from jaxckpt.transforms import stack_executor
 
     monkeypatch.setattr(jax, "checkpoint", lambda fn, **_: fn)
-    monkeypatch.setattr(executor, "SCHEDULES", frozenset())
+    monkeypatch.setattr(stack_executor, "SCHEDULES", frozenset())
     assert evaluations("full") == evaluations("sqrt") == NUM_BLOCKS
 
 

@@ -6,11 +6,11 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec
 
-from experiments.build import build
 from experiments.config import ConfigError, OptimizerConfig, TrainConfig
-from experiments.placing import abstract_state, make_mesh
-from experiments.step import resolve_model
-from jaxckpt.memory.flops import count_flops
+from experiments.training.build import build
+from experiments.training.mesh import abstract_state, make_mesh
+from experiments.training.step import resolve_model
+from jaxckpt.costs.flops import count_flops
 from jaxckpt.models import TransformerConfig, resolve
 from jaxckpt.models.mesh import MeshShape
 from jaxckpt.models.sharding import Layout

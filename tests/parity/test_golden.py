@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from experiments.init import check_weights, load_params, read_shape
+from experiments.weights.load import check_weights, load_params, read_shape
 from jaxckpt.models import Transformer, next_token_loss, qwen3
 from tests.parity.make_golden import GOLDEN, LENGTHS
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.config import TrainConfig
-from experiments.init import check_init, load_params, read_shape
+from experiments.weights.load import check_init, load_params, read_shape
 from jaxckpt.models import Transformer
 from tests.experiments import runs
 from tests.parity.make_golden import GOLDEN

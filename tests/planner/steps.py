@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 
 import jaxckpt
-from jaxckpt.memory.roofline import Rates
-from jaxckpt.memory.targets import LOCAL
+from jaxckpt.costs.roofline import Rates
 from jaxckpt.planner.places import following, held_together
 from jaxckpt.planner.steps import Steps
 from jaxckpt.plans import Plan
+from jaxckpt.targets.target import LOCAL
 
 NUM_BLOCKS, ROWS, WIDTH = 6, 256, 16
 CHIP = Rates(flops_per_second=1e11, bytes_per_second=1e10, host_bytes_per_second=1e10)

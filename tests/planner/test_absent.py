@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
-from jaxckpt.memory.absent import Entry
+from jaxckpt.absent.jobs import Entry
 from jaxckpt.planner.absent import fit_entry
 from tests.planner import steps
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 import jaxckpt
-from jaxckpt.memory.roofline import UNKNOWN
-from jaxckpt.memory.targets import LOCAL
-from jaxckpt.planner import frontier, kinds
-from jaxckpt.planner.costs import kind_cost
+from jaxckpt.costs.roofline import UNKNOWN
+from jaxckpt.planner import inside_block, kinds
 from jaxckpt.planner.fit import answer
+from jaxckpt.planner.kinds import kind_cost
 from jaxckpt.planner.problem import Problem
 from jaxckpt.planner.steps import Steps
 from jaxckpt.plans import Plan, PlanError
+from jaxckpt.targets.target import LOCAL
 from tests.planner import steps
 
 W = jax.ShapeDtypeStruct((8, 32, 32), jnp.float32)
@@ -96,7 +96,7 @@ def test_a_block_is_planned_without_the_values_that_cannot_be_kept():
     with pytest.raises(PlanError, match="complex64"):
         kind_cost(stacks, Plan.parse("names:@fft.1").stages[0], UNKNOWN, 0.0)
     none = kind_cost(stacks, Plan.parse("none").stages[0], UNKNOWN)
-    graph = frontier.Graph.of(stacks[0], UNKNOWN)
+    graph = inside_block.Graph.of(stacks[0], UNKNOWN)
     kept = kinds._keepable(graph, stacks, UNKNOWN, none)
     dropped = [unit for unit in graph.units if unit not in kept.units]
     assert dropped and kept.units, "others are kept"
@@ -108,7 +108,7 @@ def test_values_that_cannot_be_named_do_not_end_the_search(monkeypatch, caplog):
     def fail(block, *, opens_remat):
         raise AssertionError("varying axes")
 
-    monkeypatch.setattr(frontier, "all_named", fail)
+    monkeypatch.setattr(inside_block, "all_named", fail)
     with caplog.at_level(logging.DEBUG):
         found = jaxckpt.fit(steps.step_for, num_blocks=steps.NUM_BLOCKS, budget="1GiB")
     plans = [str(one.plan) for one in found.candidates]

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
-from jaxckpt.memory.roofline import Rates
-from jaxckpt.memory.targets import LOCAL
+from jaxckpt.costs.roofline import Rates
 from jaxckpt.planner import calibrate as module
 from jaxckpt.planner import fit as fit_module
 from jaxckpt.planner.calibrate import Calibration, calibrate
-from jaxckpt.planner.costs import Forward, Kind
+from jaxckpt.planner.kinds import Forward, Kind
 from jaxckpt.planner.stacks import given_stack
 from jaxckpt.planner.steps import Steps
+from jaxckpt.targets.target import LOCAL
 from tests.experiments.test_fit import report
 from tests.planner import steps
 

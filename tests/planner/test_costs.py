@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
-from jaxckpt.memory.roofline import Rates
-from jaxckpt.planner.costs import kind_cost
+from jaxckpt.costs.roofline import Rates
+from jaxckpt.planner.kinds import kind_cost
 from jaxckpt.plans import Plan
 from tests.planner.steps import stacks_of
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxckpt
-from jaxckpt.memory.flops import count_flops
+from jaxckpt.costs.flops import count_flops
 from tests.planner import steps
 
 pytestmark = pytest.mark.xdist_group("fit")

@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
-from jaxckpt.memory.flops import step_flops
-from jaxckpt.memory.residuals import origin_of
-from jaxckpt.memory.roofline import Rates
+from jaxckpt.costs.flops import step_flops
+from jaxckpt.costs.residuals import origin_of
+from jaxckpt.costs.roofline import Rates
 from jaxckpt.models.attention import causal_attention
-from jaxckpt.planner.frontier import Graph, proposals
-from jaxckpt.planner.lean import lean_proposals
+from jaxckpt.planner.inside_block import Graph, lean_proposals, proposals
 from jaxckpt.planner.stacks import given_stack
 from jaxckpt.plans import words
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from jaxckpt.memory.roofline import Rates
-from jaxckpt.planner.integer_program import grain, minimize
+from jaxckpt.costs.roofline import Rates
+from jaxckpt.planner.inside_block import grain, minimize
 from jaxckpt.planner.kinds import find_kinds
 from jaxckpt.planner.stacks import given_stack
 

@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxckpt.memory import cache
-from jaxckpt.memory.targets import LOCAL, parse_target
+from jaxckpt.compiled import cache
 from jaxckpt.planner import offload_check
 from jaxckpt.planner.offload_check import PLANS, checked, verdict
+from jaxckpt.targets.target import LOCAL, parse_target
 from jaxckpt.transforms import policies
 
 

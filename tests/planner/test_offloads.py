@@ -9,20 +9,18 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
-from jaxckpt.memory.host_link import HostLink
-from jaxckpt.memory.roofline import Rates
-from jaxckpt.memory.targets import LOCAL
+from jaxckpt.costs.roofline import Rates
 from jaxckpt.planner import fit as fit_module
-from jaxckpt.planner.costs import kind_cost, with_copies
-from jaxckpt.planner.frontier import Graph
-from jaxckpt.planner.kinds import find_kinds
+from jaxckpt.planner.inside_block import Graph, Passes, offload_proposals
+from jaxckpt.planner.kinds import find_kinds, kind_cost, with_copies
 from jaxckpt.planner.offload_check import Verdict
-from jaxckpt.planner.offloads import Passes, offload_proposals
 from jaxckpt.planner.result import FitResult
 from jaxckpt.planner.steps import Steps
 from jaxckpt.plans import Plan, words
-from jaxckpt.plans.stage_schedule import schedule_of
-from jaxckpt.transforms import executor
+from jaxckpt.schedules.of_stage import schedule_of
+from jaxckpt.targets.links import HostLink
+from jaxckpt.targets.target import LOCAL
+from jaxckpt.transforms import stack_executor
 from tests.experiments.test_fit import report
 from tests.planner import steps
 from tests.planner.steps import CHIP
@@ -203,7 +201,7 @@ def test_a_schedule_on_the_host_is_the_fastest_that_fits(chip):
     """Room for five carries here and eight there: not for all blocks' inputs on either side."""
     found = deep_fit(5, on_host=8)
     stage = found.plan.stages[0]
-    assert stage.schedule in executor.SCHEDULES and stage.offloads_carry
+    assert stage.schedule in stack_executor.SCHEDULES and stage.offloads_carry
     assert 0 < found.chosen.host_bytes <= 8 * WIDE
     where = "carries in slots on the host, a segment's residuals in turn"
     assert found.keeps[0].endswith(where)
@@ -218,7 +216,7 @@ def test_a_host_with_too_little_room_gets_nothing(chip, on_host):
     found = deep_fit(5, on_host)
     assert not any(stage.offloads_carry for stage in found.plan.stages)
     assert not any(
-        s.schedule in executor.SCHEDULES and s.offloads_carry
+        s.schedule in stack_executor.SCHEDULES and s.offloads_carry
         for one in found.table
         for s in one.plan.stages
     )

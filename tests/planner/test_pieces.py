@@ -5,11 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxckpt.memory.host_link import HostLink
-from jaxckpt.planner.costs import Forward, Kind
-from jaxckpt.planner.drafts import draft, drafts, hull
-from jaxckpt.planner.pieces import run_of
+from jaxckpt.planner.across_blocks import draft, drafts, hull, run_of
+from jaxckpt.planner.kinds import Forward, Kind
 from jaxckpt.plans import Plan
+from jaxckpt.targets.links import HostLink
 
 FORWARD = Forward(seconds=1.0, flops=1.0)
 

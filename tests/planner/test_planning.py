@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxckpt.memory.roofline import rates_of
-from jaxckpt.memory.targets import parse_target
+from jaxckpt.costs.roofline import rates_of
 from jaxckpt.models import Transformer, TransformerConfig
-from jaxckpt.planner.frontier import Graph, proposals
+from jaxckpt.planner.inside_block import Graph, proposals
 from jaxckpt.planner.places import places
 from jaxckpt.planner.problem import Problem
 from jaxckpt.planner.stacks import Stack
 from jaxckpt.planner.steps import Steps
 from jaxckpt.plans import Plan
+from jaxckpt.targets.target import parse_target
 from tests.work import calls_of
 
 TARGET = parse_target("v5e-1")

@@ -4,9 +4,8 @@ import random
 
 import pytest
 
-from jaxckpt.planner.drafts import Draft
-from jaxckpt.planner.ladder import Rung
-from jaxckpt.planner.search import search
+from jaxckpt.planner.across_blocks import Draft
+from jaxckpt.planner.search import Rung, search
 from jaxckpt.plans import Plan
 
 

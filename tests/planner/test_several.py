@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 import jaxckpt
-from jaxckpt.memory.flops import count_flops
-from jaxckpt.planner.drafts import draft, drafts
-from jaxckpt.planner.joint import Joint, joints, unbeaten
-from jaxckpt.planner.pieces import run_of
+from jaxckpt.costs.flops import count_flops
+from jaxckpt.planner.across_blocks import draft, drafts, run_of
+from jaxckpt.planner.across_stacks import Joint, joints, unbeaten
 from jaxckpt.planner.result import FitResult
 from jaxckpt.plans.plan_set import PlanSet
 from tests.planner.test_pieces import FORWARD, frontier, kinds_of

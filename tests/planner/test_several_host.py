@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 import jaxckpt
-from jaxckpt.memory.host_link import HostLink
-from jaxckpt.memory.targets import LOCAL
 from jaxckpt.planner import fit as fit_module
+from jaxckpt.planner.across_blocks import drafts
+from jaxckpt.planner.across_stacks import joints
 from jaxckpt.planner.calibrate import Calibration
-from jaxckpt.planner.drafts import drafts
-from jaxckpt.planner.joint import joints
 from jaxckpt.planner.offload_check import Verdict
 from jaxckpt.planner.result import FitResult
 from jaxckpt.planner.steps import Steps
+from jaxckpt.targets.links import HostLink
+from jaxckpt.targets.target import LOCAL
 from tests.experiments.test_fit import report
 from tests.planner.test_pieces import FORWARD, frontier, kinds_of
 from tests.planner.test_several import NUM_BLOCKS, replayed_peak, step_for
@@ -88,7 +88,7 @@ def test_each_stack_has_its_own_clock(monkeypatch):
         for count in NUM_BLOCKS.values()
     }
     monkeypatch.setattr(
-        "jaxckpt.planner.several.calibrate", lambda stacks: clocks[stacks[0].num_blocks]
+        "jaxckpt.planner.problem.calibrate", lambda stacks: clocks[stacks[0].num_blocks]
     )
     found = fitted(2**40, calibrate=True)
     timed = sum(3.0 * count * count for count in NUM_BLOCKS.values())

@@ -2,8 +2,8 @@
 
 import pytest
 
-from jaxckpt.planner.costs import Forward, Kind
-from jaxckpt.planner.spread import Spread
+from jaxckpt.planner.kinds import Forward, Kind
+from jaxckpt.planner.peak_model import Spread
 from tests.experiments.test_fit import report
 
 GIB = 1 << 30

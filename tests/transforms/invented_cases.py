@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxckpt
-from jaxckpt.memory.flops import count_flops
+from jaxckpt.costs.flops import count_flops
 
 WIDTH, ROWS, NUM_BLOCKS = 8, 16, 4
 DOT = 2 * ROWS * WIDTH * WIDTH  # FLOPs of one product

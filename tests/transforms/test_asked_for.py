@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
-from jaxckpt.memory.flops import count_flops
+from jaxckpt.costs.flops import count_flops
 
 LENGTH, WIDTH, ROWS = 6, 32, 64
 PLANS = ("uniform:2", "uniform:2+names:hidden", "sqrt", "log", "binomial:2")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
-from jaxckpt.memory.flops import count_flops
+from jaxckpt.costs.flops import count_flops
 from tests.transforms.cases import relative_error
 
 # On jax 0.12 every plan that runs blocks again, `full` too, differs by up to 7.2e-6 from `none`,

@@ -11,7 +11,8 @@ import pytest
 
 import jaxckpt
 from jaxckpt import schedules
-from jaxckpt.plans.actions import Record, Reverse, Schedule
+from jaxckpt.schedules.actions import Record, Reverse
+from jaxckpt.schedules.schedule import Schedule
 from tests.transforms.cases import Counter, relative_error
 
 # On jax 0.12 every plan that runs blocks again, `full` too, differs by up to 7.2e-6 from `none`,

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
-from jaxckpt.plans import Plan, schedules
-from jaxckpt.plans.stage_schedule import stack_schedule_of
+from jaxckpt import schedules
+from jaxckpt.plans import Plan
+from jaxckpt.schedules.of_stage import stack_schedule_of
 from tests.transforms.cases import Counter, relative_error
 
 NUM_BLOCKS, WIDTH = 6, 8

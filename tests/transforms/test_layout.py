@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
-from jaxckpt.memory import launch
-from jaxckpt.memory.targets import parse_target
+from jaxckpt.absent import launch
 from jaxckpt.models.attention import causal_attention
-from jaxckpt.transforms.layout import row_major
+from jaxckpt.targets.target import parse_target
+from jaxckpt.transforms.rows import row_major
 
 BLOCKS, BATCH, SEQ, HEADS, SIZE = 8, 8, 256, 4, 64
 

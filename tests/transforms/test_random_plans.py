@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxckpt.plans import Plan
-from jaxckpt.plans.stage_schedule import stack_schedule_of
+from jaxckpt.schedules.of_stage import stack_schedule_of
 from tests.transforms import cases
 
 POLICIES = ("", "+dots", "+dots_no_batch", "+names:hidden", "+offload:hidden")

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
-from jaxckpt.memory.flops import count_flops
-from jaxckpt.plans import Plan, schedules
-from jaxckpt.plans.stage_schedule import log_slots, stack_schedule_of, under_loss
-from jaxckpt.plans.two_level import two_level
+from jaxckpt import schedules
+from jaxckpt.costs.flops import count_flops
+from jaxckpt.plans import Plan
+from jaxckpt.schedules.of_stage import log_slots, stack_schedule_of, under_loss
+from jaxckpt.schedules.segments import two_level
 from tests.transforms import cases
 
 LENGTHS = (1, 2, 3, 5, 8, 13)
@@ -113,11 +114,11 @@ def test_saved_bytes_are_exact():
 
 def test_the_twins_see_a_remat_that_does_nothing(monkeypatch):
     """With the transforms replaced by the identity, every twin above goes red."""
-    from jaxckpt.transforms import executor, nested, stack
+    from jaxckpt.transforms import checkpointed, stack, stack_executor
 
     monkeypatch.setattr(jax, "checkpoint", lambda fn, **_: fn)
-    monkeypatch.setattr(executor, "SCHEDULES", frozenset())
-    assert stack.executor is executor and stack.reference is nested
+    monkeypatch.setattr(stack_executor, "SCHEDULES", frozenset())
+    assert stack.executor is stack_executor and stack.reference is checkpointed
     assert cases.count_evaluations(8, "full").total == 8
     assert cases.count_evaluations(9, "sqrt").total == 9
     with pytest.raises(AssertionError):

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
-from experiments.build import build
 from experiments.config import TrainConfig
-from jaxckpt.memory import launch
-from jaxckpt.memory.targets import parse_target
+from experiments.training.build import build
+from jaxckpt.absent import launch
 from jaxckpt.memory.worker import get_topology, measure_built
 from jaxckpt.models.config import TransformerConfig
+from jaxckpt.targets.target import parse_target
 from jaxckpt.transforms import rows
 
 BLOCKS, WIDTH = 8, 512

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 import jaxckpt
-from jaxckpt.memory.absent import Entry, measure_entry
-from jaxckpt.memory.flops import count_flops
-from jaxckpt.memory.roofline import Rates, estimate
+from jaxckpt.absent.jobs import Entry, measure_entry
+from jaxckpt.costs.flops import count_flops
+from jaxckpt.costs.roofline import Rates, estimate
 from jaxckpt.plans import Plan
-from jaxckpt.plans.stage_schedule import stack_schedule_of
+from jaxckpt.schedules.of_stage import stack_schedule_of
 from jaxckpt.transforms.tables import make_table
-from tests.memory.test_absent import needs_tpu
+from tests.absent.test_absent import needs_tpu
 
 NUM_BLOCKS, SHAPE = 9, (4, 16)
 CARRY = 4 * 4 * 16

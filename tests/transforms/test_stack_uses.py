@@ -14,7 +14,7 @@ import pytest
 
 import jaxckpt
 from jaxckpt import schedules
-from jaxckpt.plans.stage_schedule import stack_schedule_of, under_loss
+from jaxckpt.schedules.of_stage import stack_schedule_of, under_loss
 from tests.transforms import cases
 from tests.transforms.cases import relative_error
 

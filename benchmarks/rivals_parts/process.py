@@ -1,0 +1,224 @@
+"""The process of one shape of `benchmarks.rivals`: compiles, plans, and times all in turns.
+
+`python -m benchmarks.rivals_parts.process CASE SECONDS` prints what it knows as a line of
+JSON, again and again: after compiling, and after each round of timing. A line with `says` alone is
+about progress.
+
+A shape takes about 25 compilations: three anchors of the planner and its leanest plan, a dozen
+fixed plans, two more a budget. Where time is short, fixed plans are compiled for half of it and
+the planner's for most of the rest; what is left is timing. Compilations that
+`JAX_COMPILATION_CACHE_DIR` has kept take a second each.
+
+One shape of `benchmarks.rivals`, measured by one fresh process, which holds the chip.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.fixed_plans import fixed
+from benchmarks.planner_parts.process import least_bytes
+from benchmarks.record import device, values_of
+from benchmarks.rivals_parts.programs import Program, Programs, Turns, failed
+from benchmarks.shapes import QWEN3, TINY
+from experiments.config import TrainConfig
+from experiments.training.step import init_state, resolve_model
+from jaxckpt.costs.roofline import UNKNOWN, rates_of
+from jaxckpt.planner.fit import answer
+from jaxckpt.planner.problem import Problem
+from jaxckpt.planner.result import BudgetError
+from jaxckpt.plans import Plan
+from jaxckpt.targets.present import usable_bytes
+from jaxckpt.targets.target import LOCAL
+from jaxckpt.units import gib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A step, the budgets to plan for, and how often each program is timed.
+
+    Attributes:
+      batch_size: Sequences.
+      seq_len: Tokens in each.
+      budgets: How many, from the least that works to what `none` needs.
+      rounds: Turns of each program.
+      steps: Timed in a turn.
+      tiny: A model for trying the script.
+    """
+
+    batch_size: int
+    seq_len: int
+    budgets: int = 5
+    rounds: int = 7
+    steps: int
+    tiny: bool = False
+
+    def changed(self, budgets: int, tiny: bool) -> "Case":
+        """Returns the case with another number of budgets, or as a tiny one."""
+        size = {"batch_size": 2, "seq_len": 64, "rounds": 3} if tiny else {}
+        return dataclasses.replace(self, budgets=budgets, tiny=tiny, **size)
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the fields as JSON values."""
+        return dataclasses.asdict(self)
+
+
+SHAPES = {
+    "8x1024": Case(batch_size=8, seq_len=1024, steps=5),
+    "2x16384": Case(batch_size=2, seq_len=16384, steps=1),
+}
+
+
+def run_part(
+    name: str, case: Case, seconds: float | None, environment: Mapping[str, str]
+) -> Iterator[dict[str, Any]]:
+    """Yields what is known of a shape, more each time, with what is being done as `says`.
+
+    Args:
+      name: The shape's.
+      case: What is measured.
+      seconds: What it may take; None for as long as it takes.
+      environment: Of the process.
+
+    Raises:
+      RuntimeError: The process failed; with the last line that it wrote.
+    """
+    asked = (case.as_json(), seconds)
+    yield from values_of("rivals_shape", *asked, environment=environment, name=name)
+
+
+_FIXED_SHARE, _OURS_SHARE = 0.5, 0.85
+_THREADS = 4  # of compiling
+_SPARE = 0.95  # of the time, when the last round has to be over
+
+Row = dict[str, Any]
+
+
+class Shape:
+    """One shape, and what is known of it.
+
+    Attributes:
+      programs: Of its step.
+      plans: What is known by plan.
+      budgets: The planner's answers.
+      left_out: What there was no time for.
+    """
+
+    def __init__(self, case: Case, seconds: float | None):
+        self._case, self._seconds = case, seconds
+        self._started = time.monotonic()
+        sizes: dict[str, Any] = {"batch_size": case.batch_size, "seq_len": case.seq_len}
+        self._config = TrainConfig(model=TINY if case.tiny else QWEN3, remat="none", **sizes)
+        self.programs = Programs(self._config)
+        self._usable = usable_bytes(LOCAL) or sys.maxsize
+        self.plans: dict[str, Row] = {}
+        self.budgets: list[Row] = []
+        self.left_out: list[str] = []
+
+    def run(self) -> Iterator[Row]:
+        """Yields what is known, more each time."""
+        yield from self._compile_fixed()
+        yield from self._plan()
+        yield self._known({})
+        turns = self._turns()
+        for done in turns.rounds(self._case.rounds, self._case.steps, self._time(_SPARE)):
+            yield self._known(self._timed(turns)) | {"rounds": done}
+        yield self._known(self._timed(turns)) | {"rounds": done, "is_whole": not self.left_out}
+
+    def _compile_fixed(self) -> Iterator[Row]:
+        plans = list(fixed().items())
+        yield from self._fixed(*plans[0])  # alone: it finds the kernels that all others take
+        with ThreadPoolExecutor(_THREADS) as pool:
+            compiling = pool.map(lambda asked: list(self._fixed(*asked)), plans[1:])
+            for found in compiling:
+                yield from found
+
+    def _fixed(self, plan: str, names: Sequence[str]) -> Iterator[Row]:
+        if not self._has_time(_FIXED_SHARE):
+            self.left_out.append(f"the fixed plan {plan}")
+            return
+        self.plans[plan] = {"is_fixed": True, "maxtext": names} | self._compiled(plan)
+        yield self._says(plan)
+
+    def _plan(self) -> Iterator[Row]:
+        """Asks the planner, for each budget as if it were the only one."""
+        steps, num_blocks = self.programs.steps, self._config.model.num_blocks
+        problem = Problem.of(steps, num_blocks, rates_of(LOCAL) or UNKNOWN, None, timed=True)
+        rungs, anchors = problem.ladder(), dict(steps.compiled)
+        found = [plan["peak_bytes"] for plan in self.plans.values() if "peak_bytes" in plan]
+        least = min(least_bytes(problem, rungs), *found)
+        most = min(steps.report(Plan.parse("none")).peak_bytes, self._usable)
+        for budget in map(int, np.linspace(most, least, self._case.budgets)):
+            if not self._has_time(_OURS_SHARE, compiles=2):
+                self.left_out.append(f"the budget of {gib(budget)}")
+                continue
+            steps.compiled = dict(anchors)
+            self.budgets.append(self._answer(problem, rungs, budget))
+            yield {"says": f"within {gib(budget)}: {self.budgets[-1].get('plan', 'no plan')}"}
+
+    def _answer(self, problem: Problem, rungs, budget: int) -> Row:
+        try:
+            found = answer(problem, rungs, budget)
+        except BudgetError as error:
+            return {"budget_bytes": budget, "error": str(error).splitlines()[0]}
+        plan = str(found.plan)
+        self.plans.setdefault(plan, {"is_fixed": False, "maxtext": ()} | self._compiled(plan))
+        chosen = found.chosen
+        row = {"budget_bytes": budget, "plan": plan, "compiled_bytes": found.report.peak_bytes}
+        row |= {"predicted_bytes": chosen.predicted_bytes, "predicted_seconds": chosen.seconds}
+        return row | {"compiles": found.num_compiles, "why": found.why}
+
+    def _compiled(self, plan: str) -> Row:
+        found = self.programs.of(plan).as_json()
+        if found.get("peak_bytes", 0) > self._usable:
+            found["error"] = f"the device has {gib(self._usable)}, its peak is more"
+        return found
+
+    def _turns(self) -> Turns:
+        config, _ = resolve_model(self._config)
+        make_state = jax.jit(lambda: init_state(config))
+        shape = (config.batch_size, config.seq_len + 1)
+        tokens = jax.random.randint(jax.random.key(0), shape, 0, config.model.vocab_size)
+        runnable = [self.programs.of(p) for p, found in self.plans.items() if "error" not in found]
+        return Turns(list(dict.fromkeys(runnable)), make_state, tokens)
+
+    def _timed(self, turns: Turns) -> dict[Program, Row]:
+        timed: dict[Program, Row] = {}
+        for program, seconds in turns.seconds.items():
+            timed[program] = {"seconds": float(np.median(seconds)), "seconds_of_rounds": seconds}
+        return timed | {program: failed(error) for program, error in turns.errors.items()}
+
+    def _known(self, timed: dict[Program, Row]) -> Row:
+        of = self.programs.of
+        plans = {plan: found | timed.get(of(plan), {}) for plan, found in self.plans.items()}
+        made = self.programs.made
+        about = {"device": device(), "versions": {"jax": jax.__version__}, "rounds": 0}
+        about |= {"compiles": len(made), "compile_seconds": sum(p.seconds for p in made)}
+        about |= {"seconds": time.monotonic() - self._started, "left_out": self.left_out}
+        return about | {"is_whole": False, "budgets": self.budgets, "plans": plans}
+
+    def _says(self, plan: str) -> Row:
+        found = self.plans[plan]
+        what = gib(found["peak_bytes"]) if "peak_bytes" in found else found["error"]
+        return {"says": f"{plan}: {what}, {time.monotonic() - self._started:.0f} s"}
+
+    def _time(self, share: float) -> float | None:
+        return None if self._seconds is None else self._started + share * self._seconds
+
+    def _has_time(self, share: float, compiles: int = 1) -> bool:
+        until = self._time(share)
+        needed = compiles * self.programs.slowest_seconds
+        return until is None or time.monotonic() + needed <= until
+
+
+if __name__ == "__main__":
+    case, seconds = map(json.loads, sys.argv[1:])
+    for row in Shape(Case(**case), seconds).run():
+        print(json.dumps(row), flush=True)

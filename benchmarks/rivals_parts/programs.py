@@ -1,0 +1,201 @@
+"""The programs of one step under many plans, each compiled once and kept to be run.
+
+Plans whose steps are the same program, such as `dots` and `dots_no_batch` of blocks whose attention
+is one kernel, share it. What cannot be compiled is a program with an error.
+
+Many programs of one step, timed in turns on one state that goes through all of them.
+
+A round is one turn of each program, every other round in reverse order, so that a chip that warms
+up or slows down does so for all alike. A turn begins with a step that is not timed: it waits for
+what the program before it left, and loads the kernels. The first round is not timed at all.
+"""
+
+import dataclasses
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+
+from experiments.config import TrainConfig
+from experiments.training.build import build
+from jaxckpt.compiled.report import MemoryReport
+from jaxckpt.memory.built_step import BuiltStep
+from jaxckpt.memory.measure import compile_step
+from jaxckpt.planner.steps import Steps, program_text
+from jaxckpt.plans import Plan
+from jaxckpt.targets.target import LOCAL
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Program:
+    """A compiled step.
+
+    Attributes:
+      plan: The first plan that it is the step of.
+      compiled: To be called with state and batch; None after an error.
+      report: The compiler's, likewise.
+      seconds: What building and compiling took.
+      failure: Why there is none.
+    """
+
+    plan: str
+    compiled: Any = None
+    report: MemoryReport | None = None
+    seconds: float
+    failure: Exception | None = None
+
+    @property
+    def error(self) -> str | None:
+        """The first line of the failure; None if there was none."""
+        return None if self.failure is None else first_line(self.failure)
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns what is known before it is run, as JSON values."""
+        if self.report is None:
+            return failed(self.failure)
+        names = ("peak_bytes", "host_bytes", "recomputed_flops", "estimated_seconds")
+        found = {name: getattr(self.report, name) for name in names}
+        return found | {"compile_seconds": self.seconds, "program_of": self.plan}
+
+
+class Programs:
+    """Compiles a configuration's step under plans, as a run of that plan would.
+
+    Attributes:
+      steps: For the planner; their reports are those of the programs.
+      made: Every program that was compiled.
+    """
+
+    def __init__(self, config: TrainConfig):
+        self._config = config
+        self._by_plan: dict[str, Program] = {}
+        self._by_text: dict[str, Program] = {}
+        self.steps = Steps(self._step_for, LOCAL, self._report_of)
+
+    @property
+    def made(self) -> list[Program]:
+        """Every program, in the order of compiling."""
+        return list(self._by_text.values())
+
+    @property
+    def slowest_seconds(self) -> float:
+        """What compiling took at most."""
+        return max((program.seconds for program in self.made), default=0.0)
+
+    def of(self, plan: str) -> Program:
+        """Returns the program of a plan."""
+        if plan not in self._by_plan:
+            self._by_plan[plan] = self._made(plan)
+        return self._by_plan[plan]
+
+    def _made(self, plan: str) -> Program:
+        started = time.perf_counter()
+        nothing = lambda error: Program(
+            plan=plan, seconds=time.perf_counter() - started, failure=error
+        )
+        try:
+            text = program_text(self.steps.trace(Plan.parse(plan)).jaxpr)
+        except (ValueError, RuntimeError) as error:
+            return nothing(error)
+        if text not in self._by_text:
+            try:
+                compiled, report = compile_step(self._built(Plan.parse(plan)))
+            except (ValueError, RuntimeError) as error:
+                self._by_text[text] = nothing(error)
+            else:
+                seconds = time.perf_counter() - started
+                found = {"compiled": compiled, "report": report, "seconds": seconds}
+                self._by_text[text] = Program(plan=plan, **found)
+        return self._by_text[text]
+
+    def _built(self, plan: Plan) -> BuiltStep:
+        return build(dataclasses.replace(self._config, remat=str(plan)), "local")
+
+    def _step_for(self, plan: Plan):
+        step = self._built(plan)
+        return step.fn, step.args, {"donate_argnums": step.donate_argnums}
+
+    def _report_of(self, plan: Plan) -> MemoryReport:
+        program = self.of(str(plan))
+        if program.report is None:
+            raise RuntimeError(f"{plan}: {program.error}") from program.failure
+        return program.report
+
+
+def failed(error: Exception | None) -> dict[str, str]:
+    """Returns what a record keeps of an error."""
+    assert error is not None  # what came to nothing has one
+    return {"error": first_line(error), "traceback": "".join(traceback.format_exception(error))}
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error; the compilers' go on for pages."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0]
+
+
+Seconds = dict[Program, list[float]]
+_LEAST_ROUNDS = 3
+
+
+class Turns:
+    """Takes turns.
+
+    Attributes:
+      seconds: A step's, by program, one entry a round.
+      errors: Of programs that failed when they were run; they have no more turns.
+    """
+
+    def __init__(self, programs: Sequence[Program], make_state: Callable[[], Any], tokens):
+        """Takes compiled programs, what makes their state, and a batch."""
+        self._programs = list(programs)
+        self._make_state, self._tokens = make_state, tokens
+        self._state: Any = make_state()
+        self.seconds: Seconds = {program: [] for program in programs}
+        self.errors: dict[Program, Exception] = {}
+
+    def rounds(self, count: int, steps: int, until: float | None = None) -> Iterator[int]:
+        """Yields the number of rounds so far after each.
+
+        Args:
+          count: How many.
+          steps: Timed in a turn.
+          until: Time of `time.monotonic` after which no round begins; a few are run anyway.
+        """
+        self._round(steps=1)
+        for found in self.seconds.values():
+            found.clear()
+        for number in range(1, count + 1):
+            started = time.monotonic()
+            self._round(steps, is_reverse=number % 2 == 0)
+            yield number
+            ended = time.monotonic()
+            is_late = until is not None and ended + (ended - started) > until
+            if is_late and number >= _LEAST_ROUNDS:
+                return
+
+    def _round(self, steps: int, is_reverse: bool = False):
+        for program in reversed(self._programs) if is_reverse else list(self._programs):
+            try:
+                self.seconds[program].append(self._turn(program, steps))
+                continue
+            except RuntimeError as error:  # out of memory, for one
+                self.errors[program] = error
+            # A step that fails may have taken the state with it.
+            self._programs = [one for one in self._programs if one is not program]
+            self._state = None
+            self._state = self._make_state()
+
+    def _turn(self, program: Program, steps: int) -> float:
+        self._step(program)
+        jax.block_until_ready(self._state)
+        started = time.perf_counter()
+        for _ in range(steps):
+            self._step(program)
+        jax.block_until_ready(self._state)
+        return (time.perf_counter() - started) / steps
+
+    def _step(self, program: Program):
+        self._state, _ = program.compiled(self._state, self._tokens)

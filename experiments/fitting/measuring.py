@@ -1,0 +1,246 @@
+"""Measuring configurations for targets, several at once, under a progress bar.
+
+The largest size whose peak fits, found with few compilations.
+"""
+
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from experiments.config import ConfigError, TrainConfig
+from experiments.fitting.row import FitRow
+from experiments.training.build import build, entry_of
+from experiments.training.choose_plan import choose, host_limit_bytes, limit_bytes
+from jaxckpt.absent import launch
+from jaxckpt.absent.jobs import measure_entry
+from jaxckpt.compiled.report import MemoryReport
+from jaxckpt.models.mesh import MeshShape
+from jaxckpt.planner.result import BudgetError, FitResult
+from jaxckpt.targets.target import parse_target
+
+# A sequence grows by whole blocks of the attention kernels.
+_SEQUENCE_UNIT = 128
+
+
+def check_targets(targets: Sequence[str], mesh: MeshShape | None = None):
+    """Raises for a target that does not exist, is no such mesh, or has no compiler installed.
+
+    Raises:
+      TargetError, MeshError, Unavailable: In one line, before anything is compiled.
+    """
+    for target in map(parse_target, targets):
+        if target.backend != "local":
+            if mesh is not None:
+                mesh.check_devices(target.num_devices, f"target {target}")
+            launch.check_available(target)
+
+
+def measure_all(
+    cases: Sequence[tuple[TrainConfig, str]], *, largest: str | None = None, parallel: int = 2
+) -> list[FitRow]:
+    """Returns a row for each configuration and target, in their order.
+
+    Args:
+      cases: Configurations and targets.
+      largest: `"batch-size"` or `"seq-len"` to find the largest that fits; None for what is given.
+      parallel: Compilations at once. Those for `local` are made one after another, in this process.
+    """
+    here = threading.Lock()  # JAX's tracing of one step does not gain from another's beside it
+    columns = (TextColumn("compiling"), BarColumn(bar_width=20))
+    columns += (TextColumn("{task.completed}/{task.total}  {task.fields[last]}"),)
+    console = Console(stderr=True)
+    shown = {"console": console, "transient": True, "disable": not console.is_terminal}
+    with Progress(*columns, TimeElapsedColumn(), **shown) as progress:
+        task = progress.add_task("compile", total=len(cases), last="")
+
+        def one(case: tuple[TrainConfig, str]) -> FitRow:
+            config, target = case
+            row = _row(config, target, largest, here)
+            progress.update(task, advance=1, last=f"{config.remat} on {target}")
+            return row
+
+        with ThreadPoolExecutor(parallel) as pool:
+            return list(pool.map(one, cases))
+
+
+def _row(config: TrainConfig, target: str, largest: str | None, here) -> FitRow:
+    asked = {"config": config, "target": target}
+    try:
+        asked["budget_bytes"] = limit_bytes(config, target)
+        asked["host_budget_bytes"] = host_limit_bytes(config)
+        if largest is not None:
+            return _largest_row(FitRow(**asked), largest, here)
+        if config.is_auto:
+            return _auto_row(FitRow(**asked), _choose(config, target, here))
+        return FitRow(**asked, report=_measure(config, target, here))
+    except Exception as error:  # whatever it is, it is this row's and no other's
+        return FitRow(**asked, failure=error)
+
+
+def _choose(config: TrainConfig, target: str, here, budget: int | None = None) -> FitResult:
+    if parse_target(target).backend != "local":
+        return choose(config, target, budget=budget)
+    with here:
+        return choose(config, target, budget=budget)
+
+
+def _auto_row(row: FitRow, chosen: FitResult) -> FitRow:
+    """Returns the row of the plan that was chosen for `row`'s configuration."""
+    config = dataclasses.replace(row.config, remat=str(chosen.plan))
+    return dataclasses.replace(row, config=config, report=chosen.report, auto=chosen)
+
+
+def _measure(config: TrainConfig, target: str, here) -> MemoryReport:
+    if parse_target(target).backend != "local":
+        return measure_entry(entry_of(config, target), target)
+    from jaxckpt.memory.measure import compile_step
+
+    with here:
+        return compile_step(build(config, target))[1]
+
+
+def _largest_row(row: FitRow, largest: str, here) -> FitRow:
+    """Returns the row of the largest size that fits, verified on both sides by compiling."""
+    config, field = row.config, largest.replace("-", "_")
+    parts = 1 if config.mesh_shape is None else config.mesh_shape.batch_parts
+    unit = config.accumulate * parts if field == "batch_size" else _SEQUENCE_UNIT
+    start = max(1, getattr(config, field) // unit)
+
+    def sized(count: int) -> FitRow:
+        config = dataclasses.replace(row.config, **{field: count * unit})
+        return dataclasses.replace(row, config=config, size=count * unit)
+
+    if config.is_auto:
+        return _largest_auto(sized, start, here)
+    rows: dict[int, FitRow] = {}
+
+    def peak(count: int) -> tuple[int, int | None]:
+        one = sized(count)
+        report = _measure(one.config, one.target, here)
+        rows[count] = one = dataclasses.replace(one, report=report)
+        return report.peak_bytes, one.limit_bytes
+
+    count = largest_that_fits(peak, start=start)
+    # Where nothing fits, the least size says by how much.
+    return dataclasses.replace(rows[max(count, 1)], size=count * unit)
+
+
+def _largest_auto(sized: Callable[[int], FitRow], start: int, here) -> FitRow:
+    """Returns the row of the largest size that some plan fits, with the fastest plan that does.
+
+    A size is feasible if the plan of the least peak fits. That plan is asked for once, the largest
+    size is looked for under it, and then the planner itself is asked at that size and the next.
+    """
+    least = _least_plan(sized(start), here)
+
+    def peak(count: int) -> tuple[int, int | None]:
+        one = sized(count)
+        config = dataclasses.replace(one.config, remat=least)
+        return _measure(config, one.target, here).peak_bytes, one.budget_bytes
+
+    def plan(count: int) -> FitResult | None:
+        try:
+            return _choose(sized(count).config, sized(count).target, here)
+        except BudgetError:
+            return None
+
+    count, chosen = grown(plan, largest_that_fits(peak, start=start))
+    if chosen is None:
+        return _row_of_nothing(sized(1), here)
+    return _auto_row(sized(count), chosen)
+
+
+def _least_plan(row: FitRow, here) -> str:
+    """Returns the plan of the least peak: what the planner answers when nothing fits."""
+    try:
+        return str(_choose(row.config, row.target, here, budget=1).plan)
+    except BudgetError as error:
+        return str(error.plan)
+
+
+def _row_of_nothing(row: FitRow, here) -> FitRow:
+    """Returns the row of a size that no plan fits, under the plan that comes nearest."""
+    config = dataclasses.replace(row.config, remat=_least_plan(row, here))
+    return dataclasses.replace(
+        row, config=config, report=_measure(config, row.target, here), size=0
+    )
+
+
+Answer = TypeVar("Answer")
+_MOST_GROWTH = 8  # in one step, where the line through two sizes promises more
+_MOST = 1 << 20
+
+
+def largest_that_fits(peak: Callable[[int], tuple[int, int | None]], *, start: int = 1) -> int:
+    """Returns the largest size that fits, 0 if not even 1 does.
+
+    The peak of a step is nearly a straight line in batch and sequence, so the next size to try is
+    where the line through the last two meets the limit. The answer is verified: it fits, and the
+    next size does not. A peak that falls as the size grows is not looked for.
+
+    Args:
+      peak: Of a size, `(peak_bytes, usable_bytes)`.
+      start: Where to begin.
+
+    Raises:
+      ConfigError: What the device can use is not known.
+    """
+    seen: dict[int, int] = {}
+    fits, fails, size = 0, None, start
+    while True:
+        seen[size], usable = peak(size)
+        if usable is None:
+            raise ConfigError(
+                "--max needs a target that says what it can use; name one, such as v5e-1 or "
+                "h100, or give a --budget"
+            )
+        if seen[size] <= usable:
+            fits = max(fits, size)
+        else:
+            fails = size if fails is None else min(fails, size)
+        if fails == fits + 1 or fits >= _MOST:
+            return fits
+        size = _next(seen, usable, fits, fails)
+
+
+def grown(plan: Callable[[int], Answer | None], count: int) -> tuple[int, Answer | None]:
+    """Returns the largest size for which there is an answer, and the answer.
+
+    Args:
+      plan: Returns what is found for a size, or None.
+      count: Where to begin: a size that is likely to be the largest; 0 if none is likely.
+    """
+    found, last = None, count
+    while last > 0 and (found := plan(last)) is None:
+        last -= 1
+    if last < count:
+        return last, found
+    while (more := plan(last + 1)) is not None:
+        last, found = last + 1, more
+    return last, found
+
+
+def _next(seen: dict[int, int], usable: int, fits: int, fails: int | None) -> int:
+    """Returns a size between the largest that fits and the least that does not, both left out."""
+    guess = _on_the_line(seen, usable)
+    if guess is None:
+        guess = 2 * fits if fails is None else fails // 2
+    highest = fits * _MOST_GROWTH if fails is None else fails - 1
+    guess = min(max(guess, fits + 1), highest)
+    if len(seen) > 8 and fails is not None:  # no line after all
+        guess = (fits + fails) // 2
+    return guess
+
+
+def _on_the_line(seen: dict[int, int], usable: int) -> int | None:
+    """Returns where the line through the two sizes nearest to the limit meets it."""
+    if len(seen) < 2:
+        return None
+    (one, low), (two, high) = sorted(seen.items(), key=lambda item: abs(item[1] - usable))[:2]
+    slope = (high - low) / (two - one)
+    return None if slope <= 0 else int(one + (usable - low) / slope)

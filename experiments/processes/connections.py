@@ -1,0 +1,241 @@
+"""The roll call of several processes: all are there and agree, or hear why not. No JAX import.
+
+JAX's own start waits for all processes, and where one never comes it ends the others without saying
+which. So the first process calls the roll at the same address before: every process says who it is
+and what it is about to run, and hears from the first what came of it.
+
+Connections that processes keep to the first one, so that the end of one is known to all at once.
+
+A process that dies takes its connections with it, whatever it was doing. The others wait for it in
+some exchange of arrays, which no exception can end, so the thread that hears of it ends the
+process, with one line.
+"""
+
+import contextlib
+import json
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from experiments.config import ConfigError
+from experiments.processes.flags import ProcessFlags
+
+_RETRY_SECONDS = 0.1
+_GO = "go"
+
+
+def call_roll(flags: ProcessFlags, digest: str) -> dict[int, socket.socket]:
+    """Returns once all processes have said that they are there, with the same digest.
+
+    Returns:
+      Connections by the number of the process at the other end: the first one's to all others, and
+      each other's to the first.
+
+    Raises:
+      ConfigError: Some did not come in time, two have one number, or they do not agree.
+    """
+    word = {"process": flags.process_id, "processes": flags.processes, "digest": digest}
+    deadline = time.monotonic() + flags.join_seconds
+    run = _lead if flags.process_id == 0 else _follow
+    answer, connections = run(flags, word, deadline)
+    if answer != _GO:
+        for connection in connections.values():
+            connection.close()
+        raise ConfigError(answer)
+    return connections
+
+
+def _lead(flags: ProcessFlags, word: dict, deadline: float) -> tuple[str, dict[int, socket.socket]]:
+    """Hears every other process and tells all of them what came of it."""
+    present: dict[int, socket.socket] = {}
+    answer = None
+    with _listener(flags) as listener:
+        while answer is None and len(present) < flags.processes - 1:
+            listener.settimeout(max(deadline - time.monotonic(), 0.001))
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                answer = _missing(flags, present)
+                break
+            theirs = _read(connection)
+            if theirs is None:  # whoever that was
+                connection.close()
+                continue
+            answer = _disagreement(word, theirs, present)
+            if answer is not None:
+                _tell(connection, answer)
+                connection.close()
+            else:
+                present[theirs["process"]] = connection
+    answer = answer or _GO
+    for connection in present.values():
+        _tell(connection, answer)
+    return answer, present
+
+
+def _tell(connection: socket.socket, answer: str):
+    with contextlib.suppress(OSError):  # who is gone is found out later
+        connection.sendall(answer.encode() + b"\n")
+
+
+def _missing(flags: ProcessFlags, present) -> str:
+    gone = [number for number in range(1, flags.processes) if number not in present]
+    noun = "process" if len(gone) == 1 else "processes"
+    return (
+        f"{noun} {', '.join(map(str, gone))} of {flags.processes} did not come to "
+        f"{flags.coordinator} within {flags.join_seconds:g} s"
+    )
+
+
+def _disagreement(mine: dict, theirs: dict, present) -> str | None:
+    number = theirs["process"]
+    if theirs["processes"] != mine["processes"]:
+        return (
+            f"process {number} was started as one of {theirs['processes']}, process 0 as one of "
+            f"{mine['processes']}"
+        )
+    if number == 0 or number in present:
+        return f"two processes were started with --process-id {number}"
+    if theirs["digest"] != mine["digest"]:
+        return f"process {number} was started with other settings or data than process 0"
+    return None
+
+
+def _listener(flags: ProcessFlags) -> socket.socket:
+    _, port = flags.address
+    options: dict[str, Any] = {"family": socket.AF_INET}
+    if socket.has_dualstack_ipv6():
+        options = {"family": socket.AF_INET6, "dualstack_ipv6": True}
+    try:
+        return socket.create_server(("", port), **options)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"process 0 cannot listen on port {port}: {reason}") from None
+
+
+def _follow(
+    flags: ProcessFlags, word: dict, deadline: float
+) -> tuple[str, dict[int, socket.socket]]:
+    """Tells the first process who this is, and returns what it answers."""
+    for left in _until(deadline):
+        try:
+            connection = socket.create_connection(flags.address, timeout=left)
+            connection.sendall(json.dumps(word).encode() + b"\n")
+            # The first process may have begun to wait later, by as much as this one waits.
+            connection.settimeout(left + flags.join_seconds)
+            answer = _line(connection)
+            if answer:
+                return answer, {0: connection}
+            connection.close()
+        except OSError:  # not there yet, or gone again
+            pass
+        time.sleep(_RETRY_SECONDS)
+    gone = (
+        f"process 0 of {flags.processes} did not come to {flags.coordinator} within "
+        f"{flags.join_seconds:g} s"
+    )
+    return gone, {}
+
+
+def _until(deadline: float) -> Iterator[float]:
+    """Yields the seconds that are left, as long as there are any."""
+    while (left := deadline - time.monotonic()) > 0:
+        yield left
+
+
+def _read(connection: socket.socket) -> dict | None:
+    """Returns what a process says of itself; None from who is none."""
+    connection.settimeout(5.0)
+    try:
+        found = json.loads(_line(connection))
+        return found if {"process", "processes", "digest"} <= found.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _line(connection: socket.socket) -> str:
+    """Returns what comes before the next newline, and reads nothing of what comes after it."""
+    text = b""
+    while not text.endswith(b"\n") and len(text) < 4096:
+        one = connection.recv(1)
+        if not one:
+            break
+        text += one
+    return text.decode(errors="replace").strip()
+
+
+# A process that ends for a reason of its own says so first, as all do that find the same error.
+_GRACE_SECONDS = 5.0
+_DONE = b"done\n"
+
+
+class Lifelines:
+    """Watches connections to other processes; a context manager.
+
+    A context that is left by an exception lets go of the connections without a word: the others
+    end as well.
+    """
+
+    def __init__(
+        self, connections: Mapping[int, socket.socket], grace_seconds: float = _GRACE_SECONDS
+    ):
+        """Takes connections over.
+
+        Args:
+          connections: By the number of the process at the other end.
+          grace_seconds: How long this process may still end by itself after another has ended.
+        """
+        self._connections = connections
+        self._grace_seconds = grace_seconds
+        self._left = threading.Event()
+
+    def __enter__(self):
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, kind, *_):
+        self._left.set()
+        for connection in self._connections.values():
+            with contextlib.suppress(OSError):
+                if kind is None:
+                    connection.sendall(_DONE)
+                connection.shutdown(socket.SHUT_WR)
+
+    def listen(self):
+        """Waits as long as it takes to hear that another process has ended, which ends this one."""
+        time.sleep(self._grace_seconds + 1)
+
+    def _watch(self):
+        with selectors.DefaultSelector() as selector:
+            for number, connection in self._connections.items():
+                connection.settimeout(None)
+                selector.register(connection, selectors.EVENT_READ, number)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    selector.unregister(key.fileobj)
+                    connection = key.fileobj
+                    assert isinstance(connection, socket.socket)  # as registered above
+                    self._heard(connection, key.data)
+
+    def _heard(self, connection: socket.socket, number: int):
+        """Ends this process if another ended before its work was done."""
+        try:
+            word = connection.recv(len(_DONE))
+        except OSError:
+            word = b""
+        if word == _DONE or self._left.is_set():
+            return
+        if self._left.wait(self._grace_seconds):
+            return
+        sys.stdout.flush()
+        print(
+            f"error: process {number} has ended; --resume goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)

@@ -1,0 +1,90 @@
+"""Several processes that train together.
+
+    python -m experiments.train ... --coordinator host:1234 --processes 2 --process-id 0
+    python -m experiments.train ... --coordinator host:1234 --processes 2 --process-id 1
+
+They call the roll (`connections.py`) before JAX is imported or anything is written; the connections
+that were made for it stay, so that the end of one is known to all (`connections.py`).
+"""
+
+import atexit
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+
+from experiments.config import ConfigError, RunError, TrainConfig
+from experiments.processes.connections import Lifelines, call_roll
+from experiments.processes.flags import ProcessFlags
+from jaxckpt.plans.errors import UserError
+
+
+@contextlib.contextmanager
+def joined(flags: ProcessFlags, config: TrainConfig, corpus_sha256: str):
+    """A context in which all processes are there and JAX's distributed system is up.
+
+    Of one process it is any context.
+
+    Raises:
+      ConfigError: Some do not come, or not all run the same.
+    """
+    if flags.processes == 1:
+        yield
+        return
+    told = {**dataclasses.asdict(config), "corpus": corpus_sha256, "compile_cache": None}
+    text = json.dumps(told, sort_keys=True, default=str)
+    connections = call_roll(flags, hashlib.sha256(text.encode()).hexdigest())
+    with Lifelines(connections) as lifelines:
+        try:
+            _start_jax(flags)
+            yield
+        except Exception as error:  # any that leaves the context: it is raised again
+            alone = isinstance(error, RunError) and error.__cause__ is None
+            if not (isinstance(error, UserError) or alone):
+                # An exchange that broke, perhaps: then another process has ended, and that is said.
+                lifelines.listen()
+            # JAX would wait for the others before this process ends.
+            atexit.register(_leave, 2 if isinstance(error, UserError) else 1)
+            raise
+
+
+def _leave(code: int):
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _start_jax(flags: ProcessFlags):
+    import jax
+
+    if os.environ.get("JAX_PLATFORMS", "") == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        *(flags.coordinator, flags.processes, flags.process_id),
+        initialization_timeout=max(1, round(flags.join_seconds)),
+    )
+    if jax.process_count() != flags.processes:
+        raise ConfigError(
+            f"processes is {flags.processes}; the devices say that there are {jax.process_count()}"
+        )
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def any_of_us(flag: bool) -> bool:
+    """Returns whether the flag is set in any process; all of them have to ask."""
+    import jax
+
+    if jax.process_count() == 1:
+        return flag
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))

@@ -1,0 +1,166 @@
+"""The train step as something to be measured: abstract, for any target, in any process.
+
+    report = measure_entry(entry_of(config, "v5e-1"), "v5e-1")
+
+What is compiled is the whole step that trains: optimizer, donation, accumulation, loss head.
+
+What a run's plan does, and whether it does anything, before the first step.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from experiments.config import OptimizerConfig, TrainConfig
+from experiments.training.compilation import compiler_options
+from jaxckpt.absent.jobs import Entry
+from jaxckpt.compiled.report import MemoryReport
+from jaxckpt.memory.built_step import BuiltStep, stack_bytes
+from jaxckpt.memory.explain import explain
+from jaxckpt.memory.findings import peak_not_below_none
+from jaxckpt.memory.measure import compile_step
+from jaxckpt.models.config import TransformerConfig
+from jaxckpt.plans import Plan, as_plan
+
+# The settings that a step is made of; the others (data, folders) are a run's.
+_OF_STEP = (
+    *("model", "optimizer", "unroll", "batch_size", "accumulate", "seq_len", "seed"),
+    *("steps", "loss_chunk_tokens", "z_loss", "trainable", "pack", "mesh"),
+)
+
+
+def entry_of(config: TrainConfig, target: str) -> Entry:
+    """Returns the entry that rebuilds a configuration's step in another process."""
+    open_entry = plan_entry(config, target)
+    # One spelling a plan, so that one compilation serves all.
+    plan = str(Plan.parse(config.remat))
+    return dataclasses.replace(open_entry, arguments={**open_entry.arguments, "plan": plan})
+
+
+def plan_entry(config: TrainConfig, target: str) -> Entry:
+    """Returns the same without its plan, which the planner puts in."""
+    settings = config.to_dict()
+    arguments = {"settings": {name: settings.get(name) for name in _OF_STEP}, "target": target}
+    return Entry(function="experiments.training.build:built_step", arguments=arguments)
+
+
+def built_step(settings: Mapping[str, Any], target: str, plan: str):
+    """Returns the `BuiltStep` of settings as `entry_of` wrote them down."""
+    tables = {
+        "remat": plan,
+        "model": TransformerConfig(**settings["model"]),
+        "optimizer": OptimizerConfig(**settings["optimizer"]),
+        "trainable": tuple(settings["trainable"]),
+    }
+    return build(TrainConfig(**{**settings, **tables}), target)
+
+
+def build(config: TrainConfig, target: str):
+    """Returns the abstract `BuiltStep` of a configuration for a target.
+
+    On a mesh the arguments have shardings: over this process's devices for `local`, else over a
+    mesh without devices.
+
+    Raises:
+      ConfigError: It names a kernel that the target does not have, or a mesh of another size.
+      PlanError (when traced): The plan names what the blocks do not have.
+    """
+    from experiments.training.mesh import abstract_state, abstract_tokens, make_mesh
+    from experiments.training.step import make_train_step, resolve_model
+    from jaxckpt.memory.built_step import BuiltStep
+    from jaxckpt.models.device_choice import device_of
+
+    config, _ = resolve_model(config, target)
+    mesh = make_mesh(config) if target == "local" else None
+    state = abstract_state(config, mesh)
+    tokens = abstract_tokens(config, mesh)
+    batch = (tokens, tokens) if config.pack else tokens
+    return BuiltStep(
+        fn=make_train_step(config),
+        args=(state, batch),
+        donate_argnums=0,
+        plan=config.plan,
+        baseline=make_train_step(dataclasses.replace(config, remat="none")),
+        block=abstract_block(config, state.params),
+        unroll=config.unroll,
+        compiler_options=compiler_options(device_of(target).platform),
+        tokens=config.batch_size // config.accumulate * config.seq_len,
+        # On a mesh logits are cut in two ways, and no buffer tells of which they are.
+        vocab_size=config.model.vocab_size if config.mesh is None else 0,
+    )
+
+
+def abstract_block(config: TrainConfig, params):
+    """Returns `(block, params_i, x, *consts)` of the model's stack for one part of a batch.
+
+    It is the block that the stack runs, so that untagged values are counted alike: parameters are
+    cast outside of it or inside, as the plan has it. On a mesh it has one device's sequences, and
+    all of the heads and widths that `tensor` cuts.
+
+    Args:
+      config: Resolved for its target.
+      params: The model's parameters, arrays or abstract.
+    """
+    import jax
+
+    from jaxckpt.linen import in_dtype
+    from jaxckpt.models.transformer import Block, rotary_table
+    from jaxckpt.transforms import rows
+
+    module = Block(config.model)
+    cast = functools.partial(in_dtype, dtype=config.model.dtype)
+    is_inside = rows.reads_inside(config.plan, config.unroll)
+    batch = config.batch_size // config.accumulate
+    batch //= 1 if config.mesh_shape is None else config.mesh_shape.batch_parts
+    x = jax.ShapeDtypeStruct((batch, config.seq_len, config.model.d_model), config.model.dtype)
+    rotary = jax.eval_shape(
+        lambda: rotary_table(config.seq_len, config.model.head_dim, config.model.rope_theta)
+    )
+    params_i = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params["layers"]
+    )
+
+    params_i = params_i if is_inside else jax.eval_shape(cast, params_i)
+    consts = [rotary]
+    if config.pack:
+        consts.append(jax.ShapeDtypeStruct((batch, config.seq_len), "int32"))
+
+    def block(x, params_i, *consts):
+        rngs = {"dropout": jax.random.key(0)}
+        params_i = cast(params_i) if is_inside else params_i
+        return module.apply({"params": params_i}, x, *consts, deterministic=False, rngs=rngs)
+
+    return block, params_i, x, *consts
+
+
+# A plan that should save less of the peak than this is compared with `none` by compiling that too.
+_DOUBTFUL = 0.1
+
+
+def explained(step: BuiltStep) -> Iterator[str]:
+    """Yields the residuals of one block as a table, for each stage of the step's plan."""
+    assert step.block is not None and step.plan is not None  # as `build` makes a step
+    block, params_i, carry, *consts = step.block
+    for stage in step.plan.stages:
+        plan = str(replace(stage, count=None))
+        found = explain(block, params_i, carry, *consts, plan=plan, num_blocks=stage.count)
+        yield f"{plan} on {stage.count} blocks\n{found}"
+
+
+def needless(step: BuiltStep, report: MemoryReport) -> list[str]:
+    """Returns a line if the plan's compiled peak is not below that of `none`.
+
+    `none` is compiled only where the stack's residuals leave it in doubt.
+    """
+    assert step.block is not None and step.plan is not None and step.baseline is not None
+    none = as_plan("none").bind(step.plan.bound_count)
+    if step.plan == none:
+        return []
+    saved = stack_bytes(none, *step.block) - stack_bytes(step.plan, *step.block)
+    if saved > _DOUBTFUL * report.peak_bytes:
+        return []
+    alone = replace(step, fn=step.baseline, plan=None, baseline=None, block=None)
+    _, without = compile_step(alone)
+    return [str(finding) for finding in peak_not_below_none(step.plan, report, without)]

@@ -1,0 +1,199 @@
+"""`auto` as a configuration's plan: the planner chooses for the whole step that trains.
+
+    result = choose(config, "v5e-1")     # config.remat is auto, config.budget says how much
+    config = dataclasses.replace(config, remat=str(result.plan))
+
+Optimizer, donation, accumulation, loss head and frozen parameters are part of the step, so they are
+part of the peak that is held against the budget. What was compiled once is kept on disk, for a
+target that is not there and for this process's own.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from experiments.config import ConfigError, TrainConfig
+from experiments.provenance import versions
+from experiments.training.build import build, plan_entry
+from jaxckpt.compiled.report import MemoryReport
+from jaxckpt.planner.absent import fit_entry
+from jaxckpt.planner.budgets import check_asked, given_bytes, host_bytes, more_than_usable
+from jaxckpt.planner.result import FitResult
+from jaxckpt.plans import Plan
+from jaxckpt.targets.present import usable_bytes
+from jaxckpt.targets.target import LOCAL, parse_target
+from jaxckpt.units import gib
+
+
+def choose(config: TrainConfig, target: str, *, budget: int | None = None) -> FitResult:
+    """Returns the fastest plan for a configuration's step within its budget.
+
+    Args:
+      config: Its plan is not read.
+      target: `"local"`, or a chip that need not be there.
+      budget: In bytes; by default the configuration's.
+
+    Raises:
+      BudgetError: No plan fits.
+      ConfigError: The budget is not known, or the planner's solver is not installed.
+    """
+    budget = limit_bytes(config, target) if budget is None else budget
+    num_blocks = config.model.num_blocks
+    try:
+        check_asked(num_blocks)
+    except ImportError as error:
+        raise ConfigError(f"plan 'auto': {error}") from None
+    budgets = {"budget": budget, "host_budget": host_limit_bytes(config) or 0}
+    if parse_target(target).backend == "local":
+        return _choose_here(config, {**budgets, "calibrate": config.calibrate})
+    entry = plan_entry(config, target)
+    return fit_entry(entry, num_blocks=num_blocks, target=target, **budgets)
+
+
+def check_calibrated(config: TrainConfig, plans: Sequence[Plan], targets: Sequence[str]):
+    """Raises where a block cannot be timed for `auto`.
+
+    Args:
+      config: Says whether it is to be.
+      plans: Those asked for.
+      targets: Likewise.
+
+    Raises:
+      ConfigError: No plan is `auto`, or a target is not here.
+    """
+    if not config.calibrate:
+        return
+    if not any(stage.schedule == "auto" for plan in plans for stage in plan.stages):
+        raise ConfigError("--calibrate times a block for the planner: it is of plan 'auto' alone")
+    away = [target for target in targets if parse_target(target).backend != "local"]
+    if away:
+        raise ConfigError(f"--calibrate times a block on this machine's chip; {away[0]} is not it")
+
+
+def _choose_here(config: TrainConfig, asked: Mapping[str, Any]) -> FitResult:
+    """Returns the answer for this process's device, of steps compiled as they are run.
+
+    Their reports have times and findings, as those of other plans.
+    """
+    from jaxckpt.memory.measure import compile_step
+    from jaxckpt.planner.fit import solve
+    from jaxckpt.planner.steps import Steps
+
+    built = lambda plan: build(dataclasses.replace(config, remat=str(plan)), "local")
+
+    def step_for(plan: Plan):
+        step = built(plan)
+        return step.fn, step.args, {"donate_argnums": step.donate_argnums}
+
+    def report_of(plan: Plan) -> MemoryReport:
+        step = built(plan)
+        options = {"donated": step.donate_argnums, "xla": dict(step.compiler_options)}
+        return steps.kept(plan, lambda: compile_step(step)[1], options=options)
+
+    steps = Steps(step_for, LOCAL, report_of)
+    return solve(steps, config.model.num_blocks, target=LOCAL, **asked)
+
+
+def limit_bytes(config: TrainConfig, target: str) -> int | None:
+    """Returns a configuration's budget in bytes; None if it has none.
+
+    Raises:
+      ConfigError: It is `auto` for a device that does not say what it can use.
+    """
+    if config.budget is None:
+        return None
+    if config.budget != "auto":
+        return given_bytes(config.budget)
+    usable = usable_bytes(parse_target(target))
+    if usable is None:
+        raise ConfigError(
+            f"--budget=auto is all that a device can use, which {target} does not tell; give "
+            "bytes, such as --budget=15GiB"
+        )
+    return usable
+
+
+def host_limit_bytes(config: TrainConfig) -> int | None:
+    """Returns what a configuration's plan may have on the host, in bytes; None if unset."""
+    return None if config.host_budget is None else host_bytes(config.host_budget)
+
+
+def excess(limit: int | None, target: str) -> str | None:
+    """Returns a line if a budget is more than the target has, else None."""
+    return None if limit is None else more_than_usable(limit, parse_target(target))
+
+
+def check_within(
+    config: TrainConfig, report: MemoryReport, limit: int | None, host_limit: int | None
+):
+    """Raises for a step that needs more than its budget, of the device or of the host.
+
+    Raises:
+      ConfigError: It does.
+    """
+    needs = ((report.peak_bytes, limit, ""), (report.host_bytes, host_limit, "host "))
+    for size, most, where in needs:
+        if most is not None and size > most:
+            raise ConfigError(
+                f"plan {config.remat!r} needs {gib(size)} compiled, {gib(size - most)} more than "
+                f"the {where}budget of {gib(most)}; --remat=auto looks for a plan within it"
+            )
+
+
+# Settings that a resumed run may change and its step's memory follows; `checkpoints.identity` has
+# those that it may not.
+_OF_MEMORY = ("accumulate", "unroll", "loss_chunk_tokens")
+
+
+def settle(
+    config: TrainConfig,
+    limit: int | None,
+    about: Mapping[str, Any] | None,
+    say: Callable[[str], None],
+) -> tuple[TrainConfig, dict[str, Any] | None]:
+    """Returns a run's configuration with the plan that `auto` stands for on this device.
+
+    A run that goes on keeps its plan if budget, device, versions and what else the memory of its
+    step follows are as they were; else it is planned anew. The budget has done its work then: the
+    configuration that is returned repeats the run without the planner.
+
+    Args:
+      config: Of the run.
+      limit: Its budget in bytes.
+      about: What the checkpoint says of itself that the run goes on from, if it does.
+      say: Prints a line.
+
+    Returns:
+      The configuration, and what its plan was chosen for, as JSON values; None if it was named.
+    """
+    if not config.is_auto:
+        return config, None
+    assert limit is not None  # `auto` has a budget
+    now = _occasion(config, limit)
+    if about is not None and about.get("planned_for") == now:
+        plan = about["config"]["remat"]
+        say(f"plan    {plan}, as before; another --budget plans anew")
+    else:
+        say(f"plan    looked for within {gib(limit)}; a few are compiled")
+        started = time.perf_counter()
+        result = choose(config, "local", budget=limit)
+        say(str(result) if config.explain else result.summary)
+        say(
+            f"planned in {time.perf_counter() - started:.1f} s; {result.num_compiles} plans were "
+            "compiled, or read from disk"
+        )
+        plan = str(result.plan)
+    done = {"budget": None, "host_budget": None, "calibrate": False}
+    return dataclasses.replace(config, remat=plan, **done), now
+
+
+def _occasion(config: TrainConfig, limit: int) -> dict[str, Any]:
+    """Returns what a plan is chosen for on this process's device."""
+    import jax
+
+    found = {name: getattr(config, name) for name in _OF_MEMORY}
+    found |= {"budget_bytes": limit, "host_budget_bytes": host_limit_bytes(config)}
+    found |= {"calibrate": config.calibrate}
+    found |= {"device": jax.devices()[0].device_kind}
+    return found | {name: versions()[name] for name in ("jax", "jaxlib")}

@@ -1,0 +1,345 @@
+"""The training loop: compile, say what it will take, then step, record, validate and save."""
+
+import contextlib
+import dataclasses
+import functools
+import operator
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.config import ConfigError, RunError, TrainConfig
+from experiments.data import Corpus
+from experiments.files import reason
+from experiments.processes.join import any_of_us, is_first
+from experiments.training.build import build, explained, needless
+from experiments.training.checkpoints import Checkpoints, about_run, check_same_run
+from experiments.training.choose_plan import (
+    check_within,
+    excess,
+    host_limit_bytes,
+    limit_bytes,
+    settle,
+)
+from experiments.training.display import Display
+from experiments.training.mesh import abstract_state, batch_sharding, make_mesh, put_whole
+from experiments.training.record import Record, Unrecorded
+from experiments.training.run_data import held_out_batches, put_batch, training_batches
+from experiments.training.step import TrainState, init_state, make_validation_step, resolve_model
+from experiments.training.stopping import StopRequest
+from experiments.training.utilization import StepFlops, step_flops
+from experiments.weights.load import load_params
+from jaxckpt.compiled import cache
+from jaxckpt.compiled.report import MemoryReport, gib
+from jaxckpt.memory.measure import compile_step
+from jaxckpt.targets.present import chip_of
+from jaxckpt.targets.target import LOCAL
+
+_SAMPLED_TOKENS = 240
+
+
+def run(config: TrainConfig, corpus: Corpus, folder: Path) -> int | None:
+    """Trains as `config` says and writes the record to `folder`.
+
+    Nothing is written before the step has compiled, so a plan that does not fit the model leaves
+    no folder behind.
+
+    Args:
+      config: Of the run.
+      corpus: What it trains on.
+      folder: From `run_folder`.
+
+    Returns:
+      The number of the signal that stopped the run; None if it came to its end.
+
+    Raises:
+      PlanError: The plan names what the model's blocks do not have.
+      BudgetError: The plan is `auto`, and none is within the budget.
+      ConfigError: There is no checkpoint to resume from, or it is of another run; the plan needs
+        more than the budget.
+      RunError: The disk is full, or gradients stay non-finite.
+    """
+    display = Display(config.steps, quiet=not is_first())
+    _keep_compiled(config, display)
+    display.print(f"data    {corpus.summary}")
+    display.print(f"plan    {config.remat} on {config.model.num_blocks} blocks")
+    limit, host_limit = limit_bytes(config, "local"), host_limit_bytes(config)
+    if excess(limit, "local"):
+        display.print(f"warning: {excess(limit, 'local')}")
+    resolve_model(config)  # what the chip does not have is refused before anything is planned
+    with contextlib.closing(Checkpoints(folder, config.keep)) as checkpoints:
+        resumed, about = None, None
+        if config.resume:
+            resumed, about, changed = _find_checkpoint(config, corpus, checkpoints)
+            for line in changed:
+                display.print(line)
+        checkpoints.check_own()
+        config, planned_for = settle(config, limit, about, display.print)
+        here, choices = resolve_model(config)
+        for choice in choices:
+            display.print(f"model   {choice}")
+        step, report, flops, compile_seconds = _compile(here, display)
+        check_within(config, report, limit, host_limit)
+        state = _first_state(checkpoints, resumed, here)
+        display.print(str(report))
+        display.print(
+            f"compiled in {compile_seconds:.1f} s; predicted peak {gib(report.peak_bytes)}"
+        )
+        if resumed is not None:
+            display.print(f"resumed at step {resumed} from {checkpoints.folder}")
+        header = _header(config, corpus, report, flops, compile_seconds)
+        header |= {"budget_bytes": limit, "host_budget_bytes": host_limit}
+        header |= {"planned_for": planned_for}
+        if resumed is None and is_first():
+            checkpoints.remove_all()
+        with contextlib.closing(_record(folder, config, header, resumed)) as record:
+            training = _Training(
+                config, planned_for, corpus, step, report, flops, record, checkpoints, display
+            )
+            with display, StopRequest() as stop:
+                return training.run(state, stop)
+
+
+def _keep_compiled(config: TrainConfig, display: Display):
+    """Has JAX keep compiled steps on disk, where there is a place for them."""
+    folder, home = config.compile_cache, cache.folder()
+    if folder is None and home is not None:
+        folder = home / "compiled"
+    try:
+        if folder is None:
+            raise OSError("there is no home folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise OSError(f"no permission to write to {folder}")
+    except OSError as error:
+        display.print(f"warning: compiled steps are not kept on disk: {reason(error)}")
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _record(folder: Path, config: TrainConfig, header, resumed: int | None):
+    if is_first():
+        return Record(folder, config, header, resumed)
+    return Unrecorded(folder, resumed)
+
+
+def _find_checkpoint(
+    config: TrainConfig, corpus: Corpus, checkpoints: Checkpoints
+) -> tuple[int, dict[str, Any], list[str]]:
+    """Returns the step to go on from, what its checkpoint says of itself, and what has changed."""
+    step = checkpoints.latest()
+    if step is None:
+        raise ConfigError(f"{checkpoints.folder} holds no complete checkpoint to resume from")
+    about = checkpoints.about(step)
+    if step > config.steps:
+        raise ConfigError(
+            f"{checkpoints.folder} is at step {step} already; --steps is {config.steps}"
+        )
+    return step, about, check_same_run(config, corpus.sha256, about)
+
+
+def _first_state(checkpoints: Checkpoints, resumed: int | None, config: TrainConfig) -> TrainState:
+    make = functools.partial(init_state, config)
+    like = abstract_state(config, make_mesh(config))
+    if resumed is not None:
+        return checkpoints.load(resumed, like)
+    where = {} if config.mesh is None else {"out_shardings": jax.tree.map(_sharding, like)}
+    if config.init is None:
+        return jax.jit(make, **where)()
+    params = load_params(config.init, like.params)
+    return jax.jit(make, donate_argnums=0, **where)(params)
+
+
+def _sharding(leaf):
+    return leaf.sharding
+
+
+def _compile(config: TrainConfig, display: Display):
+    """Returns the compiled train step, its memory report, its FLOPs and the seconds it took."""
+    started = time.perf_counter()
+    built = build(config, "local")
+    step, report = compile_step(built)
+    seconds = time.perf_counter() - started
+    if config.explain:
+        for line in explained(built):
+            display.print(line)
+    report = dataclasses.replace(report, findings=(*report.findings, *needless(built, report)))
+    for finding in report.findings:
+        display.print(f"warning: {finding}")
+    return step, report, step_flops(config, built), seconds
+
+
+def _header(
+    config: TrainConfig,
+    corpus: Corpus,
+    report: MemoryReport,
+    flops: StepFlops,
+    compile_seconds: float,
+):
+    device = jax.devices()[0]
+    return {
+        "plan": str(config.plan),
+        "predicted_peak_bytes": report.peak_bytes,
+        "predicted_temp_bytes": report.temp_bytes,
+        "memory_source": report.source,
+        "step_flops": report.flops,
+        "recomputed_flops": report.recomputed_flops,
+        "model_flops": flops.model,
+        "hardware_flops": flops.hardware,
+        "peak_flops_per_second": peak_flops_per_second(config),
+        "findings": list(report.findings),
+        "buffers": [dataclasses.asdict(one) for one in report.buffers],
+        "understood": dataclasses.asdict(report.understood),
+        "compile_seconds": compile_seconds,
+        "device": device.device_kind,
+        "devices": 1 if config.mesh_shape is None else config.mesh_shape.size,
+        "processes": jax.process_count(),
+        "backend": device.platform,
+        "corpus": corpus.name,
+        "corpus_sha256": corpus.sha256,
+        "corpus_tokens": corpus.num_tokens,
+        "config": config.to_dict(),
+    }
+
+
+class _Training:
+    """One run from its first state to its last: what the loop's parts share."""
+
+    def __init__(
+        self, config, planned_for, corpus, step, report, flops, record, checkpoints, display
+    ):
+        self.config, self.planned_for = config, planned_for
+        self.corpus, self.step, self.report, self.flops = corpus, step, report, flops
+        self.record, self.checkpoints, self.display = record, checkpoints, display
+        self.peak_flops = peak_flops_per_second(config)
+        self.validate = _validator(config, corpus)
+        self.writer = _tensorboard(config, record.path.parent)
+        self.where = batch_sharding(config)
+
+    def run(self, state: TrainState, stop: StopRequest) -> int | None:
+        """Steps until the end or a request to stop; returns the signal of that request."""
+        config = self.config
+        batches = training_batches(config, self.corpus)
+        loss = None
+        for number in range(int(state.step) + 1, config.steps + 1):
+            state = self._step(state, batches, number)
+            every = config.validate_every
+            if number == config.steps or (every and number % every == 0):
+                loss = self._validate(state, number)
+            if any_of_us(stop.signal_name is not None):
+                self._save(state)
+                self.checkpoints.wait()
+                why = stop.signal_name or "another process was stopped"
+                self.display.print(
+                    f"{why}: saved step {number} in {self.checkpoints.folder}; "
+                    "--resume goes on from there"
+                )
+                return signal.Signals[stop.signal_name or "SIGTERM"].value
+            if config.save_every and (number % config.save_every == 0 or number == config.steps):
+                self._save(state)
+        self.checkpoints.wait()
+        if loss is None:  # a resumed run that had nothing left to do
+            loss = self.record.validations.get(config.steps)
+        if loss is None:
+            loss = self._validate(state, config.steps)
+        self.display.print(f"validation loss {loss:.4f} nats a token; record in {self.record.path}")
+        if config.sample:
+            self._sample(state)
+        return None
+
+    def _step(self, state: TrainState, batches, number: int) -> TrainState:
+        config = self.config
+        batch = put_batch(batches, number - 1, self.where)
+        started = time.perf_counter()
+        state, metrics = self.step(state, batch)
+        metrics = jax.device_get(metrics)  # waits for the step
+        seconds = time.perf_counter() - started
+        row = {
+            "step": number,
+            "loss": float(metrics["loss"]),
+            "gradient_norm": float(metrics["gradient_norm"]),
+            "skipped": int(metrics["skipped"]),
+            "step_seconds": seconds,
+            "tokens_per_second": config.batch_size * config.seq_len / seconds,
+            **self.flops.utilization(seconds, self.peak_flops),
+        }
+        actual = runtime_peak_bytes()
+        if actual is not None:
+            row["peak_bytes_in_use"] = actual
+        self._write(row)
+        self.display.step(row, _memory_text(self.report, actual))
+        if metrics["skipped_in_row"] >= config.max_skipped:
+            raise RunError(
+                f"gradients were not finite for {config.max_skipped} steps in a row, the last at "
+                f"step {number}; a lower --learning-rate may help, --max-skipped sets the limit"
+            )
+        return state
+
+    def _validate(self, state: TrainState, number: int) -> float:
+        loss = self.validate(state.params)
+        self._write({"step": number, "validation_loss": loss})
+        if number < self.config.steps:
+            self.display.print(f"step {number}  validation loss {loss:.4f}")
+        return loss
+
+    def _save(self, state: TrainState):
+        about = about_run(self.config, self.corpus.sha256, int(state.step), self.planned_for)
+        self.checkpoints.save(state, about)
+
+    def _sample(self, state: TrainState):
+        from experiments.training.sample import sample_text
+
+        prompt = self.corpus.validation[: self.config.seq_len]
+        tokenizer = self.corpus.tokenizer
+        text = sample_text(self.config, state.params, prompt, _SAMPLED_TOKENS, tokenizer)
+        self.display.print(f"--- the model goes on after the bar ---\n{text}")
+
+    def _write(self, row: dict[str, Any]):
+        self.record.write(row)
+        if self.writer is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self.writer.add_scalar(name, value, row["step"])
+
+
+def _validator(config: TrainConfig, corpus: Corpus):
+    """Returns a function from parameters to the loss on fixed validation windows."""
+    batches = put_whole(held_out_batches(config, corpus), batch_sharding(config))
+    step = jax.jit(make_validation_step(config))
+
+    def validate(params) -> float:
+        losses, counts = zip(*(map(float, step(params, batch)) for batch in batches), strict=True)
+        return sum(map(operator.mul, losses, counts)) / max(1, sum(counts))
+
+    return validate
+
+
+def _tensorboard(config: TrainConfig, folder: Path):
+    if not config.tensorboard or not is_first():
+        return None
+    from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]  an extra
+
+    return SummaryWriter(str(folder))
+
+
+def peak_flops_per_second(config: TrainConfig) -> float | None:
+    """Returns the bf16 peak of a run's devices; None for one that is not in the table."""
+    chip = chip_of(LOCAL)
+    count = 1 if config.mesh_shape is None else config.mesh_shape.size
+    return None if chip is None else count * chip.bf16_flops_per_second
+
+
+def runtime_peak_bytes() -> int | None:
+    """Returns the most device memory this process has used, or None where the runtime is silent."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats.get("peak_bytes_in_use") if stats else None
+
+
+def _memory_text(report: MemoryReport, actual: int | None) -> str:
+    text = f"peak {gib(report.peak_bytes)} predicted"
+    return text if actual is None else f"{text}, {gib(actual)} actual"

@@ -1,0 +1,73 @@
+"""The mesh of a run, and where its state and batches lie on it.
+
+    mesh = make_mesh(config)             # None without --mesh
+    state = abstract_state(config, mesh)
+
+Optimizer state has the parameters' paths in it, so the rule for a parameter places what the
+optimizer keeps for it, too.
+"""
+
+import functools
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from experiments.config import ConfigError, TrainConfig
+from experiments.training.step import TrainState, init_state, layout_of
+from jaxckpt.models.mesh import AXES
+from jaxckpt.models.sharding import AXIS_TYPES
+
+
+def put_whole(arrays, where: jax.sharding.Sharding | None):
+    """Returns arrays that every process has whole, cut as a mesh wants them."""
+    if where is None:
+        return arrays
+    put = lambda x: jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+    return jax.tree.map(put, arrays)
+
+
+def make_mesh(config: TrainConfig) -> Mesh | None:
+    """Returns the mesh of this run's devices, or None without one.
+
+    Raises:
+      ConfigError: It needs more devices than there are, or, of several processes, leaves some out.
+    """
+    shape = config.mesh_shape
+    if shape is None:
+        return None
+    devices = jax.devices()
+    if shape.size > len(devices) or (shape.size < len(devices) and jax.process_count() > 1):
+        them = f"{len(devices)} device{'s' * (len(devices) > 1)}"
+        raise ConfigError(f"mesh {shape} is of {shape.size} devices; this run has {them}")
+    return jax.make_mesh(shape.sizes, AXES, axis_types=AXIS_TYPES, devices=devices[: shape.size])
+
+
+def batch_sharding(config: TrainConfig) -> NamedSharding | None:
+    """Returns where a batch lies on this run's devices; None without a mesh."""
+    layout = layout_of(config)
+    return None if layout is None else layout.of_batch(make_mesh(config))
+
+
+def abstract_state(config: TrainConfig, mesh: Mesh | None = None) -> TrainState:
+    """Returns the shapes of a run's state, with shardings if it has a mesh.
+
+    Args:
+      config: With a model that `resolve_model` has resolved.
+      mesh: From `make_mesh`; where the devices are not there, a mesh without them is named.
+    """
+    state = jax.eval_shape(functools.partial(init_state, config))
+    layout = layout_of(config)
+    if layout is None:
+        return state
+    shardings = layout.of_params(state, mesh)
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, shardings
+    )
+
+
+def abstract_tokens(config: TrainConfig, mesh: Mesh | None = None) -> jax.ShapeDtypeStruct:
+    """Returns the shape of a step's tokens, with their sharding if the run has a mesh."""
+    layout = layout_of(config)
+    where: dict[str, Any] = {} if layout is None else {"sharding": layout.of_batch(mesh)}
+    return jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), "int32", **where)

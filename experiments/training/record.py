@@ -1,0 +1,168 @@
+"""What a run leaves behind: `metrics.jsonl`, one JSON object a line, and `config.toml`."""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from experiments import files
+from experiments.config import ConfigError, RunError, TrainConfig
+from experiments.provenance import versions
+
+METRICS = "metrics.jsonl"
+CONFIG = "config.toml"
+
+
+@contextlib.contextmanager
+def run_folder(config: TrainConfig, *, is_first: bool) -> Iterator[Path]:
+    """A context with the folder that a run writes to, in which no other process writes there.
+
+    Args:
+      config: Of the run.
+      is_first: Whether this process is the one that writes, of several.
+
+    Yields:
+      The folder, absolute.
+
+    Raises:
+      ConfigError: It holds a run already, holds none to resume, is somebody else's, or cannot be
+        made.
+    """
+    if config.resume and config.out is None:
+        raise ConfigError("--resume needs --out, the folder of the run to go on with")
+    wanted = config.out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    if os.sep == "/" and "\\" in str(wanted.absolute()):
+        # TensorStore takes it for a slash, and would save beside the folder.
+        raise ConfigError(f"--out {str(wanted)!r}: no checkpoint can be kept below a backslash")
+    own = files.own_folder(wanted, "experiments.train", METRICS, is_new=config.out is None)
+    with own if is_first else contextlib.nullcontext(wanted.absolute()) as folder:
+        holds_run = (folder / METRICS).is_file()
+        if config.resume and not holds_run:
+            raise ConfigError(f"--out {str(wanted)!r} holds no run to resume; leave --resume out")
+        if holds_run and not (config.resume or config.overwrite):
+            raise ConfigError(
+                f"--out {str(wanted)!r} already holds a run; --resume goes on with it, --overwrite "
+                "replaces it, or name another folder"
+            )
+        yield folder
+
+
+def check_tensorboard():
+    """Raises unless TensorBoard files can be written.
+
+    Raises:
+      ConfigError: The package that writes them is not installed.
+    """
+    try:
+        # To import it is the check.
+        import tensorboardX  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ConfigError(
+            "--tensorboard needs the package tensorboardX: pip install 'jaxckpt[tensorboard]'"
+        ) from None
+
+
+class Record:
+    """Appends one JSON object a line to `metrics.jsonl`; every line is on disk once written.
+
+    Attributes:
+      path: The file.
+      validations: Validation losses already on record when the run began, by step.
+    """
+
+    def __init__(
+        self, folder: Path, config: TrainConfig, header: dict[str, Any], resumed: int | None
+    ):
+        """Writes the configuration as run and an object that begins the run.
+
+        Args:
+          folder: From `run_folder`.
+          config: The configuration as run.
+          header: What that object says beside versions and platform.
+          resumed: The step that the run goes on from; rows of later steps are cut off.
+
+        Raises:
+          RunError: The folder cannot be written.
+        """
+        self.path = folder / METRICS
+        self.validations: dict[int, float] = {}
+        row = {"versions": versions(), "platform": platform.platform(), **header}
+        try:
+            _write_whole(folder / CONFIG, tomli_w.dumps(config.to_dict()))
+            if resumed is None:
+                _write_whole(self.path, "")
+            else:
+                lines = _rows_until(self.path, resumed)
+                self.validations = _validations(lines)
+                _write_whole(self.path, "".join(lines))
+                row["resumed_from_step"] = resumed
+            # Without a buffer nothing is left to write, and to fail, when it is closed.
+            self._file = self.path.open("ab", buffering=0)
+        except OSError as error:
+            raise RunError(f"cannot write to {folder}: {files.reason(error)}") from None
+        self.write(row)
+
+    def write(self, row: dict[str, Any]):
+        """Appends one object; numbers that JSON cannot hold become null.
+
+        Raises:
+          RunError: The disk is full, say.
+        """
+        row = {key: None if _is_not_finite(value) else value for key, value in row.items()}
+        try:
+            line = json.dumps(row, allow_nan=False).encode() + b"\n"
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise RunError(f"cannot write {self.path}: {files.reason(error)}") from None
+
+    def close(self):
+        """Closes the file."""
+        self._file.close()
+
+
+class Unrecorded:
+    """The record of a process that leaves it to the first one; `validations` are the same."""
+
+    def __init__(self, folder: Path, resumed: int | None):
+        self.path = folder / METRICS
+        self.validations = {} if resumed is None else _validations(_rows_until(self.path, resumed))
+
+    def write(self, row: dict[str, Any]):
+        """Writes nothing."""
+
+    def close(self):
+        """Closes nothing."""
+
+
+def _rows_until(path: Path, step: int) -> list[str]:
+    """Returns the lines of a record up to a step; a line that a killed run tore is dropped."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row.get("step", row.get("resumed_from_step", 0)) <= step:
+            kept.append(line if line.endswith("\n") else line + "\n")
+    return kept
+
+
+def _validations(lines: list[str]) -> dict[int, float]:
+    rows = map(json.loads, lines)
+    return {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
+
+
+def _write_whole(path: Path, text: str):
+    files.write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def _is_not_finite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

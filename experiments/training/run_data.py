@@ -1,0 +1,102 @@
+"""The batches of a run: windows of its corpus, or packed rows, put where its mesh wants them.
+
+The corpus that a configuration names, read with its tokenizer and checked.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.config import TrainConfig
+from experiments.data import (
+    Batches,
+    Corpus,
+    PackedBatches,
+    PackedRows,
+    check_corpus,
+    check_grain,
+    load_corpus,
+    packed_validation_batches,
+    validation_batches,
+)
+from experiments.weights.load import check_init, end_token
+
+
+def training_batches(config: TrainConfig, corpus: Corpus) -> Batches | PackedBatches:
+    """Returns what has the batch of every step; packed, it is tokens and segment ids."""
+    sizes = {"batch_size": config.batch_size, "seed": config.seed}
+    if not config.pack:
+        return Batches(tokens=corpus.train, seq_len=config.seq_len, **sizes)
+    rows = _packed_rows(corpus.train, corpus.train_starts, config)
+    return PackedBatches(rows=rows, **sizes)
+
+
+def put_batch(batches: Batches | PackedBatches, step: int, where: jax.sharding.Sharding | None):
+    """Returns the batch of a step; on a mesh, each process reads the rows of its own devices.
+
+    A batch is the same however many processes read it.
+
+    Args:
+      batches: From `training_batches`.
+      step: Steps done before.
+      where: The batch's sharding; None without a mesh.
+    """
+    if where is None:
+        return batches.at(step)
+    rows: Any = functools.cache(lambda start, stop: batches.at(step, start, stop))
+    shape = (
+        batches.batch_size,
+        (batches.rows if isinstance(batches, PackedBatches) else batches).seq_len + 1,
+    )
+
+    def part(place: int | None):
+        def read(index) -> Any:
+            start, stop, _ = index[0].indices(batches.batch_size)
+            found = rows(start, stop)
+            return found if place is None else found[place]
+
+        return jax.make_array_from_callback(shape, where, read)
+
+    return (part(0), part(1)) if _is_packed(batches) else part(None)
+
+
+def _packed_rows(tokens: np.ndarray, starts: np.ndarray | None, config: TrainConfig) -> PackedRows:
+    assert starts is not None  # a corpus for packing has them
+    return PackedRows(tokens=tokens, starts=starts, seq_len=config.seq_len)
+
+
+def _is_packed(batches: Batches | PackedBatches) -> bool:
+    return isinstance(batches, PackedBatches)
+
+
+def held_out_batches(config: TrainConfig, corpus: Corpus) -> tuple:
+    """Returns the validation batches, the same in every run."""
+    sizes = {"batch_size": config.batch_size, "max_batches": config.validation_batches}
+    if not config.pack:
+        return validation_batches(corpus.validation, seq_len=config.seq_len, **sizes)
+    rows = _packed_rows(corpus.validation, corpus.validation_starts, config)
+    return packed_validation_batches(rows, **sizes)
+
+
+def corpus_of(config: TrainConfig):
+    """Returns a run's corpus.
+
+    Raises:
+      ConfigError: Weights that are not there or do not fit the model, packing without grain.
+      DataError: A corpus that is not there, too short, or with tokens that the model lacks.
+    """
+    tokenizer = check_init(config)
+    if config.pack:
+        check_grain()
+    corpus = load_corpus(
+        config.data,
+        token_dtype=config.token_dtype,
+        tokenizer=tokenizer,
+        pack=config.pack,
+        end_token=end_token(config),
+        vocab_size=config.model.vocab_size,
+    )
+    check_corpus(corpus, seq_len=config.seq_len, vocab_size=config.model.vocab_size)
+    return corpus

@@ -1,0 +1,279 @@
+"""One training step: model, loss, gradients and optimizer as a pure function of the state.
+
+Which parameters learn: patterns over their paths, the rest frozen.
+
+`--trainable 'layers/self_attn/*'` trains the attention of every block and nothing else. A frozen
+parameter has no gradient and no optimizer state. Paths are those of the parameter tree, joined by
+slashes; a block's parameters are stacked, so a pattern holds for all blocks.
+"""
+
+import dataclasses
+import fnmatch
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+
+from experiments.config import ConfigError, TrainConfig
+from experiments.training.compilation import choose_unroll
+from experiments.training.optimizers import make_optimizer
+from jaxckpt.models import Transformer, next_token_loss, resolve
+from jaxckpt.models.device_choice import device_of
+from jaxckpt.models.sharding import Layout
+from jaxckpt.plans.errors import nearest
+from jaxckpt.targets.target import Target
+
+_IGNORED = -1  # the target of a document's last position: it belongs to the next document
+
+
+class TrainState(NamedTuple):
+    """What a step turns into its successor; donated to it.
+
+    Attributes:
+      step: Steps done, an int32 scalar; with the seed it gives the dropout key.
+      params: The model's parameters: float32, frozen ones in the dtype of the computation.
+      optimizer: Optax's state.
+      skipped: Steps whose gradients were not finite, an int32 scalar.
+      skipped_in_row: Those since the last step that was taken.
+    """
+
+    step: jax.Array
+    params: dict
+    optimizer: optax.OptState
+    skipped: jax.Array
+    skipped_in_row: jax.Array
+
+
+def resolve_model(
+    config: TrainConfig, target: str | Target = "local"
+) -> tuple[TrainConfig, tuple[str, ...]]:
+    """Returns the configuration with attention, dtype and unrolling as they are on a target.
+
+    Args:
+      config: Its model may say `auto`, and its `unroll` 0.
+      target: The chip that the step is compiled for, present or not.
+
+    Returns:
+      The configuration without either, and a line for each choice that says why.
+
+    Raises:
+      ModelError: The model names a kernel that the target or its sizes do not have.
+    """
+    sizes = {"seq_len": config.seq_len, "packed": config.pack}
+    found = resolve(config.model, target, spread=config.mesh is not None, **sizes)
+    unroll, why = config.unroll, found.why
+    if not unroll:
+        count = 1 if config.mesh_shape is None else config.mesh_shape.size
+        unroll, because = choose_unroll(config.plan, device_of(target).platform, count)
+        why = (*why, because)
+    return dataclasses.replace(config, model=found.config, unroll=unroll), why
+
+
+def layout_of(config: TrainConfig) -> Layout | None:
+    """Returns where a configuration's arrays lie on its mesh; None without one."""
+    return None if config.mesh_shape is None else Layout(config.mesh_shape)
+
+
+def init_state(config: TrainConfig, params=None) -> TrainState:
+    """Returns the state before the first step; abstract under `jax.eval_shape`.
+
+    Args:
+      config: With a model that `resolve_model` has resolved.
+      params: The model's parameters, such as those of a checkpoint; by default they are drawn.
+    """
+    if params is None:
+        tokens_BS = jnp.zeros([1, config.seq_len], jnp.int32)
+        # Parameters do not depend on the plan, so the cheapest one to trace makes them.
+        model = Transformer(config.model, remat="none")
+        params = model.init(jax.random.key(config.seed), tokens_BS)["params"]
+    trainable, frozen = split(params, config.trainable)
+    # What never changes needs no master copy.
+    params = merge(trainable, jax.tree.map(lambda x: x.astype(config.model.dtype), frozen))
+    optimizer = make_optimizer(config.optimizer, config.steps).init(trainable)
+    zero = jnp.zeros([], jnp.int32)
+    return TrainState(
+        step=zero, params=params, optimizer=optimizer, skipped=zero, skipped_in_row=zero
+    )
+
+
+def make_train_step(config: TrainConfig):
+    """Returns `train_step(state, batch) -> (state, metrics)`, to be jitted with `state` donated.
+
+    `batch` is tokens, `[batch_size, seq_len + 1]` integers: inputs and, shifted by one, targets;
+    with `config.pack` it is a pair, tokens and as many segment ids. The metrics are scalars: `loss`
+    in nats a token, `gradient_norm` before clipping, `skipped` and `skipped_in_row`. A step whose
+    gradients are not finite changes nothing but those two and the step's number, so that the data
+    goes on.
+
+    Only trainable parameters have gradients and optimizer state, and change.
+
+    Raises (when traced):
+      PlanError: The plan names what the blocks do not have.
+      ConfigError: A pattern of `trainable` matches nothing.
+    """
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    loss_of = make_loss(config)
+    layout = layout_of(config)
+
+    def train_step(state: TrainState, batch):
+        key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
+        trainable, frozen = split(state.params, config.trainable)
+        count = _targets_a_part(batch, config.accumulate)
+        part_loss = lambda trainable, part, key: loss_of(merge(trainable, frozen), part, key, count)
+        gradients_of = _accumulated(config, jax.value_and_grad(part_loss))
+        loss, gradients = gradients_of(trainable, batch, key)
+        gradients = _placed(gradients, layout)
+        norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, trainable)
+        taken = (optax.apply_updates(trainable, updates), optimizer_state)
+        trainable, optimizer_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), taken, (trainable, state.optimizer)
+        )
+        skipped = 1 - finite.astype(jnp.int32)
+        state = TrainState(
+            step=state.step + 1,
+            params=merge(trainable, frozen),
+            optimizer=optimizer_state,
+            skipped=state.skipped + skipped,
+            skipped_in_row=(state.skipped_in_row + 1) * skipped,
+        )
+        state = _placed(state, layout)
+        metrics = {"loss": loss, "gradient_norm": norm}
+        counts = {"skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
+        return state, metrics | counts
+
+    return train_step
+
+
+def _placed(tree, layout: Layout | None):
+    """Returns parameters, or what holds their like, where they belong on the mesh."""
+    if layout is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, layout.of_params(tree))
+
+
+def make_loss(config: TrainConfig):
+    """Returns `loss(params, batch, key, count)` in nats a token.
+
+    `count` is None for the mean over the batch, or what its sum is divided by.
+    """
+    layout = layout_of(config)
+    model = Transformer(config.model, remat=config.plan, unroll=config.unroll or 1, layout=layout)
+    options = {"chunk_tokens": config.loss_chunk_tokens or None, "z_loss": config.z_loss}
+    options["layout"] = layout
+
+    def loss(params, batch, key, count):
+        inputs_BS, targets_BS = _inputs_and_targets(batch)
+        x_BSD = model.apply(
+            {"params": params},
+            *inputs_BS,
+            deterministic=False,
+            rngs={"dropout": key},
+            method="features",
+        )
+        if count is None:
+            return next_token_loss(x_BSD, params, targets_BS, config.model, **options)
+        summed = {"ignore_index": _IGNORED, "reduction": "sum", **options}
+        return next_token_loss(x_BSD, params, targets_BS, config.model, **summed) / count
+
+    return loss
+
+
+def _inputs_and_targets(batch):
+    """Returns what the model is given, tokens and perhaps segment ids, and targets `[B, S]`."""
+    if not isinstance(batch, tuple):
+        return (batch[:, :-1],), batch[:, 1:]
+    tokens, ids = batch
+    is_same = ids[:, 1:] == ids[:, :-1]
+    return (tokens[:, :-1], ids[:, :-1]), jnp.where(is_same, tokens[:, 1:], _IGNORED)
+
+
+def _targets_a_part(batch, parts: int):
+    """Returns the mean number of targets of a packed batch's parts, None for an even batch.
+
+    Parts have different numbers: a sum divided by the mean weighs every target alike.
+    """
+    if not isinstance(batch, tuple):
+        return None
+    _, targets_BS = _inputs_and_targets(batch)
+    return jnp.maximum((targets_BS != _IGNORED).sum(), 1) / parts
+
+
+def _accumulated(config: TrainConfig, value_and_grad):
+    """Returns `value_and_grad` over a batch in parts: only one part's activations are live."""
+    if config.accumulate == 1:
+        return value_and_grad
+    parts, layout = config.accumulate, layout_of(config)
+
+    def accumulated(params, batch, key):
+        def add_part(total, numbered):
+            index, part = numbered
+            found = value_and_grad(params, part, jax.random.fold_in(key, index))
+            return _placed(jax.tree.map(jnp.add, total, found), layout), None
+
+        def cut(array):
+            array = array.reshape(parts, -1, array.shape[-1])
+            return array if layout is None else layout.parts(array)
+
+        zero = _placed(jax.tree.map(jnp.zeros_like, (jnp.zeros([]), params)), layout)
+        total, _ = jax.lax.scan(add_part, zero, (jnp.arange(parts), jax.tree.map(cut, batch)))
+        return jax.tree.map(lambda x: x / parts, total)
+
+    return accumulated
+
+
+def make_validation_step(config: TrainConfig):
+    """Returns `validation_step(params, batch) -> (loss, count)`: nats a token, and of how many.
+
+    It is the cross entropy alone: without dropout, and without `z_loss`. Rows of -1 fill a batch
+    up and count for nothing.
+    """
+    layout = layout_of(config)
+    model = Transformer(config.model, remat="none", layout=layout)
+
+    def validation_step(params, batch):
+        inputs_BS, targets_BS = _inputs_and_targets(batch)
+        inputs_BS = [jnp.maximum(x_BS, 0) for x_BS in inputs_BS]
+        x_BSD = model.apply({"params": params}, *inputs_BS, method="features")
+        options = {"ignore_index": _IGNORED, "return_count": True, "layout": layout}
+        return next_token_loss(x_BSD, params, targets_BS, config.model, **options)
+
+    return validation_step
+
+
+def split(params, patterns: Sequence[str]):
+    """Returns `(trainable, frozen)`, two trees that `merge` puts together again.
+
+    Args:
+      params: The model's parameters, a tree of dictionaries.
+      patterns: Globs over paths (`*` goes over slashes too); none trains everything.
+
+    Raises:
+      ConfigError: A pattern that matches nothing.
+    """
+    if not patterns:
+        return params, {}
+    flat = traverse_util.flatten_dict(params, sep="/")
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(path, pattern) for path in flat):
+            raise ConfigError(
+                f"trainable {pattern!r} matches no parameter{nearest(pattern, flat)}; "
+                f"valid: globs over {', '.join(sorted(flat))}"
+            )
+    learns = lambda path: any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+    part = lambda chosen: traverse_util.unflatten_dict(
+        {path: leaf for path, leaf in flat.items() if learns(path) == chosen}, sep="/"
+    )
+    return part(True), part(False)
+
+
+def merge(trainable, frozen):
+    """Returns the parameters that `split` cut in two."""
+    if not frozen:
+        return trainable
+    flat = traverse_util.flatten_dict(trainable) | traverse_util.flatten_dict(frozen)
+    return traverse_util.unflatten_dict(flat)

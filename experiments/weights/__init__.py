@@ -1,0 +1,1 @@
+"""Qwen3's weights, in and out."""

@@ -1,0 +1,1 @@
+"""Compiling for a chip that is not there: the caller's side."""

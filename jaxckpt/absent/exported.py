@@ -1,0 +1,244 @@
+"""A user's function made ready for another process, by `jax.export`: bytes and JSON, no pickle.
+
+The other process compiles the program again for the target, with the same donations and argument
+shardings (`worker.py`). What cannot travel says so in one line: such a step is built in the other
+process by an `Entry` (`jobs.py`) instead.
+
+Where arguments live, as JSON: shardings over devices that another process will have.
+
+A `NamedSharding` is its mesh's axis names and sizes and its partition spec; the process that has
+the devices makes the mesh again. The mesh here may be of devices that this process has or a
+`jax.sharding.AbstractMesh`. Every other sharding is taken as: whole, on each device.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from jaxckpt.costs.flops import count_flops
+from jaxckpt.plans.errors import UserError
+from jaxckpt.targets.target import Target
+
+# Source locations, in references and in a table: a program is the same wherever it is written.
+_STRING = r'"(?:[^"\\]|\\.)*"'
+_LOCATION = re.compile(
+    rf'^#loc.*\n|\s*\bloc\((?:{_STRING}|[^()"]|\((?:{_STRING}|[^()"])*\))*\)', re.MULTILINE
+)
+_CUSTOM_CALL = re.compile(r"custom_call @([\w.$]+)\(")
+
+
+class TravelError(RuntimeError):
+    """A function that cannot be handed to the process that compiles: one line, with a way out."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traveler:
+    """A function on its way.
+
+    Attributes:
+      program: The exported function, in `jax.export`'s format.
+      text: The lowered module as text, without source locations.
+      names: For each flat argument, where it is: `args[0].params['w']`.
+      donated: For each flat argument, whether outputs may reuse it.
+      placement: Its arguments' shardings, as `placements.describe` has them.
+      flops: Of one call.
+    """
+
+    program: bytes
+    text: str
+    names: tuple[str, ...]
+    donated: tuple[bool, ...]
+    placement: dict[str, Any]
+    flops: int
+
+    def digest(self) -> str:
+        """Returns a digest of the program and everything it is compiled with but the target."""
+        rest = json.dumps([self.text, self.donated, self.placement], sort_keys=True)
+        return hashlib.sha256(rest.encode()).hexdigest()
+
+
+def pack(jitted, args: Sequence[Any], platform: str) -> Traveler:
+    """Returns a jitted function and its abstract arguments, ready to travel.
+
+    Args:
+      jitted: What `jax.jit` returned: its donations and static arguments hold.
+      args: Arrays, abstract values, or values of static arguments.
+      platform: `"tpu"` or `"cuda"`.
+
+    Raises:
+      TravelError: It cannot be exported.
+      PlacementError: Arguments are sharded over several meshes.
+    """
+    if has_nnx(args):
+        raise TravelError(
+            "NNX modules cannot be handed to the process that compiles; hand over a function of "
+            "their state: graph, state = nnx.split(model), then measure a function of state that "
+            "calls nnx.merge(graph, state) and returns what it changes, nnx.state(model)"
+        )
+    try:
+        traced = trace(jitted, args)
+    except RuntimeError as error:
+        # cuDNN is looked for while tracing, and there is none in a process of another backend.
+        raise (TravelError(_advice(error)) if "cuDNN" in str(error) else error) from error
+    is_info = lambda x: hasattr(x, "donated")
+    infos, _ = jax.tree_util.tree_flatten_with_path(traced.args_info, is_leaf=is_info)
+    try:
+        exported = _export(jitted, args, platform)
+        program = bytes(_without_structure(exported).serialize(vjp_order=0))
+    except Exception as error:  # the exporter's or a kernel's own, of any type
+        raise TravelError(_advice(error)) from error
+    return Traveler(
+        program=program,
+        text=_LOCATION.sub("", exported.mlir_module()),
+        names=tuple(f"args{jax.tree_util.keystr(path[1:])}" for path, _ in infos),
+        donated=tuple(bool(info.donated) for _, info in infos),
+        placement=describe(_shardings(args, exported.in_avals)),
+        flops=count_flops(traced.jaxpr),
+    )
+
+
+def trace(jitted, args: Sequence[Any]):
+    """Returns `jitted.trace(*args)` as JAX's own object, of `nnx.jit` too."""
+    traced = jitted.trace(*args)
+    return traced if hasattr(traced, "jaxpr") else traced.traced
+
+
+def has_nnx(args: Sequence[Any]) -> bool:
+    """Returns whether NNX modules, variables or optimizers are among the arguments."""
+    nnx: Any = sys.modules.get("flax.nnx")  # whoever has such a thing has imported it
+    if nnx is None:
+        return False
+    is_nnx = lambda x: isinstance(x, nnx.Pytree | nnx.Variable)
+    return any(map(is_nnx, jax.tree.leaves(tuple(args), is_leaf=is_nnx)))
+
+
+def _export(jitted, args: Sequence[Any], platform: str) -> export.Exported:
+    """Returns the exported function, whatever kernels it calls.
+
+    `jax.export` refuses kernels that may change between versions. Both processes have the same
+    versions, so the check is turned off for those that the refusal names.
+    """
+    checks = [export.DisabledSafetyCheck.platform()]
+    go = lambda: export.export(jitted, platforms=(platform,), disabled_checks=checks)(*args)
+    try:
+        return go()
+    except ValueError as error:
+        names = sorted(set(_CUSTOM_CALL.findall(str(error))))
+        if not names:
+            raise
+        checks += [export.DisabledSafetyCheck.custom_call(name) for name in names]
+    return go()
+
+
+def _shardings(args: Sequence[Any], avals: Sequence[Any]) -> list[Any]:
+    """Returns the sharding of each flat argument; leaves of static arguments are passed over."""
+    leaves = iter(jax.tree.leaves(tuple(args)))
+    matching = lambda aval: next((x for x in leaves if np.shape(x) == aval.shape), None)
+    return [getattr(matching(aval), "sharding", None) for aval in avals]
+
+
+def _without_structure(exported: export.Exported) -> export.Exported:
+    """Returns the function with flat arguments and results: trees of classes do not serialize."""
+    inputs = jax.tree.structure((tuple(range(len(exported.in_avals))), {}))
+    outputs = jax.tree.structure(tuple(range(len(exported.out_avals))))
+    return dataclasses.replace(exported, in_tree=inputs, out_tree=outputs)
+
+
+def _advice(error: Exception) -> str:
+    """Returns one line: what stood in the way, and that an entry point has no such limit."""
+    first = " ".join(str(error).split())[:300]
+    return (
+        f"the function cannot be handed to the process that compiles ({first}); build it there: "
+        "jaxckpt.absent.jobs.measure_entry(Entry(function='package.module:function'), target)"
+    )
+
+
+class PlacementError(UserError, ValueError):
+    """Arguments whose shardings do not fit one another or the target: one line."""
+
+
+def describe(shardings: Sequence[Any]) -> dict[str, Any]:
+    """Returns shardings as JSON values: one mesh, and a spec and memory kind for each.
+
+    Raises:
+      PlacementError: They are over several meshes.
+    """
+    named = [sharding for sharding in shardings if isinstance(sharding, NamedSharding)]
+    meshes = {tuple(sharding.mesh.shape.items()) for sharding in named}
+    if len(meshes) > 1:
+        found = " and ".join(str(dict(mesh)) for mesh in sorted(meshes))
+        raise PlacementError(f"arguments are sharded over {found}; one mesh can be compiled for")
+    mesh = [list(axis) for axis in meshes.pop()] if meshes else []
+    return {"mesh": mesh, "arguments": [_describe_one(sharding) for sharding in shardings]}
+
+
+def _describe_one(sharding: Any) -> dict[str, Any]:
+    is_named = isinstance(sharding, NamedSharding)
+    spec = [_entry(entry) for entry in sharding.spec] if is_named else None
+    kind = getattr(sharding, "memory_kind", None)
+    # Kinds are named by backend; only the host's name is the same on a CPU, a GPU and a TPU.
+    return {"spec": spec, "memory_kind": kind if kind == "pinned_host" else None}
+
+
+def _entry(entry: Any) -> Any:
+    if entry is None or isinstance(entry, str):
+        return entry
+    if isinstance(entry, tuple):
+        return list(entry)
+    raise PlacementError(f"partition spec entry {entry!r} cannot be compiled for an absent target")
+
+
+def rebuild(described: dict[str, Any], topology, target: Target, num_devices: int = 1) -> list:
+    """Returns the shardings that `describe` described, on the devices of a topology.
+
+    Without a mesh one device stands for all: each holds the same.
+
+    Args:
+      described: What `describe` returned.
+      topology: The target's.
+      target: Named in errors.
+      num_devices: Devices that the program was traced for; 1 if it names none.
+
+    Raises:
+      PlacementError: The mesh does not have the target's number of devices.
+    """
+    axes = described["mesh"] or ([["devices", num_devices]] if num_devices > 1 else [])
+    if not axes:
+        device = topology.devices[0]
+        single = lambda kind: SingleDeviceSharding(device, memory_kind=kind)
+        return [single(one["memory_kind"]) for one in described["arguments"]]
+    mesh = _mesh(axes, topology, target)
+    return [
+        NamedSharding(mesh, _spec(one["spec"]), memory_kind=one["memory_kind"])
+        for one in described["arguments"]
+    ]
+
+
+def _mesh(axes: list, topology, target: Target):
+    names, sizes = zip(*axes, strict=True)
+    count = math.prod(sizes)
+    if count != target.num_devices:
+        shape = ", ".join(f"{name}: {size}" for name, size in axes)
+        raise PlacementError(
+            f"the step is sharded over {count} devices ({shape}); "
+            f"target {target} has {target.num_devices}"
+        )
+    # As a run does with devices that are there: an axis may be several of a torus, or part of one.
+    types = (AxisType.Auto,) * len(names)
+    return jax.make_mesh(sizes, names, axis_types=types, devices=topology.devices)
+
+
+def _spec(entries: list | None) -> PartitionSpec:
+    if entries is None:
+        return PartitionSpec()
+    return PartitionSpec(*(tuple(e) if isinstance(e, list) else e for e in entries))

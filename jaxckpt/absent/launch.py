@@ -1,0 +1,197 @@
+"""Starting the process that compiles for an absent chip (`worker.py`). No JAX import.
+
+The process inherits this one's environment, but for what the target's compiler reads of it, and
+imports from where this one does. Everything it prints is caught: libtpu writes banners to file
+descriptor 2 that mean nothing here. Its errors come back as results, and where it dies without one
+the end of what it wrote is shown.
+"""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxckpt.compiled.report import MemoryReport
+from jaxckpt.plans.errors import UserError
+from jaxckpt.targets.target import Target
+
+_SHARED = {
+    "JAX_PLATFORMS": "cpu",  # the process has no chip and looks for none
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # programs for absent chips are not to be kept
+}
+# What libtpu asks of a Cloud machine is answered here, so that it asks no metadata server. The
+# accelerator type is any valid one: the topology that is compiled for is named apart from it.
+# libtpu's lock of the machine is for those who use the chip, which a compiler does not.
+_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+_ENVIRONMENT = {"tpu": _TPU, "cuda": {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}}
+
+# backend -> (modules of which one must be there, the extra that brings one)
+_NEEDED = {
+    "tpu": (("libtpu",), "tpu"),
+    "cuda": (("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"), "cuda13"),
+}
+
+
+class Unavailable(UserError, RuntimeError):
+    """The compiler for a target is not installed: one line, with the command that installs it."""
+
+
+class WorkerError(RuntimeError):
+    """The process that compiles failed: one line; its own traceback is a note to this one.
+
+    Attributes:
+      kind: The class of the error there, or `"died"`.
+      detail: All that it said.
+    """
+
+    def __init__(self, message: str, *, kind: str, detail: str, traceback: str = ""):
+        super().__init__(message)
+        self.kind, self.detail = kind, detail
+        if traceback:
+            self.add_note(f"In the process that compiles:\n{traceback}")
+
+
+class WorkerRefusal(UserError, WorkerError):
+    """The process that compiles was asked for something that the user can mend."""
+
+
+class Processes:
+    """The processes of one caller, who may have to end them all from another thread.
+
+    Attributes:
+      stopped: Whether they were ended; no more are started then.
+    """
+
+    def __init__(self):
+        self.stopped = False
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen] = set()
+
+    def run(self, command: Sequence[str], **options: Any) -> int:
+        """Runs a command to its end and returns its exit code, negative if a signal ended it."""
+        with self._lock:  # a process is either seen by `stop` or never started
+            if self.stopped:
+                return -signal.SIGTERM
+            process = subprocess.Popen(command, **options)
+            self._running.add(process)
+        try:
+            return process.wait()
+        finally:  # an interrupt of this thread ends the process too
+            process.kill()
+            process.wait()
+            with self._lock:
+                self._running.discard(process)
+
+    def stop(self):
+        """Ends what runs; nothing is started any more."""
+        with self._lock:
+            self.stopped = True
+            for process in self._running:
+                process.kill()
+
+
+def check_available(target: Target):
+    """Raises `Unavailable` if what compiles for a target is not installed."""
+    modules, extra = _NEEDED[target.backend]
+    if any(_is_there(module) for module in modules) and _is_there("flatbuffers"):
+        return
+    raise Unavailable(
+        f"target {target} needs a compiler that is not installed: pip install 'jaxckpt[{extra}]'"
+    )
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent is missing
+        return False
+
+
+def run(
+    job: Mapping[str, Any], program: bytes, target: Target, processes: Processes | None = None
+) -> MemoryReport:
+    """Compiles a job in a fresh process.
+
+    Args:
+      job: What `worker.py` reads, JSON values.
+      program: An exported program, or nothing.
+      target: The absent target.
+      processes: Those of the caller, if it may have to end them.
+
+    Raises:
+      WorkerError: The job failed, or the process died.
+    """
+    result = run_module("jaxckpt.memory.worker", job, program, target, processes)
+    return MemoryReport.from_json(result["report"])
+
+
+def run_module(
+    module: str,
+    job: Mapping[str, Any],
+    program: bytes,
+    target: Target,
+    processes: Processes | None = None,
+) -> dict[str, Any]:
+    """Does a job in a fresh process with a target's environment, and returns its result as JSON.
+
+    Args:
+      module: Run with a folder as its argument; it reads `job.json` and `program.bin` there and
+        leaves `result.json`, which has the key `error` where something went wrong.
+      job: JSON values.
+      program: Bytes, or nothing.
+      target: The absent target.
+      processes: Those of the caller, if it may have to end them.
+
+    Raises:
+      WorkerError: The job failed, or the process died.
+    """
+    with tempfile.TemporaryDirectory(prefix="jaxckpt-") as name:
+        folder = Path(name)
+        (folder / "job.json").write_text(json.dumps(job))
+        (folder / "program.bin").write_bytes(program)
+        command = [sys.executable, "-P", "-m", module, name]
+        streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
+        with (folder / "log").open("w") as log:
+            code = (processes or Processes()).run(
+                command, env=environment(target), stdout=log, **streams
+            )
+        try:
+            result = json.loads((folder / "result.json").read_text())
+        except FileNotFoundError:
+            raise _death(target, code, (folder / "log").read_text(errors="replace")) from None
+    if "error" in result:
+        found = result["error"]
+        line = " ".join(found["detail"].split())
+        line = line if len(line) <= 600 else f"{line[:600]}..."
+        error = WorkerRefusal if found.pop("is_users") else WorkerError
+        raise error(f"{target}: {found['kind']}: {line}", **found)
+    return result
+
+
+def environment(target: Target) -> dict[str, str]:
+    """Returns the environment of a process that compiles for a target."""
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    return os.environ | _SHARED | _ENVIRONMENT[target.backend] | {"PYTHONPATH": path}
+
+
+def _death(target: Target, code: int, log: str) -> WorkerError:
+    """Returns the error of a process that left no result."""
+    how = f"exited with {code}"
+    if code < 0:
+        how = f"was ended by {signal.Signals(-code).name}"
+        how += " (is this machine out of memory?)" if code == -signal.SIGKILL else ""
+    lines = [line for line in log.splitlines() if line.strip()]
+    last = f": {lines[-1][:300]}" if lines else ""
+    return WorkerError(f"{target}: the process that compiles {how}{last}", kind="died", detail=log)

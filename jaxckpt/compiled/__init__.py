@@ -1,0 +1,1 @@
+"""What XLA says of a compiled program."""

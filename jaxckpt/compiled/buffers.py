@@ -1,0 +1,282 @@
+"""What the compiler wrote about its buffers, read from an `xla_dump_to` folder. No JAX import.
+
+XLA dumps a buffer assignment (every allocation and the values in it) and, since jaxlib 0.8 or so,
+the values that are alive at the peak. `read_buffers` lists the largest of the latter; where there
+is no such list, the largest values of which no two share memory. Names of instructions lead to the
+operation and the source line in the program's text. These are texts for people and change with
+every version: what is not understood is left out and counted, and nothing here raises.
+
+Source lines of instructions in a dumped XLA program.
+
+Older XLA writes `source_file` and `source_line` into an instruction's metadata. Newer XLA writes
+the number of a stack frame, and tables of frames, locations and file names at the program's top;
+there the innermost frame outside of installed packages is taken: the user's own line.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxckpt.compiled.understood import Understood
+
+_TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
+_INSTALLED = (
+    "/site-packages/",
+    *(f"/jaxckpt/{name}/" for name in ("transforms", "models", "memory", "costs", "planner")),
+)
+
+
+class SourceLines:
+    """Finds the source line of an instruction from its metadata.
+
+    Attributes:
+      understood: How many rows of the tables lead somewhere.
+    """
+
+    def __init__(self, program: str):
+        files, _, locations, frames = (_table(program, name) for name in _TABLES)
+        self._files = {number: text.strip('"') for number, text in files.items()}
+        self._lines = {}
+        for number, text in locations.items():
+            file, line = _field(text, "file_name_id"), _field(text, "line")
+            self._lines[number] = (self._files.get(file, ""), line)
+        self._frames = {
+            number: (_field(text, "file_location_id"), _field(text, "parent_frame_id"))
+            for number, text in frames.items()
+        }
+        known = [name in self._files.values() for name, _ in self._lines.values()]
+        known += [location in self._lines for location, _ in self._frames.values()]
+        # Frames that instructions speak of, and no table of them.
+        missing = not frames and "stack_frame_id=" in program
+        self.understood = Understood(sum(known), len(known) + missing)
+
+    def of(self, metadata: str) -> str:
+        """Returns `file.py:line`, or "" where the metadata does not lead to one."""
+        file = re.search(r'source_file="([^"]*)"', metadata)
+        if file:
+            return f"{file[1]}:{_field(metadata, 'source_line')}"
+        found = [line for line in self._stack(_field(metadata, "stack_frame_id")) if line[0]]
+        own = [line for line in found if not any(part in line[0] for part in _INSTALLED)]
+        chosen = (own or found)[:1]
+        return f"{chosen[0][0]}:{chosen[0][1]}" if chosen else ""
+
+    def _stack(self, frame: int) -> list[tuple[str, int]]:
+        """Returns files and lines from the innermost frame outward."""
+        found = []
+        # A root's parent is written as 0 by some versions and as the root itself by others, which
+        # count parents from one more; a frame never comes after those it was called from.
+        shift = self._frames.get(1, (0, 0))[1]
+        while frame in self._frames and len(found) < len(self._frames):
+            location, parent = self._frames[frame]
+            found.append(self._lines.get(location, ("", 0)))
+            frame = parent - shift
+        return found
+
+
+def _table(program: str, name: str) -> dict[int, str]:
+    found = re.search(rf"^{name}\n((?:\d+ .*\n)*)", program, re.M)
+    rows = (line.split(" ", 1) for line in found[1].splitlines()) if found else ()
+    return {int(number): text for number, text in rows}
+
+
+def _field(text: str, name: str) -> int:
+    found = re.search(rf"\b{name}=(\d+)", text)
+    return int(found[1]) if found else 0
+
+
+_ASSIGNMENT = "-buffer-assignment.txt"
+_TOTAL = re.compile(r"Total bytes(?: used)?: (\d+)")
+_ALLOCATION = re.compile(r"allocation (\d+):.*?size (\d+)(.*)")
+_VALUE = re.compile(
+    r"\s+value: <\d+ (?P<name>\S+?)(?:\{(?P<index>[\d,]*)\})?(?P<phi> \(phi\))? @\d+> "
+    r"\(size=(?P<size>\d+),offset=(?P<offset>\d+)\): (?P<shape>.+)"
+)
+_PEAK = re.compile(r"Live ranges at \d+ \(peak\):\n((?:    \S+: \d+ bytes.*\n)*)")
+_ALIVE = re.compile(r"    (\S+?)\{([\d,]*)\}: (\d+) bytes")
+_LAYOUT = re.compile(r"\{[^{}]*\}")
+_WHOLE = '/call_exported"'  # the program as a whole, to the process that compiles it
+_METADATA = re.compile(r"^\s*(?:ROOT )?%?(?P<name>\S+) = .*?metadata=\{(?P<text>[^}]*)\}", re.M)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Buffer:
+    """One value in memory.
+
+    Attributes:
+      size_bytes: What it takes, padding included.
+      shape: dtype and dimensions, `bf16[24,20000,2048]`.
+      operation: What made it, in JAX's words if the compiler kept them; else the instruction.
+      source: `file.py:line`, or "" if the compiler does not say.
+    """
+
+    size_bytes: int
+    shape: str
+    operation: str
+    source: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Totals:
+    """Bytes of the device's main memory: `total_bytes` is all that the program needs of it."""
+
+    total_bytes: int
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Value:
+    allocation: int
+    name: str
+    index: str
+    phi: bool
+    size: int
+    offset: int
+    shape: str
+
+
+def read_buffers(folder: Path, most: int = 20) -> tuple[Buffer, ...]:
+    """Returns the largest buffers of the largest program that was dumped, largest first."""
+    stem = _largest(folder)
+    if stem is None:
+        return ()
+    assignment = _read(f"{stem}{_ASSIGNMENT}")
+    every = list(_values(assignment))
+    alive = {(n, index) for n, index, _ in _ALIVE.findall(_peak(_read(f"{stem}-live-range.txt")))}
+    if "color" in assignment:
+        # The list is of all memory spaces together, on-chip and host memory too, and so is its
+        # moment: it says nothing of main memory alone.
+        alive = set()
+    values = [v for v in every if (v.name, v.index) in alive] or every
+    program = _read(f"{stem}.txt")
+    metadata = {found["name"]: found["text"] for found in _METADATA.finditer(program)}
+    lines = SourceLines(program)
+    describe = lambda value: _description(value, every, metadata)
+    return tuple(_buffer(v, describe(v), lines) for v in _disjoint(values, most))
+
+
+def read_totals(folder: Path) -> Totals | None:
+    """Returns the totals of the largest program that was dumped, one that did not fit included."""
+    stem = _largest(folder)
+    if stem is None:
+        return None
+    allocations = _ALLOCATION.findall(_read(f"{stem}{_ASSIGNMENT}"))
+    kinds = [(int(size), kind) for _, size, kind in allocations if "color" not in kind]
+    if not kinds:
+        return None
+    is_argument = lambda kind: re.search(r"\bparameter \d", kind) is not None
+    return Totals(
+        total_bytes=sum(size for size, _ in kinds),
+        argument_bytes=sum(size for size, kind in kinds if is_argument(kind)),
+        output_bytes=sum(size for size, kind in kinds if "maybe-live-out" in kind),
+        alias_bytes=sum(s for s, kind in kinds if is_argument(kind) and "maybe-live-out" in kind),
+    )
+
+
+def read_understood(folder: Path) -> Understood:
+    """Returns how much of the largest program's texts was understood; nothing of an empty folder.
+
+    The lines are those that buffers, totals and source lines come from.
+    """
+    stem = _largest(folder)
+    if stem is None:
+        return Understood(0, len([*folder.glob(f"*{_ASSIGNMENT}")]))
+    assignment, live_range, program = (
+        _read(f"{stem}{end}") for end in (_ASSIGNMENT, "-live-range.txt", ".txt")
+    )
+    # The first line is a title; older versions write about uses and positions after a blank line.
+    lines = assignment.partition("\n\n")[0].splitlines()[1:]
+    found = Understood(sum(map(_is_read, lines)), max(1, len(lines)))
+    if live_range:
+        found += Understood(int(_peak(live_range) != ""), 1)
+    named = sum('op_name="' in line for line in program.splitlines())
+    found += Understood(sum('op_name="' in text for _, text in _METADATA.findall(program)), named)
+    return found + SourceLines(program).understood
+
+
+def _is_read(line: str) -> bool:
+    return (_ALLOCATION.match(line) or _VALUE.match(line)) is not None
+
+
+def _largest(folder: Path) -> str | None:
+    """Returns the path of the largest program's files, up to where their names part."""
+    stems = [str(path).removesuffix(_ASSIGNMENT) for path in folder.glob(f"*{_ASSIGNMENT}")]
+    stems = [stem for stem in stems if _total(stem)]
+    return max(stems, key=_total, default=None)
+
+
+def _total(stem: str) -> int:
+    found = _TOTAL.search(_read(f"{stem}-memory-usage-report.txt"))
+    return int(found[1]) if found else 0
+
+
+def _values(assignment: str) -> Iterator[_Value]:
+    """Yields the values of allocations in main memory: `color` marks other memory spaces."""
+    allocation, is_main = -1, False
+    for line in assignment.splitlines():
+        if head := _ALLOCATION.match(line):
+            allocation, is_main = int(head[1]), "color" not in head[3]
+        elif is_main and (found := _VALUE.match(line)):
+            yield _Value(
+                allocation=allocation,
+                name=found["name"],
+                index=found["index"] or "",
+                phi=found["phi"] is not None,
+                size=int(found["size"]),
+                offset=int(found["offset"]),
+                shape=found["shape"],
+            )
+
+
+def _peak(live_range: str) -> str:
+    found = _PEAK.search(live_range)
+    return found[1] if found else ""
+
+
+def _disjoint(values: list[_Value], most: int) -> list[_Value]:
+    """Returns the largest values of which no two share memory; of equals, no loop's copy first."""
+    chosen: list[_Value] = []
+    for value in sorted(values, key=lambda v: (-v.size, v.phi, v.allocation, v.offset)):
+        if len(chosen) == most:
+            break
+        if not any(_overlap(value, other) for other in chosen):
+            chosen.append(value)
+    return chosen
+
+
+def _overlap(a: _Value, b: _Value) -> bool:
+    same = a.allocation == b.allocation
+    return same and a.offset < b.offset + b.size and b.offset < a.offset + a.size
+
+
+def _description(value: _Value, every: list[_Value], metadata: dict[str, str]) -> str:
+    """Returns the metadata of a value, or of what is written over it in place.
+
+    A loop's stacked output is allocated by an instruction that says nothing; the update of it in
+    the loop's body, in the same memory, says what is stacked.
+    """
+    place = (value.allocation, value.offset, value.size)
+    same = [v.name for v in every if (v.allocation, v.offset, v.size) == place]
+    texts = [metadata.get(name, "") for name in (value.name, *same)]
+    texts = [text for text in texts if "op_name=" in text and _WHOLE not in text]
+    return texts[0] if texts else f'op_name="{value.name}"'
+
+
+def _buffer(value: _Value, description: str, lines: SourceLines) -> Buffer:
+    operation = re.search(r'op_name="([^"]*)"', description)
+    assert operation is not None, description  # every description has one
+    return Buffer(
+        size_bytes=value.size,
+        shape=_LAYOUT.sub("", value.shape),
+        operation=operation[1].replace("\\'", "'"),
+        source=lines.of(description),
+    )
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""

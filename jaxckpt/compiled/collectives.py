@@ -1,0 +1,409 @@
+"""What a compiled program sends between devices: its collectives, as XLA's own text has them.
+
+    sent = traffic(compiled.as_text(), num_devices=8)
+    sent.bytes, sent.seconds(links)
+
+The partitioner decides what is sent, so a jaxpr does not show it. The text does: every collective
+with its shape and its groups, and the loops around it. Trips are the loop's bound; the executor's
+loops have none in the program and say their mean in their name (`transforms.trips`).
+
+Bytes are those that one device sends in a ring: a gather of n bytes over g devices sends
+n (g - 1) / g, a reduction twice that (Thakur et al. 2005, Optimization of collective communication
+operations in MPICH, section 4).
+
+A compiled program's text as computations that call one another, and how often its loops run.
+
+Which devices a collective joins, as XLA's text says it: a list, an iota, or axes of a mesh.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from jaxckpt.compiled.understood import Understood
+from jaxckpt.targets.links import Links
+from jaxckpt.transforms.jaxprs import says_trips, trips_of_name
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|called_computations|true_computation|false_computation)="
+    r"\{?%?([\w.\-]+)"
+)
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_KNOWN_TRIPS = re.compile(r'known_trip_count[^0-9}]*"n":"([0-9]+)"')
+_CONSTANT = re.compile(r" [su](?:32|64)\[\]\S* constant\(([0-9]+)\)")
+_PARTS = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_COUNTER = re.compile(r"get-tuple-element\(.*\), index=([0-9]+)")
+# What stands above the computations: the module's line, and the tables of `buffers.py`.
+_ABOVE = re.compile(
+    r'HloModule |(?:FileNames|FunctionNames|FileLocations|StackFrames)$|[0-9]+ (?:"|\{)'
+)
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+
+
+class Program:
+    """A program's text.
+
+    Attributes:
+      lines: The instructions of each computation.
+      entry: The computation that is run; None in a text that has none.
+      understood: How many of the text's lines have a form that is known.
+    """
+
+    def __init__(self, text: str):
+        self.lines: dict[str, list[str]] = {}
+        self.entry, current = None, None
+        known = read = 0
+        for line in text.splitlines():
+            if not line.strip() or line.startswith("}"):
+                continue
+            header, is_known = _HEADER.match(line), True
+            if header:
+                current = self.lines[header[2]] = []
+                self.entry = header[2] if header[1] else self.entry
+            elif current is None:
+                is_known = _ABOVE.match(line) is not None
+            else:
+                is_known = INSTRUCTION.match(line) is not None
+                current.append(line)
+            known, read = known + is_known, read + 1
+        self.understood = Understood(known, read)
+
+    def trips(self, line: str) -> float:
+        """Returns how often the body of a loop runs: as the text says, or as its name does."""
+        known = _KNOWN_TRIPS.search(line)
+        if known:
+            return int(known[1])
+        name = op_name(line)
+        said = trips_of_name(name)
+        if said is not None:
+            return float(said)
+        parts = self._parts(line)
+        if parts is None:
+            return 1
+        bound, counter = self._bound(parts[0])
+        return bound / self._increment(parts[1], counter)
+
+    def knows_loop(self, line: str) -> bool:
+        """Returns whether a loop's condition and body are there, and its name's trips are read."""
+        name = op_name(line)
+        is_read = not says_trips(name) or trips_of_name(name) is not None
+        return is_read and self._parts(line) is not None
+
+    def _parts(self, line: str) -> tuple[str, str] | None:
+        """Returns the condition and the body of a loop; None if they are not in the text."""
+        found = _PARTS.search(line)
+        return (found[1], found[2]) if found and {*found.groups()} <= self.lines.keys() else None
+
+    def _bound(self, condition: str) -> tuple[int, int | None]:
+        """Returns what a loop's condition compares with, and where the counter is in its state.
+
+        The bound is the condition's largest constant, or 1.
+        """
+        lines = [*self.lines[condition]]
+        counters = [int(n) for line in lines for n in _COUNTER.findall(line)]
+        for name in [name for line in lines for name in called(line)]:
+            lines += self.lines.get(name, [])
+        bound = max((int(n) for line in lines for n in _CONSTANT.findall(line)), default=1)
+        return bound, counters[0] if len(counters) == 1 else None
+
+    def _increment(self, body: str, counter: int | None) -> int:
+        """Returns what a loop's body adds to its counter: more than 1 where trips were joined."""
+        made = {found[2]: line for line in self.lines[body] if (found := INSTRUCTION.match(line))}
+        root = next((line for line in made.values() if line.lstrip().startswith("ROOT")), "")
+        state = _operands(root)
+        if counter is None or " tuple(" not in root or counter >= len(state):
+            return 1
+        added = made.get(state[counter], "")
+        if " add(" not in added:
+            return 1
+        sizes = [n for name in _operands(added) for n in _CONSTANT.findall(made.get(name, ""))]
+        return max(1, int(sizes[0])) if len(sizes) == 1 else 1
+
+
+def op_name(line: str) -> str:
+    """Returns the operation of JAX's that an instruction was made for, or nothing."""
+    found = _OP_NAME.search(line)
+    return found[1] if found else ""
+
+
+def called(line: str) -> list[str]:
+    """Returns the computations that an instruction calls."""
+    found = _CALLED.findall(line)
+    branches = _BRANCHES.search(line)
+    if branches:
+        found += [name.strip().lstrip("%") for name in branches[1].split(",")]
+    return found
+
+
+def _operands(line: str) -> list[str]:
+    """Returns the names of what an instruction is given."""
+    found = INSTRUCTION.match(line)
+    return re.findall(r"%([\w.\-]+)", line[found.end() :].partition(")")[0]) if found else []
+
+
+_SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\]")
+_CHANNEL, _CHAIN = re.compile(r"channel_id=([0-9]+)"), re.compile(r'chain_id="([0-9]+)"')
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Operations that send, or wait for what was sent, by how their names begin.
+_SENDING = (*_KINDS, "collective-", "ragged-all-to-all", "send", "recv")
+_TO_HOST = "is_host_transfer=true"
+_BITS = {"pred": 8, "s4": 4, "u4": 4}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collective:
+    """One collective of a program.
+
+    Attributes:
+      kind: `"all-gather"`, `"all-reduce"`, `"reduce-scatter"`, `"all-to-all"` or
+        `"collective-permute"`.
+      result_bytes: Its result on one device.
+      shapes: Of its results, as `(dtype, sizes)`.
+      group: Devices that take part together with device 0.
+      trips: How often it runs in one call.
+      loops: Loops around it.
+      op_name: JAX's operation that it was made for.
+    """
+
+    kind: str
+    result_bytes: int
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    group: tuple[int, ...]
+    trips: float
+    loops: int
+    op_name: str
+
+    @property
+    def sent_bytes(self) -> float:
+        """Bytes that one device sends in one run of it."""
+        size = len(self.group)
+        share = (size - 1) / size
+        return (
+            self.result_bytes
+            * {
+                "all-gather": share,
+                "all-reduce": 2 * share,
+                "reduce-scatter": size - 1,
+                "all-to-all": share,
+                "collective-permute": 1,
+            }[self.kind]
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """What a program sends in one call, from one device.
+
+    Attributes:
+      collectives: Every collective that the program reaches.
+      understood: How much of the program's text was understood.
+    """
+
+    collectives: tuple[Collective, ...]
+    understood: Understood
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that one device sends."""
+        return round(sum(one.trips * one.sent_bytes for one in self.collectives))
+
+    def seconds(self, links: Links) -> float:
+        """Returns the seconds that links need for it, one collective after another."""
+        return sum(one.trips * one.sent_bytes / links.rate(one.group) for one in self.collectives)
+
+
+def traffic(text: str, num_devices: int) -> Traffic:
+    """Returns the collectives of a compiled program.
+
+    Args:
+      text: `compiled.as_text()`.
+      num_devices: Devices that it runs on.
+    """
+    reader = _Reader(Program(text), num_devices)
+    return Traffic(collectives=tuple(reader.collectives()), understood=reader.understood())
+
+
+class _Reader:
+    """Reads the collectives of a program."""
+
+    def __init__(self, program: Program, num_devices: int):
+        self._program, self._num_devices = program, num_devices
+        self._known: dict[str, bool] = {}
+        self._misread: set[str] = set()
+
+    def understood(self) -> Understood:
+        """Returns how much was understood, when the collectives have been asked for."""
+        known = self._program.understood
+        if self._program.entry is None:  # nothing is reached
+            return Understood(0, max(1, known.of))
+        return Understood(known.lines - len(self._misread), known.of)
+
+    def collectives(self) -> Iterator[Collective]:
+        """Yields every collective that the entry reaches."""
+        if self._program.entry is None:
+            return
+        seen = set()
+        for identity, one in self._of(self._program.entry, 1.0, 0, False):
+            if identity is None or identity not in seen:
+                seen.add(identity)
+                yield one
+
+    def _of(
+        self, name: str, trips: float, loops: int, is_fused: bool
+    ) -> Iterator[tuple[tuple | None, Collective]]:
+        """Yields what a computation sends, once for each way to it.
+
+        A collective that is spread over several fusions stands in each of them, so one of a fusion
+        comes with what it is told by. Channels alone do not tell: all of a `jax.shard_map` are 1.
+        """
+        if not self._has_any(name):
+            return
+        for line in self._program.lines[name]:
+            found = INSTRUCTION.match(line)
+            if found is None:
+                continue
+            kind = _kind_of(found[4])
+            if kind is not None:
+                made = self._collective(kind, found[3], found[4], line, name, trips, loops)
+                yield _identity(made, line) if is_fused else None, made
+                continue
+            is_loop = found[4] == "while"
+            inner = trips * self._program.trips(line) if is_loop else trips
+            fused = is_fused or found[4] == "fusion"
+            if (is_loop and not self._program.knows_loop(line)) or _is_unknown(found[4], line):
+                self._misread.add(line)
+            for inside in called(line):
+                yield from self._of(inside, inner, loops + is_loop, fused)
+
+    def _has_any(self, name: str) -> bool:
+        """Whether a computation holds a collective, or calls one that does."""
+        if name not in self._known:
+            lines = self._program.lines.get(name, [])
+            self._known[name] = any(map(self._leads_to_one, lines))
+        return self._known[name]
+
+    def _leads_to_one(self, line: str) -> bool:
+        found = INSTRUCTION.match(line)
+        is_one = found is not None and found[4].startswith(_SENDING)
+        return is_one or any(map(self._has_any, called(line)))
+
+    def _collective(self, kind, shape: str, operation: str, line: str, name, trips, loops):
+        shapes = tuple(
+            (dtype, tuple(map(int, sizes.split(","))) if sizes else ())
+            for dtype, sizes in _SHAPE.findall(shape)
+        )
+        group = first_group(line, self._num_devices)
+        if operation.endswith("-start"):
+            shapes = _results(kind, shapes)
+        if not (shapes and says_group(line)):
+            self._misread.add(line)
+        size = sum(_nbytes(*one) for one in shapes)
+        if kind == "all-reduce" and self._is_scattered(name):
+            kind, size = "reduce-scatter", size // len(group)
+        return Collective(
+            kind=kind,
+            result_bytes=size,
+            shapes=shapes,
+            group=group,
+            trips=trips,
+            loops=loops,
+            op_name=op_name(line),
+        )
+
+    def _is_scattered(self, name: str) -> bool:
+        """Whether a fused reduction is cut at once: how a TPU's program writes a reduce-scatter."""
+        lines = self._program.lines[name]
+        return len(lines) < 10 and "dynamic-slice(%all-reduce" in lines[-1]
+
+
+def _kind_of(operation: str) -> str | None:
+    return next((k for k in _KINDS if operation in (k, f"{k}-start")), None)
+
+
+def _identity(one: Collective, line: str) -> tuple:
+    """Returns what the pieces of a collective have in common, wherever they stand."""
+    numbers = tuple(found and found[1] for found in (_CHANNEL.search(line), _CHAIN.search(line)))
+    return *numbers, one.kind, one.shapes, one.group, one.op_name
+
+
+def _is_unknown(operation: str, line: str) -> bool:
+    """Whether an operation sends between devices in a way that is not counted."""
+    waits = operation.endswith(("-done", "-update"))
+    return operation.startswith(_SENDING) and not waits and _TO_HOST not in line
+
+
+def _results(kind: str, shapes):
+    """Returns the results among what a collective that runs apart has: operands, results, more."""
+    if kind == "all-reduce":
+        return shapes
+    shapes = [one for one in shapes if one[1]]
+    return tuple(shapes[len(shapes) // 2 :])
+
+
+def _nbytes(dtype: str, sizes: tuple[int, ...]) -> int:
+    digits = re.match(r"[a-z]*([0-9]*)", dtype)
+    bits = _BITS.get(dtype) or int((digits and digits[1]) or 8)
+    return math.prod(sizes) * bits // 8
+
+
+_LISTED = re.compile(r"replica_groups=\{\{([0-9,]+)\}")
+_IOTA = re.compile(r"replica_groups=(?:\[([0-9,]+)\]<=)?\[([0-9,]+)\](?:T\(([0-9,]+)\))?")
+_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\]"
+    r"(?:, device_ids=\(\[([0-9,]+)\](?:T\(([0-9,]+)\))?\))? \{([^}]*)\}"
+)
+_PAIRS = re.compile(r"source_target_pairs=\{\{([0-9]+),([0-9]+)")
+
+
+def first_group(line: str, num_devices: int) -> tuple[int, ...]:
+    """Returns the devices of the first group of a collective.
+
+    Args:
+      line: Its instruction.
+      num_devices: Those of the program: all of them are a group where the line names none.
+    """
+    pairs = _PAIRS.search(line)
+    if pairs:
+        return tuple(dict.fromkeys(map(int, pairs.groups())))
+    listed = _LISTED.search(line)
+    if listed:
+        return _numbers(listed[1])
+    mesh = _MESH.search(line)
+    if mesh:
+        return _mesh_group(*mesh.groups())
+    iota = _IOTA.search(line)
+    if iota:
+        devices = _permuted(iota[2], iota[3])
+        groups = _numbers(iota[1]) if iota[1] else (1, devices.size)
+        return tuple(map(int, devices.reshape(groups)[0]))
+    return tuple(range(num_devices))
+
+
+def says_group(line: str) -> bool:
+    """Returns whether the devices of a collective are read, or the line leaves them out."""
+    named = re.search(r"(?:replica_groups|source_target_pairs)=(?!\{\})", line)
+    return named is None or any(form.search(line) for form in (_PAIRS, _LISTED, _MESH, _IOTA))
+
+
+def _mesh_group(axes: str, sizes: str | None, order: str | None, over: str) -> tuple[int, ...]:
+    found = re.findall(r"'([^']*)'=([0-9]+)", axes)
+    shape = [int(size) for _, size in found]
+    devices = np.arange(math.prod(shape)) if sizes is None else _permuted(sizes, order)
+    devices = devices.reshape(shape)
+    named = re.findall(r"'([^']*)'", over)
+    index = tuple(slice(None) if name in named else 0 for name, _ in found)
+    return tuple(map(int, devices[index].reshape(-1)))
+
+
+def _permuted(sizes: str, order: str | None) -> np.ndarray:
+    devices = np.arange(math.prod(_numbers(sizes))).reshape(_numbers(sizes))
+    return devices.transpose(_numbers(order)) if order else devices
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))

@@ -1,0 +1,1 @@
+"""What a traced function keeps and takes; nothing is compiled."""

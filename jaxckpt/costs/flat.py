@@ -1,0 +1,243 @@
+"""A jaxpr without calls: one list of steps whose values know where they come from.
+
+    flat = flatten(jax.make_jaxpr(fn)(*args))
+    [step.name for step in flat.steps]
+
+Calls (`jit`, `jax.checkpoint`, custom derivatives) are replaced by what they call, so a value can
+be followed across them. Loops, branches and kernels stay steps; `bodies` opens them. A value that
+is a constant of the jaxpr carries it along, into loops too.
+
+Where in the user's code a step of a jaxpr was written.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jax.extend import core
+
+from jaxckpt.transforms import jaxprs
+
+
+@dataclasses.dataclass(eq=False)
+class Value:
+    """One array of the program; two values are the same only if they are one object.
+
+    Attributes:
+      aval: Shape and dtype.
+      step: The step that makes it, or None for an input or a constant.
+      constant: The array (or scalar) if it is one.
+    """
+
+    aval: Any
+    step: "Step | None" = None
+    constant: Any = None
+
+    @property
+    def nbytes(self) -> int:
+        """The array's bytes; 0 for what is no array."""
+        return nbytes(self.aval)
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Step:
+    """One equation with its inputs and outputs as values, and the calls it was found in."""
+
+    equation: core.JaxprEqn
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...] = ()
+    calls: tuple[core.JaxprEqn, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The primitive's name."""
+        return self.equation.primitive.name
+
+    @property
+    def params(self) -> dict:
+        """The equation's parameters."""
+        return self.equation.params
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Flat:
+    """A whole function: `inputs`, `constants` it closes over, `steps` in order, `outputs`."""
+
+    inputs: tuple[Value, ...]
+    constants: tuple[Value, ...]
+    steps: tuple[Step, ...]
+    outputs: tuple[Value, ...]
+
+    def live_steps(self, outputs: Sequence[Value] | None = None) -> list[Step]:
+        """Returns the steps that `outputs` (default: all) or an effect need, in order."""
+        needed = set(self.outputs if outputs is None else outputs)
+        live = []
+        for step in reversed(self.steps):
+            if step.equation.effects or not needed.isdisjoint(step.outputs):
+                live.append(step)
+                needed.update(step.inputs)
+        return live[::-1]
+
+
+def flatten(
+    jaxpr: core.ClosedJaxpr | core.Jaxpr, inputs: Sequence[Value | None] | None = None
+) -> Flat:
+    """Returns a jaxpr as a `Flat`.
+
+    Args:
+      jaxpr: Closed or open.
+      inputs: Values to use as inputs instead of fresh ones, where they are not None.
+    """
+    consts = jaxpr.consts if isinstance(jaxpr, core.ClosedJaxpr) else ()
+    body = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
+    fresh = [Value(var.aval) for var in body.invars]
+    pairs = zip(inputs or [None] * len(fresh), fresh, strict=True)
+    inputs = tuple(given or made for given, made in pairs)
+    known = list(consts) or [None] * len(body.constvars)
+    constants = [Value(var.aval, constant=c) for var, c in zip(body.constvars, known, strict=True)]
+    steps = []
+    outputs = _inline(body, constants, inputs, (), steps)
+    return Flat(
+        inputs=inputs, constants=tuple(constants), steps=tuple(steps), outputs=tuple(outputs)
+    )
+
+
+def bodies(step: Step) -> Iterator[Flat]:
+    """Yields the functions in a step's parameters: a loop's body, a cond's branches, a kernel."""
+    for jaxpr in jaxprs.subjaxprs(step.equation):
+        open_jaxpr = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
+        shared: list[Value | None] = [None] * len(open_jaxpr.invars)
+        if step.name == jaxprs.SCAN:
+            # What changes from trip to trip is no constant.
+            for place in range(scan_consts(step, open_jaxpr)):
+                value = step.inputs[place]
+                shared[place] = Value(value.aval, constant=value.constant)
+        if step.name == jaxprs.SHARD_MAP:
+            # A constant that is whole on every device is one inside, too.
+            for place, (value, var) in enumerate(zip(step.inputs, open_jaxpr.invars, strict=True)):
+                if value.constant is not None and value.aval.shape == _aval(var).shape:
+                    shared[place] = Value(var.aval, constant=value.constant)
+        yield flatten(jaxpr, shared)
+
+
+def scan_consts(step: Step, body: core.Jaxpr) -> int:
+    """Returns how many of a scan's leading inputs are the same in every trip.
+
+    JAX's releases write the numbers of constants, carries and rows down in different ways; ranks
+    tell them apart in all of them: only rows lose their leading axis.
+    """
+    rows = sum(
+        value.aval.ndim > _aval(var).ndim
+        for value, var in zip(step.inputs, body.invars, strict=True)
+    )
+    carries = sum(
+        value.aval.ndim == _aval(var).ndim
+        for value, var in zip(step.outputs, body.outvars, strict=True)
+    )
+    return len(step.inputs) - carries - rows
+
+
+def _aval(var: Any) -> Any:
+    return var.aval  # JAX's type promises no shape
+
+
+def nbytes(aval) -> int:
+    """Returns the bytes of an abstract array; 0 for what is none (tokens, references)."""
+    shape, dtype = getattr(aval, "shape", None), getattr(aval, "dtype", None)
+    if shape is None or dtype is None:
+        return 0
+    return math.prod(shape) * dtype.itemsize
+
+
+def _inline(jaxpr: core.Jaxpr, constants, inputs, calls, steps: list) -> list[Value]:
+    """Appends the steps of `jaxpr` to `steps` and returns the values of its outputs."""
+    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *inputs], strict=True))
+
+    def read(atom) -> Value:
+        if isinstance(atom, core.Literal):
+            return Value(atom.aval, constant=atom.val)
+        return env[atom]
+
+    for equation in jaxpr.eqns:
+        values = tuple(read(atom) for atom in equation.invars)
+        called = _called(equation)
+        if equation.params.get("branches_platforms") is not None:
+            called, values = _of_no_platform(equation), values[1:]
+        if called is not None:
+            inner = [
+                Value(v.aval, constant=c)
+                for v, c in zip(called.jaxpr.constvars, called.consts, strict=True)
+            ]
+            outputs = _inline(called.jaxpr, inner, values, (*calls, equation), steps)
+        else:
+            step = Step(equation=equation, inputs=values, calls=calls)
+            step.outputs = outputs = tuple(Value(var.aval, step) for var in equation.outvars)
+            steps.append(step)
+        env.update(zip(equation.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _of_no_platform(equation: core.JaxprEqn) -> core.ClosedJaxpr:
+    """Returns the default branch of `jax.lax.platform_dependent`; the last where there is none."""
+    platforms = equation.params["branches_platforms"]
+    default = platforms.index(None) if None in platforms else -1
+    return equation.params["branches"][default]
+
+
+def _called(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:
+    """Returns what a call calls, or None for an equation that is no call."""
+    if equation.primitive.name not in jaxprs.CALLS:
+        return None
+    inner = next(jaxprs.subjaxprs(equation))
+    return inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
+
+
+# Frames of these are machinery: what called them is the line that a reader wants to see. Our own
+# models are not among them.
+_PACKAGES = ("jax", "jaxlib", "flax")
+_OURS = ("transforms/", "costs/", "memory/", "planner/", "linen.py", "nnx.py")
+_MACHINERY = (
+    *(f"/site-packages/{name}/" for name in _PACKAGES),
+    *(f"/jaxckpt/{name}" for name in _OURS),
+)
+_STANDARD = ("functools.py", "contextlib.py")
+
+
+def where(step: Step) -> str:
+    """Returns `file.py:123`, the innermost line outside JAX and Flax, or `""` if unknown.
+
+    A function of JAX's own that is traced once and cached (`jax.nn.silu`) remembers who called it
+    first; its steps are placed where this call was made.
+    """
+    equations = [*step.calls, step.equation]
+    while len(equations) > 1 and _is_library_call(equations[-2], equations[-1]):
+        equations.pop()
+    for frame in _frames(equations[-1]):
+        if not _is_machinery(frame):
+            return f"{Path(frame.file_name).name}:{frame.line_num}"
+    return ""
+
+
+def _is_library_call(call, equation) -> bool:
+    """Whether the function that `call` calls is machinery itself."""
+    name = call.params.get("name")
+    for frame in _frames(equation):
+        if not _is_machinery(frame):
+            return False
+        if frame.function_name.rpartition(".")[2] == name:
+            return True
+    return False
+
+
+def _frames(equation) -> list:
+    traceback = equation.source_info.traceback
+    return list(traceback.frames) if traceback is not None else []
+
+
+def _is_machinery(frame) -> bool:
+    path = frame.file_name.replace("\\", "/")
+    if path.startswith("<"):
+        return True
+    return any(part in path for part in _MACHINERY) or Path(path).name in _STANDARD

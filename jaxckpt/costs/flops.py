@@ -1,0 +1,173 @@
+"""FLOPs of a function, counted from its jaxpr.
+
+XLA's own cost analysis counts a loop's body once; here a `scan` counts it times its length, so a
+recomputed block shows. Matrix products, convolutions and attention kernels are counted, two
+operations a multiply-add, as the kernels run them: a causal kernel that skips what is masked counts
+half (or all, where that is asked for), and the backward pass of flash attention counts the product
+that it recomputes. Elementwise work is left out, as in the usual model-FLOPs figures.
+
+`_TABLE` says how a primitive is counted; a new kernel is one entry and one function.
+"""
+
+import math
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+from jax.core import Tracer
+from jax.extend import core
+
+from jaxckpt.costs.flat import Flat, Step, bodies, flatten
+from jaxckpt.transforms import jaxprs
+from jaxckpt.transforms.jaxprs import mean_trips
+
+
+def count_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr, *, masked: bool = False) -> int:
+    """Returns the FLOPs of all matrix products, convolutions and attention kernels in a jaxpr.
+
+    A `cond` counts its most expensive branch. A `while` loop's trip count is not in the jaxpr:
+    the executor's loops say theirs, the body of any other counts once. A Pallas kernel counts what
+    its `cost_estimate` says, or else its body once for each point of its grid; of splash
+    attention's grid, the blocks that its mask leaves (all of them where the mask is no constant).
+
+    Args:
+      jaxpr: Of the function.
+      masked: Whether what an attention kernel skips because of its mask counts too.
+    """
+    return int(_total(flatten(jaxpr), masked))
+
+
+def step_flops(step: Step, *, masked: bool = False) -> Fraction | int:
+    """Returns the FLOPs of one step, those of a loop or kernel with all its trips."""
+    count = _TABLE.get(step.name)
+    if count is not None:
+        return count(step, masked)
+    inner = [_total(body, masked) for body in bodies(step)]
+    return max(inner, default=0) if step.name == jaxprs.COND else sum(inner) * trips(step)
+
+
+def trips(step: Step) -> Fraction | int:
+    """Returns how often a body runs, on average over runs; 1 for what is neither loop nor map.
+
+    A map over the devices of a mesh runs its body on each of them.
+    """
+    if step.name == jaxprs.SCAN:
+        return step.params["length"]
+    if step.name == jaxprs.SHARD_MAP:
+        return step.params["mesh"].size
+    return mean_trips(step.equation) if step.name == jaxprs.WHILE else 1
+
+
+def is_kernel(step: Step) -> bool:
+    """Returns whether a step is one product or one kernel, with FLOPs of its own."""
+    return step.name in _TABLE
+
+
+class AttentionShape(NamedTuple):
+    """Sizes of an attention kernel: `rows` queries a head against `columns` keys."""
+
+    batch: int
+    heads: int
+    rows: int
+    columns: int
+    head_dim: int
+
+
+def attention_shape(step: Step) -> AttentionShape | None:
+    """Returns the sizes of a cuDNN attention kernel, or None for any other step."""
+    if step.name not in jaxprs.CUDNN:
+        return None
+    query, key = step.inputs[0].aval.shape, step.inputs[1].aval.shape
+    if int(step.params["layout"]) == 1:  # [B, H, S, N]; else [B, S, H, N]
+        batch, heads, rows, head_dim = query
+        return AttentionShape(batch, heads, rows, key[2], head_dim)
+    batch, rows, heads, head_dim = query
+    return AttentionShape(batch, heads, rows, key[1], head_dim)
+
+
+def _total(flat: Flat, masked: bool) -> Fraction | int:
+    return sum(step_flops(step, masked=masked) for step in flat.steps)
+
+
+def _dot(step: Step, _) -> int:
+    (contracted, _), _ = step.params["dimension_numbers"]
+    return 2 * _depth(step, contracted) * math.prod(step.outputs[0].aval.shape)
+
+
+def _ragged_dot(step: Step, _) -> int:
+    """A row of one operand meets one group of the other: no FLOPs depend on the group sizes."""
+    numbers = step.params["ragged_dot_dimension_numbers"]
+    (contracted, _), _ = numbers.dot_dimension_numbers
+    flops = 2 * _depth(step, contracted) * math.prod(step.outputs[0].aval.shape)
+    if set(numbers.lhs_ragged_dimensions) <= set(contracted):
+        # The gradient of the groups: each takes its own rows, and the output has them all.
+        flops //= step.inputs[2].aval.shape[-1]
+    return flops
+
+
+def _depth(step: Step, axes) -> int:
+    return math.prod(step.inputs[0].aval.shape[axis] for axis in axes)
+
+
+def _conv(step: Step, _) -> int:
+    kernel = step.inputs[1].aval.shape
+    out_features = kernel[step.params["dimension_numbers"].rhs_spec[0]]
+    return 2 * math.prod(step.outputs[0].aval.shape) * math.prod(kernel) // out_features
+
+
+def _attention(products: int):
+    """Returns the count of a cuDNN attention kernel that runs `products` [S, T] products.
+
+    Forward: q k^T and p v. Backward: q k^T again, then the gradients of p, v, q and k (Dao et al.
+    2022, FlashAttention, algorithm 4).
+    """
+
+    def count(step: Step, masked: bool) -> int:
+        shape = attention_shape(step)
+        assert shape is not None, step.name
+        pairs = shape.rows * shape.columns
+        if _is_causal(step.params["mask_type"]) and not masked:
+            pairs //= 2
+        window = step.params.get("sliding_window_length")
+        if window and not masked:
+            pairs = min(pairs, shape.rows * window)
+        return products * 2 * shape.batch * shape.heads * pairs * shape.head_dim
+
+    return count
+
+
+def _is_causal(mask_type) -> bool:
+    return "CAUSAL" in getattr(mask_type, "name", str(mask_type))
+
+
+def _pallas(step: Step, masked: bool) -> Fraction | int:
+    estimate = step.params.get("cost_estimate")
+    if estimate is not None:
+        return int(estimate.flops)
+    grid = [size for size in step.params["grid_mapping"].grid if isinstance(size, int)]
+    body = sum(_total(inner, masked) for inner in bodies(step))
+    return int(body * math.prod(grid) * (1 if masked else _splash_fraction(step)))
+
+
+def _splash_fraction(step: Step) -> Fraction:
+    """Returns which part of splash attention's grid its mask leaves; 1 for other kernels."""
+    if "splash_m" not in str(step.equation.source_info.name_stack):
+        return Fraction(1)
+    block_mask = step.inputs[1].constant  # [heads or 1, rows, columns]; 0 is skipped
+    if block_mask is None or isinstance(block_mask, Tracer):
+        return Fraction(1)
+    block_mask = np.asarray(block_mask)
+    return Fraction(int(np.count_nonzero(block_mask)), block_mask.size)
+
+
+# Primitive -> FLOPs of one step of it.
+_TABLE = {
+    jaxprs.DOT: _dot,
+    jaxprs.RAGGED_DOT: _ragged_dot,
+    jaxprs.CONV: _conv,
+    jaxprs.CUDNN_FORWARD: _attention(2),
+    jaxprs.CUDNN_BACKWARD: _attention(5),
+    jaxprs.CUDNN_FP8_FORWARD: _attention(2),
+    jaxprs.CUDNN_FP8_BACKWARD: _attention(5),
+    jaxprs.PALLAS: _pallas,
+}

@@ -1,0 +1,1 @@
+"""Chips to compile for, present or not."""

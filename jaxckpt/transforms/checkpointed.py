@@ -1,0 +1,220 @@
+"""Schedules as nested `jax.checkpoint`: the simple reference for every way to run a stage.
+
+A schedule is a list of cuts, outermost first: the stage is cut into segments, each segment is a
+`jax.checkpoint` that keeps its input alone, and inside it the next cut does the same. A level
+costs one more forward pass of the stage, and all of JAX's transforms are supported.
+
+The same recursion runs over stacked parameters (`Stacked`, by `lax.scan`) and over a list of
+different blocks (`Listed`, by a Python loop).
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from jaxckpt.plans import Policy, Stage, words
+from jaxckpt.schedules.segments import segment_sizes
+from jaxckpt.transforms import rows, tags
+from jaxckpt.transforms.policies import checkpoint_policy
+
+Apply = Callable[[Any, Any], Any]  # (carry, one block's item) -> carry
+Cut = Callable[[int], Sequence[int]]  # length -> sizes of its segments
+
+_OFFLOAD_CARRY = (Policy(kind="offload", names=(words.CARRY,)),)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Remat:
+    """How a function is checkpointed: what it keeps, and whether its input goes to the host."""
+
+    policies: tuple[Policy, ...] = ()
+
+    def __call__(self, fn: Callable, *, prevent_cse: bool) -> Callable:
+        """Returns `fn(carry, item)` under `jax.checkpoint`."""
+        inner = fn
+        if any(words.CARRY in policy.names for policy in self.policies):
+            # Only a tag at the start lets the saved input be the one on the host.
+            inner = lambda carry, item: fn(tags.tag_reserved(carry, tags.CARRY), item)
+        return jax.checkpoint(
+            inner, policy=checkpoint_policy(self.policies), prevent_cse=prevent_cse
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stacked:
+    """Blocks whose parameters are stacked on the leading axis of every leaf of `params`.
+
+    Attributes:
+      params: Of these blocks, `[length, ...]`.
+      length: How many.
+      unroll: Blocks unrolled in one trip of a loop.
+      part_of: The parameters of the stack that these blocks are a part of, and the place of the
+        first of them in it; None where the blocks' own are read.
+    """
+
+    params: Any
+    length: int
+    unroll: int = 1
+    part_of: tuple[Any, int] | None = None
+
+    def fold(self, apply: Apply, carry, remat: Remat | None):
+        """Returns the carry after all blocks, each under `remat` if there is one."""
+        return self._scan(
+            apply, carry, self.params, self.length, min(self.unroll, self.length), remat
+        )
+
+    def fold_segments(self, sizes: Sequence[int], run: Apply, carry, remat: Remat):
+        """Returns the carry after `run(carry, segment)` of every segment, each under `remat`."""
+        start = 0
+        for size, equals in itertools.groupby(sizes):
+            count = len(list(equals))
+            stop = start + size * count
+            cut = functools.partial(_cut, start=start, stop=stop, size=size)
+            params = jax.tree.map(cut, self.params)
+            segment = lambda params, k=size: Stacked(params=params, length=k, unroll=self.unroll)
+            apply = lambda carry, params, make=segment: run(carry, make(params))
+            carry = self._scan(apply, carry, params, count, 1, remat)
+            start = stop
+        return carry
+
+    def _scan(self, apply, carry, items, length, unroll, remat):
+        if remat is not None:
+            if unroll > 1:
+                apply, items = rows.read_inside(apply, items, *(self.part_of or (items, 0)))
+            # A loop keeps the recomputation apart from the forward pass, so the barriers that
+            # do it elsewhere are left out; a loop of one trip is no loop once compiled.
+            apply = remat(apply, prevent_cse=unroll > 1 or length == 1)
+        body = lambda carry, item: (apply(carry, item), None)
+        return lax.scan(body, carry, items, length=length, unroll=unroll)[0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Listed:
+    """Different blocks, each what `apply` takes; they may close over traced values."""
+
+    blocks: tuple[Any, ...]
+
+    @property
+    def length(self) -> int:
+        """The number of blocks."""
+        return len(self.blocks)
+
+    def fold(self, apply: Apply, carry, remat: Remat | None):
+        """Returns the carry after all blocks, each under `remat` if there is one."""
+        for block in self.blocks:
+            carry = _closed(apply, block, remat)(carry)
+        return carry
+
+    def fold_segments(self, sizes: Sequence[int], run: Apply, carry, remat: Remat):
+        """Returns the carry after `run(carry, segment)` of every segment, each under `remat`."""
+        start = 0
+        for size in sizes:
+            segment = Listed(blocks=self.blocks[start : start + size])
+            carry = _closed(run, segment, remat)(carry)
+            start += size
+        return carry
+
+
+def run_stage(blocks: Stacked | Listed, apply: Apply, carry, stage: Stage):
+    """Returns the carry after a stage's blocks, checkpointed as the stage says.
+
+    Args:
+      blocks: The stage's blocks.
+      apply: Runs one of them.
+      carry: The stage's input.
+      stage: Bound, with resolved policies.
+
+    Raises:
+      NotImplementedError: `binomial`, which no nesting of `jax.checkpoint` can express, or
+        `auto`, which a planner has to replace by a plan first.
+    """
+    cuts, leaf = _CUTS[stage.schedule](stage)
+    outer = Remat(policies=_OFFLOAD_CARRY if stage.offloads_carry else ())
+    return _run(blocks, apply, carry, cuts, leaf, outer)
+
+
+def _run(blocks, apply, carry, cuts: Sequence[Cut], leaf: Remat | None, outer: Remat):
+    if not cuts:
+        return blocks.fold(apply, carry, leaf)
+    inner = lambda carry, segment: _run(segment, apply, carry, cuts[1:], leaf, outer)
+    return blocks.fold_segments(cuts[0](blocks.length), inner, carry, outer)
+
+
+def _none(stage: Stage):
+    return (), None
+
+
+def _full(stage: Stage):
+    return (), Remat(policies=stage.policies)
+
+
+def _uniform(stage: Stage):
+    segments = stage.argument
+    assert segments is not None, stage  # both words have a number
+    if stage.schedule == "every":
+        segments = math.ceil(stage.bound_count / segments)
+    # The policies speak of the live segment's blocks; the carries that go to the host are the
+    # segments' inputs, which `run_stage` sees to.
+    kept = stage.inner_policies
+    leaf = Remat(policies=kept) if kept else None
+    return (lambda length: segment_sizes(length, segments),), leaf
+
+
+def _sqrt(stage: Stage):
+    segments = math.isqrt(stage.bound_count - 1) + 1
+    return (lambda length: segment_sizes(length, segments),), Remat()
+
+
+def _log(stage: Stage):
+    # Halving until segments have at most two blocks, whose inputs the leaves keep.
+    halvings = max(0, stage.bound_count.bit_length() - 2)
+    return (_halves,) * halvings, Remat()
+
+
+def _halves(length: int) -> tuple[int, ...]:
+    """Returns two equal halves and, of an odd length, one block: few distinct sizes to trace."""
+    if length < 2:
+        return (1,) * length
+    return (length // 2, length // 2, *(1,) * (length % 2))
+
+
+def _binomial(stage: Stage):
+    raise NotImplementedError(
+        f"{stage} needs the schedule executor; of the nested schedules, log is the nearest"
+    )
+
+
+def _auto(stage: Stage):
+    raise NotImplementedError("auto needs the planner and a budget; name a plan, such as sqrt")
+
+
+_CUTS = {
+    "none": _none,
+    "full": _full,
+    "uniform": _uniform,
+    "every": _uniform,
+    "sqrt": _sqrt,
+    "log": _log,
+    "binomial": _binomial,
+    "auto": _auto,
+}
+
+
+def _cut(x, start: int, stop: int, size: int):
+    """Returns rows `start..stop` of `x` as `[segments, size, ...]`."""
+    rows = x if (start, stop) == (0, x.shape[0]) else lax.slice_in_dim(x, start, stop)
+    return rows.reshape(-1, size, *x.shape[1:])
+
+
+def _closed(apply: Apply, item, remat: Remat | None) -> Callable:
+    """Returns `apply` on `item` as a function of the carry alone, under `remat` if there is one."""
+    if remat is None:
+        return lambda carry: apply(carry, item)
+    checkpointed = remat(lambda carry, _: apply(carry, item), prevent_cse=True)
+    return lambda carry: checkpointed(carry, None)

@@ -1,0 +1,202 @@
+"""Checks that every way to run blocks shares, made before anything is differentiated."""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxckpt.plans import Plan, PlanError, Policy
+from jaxckpt.schedules.schedule import Schedule
+from jaxckpt.transforms import jaxprs, policies, tags, value_names
+from jaxckpt.transforms.traced_block import TracedBlock, abstract
+
+
+def stack_length(params) -> int:
+    """Returns L, the leading size that all leaves of `params` share.
+
+    Raises:
+      ValueError: No leaves, a scalar leaf, or leading sizes that differ (the leaves are named).
+    """
+    sizes = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        shape = jax.typeof(leaf).shape
+        if not shape:
+            raise ValueError(
+                f"params{jax.tree_util.keystr(path)} is a scalar; every leaf of a stack's "
+                "parameters is [L, ...]"
+            )
+        sizes.setdefault(shape[0], jax.tree_util.keystr(path))
+    if not sizes:
+        raise ValueError(
+            "params has no arrays, so the number of blocks is unknown; pass jnp.arange(L) as "
+            "params for blocks without parameters"
+        )
+    if len(sizes) > 1:
+        found = ", ".join(f"params{path} has {size}" for size, path in sizes.items())
+        raise ValueError(f"the leading sizes of a stack's parameters differ: {found}")
+    return next(iter(sizes))
+
+
+def check_stack(block, params):
+    """Raises for what is no block, before it is traced.
+
+    Raises:
+      ValueError: Naming the order of arguments.
+    """
+    if not callable(block):
+        raise ValueError(
+            "the first argument is the block, a function block(carry, params_i, *consts); got "
+            f"{_kind(block)}"
+        )
+    if inspect.isroutine(params):
+        raise ValueError("the second argument is the blocks' parameters; got a function")
+
+
+def _kind(value) -> str:
+    shape = getattr(value, "shape", None)
+    what = "an array" if shape is not None else f"a {type(value).__name__}"
+    return f"{what} of arrays" if isinstance(value, dict | list | tuple) else what
+
+
+@contextlib.contextmanager
+def lists_explained(params):
+    """A context in which a block that cannot read a list of layers is explained.
+
+    Raises:
+      ValueError: An error was raised inside, and `params` is a list of trees that are alike.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(params, list | tuple) or len(params) < 2:
+            raise
+        alike = {(jax.tree.structure(one), _shapes(one)) for one in params}
+        if len(alike) > 1:
+            raise
+        raise ValueError(
+            f"params is a list of {len(params)} trees, and the block cannot read it; stack them: "
+            "jax.tree.map(lambda *leaves: jnp.stack(leaves), *params), or use jaxckpt.chain"
+        ) from error
+
+
+def _shapes(tree) -> tuple:
+    return tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def check_carry(given, made):
+    """Raises if a block does not return what it was given.
+
+    Args:
+      given: The block's input, arrays or abstract.
+      made: Its output.
+
+    Raises:
+      ValueError: The structure, a shape or a dtype of the carry changes.
+    """
+    given, made = abstract((given, made))
+    if jax.tree.structure(given) != jax.tree.structure(made):
+        raise ValueError(
+            "a block returns the carry it was given, but the structure changes from "
+            f"{jax.tree.structure(given)} to {jax.tree.structure(made)}"
+        )
+    pairs = zip(jax.tree_util.tree_leaves_with_path(given), jax.tree.leaves(made), strict=True)
+    for (path, before), after in pairs:
+        if (before.shape, before.dtype) != (after.shape, after.dtype):
+            raise ValueError(
+                f"a block returns the carry it was given, but carry{jax.tree_util.keystr(path)} "
+                f"changes from {before.dtype}{list(before.shape)} to "
+                f"{after.dtype}{list(after.shape)}"
+            )
+
+
+def check_rerun(block: TracedBlock, remat: Plan | Schedule):
+    """Raises if a block that is run again does what must happen once, or what JAX cannot keep.
+
+    `jax.checkpoint` decides what may be repeated; it is asked before anything runs.
+
+    Raises:
+      PlanError: Naming the step of the block, or the policy.
+    """
+    stages = remat.stages if isinstance(remat, Plan) else ()
+    if stages and all(stage.schedule == "none" for stage in stages):
+        return
+    found = [e.primitive.name for e in jaxprs.equations(block.jaxpr) if e.effects]
+    # Only what the block does matters here, and not whether it has a derivative.
+    beside = lambda x, *inputs: (jnp.sin(x), block.call(*jax.lax.stop_gradient(inputs)))
+    if found and _refusal(beside, 0.0, *block.inputs) is not None:
+        raise PlanError(
+            f"{str(remat)!r} runs blocks again, and the block has an effect that must happen once "
+            f"({', '.join(dict.fromkeys(found))}); remat='none' runs each block once, "
+            "jax.pure_callback may be run again"
+        )
+    dtypes = {getattr(aval, "dtype", None) for aval in _avals(block)}
+    if not any(
+        dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes
+    ):
+        return
+    for stage in stages:
+        policy = policies.checkpoint_policy(stage.inner_policies)
+        call = value_names.resolved(block.call, stage.inner_policies)
+        error = policy and _refusal(call, *block.inputs, policy=policy)
+        if error:
+            raise PlanError(
+                f"plan {str(remat)!r} keeps complex values of the block, which jax.checkpoint "
+                f"cannot do ({error}); use none, full, or a schedule without policies"
+            )
+
+
+def _avals(block: TracedBlock):
+    yield from block.jaxpr.in_avals
+    for equation in jaxprs.equations(block.jaxpr):
+        yield from (var.aval for var in equation.outvars)
+
+
+def _refusal(fn: Callable, *args, policy: Callable | None = None) -> str | None:
+    """Returns why JAX refuses to differentiate `fn` under a checkpoint; None where it does not."""
+    try:
+        jaxprs.linearized(jax.checkpoint(fn, policy=policy), *args)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        return str(error).partition("\n")[0]
+    return None
+
+
+def check_schedule(schedule: Schedule, num_blocks: int, nested: bool):
+    """Raises unless a schedule given in place of a plan can be run over `num_blocks` blocks.
+
+    Raises:
+      IllegalSchedule: An action of it is illegal where it stands.
+      ValueError: It is made for another number of blocks.
+      NotImplementedError: `nested`, which has no way to follow a schedule.
+    """
+    if schedule.num_blocks != num_blocks:
+        raise ValueError(
+            f"{schedule.name} is made for {schedule.num_blocks} blocks, there are {num_blocks}"
+        )
+    if nested:
+        raise NotImplementedError(
+            f"{schedule.name} needs the schedule executor; nested=True runs plans, such as 'sqrt'"
+        )
+    schedule.counts  # noqa: B018  replays it, and raises where it is illegal
+
+
+def check_policies(plan: Plan, offered: Callable[[Sequence[Policy]], tags.Tags]):
+    """Raises if a policy of the plan would find nothing to keep or move.
+
+    Args:
+      plan: A plan.
+      offered: Called once with the plan's policies, and only if one names something, for the
+        block's tags; see `invented.offered`.
+
+    Raises:
+      PlanError: As `policies.check`, with the plan's text.
+    """
+    if not any(policies.needs_tags(stage.policies) for stage in plan.stages):
+        return
+    found = offered(policies.all_of(plan))
+    try:
+        for stage in plan.stages:
+            policies.check(stage.policies, found)
+    except PlanError as error:
+        raise PlanError(f"plan {str(plan)!r}: {error}") from None
