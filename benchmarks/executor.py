@@ -57,12 +57,12 @@ def executor(flags: Annotated[Flags, Parameter(name="*")] = Flags(), *, command:
     absent.prepare()
     from rich.console import Console
 
-    from benchmarks import record  # only now is JAX imported
+    from benchmarks.record import origin, write_section  # only now is JAX imported
 
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = 160  # a file has no width that a table must fit
-    record = record.origin(command) | {"quick": flags.quick, "parts": {}}
+    record = origin(command) | {"quick": flags.quick, "parts": {}}
     versions = " ".join(f"{name} {version}" for name, version in record["versions"].items())
     console.print(f"{record['device']}, {versions}\n", markup=False)
     failures = []
@@ -74,7 +74,7 @@ def executor(flags: Annotated[Flags, Parameter(name="*")] = Flags(), *, command:
         record["parts"][part] = result.as_json() | {"seconds": seconds}
         failures += result.failures
         if part == "temp" and flags.write_docs:
-            record.write_section(result, record)
+            write_section(result, record)
         record["failures"] = failures
         write(record, flags.output)  # after every part, so that a run cut short leaves something
     verdict = f"{len(failures)} bounds failed" if failures else "every bound holds"

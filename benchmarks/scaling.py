@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from benchmarks.record import origin
+from benchmarks.record import origin, write_section
 from benchmarks.result import Result
 from experiments.config import TrainConfig
 from experiments.fitting.measuring import measure_all
@@ -72,7 +72,7 @@ def scaling(
     """Compile rows that are not there yet; of several plans, a row is the fastest that fits."""
     record: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {"rows": []}
     if write:
-        record.write_section(_table(record["rows"]), record, PAGE)
+        write_section(_table(record["rows"]), record, PAGE)
         return
     for size, place, one in [(m, t, p) for m in model for t in target for p in plan]:
         asked = {"model": size, "target": place, "asked": one}

@@ -185,13 +185,13 @@ def in_dtype(params, dtype):
 
 
 def remat(
-    block: type[nn.Module],
+    block: Any,
     plan: str | Plan,
     *,
     methods: Sequence[str] | None = None,
     static_argnums: int | Sequence[int] = (),
     prevent_cse: bool = True,
-) -> type[nn.Module]:
+) -> Any:
     """Returns a Linen module class whose call is checkpointed, as `flax.linen.remat` does it.
 
     It keeps the name of `block`, and so the parameter tree of a model that uses it. Arguments that
@@ -239,7 +239,7 @@ def remat(
     if stage.schedule == "none":
         return block
     static = [static_argnums] if isinstance(static_argnums, int) else static_argnums
-    made = lift_transform(
+    made: Any = lift_transform(
         _checkpoint,
         block,
         plan=plan,

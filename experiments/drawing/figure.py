@@ -1,6 +1,7 @@
 """A timeline as a matplotlib figure: time across, blocks up, what is held shaded behind."""
 
 import textwrap
+from typing import Any
 
 from experiments import plotting
 from experiments.drawing import timeline as t
@@ -43,7 +44,8 @@ def draw(line: Timeline):
     axes.set_title(textwrap.fill(t.title(line), width=110), loc="left", pad=32)
     axes.set_xlabel("time, in forward passes of one block (a backward pass takes two)")
     axes.set_ylabel("block")
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    locator: Any = axes.yaxis.get_major_locator()
+    locator.set_params(integer=True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     _add_legend(axes)

@@ -50,7 +50,7 @@ class Traveler:
       text: The lowered module as text, without source locations.
       names: For each flat argument, where it is: `args[0].params['w']`.
       donated: For each flat argument, whether outputs may reuse it.
-      placement: Its arguments' shardings, as `placements.describe` has them.
+      placement: Its arguments' shardings, as `describe` has them.
       flops: Of one call.
     """
 

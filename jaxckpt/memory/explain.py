@@ -299,7 +299,7 @@ def _decision(residuals: list[Residual], under: list[Residual]) -> str:
 def _name(trace: Trace, largest: Value, invented: str | None) -> str:
     if largest in trace.carry:
         return trace.labels[largest]
-    if largest in trace.kernels and value_names is None:  # a Pallas kernel may be any function
+    if largest in trace.kernels and invented is None:  # a Pallas kernel may be any function
         return "attention"
     if largest in trace.tags:
         return trace.tags[largest][0]
@@ -308,7 +308,7 @@ def _name(trace: Trace, largest: Value, invented: str | None) -> str:
     sources = {v for step in slice_of([largest]) for v in step.inputs if v in trace.labels}
     if len(sources) == 1 and not sources & set(trace.carry):
         return f"{largest.step.name} of {trace.labels[sources.pop()]}"
-    return value_names or largest.step.name
+    return invented or largest.step.name
 
 
 def _chain(trace: Trace, value: Value, longest: int = 3) -> str:

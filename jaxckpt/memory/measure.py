@@ -114,7 +114,7 @@ def jitted(fn: Callable, args: tuple, donate_argnums=(), static_argnums=()) -> t
         jit = jax.jit
         _check_arrays(args, static_argnums)
     call = fn if _has_hash(fn) else lambda *args: fn(*args)  # `jit` keeps functions by their hash
-    made = jit(call, donate_argnums=donate_argnums, static_argnums=static_argnums)
+    made: Any = jit(call, donate_argnums=donate_argnums, static_argnums=static_argnums)
     if donate_argnums == () and hasattr(getattr(fn, "func", fn), "lower"):
         equations = exported.trace(made, args).jaxpr.eqns
         if any(any(equation.params.get("donated_invars", ())) for equation in equations):

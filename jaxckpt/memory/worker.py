@@ -21,7 +21,7 @@ import jax
 from jax import export
 from jax.experimental import topologies
 
-from jaxckpt.absent import exported
+from jaxckpt.absent.exported import describe, rebuild
 from jaxckpt.compiled import peak
 from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.costs.flops import count_flops
@@ -59,7 +59,7 @@ def _run(job: dict[str, Any], folder: Path) -> MemoryReport:
         # The topology is up before the step is traced: cuDNN's attention looks for its chip then.
         return measure_built(build_step(**job["entry"]), target, topology)
     exported = export.deserialize(bytearray((folder / "program.bin").read_bytes()))
-    shardings = exported.rebuild(job["placement"], topology, target, exported.nr_devices)
+    shardings = rebuild(job["placement"], topology, target, exported.nr_devices)
     # Arguments that the program never reads are dropped, as `jax.jit` does.
     kept = exported.module_kept_var_idx
     donated = [at for at, flat in enumerate(kept) if job["donated"][flat]]
@@ -107,12 +107,10 @@ def build_step(function: str, arguments: Mapping[str, Any]) -> BuiltStep:
 def measure_built(step: BuiltStep, target: Target, topology) -> MemoryReport:
     """Returns the report of a step, with time and findings, compiled for a topology's devices."""
     leaves, tree = jax.tree.flatten(tuple(step.args))
-    described = exported.describe([getattr(leaf, "sharding", None) for leaf in leaves])
+    described = describe([getattr(leaf, "sharding", None) for leaf in leaves])
     placed = [
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        for leaf, sharding in zip(
-            leaves, exported.rebuild(described, topology, target), strict=True
-        )
+        for leaf, sharding in zip(leaves, rebuild(described, topology, target), strict=True)
     ]
     step = dataclasses.replace(step, args=tree.unflatten(placed))
     traced = jax.jit(step.fn, donate_argnums=step.donate_argnums).trace(*step.args)

@@ -74,11 +74,10 @@ class Finder:
 
     def __call__(self, call: StackCall):
         """Takes note of one call of `scan_blocks`; returns its carry under a mark."""
-        is_schedule = isinstance(call.remat, Schedule)
         made = Call(
             stack=Stack.of(call.block, call.params, call.num_blocks, unroll=call.unroll),
             remat=str(call.remat),
-            plan=None if is_schedule else as_plan(call.remat).bind(call.num_blocks),
+            plan=_plan_of(call),
         )
         # A stack without a carry computes nothing.
         marked = tags.tag_reserved(call.carry[:1], f"{_MARK}{len(self._calls)}")
@@ -118,6 +117,11 @@ class Finder:
         if step.name == jaxprs.COND:  # one branch runs
             inner = [max(inner, key=lambda phases: len(list(places(phases))))]
         return list(itertools.chain(*inner)) or None
+
+
+def _plan_of(call: StackCall) -> Plan | None:
+    """Returns the bound plan of a call; None for a schedule."""
+    return None if isinstance(call.remat, Schedule) else as_plan(call.remat).bind(call.num_blocks)
 
 
 def _forward(steps: Sequence[Step]) -> Step | None:

@@ -44,8 +44,7 @@ def under_loss(schedule: Schedule) -> Schedule:
       (75, 76)
     """
     actions = schedule.actions
-    place = next(n for n, action in enumerate(actions) if isinstance(action, Load | Record))
-    first = actions[place]
+    place, first = next((n, one) for n, one in enumerate(actions) if isinstance(one, Load | Record))
     if isinstance(first, Load) or first.stop - first.start > 1:
         return schedule
     slots = {}  # those in use, by the carry that they hold

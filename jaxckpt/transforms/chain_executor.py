@@ -139,7 +139,7 @@ class _Walk:
         for consts_i in consts:
             moving.append(Moving.of([place - start for place in asked], (), (), consts_i))
             start += len(consts_i)
-        held, out = _Held(carry=carry), None
+        held, out = _Held(carry=carry), []
         for action in self.actions[: self.first_reverse]:
             self._run(action, held, consts, moving)
             if isinstance(action, Record) and action.stop == len(self.calls):
@@ -158,7 +158,8 @@ class _Walk:
                 held.grad, _, of_consts[action.block] = reverse(held.grad)
             else:
                 self._run(action, held, consts, moving)
-        of_place = dict(zip(inexact(carry), held.grad, strict=True))
+        assert held.grad is not None  # given above
+        of_place: dict[int, Any] = dict(zip(inexact(carry), held.grad, strict=True))
         return [*(of_place[i] for i in of_carry.carry), *itertools.chain(*of_consts)]
 
     def _run(self, action: Action, held: _Held, consts, moving: Sequence[Moving]):

@@ -31,8 +31,9 @@ _MESSAGE = (
 class Walk(Protocol):
     """How blocks are run and reversed. Arguments are pytrees, outputs and gradients are lists."""
 
-    def run(self, *args) -> list:
-        """Returns the output."""
+    @property
+    def run(self) -> Callable[..., list]:
+        """Returns the output for some arguments."""
         ...
 
     def forward(self, args: Sequence, asked: tuple[int, ...]) -> tuple[list, Any]:

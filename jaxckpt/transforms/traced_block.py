@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import ShapedArray
+from jax.core import ShapedArray, Tracer
 from jax.extend import core
 from jax.sharding import PartitionSpec
 
@@ -52,13 +52,13 @@ def vary(x, axes: tuple[str, ...]):
     """Returns an array, the same on all devices along some axes, as one that varies along them."""
     if hasattr(lax, "pcast"):
         return lax.pcast(x, axes, to="varying")
-    return lax.pvary(x, axes)  # jax 0.7
+    return lax.pvary(x, axes)  # jax 0.7  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def varying_axes(aval: ShapedArray) -> tuple[str, ...]:
     """Returns the axes of `jax.shard_map` that a value differs along."""
     kind = getattr(aval, "mat", None)  # its name since jax 0.10
-    return tuple(aval.vma if kind is None else kind.varying)
+    return tuple(getattr(aval, "vma", ()) if kind is None else kind.varying)
 
 
 def first_block(params):
@@ -163,7 +163,7 @@ def once_compiled(run: Callable, identities: Hashable, *static: Hashable) -> Cal
       identities: Of the blocks, from `identity`.
       *static: Its first arguments; with the blocks they say what it computes.
     """
-    if isinstance(jnp.zeros([]), jax.core.Tracer):
+    if isinstance(jnp.zeros([]), Tracer):
         return functools.partial(run, *static)
     return _jitted(run, identities, static)
 
