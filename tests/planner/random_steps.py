@@ -159,7 +159,7 @@ CASES = strategies.builds(
     by_name=strategies.booleans(),
     parts=strategies.sampled_from([1, 1, 2]),
     layout=strategies.sampled_from(list(LAYOUTS)),
-    share=strategies.floats(0, 1),
+    share=strategies.integers(0, 20).map(lambda n: n / 20),
 )
 
 
