@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import TypeAlias
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from jaxckpt.memory.flat import Flat, Step, bodies, flatten
@@ -77,15 +78,17 @@ class Finder:
         """Takes note of one call of `scan_blocks`; returns its carry under a mark."""
         with observed(None):
             stack = Stack.of(call.block, call.params, call.carry, call.consts, call.num_blocks)
-        is_schedule = isinstance(call.remat, Schedule)
+        asked = call.remat
         made = Call(
             stack=dataclasses.replace(stack, unroll=call.unroll),
-            remat=str(call.remat),
-            plan=None if is_schedule else as_plan(call.remat).bind(call.num_blocks),
+            remat=str(asked),
+            plan=None if isinstance(asked, Schedule) else as_plan(asked).bind(call.num_blocks),
         )
         leaves, tree = jax.tree.flatten(call.carry)
         if leaves:  # a stack without a carry computes nothing
-            leaves[0] = tags.tag_reserved(leaves[0], f"{_MARK}{len(self._calls)}")
+            is_float = [jnp.issubdtype(jax.typeof(leaf).dtype, jnp.inexact) for leaf in leaves]
+            place = is_float.index(True) if any(is_float) else 0  # counters may be read by nobody
+            leaves[place] = tags.tag_reserved(leaves[place], f"{_MARK}{len(self._calls)}")
         self._calls.append(made)
         return tree.unflatten(leaves)
 

@@ -131,7 +131,7 @@ class Problem:
             link=link_of(rates, 1 if timed else steps.num_devices(_FULL)),
         )
 
-    def apart(self, plans: Iterable[Plan]) -> "Problem":
+    def apart(self, plans: Iterable[Any]) -> "Problem":
         """Returns the problem as it is if some plans are compiled and no others."""
         return dataclasses.replace(self, steps=self.steps.apart(plans))
 

@@ -185,7 +185,7 @@ class SeveralProblem:
             link=link_of(rates, 1 if timed else steps.num_devices(full)),
         )
 
-    def apart(self, plans: Iterable[PlanSet]) -> "SeveralProblem":
+    def apart(self, plans: Iterable[Any]) -> "SeveralProblem":
         """Returns the problem as it is if some plans are compiled and no others."""
         return dataclasses.replace(self, steps=self.steps.apart(plans))
 
