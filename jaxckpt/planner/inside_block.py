@@ -11,7 +11,7 @@ Values that a plan can only name together (one tag, an attention kernel's arrays
 returns) share one `kept`; `keeping` is the time of copying them for the backward pass. Block
 inputs, parameters and constants are there anyway. Sweeping M gives the frontier. Steps are costed
 one by one, which knows nothing of fusion: the sets found here are proposals, which
-`costs.kind_cost` then costs as JAX and the roofline see them.
+`kinds.kind_cost` then costs as JAX and the roofline see them.
 
 References:
   Jain et al. 2020, Checkmate: Breaking the memory wall with optimal tensor rematerialization.

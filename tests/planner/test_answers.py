@@ -66,7 +66,7 @@ def test_equal_towers_are_predicted():
         return jax.grad(loss), ({"a": W, "b": W}, X)
 
     problem = Problem.of(Steps(step_for, LOCAL), 8, UNKNOWN, None)
-    rungs = {str(rung.draft.plan): rung for rung in problem.ladder()}
+    rungs = {str(rung.plan): rung for rung in problem.ladder()}
     assert min(rung.predicted_bytes for rung in rungs.values()) > 4 * (2 * 8 * 32**2 + 2048 * 32)
     for plan in ("none", "names:@tanh.1"):
         assert rungs[plan].predicted_bytes == pytest.approx(peak_of(step_for, plan), rel=0.02)
