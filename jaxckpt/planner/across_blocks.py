@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from jaxckpt.planner.kinds import Forward, Kind
 from jaxckpt.plans import Plan, Policy, Stage, words
@@ -191,7 +192,8 @@ class Draft:
     def plan(self) -> Plan | PlanSet:
         """The plan, its last count left out where it is the only one; or plans by name."""
         if self.by_name:
-            return PlanSet({name: one.plan for name, one in self.by_name})
+            plans: Any = {name: one.plan for name, one in self.by_name}
+            return PlanSet(plans)
         if len(self.stages) == 1:
             return Plan(stages=(dataclasses.replace(self.stages[0], count=None),))
         return Plan(stages=self.stages)
