@@ -155,16 +155,16 @@ def answer(problem: Problem, rungs: Sequence[Draft], budget: int) -> FitResult:
             rungs = [rung for place, rung in enumerate(rungs) if place != error.place]
         else:
             break
-    if chosen is not None:
-        found = problem.result(rungs, chosen, budget)
-        return dataclasses.replace(found, left_out=tuple(left_out))
-    # A plan that was compiled to calibrate the model may fit where predictions were wrong. The last
-    # rung is compiled whenever nothing else fits, so every budget that is named here is kept to.
-    problem = problem.apart([*anchors, rungs[-1].plan])
-    least = problem.least()
-    if least is None or problem.peak(least.plan) > budget:
-        raise problem.infeasible(budget)
-    found = problem.result((*rungs, least), len(rungs), budget)
+    if chosen is None:
+        # A plan that was compiled to calibrate the model may fit where predictions were wrong. The
+        # last rung is compiled whenever nothing else fits, so every budget that is named here is
+        # kept to.
+        problem = problem.apart([*anchors, rungs[-1].plan])
+        least = problem.least()
+        if least is None or problem.peak(least.plan) > budget:
+            raise problem.infeasible(budget)
+        rungs, chosen = (*rungs, least), len(rungs)
+    found = problem.result(rungs, chosen, budget)
     return dataclasses.replace(found, left_out=tuple(left_out))
 
 

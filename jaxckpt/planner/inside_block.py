@@ -249,24 +249,15 @@ class _Program:
             rows.append(({first + unit: -1.0, host + place: -1.0}, -1.0))
         self._needed = _at_least(rows, len(seconds))
         self._at_most: list[tuple[np.ndarray, float]] = []
-        scale = max(graph.seconds, default=0.0)
-        waits = np.zeros(len(seconds))
+        scale, waits = max(graph.seconds, default=0.0) or 1.0, np.zeros(len(seconds))
         if passes is not None:
             scale = passes.forward_seconds + passes.backward_seconds
-            link = on_host / passes.link.bytes_per_second / scale
-            waits = 2 * link * (not passes.link.overlaps)
-            waits[end:] = 1.0
-            beside = link * passes.link.overlaps
-            forward, backward = np.eye(len(seconds))[end:]
-            self._at_most = [
-                (beside - forward, passes.forward_seconds / scale),
-                (beside - seconds / scale - backward, passes.backward_seconds / scale),
-                (on_host / self.grain, most_bytes / self.grain),
-            ]
+            waits, self._at_most = _waits(passes, on_host, seconds, scale)
+            self._at_most.append((on_host / self.grain, most_bytes / self.grain))
         # Of sets that cost the same the smallest is taken, and then the one of the fewest names.
         size = np.maximum(self._device, 0.0) + 2 * on_host
         tie = _BYTES_TIE * size / max(self.all_bytes, 1.0) + _NAMES_TIE * self._whole
-        self._cost = seconds / (scale or 1.0) + waits + tie
+        self._cost = seconds / scale + waits + tie
 
     def _needs(self, graph: Graph) -> list[tuple[dict[int, float], float]]:
         """Returns rows and what they are at least: what is read was kept, or is made again."""
@@ -305,6 +296,26 @@ class _Program:
         if names:
             kept.append(Policy(kind="offload", names=tuple(names)))
         return tuple(kept), float(self._device[self._chosen] @ chosen) + self._carry_bytes
+
+
+def _waits(passes: Passes, on_host: np.ndarray, seconds: np.ndarray, scale: float):
+    """Returns what columns cost by waiting for the link, and rows with what they are at most.
+
+    Args:
+      passes: Of the block.
+      on_host: Bytes of each column; the last two are what the passes wait.
+      seconds: That each column adds to the backward pass.
+      scale: Seconds of the program's unit of time.
+    """
+    link = on_host / passes.link.bytes_per_second / scale
+    forward, backward = np.eye(len(link))[-2:]
+    if not passes.link.overlaps:
+        return 2 * link, []
+    rows = [
+        (link - forward, passes.forward_seconds / scale),
+        (link - seconds / scale - backward, passes.backward_seconds / scale),
+    ]
+    return forward + backward, rows
 
 
 def _at_least(rows: Sequence[tuple[dict[int, float], float]], width: int) -> list[Any]:

@@ -12,7 +12,6 @@ One plan for all is a part without a name.
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -34,7 +33,6 @@ from jaxckpt.plans.plan_set import PlanSet
 from jaxckpt.targets.links import HostLink
 from jaxckpt.units import gib
 
-NO_LIMIT = HostLink(bytes_per_second=math.inf)
 _LEAST_FOR_STAGES = 4  # blocks; fewer are hardly ever worth two stages
 _SHOWN_SHARE = 0.01  # of all arguments; smaller ones are not named one by one
 
@@ -61,9 +59,9 @@ class Problem:
     stages_bytes: float = 0.0
     seconds: float
     flops: int
-    runs: int = 1
-    host_bytes: int = 0
-    link: HostLink = NO_LIMIT
+    runs: int
+    host_bytes: int
+    link: HostLink
 
     @classmethod
     def of(

@@ -24,6 +24,8 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
+
 from jaxckpt.planner.across_blocks import Draft
 
 # Seconds closer than this are equal to the model.
@@ -178,15 +180,6 @@ class _Search:
     def expected(self, place: int) -> float:
         """Returns a predicted peak, corrected by what is known of its family."""
         rung = self.rungs[place]
-        same = [i for i in self.peaks if self.rungs[i].family == rung.family]
-        errors = {i: self.peaks[i] / self.rungs[i].predicted_bytes for i in same}
-        if not same:
-            return rung.predicted_bytes
-        below = max((i for i in errors if i <= place), default=None)
-        above = min((i for i in errors if i >= place), default=None)
-        nearest = above if below is None else below
-        if below is None or above is None or below == above:
-            assert nearest is not None  # `same` is not empty
-            return rung.predicted_bytes * errors[nearest]
-        share = (place - below) / (above - below)
-        return rung.predicted_bytes * ((1 - share) * errors[below] + share * errors[above])
+        same = sorted(i for i in self.peaks if self.rungs[i].family == rung.family)
+        errors = [self.peaks[i] / self.rungs[i].predicted_bytes for i in same]
+        return rung.predicted_bytes * (float(np.interp(place, same, errors)) if same else 1.0)
