@@ -2,9 +2,8 @@
 
     report = measure_entry(entry_of(config, "v5e-1"), "v5e-1")
 
-What is compiled is the whole step that trains: optimizer, donation, accumulation, loss head.
-
-What a run's plan does, and whether it does anything, before the first step.
+What is compiled is the whole step that trains: optimizer, donation, accumulation, loss head. What a
+run's plan does, and whether it does anything, is said here too, before the first step.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""A report from what XLA says of a compiled program: the rule for each number on each backend.
+"""The peak on each backend: a report made from what XLA says of a compiled program.
 
 The same field means different things on different backends, so each has its rule:
 
@@ -12,10 +12,9 @@ The same field means different things on different backends, so each has its rul
 On a TPU temporaries are what the peak leaves beside arguments and outputs. Host memory is apart
 from all of these.
 
-libtpu's refusals read as numbers: a step that does not fit still has a peak.
-
-libtpu raises RESOURCE_EXHAUSTED while it compiles, and words it differently in each version. All
-wordings below are real; `tests/compiled/oom_texts.json` keeps texts of libtpu 0.0.23, 0.0.42 and
+A step that libtpu refuses for its size still has a peak. libtpu raises RESOURCE_EXHAUSTED while it
+compiles, with sizes in the text, and words it differently in each version. All wordings below are
+real; `tests/compiled/oom_texts.json` keeps texts of libtpu 0.0.23, 0.0.42 and
 0.0.50. The figures in a text are rounded, so where the compiler also left its buffer assignment
 on disk (`buffers.read_totals`) that is what counts.
 """

@@ -23,6 +23,7 @@ from jax.experimental import topologies
 
 from jaxckpt.absent.exported import describe, rebuild
 from jaxckpt.compiled import peak
+from jaxckpt.compiled.cache import write_whole
 from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.costs.flops import count_flops
 from jaxckpt.costs.roofline import Rates
@@ -47,9 +48,7 @@ def answer(folder: Path, work: Callable[[dict[str, Any]], dict[str, Any]]):
         found = {"kind": type(error).__name__, "detail": str(error)}
         found |= {"traceback": traceback.format_exc(), "is_users": isinstance(error, UserError)}
         result = {"error": found}
-    part = folder / "result.json.part"
-    part.write_text(json.dumps(result))
-    part.replace(folder / "result.json")
+    write_whole(folder / "result.json", json.dumps(result))
 
 
 def _run(job: dict[str, Any], folder: Path) -> MemoryReport:
