@@ -109,10 +109,6 @@ def _profile(step, state, tokens) -> dict[str, float]:
         return by_kind(Path(folder), steps=_PROFILED)
 
 
-if __name__ == "__main__":
-    print(json.dumps(run(Case(**json.loads(sys.argv[1])))))
-
-
 # The first that matches names the kind.
 _KINDS = (
     ("attention forward", r"(fprop|flash_fwd|sdpa.*fwd)"),
@@ -153,3 +149,7 @@ def by_kernel(folder: Path, *, steps: int) -> dict[str, float]:
 def kind_of(name: str) -> str:
     """Returns what a kernel is, by its name."""
     return next((kind for kind, text in _KINDS if re.search(text, name, re.IGNORECASE)), OTHER)
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(Case(**json.loads(sys.argv[1])))))

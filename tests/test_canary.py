@@ -291,7 +291,8 @@ PROBES |= {
 
 def table() -> dict[str, set[str]]:
     """Returns the rows of `jaxprs`' table: every constant of one or several names."""
-    rows = {name: value for name, value in vars(jaxprs).items() if name.isupper()}
+    is_row = lambda name: name.isupper() and not name.startswith("_")
+    rows = {name: value for name, value in vars(jaxprs).items() if is_row(name)}
     return {name: {value} if isinstance(value, str) else {*value} for name, value in rows.items()}
 
 

@@ -3,6 +3,7 @@
 import json
 
 from benchmarks import scaling
+from benchmarks.record import section
 
 
 def test_every_row_is_a_valid_configuration():
@@ -14,8 +15,8 @@ def test_every_row_is_a_valid_configuration():
 
 
 def test_the_page_is_made_from_the_file():
-    record = json.loads(scaling.OUTPUT.read_text())
-    text = record.section(scaling._table(record["rows"]), record)
+    made = json.loads(scaling.OUTPUT.read_text())
+    text = section(scaling._table(made["rows"]), made)
     assert text in scaling.PAGE.read_text()
 
 

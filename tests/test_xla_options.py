@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import xla_options as benchmark
+from benchmarks.record import ChildError
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +22,7 @@ def timed(seconds: dict, asked: list):
         assert module == "step_jax" and environment["XLA_FLAGS"].endswith(name)
         asked.append(name)
         if name not in seconds:
-            raise RuntimeError(f"{name}: Unknown flag in XLA_FLAGS: {name}")
+            raise ChildError(f"{name}: Unknown flag in XLA_FLAGS: {name}", "")
         yield {
             **{"seconds": seconds[name], "peak_bytes": 2**30, "compile_seconds": 1.0},
             **{"device": "gpu (NVIDIA H200)", "versions": {"jax": "1"}},

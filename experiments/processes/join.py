@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import sys
+from typing import Any
 
 from experiments.config import ConfigError, RunError, TrainConfig
 from experiments.processes.connections import Lifelines, call_roll
@@ -78,13 +79,36 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def any_of_us(flag: bool) -> bool:
-    """Returns whether the flag is set in any process; all of them have to ask."""
+class SharedFlag:
+    """A flag that is set once it is set in any process; all ask in the same order, nobody waits."""
+
+    def __init__(self):
+        self._asked: Any = False
+
+    def anywhere(self, is_set_here: bool) -> bool:
+        """Returns whether the flag is set in any process.
+
+        With several processes it is the answer to the question before this one, the same in all.
+        The devices have it when they are done with what was dispatched before that question.
+
+        Args:
+          is_set_here: Whether it is set in this process.
+        """
+        import jax
+
+        if jax.process_count() == 1:
+            return is_set_here
+        answer, self._asked = self._asked, _any_of_us(is_set_here)
+        return bool(answer)
+
+
+def _any_of_us(flag: bool):
+    """Returns a scalar on all devices, without waiting: whether a flag is set in any process."""
     import jax
-
-    if jax.process_count() == 1:
-        return flag
     import numpy as np
-    from jax.experimental import multihost_utils
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+    devices = np.asarray(jax.devices())
+    where = NamedSharding(Mesh(devices, "all"), PartitionSpec("all"))
+    flags = jax.make_array_from_callback(devices.shape, where, lambda _: np.array([flag]))
+    return jax.numpy.any(flags)

@@ -1,11 +1,18 @@
-"""The training loop: compile, say what it will take, then step, record, validate and save."""
+"""The training loop: compile, say what it will take, then step, record, validate and save.
 
+The device does not wait for the host: the metrics of a step are read after the next step is
+dispatched and the batch of the one after it is put. A validation, a save and a stop need the state
+of their step, so they read the metrics of that step first.
+"""
+
+import collections
 import contextlib
 import dataclasses
 import functools
 import operator
 import os
 import signal
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +22,7 @@ import jax
 from experiments.config import ConfigError, RunError, TrainConfig
 from experiments.data import Corpus
 from experiments.files import reason
-from experiments.processes.join import any_of_us, is_first
+from experiments.processes.join import SharedFlag, is_first
 from experiments.training.build import build, explained, needless
 from experiments.training.checkpoints import Checkpoints, about_run, check_same_run
 from experiments.training.choose_plan import (
@@ -40,6 +47,8 @@ from jaxckpt.targets.present import chip_of
 from jaxckpt.targets.target import LOCAL
 
 _SAMPLED_TOKENS = 240
+_WARM_UP = 2  # the first step loads the program, the second one is dispatched meanwhile
+_MOST_TIMED, _TIMED_SHARE = 10, 20  # steps that time the device: one in 20, at most 10
 
 
 def run(config: TrainConfig, corpus: Corpus, folder: Path) -> int | None:
@@ -220,18 +229,30 @@ class _Training:
         self.validate = _validator(config, corpus)
         self.writer = _tensorboard(config, record.path.parent)
         self.where = batch_sharding(config)
+        self.running = collections.deque()  # number and metrics of each step that is not read yet
+        self.seconds: list[float] = []  # of each step that is read
 
     def run(self, state: TrainState, stop: StopRequest) -> int | None:
         """Steps until the end or a request to stop; returns the signal of that request."""
         config = self.config
         batches = training_batches(config, self.corpus)
-        loss = None
-        for number in range(int(state.step) + 1, config.steps + 1):
-            state = self._step(state, batches, number)
-            every = config.validate_every
-            if number == config.steps or (every and number % every == 0):
+        is_set, loss = SharedFlag(), None
+        done = int(state.step)
+        batch = put_batch(batches, done, self.where)
+        self.since = time.perf_counter()
+        for number in range(done + 1, config.steps + 1):
+            state, metrics = self.step(state, batch)
+            self.running.append((number, metrics))
+            batch = put_batch(batches, number, self.where)
+            validates, saves = (
+                every and (number % every == 0 or number == config.steps)
+                for every in (config.validate_every or config.steps, config.save_every)
+            )
+            self._read(left=0 if validates or saves else 1)
+            if validates:
                 loss = self._validate(state, number)
-            if any_of_us(stop.signal_name is not None):
+            if is_set.anywhere(stop.signal_name is not None):
+                self._read(left=0)
                 self._save(state)
                 self.checkpoints.wait()
                 why = stop.signal_name or "another process was stopped"
@@ -240,8 +261,10 @@ class _Training:
                     "--resume goes on from there"
                 )
                 return signal.Signals[stop.signal_name or "SIGTERM"].value
-            if config.save_every and (number % config.save_every == 0 or number == config.steps):
+            if saves:
                 self._save(state)
+            if validates or saves:
+                self.since = time.perf_counter()
         self.checkpoints.wait()
         if loss is None:  # a resumed run that had nothing left to do
             loss = self.record.validations.get(config.steps)
@@ -250,15 +273,20 @@ class _Training:
         self.display.print(f"validation loss {loss:.4f} nats a token; record in {self.record.path}")
         if config.sample:
             self._sample(state)
+        self._time_device(state, batch)
         return None
 
-    def _step(self, state: TrainState, batches, number: int) -> TrainState:
+    def _read(self, *, left: int):
+        """Reads, records and shows the metrics of running steps, oldest first, but for `left`."""
+        while len(self.running) > left:
+            number, metrics = self.running.popleft()
+            self._record_step(number, jax.device_get(metrics))  # waits for the step
+
+    def _record_step(self, number: int, metrics: dict[str, Any]):
         config = self.config
-        batch = put_batch(batches, number - 1, self.where)
-        started = time.perf_counter()
-        state, metrics = self.step(state, batch)
-        metrics = jax.device_get(metrics)  # waits for the step
-        seconds = time.perf_counter() - started
+        before, self.since = self.since, time.perf_counter()
+        seconds = self.since - before
+        self.seconds.append(seconds)
         row = {
             "step": number,
             "loss": float(metrics["loss"]),
@@ -278,7 +306,6 @@ class _Training:
                 f"gradients were not finite for {config.max_skipped} steps in a row, the last at "
                 f"step {number}; a lower --learning-rate may help, --max-skipped sets the limit"
             )
-        return state
 
     def _validate(self, state: TrainState, number: int) -> float:
         loss = self.validate(state.params)
@@ -299,6 +326,25 @@ class _Training:
         text = sample_text(self.config, state.params, prompt, _SAMPLED_TOKENS, tokenizer)
         self.display.print(f"--- the model goes on after the bar ---\n{text}")
 
+    def _time_device(self, state: TrainState, batch):
+        """Records how long the run's steps took, over what the device alone takes for as many.
+
+        The device is timed by steps that follow each other and are not read. They use `state` up,
+        so they come last, and are no steps of the run.
+        """
+        timed = min(_MOST_TIMED, len(self.seconds) // _TIMED_SHARE)
+        if not timed:
+            return
+        state, _ = jax.block_until_ready(self.step(state, batch))
+        started = time.perf_counter()
+        for _ in range(timed):
+            state, _ = self.step(state, batch)
+        jax.block_until_ready(state)
+        seconds = (time.perf_counter() - started) / timed
+        over = statistics.fmean(self.seconds[_WARM_UP:]) / seconds
+        row = {"step": self.config.steps, "device_step_seconds": seconds, "wall_over_device": over}
+        self._write(row)
+
     def _write(self, row: dict[str, Any]):
         self.record.write(row)
         if self.writer is not None:
@@ -313,7 +359,8 @@ def _validator(config: TrainConfig, corpus: Corpus):
     step = jax.jit(make_validation_step(config))
 
     def validate(params) -> float:
-        losses, counts = zip(*(map(float, step(params, batch)) for batch in batches), strict=True)
+        found = jax.device_get([step(params, batch) for batch in batches])
+        losses, counts = zip(*(map(float, one) for one in found), strict=True)
         return sum(map(operator.mul, losses, counts)) / max(1, sum(counts))
 
     return validate

@@ -34,9 +34,9 @@ def training_batches(config: TrainConfig, corpus: Corpus) -> Batches | PackedBat
 
 
 def put_batch(batches: Batches | PackedBatches, step: int, where: jax.sharding.Sharding | None):
-    """Returns the batch of a step; on a mesh, each process reads the rows of its own devices.
+    """Returns the batch of a step on its devices; each process reads the rows of its own ones.
 
-    A batch is the same however many processes read it.
+    It does not wait for what they do meanwhile. A batch is the same however many processes read it.
 
     Args:
       batches: From `training_batches`.
@@ -44,7 +44,7 @@ def put_batch(batches: Batches | PackedBatches, step: int, where: jax.sharding.S
       where: The batch's sharding; None without a mesh.
     """
     if where is None:
-        return batches.at(step)
+        return jax.device_put(batches.at(step))
     rows: Any = functools.cache(lambda start, stop: batches.at(step, start, stop))
     shape = (
         batches.batch_size,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
-from jaxckpt.absent import exported, launch
+from jaxckpt.absent import exported, jobs, launch
 from jaxckpt.absent.jobs import Entry, measure_entry
 from jaxckpt.absent.launch import WorkerError
 from jaxckpt.compiled import cache
@@ -197,9 +197,9 @@ def test_what_this_process_compiles_depends_on_its_devices_and_settings():
 
 def test_a_table_made_before_is_read_at_once_and_without_jax(started):
     plans = [{"plan": f"uniform:{n}"} for n in range(1, 41)]
-    jobs = [(Entry(function="tests.memory.steps:gradients", arguments=p), "v5e-1") for p in plans]
-    jobs.measure_many(jobs)
-    assert len(started) == len(jobs)
+    asked = [(Entry(function="tests.memory.steps:gradients", arguments=p), "v5e-1") for p in plans]
+    jobs.measure_many(asked)
+    assert len(started) == len(asked)
     code = (
         "import sys, time\n"
         "from jaxckpt.absent.jobs import Entry, measure_many\n"

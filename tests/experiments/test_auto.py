@@ -71,6 +71,7 @@ def trained(folder, **changes) -> tuple[dict, list[tuple[float, float]]]:
     """Returns the header of a run's record, and each step's loss and norm of the gradients."""
     cache = Path(jax.config.jax_compilation_cache_dir)
     config = dataclasses.replace(CONFIG, out=folder, compile_cache=cache, **changes)
+    folder.mkdir(exist_ok=True)
     run(config, corpus(), folder)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     headers = [row for row in rows if "versions" in row]

@@ -147,6 +147,8 @@ def test_a_run_that_goes_on_sees_the_same_batches(lines, tmp_path):
         compile_cache=tmp_path / "cache",
     )
     whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
     run(dataclasses.replace(config, out=whole), corpus, whole)
     run(dataclasses.replace(config, out=parts, steps=2), corpus, parts)
     run(dataclasses.replace(config, out=parts, resume=True), corpus, parts)

@@ -17,7 +17,8 @@ from experiments.processes.connections import call_roll
 from experiments.processes.flags import ProcessFlags
 from tests.experiments.runs import ROOT, TINY, finish, last_step, rows, start, wait_for
 
-MESH = ("--mesh=data=2,fsdp=2", "--batch-size=8", "--num-kv-heads=2", "--seq-len=16")
+SIZES = ("--batch-size=8", "--num-heads=2", "--num-kv-heads=2", "--seq-len=16")
+MESH = "--mesh=data=2,fsdp=2"
 
 
 def free_port() -> int:
@@ -188,29 +189,57 @@ def test_the_end_of_one_process_ends_another():
     assert run("done").stdout == "went on\n"
 
 
-@pytest.mark.heavy
-def test_two_processes_of_which_one_is_killed(tmp_path):
-    """The run goes on, also on one device, as a run that was never ended."""
+@pytest.fixture
+def two(tmp_path):
+    """Starts two processes of one run, which writes to `tmp_path / "run"`."""
     (tmp_path / "text.txt").write_text("".join(map(str, range(5000))))
-    shared = [*MESH, "--num-heads=2", f"--data={tmp_path / 'text.txt'}", "--save-every=2"]
-    cache, out = tmp_path / "cache", tmp_path / "run"
 
-    def both(*flags):
+    def both(*flags) -> list[subprocess.Popen]:
         address = f"localhost:{free_port()}"
-        numbered = ("--processes=2", f"--coordinator={address}")
+        numbered = ("--processes=2", f"--coordinator={address}", f"--out={tmp_path / 'run'}")
         return [
             start(
-                *(*shared, *numbered, f"--process-id={i}", f"--out={out}", *flags),
-                **{"cache": cache, "devices": 2},
+                *SIZES,
+                MESH,
+                *numbered,
+                f"--data={tmp_path / 'text.txt'}",
+                f"--process-id={i}",
+                *flags,
+                cache=tmp_path / "cache",
+                devices=2,
             )
             for i in range(2)
         ]
 
+    return both
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_two_processes_of_which_one_is_stopped(stopped, two, tmp_path):
+    """Both save the same step, which is the last that is on record, and end alike."""
+    run = tmp_path / "run"
+    processes = two("--steps=100000", "--decay-steps=8", "--validate-every=3")
+    wait_for(processes[0], lambda: last_step(run) >= 4)
+    processes[stopped].send_signal(signal.SIGTERM)
+    ended = [finish(process) for process in processes]
+    assert [code for code, _, _ in ended] == [128 + signal.SIGTERM] * 2, ended
+    saved = [int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()]
+    assert saved == [last_step(run)]
+    why = "another process was stopped" if stopped else "SIGTERM"
+    assert f"{why}: saved step {saved[0]} in" in ended[0][1]
+
+
+@pytest.mark.heavy
+def test_two_processes_of_which_one_is_killed(two, tmp_path):
+    """The run goes on, also on one device, as a run that was never ended."""
+    cache, out = tmp_path / "cache", tmp_path / "run"
+    alone = [*SIZES, f"--data={tmp_path / 'text.txt'}"]
     whole = tmp_path / "whole"
-    code, _, err = finish(start(*shared[1:], "--steps=8", f"--out={whole}", cache=cache))
+    code, _, err = finish(start(*alone, "--steps=8", f"--out={whole}", cache=cache))
     assert code == 0, err
 
-    processes = both("--steps=3000", "--decay-steps=8")
+    processes = two("--steps=3000", "--save-every=2", "--decay-steps=8")
     saved = lambda: [int(p.name) for p in (out / "checkpoints").glob("*") if p.name.isdigit()]
     wait_for(processes[0], lambda: last_step(out) >= 3 and saved())
     processes[1].send_signal(signal.SIGKILL)
@@ -220,9 +249,10 @@ def test_two_processes_of_which_one_is_killed(tmp_path):
     assert err.splitlines()[-1].startswith("error: process 1 has ended"), err
 
     step = max(saved())
-    for code, _, err in map(finish, both(f"--steps={step + 2}", "--decay-steps=8", "--resume")):
+    more = two(f"--steps={step + 2}", "--save-every=2", "--decay-steps=8", "--resume")
+    for code, _, err in map(finish, more):
         assert code == 0, err
-    code, _, err = finish(start(*shared[1:], "--steps=8", "--resume", f"--out={out}", cache=cache))
+    code, _, err = finish(start(*alone, "--steps=8", "--resume", f"--out={out}", cache=cache))
     assert code == 0, err
     got, want = ({r["step"]: r["loss"] for r in rows(run) if "loss" in r} for run in (out, whole))
     assert len(want) == 8

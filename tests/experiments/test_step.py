@@ -30,6 +30,7 @@ def corpus() -> Corpus:
 
 def losses(tmp_path, plan: str) -> list[float]:
     folder = tmp_path / plan.replace("/", "-")
+    folder.mkdir()
     run(dataclasses.replace(CONFIG, remat=plan, out=folder), corpus(), folder)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row.get("loss", row.get("validation_loss")) for row in rows[1:]]

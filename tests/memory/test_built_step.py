@@ -69,7 +69,7 @@ def test_findings_of_the_block_are_in_the_report():
         ("none", 8 * 3),  # x for the product, two values for the derivative of tanh
         ("full", 8),
         ("uniform:2", 1 + 3 * 3),
-        ("binomial:3", 3),
+        ("binomial:3", 3 + 1),  # and what waits for the loss
         ("4xfull/none", 4 + 4 * 3),
         ("full+offload:carry", 0),
     ],
