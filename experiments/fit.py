@@ -133,7 +133,8 @@ def _cases(settings: TrainConfig, flags: FitFlags) -> list[tuple[TrainConfig, st
 
 def _explain(rows: Sequence):
     """Prints a table of one block's residuals for each stage of each plan."""
-    from experiments.training.build import build, explained
+    from experiments.training.build import build
+    from experiments.training.plan_checks import explained
 
     for row in (row for row in rows if row.target == rows[0].target):
         for text in explained(build(row.config, row.target)):

@@ -101,7 +101,7 @@ def sweep(
     """Run a row for each plan, depth and target; rows that a folder holds already are kept."""
     del config  # read before the other flags were parsed; see experiments.cli
     from experiments.fitting.measuring import check_targets
-    from experiments.training.run_data import corpus_of
+    from experiments.training.corpus import corpus_of
 
     cases = _cases(flags, settings)
     check_targets(flags.target)

@@ -24,8 +24,8 @@ def train(
 ):
     """Train a Transformer under a checkpointing plan, and say what memory a step takes."""
     from experiments.training.choose_plan import check_calibrated
+    from experiments.training.corpus import corpus_of
     from experiments.training.record import check_tensorboard, run_folder
-    from experiments.training.run_data import corpus_of
 
     if settings.tensorboard:
         check_tensorboard()

@@ -23,7 +23,8 @@ from experiments.config import ConfigError, RunError, TrainConfig
 from experiments.data import Corpus
 from experiments.files import reason
 from experiments.processes.join import SharedFlag, is_first
-from experiments.training.build import build, explained, needless
+from experiments.training.batches import held_out_batches, put_batch, training_batches
+from experiments.training.build import build
 from experiments.training.checkpoints import Checkpoints, about_run, check_same_run
 from experiments.training.choose_plan import (
     check_within,
@@ -34,8 +35,8 @@ from experiments.training.choose_plan import (
 )
 from experiments.training.display import Display
 from experiments.training.mesh import abstract_state, batch_sharding, make_mesh, put_whole
+from experiments.training.plan_checks import explained, needless
 from experiments.training.record import Record, Unrecorded
-from experiments.training.run_data import held_out_batches, put_batch, training_batches
 from experiments.training.step import TrainState, init_state, make_validation_step, resolve_model
 from experiments.training.stopping import StopRequest
 from experiments.training.utilization import StepFlops, step_flops

@@ -2,7 +2,7 @@
 
 Two kinds of stages are put together:
 
-- runs of blocks under `none` or `full` with policies (`costs.Kind`). In a plan the stage that
+- runs of blocks under `none` or `full` with policies (`kinds.Kind`). In a plan the stage that
   holds most while it is reversed stands first and the one that keeps most last: a stage's
   residuals are freed before the stages in front of it are reversed, and swapping two neighbors out
   of that order never lowers the peak. At most three kinds are mixed: of equal blocks under one
@@ -19,11 +19,14 @@ the step adds.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from jaxckpt.planner.kinds import Forward, Kind
 from jaxckpt.plans import Plan, Policy, Stage, words
+from jaxckpt.plans.plan_set import PlanSet
 from jaxckpt.schedules.binomial import binomial_extra_forwards
 from jaxckpt.schedules.of_stage import HANDED_OVER, log_slots
 from jaxckpt.schedules.segments import segment_sizes, two_level
@@ -37,7 +40,7 @@ _TO_HOST = Policy(kind="offload", names=(words.CARRY,))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Piece:
-    """One stage with a count: what `costs.Kind` says of a block, of all its blocks together.
+    """One stage with a count: what a `Kind` says of a block, of all its blocks together.
 
     Attributes:
       stage: Bound.
@@ -85,7 +88,7 @@ def schedules(
     """
     none = next(kind for kind in kinds if kind.schedule == "none")
     full = next(kind for kind in kinds if kind.schedule == "full" and not kind.policies)
-    make = _Scheduled(none=none, carry_bytes=full.kept_bytes, forward=forward, count=count)
+    make = functools.partial(_scheduled, full.kept_bytes, forward, count, link)
     singles: list[tuple[str, int | None, int, int]] = [
         ("binomial", slots, slots, binomial_extra_forwards(count, slots))
         for slots in range(1, count)
@@ -93,82 +96,69 @@ def schedules(
     slots, two = min(log_slots(count), count), two_level(count)
     singles.append(("log", None, slots, binomial_extra_forwards(count, slots)))
     singles.append(("sqrt", None, two.peak_slots, two.extra_forwards))
+    recorded = dataclasses.replace(none, live_bytes=none.kept_bytes)  # one block at a time
     for schedule, argument, slots, extra in singles:
-        slots, forwards = slots + HANDED_OVER, extra + HANDED_OVER
-        yield (piece := make.single(schedule, argument, slots, forwards))
-        if link is not None:
-            # Each block's reversal loads what it starts from.
-            yield make.on_host(piece, stored=slots, loaded=count, link=link)
+        # Each block's reversal loads what it starts from.
+        counts = {"slots": slots + HANDED_OVER, "loaded": count, "again": extra + HANDED_OVER}
+        yield from make(recorded, schedule, argument, **counts)
     for segments in range(2, count):
+        sizes = segment_sizes(count, segments)
+        counts = {"slots": segments, "loaded": segments, "again": count - sizes[-1]}
         for kind in kinds:
             if kind is not full and not any(p.kind == "offload" for p in kind.policies):
-                yield (piece := make.uniform(segments, kind))
-                if link is not None:
-                    yield make.on_host(piece, stored=segments, loaded=segments, link=link)
+                yield from make(kind, "uniform", segments, **counts, kept=max(sizes))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Scheduled:
-    """Makes the executor's pieces of one count."""
+def _scheduled(
+    carry_bytes: float,
+    forward: Forward,
+    count: int,
+    link: HostLink | None,
+    kind: Kind,
+    schedule: str,
+    argument: int | None,
+    *,
+    slots: int,
+    loaded: int,
+    again: int,
+    kept: int = 0,
+) -> Iterator[Piece]:
+    """Yields a schedule whose blocks are recorded as a kind; with a link on the host, too.
 
-    none: Kind
-    carry_bytes: float
-    forward: Forward
-    count: int
-
-    def single(self, schedule: str, argument: int | None, slots: int, forwards: int) -> Piece:
-        """Returns a schedule that records one block at a time, under a loss."""
-        return self._piece(
-            Stage(count=self.count, schedule=schedule, argument=argument),
-            kept_bytes=slots * self.carry_bytes,
-            live_bytes=self.none.kept_bytes,
-            forwards=forwards,
-            kind=self.none,
-        )
-
-    def uniform(self, segments: int, kind: Kind) -> Piece:
-        """Returns segments of which one at a time is recorded as `kind` says."""
-        sizes = segment_sizes(self.count, segments)
-        stage = Stage(
-            count=self.count, schedule="uniform", argument=segments, policies=kind.policies
-        )
-        return self._piece(
-            stage,
-            kept_bytes=segments * self.carry_bytes + max(sizes) * kind.kept_bytes,
-            live_bytes=kind.live_bytes,
-            forwards=self.count - sizes[-1],
-            kind=kind,
-        )
-
-    def on_host(self, piece: Piece, *, stored: int, loaded: int, link: HostLink) -> Piece:
-        """Returns a schedule with its carries on the host.
-
-        Args:
-          piece: With its carries on the device.
-          stored: Carries that it keeps, all of which go out in the forward pass.
-          loaded: Carries that come back in the backward pass. Those that go out again then are
-            fewer, and go the other way.
-          link: Of a device to the host.
-        """
-        forward = self.count * self.forward.seconds
-        passes = (forward, stored), (piece.seconds - forward, loaded)
-        return dataclasses.replace(
-            piece,
-            stage=dataclasses.replace(piece.stage, policies=(*piece.stage.policies, _TO_HOST)),
-            kept_bytes=piece.kept_bytes - stored * self.carry_bytes,
-            host_bytes=stored * self.carry_bytes,
-            live_bytes=piece.live_bytes + _IN_FLIGHT * self.carry_bytes,
-            seconds=sum(link.seconds(work, moved * self.carry_bytes) for work, moved in passes),
-        )
-
-    def _piece(self, stage: Stage, *, kept_bytes, live_bytes, forwards: int, kind: Kind) -> Piece:
-        return Piece(
-            stage=stage,
-            kept_bytes=kept_bytes,
-            live_bytes=live_bytes,
-            seconds=self.count * kind.seconds + forwards * self.forward.seconds,
-            flops=self.count * kind.flops + forwards * self.forward.flops,
-        )
+    Args:
+      carry_bytes: A block's input.
+      forward: The cost of one more forward run of a block.
+      count: Blocks of the stage.
+      link: As of `schedules`.
+      kind: How blocks are recorded.
+      schedule: Its word.
+      argument: Its number.
+      slots: Carries that it keeps, all of which go out in the forward pass.
+      loaded: Carries that come back in the backward pass. Those that go out again then are
+        fewer, and go the other way.
+      again: Blocks that are run forward once more.
+      kept: Blocks that are recorded at once, beside the one that is reversed.
+    """
+    piece = Piece(
+        stage=Stage(count=count, schedule=schedule, argument=argument, policies=kind.policies),
+        kept_bytes=slots * carry_bytes + kept * kind.kept_bytes,
+        live_bytes=kind.live_bytes,
+        seconds=count * kind.seconds + again * forward.seconds,
+        flops=count * kind.flops + again * forward.flops,
+    )
+    yield piece
+    if link is None:
+        return
+    first = count * forward.seconds
+    passes = (first, slots), (piece.seconds - first, loaded)
+    yield dataclasses.replace(
+        piece,
+        stage=dataclasses.replace(piece.stage, policies=(*piece.stage.policies, _TO_HOST)),
+        kept_bytes=piece.kept_bytes - slots * carry_bytes,
+        host_bytes=slots * carry_bytes,
+        live_bytes=piece.live_bytes + _IN_FLIGHT * carry_bytes,
+        seconds=sum(link.seconds(work, moved * carry_bytes) for work, moved in passes),
+    )
 
 
 _FEW_BLOCKS = 8
@@ -176,38 +166,52 @@ _FEW_BLOCKS = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Draft:
-    """A plan with its figures, of the stacks alone.
+    """A plan with its figures: of the stacks alone, and then of the whole step.
 
     Attributes:
-      stages: Bound.
+      stages: Bound; where several stacks have a plan each, all of theirs.
+      by_name: The stacks' plans in the order in which they run, where they have names.
       kept_bytes: All that is kept when the last block has run.
       worst_bytes: The most that is kept and held while a stage is reversed.
       host_bytes: On the host.
-      seconds: Of the stacks.
-      flops: Of the stacks.
+      seconds: Forward, recomputation and backward.
+      flops: Of the same.
+      predicted_bytes: The peak of the whole step; 0 while the figures are of the stacks alone.
     """
 
     stages: tuple[Stage, ...]
+    by_name: tuple[tuple[str, "Draft"], ...] = ()
     kept_bytes: float
     worst_bytes: float
     host_bytes: float
     seconds: float
     flops: float
+    predicted_bytes: int = 0
 
     @property
-    def plan(self) -> Plan:
-        """The plan, its last count left out where it is the only one."""
+    def plan(self) -> Plan | PlanSet:
+        """The plan, its last count left out where it is the only one; or plans by name."""
+        if self.by_name:
+            plans: Any = {name: one.plan for name, one in self.by_name}
+            return PlanSet(plans)
         if len(self.stages) == 1:
             return Plan(stages=(dataclasses.replace(self.stages[0], count=None),))
         return Plan(stages=self.stages)
 
     @property
+    def is_mixed(self) -> bool:
+        """Whether blocks are treated differently."""
+        return len(self.stages) > 1
+
+    @property
     def family(self) -> tuple:
         """Plans of one family are compiled alike, so one's error tells of another's."""
+        if self.by_name:
+            return tuple(one.family for _, one in self.by_name)
         is_loop = all(stage.schedule in ("none", "full") for stage in self.stages)
         policies = [policy for stage in self.stages for policy in stage.policies]
         is_moving = any(policy.kind == "offload" for policy in policies)
-        return len(self.stages) > 1, is_loop, bool(policies), is_moving
+        return self.is_mixed, is_loop, bool(policies), is_moving
 
 
 def draft(pieces: Sequence[Piece]) -> Draft:
@@ -235,7 +239,7 @@ def drafts(
       kinds: `none` and `full` among them.
       forward: The cost of one more forward run of a block.
       num_blocks: L.
-      link: As for `pieces.schedules`.
+      link: As for `schedules`.
     """
     ordered = sorted(kinds, key=lambda kind: (-kind.live_bytes, kind.kept_bytes, str(kind)))
     for kind in ordered:
@@ -252,7 +256,7 @@ def drafts(
     if num_blocks > 1:
         for piece in schedules(ordered, forward, num_blocks, link):
             yield draft([piece])
-    yield from _scheduled(here, runs, forward, num_blocks, link)
+    yield from _before_runs(here, runs, forward, num_blocks, link)
 
 
 def hull(kinds: Sequence[Kind]) -> list[Kind]:
@@ -291,7 +295,7 @@ def _is_run(kind: Kind, count: int, num_blocks: int) -> bool:
     return count > 1 or (kind.schedule == "none" and num_blocks <= _FEW_BLOCKS)
 
 
-def _scheduled(mixed, runs, forward: Forward, num_blocks: int, link) -> Iterator[Draft]:
+def _before_runs(mixed, runs, forward: Forward, num_blocks: int, link) -> Iterator[Draft]:
     """Yields plans with a schedule of the executor before a run of kept blocks."""
     plain = [kind for kind in mixed if not kind.policies]
     for count in range(2, num_blocks):

@@ -14,74 +14,114 @@ Above `MOST` such plans near equals are dropped too.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from jaxckpt.planner.across_blocks import Draft
-from jaxckpt.plans import Stage
-from jaxckpt.plans.plan_set import PlanSet
+from jaxckpt.costs.roofline import Rates
+from jaxckpt.planner.across_blocks import Draft, Piece, draft, drafts, run_of
+from jaxckpt.planner.kinds import Forward, Kind, find_kinds, forward_cost
+from jaxckpt.planner.stacks import Stack
+from jaxckpt.targets.links import HostLink
 
 MOST = 160
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Joint:
-    """A plan for each stack with the figures of all; reads like a `Draft`.
+class Part:
+    """The stacks of a step that follow one plan.
 
     Attributes:
-      names: Of the stacks, in the order in which they run.
-      drafts: Their plans.
-      params_bytes: Of all blocks of each stack.
+      name: As `step_for` knows the plan; empty where there is one for all.
+      num_blocks: L.
+      kinds: Ways to treat a block that are worth mixing; a block of each stack is one here.
+      plain: Those that a user would try first.
+      forward: The cost of one more run of a block.
+      turns: Stacks, which are reversed one after another.
     """
 
-    names: tuple[str, ...]
-    drafts: tuple[Draft, ...]
-    params_bytes: tuple[float, ...]
+    name: str = ""
+    num_blocks: int
+    kinds: tuple[Kind, ...]
+    plain: tuple[Kind, ...]
+    forward: Forward
+    turns: int = 1
+
+    @classmethod
+    def of(cls, name: str, stacks: Sequence[Stack], rates: Rates, host_bytes: float) -> "Part":
+        """Costs the blocks of stacks of one length; `host_bytes` are what they may have there."""
+        kinds, plain = find_kinds(stacks, rates, host_bytes)
+        return cls(
+            name=name,
+            num_blocks=stacks[0].num_blocks,
+            kinds=kinds,
+            plain=plain,
+            forward=forward_cost(stacks, rates),
+            turns=len(stacks),
+        )
+
+    def kind(self, schedule: str) -> Kind:
+        """Returns the kind `none` or `full`."""
+        return next(k for k in self.plain if not k.policies and k.schedule == schedule)
+
+    def changed(self, change: Callable[[Kind], Kind]) -> "Part":
+        """Returns the part with every kind changed."""
+        kinds, plain = (tuple(map(change, found)) for found in (self.kinds, self.plain))
+        return dataclasses.replace(self, kinds=kinds, plain=plain)
 
     @property
-    def plan(self) -> PlanSet:
-        """The plans by name."""
-        return PlanSet({n: d.plan for n, d in zip(self.names, self.drafts, strict=True)})
+    def params_bytes(self) -> float:
+        """Parameters of all blocks."""
+        return self.num_blocks * self.kind("full").params_bytes
 
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        """The stages of all plans."""
-        return tuple(stage for one in self.drafts for stage in one.stages)
+    def draft(self, *pieces: Piece) -> Draft:
+        """Returns the plan of some stages."""
+        return self._in_turns(draft(pieces))
 
-    @property
-    def family(self) -> tuple:
-        """Those of the plans."""
-        return tuple(one.family for one in self.drafts)
+    def drafts(self, link: HostLink | None) -> Iterator[Draft]:
+        """Yields every plan worth a thought; without a link, those that move no carries."""
+        return map(self._in_turns, drafts(self.kinds, self.forward, self.num_blocks, link))
 
-    @property
-    def kept_bytes(self) -> float:
-        """All that is kept when the last stack has run."""
-        return sum(one.kept_bytes for one in self.drafts)
+    def plain_drafts(self) -> list[Draft]:
+        """Returns the plans that a user would try first."""
+        return [self.draft(run_of(kind, self.num_blocks)) for kind in self.plain]
 
-    @property
-    def worst_bytes(self) -> float:
-        """The most that is kept and held while a stack is reversed."""
-        before, worst = 0.0, -np.inf
-        for one, params in zip(self.drafts, self.params_bytes, strict=True):
-            worst = max(worst, before + one.worst_bytes)
-            before += one.kept_bytes - params
-        return worst
+    def _in_turns(self, one: Draft) -> Draft:
+        """Returns a plan with what its stacks hold together while one of them is reversed.
 
-    @property
-    def host_bytes(self) -> float:
-        """On the host."""
-        return sum(one.host_bytes for one in self.drafts)
+        Each is taken for an equal share of all: while the last one is reversed, all that the
+        others keep is there, and their gradients are not.
+        """
+        if self.turns == 1:
+            return one
+        others = (self.turns - 1) / self.turns * (one.kept_bytes - self.params_bytes)
+        worst = one.worst_bytes / self.turns + max(others, 0.0)
+        return dataclasses.replace(one, worst_bytes=worst)
 
-    @property
-    def seconds(self) -> float:
-        """Of all stacks."""
-        return sum(one.seconds for one in self.drafts)
 
-    @property
-    def flops(self) -> float:
-        """Of all stacks."""
-        return sum(one.flops for one in self.drafts)
+def join(parts: Sequence[Part], chosen: Sequence[Draft]) -> Draft:
+    """Returns the plan of all parts, from one of each."""
+    names, params = zip(*((part.name, part.params_bytes) for part in parts), strict=True)
+    return joined(names, chosen, params)
+
+
+def joined(names: Sequence[str], chosen: Sequence[Draft], params_bytes: Sequence[float]) -> Draft:
+    """Returns the plan of stacks that run one after another; arguments as of `joints`."""
+    if names[0] == "":  # one plan for all
+        return chosen[0]
+    before, worst = 0.0, -np.inf
+    for one, params in zip(chosen, params_bytes, strict=True):
+        worst = max(worst, before + one.worst_bytes)
+        before += one.kept_bytes - params
+    return Draft(
+        stages=tuple(stage for one in chosen for stage in one.stages),
+        by_name=tuple(zip(names, chosen, strict=True)),
+        kept_bytes=sum(one.kept_bytes for one in chosen),
+        worst_bytes=worst,
+        host_bytes=sum(one.host_bytes for one in chosen),
+        seconds=sum(one.seconds for one in chosen),
+        flops=sum(one.flops for one in chosen),
+    )
 
 
 def joints(
@@ -89,7 +129,7 @@ def joints(
     drafts: Sequence[Sequence[Draft]],
     params_bytes: Sequence[float],
     host_bytes: float = 0.0,
-) -> list[Joint]:
+) -> list[Draft]:
     """Returns the joint plans that no other beats in peak, seconds and FLOPs.
 
     Args:
@@ -103,14 +143,12 @@ def joints(
     chosen: list[tuple[Draft, ...]] = [()]
     for own, params in zip(drafts, params_bytes, strict=True):
         own, figures = _unbeaten([one for one in own if one.host_bytes <= host_bytes])
-        joined = _join(rows, figures, params)
-        allowed = np.flatnonzero(joined[:, -1] <= host_bytes)
-        kept = [int(allowed[place]) for place in unbeaten(joined[allowed])]
+        sums = _join(rows, figures, params)
+        allowed = np.flatnonzero(sums[:, -1] <= host_bytes)
+        kept = [int(allowed[place]) for place in unbeaten(sums[allowed])]
         pairs = [divmod(place, len(own)) for place in kept]
-        rows, chosen = joined[kept], [(*chosen[a], own[b]) for a, b in pairs]
-    return [
-        Joint(names=tuple(names), drafts=one, params_bytes=tuple(params_bytes)) for one in chosen
-    ]
+        rows, chosen = sums[kept], [(*chosen[a], own[b]) for a, b in pairs]
+    return [joined(names, one, params_bytes) for one in chosen]
 
 
 def _join(rows: np.ndarray, figures: np.ndarray, params: float) -> np.ndarray:

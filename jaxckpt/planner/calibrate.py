@@ -12,8 +12,7 @@ seconds.
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -52,10 +51,6 @@ class Calibration:
     def forward(self, forward: Forward) -> Forward:
         """Returns the cost of a forward pass as it was timed."""
         return dataclasses.replace(forward, seconds=self.forward_seconds)
-
-    def kinds(self, kinds: Iterable[Kind], **known: Any) -> tuple[Kind, ...]:
-        """Returns each kind as `kind` does."""
-        return tuple(self.kind(kind, **known) for kind in kinds)
 
     def kind(self, kind: Kind, *, none: Kind, forward: Forward, rates: Rates) -> Kind:
         """Returns a kind with calibrated seconds.

@@ -19,14 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxckpt.costs.roofline import UNKNOWN, rates_of
+from jaxckpt.planner.across_blocks import Draft
 from jaxckpt.planner.budgets import budget_bytes, check_asked, host_bytes
 from jaxckpt.planner.offload_check import verdict
-from jaxckpt.planner.problem import Problem, SeveralProblem
+from jaxckpt.planner.problem import Problem
 from jaxckpt.planner.result import BudgetError, FitResult
-from jaxckpt.planner.search import Rung, search
-from jaxckpt.planner.steps import Steps, check_blocks
-from jaxckpt.plans import Plan
-from jaxckpt.plans.plan_set import PlanSet
+from jaxckpt.planner.search import search
+from jaxckpt.planner.steps import Steps, check_blocks, everywhere
 from jaxckpt.targets.present import chip_of
 from jaxckpt.targets.target import Target, parse_target
 
@@ -111,18 +110,15 @@ def solve(
       BudgetError: No plan fits.
       ValueError: The step ignores its plan, or runs stacks of another number of blocks.
     """
-    is_one = not isinstance(num_blocks, Mapping)
-    full = Plan.parse("full") if is_one else PlanSet.same(num_blocks, "full")
-    rates = (rates_of(target) or UNKNOWN).times(steps.num_devices(full))
+    num_devices = steps.num_devices(everywhere(num_blocks, "full"))
+    rates = (rates_of(target) or UNKNOWN).times(num_devices)
     allowed = 0
     found: dict[str, Any] = {"clock": _CALIBRATED} if calibrate else {}
     if host_budget:
         offload = verdict(target, calibrate or chip_of(target) is not None)
         allowed = host_budget if offload.allowed else 0
         found |= {"host_budget_bytes": host_budget, "offload": offload.text}
-    options = {"host_bytes": allowed, "timed": calibrate}
-    kind: Any = Problem if is_one else SeveralProblem
-    problem = kind.of(steps, num_blocks, rates, block, **options)
+    problem = Problem.of(steps, num_blocks, rates, block, host_bytes=allowed, timed=calibrate)
     try:
         result = answer(problem, problem.ladder(), budget)
     except BudgetError as error:
@@ -130,7 +126,7 @@ def solve(
     return dataclasses.replace(result, **found)
 
 
-def answer(problem: Problem | SeveralProblem, rungs: Sequence[Rung], budget: int) -> FitResult:
+def answer(problem: Problem, rungs: Sequence[Draft], budget: int) -> FitResult:
     """Returns the answer for one budget of a problem, whose ladder serves all of them.
 
     It is the answer that a new problem would give: what is compiled for one budget is not compiled
@@ -149,26 +145,26 @@ def answer(problem: Problem | SeveralProblem, rungs: Sequence[Rung], budget: int
     left_out: list[str] = []
     while True:
         try:
-            chosen = _searched(problem, rungs, budget, len(anchors))
+            chosen = _searched(problem, rungs, budget)
         except _DoesNotRun as error:
             if len(left_out) == MOST_COMPILES:  # it is not the plans
                 raise error.cause from None
-            plan = rungs[error.place].draft.plan
+            plan = rungs[error.place].plan
             left_out.append(f"{plan}: {type(error.cause).__name__}: {error.cause}".splitlines()[0])
             _LOG.debug("%s does not run", plan, exc_info=error.cause)
             rungs = [rung for place, rung in enumerate(rungs) if place != error.place]
         else:
             break
-    if chosen is not None:
-        found = problem.result(rungs, chosen, budget)
-        return dataclasses.replace(found, left_out=tuple(left_out))
-    # A plan that was compiled to calibrate the model may fit where predictions were wrong. The last
-    # rung is compiled whenever nothing else fits, so every budget that is named here is kept to.
-    problem = problem.apart([*anchors, rungs[-1].draft.plan])
-    least = problem.least()
-    if least is None or problem.peak(least.draft.plan) > budget:
-        raise problem.infeasible(budget)
-    found = problem.result((*rungs, least), len(rungs), budget)
+    if chosen is None:
+        # A plan that was compiled to calibrate the model may fit where predictions were wrong. The
+        # last rung is compiled whenever nothing else fits, so every budget that is named here is
+        # kept to.
+        problem = problem.apart([*anchors, rungs[-1].plan])
+        least = problem.least()
+        if least is None or problem.peak(least.plan) > budget:
+            raise problem.infeasible(budget)
+        rungs, chosen = (*rungs, least), len(rungs)
+    found = problem.result(rungs, chosen, budget)
     return dataclasses.replace(found, left_out=tuple(left_out))
 
 
@@ -179,21 +175,21 @@ class _DoesNotRun(Exception):
         self.place, self.cause = place, cause
 
 
-def _searched(problem: Any, rungs: Sequence[Rung], budget: int, num_anchors: int) -> int | None:
+def _searched(problem: Problem, rungs: Sequence[Draft], budget: int) -> int | None:
     """Returns the place of the fastest rung that is known to fit, or None."""
     compiled = problem.steps.compiled
     peaks = [report.peak_bytes for report in compiled.values()]
 
     def compile_peak(place: int) -> int:
         try:
-            return problem.peak(rungs[place].draft.plan)
+            return problem.peak(rungs[place].plan)
         except Exception as error:  # the user's step and the compiler may raise anything
             raise _DoesNotRun(place, error) from error
 
     known = {
-        place: compiled[rung.draft.plan].peak_bytes
+        place: compiled[rung.plan].peak_bytes
         for place, rung in enumerate(rungs)
-        if rung.draft.plan in compiled
+        if rung.plan in compiled
     }
     compiles = MOST_COMPILES - len(compiled)
     return search(

@@ -11,7 +11,7 @@ Values that a plan can only name together (one tag, an attention kernel's arrays
 returns) share one `kept`; `keeping` is the time of copying them for the backward pass. Block
 inputs, parameters and constants are there anyway. Sweeping M gives the frontier. Steps are costed
 one by one, which knows nothing of fusion: the sets found here are proposals, which
-`costs.kind_cost` then costs as JAX and the roofline see them.
+`kinds.kind_cost` then costs as JAX and the roofline see them.
 
 References:
   Jain et al. 2020, Checkmate: Breaking the memory wall with optimal tensor rematerialization.
@@ -24,21 +24,22 @@ Three sweeps use the program.
   `dots` and its like. `search.py` puts no plan before one of them that needs no more memory and
   multiplies less.
 - `offload_proposals`: one more choice for each value, and for the block's input: to move it to the
-  host in the forward pass and back in the backward pass. Where the link runs beside the
-  computation, each pass takes the longer of the two:
+  host in the forward pass and back in the backward pass. A value that is moved serves the backward
+  pass as a kept one does, and takes the same time there:
 
-    minimize    forward + backward
-    subject to  forward  >= F,  forward  >= moved bytes / link,  backward >= moved bytes / link
-                backward >= B + sum of seconds[s] * rerun[s]
-                              + sum of keeping[v] * (kept[v] + moved[v])
-                rerun[maker(v)] + kept[v] + moved[v] >= 1          for each residual v
-                rerun[maker(v)] + kept[v] + moved[v] >= rerun[s]   for each input v of each step s
-                kept[v] + moved[v] <= 1
-                kept bytes, the block's input where it stays among them, <= M
-                moved bytes <= H
+    kept[v] + moved[v] <= 1
+    kept bytes, the block's input where it stays among them, <= M
+    moved bytes <= H
 
-  Where it does not, `moved bytes / link` is added to both passes instead. An attention kernel's
-  arrays have no name of their own, so they are kept or made again.
+  Where the link runs beside the computation, each pass waits for the rest of what is moved, and
+  both waits are minimized with the seconds:
+
+    waited[forward]  >= moved bytes / link - F
+    waited[backward] >= moved bytes / link - B - sum of seconds[s] * rerun[s]
+                                               - sum of keeping[v] * (kept[v] + moved[v])
+
+  Where it does not, each pass waits for `moved bytes / link`. An attention kernel's arrays have no
+  name of their own, so they are kept or made again.
 
 HiGHS takes a bound as kept that is missed by 1e-6 of its unit. A block's arrays weigh from bytes to
 GiB: in bytes the numbers would differ too much, and in MiB one byte less would be no less. So each
@@ -72,6 +73,11 @@ _FUSED_SHARE = 0.25
 _KEEPING_SHARE = 2.0
 # The sizes that are looked at, as shares of what is kept where memory does not matter.
 _SHARES = (1, 7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4, 1 / 8, 1 / 16, 1 / 64)
+_MOST_POINTS = 8  # that are looked at where something moves
+# Of steps with the same products, those that take less time; too little to outweigh a product.
+_TIE = 1e-4
+# In the program's unit of time, of all bytes and of a name.
+_BYTES_TIE, _NAMES_TIE = 1e-6, 1e-8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,89 +136,200 @@ class Graph:
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Passes:
+    """What one block takes, and what its input weighs.
+
+    Attributes:
+      forward_seconds: The forward pass.
+      backward_seconds: The backward pass alone, with nothing to run again.
+      carry_bytes: The block's input.
+      link: To the host.
+    """
+
+    forward_seconds: float
+    backward_seconds: float
+    carry_bytes: float
+    link: HostLink
+
+
 def proposals(graph: Graph) -> Iterator[tuple[Policy, ...]]:
     """Yields the policies of the frontier, from those that keep most to those that keep least."""
     if not graph.units:
         return
-    program = Program(graph)
-    room = most = float(sum(unit.nbytes for unit in graph.units))
+    program = _Program(graph)
+    room = most = program.all_bytes
     for share in _SHARES:
         room = min(room, share * most)
-        if room < 0:
+        found = program.solve(room) if room >= 0 else None
+        if found is None:
             return
-        units = list(itertools.compress(graph.units, program.solve(room)))
-        yield tuple(unit.policy for unit in units)
-        used = sum(unit.nbytes for unit in units)
+        policies, used = found
+        yield policies
         most = used if share == 1 else most
         room = used - program.grain / 2
 
 
-class Program:
+def lean_proposals(graph: Graph, rates: Rates) -> Iterator[tuple[Policy, ...]]:
+    """Yields policies over a user's own names, from those that keep most to those that keep least.
+
+    Args:
+      graph: Of a block.
+      rates: The chip's.
+    """
+    products = [float(step_flops(step)) / rates.flops_per_second for step in graph.steps]
+    seconds = (p + _TIE * s for p, s in zip(products, graph.seconds, strict=True))
+    named = (unit for unit in graph.units if not any(map(words.is_invented, unit.policy.names)))
+    units = tuple(dataclasses.replace(unit, seconds=0.0) for unit in named)
+    yield from proposals(dataclasses.replace(graph, seconds=tuple(seconds), units=units))
+
+
+def offload_proposals(
+    graph: Graph, passes: Passes, most_bytes: float
+) -> Iterator[tuple[Policy, ...]]:
+    """Yields policies that move something, from those that keep most to those that keep least.
+
+    Args:
+      graph: Of a block.
+      passes: Of the same block.
+      most_bytes: What a block may have on the host.
+    """
+    program = _Program(graph, passes, most_bytes)
+    room = program.all_bytes
+    step = max(room / _MOST_POINTS, 1.0)
+    while room >= 0:
+        found = program.solve(room)
+        if found is None:  # the block's input has to stay, and does not fit
+            return
+        policies, used = found
+        if any(policy.kind == "offload" for policy in policies):
+            yield policies
+        room = min(used - program.grain / 2, room - step)
+
+
+class _Program:
     """The program's matrix, built once; only M changes.
 
+    Columns are steps run again, units kept and, with a host, the input moved, units moved and what
+    each pass waits for the link.
+
     Attributes:
-      matrix: A row a constraint but for the last; columns are the steps, then the units.
-      bounds: What each row is at least.
+      all_bytes: Of all units and the input.
       grain: Bytes of the program's unit.
     """
 
-    def __init__(self, graph: Graph):
-        self.graph = graph
-        self.place: dict[Step | None, int] = {step: n for n, step in enumerate(graph.steps)}
-        self.units_of: dict[Value, list[int]] = {}
-        for n, unit in enumerate(graph.units):
-            for value in unit.values:
-                self.units_of.setdefault(value, []).append(n)
-        rows = [self._row(value, None) for value in graph.residuals]
-        for step in graph.steps:
-            origins = dict.fromkeys(origin_of(value) for value in step.inputs)
-            rows += [self._row(value, step) for value in origins if value.step in self.place]
-        self.bounds = [1.0] * len(graph.residuals) + [0.0] * (len(rows) - len(graph.residuals))
-        self.matrix = self._sparse(rows)
-        scale = max(graph.seconds) or 1.0
-        sizes = [unit.nbytes for unit in graph.units]
-        self.grain = grain(sizes)
+    def __init__(self, graph: Graph, passes: Passes | None = None, most_bytes: float = 0.0):
+        offload = lambda *names: Policy(kind="offload", names=names)
+        movable, moved, self._carry_bytes = [], [], 0.0
+        if passes is not None:
+            movable = [n for n, unit in enumerate(graph.units) if unit.policy.kind == "names"]
+            moved = [Unit(policy=offload(words.CARRY), values=())]
+            for unit in map(graph.units.__getitem__, movable):
+                moved.append(dataclasses.replace(unit, policy=offload(*unit.policy.names)))
+            self._carry_bytes = passes.carry_bytes
+        self._choices = [*graph.units, *moved]
+        first, host = len(graph.steps), len(graph.steps) + len(graph.units)
+        end = first + len(self._choices)
+        self._chosen = slice(first, end)
+        # Of each column: what it adds on the device, on the host and to the backward pass.
+        self._device, on_host, seconds = np.zeros((3, end + 2 * bool(moved)))
+        self._device[first:host] = [unit.nbytes for unit in graph.units]
+        on_host[host:end] = [unit.nbytes for unit in moved]
+        if moved:
+            self._device[host], on_host[host] = -self._carry_bytes, self._carry_bytes
+        seconds[:end] = [*graph.seconds, *(unit.seconds for unit in self._choices)]
+        self.all_bytes = sum(unit.nbytes for unit in graph.units) + self._carry_bytes
+        self.grain = grain([*self._device[first:host], self._carry_bytes])
+        self._upper = np.where(np.arange(len(seconds)) < end, 1.0, np.inf)
+        self._whole = np.zeros(len(seconds))
+        self._whole[self._chosen] = 1
+
+        rows = self._needs(graph)
+        for place, unit in enumerate(movable, 1):
+            rows.append(({first + unit: -1.0, host + place: -1.0}, -1.0))
+        self._needed = _at_least(rows, len(seconds))
+        self._at_most: list[tuple[np.ndarray, float]] = []
+        scale, waits = max(graph.seconds, default=0.0) or 1.0, np.zeros(len(seconds))
+        if passes is not None:
+            scale = passes.forward_seconds + passes.backward_seconds
+            waits, self._at_most = _waits(passes, on_host, seconds, scale)
+            self._at_most.append((on_host / self.grain, most_bytes / self.grain))
         # Of sets that cost the same the smallest is taken, and then the one of the fewest names.
-        tie = lambda size: 1e-6 * size / max(sum(sizes), 1) + 1e-8
-        keeping = [unit.seconds / scale + tie(unit.nbytes) for unit in graph.units]
-        self.cost = np.array([*(s / scale for s in graph.seconds), *keeping])
-        self.sizes = np.array([*([0.0] * len(graph.steps)), *sizes])
+        size = np.maximum(self._device, 0.0) + 2 * on_host
+        tie = _BYTES_TIE * size / max(self.all_bytes, 1.0) + _NAMES_TIE * self._whole
+        self._cost = seconds / scale + waits + tie
 
-    def _row(self, value: Value, user: Step | None) -> dict[int, float]:
-        row = {self.place[value.step]: 1.0}
-        for unit in self.units_of.get(value, ()):
-            row[len(self.place) + unit] = 1.0
-        if user is not None:
-            row[self.place[user]] = row.get(self.place[user], 0.0) - 1.0
-        return row
+    def _needs(self, graph: Graph) -> list[tuple[dict[int, float], float]]:
+        """Returns rows and what they are at least: what is read was kept, or is made again."""
+        place: dict[Step | None, int] = {step: n for n, step in enumerate(graph.steps)}
+        serving: dict[Value, list[int]] = {}
+        for n, unit in enumerate(self._choices, len(place)):
+            for value in unit.values:
+                serving.setdefault(value, []).append(n)
+        there = lambda value: dict.fromkeys([place[value.step], *serving.get(value, ())], 1.0)
+        rows = [(there(value), 1.0) for value in graph.residuals]
+        for n, step in enumerate(graph.steps):
+            for value in dict.fromkeys(map(origin_of, step.inputs)):
+                if value.step in place:
+                    row = there(value)
+                    row[n] = row.get(n, 0.0) - 1.0
+                    rows.append((row, 0.0))
+        return rows
 
-    def _sparse(self, rows: Sequence[dict[int, float]]):
-        from scipy.sparse import csr_array
+    def solve(self, room: float) -> tuple[tuple[Policy, ...], float] | None:
+        """Returns an optimal solution within `room` bytes on the device, and the bytes it keeps.
 
-        entries = [
-            (n, column, value) for n, row in enumerate(rows) for column, value in row.items()
-        ]
-        where_row, where_column, values = zip(*entries, strict=True)
-        shape = (len(rows), len(self.place) + len(self.graph.units))
-        return csr_array((values, (where_row, where_column)), shape=shape)
-
-    def solve(self, room: float) -> list[bool]:
-        """Returns which units an optimal solution within `room` bytes keeps."""
+        None if there is no solution.
+        """
         from scipy.optimize import LinearConstraint
 
-        count = len(self.place)
-        least = cast(Any, np.array(self.bounds))
-        found = minimize(
-            self.cost,
-            [
-                LinearConstraint(self.matrix, lb=least),
-                LinearConstraint(self.sizes[None] / self.grain, ub=room / self.grain),
-            ],
-            upper=1.0,
-            integrality=np.array([0] * count + [1] * len(self.graph.units)),
-        )
-        assert found is not None  # everything may be made again
-        return [bool(x > 0.5) for x in found[count:]]
+        within = (self._device / self.grain, (room - self._carry_bytes) / self.grain)
+        rows, most = map(np.array, zip(*self._at_most, within, strict=True))
+        constraints = [*self._needed, LinearConstraint(rows, ub=cast(Any, most))]
+        found = minimize(self._cost, constraints, upper=self._upper, integrality=self._whole)
+        if found is None:
+            return None
+        chosen = np.round(found[self._chosen])
+        policies = [unit.policy for unit in itertools.compress(self._choices, chosen)]
+        kept = [policy for policy in policies if policy.kind != "offload"]
+        names = [name for policy in policies if policy not in kept for name in policy.names]
+        if names:
+            kept.append(Policy(kind="offload", names=tuple(names)))
+        return tuple(kept), float(self._device[self._chosen] @ chosen) + self._carry_bytes
+
+
+def _waits(passes: Passes, on_host: np.ndarray, seconds: np.ndarray, scale: float):
+    """Returns what columns cost by waiting for the link, and rows with what they are at most.
+
+    Args:
+      passes: Of the block.
+      on_host: Bytes of each column; the last two are what the passes wait.
+      seconds: That each column adds to the backward pass.
+      scale: Seconds of the program's unit of time.
+    """
+    link = on_host / passes.link.bytes_per_second / scale
+    forward, backward = np.eye(len(link))[-2:]
+    if not passes.link.overlaps:
+        return 2 * link, []
+    rows = [
+        (link - forward, passes.forward_seconds / scale),
+        (link - seconds / scale - backward, passes.backward_seconds / scale),
+    ]
+    return forward + backward, rows
+
+
+def _at_least(rows: Sequence[tuple[dict[int, float], float]], width: int) -> list[Any]:
+    """Returns the constraint of sparse rows and what they are at least; nothing without rows."""
+    from scipy.optimize import LinearConstraint
+    from scipy.sparse import csr_array
+
+    entries = [(n, column, x) for n, (row, _) in enumerate(rows) for column, x in row.items()]
+    if not entries:
+        return []
+    where_row, where_column, values = zip(*entries, strict=True)
+    matrix: Any = csr_array((values, (where_row, where_column)), shape=(len(rows), width))
+    least: Any = np.array([least for _, least in rows])
+    return [LinearConstraint(matrix, lb=least)]
 
 
 def _units(trace: Trace, live: set[Step], rates: Rates) -> Iterator[Unit]:
@@ -265,24 +382,6 @@ def _seconds(step: Step, rates: Rates) -> float:
     return max(by_bytes, flops / (rates.flops_per_second * MATMUL_EFFICIENCY))
 
 
-# Of steps with the same products, those that take less time; too little to outweigh a product.
-_TIE = 1e-4
-
-
-def lean_proposals(graph: Graph, rates: Rates) -> Iterator[tuple[Policy, ...]]:
-    """Yields policies over a user's own names, from those that keep most to those that keep least.
-
-    Args:
-      graph: Of a block.
-      rates: The chip's.
-    """
-    products = [float(step_flops(step)) / rates.flops_per_second for step in graph.steps]
-    seconds = (p + _TIE * s for p, s in zip(products, graph.seconds, strict=True))
-    named = (unit for unit in graph.units if not any(map(words.is_invented, unit.policy.names)))
-    units = tuple(dataclasses.replace(unit, seconds=0.0) for unit in named)
-    yield from proposals(dataclasses.replace(graph, seconds=tuple(seconds), units=units))
-
-
 _INFEASIBLE, _FAILED = 2, 4  # as scipy's milp says it
 _FINEST = 2.0**-20  # of all bytes
 
@@ -321,150 +420,3 @@ def minimize(cost, constraints, *, upper: Any, integrality) -> np.ndarray | None
     if found.x is None:
         raise RuntimeError(f"the program of a block has no answer: {found.message}")
     return found.x
-
-
-_MOST_POINTS = 8
-# Of all bytes, in units of a block's seconds: of sets that cost the same, the smallest is taken.
-_BYTES_TIE = 1e-6
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Passes:
-    """What one block takes, and what its input weighs.
-
-    Attributes:
-      forward_seconds: The forward pass.
-      backward_seconds: The backward pass alone, with nothing to run again.
-      carry_bytes: The block's input.
-      link: To the host.
-    """
-
-    forward_seconds: float
-    backward_seconds: float
-    carry_bytes: float
-    link: HostLink
-
-
-def offload_proposals(
-    graph: Graph, passes: Passes, most_bytes: float
-) -> Iterator[tuple[Policy, ...]]:
-    """Yields policies that move something, from those that keep most to those that keep least.
-
-    Args:
-      graph: Of a block.
-      passes: Of the same block.
-      most_bytes: What a block may have on the host.
-    """
-    program = _Program(graph, passes, most_bytes)
-    room = program.all_bytes
-    step = max(room / _MOST_POINTS, 1.0)
-    while room >= 0:
-        found = program.solve(room)
-        if found is None:  # the block's input has to stay, and does not fit
-            return
-        policies, used = found
-        if any(policy.kind == "offload" for policy in policies):
-            yield policies
-        room = min(used - program.grain / 2, room - step)
-
-
-class _Program:
-    """The program's matrix: columns are reruns, kept units, moved units, the input moved, times."""
-
-    def __init__(self, graph: Graph, passes: Passes, most_bytes: float):
-        self.graph, self.passes, self.most_bytes = graph, passes, most_bytes
-        self.moving: list[int] = [
-            n for n, unit in enumerate(graph.units) if unit.policy.kind == "names"
-        ]
-        self.base = Program(graph) if graph.units else None
-        self.sizes = np.array([unit.nbytes for unit in graph.units], float)
-        self.moved_sizes = np.array([*self.sizes[self.moving], passes.carry_bytes])
-        self.all_bytes = float(self.sizes.sum() + passes.carry_bytes)
-        self.grain = grain([*self.sizes, passes.carry_bytes])
-
-    def solve(self, room: float) -> tuple[tuple[Policy, ...], float] | None:
-        """Returns an optimal solution within `room` bytes on the device, and the bytes it keeps.
-
-        None if there is no solution.
-        """
-        steps, units, moved = len(self.graph.steps), len(self.sizes), len(self.moved_sizes)
-        found = minimize(
-            self._cost(),
-            self._constraints(room),
-            upper=np.array([1.0] * (steps + units + moved) + [np.inf, np.inf]),
-            integrality=np.array([0] * steps + [1] * (units + moved) + [0, 0]),
-        )
-        if found is None:
-            return None
-        chosen = found[steps : steps + units + moved] > 0.5
-        return self._policies(chosen[:units], chosen[units:])
-
-    @property
-    def _unit_seconds(self) -> float:
-        return self.passes.forward_seconds + self.passes.backward_seconds
-
-    def _cost(self) -> np.ndarray:
-        tie = _BYTES_TIE / max(self.all_bytes, 1.0)
-        kept, moved = tie * self.sizes, 2 * tie * self.moved_sizes
-        return np.concatenate([np.zeros(len(self.graph.steps)), kept, moved, [1.0, 1.0]])
-
-    def _constraints(self, room: float) -> list:
-        from scipy.optimize import LinearConstraint
-        from scipy.sparse import csr_array, hstack
-
-        passes, second = self.passes, self._unit_seconds
-        steps, units, moved = len(self.graph.steps), len(self.sizes), len(self.moved_sizes)
-        link = self.moved_sizes / passes.link.bytes_per_second / second
-        after = -link * (not passes.link.overlaps)
-        rerun = np.array(self.graph.seconds) / second
-        keeping = np.array([unit.seconds for unit in self.graph.units]) / second
-        moving = np.array([*keeping[self.moving], 0.0])
-        none = lambda count: np.zeros(count)
-        row = lambda *parts: np.concatenate(parts)[None]
-        kept_bytes = row(none(steps), self.sizes / self.grain, none(moved), none(2))
-        kept_bytes[0, steps + units + moved - 1] = -passes.carry_bytes / self.grain
-        found = [
-            LinearConstraint(
-                row(none(steps), none(units), after, [1.0, 0.0]),
-                lb=passes.forward_seconds / second,
-            ),
-            LinearConstraint(
-                row(-rerun, -keeping, after - moving, [0.0, 1.0]),
-                lb=passes.backward_seconds / second,
-            ),
-            LinearConstraint(row(none(steps), none(units), -link, [1.0, 0.0]), lb=0),
-            LinearConstraint(row(none(steps), none(units), -link, [0.0, 1.0]), lb=0),
-            LinearConstraint(kept_bytes, ub=(room - passes.carry_bytes) / self.grain),
-            LinearConstraint(
-                row(none(steps), none(units), self.moved_sizes / self.grain, none(2)),
-                ub=self.most_bytes / self.grain,
-            ),
-        ]
-        if self.base is not None:
-            # A moved value serves the backward pass as a kept one does.
-            base: Any = self.base.matrix
-            copies = base[:, [steps + n for n in self.moving]]
-            rest = csr_array((base.shape[0], 3))
-            matrix = hstack([base, copies, rest], format="csr")
-            least: Any = np.array(self.base.bounds)
-            found.append(LinearConstraint(matrix, lb=least))
-        if self.moving:
-            once = np.zeros((len(self.moving), steps + units + moved + 2))
-            for place, unit in enumerate(self.moving):
-                once[place, steps + unit] = once[place, steps + units + place] = 1.0
-            found.append(LinearConstraint(once, ub=1.0))
-        return found
-
-    def _policies(self, kept, moved) -> tuple[tuple[Policy, ...], float]:
-        """Returns what the columns that are 1 are called, and what is kept in bytes."""
-        policies = [
-            unit.policy for unit, is_kept in zip(self.graph.units, kept, strict=True) if is_kept
-        ]
-        names = [words.CARRY] * bool(moved[-1])
-        for place, unit in enumerate(self.moving):
-            if moved[place]:
-                names += self.graph.units[unit].policy.names
-        if names:
-            policies.append(Policy(kind="offload", names=tuple(names)))
-        used = float(self.sizes @ kept) + self.passes.carry_bytes * (not moved[-1])
-        return tuple(policies), used

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 
@@ -204,20 +204,18 @@ def find_kinds(
         plain += _costed(stacks, Plan.parse(text).stages[0], rates, none)
     graphs = [_keepable(Graph.of(stack, rates), stacks, rates, none) for stack in stacks]
     seen = {kind.policies for kind in plain}
-    for graph in graphs:
-        for policies in lean_proposals(graph, rates):
+
+    def costed(*proposed: Iterable[tuple[Policy, ...]]) -> Iterator[Kind]:
+        for policies in itertools.chain(*proposed):
             stage = Stage(schedule="full", policies=policies)
             if stage.policies not in seen:
                 seen.add(stage.policies)
-                plain += _costed(stacks, stage, rates, none)
-    found = list(plain)
+                yield from _costed(stacks, stage, rates, none)
+
+    plain += costed(*(lean_proposals(graph, rates) for graph in graphs))
     moving = _moving(stacks, graphs, rates, none, host_bytes) if host_bytes else ()
-    for policies in itertools.chain(*map(proposals, graphs), moving):
-        stage = Stage(schedule="full", policies=policies)
-        if stage.policies not in seen:
-            seen.add(stage.policies)
-            found += _costed(stacks, stage, rates, none)
-    return _frontier(found), tuple(plain)
+    others = costed(*map(proposals, graphs), moving)
+    return _frontier([*plain, *others]), tuple(plain)
 
 
 def _moving(

@@ -21,6 +21,7 @@ from jaxckpt.planner.stacks import Stack
 from jaxckpt.plans import Plan, PlanError, as_plan
 from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms import jaxprs, tags
+from jaxckpt.transforms.custom_gradient import inexact
 from jaxckpt.transforms.observers import StackCall
 
 _MARK = "jaxckpt.stack."
@@ -79,10 +80,11 @@ class Finder:
             remat=str(call.remat),
             plan=_plan_of(call),
         )
-        # A stack without a carry computes nothing.
-        marked = tags.tag_reserved(call.carry[:1], f"{_MARK}{len(self._calls)}")
+        # A stack without a carry computes nothing. A counter in it may be read by nobody.
+        place = next(iter(inexact(call.carry)), 0)
+        marked = tags.tag_reserved(call.carry[place : place + 1], f"{_MARK}{len(self._calls)}")
         self._calls.append(made)
-        return [*marked, *call.carry[1:]]
+        return [*call.carry[:place], *marked, *call.carry[place + 1 :]]
 
     def phases(self, jaxpr: core.ClosedJaxpr) -> Phases:
         """Returns where the program that was traced runs its stacks."""

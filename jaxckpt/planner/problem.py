@@ -3,19 +3,15 @@
 Everything here is of a step and not of a budget: `Problem.ladder` has the plans worth compiling,
 `Problem.peak` compiles one, `result` and `infeasible` put what was found into words.
 
-A step of several stacks as the planner's problem: each has a plan of its own, all one budget.
+Stacks that are given by name get a plan each, all one budget, and share what the host may hold:
 
     jaxckpt.fit(step_for, num_blocks={"encoder": 12, "decoder": 24}, budget="15GiB")
 
-`step_for` gets the plans by name; `steps.py` finds which stack follows which. `full`
-everywhere and `none` everywhere are compiled: the one tells what the step needs beside its stacks,
-the other how much of what JAX keeps XLA really keeps, one share for all stacks. What the host may
-hold is shared as the budget is.
+One plan for all is a part without a name.
 """
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,23 +20,19 @@ import jax
 from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.costs.flops import count_flops
 from jaxckpt.costs.roofline import Rates, estimate
-from jaxckpt.planner.across_blocks import Draft, draft, drafts, run_of
-from jaxckpt.planner.across_stacks import Joint, joints
+from jaxckpt.planner.across_blocks import Draft, run_of
+from jaxckpt.planner.across_stacks import Part, join, joints
 from jaxckpt.planner.calibrate import Calibration, calibrate
-from jaxckpt.planner.kinds import Forward, Kind, find_kinds, forward_cost
-from jaxckpt.planner.peak_model import PeakModel, Spread
-from jaxckpt.planner.places import following, held_together, places
+from jaxckpt.planner.kinds import Kind
+from jaxckpt.planner.peak_model import Spread, all_under, as_compiled
 from jaxckpt.planner.result import BudgetError, Candidate, FitResult
-from jaxckpt.planner.search import Rung, ladder
-from jaxckpt.planner.stacks import Stack, given_stack
-from jaxckpt.planner.steps import Steps, Trace, is_same_program, named_stacks
-from jaxckpt.plans import Plan, Stage
+from jaxckpt.planner.search import ladder
+from jaxckpt.planner.steps import Steps, everywhere, find_stacks
+from jaxckpt.plans import Stage
 from jaxckpt.plans.plan_set import PlanSet
 from jaxckpt.targets.links import HostLink
 from jaxckpt.units import gib
 
-NO_LIMIT = HostLink(bytes_per_second=math.inf)
-_NONE, _FULL = Plan.parse("none"), Plan.parse("full")
 _LEAST_FOR_STAGES = 4  # blocks; fewer are hardly ever worth two stages
 _SHOWN_SHARE = 0.01  # of all arguments; smaller ones are not named one by one
 
@@ -51,11 +43,9 @@ class Problem:
 
     Attributes:
       steps: Its steps, traced and compiled.
-      num_blocks: L.
-      kinds: Ways to treat a block that are worth mixing.
-      plain: Those that a user would try first.
-      forward: The cost of one more run of a block.
-      model: Predicts peaks.
+      parts: Its stacks by the plans that they follow, in the order in which they run.
+      offset_bytes: Beside what the stacks keep and hold.
+      stages_bytes: Added for a plan of several stages; may be negative.
       seconds: Of the step beside its stacks.
       flops: Of the same.
       runs: How often a step runs its stacks: once for each part of an accumulated batch.
@@ -64,24 +54,22 @@ class Problem:
     """
 
     steps: Steps
-    num_blocks: int
-    kinds: tuple[Kind, ...]
-    plain: tuple[Kind, ...]
-    forward: Forward
-    model: PeakModel
+    parts: tuple[Part, ...]
+    offset_bytes: float
+    stages_bytes: float = 0.0
     seconds: float
     flops: int
-    runs: int = 1
-    host_bytes: int = 0
-    link: HostLink = NO_LIMIT
+    runs: int
+    host_bytes: int
+    link: HostLink
 
     @classmethod
     def of(
         cls,
         steps: Steps,
-        num_blocks: int,
+        num_blocks: int | Mapping[str, int],
         rates: Rates,
-        block,
+        block=None,
         *,
         host_bytes: int = 0,
         timed: bool = False,
@@ -90,110 +78,130 @@ class Problem:
 
         Args:
           steps: Of the plans.
-          num_blocks: L.
+          num_blocks: L, or of each stack by name.
           rates: The chip's.
           block: As for `jaxckpt.fit`.
           host_bytes: What a plan may have on the host.
-          timed: Whether a block is timed on this process's device.
+          timed: Whether blocks are timed on this process's device.
         """
         steps = steps.apart()  # what else was compiled of them is no part of this problem
-        stacks, seconds, flops = _stacks(steps, num_blocks, rates, block)
-        clock = calibrate(stacks) if timed else None
-        rates = rates if clock is None else clock.link(rates)
-        kinds, plain = find_kinds(stacks, rates, host_bytes)
-        none, full = (_kind_of(plain, plan) for plan in (_NONE, _FULL))
-        again = num_blocks * (full.flops - none.flops)
-        runs = runs_of(flops - count_flops(steps.trace(_NONE).jaxpr), again)
-        reports = [steps.report(plan) for plan in (_FULL, _NONE)]
-        peaks = [report.peak_bytes for report in reports]
-        block_seconds = full.seconds
-        worst = [draft([run_of(kind, num_blocks)]).worst_bytes for kind in (none, full)]
-        spread = Spread.of(worst[0] - worst[1], runs * again, *reports)
-        on_one = lambda found: tuple(spread.kind(kind, none) for kind in found)
-        kinds, plain = on_one(kinds), on_one(plain)
-        none, full = (_kind_of(plain, plan) for plan in (_NONE, _FULL))
-        turns = len(stacks)
-        model = PeakModel.between(full, peaks[0], none, peaks[1], num_blocks, turns)
-        # From here on kinds weigh what they weigh once compiled.
-        compiled = lambda found: tuple(map(model.compiled, found))
-        halves = [run_of(full, num_blocks // 2)]
-        if num_blocks >= _LEAST_FOR_STAGES:
-            halves.append(run_of(model.none, num_blocks - num_blocks // 2))
-            mixed = draft(halves)
-            model = model.with_stages(mixed, steps.report(mixed.plan).peak_bytes)
-        forward = forward_cost(stacks, rates)
-        if clock is not None:
-            known = {"none": none, "forward": forward, "rates": rates}
-            kinds, plain = (clock.kinds(found, **known) for found in (kinds, plain))
-            forward = clock.forward(forward)
-        return cls(
+        full, none = (everywhere(num_blocks, plan) for plan in ("full", "none"))
+        stacks = find_stacks(steps, num_blocks, block)
+        clocks = {name: calibrate(found) for name, found in stacks.items()} if timed else {}
+        for clock in clocks.values():  # each has timed the same link
+            rates = clock.link(rates)
+        parts = [Part.of(name, found, rates, host_bytes) for name, found in stacks.items()]
+        traced = {plan: all_under(parts, plan) for plan in ("full", "none")}
+        again = traced["full"].flops - traced["none"].flops
+        step_flops = [count_flops(steps.trace(plan).jaxpr) for plan in (full, none)]
+        runs = runs_of(step_flops[0] - step_flops[1], again)
+        reports = [steps.report(plan) for plan in (full, none)]
+        more_bytes = traced["none"].worst_bytes - traced["full"].worst_bytes
+        spread = Spread.of(more_bytes, runs * again, *reports)
+        parts = [_on_one(part, spread, clocks.get(part.name), rates) for part in parts]
+        offset = reports[0].peak_bytes - all_under(parts, "full").worst_bytes
+        seconds = estimate(steps.trace(full).jaxpr, rates).seconds
+        problem = cls(
             steps=steps,
-            num_blocks=num_blocks,
-            kinds=compiled(kinds),
-            plain=compiled(plain),
-            forward=spread.forward(forward),
-            model=model,
-            seconds=max(seconds - runs * num_blocks * block_seconds, 0.0) + spread.sent_seconds,
-            flops=flops - round(runs * num_blocks * full.flops),
+            parts=as_compiled(parts, reports[1].peak_bytes - offset),
+            offset_bytes=offset,
+            seconds=max(seconds - runs * traced["full"].seconds, 0.0) + spread.sent_seconds,
+            flops=step_flops[0] - round(runs * traced["full"].flops),
             runs=runs,
             host_bytes=host_bytes,
-            link=link_of(rates, 1 if timed else steps.num_devices(_FULL)),
+            link=link_of(rates, 1 if timed else steps.num_devices(full)),
         )
+        return problem._with_stages() if len(parts) == 1 else problem
+
+    def _with_stages(self) -> "Problem":
+        """Returns the problem that knows the peak of a plan of several stages, too."""
+        (part,) = self.parts
+        if part.num_blocks < _LEAST_FOR_STAGES:
+            return self
+        half = part.num_blocks // 2
+        stages = run_of(part.kind("full"), half), run_of(part.kind("none"), part.num_blocks - half)
+        mixed = join(self.parts, [part.draft(*stages)])
+        extra = self.peak(mixed.plan) - self.offset_bytes - mixed.worst_bytes
+        return dataclasses.replace(self, stages_bytes=extra)
 
     def apart(self, plans: Iterable[Any]) -> "Problem":
         """Returns the problem as it is if some plans are compiled and no others."""
         return dataclasses.replace(self, steps=self.steps.apart(plans))
 
-    def peak(self, plan: Plan) -> int:
+    def peak(self, plan: Any) -> int:
         """Returns the compiled peak of a plan."""
         return self.steps.report(plan).peak_bytes
 
-    def ladder(self) -> tuple[Rung, ...]:
+    def ladder(self) -> tuple[Draft, ...]:
         """Returns the plans worth compiling, fastest first."""
-        found = [self._rung(one) for one in self._drafts()]
-        plain = [draft([run_of(kind, self.num_blocks)]) for kind in self.plain]
-        return ladder(found, [self._rung(one) for one in plain])
+        plain = itertools.product(*(part.plain_drafts() for part in self.parts))
+        return ladder(
+            map(self._of_step, self._drafts()),
+            [self._of_step(join(self.parts, chosen)) for chosen in plain],
+        )
 
-    def least(self) -> Rung | None:
-        """Returns the compiled plan of the least peak; None if it is none of the drafts."""
+    def least(self) -> Draft | None:
+        """Returns the compiled plan of the least peak; None if no part's drafts have its part."""
         plan, _ = self._least()
-        return next((self._rung(one) for one in self._drafts() if one.plan == plan), None)
+        plans = plan if isinstance(plan, PlanSet) else {"": plan}
+        chosen = []
+        for part, own in zip(self.parts, self._own_drafts(), strict=True):
+            chosen.append(next((one for one in own if one.plan == plans[part.name]), None))
+        return None if None in chosen else self._of_step(join(self.parts, chosen))
 
     def _least(self) -> tuple[Any, MemoryReport]:
         return min(self.steps.compiled.items(), key=lambda item: item[1].peak_bytes)
 
-    def _drafts(self) -> Iterator[Draft]:
+    def _own_drafts(self) -> list[Iterator[Draft]]:
         link = self.link if self.host_bytes else None
-        found = drafts(self.kinds, self.forward, self.num_blocks, link)
-        return (one for one in found if one.host_bytes <= self.host_bytes)
+        return [part.drafts(link) for part in self.parts]
 
-    def _rung(self, draft: Draft) -> Rung:
-        seconds = self.seconds + self.runs * draft.seconds
-        return Rung(draft=draft, predicted_bytes=self.model.predict(draft), seconds=seconds)
+    def _drafts(self) -> Iterable[Draft]:
+        """Returns the plans of all parts, within what may be on the host."""
+        own = self._own_drafts()
+        if len(own) == 1:
+            return (join(self.parts, [one]) for one in own[0] if one.host_bytes <= self.host_bytes)
+        names, params = zip(*((part.name, part.params_bytes) for part in self.parts), strict=True)
+        return joints(names, list(map(list, own)), params, self.host_bytes)
 
-    def candidate(self, rung: Rung) -> Candidate:
+    def _of_step(self, one: Draft) -> Draft:
+        """Returns a plan of the stacks with the figures of the whole step."""
+        extra = self.stages_bytes if one.is_mixed else 0.0
+        return dataclasses.replace(
+            one,
+            predicted_bytes=int(self.offset_bytes + one.worst_bytes + extra),
+            seconds=self.seconds + self.runs * one.seconds,
+            flops=self.flops + round(self.runs * one.flops),
+        )
+
+    def candidate(self, rung: Draft) -> Candidate:
         """Returns a rung as the user sees it."""
-        report = self.steps.compiled.get(rung.draft.plan)
+        report = self.steps.compiled.get(rung.plan)
         return Candidate(
-            plan=rung.draft.plan,
+            plan=rung.plan,
             predicted_bytes=rung.predicted_bytes,
             compiled_bytes=None if report is None else report.peak_bytes,
             seconds=rung.seconds,
-            flops=self.flops + round(self.runs * rung.draft.flops),
-            host_bytes=round(rung.draft.host_bytes),
+            flops=int(rung.flops),
+            host_bytes=round(rung.host_bytes),
         )
 
-    def result(self, rungs: Sequence[Rung], place: int, budget: int) -> FitResult:
+    def result(self, rungs: Sequence[Draft], place: int, budget: int) -> FitResult:
         """Returns the answer."""
-        candidates = tuple(self.candidate(rung) for rung in rungs)
+        candidates = tuple(map(self.candidate, rungs))
         chosen = candidates[place]
+        own = rungs[place].by_name or (("", rungs[place]),)
         return FitResult(
             plan=chosen.plan,
             report=self.steps.report(chosen.plan),
             budget_bytes=budget,
             candidates=candidates,
             chosen=chosen,
-            keeps=tuple(keeps_text(stage, self.kinds) for stage in rungs[place].draft.stages),
+            keeps=tuple(
+                f"{name}: {text}" if name else text
+                for part, (name, one) in zip(self.parts, own, strict=True)
+                for text in (keeps_text(stage, part.kinds) for stage in one.stages)
+            ),
             why=why(candidates[place - 1] if place else None, budget),
             num_compiles=len(self.steps.compiled),
         )
@@ -201,49 +209,20 @@ class Problem:
     def infeasible(self, budget: int) -> BudgetError:
         """Returns the error for a budget that no plan fits."""
         plan, report = self._least()
-        none = next(kind for kind in self.plain if kind.schedule == "none")
-        parts = peak_parts(self.steps.step(plan).args, report, none.kept_bytes)
+        largest = max(part.kind("none").kept_bytes for part in self.parts)
+        parts = peak_parts(self.steps.step(plan).args, report, largest)
         return BudgetError(budget_bytes=budget, plan=plan, report=report, parts=parts)
 
 
-def _stacks(steps: Steps, num_blocks: int, rates: Rates, block):
-    """Returns the stacks that follow the plan, and the seconds and FLOPs of the step under `full`.
-
-    Raises:
-      ValueError: The step does not trace, no stack follows its plan, or one that does has another
-        number of blocks.
-    """
-    full, none = steps.trace(_FULL), steps.trace(_NONE)
-    if block is None:
-        found = following(full.phases, _FULL, none.phases, _NONE)
-        stacks = [place.call.stack for place in held_together(full.phases, found)]
-    else:
-        stacks = [given_stack(block, num_blocks)]
-    if not stacks or (block is not None and is_same_program(full, none)):
-        raise ValueError(_ignored(full, none))
-    for stack in stacks:
-        if stack.num_blocks != num_blocks:
-            raise ValueError(
-                f"num_blocks is {num_blocks}, but the step runs a stack of {stack.num_blocks} "
-                "blocks under the plan"
-            )
-    return stacks, estimate(full.jaxpr, rates).seconds, count_flops(full.jaxpr)
-
-
-def _ignored(full: Trace, none: Trace) -> str:
-    for plan, trace in ((_FULL, full), (_NONE, none)):
-        others = [place.call for place in places(trace.phases) if not place.call.is_under(plan)]
-        if others:
-            return (
-                f"step_for ignores its plan: asked for {str(plan)!r}, its stack runs under "
-                f"{others[0].remat!r}; hand the plan to scan_blocks or Stack as remat="
-            )
-    if is_same_program(full, none):
-        return "step_for ignores its plan: the program is the same under 'none' and 'full'"
-    return (
-        "the step runs no scan_blocks or jaxckpt Stack while it is traced; give the block as "
-        "block=(block, params_i, carry, *consts)"
-    )
+def _on_one(part: Part, spread: Spread, clock: Calibration | None, rates: Rates) -> Part:
+    """Returns a part as one device sees it, with the seconds of a block that was timed."""
+    none, forward = part.kind("none"), part.forward
+    part = part.changed(lambda kind: spread.kind(kind, none))
+    if clock is not None:
+        known: dict[str, Any] = {"none": part.kind("none"), "forward": forward, "rates": rates}
+        part = part.changed(lambda kind: clock.kind(kind, **known))
+        forward = clock.forward(forward)
+    return dataclasses.replace(part, forward=spread.forward(forward))
 
 
 def link_of(rates: Rates, num_devices: int) -> HostLink:
@@ -311,11 +290,6 @@ def argument_parts(args: Sequence, argument_bytes: int) -> dict[str, int]:
     return large | ({"other arguments": rest} if rest else {})
 
 
-def _kind_of(kinds: Sequence[Kind], plan: Plan) -> Kind:
-    schedule = plan.stages[0].schedule
-    return next(kind for kind in kinds if not kind.policies and kind.schedule == schedule)
-
-
 def why(faster: Candidate | None, budget: int) -> str:
     """Returns why no faster plan was taken, from the one before it on the ladder."""
     if faster is None:
@@ -329,264 +303,3 @@ def why(faster: Candidate | None, budget: int) -> str:
         f"the next faster plan, {faster.plan}, needs {gib(faster.compiled_bytes)} compiled, "
         f"{gib(faster.compiled_bytes - budget)} too much"
     )
-
-
-_BISECTIONS = 50
-_MOST_SHARE = 4.0  # of what JAX keeps; padding never makes more of it
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
-    """One named stack of a step.
-
-    Attributes:
-      name: As `step_for` knows it.
-      num_blocks: L.
-      kinds: Ways to treat a block that are worth mixing.
-      plain: Those that a user would try first.
-      forward: The cost of one more run of a block.
-    """
-
-    name: str
-    num_blocks: int
-    kinds: tuple[Kind, ...]
-    plain: tuple[Kind, ...]
-    forward: Forward
-
-    @classmethod
-    def of(
-        cls,
-        name: str,
-        num_blocks: int,
-        stacks: Sequence[Stack],
-        rates: Rates,
-        host_bytes: int = 0,
-    ) -> "Part":
-        """Costs the blocks of a name's stacks."""
-        kinds, plain = find_kinds(stacks, rates, host_bytes)
-        return cls(
-            name=name,
-            num_blocks=num_blocks,
-            kinds=kinds,
-            plain=plain,
-            forward=forward_cost(stacks, rates),
-        )
-
-    def kind(self, schedule: str) -> Kind:
-        """Returns the kind `none` or `full`."""
-        return next(k for k in self.plain if not k.policies and k.schedule == schedule)
-
-    def draft(self, kind: Kind) -> Draft:
-        """Returns the plan of one kind."""
-        return draft([run_of(kind, self.num_blocks)])
-
-    def drafts(self, link: HostLink | None) -> list[Draft]:
-        """Returns every plan worth a thought; without a link, those that move no carries."""
-        return list(drafts(self.kinds, self.forward, self.num_blocks, link))
-
-    def spread(self, spread: Spread) -> "Part":
-        """Returns the part as one of a step's devices sees it."""
-        none = self.kind("none")
-        on_one = lambda kinds: tuple(spread.kind(kind, none) for kind in kinds)
-        return dataclasses.replace(
-            self,
-            kinds=on_one(self.kinds),
-            plain=on_one(self.plain),
-            forward=spread.forward(self.forward),
-        )
-
-    def timed(self, clock: Calibration, rates: Rates) -> "Part":
-        """Returns the part with the seconds of a block that was timed."""
-        known = {"none": self.kind("none"), "forward": self.forward, "rates": rates}
-        return dataclasses.replace(
-            self,
-            kinds=clock.kinds(self.kinds, **known),
-            plain=clock.kinds(self.plain, **known),
-            forward=clock.forward(self.forward),
-        )
-
-    def scaled(self, share: float) -> "Part":
-        """Returns the part whose `none` keeps a share of what JAX keeps; `full` is the least."""
-        none, least = self.kind("none"), self.kind("full").kept_bytes
-        made = dataclasses.replace(none, kept_bytes=max(share * none.kept_bytes, least))
-        swap = lambda kinds: tuple(made if kind == none else kind for kind in kinds)
-        return dataclasses.replace(self, kinds=swap(self.kinds), plain=swap(self.plain))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SeveralProblem:
-    """A step of several stacks with everything that does not depend on the budget.
-
-    Attributes:
-      steps: Its steps, traced and compiled.
-      parts: Its stacks in the order in which they run.
-      offset_bytes: Beside what the stacks keep and hold.
-      seconds: Of the step beside its stacks.
-      flops: Of the same.
-      runs: How often a step runs its stacks.
-      host_bytes: What all plans together may have on the host.
-      link: Of a device to the host.
-    """
-
-    steps: Steps
-    parts: tuple[Part, ...]
-    offset_bytes: float
-    seconds: float
-    flops: int
-    runs: int = 1
-    host_bytes: int = 0
-    link: HostLink = NO_LIMIT
-
-    @classmethod
-    def of(
-        cls,
-        steps: Steps,
-        num_blocks: Mapping[str, int],
-        rates: Rates,
-        blocks: Mapping[str, Sequence] | None = None,
-        *,
-        host_bytes: int = 0,
-        timed: bool = False,
-    ) -> "SeveralProblem":
-        """Traces the step, costs its blocks and compiles its anchors; arguments as of `Problem`."""
-        steps = steps.apart()  # what else was compiled of them is no part of this problem
-        found = named_stacks(steps, num_blocks, blocks)
-        clocks = {name: calibrate(stacks) for name, stacks in found.items()} if timed else {}
-        for clock in clocks.values():  # each has timed the same link
-            rates = clock.link(rates)
-        parts = tuple(
-            Part.of(name, num_blocks[name], stacks, rates, host_bytes)
-            for name, stacks in found.items()
-        )
-        full, none = (PlanSet.same(num_blocks, plan) for plan in ("full", "none"))
-        step_flops = [count_flops(steps.trace(plan).jaxpr) for plan in (full, none)]
-        of_full, of_none = (_plain_joint(parts, schedule) for schedule in ("full", "none"))
-        again = of_full.flops - of_none.flops
-        runs = runs_of(step_flops[0] - step_flops[1], again)
-        reports = [steps.report(plan) for plan in (full, none)]
-        stack_seconds = of_full.seconds
-        spread = Spread.of(of_none.worst_bytes - of_full.worst_bytes, runs * again, *reports)
-        parts = tuple(part.spread(spread) for part in parts)
-        offset = reports[0].peak_bytes - _plain_joint(parts, "full").worst_bytes
-        seconds = estimate(steps.trace(full).jaxpr, rates).seconds
-        parts = tuple(
-            part.timed(clocks[part.name], rates) if clocks else part
-            for part in _calibrated(parts, reports[1].peak_bytes - offset)
-        )
-        return cls(
-            steps=steps,
-            parts=parts,
-            offset_bytes=offset,
-            seconds=max(seconds - runs * stack_seconds, 0.0) + spread.sent_seconds,
-            flops=step_flops[0] - round(runs * of_full.flops),
-            runs=runs,
-            host_bytes=host_bytes,
-            link=link_of(rates, 1 if timed else steps.num_devices(full)),
-        )
-
-    def apart(self, plans: Iterable[Any]) -> "SeveralProblem":
-        """Returns the problem as it is if some plans are compiled and no others."""
-        return dataclasses.replace(self, steps=self.steps.apart(plans))
-
-    def peak(self, plan: PlanSet) -> int:
-        """Returns the compiled peak of a plan for each stack."""
-        return self.steps.report(plan).peak_bytes
-
-    def ladder(self) -> tuple[Rung, ...]:
-        """Returns the plans worth compiling, fastest first."""
-        plain = itertools.product(*([part.draft(k) for k in part.plain] for part in self.parts))
-        found = joints(
-            [part.name for part in self.parts],
-            list(map(self._drafts, self.parts)),
-            _params(self.parts),
-            self.host_bytes,
-        )
-        return ladder(
-            map(self._rung, found),
-            [self._rung(_joint(self.parts, drafts)) for drafts in plain],
-        )
-
-    def least(self) -> Rung | None:
-        """Returns the compiled plan of the least peak; None if no stack's plans have its part."""
-        plans, _ = self._least()
-        drafts = []
-        for part in self.parts:
-            found = (one for one in self._drafts(part) if one.plan == plans[part.name])
-            drafts.append(next(found, None))
-        return None if None in drafts else self._rung(_joint(self.parts, drafts))
-
-    def _least(self) -> tuple[Any, MemoryReport]:
-        return min(self.steps.compiled.items(), key=lambda item: item[1].peak_bytes)
-
-    def _drafts(self, part: Part) -> list[Draft]:
-        return part.drafts(self.link if self.host_bytes else None)
-
-    def _rung(self, joint: Joint) -> Rung:
-        peak = int(self.offset_bytes + joint.worst_bytes)
-        seconds = self.seconds + self.runs * joint.seconds
-        return Rung(draft=joint, predicted_bytes=peak, seconds=seconds)
-
-    def candidate(self, rung: Rung) -> Candidate:
-        """Returns a rung as the user sees it."""
-        plan = rung.draft.plan
-        report = self.steps.compiled.get(plan)
-        return Candidate(
-            plan=plan,
-            predicted_bytes=rung.predicted_bytes,
-            compiled_bytes=None if report is None else report.peak_bytes,
-            seconds=rung.seconds,
-            flops=self.flops + round(self.runs * rung.draft.flops),
-            host_bytes=round(rung.draft.host_bytes),
-        )
-
-    def result(self, rungs: Sequence[Rung], place: int, budget: int) -> FitResult:
-        """Returns the answer."""
-        candidates = tuple(map(self.candidate, rungs))
-        chosen = candidates[place]
-        keeps = [
-            f"{part.name}: {keeps_text(stage, part.kinds)}"
-            for part, draft in zip(self.parts, rungs[place].draft.drafts, strict=True)
-            for stage in draft.stages
-        ]
-        return FitResult(
-            plan=chosen.plan,
-            report=self.steps.report(chosen.plan),
-            budget_bytes=budget,
-            candidates=candidates,
-            chosen=chosen,
-            keeps=tuple(keeps),
-            why=why(candidates[place - 1] if place else None, budget),
-            num_compiles=len(self.steps.compiled),
-        )
-
-    def infeasible(self, budget: int) -> BudgetError:
-        """Returns the error for a budget that no plans fit."""
-        plan, report = self._least()
-        args = self.steps.step(plan).args
-        largest = max(part.kind("none").kept_bytes for part in self.parts)
-        parts = peak_parts(args, report, largest)
-        return BudgetError(budget_bytes=budget, plan=plan, report=report, parts=parts)
-
-
-def _params(parts: Sequence[Part]) -> tuple[float, ...]:
-    return tuple(part.num_blocks * part.kind("full").params_bytes for part in parts)
-
-
-def _joint(parts: Sequence[Part], drafts: Sequence[Draft]) -> Joint:
-    names = tuple(part.name for part in parts)
-    return Joint(names=names, drafts=tuple(drafts), params_bytes=_params(parts))
-
-
-def _plain_joint(parts: Sequence[Part], schedule: str) -> Joint:
-    return _joint(parts, [part.draft(part.kind(schedule)) for part in parts])
-
-
-def _calibrated(parts: Sequence[Part], worst_bytes: float) -> tuple[Part, ...]:
-    """Returns the parts with `none` as it is once compiled: together they hold `worst_bytes`."""
-    low, high = 0.0, _MOST_SHARE
-    for _ in range(_BISECTIONS):
-        share = (low + high) / 2
-        scaled = [part.scaled(share) for part in parts]
-        too_much = _plain_joint(scaled, "none").worst_bytes > worst_bytes
-        low, high = (low, share) if too_much else (share, high)
-    return tuple(part.scaled(low) for part in parts)

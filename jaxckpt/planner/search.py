@@ -23,7 +23,10 @@ than the model can tell count as equal; then the plan that recomputes less goes 
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+
+import numpy as np
+
+from jaxckpt.planner.across_blocks import Draft
 
 # Seconds closer than this are equal to the model.
 _PRECISION = 0.002
@@ -31,42 +34,20 @@ _PRECISION = 0.002
 _LEAST_STEP = 0.004
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rung:
-    """A plan on the ladder.
-
-    Attributes:
-      draft: The plan and the figures of its stacks: a `Draft`, or those of several stacks.
-      predicted_bytes: The peak of the whole step.
-      seconds: The whole step's, estimated.
-    """
-
-    draft: Any
-    predicted_bytes: int
-    seconds: float
-
-    @property
-    def is_mixed(self) -> bool:
-        """Whether blocks are treated differently."""
-        return len(self.draft.stages) > 1
-
-
-def ladder(rungs: Iterable[Rung], plain: Sequence[Rung]) -> tuple[Rung, ...]:
+def ladder(rungs: Iterable[Draft], plain: Sequence[Draft]) -> tuple[Draft, ...]:
     """Returns the rungs that no other beats, fastest first.
 
     Args:
       rungs: Candidates.
       plain: Fixed plans that a user would try first; they set the bounds on recomputation.
     """
-    levels = sorted({rung.draft.flops for rung in plain})
+    levels = sorted({rung.flops for rung in plain})
 
-    def rank(rung: Rung) -> tuple:
-        above = sum(level < rung.draft.flops * (1 - 1e-9) for level in levels)
+    def rank(rung: Draft) -> tuple:
+        above = sum(level < rung.flops * (1 - 1e-9) for level in levels)
         speed = math.ceil(math.log(rung.seconds) / math.log1p(_PRECISION))
-        plan = rung.draft
-        held = plan.worst_bytes
         # What is equal in all of these stays in the order in which it was given.
-        return above, speed, len(plan.stages), -held, rung.predicted_bytes
+        return above, speed, len(rung.stages), -rung.worst_bytes, rung.predicted_bytes
 
     ranked = sorted(rungs, key=rank)
     found = _thinned(_falling(ranked))
@@ -78,16 +59,16 @@ def ladder(rungs: Iterable[Rung], plain: Sequence[Rung]) -> tuple[Rung, ...]:
     return tuple(sorted(kept, key=lambda rung: place[id(rung)]))
 
 
-def _falling(rungs: Iterable[Rung]) -> list[Rung]:
+def _falling(rungs: Iterable[Draft]) -> list[Draft]:
     """Drops rungs that need no less than one before them."""
-    kept: list[Rung] = []
+    kept: list[Draft] = []
     for rung in rungs:
         if not kept or rung.predicted_bytes < kept[-1].predicted_bytes:
             kept.append(rung)
     return kept
 
 
-def _thinned(rungs: Sequence[Rung]) -> Sequence[Rung]:
+def _thinned(rungs: Sequence[Draft]) -> Sequence[Draft]:
     """Drops rungs that save next to nothing; the first and the last stay."""
     if not rungs:
         return rungs
@@ -124,7 +105,7 @@ class Found:
 
 
 def search(
-    rungs: Sequence[Rung],
+    rungs: Sequence[Draft],
     budget: int,
     compile_peak: Callable[[int], int],
     known: dict[int, int],
@@ -155,7 +136,7 @@ def search(
 class _Search:
     """Compiled peaks so far, and where to look next."""
 
-    rungs: Sequence[Rung]
+    rungs: Sequence[Draft]
     budget: int
     peaks: dict[int, int]
     is_answered: bool
@@ -192,22 +173,13 @@ class _Search:
 
     def corrected(self, place: int) -> float:
         """Returns the peak to go by: what is expected, less the doubt of an unknown family."""
-        family = self.rungs[place].draft.family
-        is_known = any(self.rungs[i].draft.family == family for i in self.peaks)
+        family = self.rungs[place].family
+        is_known = any(self.rungs[i].family == family for i in self.peaks)
         return self.expected(place) * (1 if is_known else 1 - _DOUBT)
 
     def expected(self, place: int) -> float:
         """Returns a predicted peak, corrected by what is known of its family."""
         rung = self.rungs[place]
-        same = [i for i in self.peaks if self.rungs[i].draft.family == rung.draft.family]
-        errors = {i: self.peaks[i] / self.rungs[i].predicted_bytes for i in same}
-        if not same:
-            return rung.predicted_bytes
-        below = max((i for i in errors if i <= place), default=None)
-        above = min((i for i in errors if i >= place), default=None)
-        nearest = above if below is None else below
-        if below is None or above is None or below == above:
-            assert nearest is not None  # `same` is not empty
-            return rung.predicted_bytes * errors[nearest]
-        share = (place - below) / (above - below)
-        return rung.predicted_bytes * ((1 - share) * errors[below] + share * errors[above])
+        same = sorted(i for i in self.peaks if self.rungs[i].family == rung.family)
+        errors = [self.peaks[i] / self.rungs[i].predicted_bytes for i in same]
+        return rung.predicted_bytes * (float(np.interp(place, same, errors)) if same else 1.0)

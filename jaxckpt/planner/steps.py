@@ -1,6 +1,6 @@
 """A user's `step_for`, asked for the step of a plan: traced, compiled, and each plan once.
 
-Which stacks of a step follow which of several plans: found by tracing it, or given by name.
+Which stacks of a step follow which of its plans: found by tracing it, or given.
 
 The step is traced once a name, with that plan `none` and the others `full`; the order of the calls
 is the order in which the stacks run.
@@ -217,56 +217,78 @@ def check_blocks(
         raise ValueError(f"block has none for {missing[0]!r}; num_blocks has {names}")
 
 
-def named_stacks(
-    steps: Steps, num_blocks: Mapping[str, int], blocks: Mapping[str, Sequence] | None = None
+def everywhere(num_blocks: int | Mapping[str, int], plan: str) -> Plan | PlanSet:
+    """Returns a plan of all blocks, as `step_for` takes it."""
+    is_named = isinstance(num_blocks, Mapping)
+    return PlanSet.same(num_blocks, plan) if is_named else Plan.parse(plan)
+
+
+def find_stacks(
+    steps: Steps,
+    num_blocks: int | Mapping[str, int],
+    blocks: Sequence | Mapping[str, Sequence] | None = None,
 ) -> dict[str, list[Stack]]:
-    """Returns the stacks of each name, names in the order in which their stacks first run.
+    """Returns the stacks that follow each plan by its name, `""` where there is one plan.
 
     Args:
       steps: Of the plans.
       num_blocks: Of each stack.
       blocks: As for `jaxckpt.fit`, in the order in which they run.
 
+    Returns:
+      Names in the order in which their stacks first run.
+
     Raises:
-      ValueError: No stack follows a name's plan, or one has another number of blocks.
+      ValueError: The step does not trace, no stack follows a plan, or one has another number of
+        blocks.
     """
-    if blocks is not None:
-        return {name: [_given(steps, num_blocks, name, block)] for name, block in blocks.items()}
-    full = steps.trace(PlanSet.same(num_blocks, _FULL))
+    is_named = isinstance(num_blocks, Mapping)
+    counts = dict(num_blocks) if is_named else {"": num_blocks}
+    given: Any = blocks if is_named or blocks is None else {"": blocks}
+    full = steps.trace(everywhere(num_blocks, "full"))
     order = list(places(full.phases))
     found, first = {}, {}
-    for name, count in num_blocks.items():
-        none = _traced_without(steps, num_blocks, name)
-        followers = following(full.phases, _FULL, none.phases, _NONE)
-        if not followers:
-            raise ValueError(
-                f"{_ignored(name)}: no stack runs under it; hand plans[{name!r}] to scan_blocks or "
-                "Stack as remat=, or give the blocks as block={name: (block, params_i, carry, "
-                "*consts), ...}"
-            )
-        found[name] = [place.call.stack for place in held_together(full.phases, followers)]
-        first[name] = min(map(order.index, followers))
-        wrong = [s.num_blocks for s in found[name] if s.num_blocks != count]
+    for name in counts if given is None else given:
+        all_but = PlanSet.same(counts, _FULL).replace(name, _NONE)
+        none = steps.trace(all_but if is_named else _NONE)
+        if given is None:
+            followers = following(full.phases, _FULL, none.phases, _NONE)
+            found[name] = [place.call.stack for place in held_together(full.phases, followers)]
+            first[name] = min(map(order.index, followers), default=0)
+        else:
+            what = f"block[{name!r}]" if is_named else "block"
+            found[name] = [given_stack(given[name], counts[name], what)]
+            first[name] = len(first)
+        if not found[name] or (given is not None and is_same_program(full, none)):
+            raise ValueError(_ignored(name, full, none, is_given=given is not None))
+        wrong = [stack.num_blocks for stack in found[name] if stack.num_blocks != counts[name]]
         if wrong:
+            what, whose = (f" of {name!r}", "its") if is_named else ("", "the")
             raise ValueError(
-                f"num_blocks of {name!r} is {count}, but the step runs a stack of {wrong[0]} "
-                "blocks under its plan"
+                f"num_blocks{what} is {counts[name]}, but the step runs a stack of {wrong[0]} "
+                f"blocks under {whose} plan"
             )
     return {name: found[name] for name in sorted(found, key=first.__getitem__)}
 
 
-def _given(steps: Steps, num_blocks: Mapping[str, int], name: str, block: Sequence) -> Stack:
-    """Returns the stack of a block that was given, if the step follows its plan."""
-    full = steps.trace(PlanSet.same(num_blocks, _FULL))
-    if is_same_program(full, _traced_without(steps, num_blocks, name)):
-        raise ValueError(f"{_ignored(name)}: the program is the same under 'none' and 'full'")
-    return given_stack(block, num_blocks[name], f"block[{name!r}]")
-
-
-def _traced_without(steps: Steps, num_blocks: Mapping[str, int], name: str) -> Trace:
-    """Returns the step under `full` everywhere but for one name, which is `none`."""
-    return steps.trace(PlanSet.same(num_blocks, _FULL).replace(name, _NONE))
-
-
-def _ignored(name: str) -> str:
-    return f"step_for ignores the plan of {name!r}"
+def _ignored(name: str, full: Trace, none: Trace, *, is_given: bool) -> str:
+    same = "the program is the same under 'none' and 'full'"
+    if name:
+        unseen = (
+            f"no stack runs under it; hand plans[{name!r}] to scan_blocks or Stack as remat=, or "
+            "give the blocks as block={name: (block, params_i, carry, *consts), ...}"
+        )
+        return f"step_for ignores the plan of {name!r}: {same if is_given else unseen}"
+    for plan, trace in ((_FULL, full), (_NONE, none)):
+        others = [place.call for place in places(trace.phases) if not place.call.is_under(plan)]
+        if others:
+            return (
+                f"step_for ignores its plan: asked for {str(plan)!r}, its stack runs under "
+                f"{others[0].remat!r}; hand the plan to scan_blocks or Stack as remat="
+            )
+    if is_same_program(full, none):
+        return f"step_for ignores its plan: {same}"
+    return (
+        "the step runs no scan_blocks or jaxckpt Stack while it is traced; give the block as "
+        "block=(block, params_i, carry, *consts)"
+    )

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from experiments.config import TrainConfig
-from experiments.training.build import build, needless
+from experiments.training.build import build
+from experiments.training.plan_checks import needless
 from jaxckpt.memory.measure import compile_step
 from jaxckpt.models.config import TransformerConfig
 from tests.experiments import runs
@@ -34,7 +35,7 @@ def test_a_plan_that_saves_leaves_no_line_and_compiles_nothing_more(monkeypatch)
     step = built(remat="log", batch_size=16, seq_len=256)
     _, report = compile_step(step)
     compiled = []
-    monkeypatch.setattr("experiments.training.build.compile_step", compiled.append)
+    monkeypatch.setattr("experiments.training.plan_checks.compile_step", compiled.append)
     assert needless(step, report) == [] and not compiled
 
 
@@ -44,7 +45,7 @@ def test_none_itself_is_not_compared(plan, monkeypatch):
     _, report = compile_step(step)
     # What is compared is the compiled peaks: were that of `none` larger, there is no finding.
     larger = dataclasses.replace(report, peak_bytes=2 * report.peak_bytes)
-    monkeypatch.setattr("experiments.training.build.compile_step", lambda _: (None, larger))
+    monkeypatch.setattr("experiments.training.plan_checks.compile_step", lambda _: (None, larger))
     assert needless(step, report) == []
-    monkeypatch.setattr("experiments.training.build.compile_step", lambda _: (None, report))
+    monkeypatch.setattr("experiments.training.plan_checks.compile_step", lambda _: (None, report))
     assert bool(needless(step, report)) == (plan == "full")

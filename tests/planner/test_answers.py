@@ -10,12 +10,13 @@ import pytest
 import jaxckpt
 from jaxckpt.costs.roofline import UNKNOWN
 from jaxckpt.planner import inside_block, kinds
-from jaxckpt.planner.fit import answer
+from jaxckpt.planner.fit import answer, solve
 from jaxckpt.planner.kinds import kind_cost
 from jaxckpt.planner.problem import Problem
 from jaxckpt.planner.steps import Steps
 from jaxckpt.plans import Plan, PlanError
 from jaxckpt.targets.target import LOCAL
+from tests.experiments.test_fit import report
 from tests.planner import steps
 
 W = jax.ShapeDtypeStruct((8, 32, 32), jnp.float32)
@@ -66,7 +67,7 @@ def test_equal_towers_are_predicted():
         return jax.grad(loss), ({"a": W, "b": W}, X)
 
     problem = Problem.of(Steps(step_for, LOCAL), 8, UNKNOWN, None)
-    rungs = {str(rung.draft.plan): rung for rung in problem.ladder()}
+    rungs = {str(rung.plan): rung for rung in problem.ladder()}
     assert min(rung.predicted_bytes for rung in rungs.values()) > 4 * (2 * 8 * 32**2 + 2048 * 32)
     for plan in ("none", "names:@tanh.1"):
         assert rungs[plan].predicted_bytes == pytest.approx(peak_of(step_for, plan), rel=0.02)
@@ -139,3 +140,26 @@ def test_a_step_that_never_runs_raises_its_own_error():
 
     with pytest.raises(AssertionError, match="none of these"):
         jaxckpt.fit(step_for, num_blocks=6, budget=peak_of(steps.step_for, "none") - 1)
+
+
+def answers_of(step_for, num_blocks, name_of, budget: int):
+    """Returns the ladder for peaks of a compiler that likes every mix: (plan, peak, seconds)."""
+    peaks = {"full": 400_000, "none": 3_000_000}
+    reported = lambda plan: report(peaks.get(str(name_of(plan)), 800_000) / 2**30)
+    found = solve(Steps(step_for, LOCAL, reported), num_blocks, target=LOCAL, budget=budget)
+    rows = [(name_of(one.plan), one.predicted_bytes, one.seconds) for one in found.candidates]
+    return rows, name_of(found.plan), found.num_compiles
+
+
+@pytest.mark.parametrize("budget", [10_000_000, 900_000])
+def test_one_stack_with_a_name_is_planned_as_one_without(budget):
+    named = lambda plans: steps.step_for(plans["only"])
+    with_name = answers_of(named, {"only": 6}, lambda plans: plans["only"], budget)
+    assert with_name == answers_of(steps.step_for, 6, lambda plan: plan, budget)
+
+
+def test_a_stack_of_one_block_is_planned():
+    one_block = lambda plan: steps.step_for(plan, num_blocks=1)
+    rows, plan, _ = answers_of(one_block, 1, lambda plan: plan, 3_000_000)
+    assert str(plan) == "none" and rows[0][:2] == (plan, 3_000_000)
+    assert str(answers_of(one_block, 1, lambda plan: plan, 400_000)[1]) == "full"

@@ -57,9 +57,7 @@ def steps(num_blocks: int) -> Steps:
 
 
 def ladder(num_blocks: int) -> list[str]:
-    return [
-        str(r.draft.plan) for r in Problem.of(steps(num_blocks), num_blocks, RATES, None).ladder()
-    ]
+    return [str(r.plan) for r in Problem.of(steps(num_blocks), num_blocks, RATES, None).ladder()]
 
 
 def test_the_work_of_planning_grows_with_the_blocks():

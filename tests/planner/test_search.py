@@ -5,7 +5,7 @@ import random
 import pytest
 
 from jaxckpt.planner.across_blocks import Draft
-from jaxckpt.planner.search import Rung, search
+from jaxckpt.planner.search import search
 from jaxckpt.plans import Plan
 
 
@@ -18,8 +18,7 @@ def make(num_rungs: int, seed: int):
         stages = Plan.parse("full" if rng.random() < 0.3 else "1xfull/none").stages
         predicted = 1_000_000 - 800_000 * n // num_rungs
         numbers = dict(kept_bytes=0.0, worst_bytes=0.0, host_bytes=0.0, flops=0.0)
-        draft = Draft(stages=stages, seconds=float(n), **numbers)
-        rungs.append(Rung(draft=draft, predicted_bytes=predicted, seconds=float(n)))
+        rungs.append(Draft(stages=stages, predicted_bytes=predicted, seconds=float(n), **numbers))
         peaks.append(int(predicted * off[len(stages)]))
     peaks.sort(reverse=True)
     return rungs, peaks
@@ -80,10 +79,11 @@ def test_after_a_mixed_plan_that_did_not_fit_one_stage_is_tried():
     numbers = dict(kept_bytes=0.0, worst_bytes=0.0, host_bytes=0.0, flops=0.0)
     plans = (("1xfull/none", 99), ("2xfull/none", 96), ("full", 100), ("3xfull/none", 50))
     rungs = [
-        Rung(
-            draft=Draft(stages=Plan.parse(text).stages, seconds=float(n), **numbers),
+        Draft(
+            stages=Plan.parse(text).stages,
             predicted_bytes=predicted,
             seconds=float(n),
+            **numbers,
         )
         for n, (text, predicted) in enumerate(plans)
     ]
@@ -96,10 +96,11 @@ def test_after_a_mixed_plan_that_did_not_fit_one_stage_is_tried():
 def test_the_last_compilation_dares_more_where_there_is_an_answer_already(is_answered, place):
     numbers = dict(kept_bytes=0.0, worst_bytes=0.0, host_bytes=0.0, flops=0.0)
     rungs = [
-        Rung(
-            draft=Draft(stages=Plan.parse("full").stages, seconds=float(n), **numbers),
+        Draft(
+            stages=Plan.parse("full").stages,
             predicted_bytes=predicted,
             seconds=float(n),
+            **numbers,
         )
         for n, predicted in enumerate((98, 95, 50))
     ]

@@ -13,8 +13,8 @@ import pytest
 
 import jaxckpt
 from jaxckpt.costs.flops import count_flops
-from jaxckpt.planner.across_blocks import draft, drafts, run_of
-from jaxckpt.planner.across_stacks import Joint, joints, unbeaten
+from jaxckpt.planner.across_blocks import Draft, draft, drafts, run_of
+from jaxckpt.planner.across_stacks import joined, joints, unbeaten
 from jaxckpt.planner.result import FitResult
 from jaxckpt.plans.plan_set import PlanSet
 from tests.planner.test_pieces import FORWARD, frontier, kinds_of
@@ -102,7 +102,7 @@ def test_joint_plans_equal_brute_force(counts, params):
         for chosen in itertools.product(*own)
     ]
     found = joints(names, own, weights)
-    assert all(isinstance(one, Joint) for one in found)
+    assert all(isinstance(one, Draft) for one in found)
     assert found[0].plan.keys() == set(names)
     np.testing.assert_allclose(
         frontier((one.worst_bytes, one.seconds) for one in found), frontier(every)
@@ -112,9 +112,7 @@ def test_joint_plans_equal_brute_force(counts, params):
 def test_all_that_is_kept_is_alive_at_the_turn():
     none, full, _ = kinds_of(9, 3.2)
     plain = lambda kind, count: draft([run_of(kind, count)])
-    make = lambda a, b: Joint(
-        names=("a", "b"), drafts=(plain(a, 4), plain(b, 6)), params_bytes=(0.0, 0.0)
-    )
+    make = lambda a, b: joined(("a", "b"), (plain(a, 4), plain(b, 6)), (0.0, 0.0))
     # None keeps 17 a block and holds nothing more; full keeps 1 and holds 16.
     assert make(none, none).worst_bytes == 4 * 17 + 6 * 17
     assert make(full, none).worst_bytes == 4 + 6 * 17

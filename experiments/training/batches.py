@@ -1,7 +1,4 @@
-"""The batches of a run: windows of its corpus, or packed rows, put where its mesh wants them.
-
-The corpus that a configuration names, read with its tokenizer and checked.
-"""
+"""The batches of a run: windows of its corpus, or packed rows, put where its mesh wants them."""
 
 import functools
 from typing import Any
@@ -15,13 +12,9 @@ from experiments.data import (
     Corpus,
     PackedBatches,
     PackedRows,
-    check_corpus,
-    check_grain,
-    load_corpus,
     packed_validation_batches,
     validation_batches,
 )
-from experiments.weights.load import check_init, end_token
 
 
 def training_batches(config: TrainConfig, corpus: Corpus) -> Batches | PackedBatches:
@@ -78,25 +71,3 @@ def held_out_batches(config: TrainConfig, corpus: Corpus) -> tuple:
         return validation_batches(corpus.validation, seq_len=config.seq_len, **sizes)
     rows = _packed_rows(corpus.validation, corpus.validation_starts, config)
     return packed_validation_batches(rows, **sizes)
-
-
-def corpus_of(config: TrainConfig):
-    """Returns a run's corpus.
-
-    Raises:
-      ConfigError: Weights that are not there or do not fit the model, packing without grain.
-      DataError: A corpus that is not there, too short, or with tokens that the model lacks.
-    """
-    tokenizer = check_init(config)
-    if config.pack:
-        check_grain()
-    corpus = load_corpus(
-        config.data,
-        token_dtype=config.token_dtype,
-        tokenizer=tokenizer,
-        pack=config.pack,
-        end_token=end_token(config),
-        vocab_size=config.model.vocab_size,
-    )
-    check_corpus(corpus, seq_len=config.seq_len, vocab_size=config.model.vocab_size)
-    return corpus
