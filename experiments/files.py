@@ -4,7 +4,8 @@ A file says inside who wrote it. So does a folder, by a file of its own in it, w
 process locks while it writes there: the system lets go of the lock when the process ends, however
 it ends. What does not say so is somebody else's, whatever its name. No JAX import.
 
-JSON Lines that a killed process may have torn: what can be read, and how much cannot.
+Of JSON Lines that a killed process may have torn, `read` returns what can be read and says which
+lines cannot.
 """
 
 import contextlib
@@ -14,12 +15,12 @@ import itertools
 import json
 import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from experiments.config import ConfigError
+from jaxckpt.compiled.cache import write_whole
 from jaxckpt.plans.errors import nearest
 
 try:
@@ -84,34 +85,9 @@ def write_text(path: Path, text: str):
       ConfigError: It cannot be written.
     """
     try:
-        write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+        write_whole(path, text)
     except OSError as error:
         raise ConfigError(f"cannot write {str(path)!r}: {reason(error)}") from None
-
-
-def write_whole(path: Path, write: Callable[[Path], object]):
-    """Makes a file that is either the old one or the new one, never half of it.
-
-    Args:
-      path: The file.
-      write: Writes the new one to the path that it is given.
-
-    Raises:
-      OSError: It cannot be written; nothing is left of it.
-    """
-    number, name = tempfile.mkstemp(prefix=".part-", dir=path.absolute().parent)
-    os.close(number)
-    part = Path(name)
-    try:
-        write(part)
-        mask = os.umask(0)
-        os.umask(mask)
-        part.chmod(0o666 & ~mask)  # a temporary file is its owner's alone
-        part.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):  # the first error is the one to know
-            part.unlink()
-        raise
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """What every figure here shares: matplotlib when it is there, and colours."""
 
+import io
 from pathlib import Path
 
 from experiments import files
@@ -35,8 +36,9 @@ def save(figure, path: Path):
     """
     kind = path.suffix.lower().removeprefix(".")
     metadata = {"Date": None, "Creator": files.MARK} if kind == "svg" else {"Software": files.MARK}
-    options = {"format": kind, "metadata": metadata, "dpi": 150}
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=kind, metadata=metadata, dpi=150)
     try:
-        files.write_whole(path, lambda part: figure.savefig(part, **options))
+        files.write_whole(path, drawn.getvalue())
     except OSError as error:
         raise ConfigError(f"cannot write {str(path)!r}: {files.reason(error)}") from None

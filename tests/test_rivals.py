@@ -74,9 +74,9 @@ def test_a_plan_above_its_budget_and_one_that_failed():
 
 def test_maxtext_is_mapped_onto_tags_of_the_model():
     import jax
-    from benchmarks.shapes import TINY
 
     import jaxckpt
+    from benchmarks.shapes import TINY
     from experiments.config import TrainConfig
     from experiments.training.build import abstract_block, build
     from experiments.training.step import resolve_model

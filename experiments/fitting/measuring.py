@@ -1,12 +1,11 @@
 """Measuring configurations for targets, several at once, under a progress bar.
 
-The largest size whose peak fits, found with few compilations.
+With `--max` the largest size whose peak fits is found with few compilations.
 """
 
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from rich.console import Console
@@ -58,14 +57,12 @@ def measure_all(
     with Progress(*columns, TimeElapsedColumn(), **shown) as progress:
         task = progress.add_task("compile", total=len(cases), last="")
 
-        def one(case: tuple[TrainConfig, str]) -> FitRow:
-            config, target = case
-            row = _row(config, target, largest, here)
+        def show(place: int, _):
+            config, target = cases[place]
             progress.update(task, advance=1, last=f"{config.remat} on {target}")
-            return row
 
-        with ThreadPoolExecutor(parallel) as pool:
-            return list(pool.map(one, cases))
+        work = lambda case: _row(*case, largest, here)
+        return launch.in_parallel(work, cases, parallel, show)
 
 
 def _row(config: TrainConfig, target: str, largest: str | None, here) -> FitRow:

@@ -1,11 +1,10 @@
-"""The roll call of several processes: all are there and agree, or hear why not. No JAX import.
+"""How several processes hear of one another: a roll call, then connections. No JAX import.
 
 JAX's own start waits for all processes, and where one never comes it ends the others without saying
 which. So the first process calls the roll at the same address before: every process says who it is
 and what it is about to run, and hears from the first what came of it.
 
-Connections that processes keep to the first one, so that the end of one is known to all at once.
-
+The connections of the roll call stay open, so that the end of one process is known to all at once.
 A process that dies takes its connections with it, whatever it was doing. The others wait for it in
 some exchange of arrays, which no exception can end, so the thread that hears of it ends the
 process, with one line.

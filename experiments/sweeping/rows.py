@@ -32,7 +32,7 @@ class Rows:
                 found = files.read(self.path)
                 self._rows = {str(row.get("key")): row for row in found.rows}
                 text = "".join(map(_line, self._rows.values()))
-                write_whole(self.path, lambda part: part.write_text(text, encoding="utf-8"))
+                write_whole(self.path, text)
         except OSError as error:
             raise RunError(f"cannot write to {folder}: {reason(error)}") from None
 

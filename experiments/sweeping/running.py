@@ -1,10 +1,8 @@
-"""Running one case: a training run in a process of its own, or a compilation for an absent chip.
+"""Running a sweep's cases, one after another, under a progress bar; stopped and resumed at will.
 
 A row on `local` is a short run of `experiments.train`, so whatever a run can do, a row can; a plan
 that the planner is to choose is chosen in another process before, so that the row's memory is its
 own. A row for an absent chip is compiled as `experiments.fit` does it, and has no losses.
-
-All rows of a sweep, one after another, under a progress bar; stopped and resumed at will.
 """
 
 import contextlib

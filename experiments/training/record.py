@@ -95,13 +95,13 @@ class Record:
         self.validations: dict[int, float] = {}
         row = {"versions": versions(), "platform": platform.platform(), **header}
         try:
-            _write_whole(folder / CONFIG, tomli_w.dumps(config.to_dict()))
+            files.write_whole(folder / CONFIG, tomli_w.dumps(config.to_dict()))
             if resumed is None:
-                _write_whole(self.path, "")
+                files.write_whole(self.path, "")
             else:
                 lines = _rows_until(self.path, resumed)
                 self.validations = _validations(lines)
-                _write_whole(self.path, "".join(lines))
+                files.write_whole(self.path, "".join(lines))
                 row["resumed_from_step"] = resumed
             # Without a buffer nothing is left to write, and to fail, when it is closed.
             self._file = self.path.open("ab", buffering=0)
@@ -158,10 +158,6 @@ def _rows_until(path: Path, step: int) -> list[str]:
 def _validations(lines: list[str]) -> dict[int, float]:
     rows = map(json.loads, lines)
     return {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
-
-
-def _write_whole(path: Path, text: str):
-    files.write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def _is_not_finite(value: object) -> bool:

@@ -1,10 +1,9 @@
 """One training step: model, loss, gradients and optimizer as a pure function of the state.
 
-Which parameters learn: patterns over their paths, the rest frozen.
-
-`--trainable 'layers/self_attn/*'` trains the attention of every block and nothing else. A frozen
-parameter has no gradient and no optimizer state. Paths are those of the parameter tree, joined by
-slashes; a block's parameters are stacked, so a pattern holds for all blocks.
+Parameters learn if a pattern matches their path; the rest is frozen. `--trainable
+'layers/self_attn/*'` trains the attention of every block and nothing else. A frozen parameter has
+no gradient and no optimizer state. Paths are those of the parameter tree, joined by slashes; a
+block's parameters are stacked, so a pattern holds for all blocks.
 """
 
 import dataclasses

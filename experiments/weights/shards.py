@@ -1,8 +1,7 @@
 """Safetensors files of one model: a single file, or shards that an index lists.
 
-Tensors stay in the files until one is asked for; the files are memory-mapped. No JAX.
-
-Writing safetensors files: one, or shards and an index of what is where.
+Reading: tensors stay in the files until one is asked for; the files are memory-mapped. Writing: one
+file, or shards and an index of what is where. No JAX.
 """
 
 import json

@@ -4,10 +4,9 @@ The other process compiles the program again for the target, with the same donat
 shardings (`worker.py`). What cannot travel says so in one line: such a step is built in the other
 process by an `Entry` (`jobs.py`) instead.
 
-Where arguments live, as JSON: shardings over devices that another process will have.
-
-A `NamedSharding` is its mesh's axis names and sizes and its partition spec; the process that has
-the devices makes the mesh again. The mesh here may be of devices that this process has or a
+Where arguments live travels as JSON, since the devices are the other process's. A `NamedSharding`
+is its mesh's axis names and sizes and its partition spec; the process that has the devices makes
+the mesh again. The mesh here may be of devices that this process has or a
 `jax.sharding.AbstractMesh`. Every other sharding is taken as: whole, on each device.
 """
 

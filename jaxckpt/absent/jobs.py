@@ -15,7 +15,6 @@ Needed: libtpu for TPUs (`pip install 'jaxckpt[tpu]'`), JAX's CUDA plugin for NV
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from jaxckpt.absent import launch
@@ -82,13 +81,8 @@ def measure_entry(entry: Entry, target: str | Target) -> MemoryReport:
       Unavailable: The target's compiler is not installed.
       WorkerError: The entry or the compiler failed.
     """
-    return _measure_entry(entry, target, launch.Processes())
-
-
-def _measure_entry(entry: Entry, target: str | Target, processes: launch.Processes) -> MemoryReport:
     target = _absent(target)
-    job = {"entry": entry.as_json()}
-    return _cached(entry_key(entry, target), target, job, processes=processes)
+    return _cached(entry_key(entry, target), target, {"entry": entry.as_json()})
 
 
 def entry_key(entry: Entry, target: Target, **asked: Any) -> str:
@@ -157,32 +151,13 @@ def measure_many(
     Raises:
       ValueError: `parallel` is less than 1.
     """
-    if parallel < 1:
-        raise ValueError(f"parallel is {parallel}; at least 1 process compiles")
-    processes = launch.Processes()
-    results: list[Any] = [None] * len(jobs)
-    pool = ThreadPoolExecutor(parallel)
-    try:
-        futures = {
-            pool.submit(_try, entry, target, processes): place
-            for place, (entry, target) in enumerate(jobs)
-        }
-        for future in as_completed(futures):
-            place = futures[future]
-            results[place] = future.result()
-            if progress is not None:
-                progress(place, results[place])
-    finally:  # interrupted, or `progress` raised: leave no process behind
-        pool.shutdown(wait=False, cancel_futures=True)
-        processes.stop()
-    return results
+    return launch.in_parallel(_try, jobs, parallel, progress)
 
 
-def _try(
-    entry: Entry, target: str | Target, processes: launch.Processes
-) -> MemoryReport | JobFailure:
+def _try(job: tuple[Entry, str | Target]) -> MemoryReport | JobFailure:
+    entry, target = job
     try:
-        return _measure_entry(entry, target, processes)
+        return measure_entry(entry, target)
     except Exception as error:  # whatever it is, it is this job's result and no other's
         return JobFailure(entry=entry, target=str(target), error=error)
 
@@ -195,16 +170,11 @@ def _absent(target: str | Target) -> Target:
 
 
 def _cached(
-    name: str,
-    target: Target,
-    job: Mapping[str, Any],
-    *,
-    program: bytes = b"",
-    processes: launch.Processes | None = None,
+    name: str, target: Target, job: Mapping[str, Any], *, program: bytes = b""
 ) -> MemoryReport:
     report = cache.load(name)
     if report is None:
         launch.check_available(target)
-        report = launch.run({**job, "target": target.name}, program, target, processes)
+        report = launch.run({**job, "target": target.name}, program, target)
         cache.store(name, report)
     return report

@@ -14,9 +14,11 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.plans.errors import UserError
@@ -102,6 +104,46 @@ class Processes:
                 process.kill()
 
 
+# Those that a thread of `in_parallel` starts; None in any other thread.
+_PROCESSES: ContextVar[Processes | None] = ContextVar("processes", default=None)
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+
+def in_parallel(
+    work: Callable[[Item], Answer],
+    items: Sequence[Item],
+    parallel: int,
+    progress: Callable[[int, Answer], None] | None = None,
+) -> list[Answer]:
+    """Returns what `work` makes of each item, in their order, some at once in threads.
+
+    Args:
+      work: May start processes (`run_module`). Where this call is interrupted, they are ended.
+      items: What to work on.
+      parallel: Threads at once.
+      progress: Called here with an item's place and its answer as each ends, one at a time.
+
+    Raises:
+      ValueError: `parallel` is less than 1.
+    """
+    if parallel < 1:
+        raise ValueError(f"parallel is {parallel}; at least 1 process compiles")
+    processes, answers = Processes(), {}
+    pool = ThreadPoolExecutor(parallel, initializer=_PROCESSES.set, initargs=(processes,))
+    try:
+        places = {pool.submit(work, item): place for place, item in enumerate(items)}
+        for future in as_completed(places):
+            place = places[future]
+            answers[place] = future.result()
+            if progress is not None:
+                progress(place, answers[place])
+    finally:  # interrupted, or `progress` raised: leave no process behind
+        pool.shutdown(wait=False, cancel_futures=True)
+        processes.stop()
+    return [answers[place] for place in range(len(items))]
+
+
 def check_available(target: Target):
     """Raises `Unavailable` if what compiles for a target is not installed."""
     modules, extra = _NEEDED[target.backend]
@@ -119,30 +161,23 @@ def _is_there(module: str) -> bool:
         return False
 
 
-def run(
-    job: Mapping[str, Any], program: bytes, target: Target, processes: Processes | None = None
-) -> MemoryReport:
+def run(job: Mapping[str, Any], program: bytes, target: Target) -> MemoryReport:
     """Compiles a job in a fresh process.
 
     Args:
       job: What `worker.py` reads, JSON values.
       program: An exported program, or nothing.
       target: The absent target.
-      processes: Those of the caller, if it may have to end them.
 
     Raises:
       WorkerError: The job failed, or the process died.
     """
-    result = run_module("jaxckpt.memory.worker", job, program, target, processes)
+    result = run_module("jaxckpt.memory.worker", job, program, target)
     return MemoryReport.from_json(result["report"])
 
 
 def run_module(
-    module: str,
-    job: Mapping[str, Any],
-    program: bytes,
-    target: Target,
-    processes: Processes | None = None,
+    module: str, job: Mapping[str, Any], program: bytes, target: Target
 ) -> dict[str, Any]:
     """Does a job in a fresh process with a target's environment, and returns its result as JSON.
 
@@ -152,11 +187,11 @@ def run_module(
       job: JSON values.
       program: Bytes, or nothing.
       target: The absent target.
-      processes: Those of the caller, if it may have to end them.
 
     Raises:
       WorkerError: The job failed, or the process died.
     """
+    processes = _PROCESSES.get() or Processes()
     with tempfile.TemporaryDirectory(prefix="jaxckpt-") as name:
         folder = Path(name)
         (folder / "job.json").write_text(json.dumps(job))
@@ -164,9 +199,7 @@ def run_module(
         command = [sys.executable, "-P", "-m", module, name]
         streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
         with (folder / "log").open("w") as log:
-            code = (processes or Processes()).run(
-                command, env=environment(target), stdout=log, **streams
-            )
+            code = processes.run(command, env=environment(target), stdout=log, **streams)
         try:
             result = json.loads((folder / "result.json").read_text())
         except FileNotFoundError:

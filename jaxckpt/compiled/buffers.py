@@ -6,11 +6,10 @@ is no such list, the largest values of which no two share memory. Names of instr
 operation and the source line in the program's text. These are texts for people and change with
 every version: what is not understood is left out and counted, and nothing here raises.
 
-Source lines of instructions in a dumped XLA program.
-
-Older XLA writes `source_file` and `source_line` into an instruction's metadata. Newer XLA writes
-the number of a stack frame, and tables of frames, locations and file names at the program's top;
-there the innermost frame outside of installed packages is taken: the user's own line.
+`SourceLines` finds an instruction's line of source. Older XLA writes `source_file` and
+`source_line` into an instruction's metadata. Newer XLA writes the number of a stack frame, and
+tables of frames, locations and file names at the program's top; there the innermost frame outside
+of installed packages is taken: the user's own line.
 """
 
 import dataclasses

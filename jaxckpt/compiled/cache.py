@@ -8,6 +8,7 @@ one that is another program's is wrong. Files appear whole, so processes may sha
 one that cannot be read is measured again.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -15,7 +16,7 @@ import json
 import os
 import re
 import sys
-import tempfile
+import uuid
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -95,18 +96,32 @@ def load_json(name: str) -> Any:
 
 def store_json(name: str, values: Any):
     """Keeps JSON values, as `store` does a report."""
-    path, part = _path(name), None
+    path = _path(name)
     if path is None:
         return
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            part = file.name
-            json.dump(values, file)
-        os.replace(part, path)
-    except OSError:
-        if part is not None:
-            Path(part).unlink(missing_ok=True)
+        write_whole(path, json.dumps(values))
+
+
+def write_whole(path: Path, content: str | bytes):
+    """Makes a file that is either the old one or the new one, never half of it.
+
+    Args:
+      path: The file.
+      content: All of it; text becomes UTF-8.
+
+    Raises:
+      OSError: It cannot be written; nothing is left of it.
+    """
+    part = path.absolute().with_name(f".part-{uuid.uuid4().hex}")
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        part.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first error is the one to know
+            part.unlink()
+        raise
 
 
 def _path(name: str) -> Path | None:

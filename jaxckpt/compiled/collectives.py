@@ -5,15 +5,14 @@
 
 The partitioner decides what is sent, so a jaxpr does not show it. The text does: every collective
 with its shape and its groups, and the loops around it. Trips are the loop's bound; the executor's
-loops have none in the program and say their mean in their name (`transforms.trips`).
+loops have none in the program and say their mean in their name (`transforms.jaxprs.trips`).
 
 Bytes are those that one device sends in a ring: a gather of n bytes over g devices sends
 n (g - 1) / g, a reduction twice that (Thakur et al. 2005, Optimization of collective communication
 operations in MPICH, section 4).
 
-A compiled program's text as computations that call one another, and how often its loops run.
-
-Which devices a collective joins, as XLA's text says it: a list, an iota, or axes of a mesh.
+The text is read as computations that call one another, with the trips of their loops. The devices
+that a collective joins are written as a list, an iota, or axes of a mesh.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""A report from what XLA says of a compiled program: the rule for each number on each backend.
+"""The peak on each backend: a report made from what XLA says of a compiled program.
 
 The same field means different things on different backends, so each has its rule:
 
@@ -12,17 +12,20 @@ The same field means different things on different backends, so each has its rul
 On a TPU temporaries are what the peak leaves beside arguments and outputs. Host memory is apart
 from all of these.
 
-libtpu's refusals read as numbers: a step that does not fit still has a peak.
-
-libtpu raises RESOURCE_EXHAUSTED while it compiles, and words it differently in each version. All
-wordings below are real; `tests/compiled/oom_texts.json` keeps texts of libtpu 0.0.23, 0.0.42 and
+A step that libtpu refuses for its size still has a peak. libtpu raises RESOURCE_EXHAUSTED while it
+compiles, with sizes in the text, and words it differently in each version. All wordings below are
+real; `tests/compiled/oom_texts.json` keeps texts of libtpu 0.0.23, 0.0.42 and
 0.0.50. The figures in a text are rounded, so where the compiler also left its buffer assignment
 on disk (`buffers.read_totals`) that is what counts.
 """
 
 import dataclasses
 import re
+import tempfile
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -31,7 +34,8 @@ from jaxckpt.compiled.collectives import Links, traffic
 from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.compiled.understood import NOTHING_READ, Understood
 from jaxckpt.targets import present
-from jaxckpt.targets.target import LOCAL
+from jaxckpt.targets.links import links_of
+from jaxckpt.targets.target import LOCAL, Target
 from jaxckpt.units import gib
 
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -88,6 +92,49 @@ def _bytes(number: str, unit: str) -> int:
 
 
 _ASSIGNED = "main memory's buffer assignment"
+
+
+def compile_lowered(
+    lowered,
+    *,
+    target: Target = LOCAL,
+    flops: int,
+    options: Mapping[str, int | str] | None = None,
+) -> tuple[Any, MemoryReport]:
+    """Compiles a lowered function, and reads what the compiler leaves beside the program.
+
+    Args:
+      lowered: What `jax.jit(f).lower(...)` returns, of arguments that lie on the target's devices.
+      target: The chip, present or not.
+      flops: Of one call.
+      options: XLA's, by name.
+
+    Returns:
+      `(compiled, report)`. Where libtpu refuses a program for its size, `compiled` is None and the
+      report says what it needs.
+    """
+    chip = present.chip_of(target)
+    about: dict[str, Any] = {"target": target.name, "flops": flops}
+    about["usable_bytes"] = present.usable_bytes(target)
+    with tempfile.TemporaryDirectory(prefix="jaxckpt-") as dump:
+        started = time.perf_counter()
+        seconds = lambda: time.perf_counter() - started
+        try:
+            compiled = lowered.compile(compiler_options={"xla_dump_to": dump, **(options or {})})
+        except jax.errors.JaxRuntimeError as error:
+            found = parse(str(error)) if target.backend == "tpu" else None
+            if found is None:
+                raise
+            about |= {"compile_seconds": seconds(), "dump": Path(dump)}
+            return None, refused(found, num_devices=target.num_devices, **about)
+        return compiled, report_of(
+            compiled,
+            backend=None if target.backend == "local" else target.backend,
+            compile_seconds=seconds(),
+            dump=Path(dump),
+            links=None if chip is None else links_of(chip),
+            **about,
+        )
 
 
 def report_of(

@@ -5,9 +5,8 @@
 
 Calls (`jit`, `jax.checkpoint`, custom derivatives) are replaced by what they call, so a value can
 be followed across them. Loops, branches and kernels stay steps; `bodies` opens them. A value that
-is a constant of the jaxpr carries it along, into loops too.
-
-Where in the user's code a step of a jaxpr was written.
+is a constant of the jaxpr carries it along, into loops too. `where` says which line of the user's
+code wrote a step.
 """
 
 import dataclasses

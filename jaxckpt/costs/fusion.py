@@ -14,14 +14,13 @@ The rules, for one body without calls (`flat.Flat`):
 5. A slice or gather reads as much as it returns; an update in place moves the update. A fused
    group writes a row of a loop's stacked output directly, if nothing else needs that row in
    memory; otherwise the row is copied once more.
-6. Random bits and collectives take longer than their bytes (`fusion.py`).
+6. Random bits and collectives take longer than their bytes say. They are counted as the bytes of
+   device memory that take as long, so that a roofline needs no more rates.
 
 The real compiler fuses less in some places (reductions over different axes) and more in others
 (epilogues of matrix products).
 
-Steps that take longer than their bytes say: random bits and collectives.
-
-Both are told in bytes of device memory that take as long, so that a roofline needs no more rates.
+How rule 6 counts:
 
 - Threefry takes about 57 integer operations for each word of four bytes (20 rounds of an addition,
   a rotation and an exclusive or, and 5 times a key, for two words). At 14.8 T operations a second

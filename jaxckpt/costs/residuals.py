@@ -5,10 +5,9 @@ traced, once as it is and once under a plan's `jax.checkpoint`, and each leaf is
 step that makes it. Steps of two traces that compute the same thing from the same inputs get the
 same key, so a residual can be looked up in the other trace.
 
-The values of a block that a plan can name without a tag, as a trace of the block sees them.
-
-`transforms.invented` puts a tag on each of them; here these tags are found again in the flat steps
-of the block's `jax.vjp`. A tag in a loop's body belongs to what the loop stacks of it.
+A plan can name values that nobody tagged (`@dot.2`). `transforms.value_names` puts a tag on each of
+them, and these tags are found again in the steps of the block's `jax.vjp`. A tag in a loop's body
+belongs to what the loop stacks of it.
 """
 
 import dataclasses
@@ -22,7 +21,7 @@ from jax.core import Tracer
 
 from jaxckpt.costs.flat import Flat, Step, Value, bodies, flatten, where
 from jaxckpt.costs.flops import is_kernel
-from jaxckpt.plans import Plan, PlanError, Stage, as_plan
+from jaxckpt.plans import Plan, PlanError, Stage, as_plan, words
 from jaxckpt.transforms import jaxprs, tags, value_names
 from jaxckpt.transforms.checkpointed import Remat
 from jaxckpt.transforms.checks import check_carry
@@ -90,7 +89,7 @@ def checkpointed(block: Callable, stage: Stage) -> Callable:
     what their policies say.
     """
     policies = stage.policies
-    if stage.schedule in ("uniform", "every"):
+    if words.SCHEDULES[stage.schedule].keeps_segments:
         # The segment's input is what goes to the host, not the inputs of its blocks.
         policies = stage.inner_policies
         if not policies:
@@ -279,7 +278,7 @@ def _describe(step: Step) -> tuple[str, ...]:
 
 
 def all_named(block: Callable, *, opens_remat: bool = False) -> Callable:
-    """Returns a block with a tag on all that can have one; see `invented.named`."""
+    """Returns a block with a tag on all that can have one; see `value_names.named`."""
     return value_names.named(block, lambda name: True, opens_remat=opens_remat)
 
 

@@ -3,9 +3,8 @@
     print(jaxckpt.explain(block, params_i, x, num_blocks=28, plan="dots"))
 
 The block is traced, never run, so arguments may be `jax.ShapeDtypeStruct`s. What is listed is
-what `jax.vjp` keeps; XLA may drop a copy or merge two arrays that are equal.
-
-`Explanation`: the residuals of one block as frozen data, and the table that shows them.
+what `jax.vjp` keeps; XLA may drop a copy or merge two arrays that are equal. The answer is an
+`Explanation`: the residuals as frozen data, which print as a table.
 """
 
 import dataclasses

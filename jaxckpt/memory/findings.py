@@ -6,14 +6,6 @@
 Checks of a block trace it and run nothing; checks of a step read what the caller has compiled. A
 finding is a plan that works as written and does not do what it was written for; what cannot be
 meant at all is a `PlanError` instead.
-
-`Finding`: one line about a plan that does nothing, and its cure.
-
-Policies that do nothing for a block, found by tracing it.
-
-Checks of reports for plans that do not lower the peak.
-
-Checks of compiled steps for remat that the compiler has undone.
 """
 
 import dataclasses

@@ -10,10 +10,7 @@ need not be there (`jobs.py`).
 import dataclasses
 import functools
 import inspect
-import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,8 +21,6 @@ from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.costs.flops import count_flops
 from jaxckpt.costs.roofline import rates_of
 from jaxckpt.memory.built_step import BuiltStep, annotate
-from jaxckpt.targets.links import links_of
-from jaxckpt.targets.present import chip_of
 from jaxckpt.targets.target import LOCAL, Target, parse_target
 
 _EXECUTABLES = "jax_compilation_cache_dir"  # an attribute that JAX's types do not have
@@ -189,18 +184,9 @@ def _measure_here(made: Any, args: Sequence) -> MemoryReport:
 
 def _compile_here(traced, options: Mapping[str, int | str] | None = None):
     """Returns the report of a traced function, and its executable."""
-    lowered, chip = traced.lower(), chip_of(LOCAL)
-    with tempfile.TemporaryDirectory(prefix="jaxckpt-") as dump:
-        started = time.perf_counter()
-        compiled = lowered.compile(compiler_options={"xla_dump_to": dump, **(options or {})})
-        seconds = time.perf_counter() - started
-        report = peak.report_of(
-            compiled,
-            flops=count_flops(traced.jaxpr),
-            compile_seconds=seconds,
-            dump=Path(dump),
-            links=None if chip is None else links_of(chip),
-        )
+    lowered = traced.lower()
+    flops = count_flops(traced.jaxpr)
+    compiled, report = peak.compile_lowered(lowered, flops=flops, options=options)
     return _with_buffers(report, lowered, options), compiled
 
 

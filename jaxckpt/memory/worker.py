@@ -10,8 +10,6 @@ import dataclasses
 import importlib
 import json
 import sys
-import tempfile
-import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,13 +21,13 @@ from jax.experimental import topologies
 
 from jaxckpt.absent.exported import describe, rebuild
 from jaxckpt.compiled import peak
+from jaxckpt.compiled.cache import write_whole
 from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.costs.flops import count_flops
 from jaxckpt.costs.roofline import Rates
 from jaxckpt.memory.built_step import BuiltStep, annotate
 from jaxckpt.plans.errors import UserError
 from jaxckpt.targets.gpu_config import target_config
-from jaxckpt.targets.links import links_of
 from jaxckpt.targets.target import HOST_GPUS, Target, parse_target
 
 
@@ -47,9 +45,7 @@ def answer(folder: Path, work: Callable[[dict[str, Any]], dict[str, Any]]):
         found = {"kind": type(error).__name__, "detail": str(error)}
         found |= {"traceback": traceback.format_exc(), "is_users": isinstance(error, UserError)}
         result = {"error": found}
-    part = folder / "result.json.part"
-    part.write_text(json.dumps(result))
-    part.replace(folder / "result.json")
+    write_whole(folder / "result.json", json.dumps(result))
 
 
 def _run(job: dict[str, Any], folder: Path) -> MemoryReport:
@@ -69,7 +65,7 @@ def _run(job: dict[str, Any], folder: Path) -> MemoryReport:
         for at, aval in enumerate(exported.in_avals)
         if at in kept
     ]
-    report = compile_for(jitted.trace(*abstract), target, flops=job["flops"])
+    report = _compiled(jitted.trace(*abstract), target, job["flops"])
     return _named(report, [job["names"][flat] for flat in kept])
 
 
@@ -114,8 +110,7 @@ def measure_built(step: BuiltStep, target: Target, topology) -> MemoryReport:
     ]
     step = dataclasses.replace(step, args=tree.unflatten(placed))
     traced = jax.jit(step.fn, donate_argnums=step.donate_argnums).trace(*step.args)
-    flops = count_flops(traced.jaxpr)
-    report = compile_for(traced, target, flops=flops, options=step.compiler_options)
+    report = _compiled(traced, target, count_flops(traced.jaxpr), step.compiler_options)
     return annotate(step, traced.jaxpr, report, rates=Rates.of_chip(target.known_chip))
 
 
@@ -144,42 +139,12 @@ def _hosts(num_gpus: int) -> str:
     return f"1x{hosts}x{num_gpus // hosts}"
 
 
-def compile_for(
-    traced, target: Target, *, flops: int, options: Mapping[str, int | str] | None = None
+def _compiled(
+    traced, target: Target, flops: int, options: Mapping[str, int | str] | None = None
 ) -> MemoryReport:
-    """Compiles a traced function whose arguments lie on an absent target's devices.
-
-    Args:
-      traced: What `jax.jit(f).trace(...)` returns.
-      target: An absent one.
-      flops: Of the function.
-      options: XLA's, by name.
-
-    Returns:
-      Its report; for a TPU program that libtpu refuses for its size, what it needs.
-    """
+    """Returns the report of a traced function, compiled for the devices of its arguments."""
     lowered = traced.lower(lowering_platforms=(target.backend,))
-    with tempfile.TemporaryDirectory(prefix="jaxckpt-") as dump:
-        shared = {"target": target.name, "flops": flops, "dump": Path(dump)}
-        shared["usable_bytes"] = target.usable_bytes
-        started = time.perf_counter()
-        seconds = lambda: time.perf_counter() - started
-        try:
-            compiled = lowered.compile(compiler_options={"xla_dump_to": dump, **(options or {})})
-        except jax.errors.JaxRuntimeError as error:
-            found = peak.parse(str(error)) if target.backend == "tpu" else None
-            if found is None:
-                raise
-            return peak.refused(
-                found, compile_seconds=seconds(), num_devices=target.num_devices, **shared
-            )
-        return peak.report_of(
-            compiled,
-            backend=target.backend,
-            compile_seconds=seconds(),
-            links=links_of(target.known_chip),
-            **shared,
-        )
+    return peak.compile_lowered(lowered, target=target, flops=flops, options=options)[1]
 
 
 if __name__ == "__main__":

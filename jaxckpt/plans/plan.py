@@ -6,13 +6,13 @@
 Everything is validated where it is made, without JAX. What only the block can tell (whether a name
 matches anything) is checked when the block is traced.
 
-The plan grammar's parser.
+The grammar:
 
     plan   := stage ("/" stage)*
     stage  := [count "x"] schedule ("+" policy)*      a bare policy is short for full+policy
 
-It only cuts text into words; what the words mean is checked by `Stage` and `Policy`, whose
-errors are given here the place in the text where they happened.
+The parser cuts text into words. `Stage` and `Policy` check what the words mean, and the parser adds
+to their errors the place in the text.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""A checkpointing schedule as frozen data: seven small actions, and the `Schedule` they make up.
+"""The six actions that a checkpointing schedule is made of, as frozen data.
 
     Schedule(num_blocks=2, actions=(
         Store(slot=0), Advance(start=0, stop=1), Record(start=1, stop=2), Reverse(block=1),

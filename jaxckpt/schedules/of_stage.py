@@ -8,13 +8,12 @@ planned is what runs.
 
 import dataclasses
 import functools
-import math
 
+from jaxckpt.plans import words
 from jaxckpt.plans.plan import Stage
 from jaxckpt.schedules.actions import Advance, Free, Load, Record, Store
 from jaxckpt.schedules.binomial import binomial
 from jaxckpt.schedules.schedule import Schedule
-from jaxckpt.schedules.segments import two_level, uniform
 
 # What `under_loss` adds to a schedule that records one block at a time: a carry, a block forward.
 HANDED_OVER = 1
@@ -25,8 +24,9 @@ def stack_schedule_of(stage: Stage) -> Schedule | None:
     """Returns the schedule that a stack runs in a bound stage, or None for `none` and `full`."""
     schedule = schedule_of(stage)
     # The last segment of `uniform` is kept from the forward pass, however short it is.
-    is_kept = stage.schedule in ("uniform", "every")
-    return schedule if schedule is None or is_kept else under_loss(schedule)
+    if schedule is None or words.SCHEDULES[stage.schedule].keeps_segments:
+        return schedule
+    return under_loss(schedule)
 
 
 @functools.lru_cache(maxsize=64)
@@ -78,32 +78,20 @@ def schedule_of(stage: Stage) -> Schedule | None:
     """
     if stage.count is None:
         raise ValueError(f"stage {str(stage)!r} is not bound to a number of blocks")
-    if stage.schedule in ("none", "full"):
+    if stage.schedule == "auto":
+        raise ValueError("auto is no schedule before the planner has chosen one")
+    makes = words.SCHEDULES[stage.schedule].makes
+    if makes is None:
         return None
-    return _SCHEDULES[stage.schedule](stage.count, stage.argument)
+    numbers = (stage.count,) if stage.argument is None else (stage.count, stage.argument)
+    return words.function_of(makes)(*numbers)
+
+
+def log(num_blocks: int) -> Schedule:
+    """Returns the binomial schedule with as many carries as `log` keeps."""
+    return binomial(num_blocks, log_slots(num_blocks))
 
 
 def log_slots(num_blocks: int) -> int:
     """Returns the carries that `log` keeps: one more than log2 L, rounded up."""
     return (num_blocks - 1).bit_length() + 1
-
-
-def _log(num_blocks: int, _) -> Schedule:
-    return binomial(num_blocks, log_slots(num_blocks))
-
-
-def _every(num_blocks: int, size: int) -> Schedule:
-    return uniform(num_blocks, math.ceil(num_blocks / size))
-
-
-def _sqrt(num_blocks: int, _) -> Schedule:
-    return two_level(num_blocks)
-
-
-_SCHEDULES = {
-    "uniform": uniform,
-    "every": _every,
-    "sqrt": _sqrt,
-    "log": _log,
-    "binomial": binomial,
-}

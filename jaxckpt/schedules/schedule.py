@@ -1,7 +1,8 @@
-"""Replays a schedule, refuses an illegal one, and counts what it does.
+"""`Schedule`: actions as frozen data, and the simulator that replays, refuses and counts them.
 
-The time is linear in the number of actions and blocks. Bytes are those of the model below, which
-is the one that `optimal_chain` plans with; what the compiler makes of it is for `measure` to say.
+The simulator's time is linear in the number of actions and blocks. Bytes are those of the model
+below, which is the one that `optimal_chain` plans with; what the compiler makes of it is for
+`measure` to say.
 """
 
 import dataclasses

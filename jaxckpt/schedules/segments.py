@@ -1,15 +1,14 @@
-"""Uniform segments: the inputs of n runs of blocks are kept, each run recorded when its turn comes.
+"""Schedules of segments: uniform ones, and two levels of them.
 
-With carries of `a` bytes and residuals of `R` bytes a block the peak is about
-`(n - 1) a + ceil(L / n) R + a`, which is least near `n = sqrt(L R / a)`, and one more forward of
-the recomputed blocks is all it costs (Chen et al. 2016, "Training deep nets with sublinear memory
-cost", section 4.1). It is not optimal at any budget; `optimal_chain` is.
+`uniform` keeps the inputs of n runs of blocks and records each run when its turn comes. With
+carries of `a` bytes and residuals of `R` bytes a block the peak is about `(n - 1) a + ceil(L / n) R
++ a`, which is least near `n = sqrt(L R / a)`, and one more forward of the recomputed blocks is all
+it costs (Chen et al. 2016, "Training deep nets with sublinear memory cost", section 4.1). It is not
+optimal at any budget; `optimal_chain` is.
 
-Two-level schedules: segments, and inside the live one the block inputs are kept again.
-
-With about sqrt(L) segments of sqrt(L) blocks this is the classic O(sqrt L) method (Chen et al.
-2016, Training deep nets with sublinear memory cost, section 4.1) for blocks whose residuals are
-much larger than their inputs: no more than one block's residuals are ever live.
+`two_level` keeps the block inputs of the live segment too, so that no more than one block's
+residuals are ever live. With about sqrt(L) segments of sqrt(L) blocks this is the classic
+O(sqrt L) method of the same section, for blocks whose residuals are much larger than their inputs.
 """
 
 import itertools
@@ -65,6 +64,11 @@ def uniform(num_blocks: int, segments: int, *, keep_last: bool = True) -> Schedu
         actions += [Load(slot), Free(slot), *_record_and_reverse(start, stop)]
     name = f"uniform(segments={segments}{'' if keep_last else ', keep_last=False'})"
     return Schedule(num_blocks, tuple(actions), name)
+
+
+def every(num_blocks: int, size: int) -> Schedule:
+    """Returns the uniform schedule whose segments have at most `size` blocks."""
+    return uniform(num_blocks, math.ceil(num_blocks / size))
 
 
 def _record_and_reverse(start: int, stop: int) -> list[Action]:

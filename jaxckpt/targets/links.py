@@ -1,6 +1,7 @@
-"""What a device sends to others in a second. Standard library only.
+"""The links of a device: to other devices, and to its host's memory. Standard library only.
 
-The link between a device and its host's memory, and what copies over it cost a computation.
+`Links` says what a device sends to others in a second, `HostLink` what copies to and from the host
+cost a computation.
 """
 
 import dataclasses

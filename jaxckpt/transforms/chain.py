@@ -100,7 +100,7 @@ def _run(blocks: Sequence[TracedBlock], plan: Plan | Schedule, nested: bool, car
     start = 0
     for stage in plan.stages:
         here = slice(start, start + stage.bound_count)
-        if not nested and stage.schedule in stack_executor.SCHEDULES:
+        if not nested and stack_executor.runs(stage):
             carry = chain_executor.run_stage(calls[here], carry, consts[here], stage)
         else:
             pairs = tuple(zip(calls[here], consts[here], strict=True))

@@ -131,10 +131,10 @@ def run_stage(blocks: Stacked | Listed, apply: Apply, carry, stage: Stage):
       stage: Bound, with resolved policies.
 
     Raises:
-      NotImplementedError: `binomial`, which no nesting of `jax.checkpoint` can express, or
+      NotImplementedError: `binomial` and others that no nesting of `jax.checkpoint` expresses, or
         `auto`, which a planner has to replace by a plan first.
     """
-    cuts, leaf = _CUTS[stage.schedule](stage)
+    cuts, leaf = _CUTS.get(stage.schedule, _not_nested)(stage)
     outer = Remat(policies=_OFFLOAD_CARRY if stage.offloads_carry else ())
     return _run(blocks, apply, carry, cuts, leaf, outer)
 
@@ -184,7 +184,7 @@ def _halves(length: int) -> tuple[int, ...]:
     return (length // 2, length // 2, *(1,) * (length % 2))
 
 
-def _binomial(stage: Stage):
+def _not_nested(stage: Stage):
     raise NotImplementedError(
         f"{stage} needs the schedule executor; of the nested schedules, log is the nearest"
     )
@@ -201,7 +201,6 @@ _CUTS = {
     "every": _uniform,
     "sqrt": _sqrt,
     "log": _log,
-    "binomial": _binomial,
     "auto": _auto,
 }
 

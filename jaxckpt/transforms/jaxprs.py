@@ -3,10 +3,9 @@
 The table of JAX's primitives is here, each by all the names that it had. JAX promises none of them,
 so no other file spells one, and `tests/test_canary.py` looks up what each JAX binds.
 
-How often a loop runs whose number of trips is not in the jaxpr.
-
-The executor's loops read their bounds from a table, so a jaxpr shows a `while` without a count. The
-executor knows the totals; it writes them into the name stack, where a FLOP counter finds them.
+Trips of loops are read here too. The executor's loops read their bounds from a table, so a jaxpr
+shows a `while` without a count. The executor knows the totals; it writes them into the name stack,
+where a FLOP counter finds them (`trips`).
 """
 
 import fractions

@@ -1,4 +1,4 @@
-"""From a stage's policies to the one callable that `jax.checkpoint` asks about every equation.
+"""How a plan's policies become a JAX policy: the one callable that `jax.checkpoint` asks.
 
 A policy is asked `policy(primitive, *avals, **params)` and answers whether the equation's outputs
 are saved, moved to the host or recomputed. Ours are made from JAX's public factories and cached,
@@ -90,8 +90,8 @@ def checkpoint_policy(policies: tuple[Policy, ...]) -> Callable | None:
     moved = _matcher(
         tags.CARRY if name == words.CARRY else name for name in patterns.get("offload", ())
     )
-    dots = _dots_policy(patterns)
-    attention = "attention" in patterns
+    saves = [words.POLICIES[kind].saves for kind in patterns]
+    rules = [words.function_of(text) for text in saves if text is not None]
     if "offload" in patterns:
         refuse_bad_offload()
 
@@ -100,10 +100,9 @@ def checkpoint_policy(policies: tuple[Policy, ...]) -> Callable | None:
             name = params["name"]
             if moved(name):
                 return _offload_policy(name)(primitive, *avals, **params)
-            return saved(name) or (attention and name == tags.ATTENTION)
-        if attention and primitive.name in tags.ATTENTION_PRIMITIVES:
-            return True
-        return dots(primitive, *avals, **params)
+            if saved(name):
+                return True
+        return any(rule(primitive, *avals, **params) for rule in rules)
 
     return policy
 
@@ -119,14 +118,6 @@ def _matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
         return any(words.matches(invented or name, pattern) for pattern in patterns)
 
     return matches
-
-
-def _dots_policy(kinds) -> Callable:
-    if "dots" in kinds:
-        return jax.checkpoint_policies.dots_saveable
-    if "dots_no_batch" in kinds:
-        return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint_policies.nothing_saveable
 
 
 def bad_offload(backend: str) -> str | None:

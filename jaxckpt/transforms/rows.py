@@ -1,24 +1,22 @@
-"""A block's row of the stacked parameters, read where the block is run.
+"""Rows of stacked arrays: parameters that blocks read, slots for carries, stacked residuals.
 
-A loop reads each block's row as it comes to it. Unrolled, the rows are values of the program: XLA
-finds that the backward pass reads the same ones and keeps every row of the forward pass until then,
-a second copy of all parameters. `read_inside` moves the reading into the checkpointed block, behind
-its barrier, so that a row is read when it is used, and again when the block is run again. So is
-what the block makes of its row alone, such as a cast to bfloat16.
+**Parameters.** A loop reads each block's row as it comes to it. Unrolled, the rows are values of
+the program: XLA finds that the backward pass reads the same ones and keeps every row of the forward
+pass until then, a second copy of all parameters. `read_inside` moves the reading into the
+checkpointed block, behind its barrier, so that a row is read when it is used, and again when the
+block is run again. So is what the block makes of its row alone, such as a cast to bfloat16.
 
-Slots for carries that a schedule keeps: arrays with a row a slot, on the device or on the host.
+**Slots** hold the carries that a schedule keeps, in arrays with a row a slot. A carry is a list of
+leaves, and so are its slots. What is in a slot before it is written is never read. On the host they
+are in pinned memory; a carry crosses the link when it is stored or loaded. Random keys stay on the
+device: JAX forgets where an array of them is.
 
-A carry is a list of leaves, and so are its slots. What is in a slot before it is written is never
-read. On the host they are in pinned memory; a carry crosses the link when it is stored or loaded.
-Random keys stay on the device: JAX forgets where an array of them is.
-
-Where a row of stacked residuals lies in memory: as it is written, on a GPU.
-
-XLA chooses the layout of every array in a loop by the operations that read it. An attention kernel
-made of matmuls wants its operands transposed, and so XLA for GPUs transposes the whole stack of
-them at once before the loop that reads it: a second copy of what was kept, 9.6 GiB of 26 for
-Qwen3-0.6B's block at 7 blocks of 32 x 1024 tokens. Rows pinned to the order they are written in
-are transposed one at a time instead.
+**Layout.** On a GPU a row of stacked residuals lies in memory as it is written. XLA chooses the
+layout of every array in a loop by the operations that read it. An attention kernel made of matmuls
+wants its operands transposed, and so XLA for GPUs transposes the whole stack of them at once before
+the loop that reads it: a second copy of what was kept, 9.6 GiB of 26 for Qwen3-0.6B's block at 7
+blocks of 32 x 1024 tokens. Rows pinned to the order they are written in are transposed one at a
+time instead.
 
 TPUs lay arrays out in tiles, and choose better without advice; CPUs copy nothing here.
 """

@@ -133,7 +133,7 @@ def _run(
     reads_whole = rows.reads_inside(plan, unroll)
     for stage in plan.stages:
         part = _rows(params, start, start + stage.bound_count, plan.bound_count)
-        if not nested and stage.schedule in stack_executor.SCHEDULES:
+        if not nested and stack_executor.runs(stage):
             carry = stack_executor.run_stage(call, part, carry, consts, stage, unroll)
         else:
             blocks = reference.Stacked(

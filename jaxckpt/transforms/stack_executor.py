@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxckpt.plans import Stage
+from jaxckpt.plans import Stage, words
 from jaxckpt.schedules.of_stage import stack_schedule_of
 from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms import rows as slots_of
@@ -32,9 +32,6 @@ from jaxckpt.transforms.policies import checkpoint_policy, refuse_bad_offload
 from jaxckpt.transforms.rows import row_major
 from jaxckpt.transforms.tables import Table, make_table
 from jaxckpt.transforms.traced_block import abstract, first_block
-
-# The schedules that the executor runs; `none` and `full` are plain loops.
-SCHEDULES = frozenset({"uniform", "every", "sqrt", "log", "binomial"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,8 +50,13 @@ class How:
     checkpoint: Callable | None = None
 
 
+def runs(stage: Stage) -> bool:
+    """Returns whether the executor runs a stage; `none` and `full` are plain loops."""
+    return words.SCHEDULES[stage.schedule].makes is not None
+
+
 def run_stage(call: Callable, params, carry, consts, stage: Stage, unroll: int) -> list:
-    """Returns the carry after a bound stage of one of `SCHEDULES`; see `run_schedule`."""
+    """Returns the carry after a bound stage that the executor runs; see `run_schedule`."""
     policy = checkpoint_policy(stage.inner_policies)
     # A block is recorded in one loop and reversed in another, which keeps them apart.
     checkpoint = functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)

@@ -55,6 +55,13 @@ def is_reserved(name: str) -> bool:
     return name.startswith(_RESERVED)
 
 
+def is_of_attention(primitive, *_, **params) -> bool:
+    """Returns whether an equation makes what an attention kernel's backward pass reads."""
+    if primitive.name == jaxprs.TAG:
+        return params["name"] == ATTENTION
+    return primitive.name in ATTENTION_PRIMITIVES
+
+
 def of_invented(name: str) -> str:
     """Returns the tag of an invented name, such as `@dot.2`."""
     return _VALUE + name.removeprefix(words.INVENTED)

@@ -12,10 +12,9 @@ of a primitive or of a `jax.custom_jvp` makes, and casts of the block's paramete
 them before the block and some in it, and its names must not depend on that. Names follow the
 jaxpr: another release of JAX may count otherwise.
 
-Edits of jaxprs, one equation at a time: tagged, opened, replaced.
-
-Nothing is traced again but the equation itself, so what an edited jaxpr computes, and where in the
-user's code each step of it was written, stays as it was.
+A tag is put in by editing the jaxpr, one equation at a time. Nothing is traced again but the
+equation itself, so what an edited jaxpr computes, and where in the user's code each step of it was
+written, stays as it was.
 """
 
 import copy

@@ -201,7 +201,7 @@ def test_a_schedule_on_the_host_is_the_fastest_that_fits(chip):
     """Room for five carries here and eight there: not for all blocks' inputs on either side."""
     found = deep_fit(5, on_host=8)
     stage = found.plan.stages[0]
-    assert stage.schedule in stack_executor.SCHEDULES and stage.offloads_carry
+    assert stack_executor.runs(stage) and stage.offloads_carry
     assert 0 < found.chosen.host_bytes <= 8 * WIDE
     where = "carries in slots on the host, a segment's residuals in turn"
     assert found.keeps[0].endswith(where)
@@ -216,9 +216,7 @@ def test_a_host_with_too_little_room_gets_nothing(chip, on_host):
     found = deep_fit(5, on_host)
     assert not any(stage.offloads_carry for stage in found.plan.stages)
     assert not any(
-        s.schedule in stack_executor.SCHEDULES and s.offloads_carry
-        for one in found.table
-        for s in one.plan.stages
+        stack_executor.runs(s) and s.offloads_carry for one in found.table for s in one.plan.stages
     )
 
 
