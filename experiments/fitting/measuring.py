@@ -61,7 +61,9 @@ def measure_all(
             config, target = cases[place]
             progress.update(task, advance=1, last=f"{config.remat} on {target}")
 
-        work = lambda case: _row(*case, largest, here)
+        def work(case: tuple[TrainConfig, str]) -> FitRow:
+            return _row(case[0], case[1], largest, here)
+
         return launch.in_parallel(work, cases, parallel, show)
 
 
