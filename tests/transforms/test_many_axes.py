@@ -90,7 +90,7 @@ loss = lambda run: lambda w, x: jnp.sin(run(w, x)).sum()
 gradients = lambda run: jax.jit(jax.grad(loss(run), (0, 1)))(W, X)
 
 def check(name, got, want, bound=2e-5):
-    for a, b in zip(got, want, strict=True):
+    for a, b in zip(map(np.asarray, got), map(np.asarray, want), strict=True):
         assert np.abs(a - b).max() <= bound * np.abs(b).max(), name
 
 def mean(x, w):
@@ -118,7 +118,7 @@ explicit = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
 put = lambda x, *spec: jax.device_put(x, NamedSharding(explicit, P(*spec)))
 with jax.set_mesh(explicit):
     for run in (stack, chain):
-        for plan in (*PLANS, "full+offload:carry", "sqrt+offload:carry"):
+        for plan in PLANS:
             got = jax.jit(jax.grad(loss(lambda w, x: run(w, x, plan)), (0, 1)))(put(W), put(X, "d"))
             check((run, plan, "explicit"), got, plain)
             assert got[1].sharding.spec[0] == "d", (run, plan, got[1].sharding)
