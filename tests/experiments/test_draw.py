@@ -148,7 +148,7 @@ def test_no_matplotlib(monkeypatch, tmp_path, capsys):
         (["auto"], "auto has no schedule of its own; draw the plan that it chose"),
         (["sqrt", "--blocks=0"], "blocks is 0; the least is 1"),
         (["binomial:9", "--blocks=8"], "the most is binomial:8"),
-        (["binomial:1", "--blocks=2000"], "runs 2,001,000 blocks, a picture shows 100,000 at most"),
+        (["binomial:1", "--blocks=2000"], "runs 2,001,001 blocks, a picture shows 100,000 at most"),
         (["sqrt", "-o=plan.sgv"], "ends in '.sgv' (did you mean '.svg'?); valid: .txt, .svg, .png"),
         (["sqrt", "-o=nowhere/plan.svg"], "there is no folder nowhere"),
         ([], "--plan requires an argument"),
