@@ -49,6 +49,7 @@ from jaxckpt.targets.target import LOCAL
 
 _SAMPLED_TOKENS = 240
 _WARM_UP = 2  # the first step loads the program, the second one is dispatched meanwhile
+_LEAST_SECONDS = 1e-6  # of a coarse clock
 _MOST_TIMED, _TIMED_SHARE = 10, 20  # steps that time the device: one in 20, at most 10
 
 
@@ -286,7 +287,8 @@ class _Training:
     def _record_step(self, number: int, metrics: dict[str, Any]):
         config = self.config
         before, self.since = self.since, time.perf_counter()
-        seconds = self.since - before
+        # Where the host is slower than the device, the last two steps are read at one moment.
+        seconds = max(self.since - before, _LEAST_SECONDS)
         self.seconds.append(seconds)
         row = {
             "step": number,
