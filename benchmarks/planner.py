@@ -21,7 +21,7 @@ from typing import Annotated, Any
 from cyclopts import App, Parameter
 
 from benchmarks.planner_parts.bounds import check, line, summaries
-from benchmarks.planner_parts.process import Case, run_part
+from benchmarks.planner_parts.part import Case, run_part
 from benchmarks.record import write
 from jaxckpt.absent import launch
 from jaxckpt.compiled import cache

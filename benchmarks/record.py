@@ -1,10 +1,9 @@
-"""A benchmark's record on disk: JSON, whole or not at all. Imports no JAX.
+"""A benchmark's record: where it comes from, its parts in processes, and where it is written.
 
-A part of a benchmark in a fresh process: what it prints as lines of JSON, as it prints them.
-
-Where a number comes from: the command, the commit, versions and the device.
-
-Writes a table into docs/theory.md between two markers, with the command that made it.
+`values_of` yields what a part in a fresh process prints as lines of JSON, as it prints them.
+`origin` is the command, the commit, versions and the device. `write` puts the record on disk whole,
+`write_section` its table into docs/theory.md between two markers. JAX is imported for the device
+alone.
 """
 
 import json
@@ -15,8 +14,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from benchmarks.result import Result, markdown
 from experiments.provenance import ROOT, commit, versions
@@ -81,6 +78,8 @@ _PACKAGES = ("jaxckpt", "jax", "jaxlib", "flax", "libtpu")
 
 def origin(command: str) -> dict[str, Any]:
     """Returns the command, the commit ("unknown" outside a checkout), versions and the device."""
+    import jax  # by who has chosen its platform
+
     return {
         "command": command,
         "commit": commit(),
@@ -92,6 +91,8 @@ def origin(command: str) -> dict[str, Any]:
 
 def device() -> str:
     """Returns the first device as text, such as `"cpu (x86_64)"` or `"gpu (NVIDIA H200)"`."""
+    import jax
+
     first = jax.devices()[0]
     kind = platform.machine() if first.platform == "cpu" else first.device_kind
     return f"{first.platform} ({kind})"

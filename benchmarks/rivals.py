@@ -26,7 +26,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from benchmarks.record import ChildError, write
 from benchmarks.rivals_parts.bounds import check, result
-from benchmarks.rivals_parts.process import SHAPES, Case, run_part
+from benchmarks.rivals_parts.part import SHAPES, Case, run_part
 from benchmarks.step import gpu
 from experiments.cli import fail
 from experiments.config import ConfigError

@@ -1,6 +1,9 @@
 """`python -m benchmarks.executor`: its parts in small form, its exit code, what it writes."""
 
+import importlib
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -123,3 +126,31 @@ def test_the_step_benchmark_tells_what_fails():
 )
 def test_kernels_are_told_by_name(name, kind):
     assert step_jax.kind_of(name) == kind
+
+
+def test_what_starts_processes_imports_no_jax():
+    """They choose the platform, and leave the chip to the processes."""
+    code = (
+        "import sys\n"
+        "from benchmarks import peaks, planner, rivals, step, xla_options\n"
+        "print('jax' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
+
+
+@pytest.mark.parametrize("part", ["planner_parts", "rivals_parts"])
+def test_the_process_of_a_part_is_there(part, monkeypatch):
+    module = importlib.import_module(f"benchmarks.{part}.part")
+    started = []
+    monkeypatch.setattr(
+        module, "values_of", lambda name, *_, **__: started.append(name) or iter(())
+    )
+    if part == "planner_parts":
+        case = module.Case(batch_size=2, seq_len=64, target="v5e-1", budgets=1)
+        list(module.run_part(case, []))
+    else:
+        list(module.run_part("8x1024", module.SHAPES["8x1024"], None, {}))
+    assert [importlib.util.find_spec(f"benchmarks.{name}") is not None for name in started] == [
+        True
+    ]

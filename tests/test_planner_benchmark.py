@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import planner as command
 from benchmarks.planner_parts.bounds import check, figures, line, summaries
-from benchmarks.planner_parts.process import Case, run_part
+from benchmarks.planner_parts.part import Case, run_part
 from jaxckpt.absent import launch
 from jaxckpt.targets.target import parse_target
 

@@ -9,7 +9,7 @@ from benchmarks import fixed_plans as plans
 from benchmarks import rivals as command
 from benchmarks.record import ChildError
 from benchmarks.rivals_parts import bounds
-from benchmarks.rivals_parts.process import SHAPES
+from benchmarks.rivals_parts.part import SHAPES
 
 GIB = 1 << 30
 KEPT = plans.canonical(plans.MAXTEXT["minimal_with_context"])

@@ -3,11 +3,8 @@
 `python -m benchmarks.planner_parts.process CASE DONE` prints a row as a line of
 JSON as soon as it is known.
 Peaks are kept on disk by program, not by the sources that made it: another planner finds them.
-
-One part of `benchmarks.planner`: a step, a chip, budgets; planned for by one fresh process.
 """
 
-import dataclasses
 import json
 import sys
 import time
@@ -17,11 +14,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.fixed_plans import fixed
-from benchmarks.record import values_of
+from benchmarks.planner_parts.part import Case
 from benchmarks.shapes import QWEN3, TINY
 from experiments.config import TrainConfig
 from experiments.training.build import build
-from jaxckpt.absent import launch
 from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.costs.flops import count_flops
 from jaxckpt.costs.roofline import UNKNOWN, rates_of
@@ -34,44 +30,6 @@ from jaxckpt.planner.result import BudgetError
 from jaxckpt.planner.steps import Steps
 from jaxckpt.plans import Plan
 from jaxckpt.targets.target import parse_target
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """A step, a chip and how many budgets to plan for; `tiny` is a model for trying the script."""
-
-    target: str
-    batch_size: int
-    seq_len: int
-    budgets: int
-    tiny: bool = False
-
-    def changed(self, budgets: int | None, tiny: bool) -> "Case":
-        """Returns the case with another number of budgets, unless None, or as a tiny one."""
-        size = {"batch_size": 2, "seq_len": 64, "tiny": True} if tiny else {}
-        return dataclasses.replace(self, budgets=budgets or self.budgets, **size)
-
-    def as_json(self) -> dict[str, Any]:
-        """Returns the fields as JSON values."""
-        return dataclasses.asdict(self)
-
-
-def run_part(case: Case, done: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a case as they finish, from a fresh process with its chip's compiler.
-
-    Args:
-      case: Of an absent chip.
-      done: Places of budgets that are not asked for again.
-
-    Raises:
-      RuntimeError: The process failed; with the last line that it wrote.
-    """
-    if len(done) >= case.budgets:
-        return
-    environment = launch.environment(parse_target(case.target))
-    asked = (case.as_json(), list(done))
-    yield from values_of("planner_rows", *asked, environment=environment, name=case.target)
-
 
 _NONE = Plan.parse("none")
 

@@ -8,15 +8,12 @@ A shape takes about 25 compilations: three anchors of the planner and its leanes
 fixed plans, two more a budget. Where time is short, fixed plans are compiled for half of it and
 the planner's for most of the rest; what is left is timing. Compilations that
 `JAX_COMPILATION_CACHE_DIR` has kept take a second each.
-
-One shape of `benchmarks.rivals`, measured by one fresh process, which holds the chip.
 """
 
-import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,7 +22,8 @@ import numpy as np
 
 from benchmarks.fixed_plans import fixed
 from benchmarks.planner_parts.process import least_bytes
-from benchmarks.record import device, values_of
+from benchmarks.record import device
+from benchmarks.rivals_parts.part import Case
 from benchmarks.rivals_parts.programs import Program, Programs, Turns, failed
 from benchmarks.shapes import QWEN3, TINY
 from experiments.config import TrainConfig
@@ -38,61 +36,6 @@ from jaxckpt.plans import Plan
 from jaxckpt.targets.present import usable_bytes
 from jaxckpt.targets.target import LOCAL
 from jaxckpt.units import gib
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """A step, the budgets to plan for, and how often each program is timed.
-
-    Attributes:
-      batch_size: Sequences.
-      seq_len: Tokens in each.
-      budgets: How many, from the least that works to what `none` needs.
-      rounds: Turns of each program.
-      steps: Timed in a turn.
-      tiny: A model for trying the script.
-    """
-
-    batch_size: int
-    seq_len: int
-    budgets: int = 5
-    rounds: int = 7
-    steps: int
-    tiny: bool = False
-
-    def changed(self, budgets: int, tiny: bool) -> "Case":
-        """Returns the case with another number of budgets, or as a tiny one."""
-        size = {"batch_size": 2, "seq_len": 64, "rounds": 3} if tiny else {}
-        return dataclasses.replace(self, budgets=budgets, tiny=tiny, **size)
-
-    def as_json(self) -> dict[str, Any]:
-        """Returns the fields as JSON values."""
-        return dataclasses.asdict(self)
-
-
-SHAPES = {
-    "8x1024": Case(batch_size=8, seq_len=1024, steps=5),
-    "2x16384": Case(batch_size=2, seq_len=16384, steps=1),
-}
-
-
-def run_part(
-    name: str, case: Case, seconds: float | None, environment: Mapping[str, str]
-) -> Iterator[dict[str, Any]]:
-    """Yields what is known of a shape, more each time, with what is being done as `says`.
-
-    Args:
-      name: The shape's.
-      case: What is measured.
-      seconds: What it may take; None for as long as it takes.
-      environment: Of the process.
-
-    Raises:
-      RuntimeError: The process failed; with the last line that it wrote.
-    """
-    asked = (case.as_json(), seconds)
-    yield from values_of("rivals_shape", *asked, environment=environment, name=name)
-
 
 _FIXED_SHARE, _OURS_SHARE = 0.5, 0.85
 _THREADS = 4  # of compiling
