@@ -57,7 +57,7 @@ def planner(
     cases = _cases(part, budgets, tiny)
     command = _command(output, part, budgets, tiny)
     # What decides an answer beside the compiled peaks, which are kept by program.
-    sources = cache.key(sources=cache.digest_of_sources({"benchmarks"}))[:16]
+    sources = cache.digest_of_sources({"benchmarks"})[:16]
     rows = _resume(output, sources)
     for name, case in cases.items():
         made = {"part": name, "sources": sources, "case": case.as_json()}

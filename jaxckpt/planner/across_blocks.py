@@ -93,7 +93,8 @@ def schedules(
         ("binomial", slots, slots, binomial_extra_forwards(count, slots))
         for slots in range(1, count)
     ]
-    slots, two = min(log_slots(count), count), two_level(count)
+    # No schedule keeps more than the inputs of all blocks but the last.
+    slots, two = min(log_slots(count), max(count - 1, 1)), two_level(count)
     singles.append(("log", None, slots, binomial_extra_forwards(count, slots)))
     singles.append(("sqrt", None, two.peak_slots, two.extra_forwards))
     recorded = dataclasses.replace(none, live_bytes=none.kept_bytes)  # one block at a time
