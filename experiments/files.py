@@ -92,7 +92,7 @@ def write_text(path: Path, text: str):
 
 @contextlib.contextmanager
 def own_folder(folder: Path, command: str, record: str, *, is_new: bool = False) -> Iterator[Path]:
-    """A context in which this process alone writes to a folder, made where there is none.
+    """A context in which this process alone writes to a folder, made if it is missing.
 
     What was made is removed again if nothing has been added to it by the end.
 

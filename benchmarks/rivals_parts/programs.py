@@ -37,7 +37,7 @@ class Program:
       compiled: To be called with state and batch; None after an error.
       report: The compiler's, likewise.
       seconds: What building and compiling took.
-      failure: Why there is none.
+      failure: Why the row has no report.
     """
 
     plan: str

@@ -214,7 +214,7 @@ def _progress(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
 
 
 def _kept(key: str, write: Callable[[BinaryIO, BinaryIO], dict[str, Any]]) -> Encoded:
-    """Returns kept tokens, or those that `write` writes, which are kept then.
+    """Returns kept tokens; without them, keeps and returns what `write` writes.
 
     Files appear whole, by the renaming of a folder. Where none can be kept, a temporary one is
     used, and gone as soon as it is open.

@@ -104,7 +104,7 @@ def packed_validation_batches(
 
     Args:
       rows: The rows.
-      batch_size: Rows of a batch; those that the last one has too many are -1 throughout.
+      batch_size: Rows of a batch; the last batch is filled up with rows of -1.
       max_batches: The most batches.
     """
     chosen = spread(len(rows) - 1, min(max_batches * batch_size, len(rows)))

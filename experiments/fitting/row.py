@@ -43,7 +43,7 @@ class FitRow:
 
     @property
     def traceback(self) -> str:
-        """Where the failure was raised, those that it follows from included."""
+        """The traceback of the failure, with the errors that caused it."""
         return "".join(traceback.format_exception(self.failure))
 
     @property

@@ -112,7 +112,7 @@ def _number(value: float | None, unit: float, form: str = "{:.2f}") -> str:
 
 
 def _findings(rows: Sequence[FitRow], largest: str | None):
-    """Yields each row with each of its findings, those that compare it with `none` too.
+    """Yields each row with each of its findings, the comparison with `none` included.
 
     What was not understood of the compiler's texts is one of them.
     """

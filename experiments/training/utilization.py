@@ -1,6 +1,6 @@
 """How much of its devices' peak a step reaches: MFU and HFU (Chowdhery et al. 2022, PaLM).
 
-Both count matrix products and attention over the bf16 peak. MFU's are those that the model needs,
+Both count matrix products and attention over the bf16 peak. MFU counts what the model needs,
 however it is run. HFU's are those that the step runs, with what a plan, a kernel or the loss runs
 again. Attention counts every pair of positions of a row, as PaLM does: also the half that a causal
 mask hides, and in packed rows pairs of two documents.

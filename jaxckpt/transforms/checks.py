@@ -187,7 +187,7 @@ def check_policies(plan: Plan, offered: Callable[[Sequence[Policy]], tags.Tags])
     Args:
       plan: A plan.
       offered: Called once with the plan's policies, and only if one names something, for the
-        block's tags; see `invented.offered`.
+        block's tags; see `value_names.offered`.
 
     Raises:
       PlanError: As `policies.check`, with the plan's text.

@@ -20,7 +20,7 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
 from jaxckpt.transforms import jaxprs
-from jaxckpt.transforms.traced_block import abstract
+from jaxckpt.transforms.traced_block import abstract, zeros
 
 _MESSAGE = (
     "a schedule has reverse mode, and forward mode over it (jax.hessian); {} is refused: "
@@ -142,7 +142,7 @@ def _refuse_forward(*_, **__):
 def _transpose(cotangents, *args, count: int, backward: Callable, avals):
     """Runs the backward pass. A leaf's gradient stands in the place of its tangent."""
     pairs = zip(cotangents, avals, strict=True)
-    grads = [jnp.zeros(a.shape, a.dtype) if isinstance(c, ad.Zero) else c for c, a in pairs]
+    grads = [zeros(1, a)[0] if isinstance(c, ad.Zero) else c for c, a in pairs]
     return [*(None for _ in range(count)), *map(_once, backward(list(args[:count]), grads))]
 
 
@@ -150,9 +150,7 @@ def _batch_transposed(axis, args, dims, *, count: int, backward: Callable, avals
     """Batches the backward pass; a tangent that all examples share gets the sum of gradients."""
 
     def batched(leaves, grads):
-        run = jax.vmap(
-            backward, (list(dims[:count]), 0), 0, axis_size=axis.size, axis_name=axis.name
-        )
+        run = batched_call(backward, (list(dims[:count]), 0), axis)
         pairs = zip(run(leaves, grads), dims[count:], strict=True)
         return [g.sum(0) if dim is None else jnp.moveaxis(g, 0, dim) for g, dim in pairs]
 

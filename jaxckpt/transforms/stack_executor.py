@@ -1,4 +1,4 @@
-"""The schedule executor: any legal schedule over a stack, by flat loops under one custom VJP.
+"""The schedule executor: any legal schedule over a stack, by flat loops under one own gradient.
 
 Nested `jax.checkpoint` cannot run an optimal schedule, and nested loops copy weights and their
 gradients at each level. Here a schedule is a table (`tables.make_table`):
@@ -9,8 +9,8 @@ gradients at each level. Here a schedule is a table (`tables.make_table`):
   are written in place into arrays of the parameters' shape.
 
 The stacked parameters are indexed inside the loops, never copied; compile time does not depend on
-the number of blocks. Only first-order reverse mode is supported; `full` and the nested path
-support every transform.
+the number of blocks. Reverse mode and forward mode over it are supported (`custom_gradient.py`);
+`full` and the nested path support every transform.
 """
 
 import dataclasses
@@ -243,10 +243,8 @@ class _Loops:
             _, reverse = differentiate(self.call, carry, params_i, consts, moving)
             grads = _accumulate(reverse, row["record"], *grads)
             return slots, kept, *grads
-        kept_blocks = (
-            self.length - int(self.table.rows["record"][0]) if self.table.keeps_last else 0
-        )
-        with trips(self.length - kept_blocks, num_rows):
+        again = int(self.table.rows["record"][0]) if self.table.keeps_last else self.length
+        with trips(again, num_rows):
             blocks = (row["record"], row["again"], row["stop"])
             _, kept = self._record(recorder, params, carry, consts, kept, *blocks)
 

@@ -114,6 +114,16 @@ for made in (mean, gather):
     for plan in PLANS:
         check((made, plan), gradients(shard(lambda w, x: stack(w, x, plan, made))), want)
 
+# Weights of each device's own, and an output that the loss does not read.
+both = lambda c, w: (block(c[0], w), c[1] + c[0])
+own = jnp.concatenate([W] * 8)
+first = lambda plan: lambda w, x: jax.shard_map(
+    lambda w, x: stack(w, (x, x), plan, both)[0], mesh=mesh, in_specs=(P("d"), P("d")),
+    out_specs=P("d"))(w, x).sum()
+want = jax.jit(jax.grad(first("none")))(own, X)
+for plan in PLANS:
+    check((plan, "own"), [jax.jit(jax.grad(first(plan)))(own, X)], [want])
+
 explicit = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
 put = lambda x, *spec: jax.device_put(x, NamedSharding(explicit, P(*spec)))
 with jax.set_mesh(explicit):
