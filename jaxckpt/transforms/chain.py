@@ -104,8 +104,8 @@ def _run(blocks: Sequence[TracedBlock], plan: Plan | Schedule, nested: bool, car
             carry = chain_executor.run_stage(calls[here], carry, consts[here], stage)
         else:
             pairs = tuple(zip(calls[here], consts[here], strict=True))
-            apply = lambda carry, pair: pair[0](carry, [], pair[1])
-            carry = reference.run_stage(reference.Listed(blocks=pairs), apply, carry, stage)
+            apply = lambda carry, pair: (pair[0](carry, [], pair[1]), None)
+            carry, _ = reference.run_stage(reference.Listed(blocks=pairs), apply, carry, stage)
         start += stage.bound_count
     return carry
 
