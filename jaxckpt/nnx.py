@@ -20,9 +20,10 @@ from flax import nnx as nn
 from flax.nnx import spmd
 from jax.core import Tracer
 
-from jaxckpt.plans import Plan, PlanError, as_plan
+from jaxckpt.plans import Plan, PlanError
 from jaxckpt.transforms.arguments import apart, check_class
 from jaxckpt.transforms.checks import check_carry
+from jaxckpt.transforms.policies import plan_and_policy
 from jaxckpt.transforms.stack import scan_blocks
 from jaxckpt.transforms.traced_block import first_block
 
@@ -51,7 +52,7 @@ class Stack(nn.Module):
     Attributes:
       blocks: One block whose variables and arrays are those of all blocks, stacked.
       num_blocks: L.
-      remat: A plan or its text.
+      remat: A plan or its text, or a policy of `jax.checkpoint`.
       unroll: Blocks unrolled in one trip of a loop.
 
     Example:
@@ -69,7 +70,7 @@ class Stack(nn.Module):
         block: Callable[..., nn.Module],
         num_blocks: int,
         *,
-        remat: str | Plan = "full",
+        remat: str | Plan | Callable = "full",
         unroll: int = 1,
         rngs: nn.Rngs,
     ):
@@ -78,7 +79,7 @@ class Stack(nn.Module):
         Args:
           block: An NNX module class, or a `functools.partial` of one, called with `rngs=` alone.
           num_blocks: L.
-          remat: A plan or its text.
+          remat: A plan or its text, or a policy of `jax.checkpoint`.
           unroll: Blocks unrolled in one trip of a loop.
           rngs: Every stream is split into one key a block.
 
@@ -89,7 +90,7 @@ class Stack(nn.Module):
         check_class(block, nn.Module, "nnx.Stack")
         if isinstance(num_blocks, bool) or not isinstance(num_blocks, int):
             raise PlanError(f"num_blocks is a whole number of blocks, not {num_blocks!r}")
-        as_plan(remat).bind(num_blocks)
+        plan_and_policy(remat)[0].bind(num_blocks)
         self.num_blocks = num_blocks
         self.remat = remat
         self.unroll = unroll

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 from jax import lax
 
-from jaxckpt.plans import Plan, as_plan
+from jaxckpt.plans import Plan
 from jaxckpt.schedules.of_stage import under_loss
 from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms import checkpointed as reference
@@ -26,7 +26,7 @@ from jaxckpt.transforms.checks import (
     lists_explained,
     stack_length,
 )
-from jaxckpt.transforms.policies import all_of
+from jaxckpt.transforms.policies import GivenPolicy, all_of, plan_and_policy
 from jaxckpt.transforms.traced_block import (
     TracedBlock,
     as_arrays,
@@ -42,7 +42,7 @@ def scan_blocks(
     params,
     carry,
     *consts,
-    remat: str | Plan | Schedule = "sqrt",
+    remat: str | Plan | Schedule | Callable = "sqrt",
     unroll: int = 1,
     nested: bool = False,
 ):
@@ -55,7 +55,8 @@ def scan_blocks(
       carry: The first block's input, any pytree of arrays.
       *consts: Handed to every block; they get gradients too.
       remat: A plan or its text, such as `"sqrt"` or `"8xfull/dots"`, or a schedule for L blocks
-        that reverses at once what it records, such as `schedules.binomial(32, slots=4)`.
+        that reverses at once what it records, such as `schedules.binomial(32, slots=4)`, or any
+        policy of `jax.checkpoint`: then each block is under `jax.checkpoint` with it.
       unroll: Blocks unrolled in one trip of a loop; 1 compiles fastest. A schedule's re-runs have
         no fixed number of trips and are never unrolled, its forward pass is, but where the
         carries go to the host.
@@ -85,7 +86,7 @@ def scan_blocks(
     check_stack(block, params)
     params, carry, consts = as_arrays((params, carry, consts))
     num_blocks = stack_length(params)
-    remat = remat if isinstance(remat, Schedule) else as_plan(remat)
+    remat, given = (remat, None) if isinstance(remat, Schedule) else plan_and_policy(remat)
     if isinstance(remat, Schedule):
         check_schedule(remat, num_blocks, nested)
         plan = remat
@@ -100,7 +101,7 @@ def scan_blocks(
     if is_cast:
         traced, all_consts = trace_block(block, carry, one, consts)
     check_carry(carry, traced.out)
-    check_rerun(traced, remat)
+    check_rerun(traced, remat, given)
     if isinstance(remat, Plan):
         check_policies(remat, lambda asked: value_names.offered(traced.call, asked, *traced.inputs))
     # What every block hands on is kept once and not with every carry.
@@ -109,10 +110,15 @@ def scan_blocks(
     changed = [leaves[place] for place in traced.changed]
     alone = traced.only_changed()
     call = observers.StackCall(
-        block=alone, params=params, carry=changed, remat=remat, num_blocks=num_blocks, unroll=unroll
+        block=alone,
+        params=params,
+        carry=changed,
+        remat=given or remat,
+        num_blocks=num_blocks,
+        unroll=unroll,
     )
     changed = observers.tell(call)
-    static = (alone, plan, unroll, nested)
+    static = (alone, plan, given, unroll, nested)
     program = once_compiled(_run, identity(block), *static)
     changed = iter(program(jax.tree.leaves(params), changed, [*all_consts, *held]))
     leaves = [next(changed) if n in traced.changed else x for n, x in enumerate(leaves)]
@@ -120,7 +126,14 @@ def scan_blocks(
 
 
 def _run(
-    block: TracedBlock, plan: Plan | Schedule, unroll: int, nested: bool, params, carry, consts
+    block: TracedBlock,
+    plan: Plan | Schedule,
+    given: GivenPolicy | None,
+    unroll: int,
+    nested: bool,
+    params,
+    carry,
+    consts,
 ) -> list:
     """Returns the last block's carry; params, carry and consts are lists of leaves."""
     if isinstance(plan, Schedule):
@@ -142,7 +155,7 @@ def _run(
                 unroll=unroll,
                 part_of=(params, start) if reads_whole else None,
             )
-            carry = reference.run_stage(blocks, apply, carry, stage)
+            carry = reference.run_stage(blocks, apply, carry, stage, given)
         start += stage.bound_count
     return carry
 
