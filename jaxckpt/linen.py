@@ -23,10 +23,11 @@ from flax.core.scope import intersect_filters
 from flax.linen.transforms import lift_transform
 from jax.extend import core
 
-from jaxckpt.plans import Plan, PlanError, as_plan, words
+from jaxckpt.plans import Plan, PlanError, words
 from jaxckpt.transforms import policies, rows, tags
 from jaxckpt.transforms.arguments import apart, check_class, part, put
 from jaxckpt.transforms.checks import check_policies
+from jaxckpt.transforms.policies import plan_and_policy
 from jaxckpt.transforms.scan import scan
 from jaxckpt.transforms.traced_block import abstract
 
@@ -51,7 +52,7 @@ class Stack(nn.Module):
     Attributes:
       block: A Linen module class, or a `functools.partial` of one, called with `parent=None`.
       num_blocks: L.
-      remat: A plan or its text.
+      remat: A plan or its text, or a policy of `jax.checkpoint`.
       unroll: Blocks unrolled in one trip of a loop.
       dtype: Floating parameters are cast to it, for blocks that compute in it anyway: once, before
         a loop, where each block would cast its own in the forward pass, when it is run again and
@@ -65,7 +66,7 @@ class Stack(nn.Module):
 
     block: Callable[..., nn.Module]
     num_blocks: int
-    remat: str | Plan = "full"
+    remat: str | Plan | Callable = "full"
     unroll: int = 1
     dtype: Any = None
     out: int | str | Callable | None = None
@@ -192,7 +193,7 @@ def in_dtype(params, dtype):
 
 def remat(
     block: Any,
-    plan: str | Plan,
+    plan: str | Plan | Callable,
     *,
     methods: Sequence[str] | None = None,
     static_argnums: int | Sequence[int] = (),
@@ -205,7 +206,8 @@ def remat(
 
     Args:
       block: A Linen module class with a `__call__`, or a `functools.partial` of one.
-      plan: `none`, `full` or policies, such as `"attention"`: what one block can follow.
+      plan: `none`, `full` or policies, such as `"attention"`: what one block can follow. Or a
+        policy of `jax.checkpoint`.
       methods: Names of the methods that are checkpointed; `__call__` alone by default.
       static_argnums: Positions of arguments, `self` being 0, that stay what they are even if they
         are arrays.
@@ -228,7 +230,7 @@ def remat(
         return functools.partial(made, *block.args, **block.keywords)
     if not (inspect.isclass(block) and issubclass(block, nn.Module)):
         raise ValueError(f"linen.remat takes a Linen module class, not {block!r}")
-    plan = as_plan(plan)
+    plan, given = plan_and_policy(plan)
     stage = plan.stages[0]
     if len(plan.stages) > 1 or stage.count or stage.schedule not in ("none", "full"):
         raise PlanError(
@@ -249,6 +251,7 @@ def remat(
         _checkpoint,
         block,
         plan=plan,
+        given=given,
         prevent_cse=prevent_cse,
         static={number - 1 for number in static},
         methods=methods,
@@ -258,7 +261,14 @@ def remat(
     return made
 
 
-def _checkpoint(fn: Callable, *, plan: Plan, prevent_cse: bool, static: set[int]) -> Callable:
+def _checkpoint(
+    fn: Callable,
+    *,
+    plan: Plan,
+    given: policies.GivenPolicy | None,
+    prevent_cse: bool,
+    static: set[int],
+) -> Callable:
     """Returns `fn(scopes, *args, **named)` under `jax.checkpoint`, a lifted transform of Flax.
 
     Flax hands over the scopes of the very module that is called, of what it shares with others
@@ -276,21 +286,23 @@ def _checkpoint(fn: Callable, *, plan: Plan, prevent_cse: bool, static: set[int]
                 given = [args[at] if at in static else arg for at, arg in enumerate(dynamic)]
                 return fn(scopes, *given, **named), repack(scopes)
 
-            return _checkpointed(pure, plan, prevent_cse)(variables, rngs, *arrays)
+            return _checkpointed(pure, plan, given, prevent_cse)(variables, rngs, *arrays)
 
         return lift.pack(inner, (True,), (True,), (True,), name="remat")(scopes, *arrays)
 
     return call
 
 
-def _checkpointed(fn: Callable, plan: Plan, prevent_cse: bool) -> Callable:
+def _checkpointed(
+    fn: Callable, plan: Plan, given: policies.GivenPolicy | None, prevent_cse: bool
+) -> Callable:
     """Returns `fn`, traced once, under `jax.checkpoint`, its tags checked against the plan."""
 
     def call(*args):
         closed, out = jax.make_jaxpr(fn, return_shape=True)(*args)
         flat, leaves = core.jaxpr_as_fun(closed), jax.tree.leaves(args)
         check_policies(plan, lambda _: tags.tags_of(flat, *abstract(leaves)))
-        policy = policies.checkpoint_policy(plan.stages[0].policies)
+        policy = given or policies.checkpoint_policy(plan.stages[0].policies)
         made = jax.checkpoint(flat, policy=policy, prevent_cse=prevent_cse)(*leaves)
         return jax.tree.unflatten(jax.tree.structure(out), made)
 

@@ -10,7 +10,6 @@ alone; batch statistics, caches and what is sown are refused.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +19,10 @@ from flax import nnx as nn
 from flax.nnx import spmd
 from jax.core import Tracer
 
-from jaxckpt.plans import Plan, PlanError, as_plan
+from jaxckpt.plans import Plan, PlanError
 from jaxckpt.transforms.arguments import apart, check_class, part, put
 from jaxckpt.transforms.checks import check_carry
+from jaxckpt.transforms.policies import plan_and_policy
 from jaxckpt.transforms.scan import scan
 from jaxckpt.transforms.traced_block import first_block
 
@@ -51,7 +51,7 @@ class Stack(nn.Module):
     Attributes:
       blocks: One block whose variables and arrays are those of all blocks, stacked.
       num_blocks: L.
-      remat: A plan or its text.
+      remat: A plan or its text, or a policy of `jax.checkpoint`.
       unroll: Blocks unrolled in one trip of a loop.
       out: Where the carry is in what a block returns.
 
@@ -70,7 +70,7 @@ class Stack(nn.Module):
         block: Callable[..., nn.Module],
         num_blocks: int,
         *,
-        remat: str | Plan = "full",
+        remat: str | Plan | Callable = "full",
         unroll: int = 1,
         out: int | str | Callable | None = None,
         rngs: nn.Rngs,
@@ -80,7 +80,7 @@ class Stack(nn.Module):
         Args:
           block: An NNX module class, or a `functools.partial` of one, called with `rngs=` alone.
           num_blocks: L.
-          remat: A plan or its text.
+          remat: A plan or its text, or a policy of `jax.checkpoint`.
           unroll: Blocks unrolled in one trip of a loop.
           out: Where the carry is in what a block returns: an index, a key, or a function. The rest
             of a tuple or dict comes back stacked, `[L, ...]`. None for a block that returns its
@@ -94,7 +94,7 @@ class Stack(nn.Module):
         check_class(block, nn.Module, "nnx.Stack")
         if isinstance(num_blocks, bool) or not isinstance(num_blocks, int):
             raise PlanError(f"num_blocks is a whole number of blocks, not {num_blocks!r}")
-        as_plan(remat).bind(num_blocks)
+        plan_and_policy(remat)[0].bind(num_blocks)
         self.num_blocks = num_blocks
         self.remat = remat
         self.unroll = unroll

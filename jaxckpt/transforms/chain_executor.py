@@ -161,15 +161,16 @@ class _Walk:
         """Returns the gradients that are asked for, of the carry and of every block's consts."""
         carry, consts, slots, records, moving, of_carry = residuals
         held = _Held(carry=carry, slots=dict(slots), records=dict(records))
-        held.grad = instantiated(grads)
+        grad = held.grad = instantiated(grads)
         of_consts: list[list] = [[] for _ in consts]
         for action in self.actions[self.first_reverse :]:
             if isinstance(action, Reverse):
                 reverse = held.records.pop(action.block)
-                held.grad, _, of_consts[action.block] = reverse(held.grad)
+                grad, _, of_consts[action.block] = reverse(held.grad)
+                held.grad = grad
             else:
                 self._run(action, held, consts, moving)
-        of_place: dict[int, Any] = dict(zip(inexact(carry), held.grad, strict=True))
+        of_place: dict[int, Any] = dict(zip(inexact(carry), grad, strict=True))
         return [*(of_place[i] for i in of_carry.carry), *itertools.chain(*of_consts)]
 
     def _run(self, action: Action, held: _Held, consts, moving: Sequence[Moving]):

@@ -22,7 +22,7 @@ from jax import lax
 from jaxckpt.plans import Policy, Stage, words
 from jaxckpt.schedules.segments import segment_sizes
 from jaxckpt.transforms import rows, tags
-from jaxckpt.transforms.policies import checkpoint_policy
+from jaxckpt.transforms.policies import GivenPolicy, checkpoint_policy
 
 # (carry, one block's item) -> (carry, what the block returns beside it)
 Apply = Callable[[Any, Any], tuple[Any, Any]]
@@ -33,9 +33,15 @@ _OFFLOAD_CARRY = (Policy(kind="offload", names=(words.CARRY,)),)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Remat:
-    """How a function is checkpointed: what it keeps, and whether its input goes to the host."""
+    """How a function is checkpointed: what it keeps, and whether its input goes to the host.
+
+    Attributes:
+      policies: The plan's.
+      given: The user's own policy, in their place.
+    """
 
     policies: tuple[Policy, ...] = ()
+    given: GivenPolicy | None = None
 
     def __call__(self, fn: Callable, *, prevent_cse: bool) -> Callable:
         """Returns `fn(carry, item)` under `jax.checkpoint`."""
@@ -43,9 +49,8 @@ class Remat:
         if any(words.CARRY in policy.names for policy in self.policies):
             # Only a tag at the start lets the saved input be the one on the host.
             inner = lambda carry, item: fn(tags.tag_reserved(carry, tags.CARRY), item)
-        return jax.checkpoint(
-            inner, policy=checkpoint_policy(self.policies), prevent_cse=prevent_cse
-        )
+        policy = self.given or checkpoint_policy(self.policies)
+        return jax.checkpoint(inner, policy=policy, prevent_cse=prevent_cse)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,7 +133,9 @@ class Listed:
         return carry, None
 
 
-def run_stage(blocks: Stacked | Listed, apply: Apply, carry, stage: Stage):
+def run_stage(
+    blocks: Stacked | Listed, apply: Apply, carry, stage: Stage, given: GivenPolicy | None = None
+):
     """Returns the carry after a stage's blocks, checkpointed as the stage says, and the ys.
 
     Args:
@@ -136,12 +143,15 @@ def run_stage(blocks: Stacked | Listed, apply: Apply, carry, stage: Stage):
       apply: Runs one of them.
       carry: The stage's input.
       stage: Bound, with resolved policies.
+      given: The user's own policy, of a stage that is `full`.
 
     Raises:
       NotImplementedError: `binomial` and others that no nesting of `jax.checkpoint` expresses, or
         `auto`, which a planner has to replace by a plan first.
     """
     cuts, leaf = _CUTS.get(stage.schedule, _not_nested)(stage)
+    if given is not None:
+        leaf = Remat(given=given)
     outer = Remat(policies=_OFFLOAD_CARRY if stage.offloads_carry else ())
     return _run(blocks, apply, carry, cuts, leaf, outer)
 

@@ -148,10 +148,17 @@ def check_carry(given, made):
             )
 
 
-def check_rerun(block: TracedBlock, remat: Plan | Schedule):
+def check_rerun(
+    block: TracedBlock, remat: Plan | Schedule, given: policies.GivenPolicy | None = None
+):
     """Raises if a block that is run again does what must happen once, or what JAX cannot keep.
 
     `jax.checkpoint` decides what may be repeated; it is asked before anything runs.
+
+    Args:
+      block: The block.
+      remat: What it runs under.
+      given: The user's own policy, in place of the plan's.
 
     Raises:
       PlanError: Naming the step of the block, or the policy.
@@ -164,8 +171,8 @@ def check_rerun(block: TracedBlock, remat: Plan | Schedule):
     beside = lambda x, *inputs: (jnp.sin(x), block.call(*jax.lax.stop_gradient(inputs)))
     if found and _refusal(beside, 0.0, *block.inputs) is not None:
         raise PlanError(
-            f"{str(remat)!r} runs blocks again, and the block has an effect that must happen once "
-            f"({', '.join(dict.fromkeys(found))}); remat='none' runs each block once, "
+            f"{str(given or remat)!r} runs blocks again, and the block has an effect that must "
+            f"happen once ({', '.join(dict.fromkeys(found))}); remat='none' runs each block once, "
             "jax.pure_callback may be run again"
         )
     dtypes = {getattr(aval, "dtype", None) for aval in _avals(block)}
@@ -174,13 +181,14 @@ def check_rerun(block: TracedBlock, remat: Plan | Schedule):
     ):
         return
     for stage in stages:
-        policy = policies.checkpoint_policy(stage.inner_policies)
+        policy = given or policies.checkpoint_policy(stage.inner_policies)
         call = value_names.resolved(block.call, stage.inner_policies)
         error = policy and _refusal(call, *block.inputs, policy=policy)
         if error:
             raise PlanError(
-                f"plan {str(remat)!r} keeps complex values of the block, which jax.checkpoint "
-                f"cannot do ({error}); use none, full, or a schedule without policies"
+                f"plan {str(given or remat)!r} keeps complex values of the block, which "
+                f"jax.checkpoint cannot do ({error}); use none, full, or a schedule without "
+                "policies"
             )
 
 

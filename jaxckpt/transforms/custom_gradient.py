@@ -98,7 +98,8 @@ def moved(x, dim: int | None, to: int):
 
 def instantiated(grads: Sequence) -> list:
     """Returns gradients with zeros in the place of those that nobody uses."""
-    return [zeros(1, g.aval)[0] if isinstance(g, ad.Zero) else g for g in grads]
+    zeros_of = lambda aval: zeros(1, aval)[0]
+    return [zeros_of(g.aval) if isinstance(g, ad.Zero) else g for g in grads]
 
 
 def _is_inexact(x) -> bool:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxckpt.plans import Plan, as_plan
+from jaxckpt.plans import Plan
 from jaxckpt.schedules.of_stage import under_loss
 from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms import checkpointed as reference
@@ -26,7 +26,7 @@ from jaxckpt.transforms.checks import (
     check_schedule,
     steps_of,
 )
-from jaxckpt.transforms.policies import all_of
+from jaxckpt.transforms.policies import GivenPolicy, all_of, plan_and_policy
 from jaxckpt.transforms.traced_block import (
     TracedBlock,
     as_arrays,
@@ -45,7 +45,7 @@ def scan(
     reverse: bool = False,
     unroll: int = 1,
     *,
-    remat: str | Plan | Schedule = "sqrt",
+    remat: str | Plan | Schedule | Callable = "sqrt",
 ):
     """Runs a loop over the leading axis of `xs`, checkpointed by a plan.
 
@@ -57,8 +57,8 @@ def scan(
       length: The number of steps; needed where there are no xs.
       reverse: Runs from the last x to the first, and writes the ys in the order of the xs.
       unroll: Steps unrolled in one trip of the forward loop. A schedule's re-runs are not.
-      remat: A plan or its text, such as `"sqrt"`, `"binomial:16"` or `"uniform:8"`, or a schedule
-        for `length` steps.
+      remat: A plan or its text, such as `"sqrt"`, `"binomial:16"` or `"uniform:8"`, a schedule for
+        `length` steps, or a policy of `jax.checkpoint`.
 
     Returns:
       `(carry, ys)`: the last carry, and the stacked outputs, `[length, ...]`.
@@ -91,7 +91,7 @@ def looped(
     num_steps: int,
     identities: Hashable,
     *consts,
-    remat: str | Plan | Schedule,
+    remat: str | Plan | Schedule | Callable,
     unroll: int = 1,
     reverse: bool = False,
     nested: bool = False,
@@ -113,7 +113,7 @@ def looped(
     if isinstance(unroll, bool) or not isinstance(unroll, int) or unroll < 1:
         raise ValueError(f"unroll is a whole number of blocks, at least 1, not {unroll!r}")
     xs, carry, consts = as_arrays((xs, init, consts))
-    remat = remat if isinstance(remat, Schedule) else as_plan(remat)
+    remat, given = (remat, None) if isinstance(remat, Schedule) else plan_and_policy(remat)
     if isinstance(remat, Schedule):
         check_schedule(remat, num_steps, nested)
         plan = remat
@@ -129,7 +129,7 @@ def looped(
         traced, all_consts = trace_block(f, carry, one, consts)
     made, y = traced.out
     check_carry(carry, made)
-    check_rerun(traced, remat)
+    check_rerun(traced, remat, given)
     if isinstance(remat, Plan):
         check_policies(remat, lambda asked: value_names.offered(traced.call, asked, *traced.inputs))
     # What every block hands on is kept once and not with every carry.
@@ -138,10 +138,15 @@ def looped(
     changed = [leaves[place] for place in traced.changed]
     alone = traced.only_changed()
     call = observers.StackCall(
-        block=alone, params=xs, carry=changed, remat=remat, num_blocks=num_steps, unroll=unroll
+        block=alone,
+        params=xs,
+        carry=changed,
+        remat=given or remat,
+        num_blocks=num_steps,
+        unroll=unroll,
     )
     changed = observers.tell(call)
-    static = (alone, plan, unroll, reverse, nested)
+    static = (alone, plan, given, unroll, reverse, nested)
     program = once_compiled(_run, identities, *static)
     out = iter(program(jax.tree.leaves(xs), changed, [*all_consts, *held]))
     leaves = [next(out) if n in traced.changed else x for n, x in enumerate(leaves)]
@@ -151,6 +156,7 @@ def looped(
 def _run(
     block: TracedBlock,
     plan: Plan | Schedule,
+    given: GivenPolicy | None,
     unroll: int,
     reverse: bool,
     nested: bool,
@@ -191,7 +197,7 @@ def _run(
                 part_of=(params, first) if reads_whole else None,
                 reverse=reverse,
             )
-            carry, ys = reference.run_stage(blocks, apply, carry, stage)
+            carry, ys = reference.run_stage(blocks, apply, carry, stage, given)
         made.append(ys)
         start = stop
     in_order = made[::-1] if reverse else made

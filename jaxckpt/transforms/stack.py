@@ -21,7 +21,7 @@ def scan_blocks(
     params,
     carry,
     *consts,
-    remat: str | Plan | Schedule = "sqrt",
+    remat: str | Plan | Schedule | Callable = "sqrt",
     unroll: int = 1,
     nested: bool = False,
 ):
@@ -34,7 +34,8 @@ def scan_blocks(
       carry: The first block's input, any pytree of arrays.
       *consts: Handed to every block; they get gradients too.
       remat: A plan or its text, such as `"sqrt"` or `"8xfull/dots"`, or a schedule for L blocks
-        that reverses at once what it records, such as `schedules.binomial(32, slots=4)`.
+        that reverses at once what it records, such as `schedules.binomial(32, slots=4)`, or any
+        policy of `jax.checkpoint`: then each block is under `jax.checkpoint` with it.
       unroll: Blocks unrolled in one trip of a loop; 1 compiles fastest. A schedule's re-runs have
         no fixed number of trips and are never unrolled, its forward pass is, but where the
         carries go to the host.

@@ -14,7 +14,6 @@ import numpy as np
 from jaxckpt.schedules.actions import Advance, Free, Load, Record, Reverse, Store
 from jaxckpt.schedules.schedule import Schedule
 
-
 # The columns, of rows and of moves, that are numbers of blocks.
 BLOCKS = frozenset(("advance", "record", "stop", "start"))
 _COLUMNS = ("first_move", "last_move", "advance", "record", "stop")
@@ -127,7 +126,7 @@ class Table:
     @functools.cached_property
     def first_rows(self) -> np.ndarray:
         """`[L + 1]`: the first row that matters where the blocks from `n` on are not run."""
-        least, found = len(self.sweep_slots), []
+        least = len(self.sweep_slots)
         stops = self.moves["stop"][: self.num_moves].tolist()
         columns = zip(*(self.rows[name].tolist() for name in _COLUMNS), strict=True)
         # A row matters if it reverses a block before `n`, or stores the input of one.
@@ -159,8 +158,8 @@ class Table:
             )
             if trips and not moves and not counts.advance:
                 last, size = trips[-1]
-                is_run = last is not None and (last.moves or last.advance)
-                if is_run and (last.again, last.reverse) == (counts.again, counts.reverse):
+                of_row = (counts.again, counts.reverse)
+                if last and (last.moves or last.advance) and (last.again, last.reverse) == of_row:
                     trips[-1] = last, size + 1
                     continue
             trips.append((counts if len(moves) <= 1 else None, 1))

@@ -14,18 +14,20 @@ its end than its own schedule would have, and runs more steps again: with 8 slot
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxckpt.plans import Plan, PlanError, as_plan
+from jaxckpt.plans import Plan, PlanError
 from jaxckpt.schedules.of_stage import schedule_of, under_loss
 from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms import rows as slots_of
 from jaxckpt.transforms.block_vjp import Moving
 from jaxckpt.transforms.checks import check_carry, check_rerun, check_schedule
 from jaxckpt.transforms.custom_gradient import batched_call, inexact, run_with_gradient
+from jaxckpt.transforms.policies import plan_and_policy
 from jaxckpt.transforms.scan import as_returned, scan
 from jaxckpt.transforms.stack_executor import How, Loops
 from jaxckpt.transforms.tables import make_table
@@ -38,7 +40,7 @@ def while_loop(
     init,
     *,
     max_steps: int,
-    remat: str | Plan | Schedule = "sqrt",
+    remat: str | Plan | Schedule | Callable = "sqrt",
 ):
     """Runs `body` while `cond` holds, at most `max_steps` times; reverse mode goes through it.
 
@@ -71,7 +73,8 @@ def while_loop(
             raise ValueError(f"{name} of while_loop is a function of the carry, not {function!r}")
     if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
         raise ValueError(f"max_steps is a whole number of steps, at least 1, not {max_steps!r}")
-    remat = remat if isinstance(remat, Schedule) else as_plan(remat)
+    asked = remat
+    remat, given = (remat, None) if isinstance(remat, Schedule) else plan_and_policy(remat)
     init = as_arrays(init)
     schedule = _schedule(remat, max_steps)
     step, consts = trace_block(lambda carry, _: body(carry), init)
@@ -79,14 +82,12 @@ def while_loop(
     if is_cast:
         step, consts = trace_block(lambda carry, _: body(carry), init)
     check_carry(init, step.out)
-    check_rerun(step, remat)
+    check_rerun(step, remat, given)
     until, until_consts = trace_block(lambda carry, _: cond(carry), init)
     _check_boolean(until.out)
     if schedule is None:
-        keep = lambda carry: jax.tree.map(
-            lambda a, b: jnp.where(cond(carry), a, b), body(carry), carry
-        )
-        return scan(lambda carry, _: (keep(carry), None), init, None, max_steps, remat=remat)[0]
+        step_of = lambda carry, _: (lax.cond(cond(carry), body, lambda x: x, carry), None)
+        return scan(step_of, init, None, max_steps, remat=asked)[0]
     program = once_compiled(_run, (identity(cond), identity(body)), until, step, schedule)
     leaves, tree = jax.tree.flatten(init)
     return jax.tree.unflatten(tree, program(leaves, consts, until_consts))
@@ -116,8 +117,8 @@ def _schedule(remat: Plan | Schedule, max_steps: int) -> Schedule | None:
     return found
 
 
-def _check_boolean(made):
-    leaves = jax.tree.leaves(made)
+def _check_boolean(made: Any):
+    leaves: list[Any] = jax.tree.leaves(made)
     if len(leaves) != 1 or leaves[0].shape or leaves[0].dtype != bool:
         raise ValueError(f"cond of while_loop returns a boolean scalar, not {made}")
 
