@@ -118,7 +118,8 @@ def looped(
         check_schedule(remat, num_steps, nested)
         plan = remat
     elif num_steps == 0 and remat.num_blocks is None:
-        return lax.scan(lambda carry, x: f(carry, x, *consts), carry, xs, num_steps)
+        _, ys = lax.scan(lambda carry, x: f(carry, x, *consts), carry, xs, num_steps)
+        return carry, ys
     else:
         plan = remat.bind(num_steps)
     one = first_block(xs)

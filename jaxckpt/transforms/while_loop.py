@@ -99,12 +99,12 @@ def _schedule(remat: Plan | Schedule, max_steps: int) -> Schedule | None:
         check_schedule(remat, max_steps, nested=False)
         found = remat
     else:
-        stages = remat.bind(max_steps).stages
-        if len(stages) > 1:
+        stage, *others = remat.bind(max_steps).stages
+        if others:
             raise PlanError(f"plan {str(remat)!r} has several stages; while_loop takes one")
-        if stages[0].offloads_carry or (stages[0].policies and stages[0].schedule != "full"):
+        if stage.policies and stage.schedule != "full":
             raise PlanError(f"plan {str(remat)!r}: while_loop takes no policies with a schedule")
-        found = schedule_of(stages[0])
+        found = schedule_of(stage)
     if found is None:
         return None
     found = under_loss(found)
@@ -118,8 +118,8 @@ def _schedule(remat: Plan | Schedule, max_steps: int) -> Schedule | None:
 
 
 def _check_boolean(made: Any):
-    leaves: list[Any] = jax.tree.leaves(made)
-    if len(leaves) != 1 or leaves[0].shape or leaves[0].dtype != bool:
+    is_boolean = hasattr(made, "dtype") and not made.shape and made.dtype == bool
+    if not is_boolean:
         raise ValueError(f"cond of while_loop returns a boolean scalar, not {made}")
 
 

@@ -115,7 +115,7 @@ def test_what_is_captured_is_refused_by_name():
 
     run = nnx.capture(lambda stack, x: stack(x), nnx.Intermediate)
     make = functools.partial(Captured, nnx.Param)
-    with pytest.raises(ValueError, match=r"\(Intermediate\).*return what is sown in the carry"):
+    with pytest.raises(ValueError, match=r"\(Intermediate\).*return what is sown beside the carry"):
         run(jaxckpt.nnx.Stack(make, 3, rngs=nnx.Rngs(0)), X)
     plain = functools.partial(nnx.Linear, WIDTH, WIDTH)
     assert run(jaxckpt.nnx.Stack(plain, 3, rngs=nnx.Rngs(0)), X)[0].shape == X.shape
