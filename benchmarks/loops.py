@@ -24,7 +24,7 @@ from experiments.cli import fail
 MODELS = ("rnn", "reaction")
 LENGTHS = (64, 256, 1000, 4096)
 # On a GPU a loop whose bounds are data becomes a graph that the GPU runs by itself.
-GRAPHS = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL --xla_gpu_graph_min_graph_size=1"
+GRAPHS = "--xla_gpu_enable_command_buffer=WHILE,CONDITIONAL --xla_gpu_graph_min_graph_size=1"
 METHODS = (
     *("plain", "checkpointed step", "nested by hand", "equinox, 16 states", "equinox"),
     *("sqrt", "uniform", "log", "binomial:16", "binomial:32"),

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 import jaxckpt
+from benchmarks.executor_parts import stacks
 from benchmarks.record import device
 from jaxckpt.plans import Plan
 from jaxckpt.schedules.of_stage import stack_schedule_of
@@ -150,7 +151,7 @@ def measured(model: str, length: int, options: dict, names: list[str]):
             fn = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(weights, init, xs).compile()
             row["compile_seconds"] = time.perf_counter() - started[0]
             row["compile_cpu_seconds"] = time.process_time() - started[1]
-            row["temp_bytes"] = fn.memory_analysis().temp_size_in_bytes
+            row["temp_bytes"] = stacks.temp_bytes(fn)
             found = jax.block_until_ready(fn(weights, init, xs))
         except (ImportError, jax.errors.JaxRuntimeError) as error:
             yield row | {"error": str(error).splitlines()[0]}

@@ -42,6 +42,10 @@ from jaxckpt.transforms.rows import row_major
 from jaxckpt.transforms.tables import BLOCKS, Counts, Loop, Table, make_table
 from jaxckpt.transforms.traced_block import abstract, first_block, zeros
 
+# Carries up to this size are stored after every block of a move: that takes less time than a GPU's
+# host takes to read when a loop of its own would end.
+_SMALL_CARRY = 2**20
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class How:
@@ -120,6 +124,7 @@ class Loops:
       how: How.
       ys: The types of what a block returns beside its carry.
       num_carry: Leaves of the carry.
+      moves_by_block: Moves are run block by block, by one loop that stores every carry.
       recorder_of: Traces what records a block.
     """
 
@@ -128,6 +133,7 @@ class Loops:
     how: How
     ys: list
     num_carry: int
+    moves_by_block: bool
     recorder_of: Callable[[Moving], Recorder]
 
     @classmethod
@@ -136,12 +142,14 @@ class Loops:
         params, carry, consts = args
         record = call if how.checkpoint is None else how.checkpoint(call)
         shapes = abstract((carry, first_block(params), consts))
+        carry_bytes = sum(x.size * x.dtype.itemsize for x in shapes[0])
         return cls(
             call=call,
             table=table,
             how=how,
             ys=jax.make_jaxpr(call)(*shapes).out_avals[len(carry) :],
             num_carry=len(carry),
+            moves_by_block=not how.offload and carry_bytes <= _SMALL_CARRY,
             recorder_of=functools.cache(functools.partial(Recorder.trace, record, *shapes)),
         )
 
@@ -381,6 +389,7 @@ class _Back:
         table, counts = self.loops.table, loop.counts
         num_rows = len(table.rows["load"])
         moves = self._cut(table.moves)
+        steps = {name: jnp.asarray(column) for name, column in table.steps.items()}
         row = {name: column[0] for name, column in rows.items()}
         slots, rest = state[0], tuple(state[1:])
 
@@ -391,10 +400,22 @@ class _Back:
             carry = self._sweep(carry, start, stop, counts and counts.move, told)
             return carry, self.loops.store(slots, moves["slot"][index], carry)
 
+        def step(index, state):
+            carry, slots = state
+            loops = self.loops
+            carry = loops.next(self.params, self.consts, carry, steps["block"][index])
+            carry = carry[: loops.num_carry]
+            return carry, self.loops.store(slots, steps["slot"][index], carry)
+
         carry = self._load(slots, row)
-        if table.num_moves:
+        state = (carry, slots)
+        by_block = counts is None and self.num_steps is None and self.loops.moves_by_block
+        if table.num_moves and by_block:
+            blocks, told = (row["first_step"], row["last_step"]), (table.blocks_moved, num_rows)
+            carry, slots = _loop(*blocks, None, step, state, told)
+        elif table.num_moves:
             blocks, told = (row["first_move"], row["last_move"]), (table.num_moves, num_rows)
-            carry, slots = _loop(*blocks, counts and counts.moves, move, (carry, slots), told)
+            carry, slots = _loop(*blocks, counts and counts.moves, move, state, told)
         told = (table.blocks_advanced, num_rows)
         carry = self._sweep(carry, row["advance"], row["record"], counts and counts.advance, told)
         if self.num_steps is not None:

@@ -69,9 +69,9 @@ class Table:
       sweep_slots: `[num_blocks]`: the slot that input i of the forward pass is written to.
         Inputs between two stores go to the slot of the later one, which overwrites them, so that
         every trip of the sweep does the same work; those after the last store go to a spare slot.
-      rows: Columns of `[number of rows]`: `load`, `first_move`, `last_move` (exclusive),
-        `advance`, `record`, `stop`. Blocks `advance..record` are run, `record..stop` recorded
-        and reversed.
+      rows: Columns of `[number of rows]`: `load`, `first_move`, `last_move` (exclusive), the same
+        of `steps`, and `advance`, `record`, `stop`. Blocks `advance..record` are run,
+        `record..stop` recorded and reversed.
       moves: Columns of `[number of moves]`: `start`, `stop`, `slot`.
       num_moves: Number of moves; the columns hold one unused entry where it is 0.
       largest_row: The most blocks that are recorded together.
@@ -165,6 +165,19 @@ class Table:
             trips.append((counts if len(moves) <= 1 else None, 1))
         return trips
 
+    @functools.cached_property
+    def steps(self) -> dict[str, np.ndarray]:
+        """The moves block by block: columns `block` and `slot`, with one unused entry at the end.
+
+        What a block returns goes to the slot of its move, where the next one overwrites it.
+        """
+        starts, stops, slots = (self.moves[name] for name in ("start", "stop", "slot"))
+        ranges = [np.arange(*pair) for pair in zip(starts, stops, strict=True)]
+        return {
+            "block": np.concatenate([*ranges, [0]]).astype(np.int32),
+            "slot": np.concatenate([np.repeat(slots, stops - starts), [0]]).astype(np.int32),
+        }
+
     @property
     def blocks_moved(self) -> int:
         """Blocks run by all moves together."""
@@ -205,6 +218,7 @@ def _make_table(schedule: Schedule) -> Table:
     rows = [first_row, *(_row(group) for group in groups[1:])]
     moves = [move for row in rows for move in row[1]]
     last = np.cumsum([len(row[1]) for row in rows])
+    steps = np.cumsum([0, *(stop - start for start, stop, _ in moves)])
     columns = zip(*((load, adv, rec, stop) for load, _, adv, rec, stop in rows), strict=True)
     load, advance, record, stop = (np.array(column, np.int32) for column in columns)
     return Table(
@@ -215,6 +229,8 @@ def _make_table(schedule: Schedule) -> Table:
             "load": load,
             "first_move": np.array([0, *last[:-1]], np.int32),
             "last_move": last.astype(np.int32),
+            "first_step": steps[[0, *last[:-1]]].astype(np.int32),
+            "last_step": steps[last].astype(np.int32),
             "advance": advance,
             "record": record,
             "stop": stop,
