@@ -10,8 +10,8 @@ what is handed to the backward pass weighs what the inputs weigh.
 
 Derivatives: `jax.grad` and `jax.vjp`, and on top of a gradient any other, at that one's price: a
 Hessian-vector product as `jax.jvp` of the gradient holds one chunk's logits, `jax.grad` of the
-gradient all of them. Forward mode of the loss itself is an error; `plain_linear_cross_entropy`
-has it. Under `jax.checkpoint` all of this would run twice: leave the loss outside.
+gradient all of them. Forward mode of the loss itself is refused; `plain_linear_cross_entropy` has
+it. Under `jax.checkpoint` all of this would run twice: leave the loss outside.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from jax import lax
 from jaxckpt.losses import inputs
 from jaxckpt.losses.chunks import Chunks, choose_chunks, given_chunks, row_statistics
 from jaxckpt.losses.placement import Placement
+from jaxckpt.transforms.custom_gradient import reverse_only
 
 _NO_FORWARD_MODE = (
     "linear_cross_entropy has reverse-mode gradients (jax.grad, jax.vjp) alone; "
@@ -87,8 +88,7 @@ def linear_cross_entropy(
 
     Raises:
       ValueError: Shapes, dtypes or options that do not go together; a chunk that does not divide.
-      NotImplementedError: Forward-mode differentiation (JAX's own TypeError where `jax.jit` finds
-        it).
+      NotImplementedError: Forward-mode differentiation.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxckpt
@@ -115,12 +115,8 @@ def linear_cross_entropy(
     else:
         chunks = given_chunks(targets.shape, chunk_tokens)
     head = _Head(options=options, chunks=chunks, sharded=token_shards > 1, placement=placement)
-    try:
-        loss = _jitted(head, x, w, targets)
-    except TypeError as error:
-        if "forward-mode" not in str(error):
-            raise
-        raise NotImplementedError(_NO_FORWARD_MODE) from None
+    x, w = (reverse_only(array, _NO_FORWARD_MODE) for array in (x, w))
+    loss = _jitted(head, x, w, targets)
     if return_count:
         return loss, inputs.counted_tokens(targets, options).sum(dtype=jnp.int32)
     return loss

@@ -9,6 +9,9 @@ jaxckpt nor a plan that can; under `jit` it comes when nothing of ours is on the
 
 So there are three primitives. `_RUN` runs, `_TRANSPOSED` can be transposed but not run, `_ONCE` can
 be run but not transposed. Forward mode over reverse mode (`jax.hessian`) passes them all.
+
+`reverse_only` brings the sentence to a function that `jax.custom_vjp` is enough for: its tangents
+go through `_REVERSED`, which can be transposed but not run, before they come to JAX's own error.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,6 +29,7 @@ _MESSAGE = (
     "a schedule has reverse mode, and forward mode over it (jax.hessian); {} is refused: "
     "remat='full' or nested=True has it"
 )
+_NO_FORWARD_MODE = _MESSAGE.format("forward mode by itself (jvp, linearize, jacfwd)")
 
 
 class Walk(Protocol):
@@ -135,8 +139,8 @@ _TRANSPOSED.def_abstract_eval(lambda *_, avals, **__: avals)
 
 
 @_TRANSPOSED.def_impl
-def _refuse_forward(*_, **__):
-    raise NotImplementedError(_MESSAGE.format("forward mode by itself (jvp, linearize, jacfwd)"))
+def _refuse_forward(*_, sentence: str = _NO_FORWARD_MODE, **__):
+    raise NotImplementedError(sentence)
 
 
 def _transpose(cotangents, *args, count: int, backward: Callable, avals):
@@ -190,3 +194,35 @@ def _once(x):
 @_once.defjvp
 def _(primals, tangents):
     return primals[0], _ONCE.bind(tangents[0])
+
+
+def reverse_only(x, sentence: str):
+    """Returns an argument of a `jax.custom_vjp` whose forward mode by itself `sentence` refuses."""
+    return _REVERSE_ONLY.bind(x, sentence=sentence)
+
+
+def _refuse_tangent(primals, tangents, *, sentence: str):
+    (tangent,) = tangents
+    is_zero = isinstance(tangent, ad.Zero)
+    return primals[0], tangent if is_zero else _REVERSED.bind(tangent, sentence=sentence)
+
+
+_REVERSE_ONLY = core.Primitive(jaxprs.REVERSE_ONLY)
+_REVERSE_ONLY.def_abstract_eval(lambda x, **_: x)
+_REVERSE_ONLY.def_impl(lambda x, **_: x)
+ad.primitive_jvps[_REVERSE_ONLY] = _refuse_tangent
+mlir.register_lowering(_REVERSE_ONLY, lambda _, x, **__: [x])
+batching.primitive_batchers[_REVERSE_ONLY] = lambda args, dims, *, sentence: (
+    reverse_only(*args, sentence),
+    dims[0],
+)
+
+
+# Reverse mode batches arguments and gradients, never a tangent that waits to be transposed.
+_REVERSED = core.Primitive("jaxckpt_reversed")
+_REVERSED.def_abstract_eval(lambda x, **_: x)
+_REVERSED.def_impl(_refuse_forward)
+ad.primitive_transposes[_REVERSED] = lambda cotangent, _, **__: [cotangent]
+ad.primitive_jvps[_REVERSED] = _refuse_forward
+mlir.register_lowering(_REVERSED, _refuse_forward)
+batching.primitive_batchers[_REVERSED] = _refuse_forward

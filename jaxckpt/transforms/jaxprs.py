@@ -34,7 +34,8 @@ CUDNN = (CUDNN_FORWARD, CUDNN_BACKWARD, CUDNN_FP8_FORWARD, CUDNN_FP8_BACKWARD)
 
 # What returns its input: a tag, a copy, a move to another memory, a rounding, a cast.
 TAG, PUT, ROUND, CAST = "name", "device_put", "reduce_precision", "convert_element_type"
-COPIES = ("copy", "copy_p")
+REVERSE_ONLY = "jaxckpt_reverse_only"  # our own
+COPIES = ("copy", "copy_p", REVERSE_ONLY)
 BARRIER = "optimization_barrier"
 PLACEMENTS = ("pvary", "pcast", "sharding_constraint")
 BROADCAST, BITCAST = "broadcast_in_dim", "bitcast_convert_type"

@@ -118,7 +118,7 @@ def gradients(program: Program, run):
     def loss(w, x, closed_over):
         carry = {"x": x}
         if "mask" in program.parts:
-            carry["mask"] = jnp.broadcast_to(mask, x.shape)
+            carry["mask"] = mask[: x.shape[0]]  # vmap hands over one row at a time
         if "counter" in program.parts:
             carry["counter"] = 0
         block = block_of(program, closed_over)
