@@ -23,7 +23,7 @@ from jax import lax
 
 from jaxckpt.losses import inputs
 from jaxckpt.losses.chunks import Chunks, choose_chunks, given_chunks, row_statistics
-from jaxckpt.losses.placement import Placement
+from jaxckpt.losses.placement import Placement, explicit_as_auto
 from jaxckpt.transforms.custom_gradient import reverse_only
 
 _NO_FORWARD_MODE = (
@@ -57,13 +57,13 @@ def linear_cross_entropy(
     a batch sharded over B stays so. Not along S, which an SPMD program would gather for every
     chunk: a sequence in n shards is handed over as `[B, n, S / n, D]`.
 
-    Under SPMD, on meshes of `Auto` axes, `w` may be sharded too. Over V that costs, a chunk, three
-    reductions of a float a token and one of a `[tokens, D]` gradient of `x`; logits stay where
-    they are. Over D (FSDP), a `placement` spreads its vocabulary instead, or gather it first by
-    `with_sharding_constraint`. Tokens over several devices cost a reduction of the gradient of
-    `w`, which some compilers do for every chunk (TPU's does it once). With `token_shards` each
-    device sums its own in the loop, and there is one reduction after it; a flattened `[tokens, D]`
-    stays sharded then as well.
+    Under SPMD, on meshes of `Auto` or `Explicit` axes, `w` may be sharded too. Over V that costs, a
+    chunk, three reductions of a float a token and one of a `[tokens, D]` gradient of `x`; logits
+    stay where they are. Over D (FSDP), a `placement` spreads its vocabulary instead, or gather it
+    first by `with_sharding_constraint`. Tokens over several devices cost a reduction of the
+    gradient of `w`, which some compilers do for every chunk (TPU's does it once). With
+    `token_shards` each device sums its own in the loop, and there is one reduction after it; a
+    flattened `[tokens, D]` stays sharded then as well.
 
     Args:
       x: Hidden states `[..., S, D]`, bfloat16, float32 or float64.
@@ -157,6 +157,10 @@ class _Head:
 
     def run(self, x, w, targets, *, differentiated: bool):
         """Returns the loss, and its gradients of `x` and `w` or, not differentiated, `()`."""
+        call = functools.partial(self._run, differentiated=differentiated)
+        return explicit_as_auto(call, (x, w, targets), (x, w) if differentiated else ())
+
+    def _run(self, x, w, targets, *, differentiated: bool):
         ids, weights = self._weigh(targets, w.shape[1 - self.options.width_axis], x)
         kernel = self._spread(w.astype(x.dtype))  # once, not in every chunk
         x = self._tokens(x)

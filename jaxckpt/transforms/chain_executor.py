@@ -25,7 +25,13 @@ from jaxckpt.schedules.actions import Action, Advance, Free, Load, Record, Rever
 from jaxckpt.schedules.of_stage import schedule_of
 from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms.block_vjp import Moving, differentiate
-from jaxckpt.transforms.custom_gradient import batched_call, inexact, moved, run_with_gradient
+from jaxckpt.transforms.custom_gradient import (
+    batched_call,
+    inexact,
+    moved,
+    run_with_gradient,
+    widened,
+)
 from jaxckpt.transforms.policies import checkpoint_policy, refuse_bad_offload
 
 
@@ -114,10 +120,7 @@ class _Walk:
         """Returns the walk over `jax.vmap` of every block, which has the batch first."""
         carry, consts = args
         rest = iter(dims)
-        carry = [
-            lax.broadcast(x, (axis.size,)) if dim is None else moved(x, dim, 0)
-            for x, dim in zip(carry, rest, strict=False)
-        ]
+        carry = [widened(x, dim, axis) for x, dim in zip(carry, rest, strict=False)]
         made, calls = [], []
         for call, consts_i in zip(self.calls, consts, strict=True):
             dims_i = [next(rest) for _ in consts_i]

@@ -59,7 +59,7 @@ class Walk(Protocol):
         Args:
           args: The arguments.
           dims: Of each leaf the batched axis, or None where all examples share it.
-          axis: Its `size` and `name`.
+          axis: The batch, as JAX describes it: its size and its names.
         """
         ...
 
@@ -82,13 +82,21 @@ def pick(leaves: Sequence, positions: Sequence[int]) -> list:
 
 
 def batched_call(call: Callable, in_axes, axis) -> Callable:
-    """Returns `jax.vmap` of a walk's call, with the name that the batch has outside."""
-    return jax.vmap(call, in_axes, 0, axis_size=axis.size, axis_name=axis.name)
+    """Returns `jax.vmap` of a walk's call, with the names that the batch has outside."""
+    names = {"axis_name": axis.name, "spmd_axis_name": axis.spmd_name}
+    return jax.vmap(call, in_axes, 0, axis_size=axis.size, **names)
 
 
 def moved(x, dim: int | None, to: int):
     """Returns an array with its batched axis in another place; as it is if it has none."""
     return x if dim is None else jnp.moveaxis(x, dim, to)
+
+
+def widened(x, dim: int | None, axis):
+    """Returns an array with the batch first, on the mesh axes of the batch; a copy an example."""
+    if dim is None:
+        return batching.broadcast(x, axis.size, 0, axis.explicit_mesh_axis)
+    return moved(x, dim, 0)
 
 
 def _is_inexact(x) -> bool:
@@ -158,8 +166,8 @@ def _batch_transposed(axis, args, dims, *, count: int, backward: Callable, avals
         pairs = zip(run(leaves, grads), dims[count:], strict=True)
         return [g.sum(0) if dim is None else jnp.moveaxis(g, 0, dim) for g, dim in pairs]
 
-    widen = lambda x: jnp.broadcast_to(x, (axis.size, *x.shape))
-    avals = jax.make_jaxpr(lambda leaves: [*map(widen, leaves)])(list(avals)).out_avals
+    widen = lambda leaves: [widened(x, None, axis) for x in leaves]
+    avals = jax.make_jaxpr(widen)(list(avals)).out_avals
     out = _TRANSPOSED.bind(*args, count=count, backward=batched, avals=tuple(avals))
     return out, [0] * len(out)
 
@@ -213,7 +221,7 @@ _REVERSE_ONLY.def_impl(lambda x, **_: x)
 ad.primitive_jvps[_REVERSE_ONLY] = _refuse_tangent
 mlir.register_lowering(_REVERSE_ONLY, lambda _, x, **__: [x])
 batching.primitive_batchers[_REVERSE_ONLY] = lambda args, dims, *, sentence: (
-    reverse_only(*args, sentence),
+    reverse_only(args[0], sentence),
     dims[0],
 )
 

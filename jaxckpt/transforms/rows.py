@@ -30,6 +30,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxckpt.plans import Plan, as_plan
 from jaxckpt.schedules.schedule import Schedule
+from jaxckpt.transforms.traced_block import zeros
 
 
 def reads_inside(remat: str | Plan | Schedule, unroll: int) -> bool:
@@ -109,16 +110,11 @@ def _on_device(x, count: int):
 
 
 def _on_host(x, count: int):
-    """Returns rows like `x` on the host.
-
-    Rows that are made on the device and then moved would be on the device as well, all at once.
-    From a single number that was moved they are made where they are.
-    """
+    """Returns rows like `x` on the host; of keys and of nothing, where `_moved` leaves them."""
     if not x.size or _is_key(x):
         (rows,) = _moved([_on_device(x, count)], jax.memory.Space.Host)
         return rows
-    (one,) = _moved([x[(0,) * x.ndim]], jax.memory.Space.Host)
-    return lax.broadcast(one, (count, *x.shape))
+    return zeros(count, jax.typeof(x).update(memory_space=jax.memory.Space.Host))
 
 
 def _moved(leaves, space) -> list:

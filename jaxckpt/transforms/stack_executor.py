@@ -26,7 +26,13 @@ from jaxckpt.schedules.of_stage import stack_schedule_of
 from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms import rows as slots_of
 from jaxckpt.transforms.block_vjp import Moving, Recorder, differentiate
-from jaxckpt.transforms.custom_gradient import batched_call, inexact, moved, run_with_gradient
+from jaxckpt.transforms.custom_gradient import (
+    batched_call,
+    inexact,
+    moved,
+    run_with_gradient,
+    widened,
+)
 from jaxckpt.transforms.jaxprs import trips
 from jaxckpt.transforms.policies import checkpoint_policy, refuse_bad_offload
 from jaxckpt.transforms.rows import row_major
@@ -127,10 +133,7 @@ class _Loops:
         dims_of = [[next(rest) for _ in leaves] for leaves in args]
         # A row is what comes behind the blocks' axis. Every carry has a batch once one has.
         params = [moved(x, dim, 1) for x, dim in zip(params, dims_of[0], strict=True)]
-        carry = [
-            lax.broadcast(x, (axis.size,)) if dim is None else moved(x, dim, 0)
-            for x, dim in zip(carry, dims_of[1], strict=True)
-        ]
+        carry = [widened(x, dim, axis) for x, dim in zip(carry, dims_of[1], strict=True)]
         consts = [moved(x, dim, 0) for x, dim in zip(consts, dims_of[2], strict=True)]
         first = lambda dims: [None if dim is None else 0 for dim in dims]
         in_axes = ([0] * len(carry), first(dims_of[0]), first(dims_of[2]))
