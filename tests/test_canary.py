@@ -193,6 +193,12 @@ custom_jvp.defjvp(lambda primals, tangents: (custom_jvp(*primals), jnp.cos(*prim
 
 
 @jax.custom_vjp
+def custom_vmap(x):
+    fn = jax.custom_batching.custom_vmap(lambda x: jnp.sin(x))
+    fn.def_vmap(lambda size, is_batched, x: (jnp.sin(x), True))
+    return fn(x)
+
+
 def custom_vjp(x):
     return jnp.sin(x)
 
@@ -214,6 +220,7 @@ PROBES = {
     "checkpoint, differentiated": ("REMATS", jax.grad(lambda x: jax.checkpoint(jnp.sin)(x).sum())),
     "custom_jvp": ("CUSTOM_JVPS", custom_jvp),
     "custom_vjp": ("CUSTOM_VJPS", custom_vjp),
+    "custom_vmap": ("CUSTOM_VMAPS", custom_vmap),
     "relu": ("CUSTOM_JVPS", jax.nn.relu),
     "scan": ("SCAN", lambda x: lax.scan(lambda c, row: (c + row, c), x[0], x)),
     "fori_loop": ("SCAN", lambda x: lax.fori_loop(0, 3, lambda i, c: c + i, x)),
@@ -319,7 +326,7 @@ def test_names_that_begin_alike():
 
 
 @pytest.mark.parametrize("probe", [name for name, (row, _) in PROBES.items() if row in (
-    "JITS", "REMATS", "CUSTOM_JVPS", "CUSTOM_VJPS")])  # fmt: skip
+    "JITS", "REMATS", "CUSTOM_JVPS", "CUSTOM_VJPS", "CUSTOM_VMAPS")])  # fmt: skip
 def test_calls_are_opened(probe):
     flat = flatten(jax.make_jaxpr(PROBES[probe][1])(X))
     assert flat.steps and not {step.name for step in flat.steps} & jaxprs.CALLS

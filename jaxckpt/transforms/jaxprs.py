@@ -20,8 +20,9 @@ JITS = ("jit", "pjit", "closed_call", "core_call")
 REMATS = ("remat", "remat2", "checkpoint")
 CUSTOM_JVPS = ("custom_jvp_call",)
 CUSTOM_VJPS = ("custom_vjp_call", "custom_vjp_call_jaxpr")
+CUSTOM_VMAPS = ("custom_vmap_call",)
 SCHEDULE = "jaxckpt_run"  # our own: blocks that an executor runs
-CALLS = frozenset((*JITS, *REMATS, *CUSTOM_JVPS, *CUSTOM_VJPS, SCHEDULE))
+CALLS = frozenset((*JITS, *REMATS, *CUSTOM_JVPS, *CUSTOM_VJPS, *CUSTOM_VMAPS, SCHEDULE))
 
 # Loops, branches, maps over devices, kernels.
 SCAN, WHILE, COND, SHARD_MAP, PALLAS = "scan", "while", "cond", "shard_map", "pallas_call"

@@ -26,7 +26,9 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.interpreters import batching
 
 from jaxckpt.plans import Plan, as_plan
 from jaxckpt.schedules.schedule import Schedule
@@ -93,15 +95,50 @@ def load(slots, slot, *, on_host: bool) -> list:
 
 def row(leaves, index) -> list:
     """Returns one row of every leaf."""
-    return [lax.dynamic_index_in_dim(x, index, keepdims=False) for x in leaves]
+    return [_read_at(0, x)(x, index) for x in leaves]
 
 
 def write(leaves, index, rows) -> list:
     """Returns the leaves with one row of each replaced."""
-    return [
-        lax.dynamic_update_index_in_dim(x, row, index, 0)
-        for x, row in zip(leaves, rows, strict=True)
-    ]
+    return [_write_at(0, x)(x, row, index) for x, row in zip(leaves, rows, strict=True)]
+
+
+def _read_at(axis: int, x) -> Callable:
+    """Returns `read(x, index)`, which reads a row of `x` along an axis."""
+    read = lambda x, index: lax.dynamic_index_in_dim(x, index, axis, keepdims=False)
+    if not _is_on_host(x):
+        return read
+    # Batched, JAX's own is a gather, which takes no array on the host with an index that is not.
+    read = custom_vmap(read)
+
+    @read.def_vmap
+    def _(_, is_batched, x, index):
+        assert not is_batched[1]
+        return _read_at(axis + 1, x)(x, index), True
+
+    return read
+
+
+def _write_at(axis: int, x) -> Callable:
+    """Returns `write(x, row, index)`, which writes a row of `x` along an axis."""
+    write = lambda x, row, index: lax.dynamic_update_index_in_dim(x, row, index, axis)
+    if not _is_on_host(x):
+        return write
+    write = custom_vmap(write)
+
+    @write.def_vmap
+    def _(size, is_batched, x, row, index):
+        assert not is_batched[2]
+        mesh_axis = jax.typeof(x if is_batched[0] else row).sharding.spec[0]
+        widen = lambda leaf: batching.broadcast(leaf, size, 0, mesh_axis)
+        x, row = x if is_batched[0] else widen(x), row if is_batched[1] else widen(row)
+        return _write_at(axis + 1, x)(x, row, index), True
+
+    return write
+
+
+def _is_on_host(x) -> bool:
+    return jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
 def _on_device(x, count: int):
