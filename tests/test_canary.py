@@ -192,13 +192,13 @@ def custom_jvp(x):
 custom_jvp.defjvp(lambda primals, tangents: (custom_jvp(*primals), jnp.cos(*primals) * tangents[0]))
 
 
-@jax.custom_vjp
 def custom_vmap(x):
     fn = jax.custom_batching.custom_vmap(lambda x: jnp.sin(x))
     fn.def_vmap(lambda size, is_batched, x: (jnp.sin(x), True))
     return fn(x)
 
 
+@jax.custom_vjp
 def custom_vjp(x):
     return jnp.sin(x)
 
