@@ -23,11 +23,12 @@ from flax.core.scope import intersect_filters
 from flax.linen.transforms import lift_transform
 from jax.extend import core
 
-from jaxckpt.plans import Plan, PlanError, as_plan, words
+from jaxckpt.plans import Plan, PlanError, words
 from jaxckpt.transforms import policies, rows, tags
-from jaxckpt.transforms.arguments import apart, check_class
+from jaxckpt.transforms.arguments import apart, check_class, part, put
 from jaxckpt.transforms.checks import check_policies
-from jaxckpt.transforms.stack import scan_blocks
+from jaxckpt.transforms.policies import plan_and_policy
+from jaxckpt.transforms.scan import scan
 from jaxckpt.transforms.traced_block import abstract
 
 _PARAMS = "params"
@@ -36,7 +37,8 @@ _PARAMS = "params"
 _CURES = {
     "batch_stats": "use a layer without state (LayerNorm or GroupNorm instead of BatchNorm)",
     "cache": "decode with a loop over blocks, which needs no gradients and so no checkpointing",
-    "intermediates": "return what is sown in the carry, or leave 'intermediates' out of mutable=",
+    "intermediates": "return what is sown beside the carry (out=0 has it stacked), or leave "
+    "'intermediates' out of mutable=",
 }
 
 
@@ -50,20 +52,24 @@ class Stack(nn.Module):
     Attributes:
       block: A Linen module class, or a `functools.partial` of one, called with `parent=None`.
       num_blocks: L.
-      remat: A plan or its text.
+      remat: A plan or its text, or a policy of `jax.checkpoint`.
       unroll: Blocks unrolled in one trip of a loop.
       dtype: Floating parameters are cast to it, for blocks that compute in it anyway: once, before
         a loop, where each block would cast its own in the forward pass, when it is run again and
         in the backward pass. Unrolled blocks that are checkpointed cast their own all the same:
         that takes a little longer, and spares the copy of all parameters. None leaves them as
         they are.
+      out: Where the carry is in what a block returns: an index, a key, or a function. The rest of a
+        tuple or dict, such as hidden states or a router's loss, comes back stacked, `[L, ...]`.
+        None where a block returns its carry alone.
     """
 
     block: Callable[..., nn.Module]
     num_blocks: int
-    remat: str | Plan = "full"
+    remat: str | Plan | Callable = "full"
     unroll: int = 1
     dtype: Any = None
+    out: int | str | Callable | None = None
 
     def __post_init__(self):
         check_class(self.block, nn.Module, "linen.Stack")
@@ -73,7 +79,7 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(self, carry, *consts, **named):
-        """Returns the last block's carry.
+        """Returns the last block's carry; with `out`, what a block returns, its rest stacked.
 
         Args:
           carry: The first block's input; `block(carry, *consts, **named)` returns its like.
@@ -102,18 +108,19 @@ class Stack(nn.Module):
             params, cast = cast(params), lambda params: params
         mutable = intersect_filters(scope.mutable, DenyList(_PARAMS))
 
-        def apply(carry, block_i, *arrays):
+        def apply(carry, block_i):
             # Bound, not applied, so that a caller's capture_intermediates reaches the block.
             variables = {_PARAMS: cast(block_i["params"])}
             bound = block.bind(variables, rngs=block_i["keys"], mutable=mutable)
             consts, named = merge(arrays)
-            carry = bound(carry, *consts, **named)
+            result = bound(carry, *consts, **named)
             _check_state(bound.variables)
-            return carry
+            return part(result, self.out)
 
         # The index is there for blocks that have neither parameters nor keys.
         blocks = {"params": params, "keys": keys, "index": jnp.arange(self.num_blocks)}
-        return scan_blocks(apply, blocks, carry, *arrays, remat=self.remat, unroll=self.unroll)
+        made = scan(apply, carry, blocks, remat=self.remat, unroll=self.unroll)
+        return put(*made, self.out)
 
     def _init_params(self, init: Callable, keys: dict[str, jax.Array]):
         """Draws every block's parameters from keys of its own and stores them stacked."""
@@ -186,7 +193,7 @@ def in_dtype(params, dtype):
 
 def remat(
     block: Any,
-    plan: str | Plan,
+    plan: str | Plan | Callable,
     *,
     methods: Sequence[str] | None = None,
     static_argnums: int | Sequence[int] = (),
@@ -199,7 +206,8 @@ def remat(
 
     Args:
       block: A Linen module class with a `__call__`, or a `functools.partial` of one.
-      plan: `none`, `full` or policies, such as `"attention"`: what one block can follow.
+      plan: `none`, `full` or policies, such as `"attention"`: what one block can follow. Or a
+        policy of `jax.checkpoint`.
       methods: Names of the methods that are checkpointed; `__call__` alone by default.
       static_argnums: Positions of arguments, `self` being 0, that stay what they are even if they
         are arrays.
@@ -222,7 +230,7 @@ def remat(
         return functools.partial(made, *block.args, **block.keywords)
     if not (inspect.isclass(block) and issubclass(block, nn.Module)):
         raise ValueError(f"linen.remat takes a Linen module class, not {block!r}")
-    plan = as_plan(plan)
+    plan, given = plan_and_policy(plan)
     stage = plan.stages[0]
     if len(plan.stages) > 1 or stage.count or stage.schedule not in ("none", "full"):
         raise PlanError(
@@ -243,6 +251,7 @@ def remat(
         _checkpoint,
         block,
         plan=plan,
+        given=given,
         prevent_cse=prevent_cse,
         static={number - 1 for number in static},
         methods=methods,
@@ -252,7 +261,14 @@ def remat(
     return made
 
 
-def _checkpoint(fn: Callable, *, plan: Plan, prevent_cse: bool, static: set[int]) -> Callable:
+def _checkpoint(
+    fn: Callable,
+    *,
+    plan: Plan,
+    given: policies.GivenPolicy | None,
+    prevent_cse: bool,
+    static: set[int],
+) -> Callable:
     """Returns `fn(scopes, *args, **named)` under `jax.checkpoint`, a lifted transform of Flax.
 
     Flax hands over the scopes of the very module that is called, of what it shares with others
@@ -270,21 +286,23 @@ def _checkpoint(fn: Callable, *, plan: Plan, prevent_cse: bool, static: set[int]
                 given = [args[at] if at in static else arg for at, arg in enumerate(dynamic)]
                 return fn(scopes, *given, **named), repack(scopes)
 
-            return _checkpointed(pure, plan, prevent_cse)(variables, rngs, *arrays)
+            return _checkpointed(pure, plan, given, prevent_cse)(variables, rngs, *arrays)
 
         return lift.pack(inner, (True,), (True,), (True,), name="remat")(scopes, *arrays)
 
     return call
 
 
-def _checkpointed(fn: Callable, plan: Plan, prevent_cse: bool) -> Callable:
+def _checkpointed(
+    fn: Callable, plan: Plan, given: policies.GivenPolicy | None, prevent_cse: bool
+) -> Callable:
     """Returns `fn`, traced once, under `jax.checkpoint`, its tags checked against the plan."""
 
     def call(*args):
         closed, out = jax.make_jaxpr(fn, return_shape=True)(*args)
         flat, leaves = core.jaxpr_as_fun(closed), jax.tree.leaves(args)
         check_policies(plan, lambda _: tags.tags_of(flat, *abstract(leaves)))
-        policy = policies.checkpoint_policy(plan.stages[0].policies)
+        policy = given or policies.checkpoint_policy(plan.stages[0].policies)
         made = jax.checkpoint(flat, policy=policy, prevent_cse=prevent_cse)(*leaves)
         return jax.tree.unflatten(jax.tree.structure(out), made)
 

@@ -25,6 +25,7 @@ from jaxckpt.plans import Plan, PlanError, Stage, as_plan, words
 from jaxckpt.transforms import jaxprs, tags, value_names
 from jaxckpt.transforms.checkpointed import Remat
 from jaxckpt.transforms.checks import check_carry
+from jaxckpt.transforms.policies import GivenPolicy
 from jaxckpt.transforms.traced_block import abstract, first_block
 
 # Steps whose output is their input: a tag, a copy, a move.
@@ -82,11 +83,11 @@ def _keeps_carry(block: Callable, params_i, carry, consts: tuple) -> bool:
     return True
 
 
-def checkpointed(block: Callable, stage: Stage) -> Callable:
+def checkpointed(block: Callable, stage: Stage, given: GivenPolicy | None = None) -> Callable:
     """Returns `block` as a stage differentiates one block of the live segment.
 
     `none`, and segments without policies, keep all; the other schedules keep a block's input and
-    what their policies say.
+    what their policies say, or the user's own policy.
     """
     policies = stage.policies
     if words.SCHEDULES[stage.schedule].keeps_segments:
@@ -97,7 +98,8 @@ def checkpointed(block: Callable, stage: Stage) -> Callable:
     if stage.schedule == "none":
         return block
     block = value_names.resolved(block, policies)
-    remat = Remat(policies=policies)(lambda carry, rest: block(carry, *rest), prevent_cse=True)
+    how = Remat(policies=policies, given=given)
+    remat = how(lambda carry, rest: block(carry, *rest), prevent_cse=True)
     return lambda carry, *rest: remat(carry, rest)
 
 

@@ -23,9 +23,10 @@ from jaxckpt.costs.residuals import (
     single_stage,
     slice_of,
 )
-from jaxckpt.plans import Plan, as_plan
+from jaxckpt.plans import Plan
 from jaxckpt.transforms import jaxprs, value_names
 from jaxckpt.transforms.checks import check_policies
+from jaxckpt.transforms.policies import plan_and_policy
 from jaxckpt.transforms.traced_block import trace_block
 
 _MIB = 2**20
@@ -74,7 +75,7 @@ class Explanation:
       carry_bytes: a, the bytes of the block's input, but for what it hands on as it is.
       shared_bytes: Bytes of what is not counted and the backward pass reads again.
       num_blocks: L, or None if it was not given.
-      plan: The plan's text, or None if none was given.
+      plan: The plan's text, or the policy's name; None if none was given.
     """
 
     rows: tuple[Row, ...]
@@ -182,7 +183,7 @@ def explain(
     carry,
     *consts,
     num_blocks: int | None = None,
-    plan: str | Plan | None = None,
+    plan: str | Plan | Callable | None = None,
 ) -> Explanation:
     """Returns every residual of one block, and what a plan does with it.
 
@@ -195,7 +196,8 @@ def explain(
       *consts: What all blocks share.
       num_blocks: Adds a column for a stack of so many blocks.
       plan: A plan of one stage: adds what it does with each residual, as `jax.checkpoint` says.
-        Of `uniform` and `every` this is a block of the live segment.
+        Of `uniform` and `every` this is a block of the live segment. A policy of `jax.checkpoint`
+        as well.
 
     Raises:
       PlanError: A plan that does not parse, has several stages, or names what the block has not.
@@ -215,12 +217,13 @@ def explain(
     changed = trace_block(block, carry, params_i, consts)[0].changed
     handed_on = set(range(len(jax.tree.leaves(carry)))).difference(changed)
     trace = Trace(block, params_i, carry, consts, handed_on)
-    kept = None
+    kept = given = None
     if plan is not None:
-        plan, stage = as_plan(plan), single_stage(plan)
+        plan, given = plan_and_policy(plan)
+        stage = single_stage(plan)
         args = (carry, params_i, *consts)
         check_policies(plan, lambda asked: value_names.offered(block, asked, *args))
-        kept = Trace(checkpointed(block, stage), params_i, carry, consts, handed_on)
+        kept = Trace(checkpointed(block, stage, given), params_i, carry, consts, handed_on)
     names = names_by_key(block, params_i, carry, consts)
     rows = [_row(names, *found) for found in _matched(trace, kept)]
     rows.sort(key=lambda row: -max(row.residual_bytes, row.saved_bytes or 0, row.host_bytes or 0))
@@ -229,7 +232,7 @@ def explain(
         carry_bytes=sum(value.nbytes for value in trace.carry),
         shared_bytes=sum(value.nbytes for value in dict.fromkeys(trace.shared)),
         num_blocks=num_blocks,
-        plan=None if plan is None else str(plan),
+        plan=None if plan is None else str(given or plan),
     )
 
 

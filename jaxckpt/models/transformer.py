@@ -10,6 +10,7 @@ Values are tagged for the policies: `q`, `k`, `v` (projections), `attn` (attenti
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -33,13 +34,13 @@ class Transformer(nn.Module):
 
     Attributes:
       config: Shapes and options.
-      remat: The plan of the stack, or its text.
+      remat: The plan of the stack, or its text, or a policy of `jax.checkpoint`.
       unroll: Blocks unrolled in one trip of the stack's loop.
       layout: Where its arrays lie on a mesh; None on one device.
     """
 
     config: TransformerConfig
-    remat: str | Plan = "full"
+    remat: str | Plan | Callable = "full"
     unroll: int = 1
     layout: Layout | None = None
 

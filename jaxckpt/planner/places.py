@@ -23,6 +23,7 @@ from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms import jaxprs, tags
 from jaxckpt.transforms.custom_gradient import inexact
 from jaxckpt.transforms.observers import StackCall
+from jaxckpt.transforms.policies import GivenPolicy
 
 _MARK = "jaxckpt.stack."
 
@@ -34,7 +35,7 @@ class Call:
     Attributes:
       stack: What it runs.
       remat: What it was asked for, as text.
-      plan: The same as a bound plan; None for a schedule.
+      plan: The same as a bound plan; None for a schedule or the user's own policy.
     """
 
     stack: Stack
@@ -122,8 +123,10 @@ class Finder:
 
 
 def _plan_of(call: StackCall) -> Plan | None:
-    """Returns the bound plan of a call; None for a schedule."""
-    return None if isinstance(call.remat, Schedule) else as_plan(call.remat).bind(call.num_blocks)
+    """Returns the bound plan of a call; None for a schedule or the user's own policy."""
+    if isinstance(call.remat, Schedule | GivenPolicy):
+        return None
+    return as_plan(call.remat).bind(call.num_blocks)
 
 
 def _forward(steps: Sequence[Step]) -> Step | None:

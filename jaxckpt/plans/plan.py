@@ -218,6 +218,7 @@ class Plan:
           PlanError: With the text, the place marked, what is valid and the nearest guess.
         """
         if not isinstance(text, str):
+            _refuse_function(text)
             raise PlanError(f"a plan is parsed from text such as 'sqrt', not from {text!r}")
         return cls(stages=parse_stages(text))
 
@@ -276,7 +277,20 @@ def as_plan(remat: "str | Plan") -> Plan:
         return remat
     if isinstance(remat, str):
         return Plan.parse(remat)
+    _refuse_function(remat)
     raise PlanError(f"remat is a plan such as 'sqrt' or a jaxckpt.Plan, not {remat!r}")
+
+
+def _refuse_function(given):
+    """Raises for a `jax.checkpoint` policy where a plan is printed, stored or planned with."""
+    if callable(given):
+        rows = words.POLICIES.items()
+        same = [name for name, row in rows if row.saves and words.function_of(row.saves) == given]
+        advice = repr(same[0]) if same else "a plan's text, such as 'dots' or 'names:a,b',"
+        raise PlanError(
+            f"{getattr(given, '__name__', repr(given))} is a function, and what plans, prints or "
+            f"stores a plan takes no function; give {advice} instead"
+        )
 
 
 def _blocks(count: int) -> str:

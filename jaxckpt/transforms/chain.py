@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from jaxckpt.plans import Plan, Policy, as_plan
+from jaxckpt.plans import Plan, Policy
 from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms import chain_executor, stack_executor, tags, value_names
 from jaxckpt.transforms import checkpointed as reference
 from jaxckpt.transforms.checks import check_policies, check_rerun, check_schedule
-from jaxckpt.transforms.policies import all_of
+from jaxckpt.transforms.policies import GivenPolicy, all_of, plan_and_policy
 from jaxckpt.transforms.traced_block import (
     TracedBlock,
     as_arrays,
@@ -30,7 +30,7 @@ def chain(
     blocks: Sequence[Callable],
     carry,
     *,
-    remat: str | Plan | Schedule = "sqrt",
+    remat: str | Plan | Schedule | Callable = "sqrt",
     nested: bool = False,
 ):
     """Runs different blocks one after another, checkpointed by a plan or a schedule.
@@ -39,8 +39,8 @@ def chain(
       blocks: Functions `carry -> carry`; shapes may change from one to the next.
       carry: The first block's input, any pytree of arrays.
       remat: A plan or its text, or a schedule for as many blocks, such as what
-        `schedules.optimal_chain` plans under a budget. A name counts as matched if any block has
-        it.
+        `schedules.optimal_chain` plans under a budget, or a policy of `jax.checkpoint`. A name
+        counts as matched if any block has it.
       nested: Runs a plan's schedules by nested `jax.checkpoint` instead of the executor. That
         recomputes more and keeps more, but has forward-mode and higher derivatives.
 
@@ -69,7 +69,7 @@ def chain(
         raise ValueError(
             "a chain's blocks are functions carry -> carry; see scan_blocks for a stack"
         )
-    remat = remat if isinstance(remat, Schedule) else as_plan(remat)
+    remat, given = (remat, None) if isinstance(remat, Schedule) else plan_and_policy(remat)
     if isinstance(remat, Schedule):
         check_schedule(remat, len(blocks), nested)
         plan = remat
@@ -79,19 +79,26 @@ def chain(
     traced, consts, shape = [], [], carry
     for block in blocks:
         one, consts_i = trace_block(lambda carry, _, block=block: block(carry), shape)
-        check_rerun(one, remat)
+        check_rerun(one, remat, given)
         traced.append(one)
         consts.append(consts_i)
         shape = one.out
     if isinstance(remat, Plan):
         check_policies(remat, lambda asked: _tags_of(traced, asked))
     identities = tuple(map(identity, blocks))
-    program = once_compiled(_run, identities, tuple(traced), plan, nested)
+    program = once_compiled(_run, identities, tuple(traced), plan, given, nested)
     out = program(jax.tree.leaves(carry), consts)
     return jax.tree.unflatten(traced[-1].out_tree, out)
 
 
-def _run(blocks: Sequence[TracedBlock], plan: Plan | Schedule, nested: bool, carry, consts) -> list:
+def _run(
+    blocks: Sequence[TracedBlock],
+    plan: Plan | Schedule,
+    given: GivenPolicy | None,
+    nested: bool,
+    carry,
+    consts,
+) -> list:
     """Returns the last block's output; the carry and each block's consts are lists of leaves."""
     calls = [block.call for block in blocks]
     if isinstance(plan, Schedule):
@@ -104,8 +111,9 @@ def _run(blocks: Sequence[TracedBlock], plan: Plan | Schedule, nested: bool, car
             carry = chain_executor.run_stage(calls[here], carry, consts[here], stage)
         else:
             pairs = tuple(zip(calls[here], consts[here], strict=True))
-            apply = lambda carry, pair: pair[0](carry, [], pair[1])
-            carry = reference.run_stage(reference.Listed(blocks=pairs), apply, carry, stage)
+            apply = lambda carry, pair: (pair[0](carry, [], pair[1]), None)
+            listed = reference.Listed(blocks=pairs)
+            carry, _ = reference.run_stage(listed, apply, carry, stage, given)
         start += stage.bound_count
     return carry
 

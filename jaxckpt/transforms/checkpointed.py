@@ -16,14 +16,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jaxckpt.plans import Policy, Stage, words
 from jaxckpt.schedules.segments import segment_sizes
 from jaxckpt.transforms import rows, tags
-from jaxckpt.transforms.policies import checkpoint_policy
+from jaxckpt.transforms.policies import GivenPolicy, checkpoint_policy
 
-Apply = Callable[[Any, Any], Any]  # (carry, one block's item) -> carry
+# (carry, one block's item) -> (carry, what the block returns beside it)
+Apply = Callable[[Any, Any], tuple[Any, Any]]
 Cut = Callable[[int], Sequence[int]]  # length -> sizes of its segments
 
 _OFFLOAD_CARRY = (Policy(kind="offload", names=(words.CARRY,)),)
@@ -31,9 +33,15 @@ _OFFLOAD_CARRY = (Policy(kind="offload", names=(words.CARRY,)),)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Remat:
-    """How a function is checkpointed: what it keeps, and whether its input goes to the host."""
+    """How a function is checkpointed: what it keeps, and whether its input goes to the host.
+
+    Attributes:
+      policies: The plan's.
+      given: The user's own policy, in their place.
+    """
 
     policies: tuple[Policy, ...] = ()
+    given: GivenPolicy | None = None
 
     def __call__(self, fn: Callable, *, prevent_cse: bool) -> Callable:
         """Returns `fn(carry, item)` under `jax.checkpoint`."""
@@ -41,9 +49,8 @@ class Remat:
         if any(words.CARRY in policy.names for policy in self.policies):
             # Only a tag at the start lets the saved input be the one on the host.
             inner = lambda carry, item: fn(tags.tag_reserved(carry, tags.CARRY), item)
-        return jax.checkpoint(
-            inner, policy=checkpoint_policy(self.policies), prevent_cse=prevent_cse
-        )
+        policy = self.given or checkpoint_policy(self.policies)
+        return jax.checkpoint(inner, policy=policy, prevent_cse=prevent_cse)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,22 +63,24 @@ class Stacked:
       unroll: Blocks unrolled in one trip of a loop.
       part_of: The parameters of the stack that these blocks are a part of, and the place of the
         first of them in it; None where the blocks' own are read.
+      reverse: The last row's block is run first.
     """
 
     params: Any
     length: int
     unroll: int = 1
     part_of: tuple[Any, int] | None = None
+    reverse: bool = False
 
     def fold(self, apply: Apply, carry, remat: Remat | None):
-        """Returns the carry after all blocks, each under `remat` if there is one."""
+        """Returns the carry after all blocks, each under `remat` if there is one, and the ys."""
         return self._scan(
             apply, carry, self.params, self.length, min(self.unroll, self.length), remat
         )
 
     def fold_segments(self, sizes: Sequence[int], run: Apply, carry, remat: Remat):
-        """Returns the carry after `run(carry, segment)` of every segment, each under `remat`."""
-        start = 0
+        """Returns the carry after `run(carry, segment)` of each segment under `remat`, and ys."""
+        start, made = 0, []
         for size, equals in itertools.groupby(sizes):
             count = len(list(equals))
             stop = start + size * count
@@ -79,9 +88,10 @@ class Stacked:
             params = jax.tree.map(cut, self.params)
             segment = lambda params, k=size: Stacked(params=params, length=k, unroll=self.unroll)
             apply = lambda carry, params, make=segment: run(carry, make(params))
-            carry = self._scan(apply, carry, params, count, 1, remat)
+            carry, ys = self._scan(apply, carry, params, count, 1, remat)
+            made.append(jax.tree.map(lambda y, n=size * count: y.reshape(n, *y.shape[2:]), ys))
             start = stop
-        return carry
+        return carry, jax.tree.map(lambda *ys: jnp.concatenate(ys), *made)
 
     def _scan(self, apply, carry, items, length, unroll, remat):
         if remat is not None:
@@ -90,13 +100,15 @@ class Stacked:
             # A loop keeps the recomputation apart from the forward pass, so the barriers that
             # do it elsewhere are left out; a loop of one trip is no loop once compiled.
             apply = remat(apply, prevent_cse=unroll > 1 or length == 1)
-        body = lambda carry, item: (apply(carry, item), None)
-        return lax.scan(body, carry, items, length=length, unroll=unroll)[0]
+        return lax.scan(apply, carry, items, length, self.reverse, unroll)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Listed:
-    """Different blocks, each what `apply` takes; they may close over traced values."""
+    """Different blocks, each what `apply` takes; they may close over traced values.
+
+    They return nothing beside the carry.
+    """
 
     blocks: tuple[Any, ...]
 
@@ -106,35 +118,40 @@ class Listed:
         return len(self.blocks)
 
     def fold(self, apply: Apply, carry, remat: Remat | None):
-        """Returns the carry after all blocks, each under `remat` if there is one."""
+        """Returns the carry after all blocks, each under `remat` if there is one, and no ys."""
         for block in self.blocks:
-            carry = _closed(apply, block, remat)(carry)
-        return carry
+            carry, _ = _closed(apply, block, remat)(carry)
+        return carry, None
 
     def fold_segments(self, sizes: Sequence[int], run: Apply, carry, remat: Remat):
-        """Returns the carry after `run(carry, segment)` of every segment, each under `remat`."""
+        """Returns the carry after `run(carry, segment)` of each segment under `remat`, no ys."""
         start = 0
         for size in sizes:
             segment = Listed(blocks=self.blocks[start : start + size])
-            carry = _closed(run, segment, remat)(carry)
+            carry, _ = _closed(run, segment, remat)(carry)
             start += size
-        return carry
+        return carry, None
 
 
-def run_stage(blocks: Stacked | Listed, apply: Apply, carry, stage: Stage):
-    """Returns the carry after a stage's blocks, checkpointed as the stage says.
+def run_stage(
+    blocks: Stacked | Listed, apply: Apply, carry, stage: Stage, given: GivenPolicy | None = None
+):
+    """Returns the carry after a stage's blocks, checkpointed as the stage says, and the ys.
 
     Args:
       blocks: The stage's blocks.
       apply: Runs one of them.
       carry: The stage's input.
       stage: Bound, with resolved policies.
+      given: The user's own policy, of a stage that is `full`.
 
     Raises:
       NotImplementedError: `binomial` and others that no nesting of `jax.checkpoint` expresses, or
         `auto`, which a planner has to replace by a plan first.
     """
     cuts, leaf = _CUTS.get(stage.schedule, _not_nested)(stage)
+    if given is not None:
+        leaf = Remat(given=given)
     outer = Remat(policies=_OFFLOAD_CARRY if stage.offloads_carry else ())
     return _run(blocks, apply, carry, cuts, leaf, outer)
 

@@ -19,6 +19,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 from jaxckpt.plans import Plan
 from jaxckpt.schedules.schedule import Schedule
+from jaxckpt.transforms.policies import GivenPolicy
 from jaxckpt.transforms.traced_block import TracedBlock
 
 
@@ -38,7 +39,7 @@ class StackCall:
     block: TracedBlock
     params: Any
     carry: list
-    remat: str | Plan | Schedule
+    remat: str | Plan | Schedule | GivenPolicy
     num_blocks: int
     unroll: int
 

@@ -3,20 +3,92 @@
 A policy is asked `policy(primitive, *avals, **params)` and answers whether the equation's outputs
 are saved, moved to the host or recomputed. Ours are made from JAX's public factories and cached,
 because JAX compares policies by identity and would trace anew for each new object.
+
+`remat=` takes a policy of the user's as well. It is no plan: `plan_and_policy` hands it on beside
+the plan `full`, and it is asked in place of that plan's own.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
 
 import jax
+from jax import ad_checkpoint
 
-from jaxckpt.plans import Plan, PlanError, Policy, words
+from jaxckpt.plans import Plan, PlanError, Policy, as_plan, words
 from jaxckpt.plans.errors import nearest
 from jaxckpt.transforms import jaxprs, tags
 from jaxckpt.transforms.tags import Tags
 
 # JAX releases on which an offloaded residual of a scan comes back wrong, without an error.
 _BAD_OFFLOAD = {("gpu", "0.11.0"): "gradients of offloaded scan residuals are silently wrong"}
+
+_ANSWERS = (bool, type(ad_checkpoint.Recompute), type(ad_checkpoint.Saveable))
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenPolicy:
+    """A policy that the user gave as a function, asked as `jax.checkpoint` asks it.
+
+    Attributes:
+      function: `function(primitive, *avals, **params)`.
+
+    Raises:
+      PlanError: A function that cannot be called so or has no hash, or, when it is asked, that
+        answers with what `jax.checkpoint` does not know.
+    """
+
+    function: Callable
+
+    def __post_init__(self):
+        if not isinstance(self.function, Hashable):
+            raise PlanError(
+                f"JAX compares policies and takes none without a hash; {self} has none (a "
+                "dataclass has one with frozen=True)"
+            )
+        try:
+            signature = inspect.signature(self.function)
+        except ValueError:  # of C, without a signature
+            return
+        try:
+            signature.bind("primitive", "aval", "aval", a_param=0, another_param=0)
+        except TypeError:
+            raise PlanError(
+                f"remat is a plan such as 'sqrt', or a policy that jax.checkpoint calls as "
+                f"policy(primitive, *avals, **params); {self} takes {signature}; of "
+                "jax.checkpoint_policies, what takes names or policies is called first"
+            ) from None
+
+    def __call__(self, primitive, *avals, **params):
+        """Returns what the function answers, of what `jax.checkpoint` knows."""
+        answer = self.function(primitive, *avals, **params)
+        if isinstance(answer, ad_checkpoint.Offloadable):
+            refuse_bad_offload()
+        elif not isinstance(answer, _ANSWERS):
+            raise PlanError(
+                f"the policy {self} answers {answer!r} of {primitive}; jax.checkpoint knows True, "
+                "False and jax.ad_checkpoint's Saveable, Recompute and Offloadable(src=, dst=)"
+            )
+        return answer
+
+    def __str__(self) -> str:
+        return getattr(self.function, "__name__", repr(self.function))
+
+
+def plan_and_policy(remat: Any) -> tuple[Plan, GivenPolicy | None]:
+    """Returns the plan that `remat=` asks for, and the user's policy if that is what was given.
+
+    Raises:
+      PlanError: What was given is neither text nor a plan nor a policy, or does not parse.
+    """
+    if isinstance(remat, str | Plan) or not callable(remat):
+        return as_plan(remat), None
+    return _FULL, GivenPolicy(remat)
+
+
+_FULL = Plan.parse("full")
 
 
 def needs_tags(policies: Iterable[Policy]) -> bool:

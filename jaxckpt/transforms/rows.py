@@ -30,16 +30,17 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.interpreters import batching
 
-from jaxckpt.plans import Plan, as_plan
+from jaxckpt.plans import Plan
 from jaxckpt.schedules.schedule import Schedule
+from jaxckpt.transforms.policies import plan_and_policy
 from jaxckpt.transforms.traced_block import zeros
 
 
-def reads_inside(remat: str | Plan | Schedule, unroll: int) -> bool:
+def reads_inside(remat: str | Plan | Schedule | Callable, unroll: int) -> bool:
     """Returns whether every block of a stack is one that reads its own row."""
     if unroll == 1 or isinstance(remat, Schedule):
         return False
-    return all(stage.schedule == "full" for stage in as_plan(remat).stages)
+    return all(stage.schedule == "full" for stage in plan_and_policy(remat)[0].stages)
 
 
 def read_inside(apply: Callable, items, whole, start: int):
