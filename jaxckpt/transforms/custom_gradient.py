@@ -225,15 +225,25 @@ def _(primals, tangents):
     return primals[0], _ONCE.bind(tangents[0])
 
 
-def reverse_only(x, sentence: str):
-    """Returns an argument of a `jax.custom_vjp` whose forward mode by itself `sentence` refuses."""
-    return _REVERSE_ONLY.bind(x, sentence=sentence)
+def reverse_only(x, sentence: str, *, at_once: bool = False):
+    """Returns an array whose forward mode by itself `sentence` refuses.
+
+    Args:
+      x: An argument of a `jax.custom_vjp`.
+      sentence: What the error says.
+      at_once: Refuses any tangent of `x`: what is no argument, but computed in a forward pass, has
+        one in forward mode over reverse mode alone.
+    """
+    return _REVERSE_ONLY.bind(x, sentence=sentence, at_once=at_once)
 
 
-def _refuse_tangent(primals, tangents, *, sentence: str):
+def _refuse_tangent(primals, tangents, *, sentence: str, at_once: bool):
     (tangent,) = tangents
-    is_zero = isinstance(tangent, ad.Zero)
-    return primals[0], tangent if is_zero else _REVERSED.bind(tangent, sentence=sentence)
+    if isinstance(tangent, ad.Zero):
+        return primals[0], tangent
+    if at_once:
+        raise NotImplementedError(sentence)
+    return primals[0], _REVERSED.bind(tangent, sentence=sentence)
 
 
 _REVERSE_ONLY = core.Primitive(jaxprs.REVERSE_ONLY)
@@ -241,8 +251,8 @@ _REVERSE_ONLY.def_abstract_eval(lambda x, **_: x)
 _REVERSE_ONLY.def_impl(lambda x, **_: x)
 ad.primitive_jvps[_REVERSE_ONLY] = _refuse_tangent
 mlir.register_lowering(_REVERSE_ONLY, lambda _, x, **__: [x])
-batching.primitive_batchers[_REVERSE_ONLY] = lambda args, dims, *, sentence: (
-    reverse_only(args[0], sentence),
+batching.primitive_batchers[_REVERSE_ONLY] = lambda args, dims, **static: (
+    _REVERSE_ONLY.bind(*args, **static),
     dims[0],
 )
 

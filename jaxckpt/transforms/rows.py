@@ -32,8 +32,14 @@ from jax.interpreters import batching
 
 from jaxckpt.plans import Plan
 from jaxckpt.schedules.schedule import Schedule
+from jaxckpt.transforms.custom_gradient import reverse_only
 from jaxckpt.transforms.policies import plan_and_policy
 from jaxckpt.transforms.traced_block import zeros
+
+_NO_TANGENTS = (
+    "offload:carry of a schedule has no forward mode over reverse mode (jax.hessian); the schedule "
+    "without it has, and so has full+offload:carry"
+)
 
 
 def reads_inside(remat: str | Plan | Schedule | Callable, unroll: int) -> bool:
@@ -85,7 +91,11 @@ def empty(carry, count: int, *, on_host: bool) -> list:
 
 def store(slots, slot, carry, *, on_host: bool) -> list:
     """Returns the slots with a carry in one of them."""
-    return write(slots, slot, _moved(carry, jax.memory.Space.Host) if on_host else carry)
+    if on_host:
+        # JAX makes the tangents of slots on the device, whatever is stored there later.
+        carry = [reverse_only(x, _NO_TANGENTS, at_once=True) for x in carry]
+        carry = _moved(carry, jax.memory.Space.Host)
+    return write(slots, slot, carry)
 
 
 def load(slots, slot, *, on_host: bool) -> list:

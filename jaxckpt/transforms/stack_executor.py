@@ -269,7 +269,12 @@ class Loops:
         if num_steps is not None:
             state = back.run_until(state)
         else:
-            for loop in self.table.loops:
+            loops = self.table.loops
+            rows_a_trip = [(loop.rows.stop - loop.rows.start) // loop.trips for loop in loops]
+            if self.how.offload and max(rows_a_trip) > 1:
+                # A trip of several rows loads one carry more than it reverses, here over the link.
+                loops = self.table.without_counts
+            for loop in loops:
                 state = back.run(loop, state)
         _, _, grad_carry, grad_params, grad_consts = state
         of_place = dict(zip(places, grad_carry, strict=True))

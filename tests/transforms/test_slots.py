@@ -109,6 +109,14 @@ def test_gradients_of_each_example_of_what_is_on_the_host(plan):
         assert jnp.abs(got - want).max() <= 1e-5 * jnp.abs(want).max()
 
 
+def test_a_second_derivative_says_what_has_it():
+    args = gradient("log")[1]
+    hvp = lambda plan: jax.eval_shape(lambda *a: jax.jvp(gradient(plan)[0], a, a)[1], *args)
+    with pytest.raises(NotImplementedError, match=r"without it has, and so has full\+offload"):
+        hvp("log+offload:carry")
+    assert hvp("log").shape == hvp("full+offload:carry").shape == args[0].shape
+
+
 @needs_tpu
 @pytest.mark.heavy
 def test_a_compiler_keeps_the_slots_on_the_host(tmp_path, monkeypatch):
