@@ -99,7 +99,7 @@ def abstract_block(config: TrainConfig, params):
 
     from jaxckpt.linen import in_dtype
     from jaxckpt.models.transformer import Block, rotary_table
-    from jaxckpt.transforms import rows
+    from jaxckpt.transforms import rows, traced_block
 
     module = Block(config.model)
     cast = functools.partial(in_dtype, dtype=config.model.dtype)
@@ -110,10 +110,7 @@ def abstract_block(config: TrainConfig, params):
     rotary = jax.eval_shape(
         lambda: rotary_table(config.seq_len, config.model.head_dim, config.model.rope_theta)
     )
-    params_i = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params["layers"]
-    )
-
+    params_i = traced_block.first_block(params["layers"])
     params_i = params_i if is_inside else jax.eval_shape(cast, params_i)
     consts = [rotary]
     if config.pack:

@@ -17,6 +17,7 @@ from experiments.config import ConfigError, TrainConfig
 from experiments.training.step import TrainState, init_state, layout_of
 from jaxckpt.models.mesh import AXES
 from jaxckpt.models.sharding import AXIS_TYPES
+from jaxckpt.transforms.traced_block import on_devices
 
 
 def put_whole(arrays, where: jax.sharding.Sharding | None):
@@ -61,9 +62,7 @@ def abstract_state(config: TrainConfig, mesh: Mesh | None = None) -> TrainState:
     if layout is None:
         return state
     shardings = layout.of_params(state, mesh)
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, shardings
-    )
+    return jax.tree.map(on_devices, state, shardings)
 
 
 def abstract_tokens(config: TrainConfig, mesh: Mesh | None = None) -> jax.ShapeDtypeStruct:

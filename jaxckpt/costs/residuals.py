@@ -12,7 +12,7 @@ belongs to what the loop stacks of it.
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -127,18 +127,30 @@ class Trace:
       flat: The forward pass; its outputs are the leaves.
       residuals: The leaves that are neither a parameter, nor a const, nor closed over; each once.
       shared: The leaves that are, each once: they are read again, not saved.
-      carry: The block's input, as values.
+      carry: The block's input, as values, but for what it hands on as it is.
       labels: For inputs and constants, how a reader would call them.
       tags: For origins, the users' tags they carry.
       kernels: For origins that an attention kernel keeps for its backward pass, the kernel's key.
       moving: Values that depend on the carry.
     """
 
-    def __init__(self, block: Callable, params_i, carry, consts: tuple):
+    def __init__(
+        self, block: Callable, params_i, carry, consts: tuple, handed_on: Collection[int] = ()
+    ):
+        """Traces a block.
+
+        Args:
+          block: The block, as it is or under a plan.
+          params_i: Its parameters.
+          carry: Its input.
+          consts: What all blocks share.
+          handed_on: The carry's leaves that it hands on as they are: all blocks share them too.
+        """
         leaves_of = lambda *args: jax.tree.leaves(jax.vjp(block, *args)[1])
         args = (carry, params_i, *consts)
         self.flat = flatten(jax.make_jaxpr(leaves_of)(*args))
-        self.carry = self.flat.inputs[: len(jax.tree.leaves(carry))]
+        inputs = enumerate(self.flat.inputs[: len(jax.tree.leaves(carry))])
+        self.carry = [value for place, value in inputs if place not in handed_on]
         self.labels = dict(_labels(self.flat, args))
         self._keys: dict[Value, tuple] = {}
         for place, value in enumerate(self.flat.inputs):

@@ -10,8 +10,8 @@ what is handed to the backward pass weighs what the inputs weigh.
 
 Derivatives: `jax.grad` and `jax.vjp`, and on top of a gradient any other, at that one's price: a
 Hessian-vector product as `jax.jvp` of the gradient holds one chunk's logits, `jax.grad` of the
-gradient all of them. Forward mode of the loss itself is an error; `plain_linear_cross_entropy`
-has it. Under `jax.checkpoint` all of this would run twice: leave the loss outside.
+gradient all of them. Forward mode of the loss itself is refused; `plain_linear_cross_entropy` has
+it. Under `jax.checkpoint` all of this would run twice: leave the loss outside.
 """
 
 import dataclasses
@@ -23,7 +23,8 @@ from jax import lax
 
 from jaxckpt.losses import inputs
 from jaxckpt.losses.chunks import Chunks, choose_chunks, given_chunks, row_statistics
-from jaxckpt.losses.placement import Placement
+from jaxckpt.losses.placement import Placement, explicit_as_auto
+from jaxckpt.transforms.custom_gradient import reverse_only
 
 _NO_FORWARD_MODE = (
     "linear_cross_entropy has reverse-mode gradients (jax.grad, jax.vjp) alone; "
@@ -56,13 +57,13 @@ def linear_cross_entropy(
     a batch sharded over B stays so. Not along S, which an SPMD program would gather for every
     chunk: a sequence in n shards is handed over as `[B, n, S / n, D]`.
 
-    Under SPMD, on meshes of `Auto` axes, `w` may be sharded too. Over V that costs, a chunk, three
-    reductions of a float a token and one of a `[tokens, D]` gradient of `x`; logits stay where
-    they are. Over D (FSDP), a `placement` spreads its vocabulary instead, or gather it first by
-    `with_sharding_constraint`. Tokens over several devices cost a reduction of the gradient of
-    `w`, which some compilers do for every chunk (TPU's does it once). With `token_shards` each
-    device sums its own in the loop, and there is one reduction after it; a flattened `[tokens, D]`
-    stays sharded then as well.
+    Under SPMD, on meshes of `Auto` or `Explicit` axes, `w` may be sharded too. Over V that costs, a
+    chunk, three reductions of a float a token and one of a `[tokens, D]` gradient of `x`; logits
+    stay where they are. Over D (FSDP), a `placement` spreads its vocabulary instead, or gather it
+    first by `with_sharding_constraint`. Tokens over several devices cost a reduction of the
+    gradient of `w`, which some compilers do for every chunk (TPU's does it once). With
+    `token_shards` each device sums its own in the loop, and there is one reduction after it; a
+    flattened `[tokens, D]` stays sharded then as well.
 
     Args:
       x: Hidden states `[..., S, D]`, bfloat16, float32 or float64.
@@ -87,8 +88,7 @@ def linear_cross_entropy(
 
     Raises:
       ValueError: Shapes, dtypes or options that do not go together; a chunk that does not divide.
-      NotImplementedError: Forward-mode differentiation (JAX's own TypeError where `jax.jit` finds
-        it).
+      NotImplementedError: Forward-mode differentiation.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxckpt
@@ -115,12 +115,8 @@ def linear_cross_entropy(
     else:
         chunks = given_chunks(targets.shape, chunk_tokens)
     head = _Head(options=options, chunks=chunks, sharded=token_shards > 1, placement=placement)
-    try:
-        loss = _jitted(head, x, w, targets)
-    except TypeError as error:
-        if "forward-mode" not in str(error):
-            raise
-        raise NotImplementedError(_NO_FORWARD_MODE) from None
+    x, w = (reverse_only(array, _NO_FORWARD_MODE) for array in (x, w))
+    loss = _jitted(head, x, w, targets)
     if return_count:
         return loss, inputs.counted_tokens(targets, options).sum(dtype=jnp.int32)
     return loss
@@ -161,6 +157,10 @@ class _Head:
 
     def run(self, x, w, targets, *, differentiated: bool):
         """Returns the loss, and its gradients of `x` and `w` or, not differentiated, `()`."""
+        call = functools.partial(self._run, differentiated=differentiated)
+        return explicit_as_auto(call, (x, w, targets), (x, w) if differentiated else ())
+
+    def _run(self, x, w, targets, *, differentiated: bool):
         ids, weights = self._weigh(targets, w.shape[1 - self.options.width_axis], x)
         kernel = self._spread(w.astype(x.dtype))  # once, not in every chunk
         x = self._tokens(x)

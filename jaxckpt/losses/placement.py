@@ -7,10 +7,11 @@ is spread over the axis. This is the second way: no array of the weights' size i
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,7 @@ class Placement:
     """Mesh axes of a head's arrays; the mesh may be without devices.
 
     Attributes:
-      mesh: The mesh, with `Auto` axes.
+      mesh: The mesh, of `Auto` or `Explicit` axes.
       shards: Over which tokens are cut, in shards that sum their own gradients of the weights.
       rows: Over which a shard's rows are cut; inside a chunk they are gathered over it.
       vocabulary: Over which the vocabulary is spread inside the head.
@@ -51,5 +52,30 @@ class Placement:
         return self._constrain(x, *lead, *(() if gathered else (self.rows,)))
 
     def _constrain(self, x, *axes: Any):
-        sharding = NamedSharding(self.mesh, PartitionSpec(*axes))
+        inside = jax.sharding.get_abstract_mesh()  # where Explicit axes are Auto
+        mesh = inside if inside.shape == self.mesh.shape else self.mesh
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
         return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def explicit_as_auto(call: Callable, arrays: Sequence[jax.Array], gradients_of: Sequence) -> Any:
+    """Returns `call(*arrays)`: a number, and gradients sharded as arrays are.
+
+    Every product here may meet a sharding that Explicit axes of a mesh leave to the program to
+    choose. Inside the call they are Auto axes, so that the compiler chooses, as on other meshes.
+
+    Args:
+      call: Returns `(number, gradients)`.
+      arrays: What it reads.
+      gradients_of: The arrays, one for each gradient.
+    """
+    meshes = [jax.typeof(array).sharding.mesh for array in arrays]
+    mesh = next((mesh for mesh in meshes if not mesh.empty), jax.sharding.get_abstract_mesh())
+    kinds = () if mesh.empty else zip(mesh.axis_names, mesh.axis_types, strict=True)
+    axes = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+    if not axes:
+        return call(*arrays)
+    specs = [PartitionSpec(), *(jax.typeof(array).sharding.spec for array in gradients_of)]
+    number, *gradients = (NamedSharding(mesh, spec) for spec in specs)
+    out = (number, tuple(gradients))
+    return jax.sharding.auto_axes(call, axes=axes, out_sharding=out)(*arrays)

@@ -10,6 +10,8 @@ what `jax.vjp` keeps; XLA may drop a copy or merge two arrays that are equal. Th
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
+import jax
+
 from jaxckpt.costs.flat import Value, where
 from jaxckpt.costs.flops import step_flops
 from jaxckpt.costs.residuals import (
@@ -25,6 +27,7 @@ from jaxckpt.plans import Plan
 from jaxckpt.transforms import jaxprs, value_names
 from jaxckpt.transforms.checks import check_policies
 from jaxckpt.transforms.policies import plan_and_policy
+from jaxckpt.transforms.traced_block import trace_block
 
 _MIB = 2**20
 
@@ -66,10 +69,11 @@ class Explanation:
     """The residuals of one block, largest first; `print` shows a table.
 
     Attributes:
-      rows: What the backward pass needs. Parameters and consts of the block are not counted: they
-        are in memory anyway and are read again. A cast or transposed copy of them is counted.
-      carry_bytes: a, the bytes of the block's input.
-      shared_bytes: Bytes of the parameters and consts that the backward pass reads again.
+      rows: What the backward pass needs. Parameters and consts of the block are not counted, nor
+        what it hands on as it is: they are in memory anyway and are read again. A cast or
+        transposed copy of them is counted.
+      carry_bytes: a, the bytes of the block's input, but for what it hands on as it is.
+      shared_bytes: Bytes of what is not counted and the backward pass reads again.
       num_blocks: L, or None if it was not given.
       plan: The plan's text, or the policy's name; None if none was given.
     """
@@ -210,14 +214,16 @@ def explain(
     if num_blocks is not None and (isinstance(num_blocks, bool) or num_blocks < 1):
         raise ValueError(f"num_blocks is {num_blocks}; a stack has at least 1 block")
     check_arguments(block, params_i, carry, consts)
-    trace = Trace(block, params_i, carry, consts)
+    changed = trace_block(block, carry, params_i, consts)[0].changed
+    handed_on = set(range(len(jax.tree.leaves(carry)))).difference(changed)
+    trace = Trace(block, params_i, carry, consts, handed_on)
     kept = given = None
     if plan is not None:
         plan, given = plan_and_policy(plan)
         stage = single_stage(plan)
         args = (carry, params_i, *consts)
         check_policies(plan, lambda asked: value_names.offered(block, asked, *args))
-        kept = Trace(checkpointed(block, stage, given), params_i, carry, consts)
+        kept = Trace(checkpointed(block, stage, given), params_i, carry, consts, handed_on)
     names = names_by_key(block, params_i, carry, consts)
     rows = [_row(names, *found) for found in _matched(trace, kept)]
     rows.sort(key=lambda row: -max(row.residual_bytes, row.saved_bytes or 0, row.host_bytes or 0))

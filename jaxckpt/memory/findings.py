@@ -25,6 +25,7 @@ from jaxckpt.costs.residuals import Trace, check_arguments, checkpointed, is_ide
 from jaxckpt.plans import Plan, Policy, Stage, as_plan, words
 from jaxckpt.transforms import jaxprs, value_names
 from jaxckpt.transforms.checks import check_policies
+from jaxckpt.transforms.traced_block import abstract
 from jaxckpt.units import gib
 
 __all__ = [
@@ -184,16 +185,9 @@ def _num_steps(block: Callable, args, stage: Stage) -> int:
         out, reverse = jax.vjp(fn, *args)
         return out, reverse(grads)
 
-    grads = jax.eval_shape(fn, *args)
-    grads = jax.tree.map(_cotangent, grads)
+    grads = jax.tree.map(lambda x: x.to_tangent_aval(), abstract(jax.eval_shape(fn, *args)))
     flat = flatten(jax.make_jaxpr(both)(args, grads))
     return sum(not (is_identity(step) or is_view(step)) for step in flat.live_steps())
-
-
-def _cotangent(x):
-    if jax.numpy.issubdtype(x.dtype, jax.numpy.inexact):
-        return x
-    return jax.ShapeDtypeStruct(x.shape, jax.dtypes.float0)
 
 
 def _tags_of_outputs(block: Callable, args) -> set[str]:

@@ -29,6 +29,7 @@ from jaxckpt.memory.built_step import BuiltStep, annotate
 from jaxckpt.plans.errors import UserError
 from jaxckpt.targets.gpu_config import target_config
 from jaxckpt.targets.target import HOST_GPUS, Target, parse_target
+from jaxckpt.transforms.traced_block import on_devices
 
 
 def main(folder: Path):
@@ -60,12 +61,8 @@ def _run(job: dict[str, Any], folder: Path) -> MemoryReport:
     kept = exported.module_kept_var_idx
     donated = [at for at, flat in enumerate(kept) if job["donated"][flat]]
     jitted = jax.jit(_of_kept(exported, kept), donate_argnums=donated)
-    abstract = [
-        jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=shardings[at])
-        for at, aval in enumerate(exported.in_avals)
-        if at in kept
-    ]
-    report = _compiled(jitted.trace(*abstract), target, job["flops"])
+    args = [on_devices(exported.in_avals[at], shardings[at]) for at in sorted(kept)]
+    report = _compiled(jitted.trace(*args), target, job["flops"])
     return _named(report, [job["names"][flat] for flat in kept])
 
 
@@ -104,10 +101,7 @@ def measure_built(step: BuiltStep, target: Target, topology) -> MemoryReport:
     """Returns the report of a step, with time and findings, compiled for a topology's devices."""
     leaves, tree = jax.tree.flatten(tuple(step.args))
     described = describe([getattr(leaf, "sharding", None) for leaf in leaves])
-    placed = [
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        for leaf, sharding in zip(leaves, rebuild(described, topology, target), strict=True)
-    ]
+    placed = map(on_devices, leaves, rebuild(described, topology, target))
     step = dataclasses.replace(step, args=tree.unflatten(placed))
     traced = jax.jit(step.fn, donate_argnums=step.donate_argnums).trace(*step.args)
     report = _compiled(traced, target, count_flops(traced.jaxpr), step.compiler_options)

@@ -139,10 +139,11 @@ def _link() -> float:
     """Returns the bytes a second of a large copy to the host and of one back, the slower."""
     to = lambda space: jax.jit(lambda x: jax.device_put(x, space))
     out, back = to(jax.memory.Space.Host), to(jax.memory.Space.Device)
+    here = lambda: jnp.zeros(_LINK_BYTES, jnp.int8)
 
     def timed() -> dict[str, float]:
-        here = jnp.zeros(_LINK_BYTES, jnp.int8)
-        return {"seconds": max(_seconds(out, here), _seconds(back, out(here)))}
+        array = here()
+        return {"seconds": max(_seconds(out, array), _seconds(back, out(array)))}
 
-    lowered = out.lower(jax.ShapeDtypeStruct((_LINK_BYTES,), jnp.int8))
+    lowered = out.lower(jax.eval_shape(here))
     return _LINK_BYTES / _kept(lowered, timed)["seconds"]

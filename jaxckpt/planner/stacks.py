@@ -10,7 +10,13 @@ from typing import Any
 
 import jax
 
-from jaxckpt.transforms.traced_block import TracedBlock, abstract, first_block, trace_block
+from jaxckpt.transforms.traced_block import (
+    TracedBlock,
+    abstract,
+    all_blocks,
+    first_block,
+    trace_block,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,10 +83,8 @@ def given_stack(block: Sequence, num_blocks: int, name: str = "block") -> Stack:
     if not isinstance(block, tuple | list) or len(block) < 3 or not callable(block[0]):
         raise ValueError(f"{name} is (block, params_i, carry, *consts), as for jaxckpt.explain")
     call, params_i, carry, *consts = block
-    widen = lambda x: jax.ShapeDtypeStruct((num_blocks, *x.shape), x.dtype)
-    params = jax.tree.map(widen, abstract(params_i))
     traced, _ = trace_block(call, carry, params_i, tuple(consts))
-    return Stack.of(traced.only_changed(), params, num_blocks)
+    return Stack.of(traced.only_changed(), all_blocks(params_i, num_blocks), num_blocks)
 
 
 def _nbytes(leaf) -> int:

@@ -31,6 +31,7 @@ from jaxckpt.transforms.custom_gradient import (
     instantiated,
     moved,
     run_with_gradient,
+    widened,
 )
 from jaxckpt.transforms.policies import checkpoint_policy, refuse_bad_offload
 
@@ -124,10 +125,7 @@ class _Walk:
         """Returns the walk over `jax.vmap` of every block, which has the batch first."""
         carry, consts = args
         rest = iter(dims)
-        carry = [
-            lax.broadcast(x, (axis.size,)) if dim is None else moved(x, dim, 0)
-            for x, dim in zip(carry, rest, strict=False)
-        ]
+        carry = [widened(x, dim, axis) for x, dim in zip(carry, rest, strict=False)]
         made, calls = [], []
         for call, consts_i in zip(self.calls, consts, strict=True):
             dims_i = [next(rest) for _ in consts_i]

@@ -9,6 +9,9 @@ jaxckpt nor a plan that can; under `jit` it comes when nothing of ours is on the
 
 So there are three primitives. `_RUN` runs, `_TRANSPOSED` can be transposed but not run, `_ONCE` can
 be run but not transposed. Forward mode over reverse mode (`jax.hessian`) passes them all.
+
+`reverse_only` brings the sentence to a function that `jax.custom_vjp` is enough for: its tangents
+go through `_REVERSED`, which can be transposed but not run, before they come to JAX's own error.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,6 +29,7 @@ _MESSAGE = (
     "a schedule has reverse mode, and forward mode over it (jax.hessian); {} is refused: "
     "remat='full' or nested=True has it"
 )
+_NO_FORWARD_MODE = _MESSAGE.format("forward mode by itself (jvp, linearize, jacfwd)")
 
 
 class Walk(Protocol):
@@ -64,7 +68,7 @@ class Walk(Protocol):
         Args:
           args: The arguments.
           dims: Of each leaf the batched axis, or None where all examples share it.
-          axis: Its `size` and `name`.
+          axis: The batch, as JAX describes it: its size and its names.
         """
         ...
 
@@ -87,13 +91,21 @@ def pick(leaves: Sequence, positions: Sequence[int]) -> list:
 
 
 def batched_call(call: Callable, in_axes, axis) -> Callable:
-    """Returns `jax.vmap` of a walk's call, with the name that the batch has outside."""
-    return jax.vmap(call, in_axes, 0, axis_size=axis.size, axis_name=axis.name)
+    """Returns `jax.vmap` of a walk's call, with the names that the batch has outside."""
+    names = {"axis_name": axis.name, "spmd_axis_name": axis.spmd_name}
+    return jax.vmap(call, in_axes, 0, axis_size=axis.size, **names)
 
 
 def moved(x, dim: int | None, to: int):
     """Returns an array with its batched axis in another place; as it is if it has none."""
     return x if dim is None else jnp.moveaxis(x, dim, to)
+
+
+def widened(x, dim: int | None, axis):
+    """Returns an array with the batch first, on the mesh axes of the batch; a copy an example."""
+    if dim is None:
+        return batching.broadcast(x, axis.size, 0, axis.explicit_mesh_axis)
+    return moved(x, dim, 0)
 
 
 def instantiated(grads: Sequence) -> list:
@@ -150,8 +162,8 @@ _TRANSPOSED.def_abstract_eval(lambda *_, avals, **__: avals)
 
 
 @_TRANSPOSED.def_impl
-def _refuse_forward(*_, **__):
-    raise NotImplementedError(_MESSAGE.format("forward mode by itself (jvp, linearize, jacfwd)"))
+def _refuse_forward(*_, sentence: str = _NO_FORWARD_MODE, **__):
+    raise NotImplementedError(sentence)
 
 
 def _transpose(cotangents, *args, count: int, backward: Callable, avals):
@@ -175,8 +187,8 @@ def _batch_transposed(axis, args, dims, *, count: int, backward: Callable, avals
         pairs = zip(run(leaves, grads), dims[count:], strict=True)
         return [g.sum(0) if dim is None else jnp.moveaxis(g, 0, dim) for g, dim in pairs]
 
-    widen = lambda x: jnp.broadcast_to(x, (axis.size, *x.shape))
-    wide = jax.make_jaxpr(lambda leaves: [*map(widen, leaves)])(list(avals)).out_avals
+    widen = lambda leaves: [widened(x, None, axis) for x in leaves]
+    wide = jax.make_jaxpr(widen)(list(avals)).out_avals
     out = _TRANSPOSED.bind(*args, count=count, backward=batched, avals=tuple(wide))
     return out, [0] * len(out)
 
@@ -211,3 +223,45 @@ def _once(x):
 @_once.defjvp
 def _(primals, tangents):
     return primals[0], _ONCE.bind(tangents[0])
+
+
+def reverse_only(x, sentence: str, *, at_once: bool = False):
+    """Returns an array whose forward mode by itself `sentence` refuses.
+
+    Args:
+      x: An argument of a `jax.custom_vjp`.
+      sentence: What the error says.
+      at_once: Refuses any tangent of `x`: what is no argument, but computed in a forward pass, has
+        one in forward mode over reverse mode alone.
+    """
+    return _REVERSE_ONLY.bind(x, sentence=sentence, at_once=at_once)
+
+
+def _refuse_tangent(primals, tangents, *, sentence: str, at_once: bool):
+    (tangent,) = tangents
+    if isinstance(tangent, ad.Zero):
+        return primals[0], tangent
+    if at_once:
+        raise NotImplementedError(sentence)
+    return primals[0], _REVERSED.bind(tangent, sentence=sentence)
+
+
+_REVERSE_ONLY = core.Primitive(jaxprs.REVERSE_ONLY)
+_REVERSE_ONLY.def_abstract_eval(lambda x, **_: x)
+_REVERSE_ONLY.def_impl(lambda x, **_: x)
+ad.primitive_jvps[_REVERSE_ONLY] = _refuse_tangent
+mlir.register_lowering(_REVERSE_ONLY, lambda _, x, **__: [x])
+batching.primitive_batchers[_REVERSE_ONLY] = lambda args, dims, **static: (
+    _REVERSE_ONLY.bind(*args, **static),
+    dims[0],
+)
+
+
+# Reverse mode batches arguments and gradients, never a tangent that waits to be transposed.
+_REVERSED = core.Primitive("jaxckpt_reversed")
+_REVERSED.def_abstract_eval(lambda x, **_: x)
+_REVERSED.def_impl(_refuse_forward)
+ad.primitive_transposes[_REVERSED] = lambda cotangent, _, **__: [cotangent]
+ad.primitive_jvps[_REVERSED] = _refuse_forward
+mlir.register_lowering(_REVERSED, _refuse_forward)
+batching.primitive_batchers[_REVERSED] = _refuse_forward

@@ -20,8 +20,9 @@ JITS = ("jit", "pjit", "closed_call", "core_call")
 REMATS = ("remat", "remat2", "checkpoint")
 CUSTOM_JVPS = ("custom_jvp_call",)
 CUSTOM_VJPS = ("custom_vjp_call", "custom_vjp_call_jaxpr")
+CUSTOM_VMAPS = ("custom_vmap_call",)
 SCHEDULE = "jaxckpt_run"  # our own: blocks that an executor runs
-CALLS = frozenset((*JITS, *REMATS, *CUSTOM_JVPS, *CUSTOM_VJPS, SCHEDULE))
+CALLS = frozenset((*JITS, *REMATS, *CUSTOM_JVPS, *CUSTOM_VJPS, *CUSTOM_VMAPS, SCHEDULE))
 
 # Loops, branches, maps over devices, kernels.
 SCAN, WHILE, COND, SHARD_MAP, PALLAS = "scan", "while", "cond", "shard_map", "pallas_call"
@@ -34,7 +35,8 @@ CUDNN = (CUDNN_FORWARD, CUDNN_BACKWARD, CUDNN_FP8_FORWARD, CUDNN_FP8_BACKWARD)
 
 # What returns its input: a tag, a copy, a move to another memory, a rounding, a cast.
 TAG, PUT, ROUND, CAST = "name", "device_put", "reduce_precision", "convert_element_type"
-COPIES = ("copy", "copy_p")
+REVERSE_ONLY = "jaxckpt_reverse_only"  # our own
+COPIES = ("copy", "copy_p", REVERSE_ONLY)
 BARRIER = "optimization_barrier"
 PLACEMENTS = ("pvary", "pcast", "sharding_constraint")
 BROADCAST, BITCAST = "broadcast_in_dim", "bitcast_convert_type"

@@ -26,11 +26,20 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.interpreters import batching
 
 from jaxckpt.plans import Plan
 from jaxckpt.schedules.schedule import Schedule
+from jaxckpt.transforms.custom_gradient import reverse_only
 from jaxckpt.transforms.policies import plan_and_policy
+from jaxckpt.transforms.traced_block import zeros
+
+_NO_TANGENTS = (
+    "offload:carry of a schedule has no forward mode over reverse mode (jax.hessian); the schedule "
+    "without it has, and so has full+offload:carry"
+)
 
 
 def reads_inside(remat: str | Plan | Schedule | Callable, unroll: int) -> bool:
@@ -82,7 +91,11 @@ def empty(carry, count: int, *, on_host: bool) -> list:
 
 def store(slots, slot, carry, *, on_host: bool) -> list:
     """Returns the slots with a carry in one of them."""
-    return write(slots, slot, _moved(carry, jax.memory.Space.Host) if on_host else carry)
+    if on_host:
+        # JAX makes the tangents of slots on the device, whatever is stored there later.
+        carry = [reverse_only(x, _NO_TANGENTS, at_once=True) for x in carry]
+        carry = _moved(carry, jax.memory.Space.Host)
+    return write(slots, slot, carry)
 
 
 def load(slots, slot, *, on_host: bool) -> list:
@@ -93,15 +106,50 @@ def load(slots, slot, *, on_host: bool) -> list:
 
 def row(leaves, index) -> list:
     """Returns one row of every leaf."""
-    return [lax.dynamic_index_in_dim(x, index, keepdims=False) for x in leaves]
+    return [_read_at(0, x)(x, index) for x in leaves]
 
 
 def write(leaves, index, rows) -> list:
     """Returns the leaves with one row of each replaced."""
-    return [
-        lax.dynamic_update_index_in_dim(x, row, index, 0)
-        for x, row in zip(leaves, rows, strict=True)
-    ]
+    return [_write_at(0, x)(x, row, index) for x, row in zip(leaves, rows, strict=True)]
+
+
+def _read_at(axis: int, x) -> Callable:
+    """Returns `read(x, index)`, which reads a row of `x` along an axis."""
+    read = lambda x, index: lax.dynamic_index_in_dim(x, index, axis, keepdims=False)
+    if not _is_on_host(x):
+        return read
+    # Batched, JAX's own is a gather, which takes no array on the host with an index that is not.
+    read = custom_vmap(read)
+
+    @read.def_vmap
+    def _(_, is_batched, x, index):
+        assert not is_batched[1]
+        return _read_at(axis + 1, x)(x, index), True
+
+    return read
+
+
+def _write_at(axis: int, x) -> Callable:
+    """Returns `write(x, row, index)`, which writes a row of `x` along an axis."""
+    write = lambda x, row, index: lax.dynamic_update_index_in_dim(x, row, index, axis)
+    if not _is_on_host(x):
+        return write
+    write = custom_vmap(write)
+
+    @write.def_vmap
+    def _(size, is_batched, x, row, index):
+        assert not is_batched[2]
+        mesh_axis = jax.typeof(x if is_batched[0] else row).sharding.spec[0]
+        widen = lambda leaf: batching.broadcast(leaf, size, 0, mesh_axis)
+        x, row = x if is_batched[0] else widen(x), row if is_batched[1] else widen(row)
+        return _write_at(axis + 1, x)(x, row, index), True
+
+    return write
+
+
+def _is_on_host(x) -> bool:
+    return jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
 def _on_device(x, count: int):
@@ -110,16 +158,11 @@ def _on_device(x, count: int):
 
 
 def _on_host(x, count: int):
-    """Returns rows like `x` on the host.
-
-    Rows that are made on the device and then moved would be on the device as well, all at once.
-    From a single number that was moved they are made where they are.
-    """
+    """Returns rows like `x` on the host; of keys and of nothing, where `_moved` leaves them."""
     if not x.size or _is_key(x):
         (rows,) = _moved([_on_device(x, count)], jax.memory.Space.Host)
         return rows
-    (one,) = _moved([x[(0,) * x.ndim]], jax.memory.Space.Host)
-    return lax.broadcast(one, (count, *x.shape))
+    return zeros(count, jax.typeof(x).update(memory_space=jax.memory.Space.Host))
 
 
 def _moved(leaves, space) -> list:

@@ -35,6 +35,7 @@ from jaxckpt.transforms.custom_gradient import (
     moved,
     pick,
     run_with_gradient,
+    widened,
 )
 from jaxckpt.transforms.jaxprs import trips
 from jaxckpt.transforms.policies import checkpoint_policy, refuse_bad_offload
@@ -169,10 +170,7 @@ class Loops:
         dims_of = [[next(rest) for _ in leaves] for leaves in args]
         # A row is what comes behind the blocks' axis. Every carry has a batch once one has.
         params = [moved(x, dim, 1) for x, dim in zip(params, dims_of[0], strict=True)]
-        carry = [
-            lax.broadcast(x, (axis.size,)) if dim is None else moved(x, dim, 0)
-            for x, dim in zip(carry, dims_of[1], strict=True)
-        ]
+        carry = [widened(x, dim, axis) for x, dim in zip(carry, dims_of[1], strict=True)]
         consts = [moved(x, dim, 0) for x, dim in zip(consts, dims_of[2], strict=True)]
         first = lambda dims: [None if dim is None else 0 for dim in dims]
         in_axes = ([0] * len(carry), first(dims_of[0]), first(dims_of[2]))
@@ -279,7 +277,12 @@ class Loops:
         if num_steps is not None:
             state = back.run_until(state)
         else:
-            for loop in self.table.loops:
+            loops = self.table.loops
+            rows_a_trip = [(loop.rows.stop - loop.rows.start) // loop.trips for loop in loops]
+            if self.how.offload and max(rows_a_trip) > 1:
+                # A trip of several rows loads one carry more than it reverses, here over the link.
+                loops = self.table.without_counts
+            for loop in loops:
                 state = back.run(loop, state)
         _, _, grad_carry, grad_params, grad_consts = state
         of_place = dict(zip(places, grad_carry, strict=True))

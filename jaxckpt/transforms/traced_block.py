@@ -39,14 +39,20 @@ def as_arrays(tree):
 
 
 def zeros(count: int, aval: ShapedArray) -> jax.Array:
-    """Returns zeros `[count, ...]` of a type, placed, sharded and varying as it is."""
+    """Returns zeros `[count, ...]` of a type, placed, sharded and varying as it is.
+
+    What is made on the device and then moved would be on the device as well, all at once. On the
+    host it is made of a single number that was moved.
+    """
     spec, varying = aval.sharding.spec, varying_axes(aval)
     is_sharded = any(axis is not None for axis in spec)
     sharding = aval.sharding.update(spec=PartitionSpec(None, *spec)) if is_sharded else None
-    made = lax.full((count, *aval.shape), 0, aval.dtype, sharding=sharding)
+    number = lax.full((), 0, aval.dtype)
+    number = vary(number, varying) if varying else number
     if aval.memory_space != jax.memory.Space.Device:
-        made = jax.device_put(made, aval.memory_space)
-    return vary(made, varying) if varying else made
+        # The barrier keeps a compiler from making an array of a constant where it likes.
+        number = jax.device_put(lax.optimization_barrier(number), aval.memory_space)
+    return lax.broadcast(number, (count, *aval.shape), out_sharding=sharding)
 
 
 def vary(x, axes: tuple[str, ...]):
@@ -67,6 +73,19 @@ def first_block(params):
     leaves, tree = jax.tree.flatten(abstract(params))
     first = jax.make_jaxpr(lambda leaves: [x[0] for x in leaves])(leaves)
     return jax.tree.unflatten(tree, first.out_avals)
+
+
+def all_blocks(params_i, num_blocks: int):
+    """Returns the abstract parameters of a stack, from those of one block."""
+    leaves, tree = jax.tree.flatten(abstract(params_i))
+    stacked = jax.make_jaxpr(lambda leaves: [lax.broadcast(x, (num_blocks,)) for x in leaves])
+    return jax.tree.unflatten(tree, stacked(leaves).out_avals)
+
+
+def on_devices(x, sharding) -> jax.ShapeDtypeStruct:
+    """Returns the type of `x` with its devices, of which a type by itself says nothing."""
+    aval = abstract(x)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding, weak_type=aval.weak_type)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

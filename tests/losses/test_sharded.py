@@ -17,9 +17,11 @@ import json, re
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jaxckpt.losses import linear_cross_entropy, plain_linear_cross_entropy
+from jaxckpt.losses.placement import Placement
 
 assert jax.device_count() == 8
-mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+auto, explicit = (jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+                  for kind in (AxisType.Auto, AxisType.Explicit))
 B, S, D, V = 8, 16, 32, 512
 keys = jax.random.split(jax.random.key(0), 3)
 x = jax.random.normal(keys[0], (B, S, D))
@@ -46,7 +48,7 @@ def collectives(text):
             found[where] += [[int(n) for n in s.split(",") if n] for s in shapes]
     return found
 
-def case(tokens, weights, shape=(B, S), **options):
+def case(tokens, weights, shape=(B, S), mesh=auto, **options):
     put = lambda y, spec: jax.device_put(y, NamedSharding(mesh, spec))
     args = (put(x.reshape(*shape, D), tokens), put(w, weights),
             put(targets.reshape(shape), tokens))
@@ -59,6 +61,7 @@ def case(tokens, weights, shape=(B, S), **options):
             **collectives(fn.lower(*args).compile().as_text())}
 
 data, model = P("data"), P(None, "model")
+spread = dict(shards="data", rows="model", vocabulary=("model",))
 print(json.dumps({
     "tokens": case(data, P()),
     "tokens, shards": case(data, P(), token_shards=4),
@@ -69,6 +72,14 @@ print(json.dumps({
     "flat": case(data, P(), (B * S,)),
     "flat, shards": case(data, P(), (B * S,), token_shards=4),
     "sequence, as an axis": case(P(None, "data"), P(), (B, 4, S // 4)),
+    "placement": case(data, P(), placement=Placement(mesh=auto, **spread)),
+    "explicit: tokens": case(data, P(), mesh=explicit),
+    "explicit: tokens, shards": case(data, P(), mesh=explicit, token_shards=4),
+    "explicit: vocabulary": case(P(), model, mesh=explicit),
+    "explicit: both, shards": case(data, model, mesh=explicit, token_shards=4),
+    "explicit: width": case(data, P("data"), mesh=explicit),
+    "explicit: placement": case(data, P(), mesh=explicit,
+                                placement=Placement(mesh=explicit, **spread)),
 }))
 '''
 
@@ -94,7 +105,7 @@ def test_gradients_are_those_of_one_device(cases):
 
 def test_shards_sum_the_weights_gradient_once(cases):
     """The twin is the same call without `token_shards`: a gradient of w is sent every chunk."""
-    for name in ("tokens, shards", "flat, shards"):
+    for name in ("tokens, shards", "flat, shards", "explicit: tokens, shards"):
         assert cases[name]["loop"] == [], name
         assert [32, 512] in cases[name]["once"], name
     assert [32, 512] in cases["tokens"]["loop"]
@@ -118,8 +129,10 @@ def test_a_sharded_vocabulary_sends_no_logits(cases):
 
 
 def test_gradients_keep_the_shardings(cases):
-    assert "data" in cases["both, shards"]["x_sharding"]
-    assert "model" in cases["both, shards"]["w_sharding"]
+    for kind in ("", "explicit: "):
+        assert "data" in cases[kind + "both, shards"]["x_sharding"]
+        assert "model" in cases[kind + "both, shards"]["w_sharding"]
+    assert "data" in cases["explicit: width"]["w_sharding"]
 
 
 def test_a_sharded_sequence_as_an_axis_is_not_gathered(cases):

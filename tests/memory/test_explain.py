@@ -219,6 +219,32 @@ def test_a_loop_inside_the_block_and_a_tree_of_carries():
     assert stacked and all(row.recompute_flops == 3 * 2 * 4 * 16 * 16 for row in stacked)
 
 
+@pytest.mark.parametrize("plan", [None, "none", "full", "full+offload:carry", "names:hidden"])
+def test_what_a_block_hands_on_is_kept_once(plan):
+    """A mask in the carry weighs what it weighs as a const: nothing a block."""
+    mask = jnp.ones((4, 16))
+    of = lambda x, p, m: mlp(x * m, p)
+    handing_on = lambda c, p: {**c, "x": of(c["x"], p, c["m"])}
+    carried = explain(handing_on, W, {"x": X, "m": mask}, plan=plan)
+    const = explain(of, W, X, mask, plan=plan)
+    total = lambda found: (
+        found.carry_bytes,
+        found.residual_bytes,
+        found.shared_bytes,
+        found.saved_bytes,
+        found.host_bytes,
+    )
+    assert total(carried) == total(const)
+    assert carried.carry_bytes == CARRY
+    if plan == "full":
+        assert carried.saved_bytes == CARRY
+    # Its twin: a mask that every block changes is a part of every carry.
+    changing = lambda c, p: {"x": of(c["x"], p, c["m"]), "m": -c["m"]}
+    found = explain(changing, W, {"x": X, "m": mask}, plan=plan)
+    assert found.carry_bytes == 2 * CARRY
+    assert found.residual_bytes == carried.residual_bytes + CARRY
+
+
 def test_arguments_may_be_abstract():
     abstract = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     assert explain(mlp, abstract(W), abstract(X), plan="dots") == explain(mlp, W, X, plan="dots")

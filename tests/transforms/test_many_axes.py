@@ -29,7 +29,7 @@ def stack(w, x, plan, block=block):
     return jaxckpt.scan_blocks(block, w, x, remat=plan)
 
 
-def chain(w, x, plan):
+def chain(w, x, plan, block=block):
     blocks = [lambda x, i=i: block(x, w[i]) for i in range(L)]
     return jaxckpt.chain(blocks, x, remat=plan)
 
@@ -80,9 +80,9 @@ def test_a_named_axis_in_the_block(plan):
 
 
 EIGHT_DEVICES = """
-import jax, jax.numpy as jnp, numpy as np, jaxckpt
+import re, jax, jax.numpy as jnp, numpy as np, jaxckpt
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from tests.transforms.test_many_axes import PLANS, W, X, block, chain, stack
+from tests.transforms.test_many_axes import L, PLANS, W, WIDTH, X, block, chain, stack
 assert len(jax.devices()) == 8
 mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
 shard = lambda fn, out=P("d"): jax.shard_map(fn, mesh=mesh, in_specs=(P(), P("d")), out_specs=out)
@@ -128,11 +128,47 @@ explicit = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
 put = lambda x, *spec: jax.device_put(x, NamedSharding(explicit, P(*spec)))
 with jax.set_mesh(explicit):
     for run in (stack, chain):
-        for plan in PLANS:
+        for plan in (*PLANS, "sqrt+offload:carry", "uniform:2+offload:carry"):
             got = jax.jit(jax.grad(loss(lambda w, x: run(w, x, plan)), (0, 1)))(put(W), put(X, "d"))
             check((run, plan, "explicit"), got, plain)
             assert got[1].sharding.spec[0] == "d", (run, plan, got[1].sharding)
             assert not any(got[0].sharding.spec), (run, plan, got[0].sharding)
+
+# A batch over devices: of carries, and of weights alone.
+rows, each = X.reshape(8, 32, WIDTH), jnp.stack([W, -W] * 4)
+with jax.set_mesh(explicit):
+    for run in (stack, chain):
+        for axes, args in (
+            ((None, 0), (put(W), put(rows, "d"))), ((0, None), (put(each, "d"), put(rows[0])))
+        ):
+            fn = lambda plan: loss(jax.vmap(lambda w, x: run(w, x, plan), axes))
+            of = lambda plan: jax.jit(jax.grad(fn(plan), (0, 1)))(*args)
+            got = of("sqrt")
+            check((run, axes, "explicit vmap"), got, of("none"))
+            for grad, arg in zip(got, args, strict=True):
+                is_same = grad.sharding.is_equivalent_to(arg.sharding, arg.ndim)
+                assert is_same, (run, axes, grad.sharding)
+
+two = jax.make_mesh((4, 2), ("d", "m"), axis_types=(AxisType.Auto,) * 2)
+def constrained(x, w):
+    return x + jax.lax.with_sharding_constraint(jnp.tanh(x @ w), NamedSharding(two, P(None, "m")))
+
+want = gradients(lambda w, x: stack(w, x, "none"))
+for run in (
+    lambda w, x, plan: stack(w, x, plan, constrained),
+    lambda w, x, plan: chain(w, x, plan, constrained),
+):
+    for plan, spmd_name in (("sqrt", None), ("sqrt", "d"), ("uniform:2", "d"), ("log", "d")):
+        fn = jax.vmap(lambda w, x: run(w, x, plan), (None, 0), spmd_axis_name=spmd_name)
+        fn = jax.jit(jax.grad(loss(fn), (0, 1)))
+        text = fn.lower(W, rows).as_text()
+        found = re.findall(r"sharding_constraint .*<@\\w+, \\[(\\{.*?\\}), .*>", text)
+        assert set(found) == {'{"d"}' if spmd_name else "{?}"}, (run, plan, found)
+        if spmd_name and plan != "log":
+            where = (NamedSharding(two, P()), NamedSharding(two, P("d")))
+            made = fn(*map(jax.device_put, (W, rows), where))
+            check((run, plan), (made[0], made[1].reshape(X.shape)), want, 1e-3)
+            assert made[1].sharding.spec[0] == "d", (run, plan, made[1].sharding)
 print("ok")
 """
 

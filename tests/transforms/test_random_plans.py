@@ -9,6 +9,7 @@ from jaxckpt.schedules.of_stage import stack_schedule_of
 from tests.transforms import cases
 
 POLICIES = ("", "+dots", "+dots_no_batch", "+names:hidden", "+offload:hidden")
+CARRIES = ("", "", "+offload:carry")
 TOLERANCE = 0.0 if jax.__version__.startswith("0.10.") else 1e-6
 
 
@@ -30,8 +31,8 @@ def stages(draw, num_blocks: int) -> str:
         )
     )
     if schedule.startswith(("full", "uniform", "every")):
-        return schedule + draw(st.sampled_from(POLICIES))
-    return schedule
+        return schedule + draw(st.sampled_from((*POLICIES, "+offload:carry")))
+    return schedule if schedule == "none" else schedule + draw(st.sampled_from(CARRIES))
 
 
 @st.composite

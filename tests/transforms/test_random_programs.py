@@ -22,7 +22,7 @@ from tests.transforms.test_random_plans import plans
 WIDTH, BATCH = 4, 3
 # How far a loop may be from an unrolled program, of a leaf's largest value: XLA fuses them apart.
 TOLERANCES = {"float64": 1e-10, "float32": 2e-5, "complex64": 2e-5, "bfloat16": 0.15}
-USES = ("jit", "eager", "vmap", "remat", "donate")
+USES = ("jit", "eager", "vmap", "each", "remat", "donate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ def gradients(program: Program, run):
     def loss(w, x, closed_over):
         carry = {"x": x}
         if "mask" in program.parts:
-            carry["mask"] = jnp.broadcast_to(mask, x.shape)
+            carry["mask"] = mask[: x.shape[0]]  # vmap hands over one row at a time
         if "counter" in program.parts:
             carry["counter"] = 0
         block = block_of(program, closed_over)
@@ -134,6 +134,9 @@ def gradients(program: Program, run):
     if program.use == "remat":
         fn = jax.checkpoint(loss)
     fn = jax.value_and_grad(fn, (0, 1, 2))
+    if program.use == "each":  # gradients of each example
+        of_each = jax.vmap(fn, (None, 0, None))
+        fn = lambda w, x, c: of_each(w, x[:, None], c)
     if program.use != "eager":
         fn = jax.jit(fn, donate_argnums=(0,) if program.use == "donate" else ())
     return fn(w, x, closed_over)

@@ -92,6 +92,31 @@ def test_carries_of_any_dtype_go_there_and_back():
     np.testing.assert_array_equal(of("binomial:3+offload:carry")(w), of("full")(w))
 
 
+@pytest.mark.parametrize("plan", ["uniform:3", "log", "uniform:3+offload:hidden"])
+def test_gradients_of_each_example_of_what_is_on_the_host(plan):
+    """`vmap` outside the gradient batches the slots themselves; twice, and of weights alone."""
+    plan = plan if "offload" in plan else plan + "+offload:carry"
+    block = lambda x, w: x + jnp.sin(jaxckpt.tag(x @ w, "hidden"))
+    ws = 0.3 * jax.random.normal(jax.random.key(0), (2, NUM_BLOCKS, 16, 16))
+    xs = jax.random.normal(jax.random.key(1), (3, 2, 4, 16))
+
+    def each(plan):
+        loss = lambda w, x: jnp.sin(jaxckpt.scan_blocks(block, w, x, remat=plan)).sum()
+        inner = jax.vmap(jax.grad(loss, (0, 1)), (0, None))
+        return jax.jit(jax.vmap(inner, (None, 1)))(ws, xs)
+
+    for got, want in zip(each(plan), each("none"), strict=True):
+        assert jnp.abs(got - want).max() <= 1e-5 * jnp.abs(want).max()
+
+
+def test_a_second_derivative_says_what_has_it():
+    args = gradient("log")[1]
+    hvp = lambda plan: jax.eval_shape(lambda *a: jax.jvp(gradient(plan)[0], a, a)[1], *args)
+    with pytest.raises(NotImplementedError, match=r"without it has, and so has full\+offload"):
+        hvp("log+offload:carry")
+    assert hvp("log").shape == hvp("full+offload:carry").shape == args[0].shape
+
+
 @needs_tpu
 @pytest.mark.heavy
 def test_a_compiler_keeps_the_slots_on_the_host(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 Every comparison here has its twin in test_recompute.py, or counts evaluations itself.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -69,6 +70,72 @@ def test_mixed_dtypes_keys_integers_and_consts(plan):
     got, want = grads(plan), grads("none")
     assert relative_error(got, want) <= 1e-6
     assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(want))
+
+
+@jax.custom_vjp
+def ruled_back(x):
+    return jnp.sin(x)
+
+
+# Rules that are no derivative of what they stand for: a plan that lost one would be seen.
+ruled_back.defvjp(lambda x: (jnp.sin(x), x), lambda x, grad: (3 * jnp.cos(x) * grad,))
+
+
+@jax.custom_jvp
+def ruled_ahead(x):
+    return jnp.sin(x)
+
+
+@ruled_ahead.defjvp
+def _(primals, tangents):
+    return jnp.sin(*primals), 2 * jnp.cos(*primals) * tangents[0]
+
+
+def kinds_block(carry, w):
+    """A carry of keys, complex and whole numbers, and both kinds of rules."""
+    key, noise_key = jax.random.split(carry["key"])
+    noise = jax.random.normal(noise_key, carry["x"].shape)
+    x = carry["x"] + ruled_ahead(ruled_back(carry["x"] @ w) + 0.1 * noise)
+    turned = carry["z"] * jnp.exp(1j * x) + 0.1 * carry["count"]
+    return {"x": x, "z": turned, "key": key, "count": carry["count"] + 1}
+
+
+def kinds_gradients(run):
+    """Returns a loss of four blocks and its gradients."""
+    w = 0.4 * jax.random.normal(jax.random.key(0), (4, 8, 8))
+    x = jax.random.normal(jax.random.key(1), (4, 8))
+
+    def loss(w, x):
+        key = jax.random.key(2, impl="unsafe_rbg")  # compiles fast
+        start = {"x": x, "z": x * (1 + 2j), "key": key, "count": jnp.int32(5)}
+        out = run(w, start)
+        noise = jax.random.uniform(out["key"])
+        return jnp.abs(out["z"]).sum() + noise * jnp.sin(out["x"]).sum() + out["count"]
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1)))(w, x)
+
+
+@pytest.fixture(scope="module")
+def kinds_of_a_loop():
+    return kinds_gradients(lambda w, carry: functools.reduce(kinds_block, w, carry))
+
+
+@pytest.mark.parametrize("plan", [*PLANS, "uniform:3+dots", "log+offload:carry"])
+def test_every_kind_of_carry_and_of_rule(plan, kinds_of_a_loop):
+    def chain(w, carry):
+        blocks = [lambda carry, i=i: kinds_block(carry, w[i]) for i in range(4)]
+        return jaxckpt.chain(blocks, carry, remat=plan)
+
+    stack = lambda w, carry: jaxckpt.scan_blocks(kinds_block, w, carry, remat=plan)
+    for run in (stack, chain):
+        assert relative_error(kinds_gradients(run), kinds_of_a_loop) <= 1e-5
+
+
+def test_a_lost_rule_would_be_seen():
+    x = jnp.linspace(-1, 1, 8)
+    for ruled, factor in ((ruled_back, 3), (ruled_ahead, 2)):
+        grads = [jax.grad(lambda x, f=f: f(x).sum())(x) for f in (ruled, jnp.sin)]
+        assert relative_error(grads[0], factor * grads[1]) <= 1e-6
 
 
 @pytest.mark.parametrize("plan", PLANS)
