@@ -97,7 +97,8 @@ class Problem:
         runs = runs_of(step_flops[0] - step_flops[1], again)
         reports = [steps.report(plan) for plan in (full, none)]
         more_bytes = traced["none"].worst_bytes - traced["full"].worst_bytes
-        spread = Spread.of(more_bytes, runs * again, *reports)
+        every = itertools.chain(*stacks.values())
+        spread = Spread.of(every, more_bytes, runs * again, *reports)
         parts = [_on_one(part, spread, clocks.get(part.name), rates) for part in parts]
         offset = reports[0].peak_bytes - all_under(parts, "full").worst_bytes
         seconds = estimate(steps.trace(full).jaxpr, rates).seconds
@@ -216,8 +217,8 @@ class Problem:
 
 def _on_one(part: Part, spread: Spread, clock: Calibration | None, rates: Rates) -> Part:
     """Returns a part as one device sees it, with the seconds of a block that was timed."""
-    none, forward = part.kind("none"), part.forward
-    part = part.changed(lambda kind: spread.kind(kind, none))
+    none, full, forward = part.kind("none"), part.kind("full"), part.forward
+    part = part.changed(lambda kind: spread.kind(kind, none, full))
     if clock is not None:
         known: dict[str, Any] = {"none": part.kind("none"), "forward": forward, "rates": rates}
         part = part.changed(lambda kind: clock.kind(kind, **known))

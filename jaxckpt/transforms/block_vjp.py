@@ -170,7 +170,7 @@ class Recorder:
         return jax.tree.unflatten(self.residual_tree, leaves)
 
 
-# What is made again where it is read: it costs next to nothing, and is as large as a weight or more.
+# What is made again where it is read: it costs little and may be as large as a weight, or larger.
 _CHEAP = (jaxprs.CAST, jaxprs.BROADCAST, *jaxprs.SHAPES)
 
 
