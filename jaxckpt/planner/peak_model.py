@@ -31,6 +31,7 @@ from jaxckpt.planner.kinds import Forward, Kind
 from jaxckpt.planner.stacks import Stack
 
 _BISECTIONS = 120
+_SAME = 1e-3  # peaks that differ by less are equal to the model
 _MOST_SHARE = 2.0**40  # of what JAX keeps of one block; a compiler may hold anything
 
 
@@ -41,12 +42,17 @@ def all_under(parts: Sequence[Part], schedule: str) -> Draft:
 
 
 def as_compiled(parts: Sequence[Part], worst_bytes: float) -> tuple[Part, ...]:
-    """Returns the parts once compiled: under `none`, all of them together hold `worst_bytes`."""
-    low, high = 0.0, _MOST_SHARE
+    """Returns the parts once compiled: under `none`, all of them together hold `worst_bytes`.
+
+    Where many shares do, for what `none` holds at its peak is none of a reversal's, XLA is taken to
+    keep what JAX keeps.
+    """
+    worst = lambda share: all_under([_compiled(part, share) for part in parts], "none").worst_bytes
+    is_plain = math.isclose(worst(1.0), worst_bytes, rel_tol=_SAME)
+    low, high = (1.0, 1.0) if is_plain else (0.0, _MOST_SHARE)
     for _ in range(_BISECTIONS):
         share = (low + high) / 2
-        worst = all_under([_compiled(part, share) for part in parts], "none").worst_bytes
-        low, high = (low, share) if worst > worst_bytes else (share, high)
+        low, high = (low, share) if worst(share) > worst_bytes else (share, high)
     return tuple(_compiled(part, high) for part in parts)
 
 
@@ -142,6 +148,7 @@ class Spread:
             kept_bytes=share(kind.kept_bytes),
             host_bytes=kind.host_bytes / self.parts,
             live_bytes=share(kind.live_bytes),
+            largest_bytes=share(kind.largest_bytes),
             params_bytes=kind.params_bytes / self.num_devices,
             seconds=kind.seconds + (kind.flops - none.flops) * self.again_seconds_per_flop,
         )
