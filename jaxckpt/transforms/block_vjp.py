@@ -164,7 +164,8 @@ class Recorder:
             for equation in equations:
                 (read,) = equation.invars
                 if isinstance(read, core.Literal):
-                    leaf = lax.full((), read.val, read.aval.dtype)
+                    constant: Any = read.aval
+                    leaf = lax.full((), read.val, constant.dtype)
                 leaf = equation.primitive.bind(leaf, **equation.params)
             leaves.append(leaf)
         return jax.tree.unflatten(self.residual_tree, leaves)
