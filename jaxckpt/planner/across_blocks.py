@@ -45,6 +45,7 @@ class Piece:
     Attributes:
       stage: Bound.
       kept_bytes: On the device until the stage is reversed.
+      largest_bytes: The largest array of that, of one stack.
       host_bytes: On the host until then.
       live_bytes: What reversing it holds besides.
       seconds: Forward, recomputation and backward.
@@ -53,6 +54,7 @@ class Piece:
 
     stage: Stage
     kept_bytes: float
+    largest_bytes: float
     host_bytes: float = 0.0
     live_bytes: float
     seconds: float
@@ -68,6 +70,7 @@ def run_of(kind: Kind, count: int) -> Piece:
     return Piece(
         stage=kind.stage(count),
         kept_bytes=count * kind.kept_bytes,
+        largest_bytes=count * kind.largest_bytes,
         host_bytes=count * kind.host_bytes,
         live_bytes=kind.live_bytes if is_copied else 0.0,
         seconds=count * kind.seconds,
@@ -88,7 +91,7 @@ def schedules(
     """
     none = next(kind for kind in kinds if kind.schedule == "none")
     full = next(kind for kind in kinds if kind.schedule == "full" and not kind.policies)
-    make = functools.partial(_scheduled, full.kept_bytes, forward, count, link)
+    make = functools.partial(_scheduled, full, forward, count, link)
     singles: list[tuple[str, int | None, int, int]] = [
         ("binomial", slots, slots, binomial_extra_forwards(count, slots))
         for slots in range(1, count)
@@ -111,7 +114,7 @@ def schedules(
 
 
 def _scheduled(
-    carry_bytes: float,
+    full: Kind,
     forward: Forward,
     count: int,
     link: HostLink | None,
@@ -127,7 +130,7 @@ def _scheduled(
     """Yields a schedule whose blocks are recorded as a kind; with a link on the host, too.
 
     Args:
-      carry_bytes: A block's input.
+      full: The kind that keeps a block's input alone.
       forward: The cost of one more forward run of a block.
       count: Blocks of the stage.
       link: As of `schedules`.
@@ -140,9 +143,11 @@ def _scheduled(
       again: Blocks that are run forward once more.
       kept: Blocks that are recorded at once, beside the one that is reversed.
     """
+    carry_bytes, rows_bytes = full.kept_bytes, kept * kind.largest_bytes
     piece = Piece(
         stage=Stage(count=count, schedule=schedule, argument=argument, policies=kind.policies),
         kept_bytes=slots * carry_bytes + kept * kind.kept_bytes,
+        largest_bytes=max(slots * full.largest_bytes, rows_bytes),
         live_bytes=kind.live_bytes,
         seconds=count * kind.seconds + again * forward.seconds,
         flops=count * kind.flops + again * forward.flops,
@@ -156,6 +161,7 @@ def _scheduled(
         piece,
         stage=dataclasses.replace(piece.stage, policies=(*piece.stage.policies, _TO_HOST)),
         kept_bytes=piece.kept_bytes - slots * carry_bytes,
+        largest_bytes=rows_bytes,
         host_bytes=slots * carry_bytes,
         live_bytes=piece.live_bytes + _IN_FLIGHT * carry_bytes,
         seconds=sum(link.seconds(work, moved * carry_bytes) for work, moved in passes),
@@ -174,6 +180,7 @@ class Draft:
       by_name: The stacks' plans in the order in which they run, where they have names.
       kept_bytes: All that is kept when the last block has run.
       worst_bytes: The most that is kept and held while a stage is reversed.
+      largest_bytes: The largest array that is kept, of one stack.
       host_bytes: On the host.
       seconds: Forward, recomputation and backward.
       flops: Of the same.
@@ -184,6 +191,7 @@ class Draft:
     by_name: tuple[tuple[str, "Draft"], ...] = ()
     kept_bytes: float
     worst_bytes: float
+    largest_bytes: float = 0.0
     host_bytes: float
     seconds: float
     flops: float
@@ -225,6 +233,7 @@ def draft(pieces: Sequence[Piece]) -> Draft:
         stages=tuple(piece.stage for piece in pieces),
         kept_bytes=kept,
         worst_bytes=worst,
+        largest_bytes=max(piece.largest_bytes for piece in pieces),
         host_bytes=sum(piece.host_bytes for piece in pieces),
         seconds=sum(piece.seconds for piece in pieces),
         flops=sum(piece.flops for piece in pieces),

@@ -7,7 +7,10 @@ later stacks are there:
 
     peak = max over stacks i of (kept of all j < i) + worst_i - (parameters of all j < i)
 
-beside an offset that has all gradients in it. Of each stack's plans only those count that no other
+beside an offset that has all gradients in it. Equal stacks under one plan may begin together, where
+none waits for another. XLA for CPUs makes the zeros that their arrays begin with once and copies
+them for each stack: then all that they will keep is there before any has run, and one more such
+array. Of each stack's plans only those count that no other
 beats in bytes kept, worst bytes, seconds, FLOPs and bytes on the host at once; stacks are joined
 one by one and what is beaten, or more than the host may hold, is dropped, which loses no optimum.
 Above `MOST` such plans near equals are dropped too.
@@ -38,6 +41,7 @@ class Part:
       plain: Those that a user would try first.
       forward: The cost of one more run of a block.
       turns: Stacks, which are reversed one after another.
+      begins_together: Whether what they keep is there before any has run.
     """
 
     name: str = ""
@@ -46,6 +50,7 @@ class Part:
     plain: tuple[Kind, ...]
     forward: Forward
     turns: int = 1
+    begins_together: bool = False
 
     @classmethod
     def of(cls, name: str, stacks: Sequence[Stack], rates: Rates, host_bytes: float) -> "Part":
@@ -96,6 +101,8 @@ class Part:
             return one
         others = (self.turns - 1) / self.turns * (one.kept_bytes - self.params_bytes)
         worst = one.worst_bytes / self.turns + max(others, 0.0)
+        if self.begins_together:
+            worst = max(worst, one.kept_bytes - self.params_bytes + one.largest_bytes)
         return dataclasses.replace(one, worst_bytes=worst)
 
 

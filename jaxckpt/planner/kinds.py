@@ -34,6 +34,7 @@ class Kind:
       schedule: `"none"` or `"full"`.
       policies: What `full` keeps.
       kept_bytes: On the device from the forward to the backward pass.
+      largest_bytes: The largest array of that, of one stack.
       host_bytes: On the host meanwhile; moved out and back beside the computation.
       live_bytes: What its reversal holds while it runs: all residuals of the block, those made
         again and copies of those kept.
@@ -46,6 +47,7 @@ class Kind:
     schedule: str
     policies: tuple[Policy, ...] = ()
     kept_bytes: float
+    largest_bytes: float = 0.0
     host_bytes: float = 0.0
     live_bytes: float
     params_bytes: float = 0.0
@@ -89,12 +91,13 @@ def kind_cost(stacks: Sequence[Stack], stage: Stage, rates: Rates, residual_byte
       rates: The chip's.
       residual_bytes: What `none` keeps of one block; None for `none` itself.
     """
-    kept = host = seconds = flops = 0.0
+    kept = largest = host = seconds = flops = 0.0
     for stack in stacks:
         jaxpr, num_kept = _gradient(stack, stage)
         on_device, on_host = _kept(flatten(jaxpr), num_kept)
-        kept += on_device / stack.num_blocks
-        host += on_host / stack.num_blocks
+        kept += sum(on_device) / stack.num_blocks
+        largest = max(largest, max(on_device, default=0) / stack.num_blocks)
+        host += sum(on_host) / stack.num_blocks
         cost = estimate(jaxpr, rates)
         seconds += (cost.matmul_seconds + cost.memory_seconds) / stack.num_blocks
         flops += count_flops(jaxpr) / stack.num_blocks
@@ -106,6 +109,7 @@ def kind_cost(stacks: Sequence[Stack], stage: Stage, rates: Rates, residual_byte
         schedule=stage.schedule,
         policies=stage.policies,
         kept_bytes=kept,
+        largest_bytes=largest,
         host_bytes=host,
         live_bytes=kept if residual_bytes is None else residual_bytes,
         params_bytes=sum(stack.params_bytes / stack.num_blocks for stack in stacks),
@@ -171,17 +175,17 @@ def _gradient(stack: Stack, stage: Stage):
     return jaxpr, count[-1]
 
 
-def _kept(flat: Flat, count: int) -> tuple[int, int]:
+def _kept(flat: Flat, count: int) -> tuple[list[int], list[int]]:
     """Returns the bytes of the last `count` outputs that no input holds: device and host."""
-    device = host = 0
+    device, host = [], []
     for value in dict.fromkeys(flat.outputs[len(flat.outputs) - count :]):
         origin = origin_of(value)
         if origin in flat.inputs or origin in flat.constants or origin.constant is not None:
             continue
         if getattr(value.aval, "memory_space", None) == jax.memory.Space.Host:
-            host += value.nbytes
+            host.append(value.nbytes)
         else:
-            device += value.nbytes
+            device.append(value.nbytes)
     return device, host
 
 

@@ -97,26 +97,44 @@ class Problem:
         runs = runs_of(step_flops[0] - step_flops[1], again)
         reports = [steps.report(plan) for plan in (full, none)]
         more_bytes = traced["none"].worst_bytes - traced["full"].worst_bytes
-        spread = Spread.of(more_bytes, runs * again, *reports)
+        every = itertools.chain(*stacks.values())
+        spread = Spread.of(every, more_bytes, runs * again, *reports)
         parts = [_on_one(part, spread, clocks.get(part.name), rates) for part in parts]
-        offset = reports[0].peak_bytes - all_under(parts, "full").worst_bytes
         seconds = estimate(steps.trace(full).jaxpr, rates).seconds
         problem = cls(
             steps=steps,
-            parts=as_compiled(parts, reports[1].peak_bytes - offset),
-            offset_bytes=offset,
+            parts=tuple(parts),
+            offset_bytes=0.0,
             seconds=max(seconds - runs * traced["full"].seconds, 0.0) + spread.sent_seconds,
             flops=step_flops[0] - round(runs * traced["full"].flops),
             runs=runs,
             host_bytes=host_bytes,
             link=link_of(rates, 1 if timed else steps.num_devices(full)),
         )
-        return problem._with_stages() if len(parts) == 1 else problem
+        if len(parts) > 1:
+            return problem._as_compiled(*reports)
+        # Whether equal stacks begin together, a plan of several stages tells: it costs next to
+        # nothing where what `full` and `none` hold is understood.
+        together = (False, True) if parts[0].turns > 1 else (False,)
+        made = (
+            dataclasses.replace(
+                problem, parts=(dataclasses.replace(parts[0], begins_together=one),)
+            )
+            for one in together
+        )
+        compiled = [one._as_compiled(*reports)._with_stages() for one in made]
+        return min(compiled, key=lambda one: abs(one.stages_bytes))
+
+    def _as_compiled(self, full: MemoryReport, none: MemoryReport) -> "Problem":
+        """Returns the problem that knows the peaks of `full` and `none`."""
+        offset = full.peak_bytes - all_under(self.parts, "full").worst_bytes
+        parts = as_compiled(self.parts, none.peak_bytes - offset)
+        return dataclasses.replace(self, parts=parts, offset_bytes=offset)
 
     def _with_stages(self) -> "Problem":
         """Returns the problem that knows the peak of a plan of several stages, too."""
         (part,) = self.parts
-        if part.num_blocks < _LEAST_FOR_STAGES:
+        if part.num_blocks < (_LEAST_FOR_STAGES if part.turns == 1 else 2):
             return self
         half = part.num_blocks // 2
         stages = run_of(part.kind("full"), half), run_of(part.kind("none"), part.num_blocks - half)
@@ -216,8 +234,8 @@ class Problem:
 
 def _on_one(part: Part, spread: Spread, clock: Calibration | None, rates: Rates) -> Part:
     """Returns a part as one device sees it, with the seconds of a block that was timed."""
-    none, forward = part.kind("none"), part.forward
-    part = part.changed(lambda kind: spread.kind(kind, none))
+    none, full, forward = part.kind("none"), part.kind("full"), part.forward
+    part = part.changed(lambda kind: spread.kind(kind, none, full))
     if clock is not None:
         known: dict[str, Any] = {"none": part.kind("none"), "forward": forward, "rates": rates}
         part = part.changed(lambda kind: clock.kind(kind, **known))

@@ -1,8 +1,9 @@
 """Recording a block: run it forward, keep its residuals as plain arrays, reverse it later.
 
 `jax.vjp` hands back a function whose leaves are the residuals. A `Recorder` traces it once and
-knows which of those leaves are a block's own (to be kept) and which are its parameters or the
-consts, or casts of them (to be read again instead of copied once a block).
+knows which of those leaves are a block's own (to be kept) and which are its parameters, the consts
+or constants, or casts, transposes and broadcasts of them (to be made again instead of copied once a
+block).
 """
 
 import dataclasses
@@ -99,10 +100,10 @@ class Recorder:
       num_carry: Leaves of the carry.
       num_out: Leaves of the block's output.
       residual_tree: The structure of `jax.vjp`'s function.
-      sources: For each of its leaves, the position among the inputs it is read from again, or
-        None where it is kept.
-      casts: For each of its leaves, the dtypes that the input is cast to one after another, such
-        as a float32 weight to bfloat16.
+      sources: For each of its leaves, the position among the inputs it is read from again, 0 for a
+        constant, or None where it is kept.
+      again: For each of its leaves, the equations that make it again from there, one after another,
+        such as the cast of a float32 weight to bfloat16.
     """
 
     run: core.ClosedJaxpr
@@ -110,7 +111,7 @@ class Recorder:
     num_out: int
     residual_tree: Any
     sources: tuple[int | None, ...]
-    casts: tuple[tuple[Any, ...], ...]
+    again: tuple[tuple[core.JaxprEqn, ...], ...]
 
     @classmethod
     def trace(cls, call: Callable, carry, params_i, consts, moving: Moving) -> "Recorder":
@@ -130,7 +131,7 @@ class Recorder:
             var: (place, ()) for place, var in enumerate(run.jaxpr.invars) if place >= len(carry)
         }
         for equation in run.jaxpr.eqns:
-            found = _cast_of(equation, shared)
+            found = _made_again(equation, shared)
             if found is not None:
                 shared[equation.outvars[0]] = found
         residuals = run.jaxpr.outvars[num_out:]
@@ -138,14 +139,14 @@ class Recorder:
             (None, ()) if isinstance(var, core.Literal) else shared.get(var, (None, ()))
             for var in residuals
         ]
-        sources, casts = zip(*found, strict=True) if found else ((), ())
+        sources, again = zip(*found, strict=True) if found else ((), ())
         return cls(
             run=run,
             num_carry=len(carry),
             num_out=num_out,
             residual_tree=tree,
             sources=sources,
-            casts=casts,
+            again=again,
         )
 
     def empty(self, num_blocks: int) -> list[jax.Array]:
@@ -169,21 +170,30 @@ class Recorder:
         fresh = iter(kept)
         shared: list[Any] = [None] * self.num_carry + [*params_i, *consts]
         leaves = []
-        for source, dtypes in zip(self.sources, self.casts, strict=True):
+        for source, equations in zip(self.sources, self.again, strict=True):
             leaf = next(fresh) if source is None else shared[source]
-            for dtype in dtypes:
-                leaf = lax.convert_element_type(leaf, dtype)
+            for equation in equations:
+                (read,) = equation.invars
+                if isinstance(read, core.Literal):
+                    constant: Any = read.aval
+                    leaf = lax.full((), read.val, constant.dtype)
+                leaf = equation.primitive.bind(leaf, **equation.params)
             leaves.append(leaf)
         return jax.tree.unflatten(self.residual_tree, leaves)
 
 
-def _cast_of(equation: core.JaxprEqn, shared: dict) -> tuple[int, tuple] | None:
-    """Returns `(input, dtypes)` if an equation casts what is shared, else None."""
-    if equation.primitive.name != jaxprs.CAST:
+# What is made again where it is read: it costs little and may be as large as a weight, or larger.
+_CHEAP = (jaxprs.CAST, jaxprs.BROADCAST, *jaxprs.SHAPES)
+
+
+def _made_again(equation: core.JaxprEqn, shared: dict) -> tuple[int, tuple] | None:
+    """Returns `(input, equations)` if an equation makes a form of what is shared, else None."""
+    if equation.primitive.name not in _CHEAP or len(equation.invars) > 1:
         return None
-    source = equation.invars[0]
-    if isinstance(source, core.Literal) or source not in shared:
+    (read,) = equation.invars
+    if isinstance(read, core.Literal):
+        return 0, (equation,)
+    if read not in shared:
         return None
-    place, dtypes = shared[source]
-    made: Any = equation.outvars[0].aval
-    return place, (*dtypes, made.dtype)
+    place, equations = shared[read]
+    return place, (*equations, equation)

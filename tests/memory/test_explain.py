@@ -50,8 +50,8 @@ def kept_by_vjp(block, plan: str, carry, params_i, *consts) -> int:
     moving = Moving(carry=places[0], params=places[1], consts=places[2])
     recorder = Recorder.trace(call, *groups, moving)
     kept = recorder.run.jaxpr.outvars[recorder.num_carry :]
-    places = zip(kept, recorder.sources, recorder.casts, strict=True)
-    kept = {var for var, source, casts in places if source is None or casts}
+    places = zip(kept, recorder.sources, recorder.again, strict=True)
+    kept = {var for var, source, again in places if source is None or again}
     return sum(var.aval.size * var.aval.dtype.itemsize for var in kept)
 
 

@@ -11,7 +11,8 @@ from jaxckpt.absent import launch
 from jaxckpt.memory.worker import get_topology, measure_built
 from jaxckpt.models.config import TransformerConfig
 from jaxckpt.targets.target import parse_target
-from jaxckpt.transforms import rows
+from jaxckpt.transforms import block_vjp, rows
+from tests.transforms.cases import relative_error
 
 BLOCKS, WIDTH = 8, 512
 SHAPES = (
@@ -50,6 +51,38 @@ def test_rows_do_not_wait_for_the_backward_pass(target, monkeypatch):
     inside = temp_bytes(target)
     monkeypatch.setattr(rows, "read_inside", lambda apply, items, *_: (apply, items))
     assert inside < temp_bytes(target) - 0.4 * WEIGHTS
+
+
+@pytest.mark.parametrize("form", [lambda w: w.T, lambda w: w.astype(jnp.bfloat16).T])
+def test_recorded_blocks_keep_no_form_of_a_weight(form, monkeypatch):
+    def both(x, w):
+        return x + jnp.square(jax.nn.relu(x @ w)) @ form(w).astype(x.dtype)
+
+    def gradient(w, x, remat="uniform:2"):
+        return jax.grad(lambda w: jaxckpt.scan_blocks(both, w, x, remat=remat).sum())(w)
+
+    few = jax.ShapeDtypeStruct((16, WIDTH), jnp.float32)
+    temp = jaxckpt.measure(lambda *args: gradient(*args), SHAPES[0], few).temp_bytes
+    w = jax.random.normal(jax.random.key(0), (4, 8, 8))
+    x = jax.random.normal(jax.random.key(1), (4, 8))
+    assert relative_error(gradient(w, x), gradient(w, x, "none")) <= 1e-5
+    monkeypatch.setattr(block_vjp, "_made_again", lambda *_: None)
+    kept = jaxckpt.measure(lambda *args: gradient(*args), SHAPES[0], few).temp_bytes
+    half = WEIGHTS // 2  # of a segment's blocks
+    assert temp < kept - 0.4 * half
+
+
+def test_recorded_blocks_keep_no_constant():
+    """A `relu`'s zeros are none of a block's own values: of its residuals nothing is that size."""
+    record = lambda c, p, _: [jax.nn.relu(c[0] + p[0])]
+    groups = [[jnp.ones([4, 8])], [jnp.ones(8)], []]
+    found = block_vjp.Recorder.trace(record, *groups, block_vjp.Moving.all_of(*groups[1:]))
+    out, kept = found.record(*groups)
+    assert [leaf.dtype for leaf in kept] == [bool]
+    reverse = found.reverse(kept, *groups[1:])
+    grads = jax.tree.leaves(reverse([jnp.ones([4, 8])]))
+    assert [leaf.shape for leaf in grads] == [(4, 8), (8,)] and float(grads[1].sum()) == 32.0
+    assert float(out[0].sum()) == 64.0
 
 
 @pytest.mark.heavy
