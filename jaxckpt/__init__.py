@@ -30,8 +30,10 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for editors and type checkers
     from jaxckpt.plans import Policy as Policy
     from jaxckpt.plans import Stage as Stage
     from jaxckpt.transforms.chain import chain as chain
+    from jaxckpt.transforms.scan import scan as scan
     from jaxckpt.transforms.stack import scan_blocks as scan_blocks
     from jaxckpt.transforms.tags import tag as tag
+    from jaxckpt.transforms.while_loop import while_loop as while_loop
 
 # Public name -> module that defines it; a name without an attribute of its own is the module.
 _PUBLIC = {
@@ -49,9 +51,11 @@ _PUBLIC = {
     "measure": "jaxckpt.memory.measure",
     "models": "jaxckpt.models",
     "nnx": "jaxckpt.nnx",
+    "scan": "jaxckpt.transforms.scan",
     "scan_blocks": "jaxckpt.transforms.stack",
     "schedules": "jaxckpt.schedules",
     "tag": "jaxckpt.transforms.tags",
+    "while_loop": "jaxckpt.transforms.while_loop",
 }
 
 __all__ = list(_PUBLIC)

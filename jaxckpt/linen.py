@@ -25,10 +25,10 @@ from jax.extend import core
 
 from jaxckpt.plans import Plan, PlanError, words
 from jaxckpt.transforms import policies, rows, tags
-from jaxckpt.transforms.arguments import apart, check_class
+from jaxckpt.transforms.arguments import apart, check_class, part, put
 from jaxckpt.transforms.checks import check_policies
 from jaxckpt.transforms.policies import plan_and_policy
-from jaxckpt.transforms.stack import scan_blocks
+from jaxckpt.transforms.scan import scan
 from jaxckpt.transforms.traced_block import abstract
 
 _PARAMS = "params"
@@ -37,7 +37,8 @@ _PARAMS = "params"
 _CURES = {
     "batch_stats": "use a layer without state (LayerNorm or GroupNorm instead of BatchNorm)",
     "cache": "decode with a loop over blocks, which needs no gradients and so no checkpointing",
-    "intermediates": "return what is sown in the carry, or leave 'intermediates' out of mutable=",
+    "intermediates": "return what is sown beside the carry (out=0 has it stacked), or leave "
+    "'intermediates' out of mutable=",
 }
 
 
@@ -58,6 +59,9 @@ class Stack(nn.Module):
         in the backward pass. Unrolled blocks that are checkpointed cast their own all the same:
         that takes a little longer, and spares the copy of all parameters. None leaves them as
         they are.
+      out: Where the carry is in what a block returns: an index, a key, or a function. The rest of a
+        tuple or dict, such as hidden states or a router's loss, comes back stacked, `[L, ...]`.
+        None where a block returns its carry alone.
     """
 
     block: Callable[..., nn.Module]
@@ -65,6 +69,7 @@ class Stack(nn.Module):
     remat: str | Plan | Callable = "full"
     unroll: int = 1
     dtype: Any = None
+    out: int | str | Callable | None = None
 
     def __post_init__(self):
         check_class(self.block, nn.Module, "linen.Stack")
@@ -74,7 +79,7 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(self, carry, *consts, **named):
-        """Returns the last block's carry.
+        """Returns the last block's carry; with `out`, what a block returns, its rest stacked.
 
         Args:
           carry: The first block's input; `block(carry, *consts, **named)` returns its like.
@@ -103,18 +108,19 @@ class Stack(nn.Module):
             params, cast = cast(params), lambda params: params
         mutable = intersect_filters(scope.mutable, DenyList(_PARAMS))
 
-        def apply(carry, block_i, *arrays):
+        def apply(carry, block_i):
             # Bound, not applied, so that a caller's capture_intermediates reaches the block.
             variables = {_PARAMS: cast(block_i["params"])}
             bound = block.bind(variables, rngs=block_i["keys"], mutable=mutable)
             consts, named = merge(arrays)
-            carry = bound(carry, *consts, **named)
+            result = bound(carry, *consts, **named)
             _check_state(bound.variables)
-            return carry
+            return part(result, self.out)
 
         # The index is there for blocks that have neither parameters nor keys.
         blocks = {"params": params, "keys": keys, "index": jnp.arange(self.num_blocks)}
-        return scan_blocks(apply, blocks, carry, *arrays, remat=self.remat, unroll=self.unroll)
+        made = scan(apply, carry, blocks, remat=self.remat, unroll=self.unroll)
+        return put(*made, self.out)
 
     def _init_params(self, init: Callable, keys: dict[str, jax.Array]):
         """Draws every block's parameters from keys of its own and stores them stacked."""

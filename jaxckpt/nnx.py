@@ -10,7 +10,6 @@ alone; batch statistics, caches and what is sown are refused.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +20,10 @@ from flax.nnx import spmd
 from jax.core import Tracer
 
 from jaxckpt.plans import Plan, PlanError
-from jaxckpt.transforms.arguments import apart, check_class
+from jaxckpt.transforms.arguments import apart, check_class, part, put
 from jaxckpt.transforms.checks import check_carry
 from jaxckpt.transforms.policies import plan_and_policy
-from jaxckpt.transforms.stack import scan_blocks
+from jaxckpt.transforms.scan import scan
 from jaxckpt.transforms.traced_block import first_block
 
 # The stacked axis in partition specs: not sharded.
@@ -37,7 +36,7 @@ _STACKED = "jaxckpt_stacked"
 _CURES = {
     "BatchStat": "use a layer without state (LayerNorm or GroupNorm instead of BatchNorm)",
     "Cache": "decode with a loop over blocks, which needs no gradients and so no checkpointing",
-    "Intermediate": "return what is sown in the carry",
+    "Intermediate": "return what is sown beside the carry (out=0 has it stacked)",
 }
 _CURE = "put it into the carry, make it an nnx.Param if it is learned, or a plain array if fixed"
 
@@ -54,6 +53,7 @@ class Stack(nn.Module):
       num_blocks: L.
       remat: A plan or its text, or a policy of `jax.checkpoint`.
       unroll: Blocks unrolled in one trip of a loop.
+      out: Where the carry is in what a block returns.
 
     Example:
       >>> import functools, jax, jax.numpy as jnp, jaxckpt
@@ -72,6 +72,7 @@ class Stack(nn.Module):
         *,
         remat: str | Plan | Callable = "full",
         unroll: int = 1,
+        out: int | str | Callable | None = None,
         rngs: nn.Rngs,
     ):
         """Makes the blocks.
@@ -81,6 +82,9 @@ class Stack(nn.Module):
           num_blocks: L.
           remat: A plan or its text, or a policy of `jax.checkpoint`.
           unroll: Blocks unrolled in one trip of a loop.
+          out: Where the carry is in what a block returns: an index, a key, or a function. The rest
+            of a tuple or dict comes back stacked, `[L, ...]`. None for a block that returns its
+            carry alone.
           rngs: Every stream is split into one key a block.
 
         Raises:
@@ -94,10 +98,11 @@ class Stack(nn.Module):
         self.num_blocks = num_blocks
         self.remat = remat
         self.unroll = unroll
+        self.out = out
         self.blocks = _make_blocks(block, _split(rngs, num_blocks), num_blocks)
 
     def __call__(self, carry, *consts, **named):
-        """Returns the last block's carry.
+        """Returns the last block's carry; with `out`, what a block returns, its rest stacked.
 
         Args:
           carry: The first block's input; `block(carry, *consts, **named)` returns its like.
@@ -116,24 +121,20 @@ class Stack(nn.Module):
         rows = {"counts": counts, "rest": rest, "index": jnp.arange(self.num_blocks)}
         rows["keys"], named = _split_keys(consts, named, self.num_blocks)
         arrays, merge = apart((consts, named))
-        run = functools.partial(_run_block, graph, merge)
+        run = functools.partial(_run_block, graph, merge, self.out)
         drawn = _drawn_streams(run, carry, rows, arrays)
 
-        def apply(carry, row, *arrays):
-            carry, most = carry
-            carry, draws = run(carry, row, arrays)
-            counts: Any = draws  # of the streams that are drawn from, a number
-            return carry, {i: jnp.maximum(most[i], counts[i]) for i in drawn}
+        def apply(carry, row):
+            carry, rest, draws = run(carry, row, arrays)
+            return carry, (rest, {i: draws[i] for i in drawn})
 
-        none_yet = {i: jnp.zeros([], jnp.uint32) for i in drawn}
-        carry, draws = scan_blocks(
-            apply, rows, (carry, none_yet), *arrays, remat=self.remat, unroll=self.unroll
-        )
+        carry, (rest, draws) = scan(apply, carry, rows, remat=self.remat, unroll=self.unroll)
         if drawn:  # a call that changes nothing can be made anywhere
             leaves, tree = jax.tree.flatten(counts)
-            leaves = [leaf + draws.get(i, 0) for i, leaf in enumerate(leaves)]
+            most = {i: number.max() for i, number in draws.items()}
+            leaves = [leaf + most.get(i, 0) for i, leaf in enumerate(leaves)]
             nn.update(self.blocks, jax.tree.unflatten(tree, leaves))
-        return carry
+        return put(carry, rest, self.out)
 
 
 def _split_keys(consts, named: dict, num_blocks: int) -> tuple[dict[str, jax.Array], dict]:
@@ -203,12 +204,15 @@ def _is_variable(x) -> bool:
     return isinstance(x, nn.Variable)
 
 
-def _run_block(graph, merge: Callable, carry, row, arrays):
-    """Returns one block's carry, and for each of its streams how often it drew; None for never.
+def _run_block(graph, merge: Callable, out, carry, row, arrays):
+    """Returns one block's carry, the rest of its result, and how often each of its streams drew.
+
+    The last is None for a stream that nobody drew from.
 
     Args:
       graph: The stacked blocks' graph definition.
       merge: From the call's arrays to all its arguments, as of `apart`.
+      out: Where the carry is in the block's result.
       carry: The block's input.
       row: The block's state, keys and index.
       arrays: The call's.
@@ -221,13 +225,13 @@ def _run_block(graph, merge: Callable, carry, row, arrays):
         named = {**named, "rngs": nn.Rngs(**row["keys"])}
     graph, _, before = nn.split(block, nn.RngCount, ...)
     before = _arrays(before)
-    carry = block(carry, *consts, **named)
+    carry, rest = part(block(carry, *consts, **named), out)
     _check_state(block)
     graph_after, counts, after = nn.split(block, nn.RngCount, ...)
     _check_unchanged(before, _arrays(after), graph == graph_after)
     pairs = zip(jax.tree.leaves(row["counts"]), jax.tree.leaves(counts), strict=True)
     # A count that nobody drew from is still the same object.
-    return carry, [None if new is old else new - old for old, new in pairs]
+    return carry, rest, [None if new is old else new - old for old, new in pairs]
 
 
 def _drawn_streams(run: Callable, carry, rows, arrays) -> list[int]:
@@ -235,7 +239,7 @@ def _drawn_streams(run: Callable, carry, rows, arrays) -> list[int]:
     drawn = []
 
     def call(carry, row, *arrays):
-        carry, draws = run(carry, row, arrays)
+        carry, _, draws = run(carry, row, arrays)
         drawn[:] = [i for i, count in enumerate(draws) if count is not None]
         return carry
 

@@ -23,7 +23,7 @@ from jaxckpt.planner.inside_block import Graph, Passes, lean_proposals, offload_
 from jaxckpt.planner.stacks import Stack
 from jaxckpt.plans import Plan, PlanError, Policy, Stage
 from jaxckpt.transforms.block_vjp import Moving, differentiate
-from jaxckpt.transforms.stack import scan_blocks
+from jaxckpt.transforms.scan import scan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,14 @@ def with_copies(
 
 def _run(stack: Stack, stage: Stage, carry, params, consts, unroll: int = 1):
     plan = Plan(stages=(dataclasses.replace(stage, count=None),))
-    return scan_blocks(stack.call, params, carry, consts, remat=plan, unroll=unroll)
+    num_carry = len(stack.carry)
+
+    def step(carry, params_i):
+        out = stack.call(carry, params_i, consts)
+        return out[:num_carry], out[num_carry:]
+
+    carry, ys = scan(step, carry, params, stack.num_blocks, unroll=unroll, remat=plan)
+    return [*carry, *ys]
 
 
 def _unroll(stack: Stack, stage: Stage) -> int:

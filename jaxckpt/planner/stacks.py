@@ -18,7 +18,7 @@ class Stack:
     """A stack as data for the planner: a pure block over lists of abstract leaves.
 
     Attributes:
-      call: `call(carry, params_i, consts) -> carry`, all of them lists of leaves.
+      call: `call(carry, params_i, consts) -> [*carry, *ys]`, all of them lists of leaves.
       carry: The block's input.
       params: Leaves `[L, ...]`.
       consts: What all blocks share, closed-over arrays among it.

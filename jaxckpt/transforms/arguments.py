@@ -1,4 +1,4 @@
-"""What users hand to the adapters: a class of blocks, and a call's arrays and Python values.
+"""What users hand to the adapters: a class of blocks, a call's values, and how a result is parted.
 
 `jit`, `scan` and `checkpoint` turn every number they are handed into a traced array, and then
 `if train:` fails inside. The adapters hand arrays over and leave Python values (`True`, `"gelu"`,
@@ -27,6 +27,42 @@ def apart(tree) -> tuple[list, Callable[[Sequence], Any]]:
         return jax.tree.unflatten(structure, merged)
 
     return [leaves[place] for place in places], merge
+
+
+def part(result, out) -> tuple[Any, Any]:
+    """Returns the carry of a block's result, and the rest, which has None in its place.
+
+    Args:
+      result: What a block returned.
+      out: None where that is the carry; its index or key in the result; or a function from the
+        result to the carry, which leaves no rest.
+
+    Raises:
+      ValueError: The result has nothing there.
+    """
+    if out is None:
+        return result, None
+    if callable(out):
+        return out(result), None
+    try:
+        carry = result[out]
+        return carry, put(None, result, out)
+    except (TypeError, KeyError, IndexError):
+        raise ValueError(
+            f"out={out!r} is the place of the carry in what a block returns, which is "
+            f"{jax.tree.structure(result)}"
+        ) from None
+
+
+def put(carry, rest, out):
+    """Returns a result with a carry in its place, from the rest of `part`."""
+    if out is None or callable(out):
+        return carry
+    if isinstance(rest, dict):
+        return {**rest, out: carry}
+    items = list(rest)
+    items[out] = carry
+    return type(rest)(*items) if hasattr(rest, "_fields") else type(rest)(items)
 
 
 def check_class(block, module: type, taker: str):

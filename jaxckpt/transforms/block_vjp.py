@@ -28,11 +28,13 @@ class Moving:
       carry: Positions among the carry's leaves whose gradients the caller asks for; the blocks
         make those of all.
       consts: Positions among the consts.
+      outputs: Positions among a block's outputs that have gradients; None for all inexact ones.
     """
 
     params: tuple[int, ...]
     carry: tuple[int, ...]
     consts: tuple[int, ...]
+    outputs: tuple[int, ...] | None = None
 
     @classmethod
     def all_of(cls, params: Sequence, consts: Sequence) -> "Moving":
@@ -68,11 +70,12 @@ def differentiate(
       moving: Which of the latter two are differentiated.
 
     Returns:
-      `(out, reverse)`: the block's output, and `reverse(grads)` from the gradients of its inexact
+      `(out, reverse)`: the block's output, and `reverse(grads)` from the gradients of its moving
       leaves to those of the moving leaves of `carry`, `params_i` and `consts`.
     """
     groups = (carry, params_i, consts)
     places = [inexact(carry), moving.params, moving.consts]
+    of_outputs = moving.outputs
 
     def fn(*moving):
         full = [list(group) for group in groups]
@@ -80,7 +83,7 @@ def differentiate(
             for position, leaf in zip(positions, leaves, strict=True):
                 group[position] = leaf
         out = call(*full)
-        return pick(out, inexact(out)), out
+        return pick(out, inexact(out) if of_outputs is None else of_outputs), out
 
     inputs = [pick(group, positions) for group, positions in zip(groups, places, strict=True)]
     _, reverse, out = jax.vjp(fn, *inputs, has_aux=True)
@@ -94,6 +97,7 @@ class Recorder:
     Attributes:
       run: From carry, parameters and consts to the output's and the residuals' leaves.
       num_carry: Leaves of the carry.
+      num_out: Leaves of the block's output.
       residual_tree: The structure of `jax.vjp`'s function.
       sources: For each of its leaves, the position among the inputs it is read from again, or
         None where it is kept.
@@ -103,6 +107,7 @@ class Recorder:
 
     run: core.ClosedJaxpr
     num_carry: int
+    num_out: int
     residual_tree: Any
     sources: tuple[int | None, ...]
     casts: tuple[tuple[Any, ...], ...]
@@ -115,10 +120,11 @@ class Recorder:
         def recorded(*groups):
             out, reverse = differentiate(call, *groups, moving=moving)
             leaves, tree = jax.tree.flatten(reverse)
-            trees.append(tree)
+            trees.append((tree, len(out)))
             return out, leaves
 
         run = jax.make_jaxpr(recorded)(carry, params_i, consts)
+        tree, num_out = trees[-1]
         # A residual that is an input after the carry is a parameter or a const.
         shared = {
             var: (place, ()) for place, var in enumerate(run.jaxpr.invars) if place >= len(carry)
@@ -127,19 +133,24 @@ class Recorder:
             found = _cast_of(equation, shared)
             if found is not None:
                 shared[equation.outvars[0]] = found
-        residuals = run.jaxpr.outvars[len(carry) :]
+        residuals = run.jaxpr.outvars[num_out:]
         found = [
             (None, ()) if isinstance(var, core.Literal) else shared.get(var, (None, ()))
             for var in residuals
         ]
         sources, casts = zip(*found, strict=True) if found else ((), ())
         return cls(
-            run=run, num_carry=len(carry), residual_tree=trees[-1], sources=sources, casts=casts
+            run=run,
+            num_carry=len(carry),
+            num_out=num_out,
+            residual_tree=tree,
+            sources=sources,
+            casts=casts,
         )
 
     def empty(self, num_blocks: int) -> list[jax.Array]:
         """Returns room for blocks' kept residuals, each leaf in the memory its policy says."""
-        residuals = self.run.out_avals[self.num_carry :]
+        residuals = self.run.out_avals[self.num_out :]
         return [
             zeros(num_blocks, aval)
             for aval, source in zip(residuals, self.sources, strict=True)
@@ -149,7 +160,7 @@ class Recorder:
     def record(self, carry: Sequence, params_i: Sequence, consts: Sequence):
         """Runs the block; returns `(out, kept)`, two lists of leaves."""
         leaves = core.jaxpr_as_fun(self.run)(*carry, *params_i, *consts)
-        out, residuals = leaves[: self.num_carry], leaves[self.num_carry :]
+        out, residuals = leaves[: self.num_out], leaves[self.num_out :]
         pairs = zip(residuals, self.sources, strict=True)
         return out, [leaf for leaf, source in pairs if source is None]
 

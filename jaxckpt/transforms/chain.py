@@ -111,8 +111,9 @@ def _run(
             carry = chain_executor.run_stage(calls[here], carry, consts[here], stage)
         else:
             pairs = tuple(zip(calls[here], consts[here], strict=True))
-            apply = lambda carry, pair: pair[0](carry, [], pair[1])
-            carry = reference.run_stage(reference.Listed(blocks=pairs), apply, carry, stage, given)
+            apply = lambda carry, pair: (pair[0](carry, [], pair[1]), None)
+            listed = reference.Listed(blocks=pairs)
+            carry, _ = reference.run_stage(listed, apply, carry, stage, given)
         start += stage.bound_count
     return carry
 

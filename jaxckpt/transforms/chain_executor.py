@@ -25,7 +25,13 @@ from jaxckpt.schedules.actions import Action, Advance, Free, Load, Record, Rever
 from jaxckpt.schedules.of_stage import schedule_of
 from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms.block_vjp import Moving, differentiate
-from jaxckpt.transforms.custom_gradient import batched_call, inexact, moved, run_with_gradient
+from jaxckpt.transforms.custom_gradient import (
+    batched_call,
+    inexact,
+    instantiated,
+    moved,
+    run_with_gradient,
+)
 from jaxckpt.transforms.policies import checkpoint_policy, refuse_bad_offload
 
 
@@ -110,6 +116,10 @@ class _Walk:
         """Where the backward pass begins among the actions."""
         return next(n for n, action in enumerate(self.actions) if isinstance(action, Reverse))
 
+    def out_dim(self, place: int) -> int:
+        """Returns 0: an output of a batch has it first."""
+        return 0
+
     def batched(self, args: Sequence, dims: Sequence, axis) -> tuple["_Walk", Sequence]:
         """Returns the walk over `jax.vmap` of every block, which has the batch first."""
         carry, consts = args
@@ -150,16 +160,17 @@ class _Walk:
     def backward(self, residuals, grads) -> list:
         """Returns the gradients that are asked for, of the carry and of every block's consts."""
         carry, consts, slots, records, moving, of_carry = residuals
-        held = _Held(carry=carry, slots=dict(slots), records=dict(records), grad=grads)
+        held = _Held(carry=carry, slots=dict(slots), records=dict(records))
+        grad = held.grad = instantiated(grads)
         of_consts: list[list] = [[] for _ in consts]
         for action in self.actions[self.first_reverse :]:
             if isinstance(action, Reverse):
                 reverse = held.records.pop(action.block)
-                held.grad, _, of_consts[action.block] = reverse(held.grad)
+                grad, _, of_consts[action.block] = reverse(held.grad)
+                held.grad = grad
             else:
                 self._run(action, held, consts, moving)
-        assert held.grad is not None  # given above
-        of_place: dict[int, Any] = dict(zip(inexact(carry), held.grad, strict=True))
+        of_place: dict[int, Any] = dict(zip(inexact(carry), grad, strict=True))
         return [*(of_place[i] for i in of_carry.carry), *itertools.chain(*of_consts)]
 
     def _run(self, action: Action, held: _Held, consts, moving: Sequence[Moving]):

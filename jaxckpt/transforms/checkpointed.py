@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jaxckpt.plans import Policy, Stage, words
@@ -23,7 +24,8 @@ from jaxckpt.schedules.segments import segment_sizes
 from jaxckpt.transforms import rows, tags
 from jaxckpt.transforms.policies import GivenPolicy, checkpoint_policy
 
-Apply = Callable[[Any, Any], Any]  # (carry, one block's item) -> carry
+# (carry, one block's item) -> (carry, what the block returns beside it)
+Apply = Callable[[Any, Any], tuple[Any, Any]]
 Cut = Callable[[int], Sequence[int]]  # length -> sizes of its segments
 
 _OFFLOAD_CARRY = (Policy(kind="offload", names=(words.CARRY,)),)
@@ -61,22 +63,24 @@ class Stacked:
       unroll: Blocks unrolled in one trip of a loop.
       part_of: The parameters of the stack that these blocks are a part of, and the place of the
         first of them in it; None where the blocks' own are read.
+      reverse: The last row's block is run first.
     """
 
     params: Any
     length: int
     unroll: int = 1
     part_of: tuple[Any, int] | None = None
+    reverse: bool = False
 
     def fold(self, apply: Apply, carry, remat: Remat | None):
-        """Returns the carry after all blocks, each under `remat` if there is one."""
+        """Returns the carry after all blocks, each under `remat` if there is one, and the ys."""
         return self._scan(
             apply, carry, self.params, self.length, min(self.unroll, self.length), remat
         )
 
     def fold_segments(self, sizes: Sequence[int], run: Apply, carry, remat: Remat):
-        """Returns the carry after `run(carry, segment)` of every segment, each under `remat`."""
-        start = 0
+        """Returns the carry after `run(carry, segment)` of each segment under `remat`, and ys."""
+        start, made = 0, []
         for size, equals in itertools.groupby(sizes):
             count = len(list(equals))
             stop = start + size * count
@@ -84,9 +88,10 @@ class Stacked:
             params = jax.tree.map(cut, self.params)
             segment = lambda params, k=size: Stacked(params=params, length=k, unroll=self.unroll)
             apply = lambda carry, params, make=segment: run(carry, make(params))
-            carry = self._scan(apply, carry, params, count, 1, remat)
+            carry, ys = self._scan(apply, carry, params, count, 1, remat)
+            made.append(jax.tree.map(lambda y, n=size * count: y.reshape(n, *y.shape[2:]), ys))
             start = stop
-        return carry
+        return carry, jax.tree.map(lambda *ys: jnp.concatenate(ys), *made)
 
     def _scan(self, apply, carry, items, length, unroll, remat):
         if remat is not None:
@@ -95,13 +100,15 @@ class Stacked:
             # A loop keeps the recomputation apart from the forward pass, so the barriers that
             # do it elsewhere are left out; a loop of one trip is no loop once compiled.
             apply = remat(apply, prevent_cse=unroll > 1 or length == 1)
-        body = lambda carry, item: (apply(carry, item), None)
-        return lax.scan(body, carry, items, length=length, unroll=unroll)[0]
+        return lax.scan(apply, carry, items, length, self.reverse, unroll)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Listed:
-    """Different blocks, each what `apply` takes; they may close over traced values."""
+    """Different blocks, each what `apply` takes; they may close over traced values.
+
+    They return nothing beside the carry.
+    """
 
     blocks: tuple[Any, ...]
 
@@ -111,25 +118,25 @@ class Listed:
         return len(self.blocks)
 
     def fold(self, apply: Apply, carry, remat: Remat | None):
-        """Returns the carry after all blocks, each under `remat` if there is one."""
+        """Returns the carry after all blocks, each under `remat` if there is one, and no ys."""
         for block in self.blocks:
-            carry = _closed(apply, block, remat)(carry)
-        return carry
+            carry, _ = _closed(apply, block, remat)(carry)
+        return carry, None
 
     def fold_segments(self, sizes: Sequence[int], run: Apply, carry, remat: Remat):
-        """Returns the carry after `run(carry, segment)` of every segment, each under `remat`."""
+        """Returns the carry after `run(carry, segment)` of each segment under `remat`, no ys."""
         start = 0
         for size in sizes:
             segment = Listed(blocks=self.blocks[start : start + size])
-            carry = _closed(run, segment, remat)(carry)
+            carry, _ = _closed(run, segment, remat)(carry)
             start += size
-        return carry
+        return carry, None
 
 
 def run_stage(
     blocks: Stacked | Listed, apply: Apply, carry, stage: Stage, given: GivenPolicy | None = None
 ):
-    """Returns the carry after a stage's blocks, checkpointed as the stage says.
+    """Returns the carry after a stage's blocks, checkpointed as the stage says, and the ys.
 
     Args:
       blocks: The stage's blocks.

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import operator
 from collections.abc import Callable, Sequence
 
 import jax
@@ -13,8 +14,12 @@ from jaxckpt.transforms import jaxprs, policies, tags, value_names
 from jaxckpt.transforms.traced_block import TracedBlock, abstract
 
 
-def stack_length(params) -> int:
+def stack_length(params, name: str = "params") -> int:
     """Returns L, the leading size that all leaves of `params` share.
+
+    Args:
+      params: A pytree.
+      name: What the user calls it.
 
     Raises:
       ValueError: No leaves, a scalar leaf, or leading sizes that differ (the leaves are named).
@@ -24,8 +29,7 @@ def stack_length(params) -> int:
         shape = jax.typeof(leaf).shape
         if not shape:
             raise ValueError(
-                f"params{jax.tree_util.keystr(path)} is a scalar; every leaf of a stack's "
-                "parameters is [L, ...]"
+                f"{name}{jax.tree_util.keystr(path)} is a scalar; every leaf is [L, ...]"
             )
         sizes.setdefault(shape[0], jax.tree_util.keystr(path))
     if not sizes:
@@ -34,9 +38,38 @@ def stack_length(params) -> int:
             "params for blocks without parameters"
         )
     if len(sizes) > 1:
-        found = ", ".join(f"params{path} has {size}" for size, path in sizes.items())
-        raise ValueError(f"the leading sizes of a stack's parameters differ: {found}")
+        found = ", ".join(f"{name}{path} has {size}" for size, path in sizes.items())
+        raise ValueError(f"the leading sizes of {name} differ: {found}")
     return next(iter(sizes))
+
+
+def steps_of(xs, length: int | None) -> int:
+    """Returns the number of steps of a scan.
+
+    Raises:
+      ValueError: It is not known, is no whole number, or is not that of the xs.
+    """
+    if length is not None and (isinstance(length, bool) or not hasattr(length, "__index__")):
+        raise ValueError(f"length is a whole number of steps, not {length!r}")
+    if length is not None and operator.index(length) < 0:
+        raise ValueError(f"length is a number of steps, at least 0, not {length}")
+    if not jax.tree.leaves(xs):
+        if length is None:
+            raise ValueError("scan has no xs, so the number of steps is unknown; give length=")
+        return operator.index(length)
+    found = stack_length(xs, "xs")
+    if length is not None and operator.index(length) != found:
+        raise ValueError(f"length is {length}, but the leading size of xs is {found}")
+    return found
+
+
+def check_pair(made):
+    """Raises `ValueError` unless a step of a scan returned `(carry, y)`."""
+    if not isinstance(made, tuple | list) or len(made) != 2:
+        raise ValueError(
+            f"f of a scan returns a pair (carry, y), not {jax.tree.structure(made)}; return None "
+            "as y for no output"
+        )
 
 
 def check_stack(block, params):
@@ -97,9 +130,13 @@ def check_carry(given, made):
     """
     given, made = abstract((given, made))
     if jax.tree.structure(given) != jax.tree.structure(made):
+        is_pair = isinstance(made, tuple) and len(made) == 2
+        is_pair = is_pair and jax.tree.structure(made[0]) == jax.tree.structure(given)
         raise ValueError(
             "a block returns the carry it was given, but the structure changes from "
             f"{jax.tree.structure(given)} to {jax.tree.structure(made)}"
+            + "; jaxckpt.scan takes a block that returns (carry, y)"
+            * is_pair
         )
     pairs = zip(jax.tree_util.tree_leaves_with_path(given), jax.tree.leaves(made), strict=True)
     for (path, before), after in pairs:

@@ -46,11 +46,20 @@ class Walk(Protocol):
         ...
 
     def backward(self, residuals, grads: list) -> list:
-        """Returns the gradients that are asked for, from those of the output's inexact leaves."""
+        """Returns the gradients that are asked for.
+
+        Args:
+          residuals: What `forward` returned.
+          grads: Of the output's inexact leaves; `ad.Zero` where the caller does not use one.
+        """
+        ...
+
+    def out_dim(self, place: int) -> int:
+        """Returns the axis that an output of `batched` has its batch in."""
         ...
 
     def batched(self, args: Sequence, dims: Sequence, axis) -> tuple["Walk", Sequence]:
-        """Returns how a batch is run, whose outputs have the batch first, and its arguments.
+        """Returns how a batch is run, and its arguments.
 
         Args:
           args: The arguments.
@@ -87,6 +96,12 @@ def moved(x, dim: int | None, to: int):
     return x if dim is None else jnp.moveaxis(x, dim, to)
 
 
+def instantiated(grads: Sequence) -> list:
+    """Returns gradients with zeros in the place of those that nobody uses."""
+    zeros_of = lambda aval: zeros(1, aval)[0]
+    return [zeros_of(g.aval) if isinstance(g, ad.Zero) else g for g in grads]
+
+
 def _is_inexact(x) -> bool:
     return jnp.issubdtype(abstract(x).dtype, jnp.inexact)
 
@@ -121,7 +136,7 @@ def _differentiate(primals, tangents, *, jaxpr, walk: Walk, tree):
 def _batch_run(axis, leaves, dims, *, jaxpr, walk: Walk, tree):
     walk, args = walk.batched(jax.tree.unflatten(tree, leaves), dims, axis)
     out = run_with_gradient(walk, *args)
-    return out, [0] * len(out)
+    return out, [walk.out_dim(place) for place in range(len(out))]
 
 
 ad.primitive_jvps[_RUN] = _differentiate
@@ -141,22 +156,28 @@ def _refuse_forward(*_, **__):
 
 def _transpose(cotangents, *args, count: int, backward: Callable, avals):
     """Runs the backward pass. A leaf's gradient stands in the place of its tangent."""
-    pairs = zip(cotangents, avals, strict=True)
-    grads = [zeros(1, a)[0] if isinstance(c, ad.Zero) else c for c, a in pairs]
-    return [*(None for _ in range(count)), *map(_once, backward(list(args[:count]), grads))]
+    made = backward(list(args[:count]), _with_types(cotangents, avals))
+    return [*(None for _ in range(count)), *map(_once, made)]
+
+
+def _with_types(grads: Sequence, avals: Sequence) -> list:
+    """Returns gradients, of which the zeros have these types."""
+    pairs = zip(grads, avals, strict=True)
+    return [ad.Zero(aval) if isinstance(g, ad.Zero) else g for g, aval in pairs]
 
 
 def _batch_transposed(axis, args, dims, *, count: int, backward: Callable, avals):
     """Batches the backward pass; a tangent that all examples share gets the sum of gradients."""
 
     def batched(leaves, grads):
-        run = batched_call(backward, (list(dims[:count]), 0), axis)
+        one = lambda leaves, grads: backward(leaves, _with_types(grads, avals))
+        run = batched_call(one, (list(dims[:count]), 0), axis)
         pairs = zip(run(leaves, grads), dims[count:], strict=True)
         return [g.sum(0) if dim is None else jnp.moveaxis(g, 0, dim) for g, dim in pairs]
 
     widen = lambda x: jnp.broadcast_to(x, (axis.size, *x.shape))
-    avals = jax.make_jaxpr(lambda leaves: [*map(widen, leaves)])(list(avals)).out_avals
-    out = _TRANSPOSED.bind(*args, count=count, backward=batched, avals=tuple(avals))
+    wide = jax.make_jaxpr(lambda leaves: [*map(widen, leaves)])(list(avals)).out_avals
+    out = _TRANSPOSED.bind(*args, count=count, backward=batched, avals=tuple(wide))
     return out, [0] * len(out)
 
 

@@ -7,11 +7,56 @@ slot, make some moves (advance and store), advance to the row's first block, rec
 
 import dataclasses
 import functools
+import itertools
 
 import numpy as np
 
 from jaxckpt.schedules.actions import Advance, Free, Load, Record, Reverse, Store
 from jaxckpt.schedules.schedule import Schedule
+
+# The columns, of rows and of moves, that are numbers of blocks.
+BLOCKS = frozenset(("advance", "record", "stop", "start"))
+_COLUMNS = ("first_move", "last_move", "advance", "record", "stop")
+
+# A schedule whose rows need more loops than this is run by one, which reads all its bounds. Each
+# loop is compiled by itself, with a reversal of the block in it.
+_MOST_LOOPS = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counts:
+    """How many blocks the rows of a loop run, where that is the same for all of them.
+
+    Attributes:
+      moves: Moves of the first row of a trip.
+      move: Blocks of each.
+      advance: Blocks that the first row runs after its moves.
+      again: Blocks that each row records.
+      reverse: Blocks that each row reverses.
+    """
+
+    moves: int
+    move: int
+    advance: int
+    again: int
+    reverse: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loop:
+    """Rows that one loop runs, the same number in every trip.
+
+    Only the first row of a trip has moves and advances where a trip has several.
+
+    Attributes:
+      rows: Which ones, all columns alike.
+      trips: How many trips.
+      counts: The bounds of its inner loops; None where they are read from the rows.
+    """
+
+    rows: slice
+    trips: int
+    counts: Counts | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +94,76 @@ class Table:
         starts = [n for n in range(stop) if n + 1 == stop or slots[n] != slots[n + 1]]
         stops = [*starts[1:], stop]
         return [(start, end, slots[start]) for start, end in zip(starts, stops, strict=True)]
+
+    @property
+    def records(self) -> bool:
+        """Whether blocks are recorded in one loop and reversed in another."""
+        return self.keeps_last or self.largest_row > 1
+
+    @functools.cached_property
+    def loops(self) -> tuple[Loop, ...]:
+        """Who runs the rows: loops of known bounds where the schedule is regular, or a single one.
+
+        On a GPU a loop whose bounds are read from a table waits for the host at every trip.
+        """
+        trips = self._trips()
+        loops, start = [], 0
+        for (counts, size), equals in itertools.groupby(trips):
+            number = len(list(equals))
+            stop = start + size * number
+            loops.append(Loop(rows=slice(start, stop), trips=number, counts=counts))
+            start = stop
+        if len(loops) <= _MOST_LOOPS and None not in [loop.counts for loop in loops]:
+            return tuple(loops)
+        return self.without_counts
+
+    @property
+    def without_counts(self) -> tuple[Loop, ...]:
+        """The one loop that runs all rows and reads its bounds from them."""
+        count = len(self.rows["load"])
+        return (Loop(rows=slice(0, count), trips=count),)
+
+    @functools.cached_property
+    def first_rows(self) -> np.ndarray:
+        """`[L + 1]`: the first row that matters where the blocks from `n` on are not run."""
+        least = len(self.sweep_slots)
+        stops = self.moves["stop"][: self.num_moves].tolist()
+        columns = zip(*(self.rows[name].tolist() for name in _COLUMNS), strict=True)
+        # A row matters if it reverses a block before `n`, or stores the input of one.
+        needs = [min([record, *stops[first:last]]) for first, last, _, record, _ in columns]
+        first = [len(needs)] * (least + 1)
+        for row in reversed(range(len(needs))):
+            first[needs[row] + 1] = row
+        for n in range(1, least + 1):
+            first[n] = min(first[n], first[n - 1])
+        return np.array(first, np.int32)
+
+    def _trips(self) -> list[tuple[Counts | None, int]]:
+        """Returns the rows cut into trips, each with its counts and its number of rows.
+
+        A row that only loads joins the row before it that also ran blocks.
+        """
+        lengths = (self.moves["stop"] - self.moves["start"]).tolist()
+        columns = zip(*(self.rows[name].tolist() for name in _COLUMNS), strict=True)
+        trips: list[tuple[Counts | None, int]] = []
+        for first_move, last_move, advance, record, stop in columns:
+            moves = set(lengths[first_move:last_move])
+            again = 0 if self.keeps_last and not trips else stop - record
+            counts = Counts(
+                moves=last_move - first_move,
+                move=max(moves, default=0),
+                advance=record - advance,
+                again=again,
+                reverse=stop - record,
+            )
+            if trips and not moves and not counts.advance:
+                last, size = trips[-1]
+                of_row = (counts.again, counts.reverse)
+                if last and (last.moves or last.advance) and (last.again, last.reverse) == of_row:
+                    trips[-1] = last, size + 1
+                    continue
+            trips.append((counts if len(moves) <= 1 else None, 1))
+        return trips
 
     @property
     def blocks_moved(self) -> int:

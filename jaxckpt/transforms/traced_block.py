@@ -10,6 +10,7 @@ which keeps all that a type says: weak types, keys, shardings, varying axes.
 
 import dataclasses
 import functools
+import itertools
 import re
 import types
 import weakref
@@ -97,10 +98,16 @@ class TracedBlock:
     def changed(self) -> tuple[int, ...]:
         """The positions of the carry's leaves that the block does not hand on as they are."""
         pairs = zip(self.jaxpr.jaxpr.invars, self.jaxpr.jaxpr.outvars, strict=False)
-        return tuple(place for place, (given, made) in enumerate(pairs) if given is not made)
+        carry = itertools.islice(pairs, self.counts[0])
+        return tuple(place for place, (given, made) in enumerate(carry) if given is not made)
+
+    @property
+    def ys(self) -> list:
+        """The abstract leaves of what the block returns beside the carry."""
+        return self.jaxpr.out_avals[self.counts[0] :]
 
     def call(self, carry: Sequence, params_i: Sequence, consts: Sequence) -> list:
-        """Returns the leaves of the block's output."""
+        """Returns the leaves of the block's output: the carry's, then the `ys`."""
         return core.jaxpr_as_fun(self.jaxpr)(*carry, *params_i, *consts)
 
     def only_changed(self) -> "TracedBlock":
@@ -111,16 +118,17 @@ class TracedBlock:
         places, jaxpr = self.changed, self.jaxpr.jaxpr
         carry, rest = jaxpr.invars[: self.counts[0]], jaxpr.invars[self.counts[0] :]
         held = [var for place, var in enumerate(carry) if place not in places]
+        ys = jaxpr.outvars[self.counts[0] :]
         jaxpr = jaxpr.replace(
             invars=[*(carry[place] for place in places), *rest, *held],
-            outvars=[jaxpr.outvars[place] for place in places],
+            outvars=[*(jaxpr.outvars[place] for place in places), *ys],
             # Names of arguments and results, of which there are others now.
             debug_info=jaxpr.debug_info.with_unknown_names(),
         )
         return TracedBlock(
             jaxpr=core.ClosedJaxpr(jaxpr, ()),
             counts=(len(places), self.counts[1], self.counts[2] + len(held)),
-            out_tree=jax.tree.structure([0] * len(places)),
+            out_tree=jax.tree.structure([0] * (len(places) + len(ys))),
         )
 
     @functools.cached_property

@@ -117,8 +117,11 @@ class Affine:
 def test_a_second_eager_call_compiles_nothing(compiled, plan):
     affine = Affine(0.5)
     blocks = [jnp.sin, jnp.cos] * 4
+    step = lambda carry, w: (affine(carry, w), carry.sum())
+    steps = lambda w: jaxckpt.scan(step, X, w, reverse=True, remat=plan)[1].sum()
 
     def calls():
+        jax.grad(steps)(W)
         stack = lambda block: lambda w: jaxckpt.scan_blocks(block, w, X, remat=plan)
         for block in (affine, affine.method, affine.__call__):
             run = stack(block)

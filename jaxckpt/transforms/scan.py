@@ -1,0 +1,227 @@
+"""`scan`: a drop-in for `jax.lax.scan` under any plan.
+
+    carry, ys = jaxckpt.scan(f, init, xs, remat="sqrt")
+
+`f(carry, x) -> (carry, y)` is a step: of a loop over time, or a block of a stack (`scan_blocks`).
+The carries that a plan keeps are what the backward pass starts from. The ys are written once, where
+they belong; no plan keeps them with a carry, and a step that is run again does not make them.
+"""
+
+from collections.abc import Callable, Hashable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxckpt.plans import Plan
+from jaxckpt.schedules.of_stage import under_loss
+from jaxckpt.schedules.schedule import Schedule
+from jaxckpt.transforms import checkpointed as reference
+from jaxckpt.transforms import observers, rows, stack_executor, value_names
+from jaxckpt.transforms.checks import (
+    check_carry,
+    check_pair,
+    check_policies,
+    check_rerun,
+    check_schedule,
+    steps_of,
+)
+from jaxckpt.transforms.policies import GivenPolicy, all_of, plan_and_policy
+from jaxckpt.transforms.traced_block import (
+    TracedBlock,
+    as_arrays,
+    first_block,
+    identity,
+    once_compiled,
+    trace_block,
+)
+
+
+def scan(
+    f: Callable,
+    init,
+    xs=None,
+    length: int | None = None,
+    reverse: bool = False,
+    unroll: int = 1,
+    *,
+    remat: str | Plan | Schedule | Callable = "sqrt",
+):
+    """Runs a loop over the leading axis of `xs`, checkpointed by a plan.
+
+    Args:
+      f: `f(carry, x) -> (carry, y)`, pure; the carry keeps its structure, shapes and dtypes. What
+        it closes over gets gradients.
+      init: The first carry, any pytree of arrays.
+      xs: A pytree whose leaves are `[length, ...]`, of any dtypes; None for none.
+      length: The number of steps; needed where there are no xs.
+      reverse: Runs from the last x to the first, and writes the ys in the order of the xs.
+      unroll: Steps unrolled in one trip of the forward loop. A schedule's re-runs are not.
+      remat: A plan or its text, such as `"sqrt"`, `"binomial:16"` or `"uniform:8"`, a schedule for
+        `length` steps, or a policy of `jax.checkpoint`.
+
+    Returns:
+      `(carry, ys)`: the last carry, and the stacked outputs, `[length, ...]`.
+
+    Raises:
+      PlanError: The plan does not parse, does not fit the steps, or names what no step has.
+      ValueError: `f` does not return a pair, changes its carry, or the length is not known or not
+        that of the xs; a bad `unroll` or schedule.
+      NotImplementedError: `auto`, or a second reverse mode through a schedule.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxckpt
+      >>> step = lambda h, x: (jnp.tanh(h + x), h.sum())
+      >>> loss = lambda xs: jaxckpt.scan(step, jnp.zeros(3), xs, remat="log")[1].sum()
+      >>> jax.grad(loss)(jnp.ones([100, 3])).shape
+      (100, 3)
+    """
+    if not callable(f):
+        raise ValueError(f"the first argument of scan is f(carry, x) -> (carry, y), not {f!r}")
+    num_steps = steps_of(xs, length)
+    return looped(
+        f, init, xs, num_steps, identity(f), remat=remat, unroll=unroll, reverse=bool(reverse)
+    )
+
+
+def looped(
+    f: Callable,
+    init,
+    xs,
+    num_steps: int,
+    identities: Hashable,
+    *consts,
+    remat: str | Plan | Schedule | Callable,
+    unroll: int = 1,
+    reverse: bool = False,
+    nested: bool = False,
+):
+    """Returns `(carry, ys)` as `scan` does; what all loops are run by.
+
+    Args:
+      f: `f(carry, x, *consts) -> (carry, y)`.
+      init: As for `scan`.
+      xs: The same.
+      num_steps: L.
+      identities: Of the user's function, from `identity`.
+      *consts: Handed to every step; they get gradients too.
+      remat: As for `scan`.
+      unroll: The same.
+      reverse: The same.
+      nested: As for `scan_blocks`.
+    """
+    if isinstance(unroll, bool) or not isinstance(unroll, int) or unroll < 1:
+        raise ValueError(f"unroll is a whole number of blocks, at least 1, not {unroll!r}")
+    xs, carry, consts = as_arrays((xs, init, consts))
+    remat, given = (remat, None) if isinstance(remat, Schedule) else plan_and_policy(remat)
+    if isinstance(remat, Schedule):
+        check_schedule(remat, num_steps, nested)
+        plan = remat
+    elif num_steps == 0 and remat.num_blocks is None:
+        return lax.scan(lambda carry, x: f(carry, x, *consts), carry, xs, num_steps)
+    else:
+        plan = remat.bind(num_steps)
+    one = first_block(xs)
+    traced, all_consts = trace_block(f, carry, one, consts)
+    check_pair(traced.out)
+    carry, is_cast = as_returned(carry, traced.out[0])
+    if is_cast:
+        traced, all_consts = trace_block(f, carry, one, consts)
+    made, y = traced.out
+    check_carry(carry, made)
+    check_rerun(traced, remat, given)
+    if isinstance(remat, Plan):
+        check_policies(remat, lambda asked: value_names.offered(traced.call, asked, *traced.inputs))
+    # What every block hands on is kept once and not with every carry.
+    leaves, tree = jax.tree.flatten(carry)
+    held = [leaf for place, leaf in enumerate(leaves) if place not in traced.changed]
+    changed = [leaves[place] for place in traced.changed]
+    alone = traced.only_changed()
+    call = observers.StackCall(
+        block=alone,
+        params=xs,
+        carry=changed,
+        remat=given or remat,
+        num_blocks=num_steps,
+        unroll=unroll,
+    )
+    changed = observers.tell(call)
+    static = (alone, plan, given, unroll, reverse, nested)
+    program = once_compiled(_run, identities, *static)
+    out = iter(program(jax.tree.leaves(xs), changed, [*all_consts, *held]))
+    leaves = [next(out) if n in traced.changed else x for n, x in enumerate(leaves)]
+    return jax.tree.unflatten(tree, leaves), jax.tree.unflatten(jax.tree.structure(y), list(out))
+
+
+def _run(
+    block: TracedBlock,
+    plan: Plan | Schedule,
+    given: GivenPolicy | None,
+    unroll: int,
+    reverse: bool,
+    nested: bool,
+    params,
+    carry,
+    consts,
+) -> list:
+    """Returns the last carry, then the ys; everything is lists of leaves."""
+    if isinstance(plan, Schedule):
+        how = stack_executor.How(unroll=unroll, reverse=reverse)
+        return stack_executor.run_schedule(block.call, params, carry, consts, under_loss(plan), how)
+    call = value_names.resolved(block.call, all_of(plan))
+    num_carry, made = len(carry), []
+
+    def apply(carry, params_i):
+        out = call(carry, params_i, consts)
+        return out[:num_carry], out[num_carry:]
+
+    start = 0
+    # Where another stage keeps its rows, reading from the whole stack would keep that as well.
+    reads_whole = rows.reads_inside(plan, unroll)
+    for stage in plan.stages:
+        stop = start + stage.bound_count
+        first, last = (
+            (plan.bound_count - stop, plan.bound_count - start) if reverse else (start, stop)
+        )
+        part = _rows(params, first, last, plan.bound_count)
+        if not nested and stack_executor.runs(stage):
+            out = stack_executor.run_stage(
+                call, part, carry, consts, stage, unroll=unroll, reverse=reverse
+            )
+            carry, ys = out[:num_carry], out[num_carry:]
+        else:
+            blocks = reference.Stacked(
+                params=part,
+                length=stage.bound_count,
+                unroll=unroll,
+                part_of=(params, first) if reads_whole else None,
+                reverse=reverse,
+            )
+            carry, ys = reference.run_stage(blocks, apply, carry, stage, given)
+        made.append(ys)
+        start = stop
+    in_order = made[::-1] if reverse else made
+    return [*carry, *jax.tree.map(lambda *parts: jnp.concatenate(parts), *in_order)]
+
+
+def as_returned(carry, made) -> tuple:
+    """Returns the carry with Python scalars in the dtype that a block returns, and if any changed.
+
+    As in `lax.scan`: a scalar has no dtype of its own.
+    """
+    leaves, tree = jax.tree.flatten(carry)
+    if tree != jax.tree.structure(made):
+        return carry, False
+    pairs = zip(leaves, jax.tree.leaves(made), strict=True)
+    is_free = lambda x, dtype: jax.typeof(x).weak_type and x.dtype != dtype
+    cast = [x.astype(y.dtype) if is_free(x, y.dtype) else x for x, y in pairs]
+    return jax.tree.unflatten(tree, cast), any(
+        a is not b for a, b in zip(cast, leaves, strict=True)
+    )
+
+
+def _rows(params, start: int, stop: int, num_blocks: int):
+    """Returns blocks `start..stop` of the stack; of the whole stack, no copy."""
+    if (start, stop) == (0, num_blocks):
+        return params
+    return jax.tree.map(lambda x: lax.slice_in_dim(x, start, stop), params)

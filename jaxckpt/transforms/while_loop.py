@@ -1,0 +1,196 @@
+"""`while_loop`: reverse mode through a loop whose number of steps is known only while it runs.
+
+    carry = jaxckpt.while_loop(cond, body, init, max_steps=1000, remat="binomial:16")
+
+The schedule is that of `max_steps` steps. The forward pass stores carries by it until `cond` says
+no; the number of steps that ran is kept, and the backward pass follows the same schedule with every
+bound cut there. It never asks `cond` again, so that rounding cannot make it take another path.
+
+The carries lie where `max_steps` steps need them. A loop that ends early finds fewer of them near
+its end than its own schedule would have, and runs more steps again: with 8 slots and `max_steps` of
+1024, 2807 steps in all for 512 (2358 at best), 1456 for 256 (1061), 308 for 64 (202). So
+`max_steps` is best within four times of what is usual.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxckpt.plans import Plan, PlanError
+from jaxckpt.schedules.of_stage import schedule_of, under_loss
+from jaxckpt.schedules.schedule import Schedule
+from jaxckpt.transforms import rows as slots_of
+from jaxckpt.transforms.block_vjp import Moving
+from jaxckpt.transforms.checks import check_carry, check_rerun, check_schedule
+from jaxckpt.transforms.custom_gradient import batched_call, inexact, run_with_gradient
+from jaxckpt.transforms.policies import plan_and_policy
+from jaxckpt.transforms.scan import as_returned, scan
+from jaxckpt.transforms.stack_executor import How, Loops
+from jaxckpt.transforms.tables import make_table
+from jaxckpt.transforms.traced_block import as_arrays, identity, once_compiled, trace_block
+
+
+def while_loop(
+    cond: Callable,
+    body: Callable,
+    init,
+    *,
+    max_steps: int,
+    remat: str | Plan | Schedule | Callable = "sqrt",
+):
+    """Runs `body` while `cond` holds, at most `max_steps` times; reverse mode goes through it.
+
+    Args:
+      cond: `cond(carry) -> bool`, a scalar. It has no gradient.
+      body: `body(carry) -> carry`, pure. What it closes over gets gradients.
+      init: The first carry, any pytree of arrays.
+      max_steps: The loop ends after so many steps, whatever `cond` says. The plan is for so many.
+      remat: A plan of a single schedule (`"sqrt"`, `"binomial:16"`, `"log"`), or a `Schedule` that
+        records one step at a time. `"none"`, `"full"` and policies run all `max_steps` steps, of
+        which those after the end change nothing.
+
+    Returns:
+      The carry for which `cond` does not hold, or the one after `max_steps` steps.
+
+    Raises:
+      PlanError: The plan does not parse, has several stages, or keeps whole segments (`uniform`).
+      ValueError: `max_steps` is no positive whole number, `body` changes its carry, or `cond` does
+        not return a boolean scalar.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxckpt
+      >>> root = lambda a: jaxckpt.while_loop(
+      ...     lambda x: jnp.abs(x * x - a) > 1e-4, lambda x: (x + a / x) / 2, a, max_steps=50)
+      >>> print(f"{root(9.0):.3f} {jax.grad(root)(9.0):.3f}")
+      3.000 0.167
+    """
+    for name, function in (("cond", cond), ("body", body)):
+        if not callable(function):
+            raise ValueError(f"{name} of while_loop is a function of the carry, not {function!r}")
+    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
+        raise ValueError(f"max_steps is a whole number of steps, at least 1, not {max_steps!r}")
+    asked = remat
+    remat, given = (remat, None) if isinstance(remat, Schedule) else plan_and_policy(remat)
+    init = as_arrays(init)
+    schedule = _schedule(remat, max_steps)
+    step, consts = trace_block(lambda carry, _: body(carry), init)
+    init, is_cast = as_returned(init, step.out)
+    if is_cast:
+        step, consts = trace_block(lambda carry, _: body(carry), init)
+    check_carry(init, step.out)
+    check_rerun(step, remat, given)
+    until, until_consts = trace_block(lambda carry, _: cond(carry), init)
+    _check_boolean(until.out)
+    if schedule is None:
+        step_of = lambda carry, _: (lax.cond(cond(carry), body, lambda x: x, carry), None)
+        return scan(step_of, init, None, max_steps, remat=asked)[0]
+    program = once_compiled(_run, (identity(cond), identity(body)), until, step, schedule)
+    leaves, tree = jax.tree.flatten(init)
+    return jax.tree.unflatten(tree, program(leaves, consts, until_consts))
+
+
+def _schedule(remat: Plan | Schedule, max_steps: int) -> Schedule | None:
+    """Returns the schedule of all steps; None for a plan that keeps every step's carry or more."""
+    if isinstance(remat, Schedule):
+        check_schedule(remat, max_steps, nested=False)
+        found = remat
+    else:
+        stages = remat.bind(max_steps).stages
+        if len(stages) > 1:
+            raise PlanError(f"plan {str(remat)!r} has several stages; while_loop takes one")
+        if stages[0].offloads_carry or (stages[0].policies and stages[0].schedule != "full"):
+            raise PlanError(f"plan {str(remat)!r}: while_loop takes no policies with a schedule")
+        found = schedule_of(stages[0])
+    if found is None:
+        return None
+    found = under_loss(found)
+    table = make_table(found)
+    if table.records:
+        raise PlanError(
+            f"{str(remat)!r} keeps whole segments from the forward pass, whose end while_loop does "
+            "not know; sqrt, log and binomial:N record one step at a time"
+        )
+    return found
+
+
+def _check_boolean(made: Any):
+    leaves: list[Any] = jax.tree.leaves(made)
+    if len(leaves) != 1 or leaves[0].shape or leaves[0].dtype != bool:
+        raise ValueError(f"cond of while_loop returns a boolean scalar, not {made}")
+
+
+def _run(until, step, schedule: Schedule, carry, consts, until_consts) -> list:
+    args = ([], carry, [*consts, *until_consts])
+    call = lambda carry, params_i, both: step.call(carry, params_i, both[: len(consts)])
+    holds = lambda carry, both: until.call(carry, [], both[len(consts) :])[0]
+    loops = Loops.of(call, make_table(schedule), How(), args)
+    return run_with_gradient(_Until(loops=loops, holds=holds), *args)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Until:
+    """The forward and the backward pass of one loop.
+
+    Attributes:
+      loops: Those of `max_steps` steps, which have no parameters.
+      holds: `holds(carry, consts)`: whether there is a next step.
+    """
+
+    loops: Loops
+    holds: Callable
+
+    def out_dim(self, place: int) -> int:
+        """Returns 0: an output of a batch has it first."""
+        return 0
+
+    def batched(self, args: Sequence, dims: Sequence, axis) -> tuple["_Until", Sequence]:
+        """Returns the loop of a batch, which runs until the last example is done."""
+        loops, args = self.loops.batched(args, dims, axis)
+        rest = list(dims)[len(args[1]) :]
+        first = [None if dim is None else 0 for dim in rest]
+        each = batched_call(lambda carry, consts: [self.holds(carry, consts)], (0, first), axis)
+
+        def call(carry, params_i, consts):
+            (go_on,) = each(carry, consts)
+            pairs = zip(loops.call(carry, params_i, consts), carry, strict=True)
+            # An example that is done stays as it is.
+            shape = lambda x: go_on.reshape(go_on.shape + (1,) * (x.ndim - 1))
+            return [jnp.where(shape(x), x, old) for x, old in pairs]
+
+        frozen = Loops.of(call, loops.table, loops.how, args)
+        holds = lambda carry, consts: each(carry, consts)[0].any()
+        return _Until(loops=frozen, holds=holds), args
+
+    def run(self, params, carry, consts) -> list:
+        """Returns the output."""
+        body = lambda state: (state[0] + 1, self.loops.next(params, consts, state[1], state[0]))
+        return self._until(consts, body, (0, carry))[1]
+
+    def forward(self, args, asked: Sequence[int]):
+        """Returns the output, and what the backward pass is handed."""
+        params, carry, consts = args
+        moving = Moving.of(asked, params, carry, consts)
+        moving = dataclasses.replace(moving, outputs=tuple(inexact(carry)))
+        slots = slots_of.empty(carry, self.loops.table.num_slots, on_host=False)
+        sweep_slots = jnp.asarray(self.loops.table.sweep_slots)
+
+        def body(state):
+            index, carry, slots = state
+            slots = self.loops.store(slots, sweep_slots[index], carry)
+            return index + 1, self.loops.next(params, consts, carry, index), slots
+
+        num_steps, carry, slots = self._until(consts, body, (0, carry, slots))
+        return carry, (num_steps, (params, consts, slots, [], moving))
+
+    def backward(self, residuals, grads) -> list:
+        """Returns the gradients that are asked for, of carry and consts."""
+        num_steps, rest = residuals
+        return self.loops.backward(rest, grads, num_steps)
+
+    def _until(self, consts, body: Callable, state):
+        goes_on = lambda state: (state[0] < self.loops.length) & self.holds(state[1], consts)
+        return lax.while_loop(goes_on, body, state)
