@@ -2,13 +2,13 @@
 
 JAX's own start (`initialization_timeout`) ends a process whose others do not come by a fatal error
 of C++, which does not name them (exit code 1 on jax 0.7.2, SIGABRT on 0.10.2), and goes on where
-processes count differently. So the first process calls the roll at the same address before: every process says who it is and what it is
-about to run, and hears from the first what came of it.
+processes count differently. So the first process calls the roll at the same address before: every
+process says who it is and what it is about to run, and hears from the first what came of it.
 
 The connections of the roll call stay open, so that the end of one process is known to all at once.
 A process that dies takes its connections with it, whatever it was doing. The others wait for it in
 some exchange of arrays, which no exception can end, so the thread that hears of it ends the
-process, with one line. JAX's heartbeats hear of it too, later, and end as above; they are left to
+process, with one line. JAX's heartbeats hear of it too, later, and end as above; left to them is
 what no connection hears, a host that vanishes without closing its own.
 """
 
