@@ -186,7 +186,7 @@ def test_a_chain():
 
 def test_a_loop_with_outputs():
     policy, w, x = keeps_tanh, jnp.eye(8) / 2, jnp.ones([3, 8])
-    step = lambda carry, _: (jnp.sin(jnp.tanh(carry @ w)), carry.sum())
+    step = lambda carry, _: (carry * jnp.sin(jnp.tanh(carry @ w)), carry.sum())
     ours = lambda remat: lambda x: jaxckpt.scan(step, x, length=LENGTH, remat=remat)
     wrapped = jax.checkpoint(step, policy=policy, prevent_cse=False)
     assert saved(ours(policy), [x]) == saved(lambda x: lax.scan(wrapped, x, length=LENGTH), [x])
