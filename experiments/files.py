@@ -14,6 +14,7 @@ import errno
 import itertools
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ except ImportError:  # not every system has it
 # In the metadata of a PNG as in a comment of HTML: nothing that either would escape.
 MARK = "Written by a command of jaxckpt, which may replace it"
 MARK_FILE = ".jaxckpt"
+_MADE = b"It was made by that command.\n"
 _LOOKED_AT_BYTES = 4096
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -94,7 +96,8 @@ def write_text(path: Path, text: str):
 def own_folder(folder: Path, command: str, record: str, *, is_new: bool = False) -> Iterator[Path]:
     """A context in which this process alone writes to a folder, made if it is missing.
 
-    What was made is removed again if nothing has been added to it by the end.
+    What was made is removed again if nothing has been added to it by the end, also what an earlier
+    process made that was killed before it added something.
 
     Args:
       folder: Absent, empty, or made by the same command before.
@@ -109,11 +112,11 @@ def own_folder(folder: Path, command: str, record: str, *, is_new: bool = False)
     Raises:
       ConfigError: It is somebody else's, another process is writing to it, or it cannot be made.
     """
-    folder = folder.absolute()
+    folder, made = folder.absolute(), []
     try:
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"{str(folder)!r} is a file; name a folder")
-        folder, made = _make(folder, is_new)
+        folder = _make(folder, is_new, made)
         before = {*os.listdir(folder)}
         if not is_own(folder, command, record) and before - {MARK_FILE}:
             raise ConfigError(
@@ -121,20 +124,22 @@ def own_folder(folder: Path, command: str, record: str, *, is_new: bool = False)
             )
         number = _lock(folder)
     except (OSError, ValueError) as error:
+        _remove(made)
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"cannot write to the folder {str(folder)!r}: {reason(error)}") from None
     mark = folder / MARK_FILE
     try:
         if not os.fstat(number).st_size:
-            os.write(number, _line_of(command))
+            os.write(number, _line_of(command) + _MADE * (folder in made))
+        elif before == {MARK_FILE} and mark.read_bytes().endswith(_MADE):
+            before, made = set(), [folder]
         yield folder
     finally:
         with contextlib.suppress(OSError):  # an error on the way here is the one to know
             if {*os.listdir(folder)} - {MARK_FILE} == before and MARK_FILE not in before:
                 mark.unlink()
-                for path in made:
-                    path.rmdir()
+                _remove(made)
         os.close(number)
 
 
@@ -142,7 +147,7 @@ def is_own(folder: Path, command: str, record: str) -> bool:
     """Whether a command made a folder, by what lies in it."""
     with contextlib.suppress(OSError):
         if found := (folder / MARK_FILE).read_bytes():  # it is empty where a start was killed
-            return found == _line_of(command)
+            return found.startswith(_line_of(command))
     with contextlib.suppress(OSError, ValueError, RecursionError, LookupError, TypeError):
         with (folder / record).open(encoding="utf-8") as file:
             row: Any = json.loads(file.readline())
@@ -154,9 +159,8 @@ def _line_of(command: str) -> bytes:
     return f"{MARK}: a folder of {command}\n".encode()
 
 
-def _make(folder: Path, is_new: bool) -> tuple[Path, list[Path]]:
-    """Returns the folder and what had to be made for it, the innermost first."""
-    made = []
+def _make(folder: Path, is_new: bool, made: list[Path]) -> Path:
+    """Returns the folder, and puts what has to be made for it first into `made`."""
     for parent in reversed(folder.parents):
         with contextlib.suppress(FileExistsError):  # made by another process just now
             if not parent.exists():
@@ -166,11 +170,30 @@ def _make(folder: Path, is_new: bool) -> tuple[Path, list[Path]]:
         path = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
         try:
             path.mkdir()
-            return path, [path, *made]
+            made.insert(0, path)
+            return path
         except FileExistsError:
             if not is_new:
-                return path, made
+                return path
     raise AssertionError
+
+
+def _remove(made: list[Path]):
+    """Removes folders that are empty."""
+    with contextlib.suppress(OSError):  # another process has put something into one
+        for path in made:
+            path.rmdir()
+
+
+def remove_left(folder: Path, command: str):
+    """Removes a folder of `own_folder` that a process left which has ended.
+
+    Where it is somebody else's, or the system cannot say whether the process has ended, it stays.
+    """
+    with contextlib.suppress(OSError), (folder / MARK_FILE).open("rb+") as mark:
+        if fcntl is not None and mark.read().startswith(_line_of(command)):
+            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _lock(folder: Path) -> int:

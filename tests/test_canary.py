@@ -28,6 +28,7 @@ from jaxckpt.costs.flops import count_flops
 from jaxckpt.costs.fusion import is_collective, kind_of
 from jaxckpt.transforms import jaxprs
 from jaxckpt.transforms.jaxprs import mean_trips, says_trips
+from jaxckpt.transforms.policies import GivenPolicy
 from tests import canary_program as known
 from tests.compiled.test_report import REPORT
 
@@ -360,3 +361,20 @@ def test_no_other_file_spells_a_primitive():
         nodes = ast.walk(ast.parse(path.read_text()))
         found = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
         assert not found & names, f"{path} spells {found & names}"
+
+
+def test_what_the_policies_of_jax_answer_is_known():
+    """Also what keeps some names and moves others, whose answers are no booleans."""
+    policy = GivenPolicy(
+        jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=["kept"],
+            names_which_can_be_offloaded=["moved"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    )
+    block = lambda x: checkpoint_name(jnp.sin(checkpoint_name(jnp.sin(x), "kept")), "moved").sum()
+    jaxpr = jax.make_jaxpr(block)(X).jaxpr
+    asked = lambda e: policy(e.primitive, *(x.aval for x in e.invars), **e.params)
+    answers = [asked(equation) for equation in jaxpr.eqns]
+    assert len({type(answer) for answer in answers}) == 3, answers

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from experiments import files
+from experiments.config import ConfigError
 from experiments.data.documents import Document, read_documents
 from experiments.data.sources import DataError, TextFile
 from experiments.data.tokenizer import Piece, Tokenizer
@@ -33,6 +36,7 @@ FOLDS = 10
 _BATCH_BYTES = 1 << 18
 _BATCH_ITEMS = 1 << 10
 _VERSION = 1  # of what is kept
+_OWNER = "experiments.data"  # of a folder that tokens are written to
 _INDEX = ("starts", "held_out", "largest")
 # What reading a file raises that is not whole.
 _TORN = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
@@ -216,32 +220,35 @@ def _progress(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
 def _kept(key: str, write: Callable[[BinaryIO, BinaryIO], dict[str, Any]]) -> Encoded:
     """Returns kept tokens; without them, keeps and returns what `write` writes.
 
-    Files appear whole, by the renaming of a folder. Where none can be kept, a temporary one is
-    used, and gone as soon as it is open.
+    Files appear whole, by the renaming of a folder. What a killed process left of one is removed.
+    Where none can be kept, a temporary one is used, and gone as soon as it is open.
     """
     home = cache.folder()
-    try:
-        if home is None:
-            raise OSError
-        place = home / "tokens" / key
-        with contextlib.suppress(*_TORN):
-            return _open(place)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix="part-", dir=place.parent))
-    except OSError:
-        place, part = None, Path(tempfile.mkdtemp(prefix="jaxckpt-"))
-    try:
-        with (part / "tokens").open("wb") as tokens, tempfile.TemporaryFile(dir=part) as held:
-            index = write(tokens, held)
-        np.savez(part / "index.npz", **index)
-        return _open(part if place is None else _moved(part, place))
-    except OSError as error:
-        raise DataError(
-            f"cannot keep tokens in {part.parent}: {error.strerror or error}; JAXCKPT_CACHE names "
-            "another folder"
-        ) from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            if home is None:
+                raise OSError
+            place = home / "tokens" / key
+            with contextlib.suppress(*_TORN):
+                return _open(place)
+            for left in place.parent.glob("part-*"):
+                files.remove_left(left, _OWNER)
+            own = files.own_folder(place.parent / f"part-{uuid.uuid4().hex}", _OWNER, "index.npz")
+            part = stack.enter_context(own)
+        except (OSError, ConfigError):
+            place, part = None, Path(tempfile.mkdtemp(prefix="jaxckpt-"))
+        try:
+            with (part / "tokens").open("wb") as tokens, tempfile.TemporaryFile(dir=part) as held:
+                index = write(tokens, held)
+            np.savez(part / "index.npz", **index)
+            return _open(part if place is None else _moved(part, place))
+        except OSError as error:
+            raise DataError(
+                f"cannot keep tokens in {part.parent}: {error.strerror or error}; JAXCKPT_CACHE "
+                "names another folder"
+            ) from None
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def _moved(part: Path, place: Path) -> Path:

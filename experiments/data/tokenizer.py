@@ -1,10 +1,13 @@
 """A `tokenizer.json`: text to token ids and back, by Hugging Face's tokenizers.
 
 A text is encoded in pieces. Its tokens are those of the whole text: a piece ends where the tokens
-of the text around it, with what follows and without, are the same up to there.
+of the text around it, with what follows and without, are the same up to there. That is after a
+line or before a word, and inside of a long word between two tokens. Where a tokenizer takes a long
+word as one, it is cut all the same, and a warning says so.
 """
 
 import hashlib
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +19,7 @@ from experiments.data.sources import UTF8_BOM, DataError
 
 TOKENIZER_JSON = "tokenizer.json"
 _PIECE_BYTES = 1 << 15
+_LONGEST = 4  # so many times longer is a piece that has no line or word to end with
 # What decides whether a text may be cut is taken to be this near.
 _CONTEXT_BYTES = 128
 _TRIES = 8
@@ -74,12 +78,12 @@ class Tokenizer:
         self.path = path
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.version = tokenizers.__version__
-        self.largest_token = max(self._tokenizer.get_vocab().values(), default=-1)
+        vocabulary = self._tokenizer.get_vocab()
+        self.largest_token = max(vocabulary.values(), default=-1)
+        self._longest_token = max(map(len, vocabulary), default=0)
 
     def pieces(self, document: Document, ending: bytes = b"") -> Iterator[Piece]:
         """Yields a text's pieces, a few 10,000 bytes each; line ends stay as they are.
-
-        A text without a line or word to end a piece with is one piece.
 
         Args:
           document: Of text. A byte order mark at its beginning is no part of it.
@@ -89,6 +93,7 @@ class Tokenizer:
           DataError: It is not UTF-8, by place and byte.
         """
         waiting, looked, offset, before = bytearray(), 0, 0, Piece("")
+        was_told = False
         while chunk := document.content.read(_PIECE_BYTES):
             waiting += chunk
             if offset == 0 and waiting.startswith(UTF8_BOM):
@@ -96,11 +101,22 @@ class Tokenizer:
                 del waiting[:offset]
             cut = self._cut(waiting, looked)
             looked = max(0, len(waiting) - _CONTEXT_BYTES)
-            if cut is None:
+            if cut is not None:
+                following = self._before(waiting, cut)
+            elif len(waiting) < _LONGEST * _PIECE_BYTES:
                 continue
+            else:
+                cut, following, is_exact = self._inside(before, waiting)
+                if not is_exact and not was_told:
+                    was_told = True
+                    print(
+                        f"warning: {document.place} has no place to cut near byte {offset + cut}: "
+                        "its tokens there may be others than those of the whole text",
+                        file=sys.stderr,
+                    )
             text = _decode(waiting[:cut], document.place, offset)
             yield Piece(before.text + text, before.skipped, cut)
-            before = self._before(waiting, cut)
+            before = following
             del waiting[:cut]
             looked, offset = looked - cut, offset + cut
         if waiting:
@@ -134,6 +150,34 @@ class Tokenizer:
                     return cut
         return None
 
+    def _inside(self, before: Piece, text: bytearray) -> tuple[int, Piece, bool]:
+        """Returns where to cut a text without lines and words, what is before the rest, and whether
+        the tokens stay those of the whole.
+
+        Args:
+          before: What is before the text.
+          text: Whole tokens begin where it begins.
+        """
+        around = before.text + text.decode(errors="ignore")
+        found = self._tokenizer.encode(around, add_special_tokens=False)
+        most = len(around) - _CONTEXT_BYTES
+        near = most - self._longest_token  # what follows may change the token before it
+        ends = sorted({end for _, end in found.offsets if len(around) // 2 < end <= near})
+        for end in ends[: -_TRIES - 1 : -1]:
+            alone = self._ids(around[:end])
+            rest = found.ids[len(alone) :]
+            if not rest or found.ids[: len(alone)] != alone:
+                continue
+            for context in (around[:end][-_CONTEXT_BYTES:], ""):
+                known = self._ids(context)
+                if self._ids(context + around[end:]) == known + rest:
+                    return (
+                        _num_bytes(around[len(before.text) : end]),
+                        Piece(context, len(known)),
+                        True,
+                    )
+        return _num_bytes(around[len(before.text) : most]), Piece(""), False
+
     def _is_apart(self, text: bytearray, cut: int) -> bool:
         before = self._before(text, cut).text
         after = text[cut : cut + _CONTEXT_BYTES].decode(errors="ignore")
@@ -147,6 +191,10 @@ class Tokenizer:
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _num_bytes(text: str) -> int:
+    return len(text.encode())
 
 
 def _decode(text: bytes | bytearray, place: str, offset: int) -> str:

@@ -1,15 +1,15 @@
 """How several processes hear of one another: a roll call, then connections. No JAX import.
 
-JAX's own start (`initialization_timeout`, jax 0.10) aborts a process whose others do not come, with
-SIGABRT and C++ frames that do not name them, and goes on where processes count differently. So the
-first process calls the roll at the same address before: every process says who it is and what it is
-about to run, and hears from the first what came of it.
+JAX's own start (`initialization_timeout`) ends a process whose others do not come by a fatal error
+of C++, which does not name them (exit code 1 on jax 0.7.2, SIGABRT on 0.10.2), and goes on where
+processes count differently. So the first process calls the roll at the same address before: every
+process says who it is and what it is about to run, and hears from the first what came of it.
 
 The connections of the roll call stay open, so that the end of one process is known to all at once.
 A process that dies takes its connections with it, whatever it was doing. The others wait for it in
 some exchange of arrays, which no exception can end, so the thread that hears of it ends the
-process, with one line. JAX's heartbeats hear of it too, and abort as above; they are left to what
-no connection hears, a host that vanishes without closing its own.
+process, with one line. JAX's heartbeats hear of it too, later, and end as above; left to them is
+what no connection hears, a host that vanishes without closing its own.
 """
 
 import contextlib

@@ -157,7 +157,9 @@ def test_what_is_refused_leaves_no_folder(call, tmp_path):
     assert code == 2 and [*tmp_path.rglob("*")] == [tmp_path / "mine"], text
 
 
-@pytest.mark.parametrize("place", ["{}/file/run", "{}/file", "/proc/run", "{}/" + 300 * "x"])
+@pytest.mark.parametrize(
+    "place", ["{}/file/run", "{}/file", "/proc/run", "{}/" + 300 * "x", "{}/a/b/" + 300 * "x"]
+)
 def test_a_folder_that_cannot_be_is_refused_before_anything_is_read(place, call, tmp_path):
     (tmp_path / "file").write_text("")
     flags = (f"--out={place.format(tmp_path)}", "--data=nowhere")
@@ -193,8 +195,19 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     with own():
+        assert (tmp_path / "run" / files.MARK_FILE).exists()
+    assert not [*tmp_path.iterdir()], "what the killed process made"
+
+
+def test_an_empty_folder_of_the_users_stays(tmp_path):
+    (tmp_path / "run").mkdir()
+    code = "from experiments.files import *\nwith own_folder(Path('run'), 'x', 'y'): os._exit(0)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "run" / files.MARK_FILE).exists()
+    with files.own_folder(tmp_path / "run", "x", "y"):
         pass
-    assert (tmp_path / "run" / files.MARK_FILE).exists(), "what the killed process made is left"
+    assert (tmp_path / "run").exists()
 
 
 def test_runs_that_start_at_once_have_a_folder_each(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HuggingFace
 
+from experiments import files
 from experiments.data import DataError, load_corpus
 from experiments.data.documents import Document
 from experiments.data.tokenizer import Tokenizer
@@ -111,13 +112,36 @@ def test_pieces_have_the_tokens_of_the_whole(kind, tmp_path, monkeypatch):
     assert cuts > 400
 
 
-def test_text_without_a_place_to_cut_is_one_piece(tmp_path, monkeypatch):
+def long_texts():
+    rng = random.Random(0)
+    letters = "".join(rng.choices("abcdeé文", k=9000))
+    return ("x" * 9000, "abc" * 3000, "\n" * 9000, "😀" * 3000, letters, f"{letters}。" * 2)
+
+
+@pytest.mark.parametrize("has_long_tokens", [False, True])
+@pytest.mark.parametrize("kind", [byte_level, qwen, stripping, sentences, words])
+def test_text_without_lines_and_words_is_cut_too(
+    kind, has_long_tokens, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr("experiments.data.tokenizer._PIECE_BYTES", 600)
-    hf_folders.write_tokenizer(tmp_path)
+    made, trainer = kind()
+    texts = [*map(random_text, range(20)), *(long_texts() if has_long_tokens else ())]
+    made.train_from_iterator(texts, trainer)
+    made.save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer(tmp_path / "tokenizer.json")
-    for text in ("x" * 9000, "\n" * 9000, "😀" * 3000):
-        (piece,) = tokenizer.pieces(Document("x", io.BytesIO(text.encode())))
-        assert piece.text == text and piece.skipped == 0
+    is_same = []
+    for text in long_texts():
+        pieces = list(tokenizer.pieces(Document("a.txt", io.BytesIO(text.encode())), b"\n"))
+        assert max(len(piece.text.encode()) for piece in pieces) < 6 * 600
+        assert sum(piece.num_bytes for piece in pieces) == len(text.encode())
+        whole = made.encode(text + "\n", add_special_tokens=False).ids
+        is_same.append(np.concatenate(tokenizer.encode(pieces)).tolist() == whole)
+        warning = capsys.readouterr().err
+        if not is_same[-1]:
+            assert warning.startswith("warning: a.txt has no place to cut near byte ")
+            assert warning.count("\n") == 1
+    # To the last two, letters that they do not know are one unknown token, however many.
+    assert has_long_tokens or all(is_same) == (kind not in (sentences, words))
 
 
 def corpus_of(folder: Path, text: bytes, **options):
@@ -198,6 +222,29 @@ def test_a_second_start_encodes_nothing(tmp_path, monkeypatch):
             again = corpus_of(tmp_path, texts, pack=True, end_token=7)
             assert np.array_equal(again.train, first.train)
     assert len(list(cache.folder().glob("tokens/*"))) == 1, "nothing half-written is left"
+
+
+def test_what_a_killed_start_left_is_removed(tmp_path):
+    """And nothing else: not what a process still writes, and nothing of somebody else's."""
+    texts = b"import the return of 12\n" * 400
+    base = cache.folder() / "tokens"
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom experiments import files\n"
+        "with files.own_folder(Path(sys.argv[1]), 'experiments.data', 'index.npz') as folder:\n"
+        "    (folder / 'tokens').write_bytes(b'torn')\n"
+        "    os._exit(0)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, base / "part-dead"], cwd=ROOT, check=True)
+    (base / "part-theirs").mkdir()
+    (base / "part-theirs/notes").touch()
+    with files.own_folder(base / "part-live", "experiments.data", "index.npz") as live:
+        (live / "tokens").write_bytes(b"half")
+        assert (base / "part-dead/tokens").read_bytes() == b"torn"
+        corpus_of(tmp_path, texts)
+        left = {path.name for path in base.glob("part-*")}
+        assert left == {"part-theirs", "part-live"}
+    assert (live / "tokens").read_bytes() == b"half"
+    assert len([*base.iterdir()]) == 3
 
 
 def test_without_a_place_to_keep_tokens(tmp_path, monkeypatch):
