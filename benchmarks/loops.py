@@ -163,9 +163,9 @@ def _write(output: Path | None, command: str, rows: list[Row], failures: list[st
     os.environ["JAX_PLATFORMS"] = "cpu"  # this process must hold nothing of a GPU
     from benchmarks.record import origin
 
-    devices = [row["device"] for row in rows if "device" in row]
-    record = origin(command) | {"rows": rows, "failures": failures}
-    write(record | {"device": devices[0] if devices else None}, output)
+    device = next((row["device"] for row in rows if "device" in row), "none")
+    about = {"device": device, "backend": device.split()[0], "rows": rows, "failures": failures}
+    write(origin(command) | about, output)
 
 
 def main(tokens: Sequence[str] | None = None):

@@ -170,8 +170,26 @@ def ms(seconds: float) -> str:
     return f"{1e3 * seconds:.1f}"
 
 
+def loops() -> str:
+    """Gradients of loops over time on a GPU, with XLA's graphs for loops and without."""
+    found = load("loops_h200.json")["rows"] + load("loops_grid_h200.json")["rows"]
+    found = [row for row in found if row["length"] >= 1000]
+    graphs = {(row["model"], row["length"], row["method"]): row for row in found if row["options"]}
+    mib = lambda row: f"{row['temp_bytes'] / 2**20:.2f}"
+    rows = []
+    for row in found:
+        key = row["model"], row["length"], row["method"]
+        if not row["options"]:
+            steps = row["evaluations"] or "not counted"
+            with_graphs = ms(graphs[key]["seconds"]) if key in graphs else ""
+            rows.append((*key, steps, mib(row), ms(row["seconds"]), with_graphs))
+    header = ("loop", "T", "method", "steps run", "temporaries, MiB", "ms", "ms with graphs")
+    return markdown(header, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "long-steps": long_steps,
+    "loops": loops,
     "measured": measured,
     "peaks": peaks,
     "plans": plans,

@@ -1,4 +1,4 @@
-"""Bytes as people write them: `parse_bytes("15GiB")` in, `gib(n)` out. Standard library only."""
+"""Bytes as people write them: `parse_bytes("15GiB")` in, `iec(n)` out. Standard library only."""
 
 import math
 import re
@@ -49,7 +49,13 @@ def _value(text: str) -> float | int:
     return (int(number) if number.isdigit() else float(number)) * units[unit.lower()]
 
 
-def gib(size: int) -> str:
-    """Returns bytes as text in GiB, with more digits for small sizes."""
-    value = size / 2**30
-    return f"{value:.2f} GiB" if abs(value) >= 1 else f"{value:.4f} GiB"
+def iec(size: float) -> str:
+    """Returns bytes as text, in the largest of GiB, MiB and KiB that has a whole one.
+
+    Example:
+      >>> iec(3 * 2**30), iec(2**19 + 2**20), iec(300)
+      ('3.00 GiB', '1.50 MiB', '0.29 KiB')
+    """
+    units = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+    unit = next((name for name, one in units.items() if abs(size) >= one), "KiB")
+    return f"{size / units[unit]:.2f} {unit}"

@@ -35,7 +35,7 @@ from jaxckpt.planner.result import BudgetError
 from jaxckpt.plans import Plan
 from jaxckpt.targets.present import usable_bytes
 from jaxckpt.targets.target import LOCAL
-from jaxckpt.units import gib
+from jaxckpt.units import iec
 
 _FIXED_SHARE, _OURS_SHARE = 0.5, 0.85
 _THREADS = 4  # of compiling
@@ -100,11 +100,11 @@ class Shape:
         most = min(steps.report(Plan.parse("none")).peak_bytes, self._usable)
         for budget in map(int, np.linspace(most, least, self._case.budgets)):
             if not self._has_time(_OURS_SHARE, compiles=2):
-                self.left_out.append(f"the budget of {gib(budget)}")
+                self.left_out.append(f"the budget of {iec(budget)}")
                 continue
             steps.compiled = dict(anchors)
             self.budgets.append(self._answer(problem, rungs, budget))
-            yield {"says": f"within {gib(budget)}: {self.budgets[-1].get('plan', 'no plan')}"}
+            yield {"says": f"within {iec(budget)}: {self.budgets[-1].get('plan', 'no plan')}"}
 
     def _answer(self, problem: Problem, rungs, budget: int) -> Row:
         try:
@@ -121,7 +121,7 @@ class Shape:
     def _compiled(self, plan: str) -> Row:
         found = self.programs.of(plan).as_json()
         if found.get("peak_bytes", 0) > self._usable:
-            found["error"] = f"the device has {gib(self._usable)}, its peak is more"
+            found["error"] = f"the device has {iec(self._usable)}, its peak is more"
         return found
 
     def _turns(self) -> Turns:
@@ -149,7 +149,7 @@ class Shape:
 
     def _says(self, plan: str) -> Row:
         found = self.plans[plan]
-        what = gib(found["peak_bytes"]) if "peak_bytes" in found else found["error"]
+        what = iec(found["peak_bytes"]) if "peak_bytes" in found else found["error"]
         return {"says": f"{plan}: {what}, {time.monotonic() - self._started:.0f} s"}
 
     def _time(self, share: float) -> float | None:

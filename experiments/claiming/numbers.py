@@ -10,7 +10,7 @@ from experiments.config import ConfigError
 from experiments.files import write_text
 from experiments.fitting.measuring import check_targets, measure_all
 from experiments.provenance import commit, versions
-from jaxckpt.units import gib
+from jaxckpt.units import iec
 
 _KEPT_BUFFERS = 5
 _COMMAND = "python -m experiments.claims"
@@ -35,7 +35,7 @@ def compiled(cases: Sequence[Case], path: Path, say: Callable[[str], None]) -> d
     failed = []
     for number, case in enumerate(missing, start=1):
         (row,) = measure_all([(case.config, case.target)], parallel=1)
-        found = row.error or f"peak {gib(row.measured.peak_bytes)}"
+        found = row.error or f"peak {iec(row.measured.peak_bytes)}"
         say(f"{number}/{len(missing)}  {case.name} on {case.target}: {found}")
         if row.error is not None:
             failed.append((f"{case.name}: {row.error}", row))

@@ -9,7 +9,7 @@ from experiments.config import TrainConfig
 from experiments.fitting.row import FitRow
 from experiments.training.choose_plan import excess
 from jaxckpt.memory.findings import peak_not_below_none
-from jaxckpt.units import gib
+from jaxckpt.units import iec
 
 _NEVER, _WIDTH = float("inf"), 140
 _BESIDE_PLAN = 100  # columns
@@ -64,12 +64,12 @@ def _title(row: FitRow, settings: TrainConfig, largest: str | None) -> str:
         "?" if name == largest else getattr(settings, name.replace("-", "_"))
         for name in ("batch-size", "seq-len")
     )
-    usable = "" if report.usable_bytes is None else f", {gib(report.usable_bytes)} usable a device"
+    usable = "" if report.usable_bytes is None else f", {iec(report.usable_bytes)} usable a device"
     mesh = "" if settings.mesh is None else f", mesh {settings.mesh_shape}"
     if row.budget_bytes is not None:
-        usable += f", a budget of {gib(row.budget_bytes)}"
+        usable += f", a budget of {iec(row.budget_bytes)}"
     if row.host_budget_bytes is not None:
-        usable += f", of the host {gib(row.host_budget_bytes)}"
+        usable += f", of the host {iec(row.host_budget_bytes)}"
     return (
         f"{report.target}{mesh}{usable}: {model.num_blocks} blocks of width {model.d_model}, "
         f"batch {batch} x {size} tokens, {settings.optimizer.kind}, jax {report.jax_version}"

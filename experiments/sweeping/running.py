@@ -33,7 +33,7 @@ from experiments.sweeping.case import LOCAL, Case, flags_of
 from experiments.sweeping.rows import Rows
 from experiments.training.record import METRICS, versions
 from jaxckpt.absent.launch import Processes
-from jaxckpt.units import gib
+from jaxckpt.units import iec
 
 _ROOT = Path(__file__).parents[2]
 # The first step waits for what the runtime sets up once.
@@ -272,4 +272,4 @@ def _result(row: dict[str, Any]) -> str:
     chosen = f"{row['plan']}  " if row["plan"] != row["asked"] else ""
     seconds = row["step_seconds"]
     took = "" if seconds is None else f"  {1e3 * seconds:.1f} ms {row['step_seconds_source']}"
-    return f"{chosen}peak {gib(row['peak_bytes'])}{took}"
+    return f"{chosen}peak {iec(row['peak_bytes'])}{took}"

@@ -23,7 +23,7 @@ from jaxckpt.planner.result import FitResult
 from jaxckpt.plans import Plan
 from jaxckpt.targets.present import usable_bytes
 from jaxckpt.targets.target import LOCAL, parse_target
-from jaxckpt.units import gib
+from jaxckpt.units import iec
 
 
 def choose(config: TrainConfig, target: str, *, budget: int | None = None) -> FitResult:
@@ -136,8 +136,8 @@ def check_within(
     for size, most, where in needs:
         if most is not None and size > most:
             raise ConfigError(
-                f"plan {config.remat!r} needs {gib(size)} compiled, {gib(size - most)} more than "
-                f"the {where}budget of {gib(most)}; --remat=auto looks for a plan within it"
+                f"plan {config.remat!r} needs {iec(size)} compiled, {iec(size - most)} more than "
+                f"the {where}budget of {iec(most)}; --remat=auto looks for a plan within it"
             )
 
 
@@ -175,7 +175,7 @@ def settle(
         plan = about["config"]["remat"]
         say(f"plan    {plan}, as before; another --budget plans anew")
     else:
-        say(f"plan    looked for within {gib(limit)}; a few are compiled")
+        say(f"plan    looked for within {iec(limit)}; a few are compiled")
         started = time.perf_counter()
         result = choose(config, "local", budget=limit)
         say(str(result) if config.explain else result.summary)

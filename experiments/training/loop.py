@@ -42,7 +42,7 @@ from experiments.training.stopping import StopRequest
 from experiments.training.utilization import StepFlops, step_flops
 from experiments.weights.load import load_params
 from jaxckpt.compiled import cache
-from jaxckpt.compiled.report import MemoryReport, gib
+from jaxckpt.compiled.report import MemoryReport, iec
 from jaxckpt.memory.measure import compile_step
 from jaxckpt.targets.present import chip_of
 from jaxckpt.targets.target import LOCAL
@@ -98,7 +98,7 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path) -> int | None:
         state = _first_state(checkpoints, resumed, here)
         display.print(str(report))
         display.print(
-            f"compiled in {compile_seconds:.1f} s; predicted peak {gib(report.peak_bytes)}"
+            f"compiled in {compile_seconds:.1f} s; predicted peak {iec(report.peak_bytes)}"
         )
         if resumed is not None:
             display.print(f"resumed at step {resumed} from {checkpoints.folder}")
@@ -391,5 +391,5 @@ def runtime_peak_bytes() -> int | None:
 
 
 def _memory_text(report: MemoryReport, actual: int | None) -> str:
-    text = f"peak {gib(report.peak_bytes)} predicted"
-    return text if actual is None else f"{text}, {gib(actual)} actual"
+    text = f"peak {iec(report.peak_bytes)} predicted"
+    return text if actual is None else f"{text}, {iec(actual)} actual"

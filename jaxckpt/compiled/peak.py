@@ -36,7 +36,7 @@ from jaxckpt.compiled.understood import NOTHING_READ, Understood
 from jaxckpt.targets import present
 from jaxckpt.targets.links import links_of
 from jaxckpt.targets.target import LOCAL, Target
-from jaxckpt.units import gib
+from jaxckpt.units import iec
 
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = r"([\d.]+)([BKMGT]?)"
@@ -66,7 +66,7 @@ class OutOfMemory:
 
     def __str__(self) -> str:
         word = "needs" if self.is_total else "needs more than"
-        return f"{word} {gib(self.needed_bytes)}"
+        return f"{word} {iec(self.needed_bytes)}"
 
 
 def parse(text: str) -> OutOfMemory | None:

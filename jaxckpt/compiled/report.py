@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxckpt.compiled.buffers import Buffer
 from jaxckpt.compiled.understood import NOTHING_READ, Understood
-from jaxckpt.units import gib
+from jaxckpt.units import iec
 
 _SHOWN_BUFFERS = 5
 
@@ -101,17 +101,21 @@ class MemoryReport:
 
     def _rows(self) -> list[tuple[str, str, str]]:
         rows = [
-            ("peak", gib(self.peak_bytes), "on the device at the worst moment"),
-            ("arguments", gib(self.argument_bytes), ""),
-            ("outputs", gib(self.output_bytes), f"{gib(self.alias_bytes)} in donated arguments"),
-            ("temporaries", gib(self.temp_bytes), "residuals, gradients, working memory"),
-            ("host", gib(self.host_bytes), "offloaded values"),
-            ("code", gib(self.code_bytes), ""),
+            ("peak", iec(self.peak_bytes), "on the device at the worst moment"),
+            ("arguments", iec(self.argument_bytes), ""),
+            (
+                "outputs",
+                iec(self.output_bytes),
+                f"{iec(self.alias_bytes)} in donated arguments",
+            ),
+            ("temporaries", iec(self.temp_bytes), "residuals, gradients, working memory"),
+            ("host", iec(self.host_bytes), "offloaded values"),
+            ("code", iec(self.code_bytes), ""),
         ]
         left = self.headroom_bytes
         if self.usable_bytes is not None and left is not None:
-            note = f"{gib(left)} left" if left >= 0 else f"{gib(-left)} too little"
-            rows.append(("usable", gib(self.usable_bytes), note))
+            note = f"{iec(left)} left" if left >= 0 else f"{iec(-left)} too little"
+            rows.append(("usable", iec(self.usable_bytes), note))
         if self.flops is not None:
             rows.append(("matmul FLOPs", f"{self.flops:.3e}", ""))
         if self.recomputed_flops and self.flops is not None:
@@ -123,7 +127,7 @@ class MemoryReport:
             note = "sent by each device"
             if self.collective_seconds is not None:
                 note += f", {1e3 * self.collective_seconds:.1f} ms of the estimate"
-            rows.append(("collectives", gib(self.collective_bytes), note))
+            rows.append(("collectives", iec(self.collective_bytes), note))
         if self.compile_seconds is not None:
             rows.append(("compiled in", f"{self.compile_seconds:.1f} s", ""))
         return rows
@@ -132,7 +136,12 @@ class MemoryReport:
         shown = self.buffers[:_SHOWN_BUFFERS]
         lines = ["  largest buffers at the peak"] if shown else []
         for one in shown:
-            parts = [f"{gib(one.size_bytes):>14}", one.shape, _short(one.operation), one.source]
+            parts = [
+                f"{iec(one.size_bytes):>14}",
+                one.shape,
+                _short(one.operation),
+                one.source,
+            ]
             lines.append("  " + "  ".join(part for part in parts if part))
         return lines
 

@@ -26,7 +26,7 @@ from jaxckpt.plans import Plan, Policy, Stage, as_plan, words
 from jaxckpt.transforms import jaxprs, value_names
 from jaxckpt.transforms.checks import check_policies
 from jaxckpt.transforms.traced_block import abstract
-from jaxckpt.units import gib
+from jaxckpt.units import iec
 
 __all__ = [
     "Finding",
@@ -221,8 +221,8 @@ def peak_not_below_none(
     if report.peak_bytes < none_report.peak_bytes:
         return ()
     message = (
-        f"plan {str(plan)!r} saves no memory: its peak is {gib(report.peak_bytes)}, that of none "
-        f"is {gib(none_report.peak_bytes)}; use none, which is faster, or look for what else sets "
+        f"plan {str(plan)!r} saves no memory: its peak is {iec(report.peak_bytes)}, that of none "
+        f"is {iec(none_report.peak_bytes)}; use none, which is faster, or look for what else sets "
         "the peak (optimizer state, the loss head, a single block)"
     )
     return (Finding(code="peak-not-below-none", message=message),)
@@ -245,8 +245,8 @@ def head_sets_peak(
     if size <= stack_bytes:
         return ()
     message = (
-        f"the loss head sets the peak, not the stack: logits {logits[0].shape} take {gib(size)} "
-        f"there, all that the stack keeps {gib(stack_bytes)}; no plan for the stack helps, a loss "
+        f"the loss head sets the peak, not the stack: logits {logits[0].shape} take {iec(size)} "
+        f"there, all that the stack keeps {iec(stack_bytes)}; no plan for the stack helps, a loss "
         "in chunks of tokens does (jaxckpt.losses)"
     )
     return (Finding(code="head-sets-peak", message=message),)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from jaxckpt.targets.present import usable_bytes
 from jaxckpt.targets.target import Target
-from jaxckpt.units import gib, parse_bytes
+from jaxckpt.units import iec, parse_bytes
 
 
 def check_asked(num_blocks: int | Mapping[str, int]):
@@ -96,6 +96,6 @@ def more_than_usable(size: int, target: Target) -> str | None:
     if usable is None or size <= usable:
         return None
     return (
-        f"the budget of {gib(size)} is more than the {gib(usable)} that a program may fill "
+        f"the budget of {iec(size)} is more than the {iec(usable)} that a program may fill "
         f"of {target}"
     )

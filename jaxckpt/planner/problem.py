@@ -31,7 +31,7 @@ from jaxckpt.planner.steps import Steps, everywhere, find_stacks
 from jaxckpt.plans import Stage
 from jaxckpt.plans.plan_set import PlanSet
 from jaxckpt.targets.links import HostLink
-from jaxckpt.units import gib
+from jaxckpt.units import iec
 
 _LEAST_FOR_STAGES = 4  # blocks; fewer are hardly ever worth two stages
 _SHOWN_SHARE = 0.01  # of all arguments; smaller ones are not named one by one
@@ -267,9 +267,9 @@ def keeps_text(stage: Stage, kinds: Sequence[Kind]) -> str:
         slots = "slots on the host" if stage.offloads_carry else "slots"
         return f"{stage}: carries in {slots}, a segment's residuals in turn"
     host = (
-        f", {gib(int(stage.bound_count * kind.host_bytes))} on the host" if kind.host_bytes else ""
+        f", {iec(int(stage.bound_count * kind.host_bytes))} on the host" if kind.host_bytes else ""
     )
-    return f"{stage}: {gib(int(stage.bound_count * kind.kept_bytes))} on the device{host}"
+    return f"{stage}: {iec(int(stage.bound_count * kind.kept_bytes))} on the device{host}"
 
 
 def peak_parts(args: Sequence, report: MemoryReport, residual_bytes: float) -> dict[str, int]:
@@ -315,9 +315,9 @@ def why(faster: Candidate | None, budget: int) -> str:
     if faster.compiled_bytes is None:
         return (
             f"the next faster plan, {faster.plan}, is predicted to need "
-            f"{gib(faster.predicted_bytes)} (not compiled)"
+            f"{iec(faster.predicted_bytes)} (not compiled)"
         )
     return (
-        f"the next faster plan, {faster.plan}, needs {gib(faster.compiled_bytes)} compiled, "
-        f"{gib(faster.compiled_bytes - budget)} too much"
+        f"the next faster plan, {faster.plan}, needs {iec(faster.compiled_bytes)} compiled, "
+        f"{iec(faster.compiled_bytes - budget)} too much"
     )

@@ -7,7 +7,7 @@ from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.plans import Plan
 from jaxckpt.plans.errors import UserError
 from jaxckpt.plans.plan_set import PlanSet, plan_json, plan_of_json
-from jaxckpt.units import gib
+from jaxckpt.units import iec
 
 _SHOWN = 3
 
@@ -125,9 +125,9 @@ class FitResult:
         off = (one.predicted_bytes - report.peak_bytes) / report.peak_bytes
         lines = [
             *_asked(self.plan).splitlines(),
-            f"  budget     {gib(self.budget_bytes)} on {report.target}",
-            f"  peak       {gib(report.peak_bytes)} compiled, {gib(left)} left; "
-            f"{gib(one.predicted_bytes)} predicted ({off:+.1%})",
+            f"  budget     {iec(self.budget_bytes)} on {report.target}",
+            f"  peak       {iec(report.peak_bytes)} compiled, {iec(left)} left; "
+            f"{iec(one.predicted_bytes)} predicted ({off:+.1%})",
             f"  time       {seconds_text(one.seconds)} a step by {self.clock}, "
             f"{one.flops:.3e} matmul FLOPs",
             *(f"  keeps      {text}" for text in self.keeps),
@@ -142,7 +142,7 @@ class FitResult:
         """Returns lines on the host's memory, where the plan might have used it."""
         if not self.offload:
             return []
-        host = f"{gib(self.report.host_bytes)} compiled of {gib(self.host_budget_bytes)}"
+        host = f"{iec(self.report.host_bytes)} compiled of {iec(self.host_budget_bytes)}"
         return [f"  host       {host}", f"  offload    {self.offload}"]
 
     def __str__(self) -> str:
@@ -153,10 +153,10 @@ class FitResult:
         shown = self.candidates[max(0, place - _SHOWN) : place + _SHOWN + 1]
         lines = ["  nearest candidates, fastest first:"]
         for one in shown:
-            compiled = "not compiled" if one.compiled_bytes is None else gib(one.compiled_bytes)
+            compiled = "not compiled" if one.compiled_bytes is None else iec(one.compiled_bytes)
             mark = ">" if one is self.chosen else " "
             lines.append(
-                f"  {mark} {seconds_text(one.seconds):>10}  {gib(one.predicted_bytes):>11} "
+                f"  {mark} {seconds_text(one.seconds):>10}  {iec(one.predicted_bytes):>11} "
                 f"predicted  {compiled:>12}  {one.plan}"
             )
         return lines
@@ -189,10 +189,10 @@ class BudgetError(UserError, ValueError):
         self.plan = plan
         self.report = report
         self.parts = dict(parts)
-        shares = ", ".join(f"{gib(int(size))} {name}" for name, size in parts.items())
+        shares = ", ".join(f"{iec(int(size))} {name}" for name, size in parts.items())
         super().__init__(
-            f"no plan fits {gib(budget_bytes)} ({budget_bytes} bytes) on {report.target}; the "
-            f"least budget is {gib(self.least_bytes)} ({self.least_bytes} bytes), with "
+            f"no plan fits {iec(budget_bytes)} ({budget_bytes} bytes) on {report.target}; the "
+            f"least budget is {iec(self.least_bytes)} ({self.least_bytes} bytes), with "
             f"{'; '.join(_asked(plan).splitlines())}: {shares}{_largest(report)}"
             + (f"; offload: {offload}" if offload else "")
         )
@@ -235,7 +235,7 @@ def _largest(report: MemoryReport) -> str:
         return ""
     one = report.buffers[0]
     where = "/".join(one.operation.split("/")[-3:])
-    return f"; the largest buffer there is {gib(one.size_bytes)}, {one.shape} of {where}"
+    return f"; the largest buffer there is {iec(one.size_bytes)}, {one.shape} of {where}"
 
 
 def seconds_text(seconds: float) -> str:

@@ -210,7 +210,7 @@ def test_nothing_fits(command, infeasible, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(measuring, "choose", choose)
     flags = [*FLAGS, "--remat=auto", "--budget=30KB", *out_of(command, tmp_path)]
     err = refused(command, [*flags, "--data=README.md"], capsys)
-    assert "no plan fits 0.0000 GiB (30000 bytes)" in err
+    assert "no plan fits 29.30 KiB (30000 bytes)" in err
     assert f"({infeasible.least_bytes} bytes), with --remat={infeasible.plan}" in err
     assert "arguments[0].params" in err and "one block's residuals" in err
     assert not (tmp_path / "run").exists()

@@ -9,7 +9,7 @@ import pytest
 from jaxckpt.targets.chips import CHIPS
 from jaxckpt.targets.gpu_config import target_config
 from jaxckpt.targets.target import LOCAL, TargetError, names, parse_target
-from jaxckpt.units import gib, parse_bytes
+from jaxckpt.units import iec, parse_bytes
 
 GIB = 1 << 30
 
@@ -104,7 +104,7 @@ def test_sizes():
     sizes = ("15GiB", "16GB", "1.5e9", 12345, " 2 mib ", "1_000", 1.5)
     expected = [15 * GIB, 16 * 10**9, 1_500_000_000, 12345, 2 << 20, 1000, 1]
     assert [parse_bytes(size) for size in sizes] == expected
-    assert gib(3 * GIB) == "3.00 GiB" and gib(-(GIB // 2)) == "-0.5000 GiB"
+    assert iec(3 * GIB) == "3.00 GiB" and iec(-(GIB // 2)) == "-512.00 MiB"
 
 
 @pytest.mark.parametrize(
