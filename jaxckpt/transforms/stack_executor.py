@@ -229,6 +229,8 @@ class Loops:
         they are not unrolled.
         """
         stores = self.table.sweep_stores(stop)
+        if not stores:
+            return state, self._slots(state[0])
 
         def body(state, step):
             state, slots = state

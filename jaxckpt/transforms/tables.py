@@ -92,7 +92,7 @@ class Table:
         """
         slots = self.sweep_slots[:stop].tolist()
         starts = [n for n in range(stop) if n + 1 == stop or slots[n] != slots[n + 1]]
-        stops = [*starts[1:], stop]
+        stops = [*starts[1:], stop][: len(starts)]  # no blocks, no store
         return [(start, end, slots[start]) for start, end in zip(starts, stops, strict=True)]
 
     @property

@@ -109,6 +109,13 @@ def test_gradients_of_each_example_of_what_is_on_the_host(plan):
         assert jnp.abs(got - want).max() <= 1e-5 * jnp.abs(want).max()
 
 
+@pytest.mark.parametrize("plan", ["uniform:1", "every:9", "8xnone/uniform:1"])
+def test_a_single_segment_has_nothing_to_store(plan):
+    w = 0.3 * jax.random.normal(jax.random.key(0), (NUM_BLOCKS, 16, 16))
+    of = lambda plan: jax.jit(gradient(plan)[0])(w, jnp.ones(SHAPE))
+    np.testing.assert_allclose(of(plan + "+offload:carry"), of("none"), rtol=1e-5, atol=1e-6)
+
+
 def test_a_second_derivative_says_what_has_it():
     args = gradient("log")[1]
     hvp = lambda plan: jax.eval_shape(lambda *a: jax.jvp(gradient(plan)[0], a, a)[1], *args)
