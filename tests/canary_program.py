@@ -65,7 +65,7 @@ def executed():
     params = jax.ShapeDtypeStruct((BLOCKS, SIZE, SIZE), jnp.float32)
     x = jax.ShapeDtypeStruct((SIZE, SIZE), jnp.float32)
     block = lambda x, w: jnp.tanh(x @ w)
-    loss = lambda w, x: scan_blocks(block, w, x, remat="binomial:3").sum()
+    loss = lambda w, x: scan_blocks(block, w, x, remat="binomial:2").sum()
     return jax.jit(jax.grad(loss)).trace(params, x)
 
 

@@ -495,6 +495,8 @@ def _loop(start, stop, count: int | None, body: Callable, state, told: tuple[int
     if count is None:
         with trips(*told):
             return lax.fori_loop(start, stop, body, state)
+    if count == 0:
+        return state
     if count == 1:
         return body(start, state)
     return lax.fori_loop(0, count, lambda n, state: body(start + n, state), state)
