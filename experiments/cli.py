@@ -5,9 +5,12 @@ What is refused is a `UserError`; any other error is a fault of the program, wit
 code 1. `--debug` shows where a line comes from, too.
 """
 
+import contextlib
 import importlib.metadata
 import io
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -55,13 +58,41 @@ def main(command: Callable, tokens: Sequence[str] | None = None):
         app.config = (config.Dict(flags, source="the configuration file"),)
         function, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
         values = {name: _expanded(value, name) for name, value in bound.kwargs.items()}
-        function(*(_expanded(value, "path") for value in bound.args), **values)
+        with _terminated_in_order():
+            function(*(_expanded(value, "path") for value in bound.args), **values)
     except (CycloptsError, UserError, RunError) as error:
         if is_debugged:
             traceback.print_exception(error)
         fail(error, code=error.code if isinstance(error, RunError) else 2)
     except KeyboardInterrupt:
         fail("interrupted", code=130)
+    except Terminated:
+        fail("terminated", code=128 + signal.SIGTERM)
+
+
+class Terminated(BaseException):
+    """SIGTERM came; no error, as `KeyboardInterrupt` is none."""
+
+
+@contextlib.contextmanager
+def _terminated_in_order():
+    """A context that SIGTERM leaves by an exception, so that what is half-written is removed.
+
+    Whoever else has a use for the signal, around or inside, keeps it.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    is_free = in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if is_free:
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        if is_free:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _terminate(*_):
+    raise Terminated
 
 
 def fail(error: Exception | str, code: int = 2):

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import signal
 import sys
 from typing import Any
 
@@ -41,14 +42,21 @@ def joined(flags: ProcessFlags, config: TrainConfig, corpus_sha256: str):
         try:
             _start_jax(flags)
             yield
-        except Exception as error:  # any that leaves the context: it is raised again
+        except BaseException as error:  # any that leaves the context: it is raised again
             alone = isinstance(error, RunError) and error.__cause__ is None
-            if not (isinstance(error, UserError) or alone):
+            if isinstance(error, Exception) and not (isinstance(error, UserError) or alone):
                 # An exchange that broke, perhaps: then another process has ended, and that is said.
                 lifelines.listen()
             # JAX would wait for the others before this process ends.
-            atexit.register(_leave, 2 if isinstance(error, UserError) else 1)
+            atexit.register(_leave, _code_of(error))
             raise
+
+
+def _code_of(error: BaseException) -> int:
+    """Returns what a command line that ends by an error answers; see `experiments.cli`."""
+    if isinstance(error, Exception):
+        return 2 if isinstance(error, UserError) else 1
+    return 128 + (signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
 
 
 def _leave(code: int):

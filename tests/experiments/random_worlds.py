@@ -395,6 +395,7 @@ class Swept(Try):
         self.flags += [*(f"--plan={plan}" for plan in plans), f"--folder={self.own[0]}"]
         self.flags += [f"--run-steps={self.pick([2], [0, 1])}"]
         self.tiny({"depth": self.pick([3], [0, 2]), **self.data()})
+        self.flags = [flag for flag in self.flags if not flag.startswith("--remat")]
 
     def rows(self) -> dict[str, dict]:
         """Returns the last row of each plan."""

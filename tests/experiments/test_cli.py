@@ -1,6 +1,7 @@
 """The command line of experiments.train: what it refuses, in one line, early, writing nothing."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -217,3 +218,19 @@ def test_no_home_and_a_terminal_of_few_letters(tmp_path):
 def test_a_seed_that_jax_would_cut_short(seed, tmp_path):
     line = refused(train(f"--seed={seed}", f"--out={tmp_path / 'run'}", *TINY), tmp_path)
     assert f"seed is {seed}; the most is 4294967295" in line
+
+
+@pytest.mark.parametrize(("number", "word"), [("SIGTERM", "terminated"), ("SIGINT", "interrupted")])
+def test_a_command_that_is_stopped_leaves_nothing_half_written(number, word, tmp_path):
+    code = (
+        "import os, signal, sys\nfrom pathlib import Path\nwrite = Path.write_bytes\n"
+        "def stopped(self, content):\n"
+        "    write(self, content[:9])\n    os.kill(os.getpid(), getattr(signal, sys.argv[1]))\n"
+        "Path.write_bytes = stopped\n"
+        "from experiments.cli import main\nfrom experiments.draw import draw\n"
+        "main(draw, ['full', '--blocks=3', '-o', sys.argv[2]])\n"
+    )
+    command = [sys.executable, "-c", code, number, str(tmp_path / "plan.txt")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (128 + signal.Signals[number], f"error: {word}\n")
+    assert not [*tmp_path.iterdir()]

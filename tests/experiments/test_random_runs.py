@@ -61,5 +61,5 @@ def test_many_random_commands_some_of_them_killed(part, tmp_path, given, monkeyp
     made = make(seeds, tmp_path, given, monkeypatch, killed)
     counts = {one: made.count(one) for one in sorted({*made})}
     print(f"{len(made)} tries, commands and exit codes {counts}")
-    done = sum(count for (_, code), count in counts.items() if code == 0)
-    assert len(made) < 50 or done > len(made) // 10, counts
+    for command in {command for command, _ in made}:
+        assert len(made) < 50 or counts.get((command, 0)), counts
