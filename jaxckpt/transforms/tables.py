@@ -58,6 +58,18 @@ class Loop:
     trips: int
     counts: Counts | None = None
 
+    @property
+    def stays_one(self) -> bool:
+        """Whether XLA keeps what is run again inside a loop.
+
+        A loop of one trip is none once compiled, and what it runs again may be merged with the
+        forward pass, or kept from there.
+        """
+        if self.counts is None:
+            return False
+        runs_single_blocks = self.counts.moves or self.counts.advance or self.counts.again == 1
+        return self.trips > 1 or not runs_single_blocks
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
@@ -113,7 +125,7 @@ class Table:
             stop = start + size * number
             loops.append(Loop(rows=slice(start, stop), trips=number, counts=counts))
             start = stop
-        if len(loops) <= _MOST_LOOPS and None not in [loop.counts for loop in loops]:
+        if len(loops) <= _MOST_LOOPS and all(loop.stays_one for loop in loops):
             return tuple(loops)
         return self.without_counts
 

@@ -1,4 +1,4 @@
-"""`experiments.loop`: it learns, says what its gradient takes, draws it, and refuses in one line."""
+"""`experiments.loop`: it learns, says what its gradient takes, draws it, refuses in one line."""
 
 import re
 
