@@ -87,16 +87,18 @@ def annotate(
         report,
         estimated_seconds=seconds,
         recomputed_flops=recomputed,
-        findings=tuple(map(str, _findings(step, jaxpr, baseline, report, compiled_text))),
+        findings=tuple(map(str, _findings(step, jaxpr, baseline, report, rates, compiled_text))),
     )
 
 
-def _findings(step: BuiltStep, jaxpr, baseline, report, compiled_text) -> Iterator:
+def _findings(step: BuiltStep, jaxpr, baseline, report, rates, compiled_text) -> Iterator:
     if step.plan is None:
         return
     if step.block is not None:
         block, params_i, carry, *consts = step.block
         yield from findings.findings_of_block(block, params_i, carry, *consts, plan=step.plan)
+        if rates is not None:
+            yield from findings.carry_slow_to_move(*step.block, plan=step.plan, rates=rates)
         if step.vocab_size:
             yield from findings.head_sets_peak(
                 report.buffers,

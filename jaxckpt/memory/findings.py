@@ -22,6 +22,7 @@ from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.costs.flat import Flat, Step, bodies, flatten
 from jaxckpt.costs.fusion import is_view
 from jaxckpt.costs.residuals import Trace, check_arguments, checkpointed, is_identity, origin_of
+from jaxckpt.costs.roofline import Rates, estimate
 from jaxckpt.plans import Plan, Policy, Stage, as_plan, words
 from jaxckpt.transforms import jaxprs, value_names
 from jaxckpt.transforms.checks import check_policies
@@ -30,6 +31,7 @@ from jaxckpt.units import iec
 
 __all__ = [
     "Finding",
+    "carry_slow_to_move",
     "count_products",
     "dots_that_save_nothing",
     "findings_of_block",
@@ -46,7 +48,7 @@ class Finding:
 
     Attributes:
       code: `dots-save-nothing`, `tag-on-output`, `tag-not-needed`, `remat-undone`,
-        `peak-not-below-none` or `head-sets-peak`.
+        `peak-not-below-none`, `head-sets-peak` or `carry-slow-to-move`.
       message: One line: what was found, and what to do.
     """
 
@@ -226,6 +228,39 @@ def peak_not_below_none(
         "the peak (optimizer state, the loss head, a single block)"
     )
     return (Finding(code="peak-not-below-none", message=message),)
+
+
+def carry_slow_to_move(
+    block: Callable, params_i, carry, *consts, plan: str | Plan, rates: Rates
+) -> tuple[Finding, ...]:
+    """Returns a finding if a schedule sends carries to the host that take longer than a block.
+
+    Args:
+      block: `block(carry, params_i, *consts) -> carry`.
+      params_i: The parameters of one block, arrays or abstract.
+      carry: The block's input, arrays or abstract.
+      *consts: What all blocks share.
+      plan: A plan or its text.
+      rates: The chip's.
+    """
+    stages = [
+        stage
+        for stage in as_plan(plan).stages
+        if stage.offloads_carry and words.SCHEDULES[stage.schedule].makes is not None
+    ]
+    if not stages:
+        return ()
+    seconds = estimate(jax.make_jaxpr(block)(carry, params_i, *consts), rates).seconds
+    leaves = jax.tree.leaves(abstract(carry))
+    moved = sum(x.size * x.dtype.itemsize for x in leaves) / rates.host_bytes_per_second
+    if moved <= seconds:
+        return ()
+    message = (
+        f"{stages[0]} sends every carry that it keeps to the host: {1e3 * moved:.3g} ms for each, "
+        f"where a block takes {1e3 * seconds:.3g} ms; keep them on the device, or send one of "
+        "several to the host (scan segments under full+offload:carry, a schedule inside)"
+    )
+    return (Finding(code="carry-slow-to-move", message=message),)
 
 
 def head_sets_peak(

@@ -1,5 +1,7 @@
 """Findings: each is made to happen for real, and a twin beside it where it must not appear."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,9 +9,11 @@ import pytest
 import jaxckpt
 from jaxckpt import PlanError
 from jaxckpt.compiled.buffers import read_buffers
+from jaxckpt.costs.roofline import Rates
 from jaxckpt.memory.explain import explain
 from jaxckpt.memory.findings import (
     Finding,
+    carry_slow_to_move,
     count_products,
     findings_of_block,
     head_sets_peak,
@@ -283,3 +287,19 @@ def test_a_head_in_chunks_does_not(compiled_anew, tmp_path):
 
 def test_a_stack_that_outweighs_the_head(compiled_anew, tmp_path):
     assert head_findings(1, tmp_path, stack_bytes(1000)) == ()
+
+
+@pytest.mark.parametrize("plan", ["binomial:4+offload:carry", "sqrt+offload:carry"])
+def test_a_carry_that_takes_longer_to_move_than_its_block(plan):
+    cheap = lambda x, _: x + 0.1 * (jnp.roll(x, 1) - x)
+    x = jax.ShapeDtypeStruct((2**20,), jnp.float32)
+    rates = Rates(flops_per_second=1e14, bytes_per_second=1e12, host_bytes_per_second=5e10)
+    (finding,) = carry_slow_to_move(cheap, None, x, plan=plan, rates=rates)
+    assert finding.code == "carry-slow-to-move"
+    # 4 MiB over 50 GB/s.
+    assert "0.0839 ms" in finding.message and "full+offload:carry" in finding.message
+    fast = dataclasses.replace(rates, host_bytes_per_second=1e13)
+    assert carry_slow_to_move(cheap, None, x, plan=plan, rates=fast) == ()
+    # A loop that moves nothing, and one that keeps every carry in order, whose copies run beside it.
+    for other in (plan.removesuffix("+offload:carry"), "full+offload:carry"):
+        assert carry_slow_to_move(cheap, None, x, plan=other, rates=rates) == ()
