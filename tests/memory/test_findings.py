@@ -300,6 +300,6 @@ def test_a_carry_that_takes_longer_to_move_than_its_block(plan):
     assert "0.0839 ms" in finding.message and "full+offload:carry" in finding.message
     fast = dataclasses.replace(rates, host_bytes_per_second=1e13)
     assert carry_slow_to_move(cheap, None, x, plan=plan, rates=fast) == ()
-    # A loop that moves nothing, and one that keeps every carry in order, whose copies run beside it.
+    # A loop that moves nothing, and one whose carries stay in order.
     for other in (plan.removesuffix("+offload:carry"), "full+offload:carry"):
         assert carry_slow_to_move(cheap, None, x, plan=other, rates=rates) == ()
