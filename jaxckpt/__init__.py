@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for editors and type checkers
     from jaxckpt.plans import Policy as Policy
     from jaxckpt.plans import Stage as Stage
     from jaxckpt.transforms.chain import chain as chain
+    from jaxckpt.transforms.layers import run as run
     from jaxckpt.transforms.scan import scan as scan
     from jaxckpt.transforms.stack import scan_blocks as scan_blocks
     from jaxckpt.transforms.tags import tag as tag
@@ -51,6 +52,7 @@ _PUBLIC = {
     "measure": "jaxckpt.memory.measure",
     "models": "jaxckpt.models",
     "nnx": "jaxckpt.nnx",
+    "run": "jaxckpt.transforms.layers",
     "scan": "jaxckpt.transforms.scan",
     "scan_blocks": "jaxckpt.transforms.stack",
     "schedules": "jaxckpt.schedules",

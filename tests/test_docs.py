@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ("loops", "peak", "planner", "start", "your_own_model")
+PAGES = ("layers", "loops", "peak", "planner", "start", "your_own_model")
 _HEAVY = (pytest.param("many_chips", marks=pytest.mark.heavy),)
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 

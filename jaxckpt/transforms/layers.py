@@ -1,0 +1,171 @@
+"""`run`: a list of layers as it is, under any plan.
+
+    x = jaxckpt.run(model.layers, lambda layer, x, mask: layer(x, mask), x, mask, remat="sqrt")
+
+A model that somebody else wrote has a list of layers, with a checkpoint and an optimizer's state
+that were made for it. The list stays as it is. Equal layers are stacked inside the step and run by
+one loop, and their gradients come back in a list. The stack is a copy of the layers' parameters,
+and its gradients are another; a stack of parameters (`scan_blocks`) has neither.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxckpt.plans import Plan
+from jaxckpt.plans.errors import nearest
+from jaxckpt.schedules.schedule import Schedule
+from jaxckpt.transforms.arguments import apart, part, put
+from jaxckpt.transforms.chain import chain
+from jaxckpt.transforms.checks import steps_of
+from jaxckpt.transforms.scan import scan
+
+
+def run(
+    layers: Sequence[Any],
+    apply: Callable,
+    carry,
+    *consts,
+    each: Mapping[str, Any] | None = None,
+    out: int | str | Callable | None = None,
+    ignore: str | Sequence[str] = (),
+    remat: str | Plan | Schedule | Callable = "sqrt",
+    unroll: int = 1,
+):
+    """Runs a list of equal layers, checkpointed by a plan.
+
+    Args:
+      layers: Pytrees of one structure, of equal shapes and equal Python values: Equinox modules,
+        dataclasses of arrays, dicts.
+      apply: `apply(layer, carry, *consts, **each_i)`, pure; what it returns has the carry's
+        structure, shapes and dtypes, or has it where `out` says.
+      carry: The first layer's input, any pytree of arrays.
+      *consts: Handed to every layer; arrays get gradients, Python values stay what they are.
+      each: What differs from layer to layer beside the layer, by keyword: pytrees of `[L, ...]`,
+        such as `{"key": jax.random.split(key, L)}`.
+      out: Where the carry is in what `apply` returns: an index, a key, or a function. The rest of a
+        tuple or dict comes back stacked, `[L, ...]`.
+      ignore: Names of attributes that may differ between equal layers, such as `"layer_idx"`; every
+        layer is run with the first one's.
+      remat: A plan or its text, a schedule for L blocks, or a policy of `jax.checkpoint`.
+      unroll: Layers unrolled in one trip of the loop. With L or more there is no loop and no copy
+        of the parameters, where `out` is None.
+
+    Returns:
+      The last layer's carry; with `out`, what `apply` returns, its rest stacked.
+
+    Raises:
+      PlanError: As `jaxckpt.scan_blocks`.
+      ValueError: No layers, layers that differ (what differs is named), an `each` of another
+        length, an `out` that is not there, or an `apply` that changes the carry.
+
+    Example:
+      >>> import equinox as eqx, jax, jax.numpy as jnp, jaxckpt
+      >>> layers = [eqx.nn.Linear(8, 8, key=key) for key in jax.random.split(jax.random.key(0), 6)]
+      >>> apply = lambda layer, x: jnp.tanh(layer(x))
+      >>> loss = lambda layers: jaxckpt.run(layers, apply, jnp.ones(8), remat="full").sum()
+      >>> len(eqx.filter_grad(loss)(layers))
+      6
+    """
+    layers, each = list(layers), dict(each or {})
+    if not callable(apply):
+        raise ValueError(f"apply is a function apply(layer, carry, *consts), not {apply!r}")
+    if not layers:
+        raise ValueError("layers is an empty list; run needs at least one layer")
+    _check_alike(layers, (ignore,) if isinstance(ignore, str) else tuple(ignore))
+    for name, values in each.items():
+        _check_each(name, values, len(layers))
+    found, merge = apart(layers[0])
+    arrays = [found, *(apart(layer)[0] for layer in layers[1:])]
+
+    def step(carry, row):
+        result = apply(merge(row["layer"]), carry, *consts, **row["each"])
+        return part(result, out)
+
+    if unroll >= len(layers) and out is None:
+        row = lambda i: {"layer": arrays[i], "each": jax.tree.map(lambda x: x[i], each)}
+        blocks = [lambda x, i=i: step(x, row(i))[0] for i in range(len(layers))]
+        return chain(blocks, carry, remat=remat)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *arrays)
+    rows = {"layer": stacked, "each": each}
+    return put(*scan(step, carry, rows, len(layers), unroll=unroll, remat=remat), out)
+
+
+def _check_each(name: str, values, count: int):
+    if steps_of(values, None) != count:
+        raise ValueError(
+            f"each[{name!r}] has {steps_of(values, None)} rows, there are {count} layers"
+        )
+
+
+def _check_alike(layers: list, ignore: tuple[str, ...]):
+    """Raises `ValueError` naming the first thing that differs between two layers."""
+    unused = set(ignore)
+    for place, layer in enumerate(layers[1:], start=1):
+        for path, name, first, other in _differences(layers[0], layer):
+            unused.discard(name)
+            if name not in ignore:
+                raise ValueError(
+                    f"layers[0]{path} is {first} and layers[{place}]{path} is {other}; run takes "
+                    f"equal layers (ignore={name!r} where it makes no difference), jaxckpt.chain "
+                    "takes layers that differ"
+                )
+    if unused and len(layers) > 1:
+        name = min(unused)
+        known = {key for layer in layers for key in getattr(layer, "__dict__", ())}
+        if name not in known:
+            raise ValueError(f"ignore={name!r} is no attribute of a layer{nearest(name, known)}")
+
+
+def _differences(first, other, path: str = "", name: str = "") -> Iterator[tuple]:
+    """Yields `(path, name, first, other)` of what differs, values shown shortly."""
+    if type(first) is not type(other):
+        yield path, name, _shown(first), _shown(other)
+    elif _is_array(first):
+        if (first.shape, first.dtype) != (other.shape, other.dtype):
+            yield path, name, _shown(first), _shown(other)
+    elif isinstance(first, Mapping) or _is_object(first):
+        is_map = isinstance(first, Mapping)
+        mine, its = (dict(one) if is_map else vars(one) for one in (first, other))
+        for key in dict.fromkeys((*mine, *its)):
+            inner = f"{path}[{key!r}]" if is_map else f"{path}.{key}"
+            if key in mine and key in its:
+                yield from _differences(mine[key], its[key], inner, str(key))
+            else:
+                there = "there" if key in mine else "missing"
+                yield inner, str(key), there, "missing" if key in mine else "there"
+    elif isinstance(first, list | tuple) and len(first) == len(other):
+        for place, pair in enumerate(zip(first, other, strict=True)):
+            yield from _differences(*pair, f"{path}[{place}]", name)
+    elif first is not other and not _equal(first, other):
+        yield path, name, _shown(first), _shown(other)
+
+
+def _is_array(value) -> bool:
+    return isinstance(value, jax.Array | np.ndarray | np.generic)
+
+
+def _is_object(value) -> bool:
+    """Whether a value is a node with attributes: a module, a dataclass."""
+    is_node = not jax.tree_util.all_leaves([value]) or dataclasses.is_dataclass(value)
+    return is_node and hasattr(value, "__dict__") and not isinstance(value, type)
+
+
+def _equal(first, other) -> bool:
+    try:
+        return bool(first == other)
+    except (TypeError, ValueError):
+        return False
+
+
+def _shown(value) -> str:
+    if _is_array(value):
+        return f"{value.dtype}{list(value.shape)}"
+    if callable(value) and hasattr(value, "__name__"):
+        return value.__name__
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
