@@ -27,6 +27,7 @@ from jaxckpt.transforms.checks import (
     steps_of,
 )
 from jaxckpt.transforms.policies import GivenPolicy, all_of, plan_and_policy
+from jaxckpt.transforms.stack_blocks import How
 from jaxckpt.transforms.traced_block import (
     TracedBlock,
     as_arrays,
@@ -167,7 +168,7 @@ def _run(
 ) -> list:
     """Returns the last carry, then the ys; everything is lists of leaves."""
     if isinstance(plan, Schedule):
-        how = stack_executor.How(unroll=unroll, reverse=reverse)
+        how = How(unroll=unroll, reverse=reverse)
         return stack_executor.run_schedule(block.call, params, carry, consts, under_loss(plan), how)
     call = value_names.resolved(block.call, all_of(plan))
     num_carry, made = len(carry), []

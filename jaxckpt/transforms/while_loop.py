@@ -29,7 +29,8 @@ from jaxckpt.transforms.checks import check_carry, check_rerun, check_schedule
 from jaxckpt.transforms.custom_gradient import batched_call, inexact, run_with_gradient
 from jaxckpt.transforms.policies import plan_and_policy
 from jaxckpt.transforms.scan import as_returned, scan
-from jaxckpt.transforms.stack_executor import How, Loops
+from jaxckpt.transforms.stack_blocks import How
+from jaxckpt.transforms.stack_executor import Loops
 from jaxckpt.transforms.tables import make_table
 from jaxckpt.transforms.traced_block import as_arrays, identity, once_compiled, trace_block
 

@@ -1,0 +1,217 @@
+"""The backward pass of a stack: the rows of its schedule's table, one after another.
+
+A row loads a carry, runs blocks forward and stores carries again (its moves), then records and
+reverses its own blocks. Rows that are alike are trips of one loop; see `tables.Table.loops`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.interpreters import ad
+
+from jaxckpt.transforms import rows as slots_of
+from jaxckpt.transforms.block_vjp import Moving, differentiate
+from jaxckpt.transforms.custom_gradient import inexact, instantiated, pick
+from jaxckpt.transforms.rows import row_major
+from jaxckpt.transforms.stack_blocks import Blocks, run_loop
+from jaxckpt.transforms.tables import BLOCKS, Counts, Loop
+from jaxckpt.transforms.traced_block import zeros
+
+
+def backward(blocks: Blocks, residuals, grads, num_steps=None) -> list:
+    """Returns the gradients that are asked for, of parameters, carry and consts.
+
+    Args:
+      blocks: The stack's.
+      residuals: What the forward pass handed over.
+      grads: Of the output's inexact leaves, or `ad.Zero`.
+      num_steps: How many of the L blocks ran, where that is known only now; then L is the most.
+    """
+    params, consts, slots, kept, moving = residuals
+    places = inexact(slots)
+    grad_carry, of_ys = instantiated(grads[: len(places)]), grads[len(places) :]
+    y_places = moving.outputs[len(places) :]
+    if not blocks.table.keeps_last:
+        # Nothing is recorded yet, so that a y without a gradient is not differentiated at all.
+        used = [n for n, grad in enumerate(of_ys) if not isinstance(grad, ad.Zero)]
+        y_places, of_ys = pick(y_places, used), pick(of_ys, used)
+    moving = dataclasses.replace(moving, outputs=(*places, *y_places))
+    if blocks.table.records and not blocks.table.keeps_last:
+        kept = blocks.recorder_of(moving).empty(blocks.table.largest_row)
+    types = [blocks.ys[place - blocks.num_carry] for place in y_places]
+    grad_ys = tuple(map(_reader, of_ys, types))
+    back = _Rows(
+        blocks=blocks,
+        params=params,
+        consts=consts,
+        moving=moving,
+        grad_ys=grad_ys,
+        num_steps=num_steps,
+    )
+    grad_params = [jnp.zeros_like(params[i]) for i in moving.params]
+    grad_consts = [jnp.zeros_like(consts[i]) for i in moving.consts]
+    state = (slots, kept, grad_carry, grad_params, grad_consts)
+    if num_steps is not None:
+        state = back.run_until(state)
+    else:
+        loops = blocks.table.loops
+        rows_a_trip = [(loop.rows.stop - loop.rows.start) // loop.trips for loop in loops]
+        if blocks.how.offload and max(rows_a_trip) > 1:
+            # A trip of several rows loads one carry more than it reverses, here over the link.
+            loops = blocks.table.without_counts
+        for loop in loops:
+            state = back.run(loop, state)
+    _, _, grad_carry, grad_params, grad_consts = state
+    of_place = dict(zip(places, grad_carry, strict=True))
+    return [*grad_params, *(of_place[i] for i in moving.carry), *grad_consts]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Rows:
+    """The rows of a backward pass, one after another.
+
+    Attributes:
+      blocks: The stack's.
+      params: Leaves `[L, ...]`.
+      consts: What all blocks share.
+      moving: What is differentiated.
+      grad_ys: Of each y among `moving.outputs`, what reads its gradient in a row.
+      num_steps: As for `backward`.
+    """
+
+    blocks: Blocks
+    params: list
+    consts: list
+    moving: Moving
+    grad_ys: tuple
+    num_steps: Any = None
+
+    def run_until(self, state):
+        """Runs the rows of the blocks that ran, all of them by one loop that reads its bounds."""
+        table = self.blocks.table
+        (loop,) = table.without_counts
+        rows = self._cut(table.rows)
+        first = jnp.asarray(table.first_rows)[self.num_steps]
+        body = lambda n, state: self._trip(loop, state, {k: x[n, None] for k, x in rows.items()})
+        return lax.fori_loop(first, loop.trips, body, state)
+
+    def _cut(self, columns: dict) -> dict:
+        """Returns columns of the table, their blocks at most `num_steps`."""
+        columns = {name: jnp.asarray(column) for name, column in columns.items()}
+        if self.num_steps is None:
+            return columns
+        cut = lambda name, x: jnp.minimum(x, self.num_steps) if name in BLOCKS else x
+        return {name: cut(name, column) for name, column in columns.items()}
+
+    def run(self, loop: Loop, state):
+        """Runs the rows of one loop of the table."""
+        table = self.blocks.table
+        rows = {name: jnp.asarray(x[loop.rows]) for name, x in table.rows.items()}
+        # Blocks that the forward pass has recorded are not recorded again.
+        rows["again"] = rows["record"]
+        if table.keeps_last and loop.rows.start == 0:
+            rows["again"] = rows["again"].at[0].set(self.blocks.length)
+        rows = {name: x.reshape(loop.trips, -1) for name, x in rows.items()}
+        body = lambda state, rows: (self._trip(loop, state, rows), None)
+        if loop.trips == 1:
+            return body(state, {name: x[0] for name, x in rows.items()})[0]
+        return lax.scan(body, state, rows)[0]
+
+    def _trip(self, loop: Loop, state, rows):
+        """Loads, moves and advances by the first row, then records and reverses them all."""
+        table, counts = self.blocks.table, loop.counts
+        num_rows = len(table.rows["load"])
+        moves = self._cut(table.moves)
+        steps = {name: jnp.asarray(column) for name, column in table.steps.items()}
+        row = {name: column[0] for name, column in rows.items()}
+        slots, rest = state[0], tuple(state[1:])
+
+        def move(index, state):
+            carry, slots = state
+            start, stop = moves["start"][index], moves["stop"][index]
+            told = (table.blocks_moved, table.num_moves)
+            carry = self._sweep(carry, start, stop, counts and counts.move, told)
+            return carry, self.blocks.store(slots, moves["slot"][index], carry)
+
+        def step(index, state):
+            carry, slots = state
+            stack = self.blocks
+            carry = stack.next(self.params, self.consts, carry, steps["block"][index])
+            carry = carry[: stack.num_carry]
+            return carry, self.blocks.store(slots, steps["slot"][index], carry)
+
+        carry = self.blocks.load(slots, row["load"])
+        state = (carry, slots)
+        by_block = counts is None and self.num_steps is None and self.blocks.moves_by_block
+        if table.num_moves and by_block:
+            blocks, told = (row["first_step"], row["last_step"]), (table.blocks_moved, num_rows)
+            carry, slots = run_loop(*blocks, None, step, state, told)
+        elif table.num_moves:
+            blocks, told = (row["first_move"], row["last_move"]), (table.num_moves, num_rows)
+            carry, slots = run_loop(*blocks, counts and counts.moves, move, state, told)
+        told = (table.blocks_advanced, num_rows)
+        carry = self._sweep(carry, row["advance"], row["record"], counts and counts.advance, told)
+        if self.num_steps is not None:
+            reverse = lambda: tuple(self._reverse(counts, carry, row, rest))
+            return slots, *lax.cond(row["record"] < row["stop"], reverse, lambda: rest)
+        if rows["load"].shape[0] == 1:
+            return slots, *self._reverse(counts, carry, row, rest)
+
+        # The first row has its carry; each of the others loads its own when the last one is done.
+        def body(state, row):
+            carry, rest = state
+            rest = self._reverse(counts, carry, row, rest)
+            return (self.blocks.load(slots, row["next"]), rest), None
+
+        rows["next"] = jnp.roll(rows["load"], -1)
+        (_, rest), _ = lax.scan(body, (carry, rest), rows)
+        return slots, *rest
+
+    def _sweep(self, carry, *blocks) -> list:
+        return self.blocks.sweep(self.params, self.consts, carry, *blocks)
+
+    def _reverse(self, counts: Counts | None, carry, row, state):
+        """Records and reverses the blocks of one row."""
+        kept, *grads = state
+        stack = self.blocks
+        if not stack.table.records:
+            params_i = slots_of.row(self.params, stack.at(row["record"]))
+            _, reverse = differentiate(stack.call, carry, params_i, self.consts, self.moving)
+            return kept, *self._accumulated(reverse, row["record"], *grads)
+        recorder = stack.recorder_of(self.moving)
+        num_rows = len(stack.table.rows["load"])
+        first = int(stack.table.rows["record"][0]) if stack.table.keeps_last else stack.length
+        blocks = (row["record"], row["again"], row["stop"], counts and counts.again)
+        (carry, _), kept = stack.record(
+            recorder, self.params, self.consts, (carry, []), kept, *blocks, (first, num_rows)
+        )
+
+        def reverse_block(count, grads):
+            index = row["stop"] - 1 - count
+            residuals = row_major(slots_of.row(kept, index - row["record"]))
+            params_i = slots_of.row(self.params, stack.at(index))
+            reverse = recorder.reverse(residuals, params_i, self.consts)
+            return self._accumulated(reverse, index, *grads)
+
+        number, told = row["stop"] - row["record"], (stack.length, num_rows)
+        count = counts and counts.reverse
+        return kept, *run_loop(0, number, count, reverse_block, tuple(grads), told)
+
+    def _accumulated(self, reverse: Callable, index, grad_carry, grad_params, grad_consts):
+        """Reverses one block: its parameters' gradients are written, the consts' are added."""
+        place = self.blocks.at(index)
+        of_ys = [read(place) for read in self.grad_ys]
+        grad_carry, of_params, of_consts = reverse([*grad_carry, *of_ys])
+        grad_params = slots_of.write(grad_params, place, of_params)
+        return grad_carry, grad_params, [a + b for a, b in zip(grad_consts, of_consts, strict=True)]
+
+
+def _reader(grad, aval) -> Callable:
+    """Returns what reads the gradient of a y in a row; of one that nobody uses it is zero."""
+    if isinstance(grad, ad.Zero):
+        zero = zeros(1, aval)[0]
+        return lambda place: zero
+    return lambda place: lax.dynamic_index_in_dim(grad, place, keepdims=False)
