@@ -224,6 +224,8 @@ def test_a_seed_that_jax_would_cut_short(seed, tmp_path):
 def test_a_command_that_is_stopped_leaves_nothing_half_written(number, word, tmp_path):
     code = (
         "import os, signal, sys\nfrom pathlib import Path\nwrite = Path.write_bytes\n"
+        # Who was started in a shell's background is deaf to Ctrl-C.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def stopped(self, content):\n"
         "    write(self, content[:9])\n    os.kill(os.getpid(), getattr(signal, sys.argv[1]))\n"
         "Path.write_bytes = stopped\n"
