@@ -62,13 +62,13 @@ class Loop:
     def stays_one(self) -> bool:
         """Whether XLA keeps what is run again inside a loop.
 
-        A loop of one trip is none once compiled, and what it runs again may be merged with the
-        forward pass, or kept from there.
+        A loop of one trip is none once compiled. What it runs again may be merged with the forward
+        pass, and what it records lies beside what was recorded before, not in its place.
         """
         if self.counts is None:
             return False
-        runs_single_blocks = self.counts.moves or self.counts.advance or self.counts.again == 1
-        return self.trips > 1 or not runs_single_blocks
+        runs_again = self.counts.moves or self.counts.advance or self.counts.again
+        return self.trips > 1 or not runs_again
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
