@@ -93,7 +93,7 @@ def test_an_array_that_flax_would_leak_is_refused():
     [
         (functools.partial(Keeps, nnx.BatchStat, late=True), r"keeps state in extra \(BatchStat\)"),
         (functools.partial(Keeps, nnx.Param, late=True), "the block changes extra when it is call"),
-        (functools.partial(Sows, nnx.Param), r"seen.* \(Intermediate\).*return what is sown beside th"),
+        (functools.partial(Sows, nnx.Param), r"seen.* \(Intermediate\).*what is sown beside th"),
         (functools.partial(Overwrites, nnx.Param), r"changes inner\.bias when.*into the carry"),
         (functools.partial(Counts, nnx.Param), "the block changes an attribute when"),
     ],

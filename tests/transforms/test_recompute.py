@@ -110,11 +110,11 @@ def test_saved_bytes_are_exact():
 
 def test_the_twins_see_a_remat_that_does_nothing(monkeypatch):
     """With the transforms replaced by the identity, every twin above goes red."""
-    from jaxckpt.transforms import checkpointed, stack, stack_executor
+    from jaxckpt.transforms import checkpointed, scan, stack_executor
 
     monkeypatch.setattr(jax, "checkpoint", lambda fn, **_: fn)
     monkeypatch.setattr(stack_executor, "runs", lambda _: False)
-    assert stack.stack_executor is stack_executor and stack.reference is checkpointed
+    assert scan.stack_executor is stack_executor and scan.reference is checkpointed
     assert cases.count_evaluations(8, "full").total == 8
     assert cases.count_evaluations(9, "sqrt").total == 9
     with pytest.raises(AssertionError):
