@@ -39,7 +39,9 @@ def test_a_carry_crosses_the_link_once_a_store_and_once_a_load(plan):
     table = make_table(schedule)
     is_uniform = plan.startswith(("uniform", "every"))
     stop = int(table.rows["record"][0]) if is_uniform else NUM_BLOCKS
-    crossings = len(table.sweep_stores(stop)) + table.num_moves + len(table.rows["load"])
+    # A first row whose blocks the forward pass has recorded loads nothing where it runs by itself.
+    loads = len(table.rows["load"]) - (table.keeps_last and len(table.loops) > 1)
+    crossings = len(table.sweep_stores(stop)) + table.num_moves + loads
     number = 4  # the slots are made from it
     assert moved_bytes(plan) == 0
     assert moved_bytes(plan + "+offload:carry") == crossings * CARRY + number
