@@ -20,6 +20,7 @@ from cyclopts import App, CycloptsError, Parameter
 from benchmarks.record import ChildError, values_of, write
 from benchmarks.result import Result
 from experiments.cli import fail
+from experiments.loop import segments_of
 
 MODELS = ("rnn", "reaction")
 LENGTHS = (64, 256, 1000, 4096)
@@ -77,7 +78,7 @@ def loops(flags: Annotated[Flags, Parameter(name="*")] = Flags(), *, command: st
 def measured(model: str, length: int, about: dict, names, environment, options: str) -> list[Row]:
     """Returns the rows of one process; what it got to before it failed, and then why it did."""
     found: list[Row] = []
-    wanted = [name if name != "uniform" else f"uniform:{_segments(length)}" for name in names]
+    wanted = [name if name != "uniform" else f"uniform:{segments_of(length)}" for name in names]
     try:
         asked = (model, length, about, wanted)
         for row in values_of("loops_parts.process", *asked, environment=environment, name=model):
@@ -87,10 +88,6 @@ def measured(model: str, length: int, about: dict, names, environment, options: 
         found.append({"model": model, "length": length, "options": options, "error": str(error)})
         print(line(found[-1]), flush=True)
     return found
-
-
-def _segments(length: int) -> int:
-    return max(n for n in range(1, int(length**0.5) + 1) if length % n == 0)
 
 
 def line(row: Row) -> str:
@@ -142,7 +139,7 @@ def failed(rows: Sequence[Row]) -> list[str]:
             found += _above(name, "compile time", row, rival, "compile_cpu_seconds", 0.6)
         hand = of.get((model, length, options, "nested by hand"))
         if method == "sqrt" and hand and on_gpu:
-            pair = [row, of.get((model, length, options, f"uniform:{_segments(length)}"), row)]
+            pair = [row, of.get((model, length, options, f"uniform:{segments_of(length)}"), row)]
             lean = [one for one in pair if one["temp_bytes"] <= hand["temp_bytes"]]
             best = min(lean or pair, key=lambda one: one["seconds"])
             found += _above(name, "temporaries", best, hand, "temp_bytes", 1.0)

@@ -71,7 +71,7 @@ def main(command: Callable, tokens: Sequence[str] | None = None):
 
 
 class Terminated(BaseException):
-    """SIGTERM came; no error, as `KeyboardInterrupt` is none."""
+    """SIGTERM came. Like `KeyboardInterrupt` it is not an `Exception`."""
 
 
 @contextlib.contextmanager

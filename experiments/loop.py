@@ -164,13 +164,18 @@ def temp_bytes(task: Task, scan: Callable) -> int:
     return jaxckpt.measure(gradient, task.weights, jax.random.key(0)).temp_bytes
 
 
-def _nested(f, init, xs=None, length: int = 0):
-    """Runs two nested scans, each checkpointed; their sizes are those nearest to equal."""
+def segments_of(length: int) -> int:
+    """Returns the number of equal segments nearest to the square root of a length, from below."""
+    return max(n for n in range(1, math.isqrt(length) + 1) if length % n == 0)
+
+
+def nested(f, init, xs=None, length: int = 0):
+    """Returns what `lax.scan` does, by two nested scans, each checkpointed."""
     import jax
     from jax import lax
 
     steps = length or len(jax.tree.leaves(xs)[0])
-    segments = max(n for n in range(1, math.isqrt(steps) + 1) if steps % n == 0)
+    segments = segments_of(steps)
     cut = lambda x: x.reshape(segments, -1, *x.shape[1:])
     inner = lambda carry, xs: lax.scan(jax.checkpoint(f), carry, xs, steps // segments)
     carry, ys = lax.scan(jax.checkpoint(inner), init, jax.tree.map(cut, xs), segments)
@@ -186,7 +191,7 @@ def _figure(task: str, plan: Plan, lengths: list[int]):
 
     ways = {
         "none": jax.lax.scan,
-        "two scans by hand": _nested,
+        "two scans by hand": nested,
         str(plan): functools.partial(jaxckpt.scan, remat=plan),
     }
     figure = Figure(figsize=(7, 4.5), layout="constrained")

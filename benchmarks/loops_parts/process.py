@@ -21,6 +21,7 @@ from jax import lax
 import jaxckpt
 from benchmarks.executor_parts import stacks
 from benchmarks.record import device
+from experiments.loop import nested, segments_of
 from jaxckpt.plans import Plan
 from jaxckpt.schedules.of_stage import stack_schedule_of
 
@@ -81,18 +82,6 @@ def reaction(length: int, side: int) -> tuple[Callable, Any, Any, Any]:
 MODELS = {"rnn": rnn, "reaction": reaction}
 
 
-def nested(segments: int) -> Scan:
-    """Returns two nested scans, each checkpointed; the length is a multiple of `segments`."""
-
-    def scan(f, init, xs):
-        cut = lambda x: x.reshape(segments, -1, *x.shape[1:])
-        inner = lambda carry, xs: lax.scan(jax.checkpoint(f), carry, xs)
-        carry, ys = lax.scan(jax.checkpoint(inner), init, jax.tree.map(cut, xs))
-        return carry, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys)
-
-    return scan
-
-
 def equinox(checkpoints: int | None) -> Scan:
     """Returns Equinox's checkpointed loop, of some states or of as many as it takes by itself."""
     from equinox.internal import scan
@@ -108,15 +97,14 @@ def ours(plan: str) -> Scan:
 def methods(length: int) -> dict[str, Scan]:
     """Returns every method by its name; those of Equinox fail where it is not installed."""
     plain = lambda f, init, xs: lax.scan(f, init, xs)
-    segments = max(n for n in range(1, math.isqrt(length) + 1) if length % n == 0)
     found = {
         "plain": plain,
         "checkpointed step": lambda f, init, xs: lax.scan(jax.checkpoint(f), init, xs),
-        "nested by hand": nested(segments),
+        "nested by hand": nested,
         "equinox, 16 states": equinox(16),
         "equinox": equinox(None),
     }
-    plans = ("sqrt", f"uniform:{segments}", "log", "binomial:16", "binomial:32")
+    plans = ("sqrt", f"uniform:{segments_of(length)}", "log", "binomial:16", "binomial:32")
     return found | {plan: ours(plan) for plan in plans}
 
 

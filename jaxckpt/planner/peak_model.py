@@ -44,8 +44,8 @@ def all_under(parts: Sequence[Part], schedule: str) -> Draft:
 def as_compiled(parts: Sequence[Part], worst_bytes: float) -> tuple[Part, ...]:
     """Returns the parts once compiled: under `none`, all of them together hold `worst_bytes`.
 
-    Where many shares do, for what `none` holds at its peak is none of a reversal's, XLA is taken to
-    keep what JAX keeps.
+    Many shares give `worst_bytes` where the peak of `none` is not inside a reversal. XLA is then
+    taken to keep what JAX keeps.
     """
     worst = lambda share: all_under([_compiled(part, share) for part in parts], "none").worst_bytes
     is_plain = math.isclose(worst(1.0), worst_bytes, rel_tol=_SAME)

@@ -34,8 +34,8 @@ def stack_length(params, name: str = "params") -> int:
         sizes.setdefault(shape[0], jax.tree_util.keystr(path))
     if not sizes:
         raise ValueError(
-            "params has no arrays, so the number of blocks is unknown; pass jnp.arange(L) as "
-            "params for blocks without parameters"
+            f"{name} has no arrays, so the number of blocks is unknown; pass jnp.arange(L) as "
+            f"{name} for blocks without parameters"
         )
     if len(sizes) > 1:
         found = ", ".join(f"{name}{path} has {size}" for size, path in sizes.items())
@@ -61,6 +61,12 @@ def steps_of(xs, length: int | None) -> int:
     if length is not None and operator.index(length) != found:
         raise ValueError(f"length is {length}, but the leading size of xs is {found}")
     return found
+
+
+def check_unroll(unroll):
+    """Raises `ValueError` unless `unroll` is a number of blocks."""
+    if isinstance(unroll, bool) or not isinstance(unroll, int) or unroll < 1:
+        raise ValueError(f"unroll is a whole number of blocks, at least 1, not {unroll!r}")
 
 
 def check_pair(made):
@@ -102,7 +108,7 @@ def lists_explained(params):
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # the user's block may raise anything
         if not isinstance(params, list | tuple) or len(params) < 2:
             raise
         alike = {(jax.tree.structure(one), _shapes(one)) for one in params}

@@ -109,7 +109,7 @@ def widened(x, dim: int | None, axis):
 
 
 def instantiated(grads: Sequence) -> list:
-    """Returns gradients with zeros in the place of those that nobody uses."""
+    """Returns the gradients, and arrays of zeros where the caller has no gradient."""
     zeros_of = lambda aval: zeros(1, aval)[0]
     return [zeros_of(g.aval) if isinstance(g, ad.Zero) else g for g in grads]
 

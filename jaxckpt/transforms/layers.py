@@ -21,7 +21,7 @@ from jaxckpt.plans.errors import nearest
 from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms.arguments import apart, part, put
 from jaxckpt.transforms.chain import chain
-from jaxckpt.transforms.checks import steps_of
+from jaxckpt.transforms.checks import check_unroll, stack_length
 from jaxckpt.transforms.scan import scan
 
 
@@ -77,10 +77,13 @@ def run(
     if not layers:
         raise ValueError("layers is an empty list; run needs at least one layer")
     _check_alike(layers, (ignore,) if isinstance(ignore, str) else tuple(ignore))
+    check_unroll(unroll)
     for name, values in each.items():
-        _check_each(name, values, len(layers))
-    found, merge = apart(layers[0])
-    arrays = [found, *(apart(layer)[0] for layer in layers[1:])]
+        found = stack_length(values, f"each[{name!r}]")
+        if found != len(layers):
+            raise ValueError(f"each[{name!r}] has {found} rows, there are {len(layers)} layers")
+    first, merge = apart(layers[0])
+    arrays = [first, *(apart(layer)[0] for layer in layers[1:])]
 
     def step(carry, row):
         result = apply(merge(row["layer"]), carry, *consts, **row["each"])
@@ -93,13 +96,6 @@ def run(
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *arrays)
     rows = {"layer": stacked, "each": each}
     return put(*scan(step, carry, rows, len(layers), unroll=unroll, remat=remat), out)
-
-
-def _check_each(name: str, values, count: int):
-    if steps_of(values, None) != count:
-        raise ValueError(
-            f"each[{name!r}] has {steps_of(values, None)} rows, there are {count} layers"
-        )
 
 
 def _check_alike(layers: list, ignore: tuple[str, ...]):

@@ -24,6 +24,7 @@ from jaxckpt.transforms.checks import (
     check_policies,
     check_rerun,
     check_schedule,
+    check_unroll,
     steps_of,
 )
 from jaxckpt.transforms.policies import GivenPolicy, all_of, plan_and_policy
@@ -111,8 +112,7 @@ def looped(
       reverse: The same.
       nested: As for `scan_blocks`.
     """
-    if isinstance(unroll, bool) or not isinstance(unroll, int) or unroll < 1:
-        raise ValueError(f"unroll is a whole number of blocks, at least 1, not {unroll!r}")
+    check_unroll(unroll)
     xs, carry, consts = as_arrays((xs, init, consts))
     remat, given = (remat, None) if isinstance(remat, Schedule) else plan_and_policy(remat)
     if isinstance(remat, Schedule):

@@ -62,8 +62,8 @@ class Loop:
     def stays_one(self) -> bool:
         """Whether XLA keeps what is run again inside a loop.
 
-        A loop of one trip is none once compiled. What it runs again may be merged with the forward
-        pass, and what it records lies beside what was recorded before, not in its place.
+        XLA opens a loop of one trip. It may then merge the blocks that are run again with the
+        forward pass, and it gives their residuals a second array beside the first.
         """
         if self.counts is None:
             return False

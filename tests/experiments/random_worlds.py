@@ -217,7 +217,7 @@ class Try:
         self.own = [own]
 
     def choose_file(self, endings: list[str]) -> Path:
-        """Returns a file to write; sets `is_own` where it is none that may be written."""
+        """Returns a file to write; sets `is_own` to False where it must not be written."""
         path = self.base / (self.rng.choice(NAMES) + self.pick(endings, ["", ".htm", ".pdf"]))
         kind = self.pick(["new"], ["others", "folder", "below", "linked"])
         if os.path.lexists(path):

@@ -85,7 +85,7 @@ def test_equal_towers_are_predicted():
 
 @pytest.mark.parametrize("together", [True, False])
 def test_schedules_of_equal_towers_are_predicted(together):
-    """`full` and `none` of those that begin together hold an array more than small schedules."""
+    """Towers that begin together hold one array more under `full` and `none`."""
     step_for = lambda plan: towers(plan, together=together)
     for plan, predicted in predictions(
         step_for, "uniform:2", "binomial:1", "log", "4xbinomial:1/4xnone"
