@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxckpt.plans import Plan
-from jaxckpt.plans.errors import nearest
 from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms.arguments import apart, part, put
 from jaxckpt.transforms.chain import chain
@@ -100,25 +99,22 @@ def run(
 
 def _check_alike(layers: list, ignore: tuple[str, ...]):
     """Raises `ValueError` naming the first thing that differs between two layers."""
-    unused = set(ignore)
     for place, layer in enumerate(layers[1:], start=1):
         for path, name, first, other in _differences(layers[0], layer):
-            unused.discard(name)
             if name not in ignore:
+                advice = f" (ignore={name!r} where it makes no difference)" if name else ""
                 raise ValueError(
                     f"layers[0]{path} is {first} and layers[{place}]{path} is {other}; run takes "
-                    f"equal layers (ignore={name!r} where it makes no difference), jaxckpt.chain "
-                    "takes layers that differ"
+                    f"equal layers{advice}, jaxckpt.chain takes layers that differ"
                 )
-    if unused and len(layers) > 1:
-        name = min(unused)
-        known = {key for layer in layers for key in getattr(layer, "__dict__", ())}
-        if name not in known:
-            raise ValueError(f"ignore={name!r} is no attribute of a layer{nearest(name, known)}")
 
 
 def _differences(first, other, path: str = "", name: str = "") -> Iterator[tuple]:
-    """Yields `(path, name, first, other)` of what differs, values shown shortly."""
+    """Yields `(path, name, first, other)` of what differs, values shown shortly.
+
+    Arrays that differ have no name: they are stacked, and cannot be ignored.
+    """
+    name = "" if _is_array(first) or _is_array(other) else name
     if type(first) is not type(other):
         yield path, name, _shown(first), _shown(other)
     elif _is_array(first):

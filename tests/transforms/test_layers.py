@@ -159,7 +159,6 @@ OTHER = eqx.nn.Linear(WIDTH, 2 * WIDTH, use_bias=False, key=KEYS[0])
         ([], {}, "layers is an empty list"),
         (LAYERS, {"ignore": ()}, r"layers\[0\].layer_idx is 0 and layers\[1\].layer_idx is 1"),
         (LAYERS, {"ignore": "layer_id"}, r"layer_idx is 0 .*ignore='layer_idx'"),
-        (LAYERS, {"ignore": ("layer_idx", "dropuot")}, "no attribute of a layer.*dropout"),
         (changed(act=jax.nn.relu), {}, r"layers\[5\].act is .*relu.*jaxckpt.chain"),
         (
             changed(up=OTHER),
@@ -167,6 +166,7 @@ OTHER = eqx.nn.Linear(WIDTH, 2 * WIDTH, use_bias=False, key=KEYS[0])
             r"layers\[0\].up.bias is float32\[16\] and layers\[5\].up.bias is None",
         ),
         (LAYERS, {"each": {"key": KEYS[:4]}}, r"each\['key'\] has 4 rows, there are 6 layers"),
+        (changed(up=OTHER), {"ignore": ("layer_idx", "bias")}, "equal layers, jaxckpt.chain"),
         (LAYERS, {"each": {"key": None}}, r"each\['key'\] has no arrays"),
         (LAYERS, {"unroll": "2"}, "unroll is a whole number of blocks, at least 1, not '2'"),
         (LAYERS, {"out": 2}, "out=2 is the place of the carry"),
