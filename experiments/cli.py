@@ -8,6 +8,7 @@ code 1. `--debug` shows where a line comes from, too.
 import contextlib
 import importlib.metadata
 import io
+import os
 import signal
 import sys
 import threading
@@ -20,9 +21,11 @@ from cyclopts import App, CycloptsError, config
 
 from experiments.config import PERMISSIONS, ConfigError, RunError, expanded, load_toml
 from experiments.weights.load import shape_flags
+from jaxckpt.absent import launch
 from jaxckpt.plans.errors import UserError
 
 _DEBUG = "--debug"
+_PATIENCE_SECONDS = 0.5
 
 
 def main(command: Callable, tokens: Sequence[str] | None = None):
@@ -64,8 +67,8 @@ def main(command: Callable, tokens: Sequence[str] | None = None):
         if is_debugged:
             traceback.print_exception(error)
         fail(error, code=error.code if isinstance(error, RunError) else 2)
-    except KeyboardInterrupt:
-        fail("interrupted", code=130)
+    except KeyboardInterrupt as error:
+        _leave(f"interrupted: {error}" if str(error) else "interrupted", code=130)
     except Terminated:
         fail("terminated", code=128 + signal.SIGTERM)
 
@@ -99,6 +102,20 @@ def fail(error: Exception | str, code: int = 2):
     """Prints one line on stderr and exits."""
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
     raise SystemExit(code)
+
+
+def _leave(line: str, code: int):
+    """Prints a line on stderr and exits, though a thread may be inside the compiler."""
+    try:
+        fail(line, code)
+    finally:
+        threads = [one for one in threading.enumerate() if one.name.startswith(launch.THREADS)]
+        for one in threads:
+            one.join(_PATIENCE_SECONDS)
+        if any(one.is_alive() for one in threads):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)  # the compiler cannot be told to stop
 
 
 def _expanded(value: Any, name: str) -> Any:

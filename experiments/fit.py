@@ -19,6 +19,7 @@ from experiments import files
 from experiments.cli import fail, main
 from experiments.config import ConfigError, TrainConfig, expanded
 from jaxckpt.plans import PlanError
+from jaxckpt.targets.target import LOCAL
 
 # From the fastest and largest to the smallest; each is a way of spending memory that users know.
 PLANS = ("none", "dots_no_batch", "full+attention+names:q,k,v,mid,gate,up")
@@ -77,14 +78,26 @@ def fit(
     del config  # read before the other flags were parsed; see experiments.cli
     from experiments.fitting import table
     from experiments.fitting.measuring import check_targets, measure_all
+    from experiments.fitting.row import FitRow
     from experiments.training.choose_plan import check_calibrated
+    from experiments.training.compilation import keep_compiled
     from experiments.weights.load import check_shape
 
     check_shape(settings)
     cases = _cases(settings, flags)
     check_calibrated(settings, [config.plan for config, _ in cases], flags.target)
     check_targets(flags.target, settings.mesh_shape)
-    rows = measure_all(cases, largest=flags.max, parallel=flags.parallel)
+    if LOCAL.name in flags.target:
+        keep_compiled(settings.compile_cache, print)
+    done: list[FitRow] = []
+    asked = {"largest": flags.max, "parallel": flags.parallel}
+    try:
+        rows = measure_all(cases, **asked, done=done.append)
+    except KeyboardInterrupt:
+        if done:
+            table.show(done, settings, flags.max)
+        again = "asking again starts from these" if done else "no row was done"
+        raise KeyboardInterrupt(f"{len(done)} of {len(cases)} rows are done; {again}") from None
     failed = [row for row in rows if row.error is not None]
     if len(failed) < len(rows) or len(rows) > 1:
         table.show(rows, settings, flags.max)

@@ -1,25 +1,24 @@
-"""Measuring configurations for targets, several at once, under a progress bar.
+"""Measuring configurations for targets, several at once, with a word on what is compiled now.
 
 With `--max` the largest size whose peak fits is found with few compilations.
 """
 
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeVar
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from typing import Any, TypeVar
 
 from experiments.config import ConfigError, TrainConfig
 from experiments.fitting.row import FitRow
+from experiments.fitting.waiting import Waiting
 from experiments.training.build import build, entry_of
 from experiments.training.choose_plan import choose, host_limit_bytes, limit_bytes
 from jaxckpt.absent import launch
 from jaxckpt.absent.jobs import measure_entry
 from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.models.mesh import MeshShape
-from jaxckpt.planner.result import BudgetError, FitResult
+from jaxckpt.planner.result import BudgetError, Compilation, FitResult
 from jaxckpt.targets.target import parse_target
 
 # A sequence grows by whole blocks of the attention kernels.
@@ -40,7 +39,11 @@ def check_targets(targets: Sequence[str], mesh: MeshShape | None = None):
 
 
 def measure_all(
-    cases: Sequence[tuple[TrainConfig, str]], *, largest: str | None = None, parallel: int = 2
+    cases: Sequence[tuple[TrainConfig, str]],
+    *,
+    largest: str | None = None,
+    parallel: int = 2,
+    done: Callable[[FitRow], Any] = lambda row: None,
 ) -> list[FitRow]:
     """Returns a row for each configuration and target, in their order.
 
@@ -48,44 +51,80 @@ def measure_all(
       cases: Configurations and targets.
       largest: `"batch-size"` or `"seq-len"` to find the largest that fits; None for what is given.
       parallel: Compilations at once. Those for `local` are made one after another, in this process.
+      done: Called with each row as it is done.
     """
     here = threading.Lock()  # JAX's tracing of one step does not gain from another's beside it
-    columns = (TextColumn("compiling"), BarColumn(bar_width=20))
-    columns += (TextColumn("{task.completed}/{task.total}  {task.fields[last]}"),)
-    console = Console(stderr=True)
-    shown = {"console": console, "transient": True, "disable": not console.is_terminal}
-    with Progress(*columns, TimeElapsedColumn(), **shown) as progress:
-        task = progress.add_task("compile", total=len(cases), last="")
+    with Waiting(len(cases), parallel) as waiting:
 
-        def show(place: int, _):
-            config, target = cases[place]
-            progress.update(task, advance=1, last=f"{config.remat} on {target}")
+        def show(_, row: FitRow):
+            waiting.done(row)
+            done(row)
 
         def work(case: tuple[TrainConfig, str]) -> FitRow:
-            return _row(case[0], case[1], largest, here)
+            config, target = case
+            with waiting.row(f"{config.remat} on {target}") as compiling:
+                return _row(config, target, largest, _Compiler(here, compiling, waiting.say))
 
         return launch.in_parallel(work, cases, parallel, show)
 
 
-def _row(config: TrainConfig, target: str, largest: str | None, here) -> FitRow:
+@dataclasses.dataclass(frozen=True)
+class _Compiler:
+    """What compiles the steps of a row.
+
+    Attributes:
+      here: Held while this process compiles.
+      compiling: Takes the name of what is compiled now.
+      say: Prints a line that stays.
+    """
+
+    here: threading.Lock
+    compiling: Callable[[str], None]
+    say: Callable[[str], None]
+
+    def choose(self, config: TrainConfig, target: str, budget: int | None = None) -> FitResult:
+        """Returns the planner's answer."""
+
+        def progress(one: Compilation):
+            if one.is_done:
+                self.say(f"{config.remat} on {target}, {one}")
+            else:
+                self.compiling(str(one).removeprefix("compiling "))
+
+        with self.here if _is_local(target) else contextlib.nullcontext():
+            return choose(config, target, budget=budget, progress=progress)
+
+    def measure(self, config: TrainConfig, target: str, what: str = "") -> MemoryReport:
+        """Returns the memory of a configuration's step; `what` tells it from others of the row."""
+        with self.here if _is_local(target) else contextlib.nullcontext():
+            self.compiling(what)
+            return _measure(config, target)
+
+
+def _measure(config: TrainConfig, target: str) -> MemoryReport:
+    if not _is_local(target):
+        return measure_entry(entry_of(config, target), target)
+    from jaxckpt.memory.measure import compile_step
+
+    return compile_step(build(config, target))[1]
+
+
+def _is_local(target: str) -> bool:
+    return parse_target(target).backend == "local"
+
+
+def _row(config: TrainConfig, target: str, largest: str | None, compiler: _Compiler) -> FitRow:
     asked = {"config": config, "target": target}
     try:
         asked["budget_bytes"] = limit_bytes(config, target)
         asked["host_budget_bytes"] = host_limit_bytes(config)
         if largest is not None:
-            return _largest_row(FitRow(**asked), largest, here)
+            return _largest_row(FitRow(**asked), largest, compiler)
         if config.is_auto:
-            return _auto_row(FitRow(**asked), _choose(config, target, here))
-        return FitRow(**asked, report=_measure(config, target, here))
+            return _auto_row(FitRow(**asked), compiler.choose(config, target))
+        return FitRow(**asked, report=compiler.measure(config, target))
     except Exception as error:  # whatever it is, it is this row's and no other's
         return FitRow(**asked, failure=error)
-
-
-def _choose(config: TrainConfig, target: str, here, budget: int | None = None) -> FitResult:
-    if parse_target(target).backend != "local":
-        return choose(config, target, budget=budget)
-    with here:
-        return choose(config, target, budget=budget)
 
 
 def _auto_row(row: FitRow, chosen: FitResult) -> FitRow:
@@ -94,16 +133,7 @@ def _auto_row(row: FitRow, chosen: FitResult) -> FitRow:
     return dataclasses.replace(row, config=config, report=chosen.report, auto=chosen)
 
 
-def _measure(config: TrainConfig, target: str, here) -> MemoryReport:
-    if parse_target(target).backend != "local":
-        return measure_entry(entry_of(config, target), target)
-    from jaxckpt.memory.measure import compile_step
-
-    with here:
-        return compile_step(build(config, target))[1]
-
-
-def _largest_row(row: FitRow, largest: str, here) -> FitRow:
+def _largest_row(row: FitRow, largest: str, compiler: _Compiler) -> FitRow:
     """Returns the row of the largest size that fits, verified on both sides by compiling."""
     config, field = row.config, largest.replace("-", "_")
     parts = 1 if config.mesh_shape is None else config.mesh_shape.batch_parts
@@ -115,12 +145,12 @@ def _largest_row(row: FitRow, largest: str, here) -> FitRow:
         return dataclasses.replace(row, config=config, size=count * unit)
 
     if config.is_auto:
-        return _largest_auto(sized, start, here)
+        return _largest_auto(sized, start, compiler)
     rows: dict[int, FitRow] = {}
 
     def peak(count: int) -> tuple[int, int | None]:
         one = sized(count)
-        report = _measure(one.config, one.target, here)
+        report = compiler.measure(one.config, one.target, f"{largest} {one.size}")
         rows[count] = one = dataclasses.replace(one, report=report)
         return report.peak_bytes, one.limit_bytes
 
@@ -129,45 +159,45 @@ def _largest_row(row: FitRow, largest: str, here) -> FitRow:
     return dataclasses.replace(rows[max(count, 1)], size=count * unit)
 
 
-def _largest_auto(sized: Callable[[int], FitRow], start: int, here) -> FitRow:
+def _largest_auto(sized: Callable[[int], FitRow], start: int, compiler: _Compiler) -> FitRow:
     """Returns the row of the largest size that some plan fits, with the fastest plan that does.
 
     A size is feasible if the plan of the least peak fits. That plan is asked for once, the largest
     size is looked for under it, and then the planner itself is asked at that size and the next.
     """
-    least = _least_plan(sized(start), here)
+    least = _least_plan(sized(start), compiler)
 
     def peak(count: int) -> tuple[int, int | None]:
         one = sized(count)
         config = dataclasses.replace(one.config, remat=least)
-        return _measure(config, one.target, here).peak_bytes, one.budget_bytes
+        report = compiler.measure(config, one.target, f"size {one.size} under {least}")
+        return report.peak_bytes, one.budget_bytes
 
     def plan(count: int) -> FitResult | None:
         try:
-            return _choose(sized(count).config, sized(count).target, here)
+            return compiler.choose(sized(count).config, sized(count).target)
         except BudgetError:
             return None
 
     count, chosen = grown(plan, largest_that_fits(peak, start=start))
     if chosen is None:
-        return _row_of_nothing(sized(1), here)
+        return _row_of_nothing(sized(1), compiler)
     return _auto_row(sized(count), chosen)
 
 
-def _least_plan(row: FitRow, here) -> str:
+def _least_plan(row: FitRow, compiler: _Compiler) -> str:
     """Returns the plan of the least peak: what the planner answers when nothing fits."""
     try:
-        return str(_choose(row.config, row.target, here, budget=1).plan)
+        return str(compiler.choose(row.config, row.target, budget=1).plan)
     except BudgetError as error:
         return str(error.plan)
 
 
-def _row_of_nothing(row: FitRow, here) -> FitRow:
+def _row_of_nothing(row: FitRow, compiler: _Compiler) -> FitRow:
     """Returns the row of a size that no plan fits, under the plan that comes nearest."""
-    config = dataclasses.replace(row.config, remat=_least_plan(row, here))
-    return dataclasses.replace(
-        row, config=config, report=_measure(config, row.target, here), size=0
-    )
+    config = dataclasses.replace(row.config, remat=_least_plan(row, compiler))
+    report = compiler.measure(config, row.target)
+    return dataclasses.replace(row, config=config, report=report, size=0)
 
 
 Answer = TypeVar("Answer")

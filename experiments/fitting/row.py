@@ -8,6 +8,7 @@ from experiments.config import TrainConfig
 from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.planner.result import BudgetError, FitResult
 from jaxckpt.plans.errors import UserError
+from jaxckpt.units import iec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,16 @@ class FitRow:
         """FLOPs run again, as a share of those without remat."""
         again, flops = self.measured.recomputed_flops, self.measured.flops
         return None if again is None or flops is None else again / (flops - again)
+
+    @property
+    def summary(self) -> str:
+        """The row in one line."""
+        name = f"{self.config.remat} on {self.target}"
+        if self.error is not None:
+            return f"{name}: {self.error}"
+        size = "" if self.size is None else f"largest {self.size}, "
+        verdict = {None: "", True: ", fits", False: ", too large"}[self.fits]
+        return f"{name}: {size}{iec(self.measured.peak_bytes)}{verdict}"
 
     def as_json(self) -> dict[str, Any]:
         """Returns the row as JSON values."""

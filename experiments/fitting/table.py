@@ -9,6 +9,7 @@ from experiments.config import TrainConfig
 from experiments.fitting.row import FitRow
 from experiments.training.choose_plan import excess
 from jaxckpt.memory.findings import peak_not_below_none
+from jaxckpt.targets.target import parse_target
 from jaxckpt.units import iec
 
 _NEVER, _WIDTH = float("inf"), 140
@@ -64,51 +65,84 @@ def _title(row: FitRow, settings: TrainConfig, largest: str | None) -> str:
         "?" if name == largest else getattr(settings, name.replace("-", "_"))
         for name in ("batch-size", "seq-len")
     )
-    usable = "" if report.usable_bytes is None else f", {iec(report.usable_bytes)} usable a device"
+    usable = "" if report.usable_bytes is None else f", {_usable(row)}"
     mesh = "" if settings.mesh is None else f", mesh {settings.mesh_shape}"
     if row.budget_bytes is not None:
         usable += f", a budget of {iec(row.budget_bytes)}"
     if row.host_budget_bytes is not None:
-        usable += f", of the host {iec(row.host_budget_bytes)}"
+        usable += f", and {iec(row.host_budget_bytes)} of the host"
     return (
         f"{report.target}{mesh}{usable}: {model.num_blocks} blocks of width {model.d_model}, "
         f"batch {batch} x {size} tokens, {settings.optimizer.kind}, jax {report.jax_version}"
     )
 
 
+def _usable(row: FitRow) -> str:
+    """Returns what a program may fill, and of what, as text."""
+    target = parse_target(row.target)
+    text = f"{iec(row.measured.usable_bytes or 0)} usable per device"
+    if target.chip is None or target.backend != "cuda":
+        return text
+    share = target.chip.usable_bytes / target.chip.memory_bytes
+    return f"{text} ({100 * share:.0f} % of {iec(target.chip.memory_bytes)}, what JAX preallocates)"
+
+
 def _table(rows: Sequence[FitRow], largest: str | None) -> Table:
+    """Returns the table; a column that has nothing to say of any row is left out."""
     chosen = None if largest else best(rows)
+    fastest = chosen or rows[0]
+    columns: dict[str, list[str]] = {
+        "plan": [row.config.remat for row in rows],
+        "": [_verdict(row, is_chosen=row is chosen) for row in rows],
+        largest or "size": [_number(row.size or None, "{:d}") for row in rows],
+        "peak": [iec(row.measured.peak_bytes) for row in rows],
+        "on the host": [
+            iec(row.measured.host_bytes) * bool(row.measured.host_bytes) for row in rows
+        ],
+        "left": [_bytes(row.left_bytes) for row in rows],
+        "recomputed": [_number(row.recomputed, "{:.1f} %", 100) for row in rows],
+        "est. ms": [_number(_milliseconds(row), "{:,.4g}") for row in rows],
+        "against fastest": [_beside(row, fastest) * (not largest) for row in rows],
+        "sending ms": [_number(row.measured.collective_seconds, "{:,.1f}", 1e3) for row in rows],
+    }
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("plan", no_wrap=True)
-    columns = ("peak GiB", "host GiB", "left GiB", "run again", "est. ms", "compiled s")
-    if any(row.measured.collective_seconds is not None for row in rows):
-        columns = (*columns[:5], "sending ms", *columns[5:])
-    for name in ([largest] if largest else []) + list(columns):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for row in rows:
-        report = row.measured
-        size = [str(row.size) if row.size else "none fits"] if largest else []
-        verdict = "fastest that fits" if row is chosen else "does not fit" * (row.fits is False)
-        verdicts = [text for text in ("auto" * (row.auto is not None), verdict) if text]
-        table.add_row(
-            row.config.remat,
-            *size,
-            _number(report.peak_bytes, 2**30),
-            _number(report.host_bytes or None, 2**30),
-            _number(row.left_bytes, 2**30),
-            _number(row.recomputed, 0.01, "{:.1f} %"),
-            _number(report.estimated_seconds, 1e-3, "{:.1f}"),
-            *([_number(report.collective_seconds, 1e-3, "{:.1f}")] * ("sending ms" in columns)),
-            _number(report.compile_seconds, 1, "{:.1f}"),
-            ", ".join(verdicts),
-            style="bold" if row is chosen else None,
-        )
+    shown = {name: texts for name, texts in columns.items() if any(texts)}
+    for name in shown:
+        table.add_column(name, justify="left" if name in ("plan", "") else "right", no_wrap=True)
+    for row, *texts in zip(rows, *shown.values(), strict=True):
+        table.add_row(*texts, style="bold" if row is chosen else None)
     return table
 
 
-def _number(value: float | None, unit: float, form: str = "{:.2f}") -> str:
-    return "-" if value is None else form.format(value / unit)
+def _verdict(row: FitRow, *, is_chosen: bool) -> str:
+    """Returns whether a row fits, in green or red where there are colours."""
+    if row.size == 0:
+        return "[red]none fits[/]"
+    if row.fits is None:
+        return ""
+    text = "fastest" if is_chosen else "fits" if row.fits else "too large"
+    return f"[{'green' if row.fits else 'red'}]{text}[/]"
+
+
+def _milliseconds(row: FitRow) -> float | None:
+    seconds = row.measured.estimated_seconds
+    return None if seconds is None else 1e3 * seconds
+
+
+def _beside(row: FitRow, fastest: FitRow) -> str:
+    """Returns how much longer a step takes than the fastest that fits; empty if unknown."""
+    seconds, least = _milliseconds(row), _milliseconds(fastest)
+    if not seconds or not least or row is fastest:
+        return ""
+    return f"{100 * (seconds / least - 1):+.1f} %"
+
+
+def _bytes(size: int | None) -> str:
+    return "" if size is None else iec(size)
+
+
+def _number(value: float | None, form: str, factor: float = 1) -> str:
+    return "" if value is None else form.format(value * factor)
 
 
 def _findings(rows: Sequence[FitRow], largest: str | None):

@@ -19,20 +19,27 @@ from experiments.training.build import build, plan_entry
 from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.planner.absent import fit_entry
 from jaxckpt.planner.budgets import check_asked, given_bytes, host_bytes, more_than_usable
-from jaxckpt.planner.result import FitResult
+from jaxckpt.planner.result import Compilation, FitResult
 from jaxckpt.plans import Plan
 from jaxckpt.targets.present import usable_bytes
 from jaxckpt.targets.target import LOCAL, parse_target
 from jaxckpt.units import iec
 
 
-def choose(config: TrainConfig, target: str, *, budget: int | None = None) -> FitResult:
+def choose(
+    config: TrainConfig,
+    target: str,
+    *,
+    budget: int | None = None,
+    progress: Callable[[Compilation], Any] | None = None,
+) -> FitResult:
     """Returns the fastest plan for a configuration's step within its budget.
 
     Args:
       config: Its plan is not read.
       target: `"local"`, or a chip that need not be there.
       budget: In bytes; by default the configuration's.
+      progress: As for `jaxckpt.fit`.
 
     Raises:
       BudgetError: No plan fits.
@@ -44,7 +51,8 @@ def choose(config: TrainConfig, target: str, *, budget: int | None = None) -> Fi
         check_asked(num_blocks)
     except ImportError as error:
         raise ConfigError(f"plan 'auto': {error}") from None
-    budgets = {"budget": budget, "host_budget": host_limit_bytes(config) or 0}
+    budgets: dict[str, Any] = {"budget": budget, "host_budget": host_limit_bytes(config) or 0}
+    budgets["progress"] = progress
     if parse_target(target).backend == "local":
         return _choose_here(config, {**budgets, "calibrate": config.calibrate})
     entry = plan_entry(config, target)
@@ -175,9 +183,10 @@ def settle(
         plan = about["config"]["remat"]
         say(f"plan    {plan}, as before; another --budget plans anew")
     else:
-        say(f"plan    looked for within {iec(limit)}; a few are compiled")
+        say(f"plan    looked for within {iec(limit)}")
         started = time.perf_counter()
-        result = choose(config, "local", budget=limit)
+        tell = lambda one: say(f"        {one}") if one.is_done else None
+        result = choose(config, "local", budget=limit, progress=tell)
         say(str(result) if config.explain else result.summary)
         say(
             f"planned in {time.perf_counter() - started:.1f} s; {result.num_compiles} plans were "

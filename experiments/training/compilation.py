@@ -1,9 +1,15 @@
-"""How a step is compiled on each kind of chip: unrolled blocks and XLA's options.
+"""How a step is compiled on each kind of chip: unrolled blocks, XLA's options, the folder of steps.
 
 Each is kept for a gain measured in pairs on that kind of chip; one that nobody has measured on is
 compiled plainly.
 """
 
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from experiments.files import reason
+from jaxckpt.compiled import cache
 from jaxckpt.plans import Plan
 
 # Unrolling compiles a block after another, so that a deep stack would compile for minutes.
@@ -47,3 +53,28 @@ def choose_unroll(plan: Plan, platform: str, num_devices: int = 1) -> tuple[int,
 def compiler_options(platform: str) -> dict[str, int]:
     """Returns XLA's options for the step on a kind of chip, such as `"gpu"`."""
     return dict(_GPU_OPTIONS) if platform == "gpu" else {}
+
+
+def keep_compiled(folder: Path | None, say: Callable[[str], object]):
+    """Has JAX keep compiled steps on disk, where there is a place for them.
+
+    Args:
+      folder: For the steps; None for one in the home folder.
+      say: Takes a warning, if there is no such place.
+    """
+    import jax  # a command that compiles elsewhere alone does without it
+
+    home = cache.folder()
+    if folder is None and home is not None:
+        folder = home / "compiled"
+    try:
+        if folder is None:
+            raise OSError("there is no home folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise OSError(f"no permission to write to {folder}")
+    except OSError as error:
+        say(f"warning: compiled steps are not kept on disk: {reason(error)}")
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import operator
-import os
 import signal
 import statistics
 import time
@@ -21,7 +20,6 @@ import jax
 
 from experiments.config import ConfigError, RunError, TrainConfig
 from experiments.data import Corpus
-from experiments.files import reason
 from experiments.processes.join import SharedFlag, is_first
 from experiments.training.batches import held_out_batches, put_batch, training_batches
 from experiments.training.build import build
@@ -33,6 +31,7 @@ from experiments.training.choose_plan import (
     limit_bytes,
     settle,
 )
+from experiments.training.compilation import keep_compiled
 from experiments.training.display import Display
 from experiments.training.mesh import abstract_state, batch_sharding, make_mesh, put_whole
 from experiments.training.plan_checks import explained, needless
@@ -41,7 +40,6 @@ from experiments.training.step import TrainState, init_state, make_validation_st
 from experiments.training.stopping import StopRequest
 from experiments.training.utilization import StepFlops, step_flops
 from experiments.weights.load import load_params
-from jaxckpt.compiled import cache
 from jaxckpt.compiled.report import MemoryReport, iec
 from jaxckpt.memory.measure import compile_step
 from jaxckpt.targets.present import chip_of
@@ -75,7 +73,7 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path) -> int | None:
       RunError: The disk is full, or gradients stay non-finite.
     """
     display = Display(config.steps, quiet=not is_first())
-    _keep_compiled(config, display)
+    keep_compiled(config.compile_cache, display.print)
     display.print(f"data    {corpus.summary}")
     display.print(f"plan    {config.remat} on {config.model.num_blocks} blocks")
     limit, host_limit = limit_bytes(config, "local"), host_limit_bytes(config)
@@ -113,24 +111,6 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path) -> int | None:
             )
             with display, StopRequest() as stop:
                 return training.run(state, stop)
-
-
-def _keep_compiled(config: TrainConfig, display: Display):
-    """Has JAX keep compiled steps on disk, where there is a place for them."""
-    folder, home = config.compile_cache, cache.folder()
-    if folder is None and home is not None:
-        folder = home / "compiled"
-    try:
-        if folder is None:
-            raise OSError("there is no home folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise OSError(f"no permission to write to {folder}")
-    except OSError as error:
-        display.print(f"warning: compiled steps are not kept on disk: {reason(error)}")
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _record(folder: Path, config: TrainConfig, header, resumed: int | None):

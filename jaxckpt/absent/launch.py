@@ -6,6 +6,7 @@ descriptor 2 that mean nothing here. Its errors come back as results, and where 
 the end of what it wrote is shown.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,6 +45,11 @@ _NEEDED = {
     "tpu": (("libtpu",), "tpu"),
     "cuda": (("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"), "cuda13"),
 }
+
+PROGRESS = "progress.jsonl"  # in a job's folder: lines of JSON that say how far its process is
+THREADS = "jaxckpt-compile"  # how the names of threads that compile begin
+_WATCHED_SECONDS = 0.2
+_ENDING_SECONDS = 1.0  # until the processes that were stopped are gone
 
 
 class Unavailable(UserError, RuntimeError):
@@ -81,15 +87,23 @@ class Processes:
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen] = set()
 
-    def run(self, command: Sequence[str], **options: Any) -> int:
-        """Runs a command to its end and returns its exit code, negative if a signal ended it."""
+    def run(
+        self, command: Sequence[str], *, watch: Callable[[], Any] = lambda: None, **options: Any
+    ) -> int:
+        """Runs a command to its end and returns its exit code, negative if a signal ended it.
+
+        `watch` is called every now and then meanwhile.
+        """
         with self._lock:  # a process is either seen by `stop` or never started
             if self.stopped:
                 return -signal.SIGTERM
             process = subprocess.Popen(command, **options)
             self._running.add(process)
         try:
-            return process.wait()
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return process.wait(_WATCHED_SECONDS)
+                watch()
         finally:  # an interrupt of this thread ends the process too
             process.kill()
             process.wait()
@@ -130,9 +144,10 @@ def in_parallel(
     if parallel < 1:
         raise ValueError(f"parallel is {parallel}; at least 1 process compiles")
     processes, answers = Processes(), {}
-    pool = ThreadPoolExecutor(parallel, initializer=_PROCESSES.set, initargs=(processes,))
+    places: dict[Future[Answer], int] = {}
+    pool = ThreadPoolExecutor(parallel, THREADS, _PROCESSES.set, initargs=(processes,))
     try:
-        places = {pool.submit(work, item): place for place, item in enumerate(items)}
+        places |= {pool.submit(work, item): place for place, item in enumerate(items)}
         for future in as_completed(places):
             place = places[future]
             answers[place] = future.result()
@@ -141,6 +156,7 @@ def in_parallel(
     finally:  # interrupted, or `progress` raised: leave no process behind
         pool.shutdown(wait=False, cancel_futures=True)
         processes.stop()
+        wait(places, _ENDING_SECONDS)
     return [answers[place] for place in range(len(items))]
 
 
@@ -177,7 +193,11 @@ def run(job: Mapping[str, Any], program: bytes, target: Target) -> MemoryReport:
 
 
 def run_module(
-    module: str, job: Mapping[str, Any], program: bytes, target: Target
+    module: str,
+    job: Mapping[str, Any],
+    program: bytes,
+    target: Target,
+    progress: Callable[[dict[str, Any]], Any] | None = None,
 ) -> dict[str, Any]:
     """Does a job in a fresh process with a target's environment, and returns its result as JSON.
 
@@ -187,6 +207,7 @@ def run_module(
       job: JSON values.
       program: Bytes, or nothing.
       target: The absent target.
+      progress: Called here with each line that the process writes to `PROGRESS`, as JSON values.
 
     Raises:
       WorkerError: The job failed, or the process died.
@@ -198,8 +219,16 @@ def run_module(
         (folder / "program.bin").write_bytes(program)
         command = [sys.executable, "-P", "-m", module, name]
         streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
-        with (folder / "log").open("w") as log:
-            code = processes.run(command, env=environment(target), stdout=log, **streams)
+        (folder / PROGRESS).touch()
+        with (folder / "log").open("w") as log, (folder / PROGRESS).open() as lines:
+
+            def watch():
+                while progress is not None and (line := lines.readline()):
+                    progress(json.loads(line))
+
+            streams |= {"env": environment(target), "stdout": log}
+            code = processes.run(command, watch=watch, **streams)
+            watch()
         try:
             result = json.loads((folder / "result.json").read_text())
         except FileNotFoundError:

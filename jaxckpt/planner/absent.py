@@ -9,14 +9,14 @@ builds it for each plan (`worker.py`). The answer is kept on disk, and so is eve
 name that `measure_entry` gives it: a plan that either has compiled is not compiled again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxckpt.absent import launch
 from jaxckpt.absent.jobs import Entry, entry_key
 from jaxckpt.compiled import cache
 from jaxckpt.planner.budgets import budget_bytes, check_asked, host_bytes
-from jaxckpt.planner.result import BudgetError, FitResult
+from jaxckpt.planner.result import BudgetError, Compilation, FitResult
 from jaxckpt.targets.target import Target, TargetError, parse_target
 
 
@@ -27,6 +27,7 @@ def fit_entry(
     target: str | Target,
     budget: str | int | float = "auto",
     host_budget: str | int | float = 0,
+    progress: Callable[[Compilation], Any] | None = None,
 ) -> FitResult:
     """Returns the fastest plan of an entry's step whose compiled peak is within a budget.
 
@@ -37,6 +38,7 @@ def fit_entry(
       target: An absent chip.
       budget: As for `jaxckpt.fit`.
       host_budget: As for `jaxckpt.fit`.
+      progress: As for `jaxckpt.fit`.
 
     Raises:
       BudgetError, ValueError, ImportError: As from `jaxckpt.fit`.
@@ -56,7 +58,8 @@ def fit_entry(
     if found is None:
         launch.check_available(target)
         job = {"entry": entry.as_json(), "target": target.name, **asked}
-        values = launch.run_module("jaxckpt.planner.worker", job, b"", target)
+        say = None if progress is None else lambda values: progress(Compilation(**values))
+        values = launch.run_module("jaxckpt.planner.worker", job, b"", target, say)
         cache.store_json(name, values)
         found = _answer(values)
     if isinstance(found, BudgetError):

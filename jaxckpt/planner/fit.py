@@ -23,7 +23,7 @@ from jaxckpt.planner.across_blocks import Draft
 from jaxckpt.planner.budgets import budget_bytes, check_asked, host_bytes
 from jaxckpt.planner.offload_check import verdict
 from jaxckpt.planner.problem import Problem
-from jaxckpt.planner.result import BudgetError, FitResult
+from jaxckpt.planner.result import BudgetError, Compilation, FitResult
 from jaxckpt.planner.search import search
 from jaxckpt.planner.steps import Steps, check_blocks, everywhere
 from jaxckpt.targets.present import chip_of
@@ -43,6 +43,7 @@ def fit(
     host_budget: str | int | float = 0,
     calibrate: bool = False,
     block: Sequence | Mapping[str, Sequence] | None = None,
+    progress: Callable[[Compilation], Any] | None = None,
 ) -> FitResult:
     """Returns the fastest plan whose compiled peak is within a budget.
 
@@ -62,6 +63,8 @@ def fit(
       block: `(block, params_i, carry, *consts)`, as for `jaxckpt.explain`, for a step that runs
         its blocks by other means than `scan_blocks` and jaxckpt's adapters; of several stacks one
         for each by name, in the order in which they run.
+      progress: Called with a `Compilation` before each plan is compiled and after it; `print`
+        writes a line for each.
 
     Raises:
       BudgetError: No plan fits; it names the least budget that works, and its plan.
@@ -91,6 +94,7 @@ def fit(
         **asked,
         calibrate=calibrate,
         block=block,
+        progress=progress,
     )
 
 
@@ -103,6 +107,7 @@ def solve(
     host_budget: int = 0,
     calibrate: bool = False,
     block: Sequence | Mapping[str, Sequence] | None = None,
+    progress: Callable[[Compilation], Any] | None = None,
 ) -> FitResult:
     """Returns what `fit` does, of steps that may be compiled elsewhere; budgets in bytes.
 
@@ -110,6 +115,8 @@ def solve(
       BudgetError: No plan fits.
       ValueError: The step ignores its plan, or runs stacks of another number of blocks.
     """
+    if progress is not None:
+        _report(progress, steps, budget)
     num_devices = steps.num_devices(everywhere(num_blocks, "full"))
     rates = (rates_of(target) or UNKNOWN).times(num_devices)
     allowed = 0
@@ -124,6 +131,28 @@ def solve(
     except BudgetError as error:
         raise error.with_offload(found.get("offload", "")) from None
     return dataclasses.replace(result, **found)
+
+
+def _report(progress: Callable[[Compilation], Any], steps: Steps, budget: int):
+    """Has `progress` called at the beginning and the end of every compilation."""
+    started: list[Any] = []
+
+    def watch(plan, report, seconds: float):
+        if report is None:
+            started.append(plan)
+        peak = None if report is None else report.peak_bytes
+        progress(
+            Compilation(
+                number=len(started),
+                most=max(len(started), MOST_COMPILES),
+                plan=str(plan),
+                budget_bytes=budget,
+                peak_bytes=peak,
+                seconds=seconds,
+            )
+        )
+
+    steps.watched(watch)
 
 
 def answer(problem: Problem, rungs: Sequence[Draft], budget: int) -> FitResult:

@@ -44,6 +44,39 @@ class Candidate:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Compilation:
+    """One of the compilations that an answer takes, as it begins or as it ends.
+
+    Attributes:
+      number: Counted from 1.
+      most: How many there may be.
+      plan: What is compiled, as text.
+      budget_bytes: The budget.
+      peak_bytes: The compiled peak; None while the compiler runs.
+      seconds: That it took; 0 while it runs.
+    """
+
+    number: int
+    most: int
+    plan: str
+    budget_bytes: int
+    peak_bytes: int | None = None
+    seconds: float = 0.0
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the compiler has ended."""
+        return self.peak_bytes is not None
+
+    def __str__(self) -> str:
+        line = f"{self.number} of at most {self.most}: {self.plan}"
+        if self.peak_bytes is None:
+            return f"compiling {line}"
+        verdict = "fits" if self.peak_bytes <= self.budget_bytes else "too large"
+        return f"{line} {iec(self.peak_bytes)}, {verdict}, {self.seconds:.1f} s"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FitResult:
     """The fastest plan found whose compiled peak is within a budget; `print` shows it.
 

@@ -8,6 +8,7 @@ is the order in which the stacks run.
 
 import copy
 import re
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -74,6 +75,7 @@ class Steps:
         self._step_for = step_for
         self._target = target
         self._report_of = report_of or self._measured
+        self._watch: Callable[[Plan | PlanSet, MemoryReport | None, float], None] | None = None
         self._first = self
         self._traced: dict[Plan | PlanSet, Trace] = {}
         self.compiled: dict[Plan | PlanSet, MemoryReport] = {}
@@ -85,8 +87,13 @@ class Steps:
         """
         made = copy.copy(self)
         made.compiled = {plan: self.report(plan) for plan in plans}
-        made._report_of = self._first.report
+        made._report_of, made._watch = self._first.report, None
         return made
+
+    def watched(self, watch: Callable[[Plan | PlanSet, MemoryReport | None, float], None]):
+        """Has `watch(plan, report, seconds)` called before (without a report) and after a plan is
+        compiled."""
+        self._watch = watch
 
     def step(self, plan: Plan | PlanSet) -> Step:
         """Returns the step of a plan.
@@ -135,7 +142,10 @@ class Steps:
     def report(self, plan: Plan | PlanSet) -> MemoryReport:
         """Returns the memory of a plan's compiled step."""
         if plan not in self.compiled:
+            watch, started = self._watch or (lambda *_: None), time.perf_counter()
+            watch(plan, None, 0.0)
             self.compiled[plan] = self._report_of(plan)
+            watch(plan, self.compiled[plan], time.perf_counter() - started)
         return self.compiled[plan]
 
     def _measured(self, plan: Plan | PlanSet) -> MemoryReport:

@@ -5,16 +5,21 @@ at itself: the target's topology is up, so the step can be traced. It is not mea
 hand.
 """
 
+import dataclasses
+import functools
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaxckpt.absent import launch
 from jaxckpt.absent.jobs import Entry, entry_key
 from jaxckpt.compiled import cache
 from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.memory.worker import answer, build_step, get_topology, measure_built
 from jaxckpt.planner.fit import solve
-from jaxckpt.planner.result import BudgetError
+from jaxckpt.planner.result import BudgetError, Compilation
 from jaxckpt.planner.steps import Steps
 from jaxckpt.plans import Plan
 from jaxckpt.plans.plan_set import PlanSet, plan_json
@@ -23,10 +28,15 @@ from jaxckpt.targets.target import parse_target
 
 def main(folder: Path):
     """Plans what a folder's job asks for."""
-    answer(folder, _run)
+    with (folder / launch.PROGRESS).open("w") as lines:
+
+        def progress(one: Compilation):
+            print(json.dumps(dataclasses.asdict(one)), file=lines, flush=True)
+
+        answer(folder, functools.partial(_run, progress))
 
 
-def _run(job: dict[str, Any]) -> dict[str, Any]:
+def _run(progress: Callable[[Compilation], None], job: dict[str, Any]) -> dict[str, Any]:
     target = parse_target(job["target"])
     topology = get_topology(target)
 
@@ -51,7 +61,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     steps = Steps(step_for, target, report_of)
     try:
         budgets = {"budget": job["budget"], "host_budget": job["host_budget"]}
-        result = solve(steps, job["num_blocks"], target=target, **budgets)
+        result = solve(steps, job["num_blocks"], target=target, progress=progress, **budgets)
     except BudgetError as error:
         return {"infeasible": error.as_json()}
     return {"result": result.as_json()}

@@ -1,17 +1,22 @@
 """`experiments.fit`: what it prints, what it writes down, and what it refuses."""
 
 import dataclasses
+import io
 import json
+import re
+import signal
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from experiments.cli import main
 from experiments.config import ConfigError, TrainConfig
 from experiments.fit import PLANS, fit
 from experiments.fitting import measuring, table
 from experiments.fitting.measuring import FitRow, largest_that_fits
+from experiments.fitting.waiting import Waiting
 from jaxckpt.absent import launch
 from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.compiled.understood import Understood
@@ -62,10 +67,90 @@ def test_the_fastest_that_fits_is_marked(measured, capsys):
     lines = run(capsys, "--target=v5e-1", *flags).splitlines()
     rows = [line.split() for line in lines if line.split()[0] in REPORTS]
     assert [row[0] for row in rows] == ["none", "dots", "full"], "by estimated time"
-    ends = [" ".join(row[-3:]) for row in rows]
-    assert [end == "fastest that fits" for end in ends] == [False, True, False]
-    assert ends[0] == "does not fit"
-    assert rows[2][1:7] == ["10.00", "-", "6.00", "30.0", "%", "1300.0"]
+    assert [row[1] for row in rows] == ["too", "fastest", "fits"]
+    assert " ".join(rows[2][2:]) == "10.00 GiB 6.00 GiB 30.0 % 1,300 +18.2 %"
+    assert not any("host" in line or "sending" in line for line in lines), "nothing to say of them"
+
+
+def test_what_a_gpu_can_use_is_a_share_of_its_memory(monkeypatch, measured, capsys):
+    assert "16.00 GiB usable per device: 8 blocks" in run(capsys, "--target=v5e-1", "--plan=full")
+    monkeypatch.setitem(REPORTS, "full", report(10.0, target="h100"))
+    out = run(capsys, "--target=h100", "--plan=full")
+    assert "usable per device (75 % of 79.11 GiB, what JAX preallocates): 8 blocks" in out
+
+
+def test_colours_are_for_terminals(measured, capsys, monkeypatch):
+    plans = ["--target=v5e-1", "--plan=none", "--plan=full"]
+    assert "\x1b" not in run(capsys, *plans)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    out = run(capsys, *plans)
+    assert "\x1b[31mtoo large" in out and "\x1b[1;32mfastest" in out
+
+
+def test_each_row_is_said_as_it_is_done(measured, capsys):
+    main(fit, ["--target=v5e-1", "--plan=none", "--plan=full", "--parallel=1"])
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "1/2  none on v5e-1: 20.00 GiB, too large",
+        "2/2  full on v5e-1: 10.00 GiB, fits",
+    ]
+    main(fit, ["--target=v5e-1", "--plan=full"])
+    assert not capsys.readouterr().err, "the table says it"
+
+
+def test_ctrl_c_shows_the_rows_that_are_done(monkeypatch, measured, capsys):
+    def measure(config, *_):
+        if config.remat == "full":
+            raise KeyboardInterrupt
+        return REPORTS[config.remat]
+
+    monkeypatch.setattr(measuring, "_measure", measure)
+    with pytest.raises(SystemExit) as stop:
+        main(fit, ["--target=v5e-1", "--plan=none", "--plan=full", "--parallel=1"])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 130
+    assert "none  too large" in out and "full" not in out
+    end = "error: interrupted: 1 of 2 rows are done; asking again starts from these"
+    assert err.splitlines()[-1] == end
+
+
+def test_a_compiler_in_this_process_does_not_hold_ctrl_c_up(tmp_path):
+    """The compiler cannot be told to stop: the process leaves it behind."""
+    code = (
+        "import sys, time\n"
+        "from experiments.cli import main\nfrom experiments.fit import fit\n"
+        "from experiments.fitting import measuring\n"
+        "from tests.experiments.test_fit import REPORTS\n"
+        "def measure(config, *_):\n"
+        "    if config.remat == 'full':\n"
+        "        print('compiling', flush=True)\n"
+        "        time.sleep(3600)\n"
+        "    return REPORTS[config.remat]\n"
+        "measuring._measure = measure\n"
+        "main(fit, ['--plan=none', '--plan=full', '--parallel=1'])\n"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        assert process.stdout.readline() == "compiling\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=600)
+    assert process.returncode == 130 and "20.00 GiB" in out and "Traceback" not in err
+    assert "1 of 2 rows are done" in err.splitlines()[-1]
+
+
+def test_what_is_compiled_now_is_shown_on_a_terminal():
+    screen = Console(file=io.StringIO(), force_terminal=True, highlight=False, width=60)
+    with Waiting(3, 2, console=screen) as waiting:
+        with waiting.row("none on v5e-1") as compiling, waiting.row("sqrt on local"):
+            compiling("batch-size 12")
+            waiting._live.refresh()
+        waiting.done(FitRow(config=TrainConfig(remat="full"), target="h100", report=report(1.0)))
+        waiting._live.refresh()
+    text = screen.file.getvalue()
+    assert re.search(r"compiling none on v5e-1: batch-size 12  \d+ s", text)
+    assert "sqrt on local waits" in text and "0 of 3 rows are done" in text
+    assert "1/3  full on h100: 1.00 GiB, fits" in text
+    assert re.search(r"1 of 3 rows are done, about \d+ (s|min) left", text)
 
 
 def test_rows_are_written_down(measured, capsys, tmp_path):

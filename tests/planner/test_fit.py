@@ -37,6 +37,24 @@ def budgets() -> list[int]:
     return [*map(int, np.linspace(least_budget(), peak_of("dots"), 6)), peak_of("none")]
 
 
+def test_each_compilation_is_told(tmp_path, monkeypatch):
+    """Before it and after it, with its peak and whether that fits."""
+    monkeypatch.setenv("JAXCKPT_CACHE", str(tmp_path))
+    told = []
+    asked = {"num_blocks": steps.NUM_BLOCKS, "budget": fitted(peak_of("dots")).budget_bytes}
+    result = jaxckpt.fit(steps.step_for, **asked, progress=told.append)
+    begun, done = told[::2], told[1::2]
+    assert not any(one.is_done for one in begun) and all(one.is_done for one in done)
+    assert [one.plan for one in begun] == [one.plan for one in done]
+    assert [one.number for one in done] == [*range(1, len(done) + 1)] and len(done) <= 6
+    peaks = {one.plan: one.peak_bytes for one in done}
+    assert peaks[str(result.plan)] == result.report.peak_bytes and peaks["full"] == peak_of("full")
+    first = next(one for one in done if one.plan == "none")
+    assert str(first).startswith(f"{first.number} of at most 6: none ")
+    assert "MiB, too large, " in str(first) and str(first).endswith(" s")
+    assert str(begun[0]) == f"compiling 1 of at most 6: {begun[0].plan}"
+
+
 def flops_of(plan) -> int:
     fn, args = steps.step_for(plan)
     return count_flops(jax.make_jaxpr(fn)(*args))
