@@ -51,21 +51,20 @@ def measure_all(
       cases: Configurations and targets.
       largest: `"batch-size"` or `"seq-len"` to find the largest that fits; None for what is given.
       parallel: Compilations at once. Those for `local` are made one after another, in this process.
-      done: Called with each row as it is done.
+      done: Called with each row as it is done, by the thread that made it.
     """
     here = threading.Lock()  # JAX's tracing of one step does not gain from another's beside it
     with Waiting(len(cases), parallel) as waiting:
 
-        def show(_, row: FitRow):
-            waiting.done(row)
-            done(row)
-
         def work(case: tuple[TrainConfig, str]) -> FitRow:
             config, target = case
             with waiting.row(f"{config.remat} on {target}") as compiling:
-                return _row(config, target, largest, _Compiler(here, compiling, waiting.say))
+                row = _row(config, target, largest, _Compiler(here, compiling, waiting.say))
+            waiting.done(row)
+            done(row)  # here, so that an interrupt of the caller finds it
+            return row
 
-        return launch.in_parallel(work, cases, parallel, show)
+        return launch.in_parallel(work, cases, parallel)
 
 
 @dataclasses.dataclass(frozen=True)
