@@ -51,6 +51,15 @@ CASES = {
     "long: torch.compile + checkpoint": ("step_torch", {**_LONG, "checkpoint": True}),
     "short: kept, again": ("step_jax", {**_SHORT, "plan": KEPT}),
 }
+# What a plan gains over keeping everything, for a page's first screen.
+GAIN = {
+    "gain: none, in a loop": ("step_jax", {**_SHORT, "plan": "none", "unroll": 1}),
+    "gain: none": ("step_jax", {**_SHORT, "plan": "none"}),
+    "gain: kept": ("step_jax", {**_SHORT, "plan": KEPT}),
+    "gain: attention": ("step_jax", {**_SHORT, "plan": "attention"}),
+    "gain: full": ("step_jax", {**_SHORT, "plan": "full"}),
+    "gain: torch.compile": ("step_torch", _SHORT),
+}
 # Ours, the peer's, at most this share of its time, at most this share of its memory.
 BOUNDS = (
     ("short: fastest", "short: torch.compile", 0.75, 0.6),
@@ -67,18 +76,19 @@ AIMS = (("short: fastest", "short: floor", 1.25), ("long: attention", "long: flo
 def step(
     *,
     output: Path | None = None,
-    group: Literal["short", "long"] | None = None,
+    group: Literal["short", "long", "gain"] | None = None,
     tiny: Annotated[bool, Parameter(negative=())] = False,
 ):
     """Time the step beside PyTorch's; exit with 1 if a bound fails.
 
     Args:
       output: JSON file to write, and to go on with.
-      group: Run the cases of one shape alone.
+      group: Run the cases of one shape alone, or those that show a plan's gain.
       tiny: Run our side of a tiny model, on any device, to try the script.
     """
     rows = _resume(output)
-    missing = {n: c for n, c in CASES.items() if n.startswith(group or "") and n not in rows}
+    cases = GAIN if group == "gain" else CASES
+    missing = {n: c for n, c in cases.items() if n.startswith(group or "") and n not in rows}
     if not tiny:
         _prepare(missing)
     for name, (module, case) in missing.items():

@@ -60,13 +60,23 @@ _PUBLIC = {
     "while_loop": "jaxckpt.transforms.while_loop",
 }
 
+# What people look for here, and where it is.
+_ELSEWHERE = {
+    "remat": "; remat= is an argument of jaxckpt.scan_blocks, run, chain and scan, and "
+    "jaxckpt.linen.remat wraps a class",
+    "checkpoint": "; jaxckpt.scan_blocks, run, chain and scan take a plan as remat=",
+}
+
 __all__ = list(_PUBLIC)
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
-        raise AttributeError(f"module 'jaxckpt' has no attribute {name!r}")
+        from jaxckpt.plans.errors import nearest
+
+        guess = _ELSEWHERE.get(name) or nearest(name, _PUBLIC)
+        raise AttributeError(f"module 'jaxckpt' has no attribute {name!r}{guess}")
     module = importlib.import_module(_PUBLIC[name])
     value = getattr(module, name, module)
     globals()[name] = value

@@ -91,7 +91,7 @@ class Stack(nn.Module):
           PlanError: A plan that does not parse or does not fit L blocks.
           ValueError: A block with state beside parameters and random streams.
         """
-        check_class(block, nn.Module, "nnx.Stack")
+        check_class(block, nn.Module, "nnx.Stack", takes_functions=True)
         if isinstance(num_blocks, bool) or not isinstance(num_blocks, int):
             raise PlanError(f"num_blocks is a whole number of blocks, not {num_blocks!r}")
         plan_and_policy(remat)[0].bind(num_blocks)

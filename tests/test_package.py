@@ -116,8 +116,13 @@ def test_every_public_name_is_there():
     for name in jaxckpt.__all__:
         assert getattr(jaxckpt, name) is not None
         assert name in dir(jaxckpt)
-    with pytest.raises(AttributeError, match="has no attribute 'scan_block'"):
-        jaxckpt.scan_block  # noqa: B018
+    for name, guess in {
+        "scan_block": r" \(did you mean 'scan_blocks'\?\)$",
+        "remat": "; remat= is an argument of .* jaxckpt.linen.remat wraps a class$",
+        "flax": "$",
+    }.items():
+        with pytest.raises(AttributeError, match=f"has no attribute '{name}'{guess}"):
+            getattr(jaxckpt, name)
 
 
 def readme_blocks() -> list[str]:

@@ -21,6 +21,7 @@ from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.costs.flops import count_flops
 from jaxckpt.costs.roofline import rates_of
 from jaxckpt.memory.built_step import BuiltStep, annotate
+from jaxckpt.plans.errors import shown
 from jaxckpt.targets.target import LOCAL, Target, parse_target
 
 _EXECUTABLES = "jax_compilation_cache_dir"  # an attribute that JAX's types do not have
@@ -88,7 +89,7 @@ def measure(
 def jitted(fn: Callable, args: tuple, donate_argnums=(), static_argnums=()) -> tuple[Any, tuple]:
     """Returns a function under a `jit`, and the arguments it takes."""
     if not callable(fn):
-        raise ValueError(f"measure takes a function and its arguments, not {_shown(fn)} first")
+        raise ValueError(f"measure takes a function and its arguments, not {shown(fn)} first")
     has_options = donate_argnums != () or static_argnums != ()
     if isinstance(fn, functools.partial) and hasattr(fn.func, "trace") and not fn.keywords:
         # As a function of its own it would lose what it donates.
@@ -114,7 +115,7 @@ def jitted(fn: Callable, args: tuple, donate_argnums=(), static_argnums=()) -> t
         equations = exported.trace(made, args).jaxpr.eqns
         if any(any(equation.params.get("donated_invars", ())) for equation in equations):
             raise ValueError(
-                f"{_shown(fn)} is compiled already, and what it donates is lost in the function "
+                f"{shown(fn)} is compiled already, and what it donates is lost in the function "
                 "that is measured here; give measure its donate_argnums"
             )
     return made, args
@@ -129,7 +130,7 @@ def _check_holds_nothing(fn: Callable):
     # A bound Linen module is no tree; it has no hash because it holds variables.
     if holds_arrays or not (is_tree or _has_hash(holder)):
         raise ValueError(
-            f"{_shown(holder)} holds arrays, which would be constants of the program; hand them "
+            f"{shown(holder)} holds arrays, which would be constants of the program; hand them "
             "over as arguments, such as measure(module.apply, variables, x) or "
             "measure(lambda module, x: module(x), module, x)"
         )
@@ -153,15 +154,10 @@ def _check_arrays(args: tuple, static_argnums: int | Sequence[int]):
             jax.typeof(leaf)
         except TypeError:
             raise ValueError(
-                f"args{jax.tree_util.keystr(path)} is {_shown(leaf)}, no array; close over it "
+                f"args{jax.tree_util.keystr(path)} is {shown(leaf)}, no array; close over it "
                 "(functools.partial; equinox.partition for a module), or name its argument in "
                 "static_argnums"
             ) from None
-
-
-def _shown(value) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def compile_step(step: BuiltStep):

@@ -1,7 +1,10 @@
-"""Errors that a user can mend, and the nearest guess that they offer."""
+"""Errors that a user can mend, the nearest guess that they offer, and how they show values."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_MOST_LETTERS = 80
 
 
 class UserError(Exception):
@@ -17,8 +20,26 @@ class PlanError(UserError, ValueError):
 
 def nearest(word: str, valid: Iterable[str]) -> str:
     """Returns `" (did you mean 'x'?)"` for the closest valid word, or `""` if none is close."""
-    close = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def shown(value: Any) -> str:
+    """Returns a value as errors show it, in one line: arrays by dtype and shape.
+
+    >>> shown({"w": 3.5}), shown(len)
+    ("{'w': 3.5}", 'len')
+    """
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{value.dtype}{list(value.shape)}"
+    if isinstance(value, list | tuple | Mapping):
+        inside = value.values() if isinstance(value, Mapping) else value
+        if any(hasattr(one, "dtype") for one in inside):
+            return f"a {type(value).__name__} of {', '.join(map(shown, inside))}"[:_MOST_LETTERS]
+    if callable(value) and hasattr(value, "__name__"):
+        return value.__name__
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _MOST_LETTERS else f"{text[: _MOST_LETTERS - 3]}..."
 
 
 def mark(text: str, start: int, stop: int) -> str:

@@ -5,11 +5,15 @@
 a function) as they are.
 """
 
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+
+from jaxckpt.plans.errors import shown
 
 
 def apart(tree) -> tuple[list, Callable[[Sequence], Any]]:
@@ -65,22 +69,28 @@ def put(carry, rest, out):
     return type(rest)(*items) if hasattr(rest, "_fields") else type(rest)(items)
 
 
-def check_class(block, module: type, taker: str):
+def check_class(block, module: type, taker: str, *, takes_functions: bool = False):
     """Raises `ValueError` for a block that is a module rather than what makes one.
 
     Args:
       block: What the user gave for it.
       module: The class of the library's modules.
       taker: What takes the block, for the text.
+      takes_functions: Whether a function that returns a module will do.
     """
     if isinstance(block, module):
         raise ValueError(
             f"{taker} takes the class {type(block).__name__} or a functools.partial of it, not an "
             "instance; it makes the blocks by itself"
         )
-    if not callable(block):
+    made = block
+    while isinstance(made, functools.partial):
+        made = made.func
+    is_other = isinstance(made, type) and not issubclass(made, module)
+    if is_other or not callable(made) or (inspect.isfunction(made) and not takes_functions):
         raise ValueError(
-            f"{taker} takes a module class or a functools.partial of one, not {block!r}"
+            f"{taker} takes a module class of {module.__module__.rpartition('.')[0]} or a "
+            f"functools.partial of one, not {shown(made)}"
         )
 
 

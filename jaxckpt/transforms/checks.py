@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxckpt.plans import Plan, PlanError, Policy
+from jaxckpt.plans.errors import shown
 from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms import jaxprs, policies, tags, value_names
 from jaxckpt.transforms.traced_block import TracedBlock, abstract
@@ -50,7 +51,7 @@ def steps_of(xs, length: int | None) -> int:
       ValueError: It is not known, is no whole number, or is not that of the xs.
     """
     if length is not None and (isinstance(length, bool) or not hasattr(length, "__index__")):
-        raise ValueError(f"length is a whole number of steps, not {length!r}")
+        raise ValueError(f"length is a whole number of steps, not {shown(length)}")
     if length is not None and operator.index(length) < 0:
         raise ValueError(f"length is a number of steps, at least 0, not {length}")
     if not jax.tree.leaves(xs):
@@ -66,7 +67,7 @@ def steps_of(xs, length: int | None) -> int:
 def check_unroll(unroll):
     """Raises `ValueError` unless `unroll` is a number of blocks."""
     if isinstance(unroll, bool) or not isinstance(unroll, int) or unroll < 1:
-        raise ValueError(f"unroll is a whole number of blocks, at least 1, not {unroll!r}")
+        raise ValueError(f"unroll is a whole number of blocks, at least 1, not {shown(unroll)}")
 
 
 def check_pair(made):
@@ -78,7 +79,7 @@ def check_pair(made):
         )
 
 
-def check_stack(block, params):
+def check_stack(block, params, consts: tuple):
     """Raises for what is no block, before it is traced.
 
     Raises:
@@ -91,6 +92,14 @@ def check_stack(block, params):
         )
     if inspect.isroutine(params):
         raise ValueError("the second argument is the blocks' parameters; got a function")
+    check_consts(consts)
+
+
+def check_consts(consts: tuple):
+    """Raises `ValueError` for a plan that is given by its place."""
+    for const in consts:
+        if isinstance(const, str | Plan):
+            raise ValueError(f"{str(const)!r} is no array; a plan is given as remat={str(const)!r}")
 
 
 def _kind(value) -> str:
@@ -115,8 +124,9 @@ def lists_explained(params):
         if len(alike) > 1:
             raise
         raise ValueError(
-            f"params is a list of {len(params)} trees, and the block cannot read it; stack them: "
-            "jax.tree.map(lambda *leaves: jnp.stack(leaves), *params), or use jaxckpt.chain"
+            f"params is a list of {len(params)} trees, and the block cannot read it; jaxckpt.run "
+            "takes a list as it is, and this stacks it: "
+            "jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)"
         ) from error
 
 

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxckpt.plans import Plan
+from jaxckpt.plans.errors import shown
 from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms.arguments import apart, part, put
 from jaxckpt.transforms.chain import chain
-from jaxckpt.transforms.checks import check_unroll, stack_length
+from jaxckpt.transforms.checks import check_consts, check_unroll, stack_length
 from jaxckpt.transforms.scan import scan
 
 
@@ -70,9 +71,15 @@ def run(
       >>> len(eqx.filter_grad(loss)(layers))
       6
     """
+    if not hasattr(layers, "__iter__") or isinstance(layers, Mapping | jax.Array | np.ndarray):
+        raise ValueError(
+            f"run takes a list of layers first, then apply and the carry; got {shown(layers)} "
+            "(jaxckpt.scan_blocks takes stacked parameters)"
+        )
     layers, each = list(layers), dict(each or {})
     if not callable(apply):
-        raise ValueError(f"apply is a function apply(layer, carry, *consts), not {apply!r}")
+        raise ValueError(f"apply is a function apply(layer, carry, *consts), not {shown(apply)}")
+    check_consts(consts)
     if not layers:
         raise ValueError("layers is an empty list; run needs at least one layer")
     _check_alike(layers, (ignore,) if isinstance(ignore, str) else tuple(ignore))
@@ -116,10 +123,10 @@ def _differences(first, other, path: str = "", name: str = "") -> Iterator[tuple
     """
     name = "" if _is_array(first) or _is_array(other) else name
     if type(first) is not type(other):
-        yield path, name, _shown(first), _shown(other)
+        yield path, name, shown(first), shown(other)
     elif _is_array(first):
         if (first.shape, first.dtype) != (other.shape, other.dtype):
-            yield path, name, _shown(first), _shown(other)
+            yield path, name, shown(first), shown(other)
     elif isinstance(first, Mapping) or _is_object(first):
         is_map = isinstance(first, Mapping)
         mine, its = (dict(one) if is_map else vars(one) for one in (first, other))
@@ -134,7 +141,7 @@ def _differences(first, other, path: str = "", name: str = "") -> Iterator[tuple
         for place, pair in enumerate(zip(first, other, strict=True)):
             yield from _differences(*pair, f"{path}[{place}]", name)
     elif first is not other and not _equal(first, other):
-        yield path, name, _shown(first), _shown(other)
+        yield path, name, shown(first), shown(other)
 
 
 def _is_array(value) -> bool:
@@ -152,12 +159,3 @@ def _equal(first, other) -> bool:
         return bool(first == other)
     except (TypeError, ValueError):
         return False
-
-
-def _shown(value) -> str:
-    if _is_array(value):
-        return f"{value.dtype}{list(value.shape)}"
-    if callable(value) and hasattr(value, "__name__"):
-        return value.__name__
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else f"{text[:57]}..."

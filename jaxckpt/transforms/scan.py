@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxckpt.plans import Plan
+from jaxckpt.plans.errors import shown
 from jaxckpt.schedules.of_stage import under_loss
 from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms import checkpointed as reference
@@ -79,7 +80,7 @@ def scan(
       (100, 3)
     """
     if not callable(f):
-        raise ValueError(f"the first argument of scan is f(carry, x) -> (carry, y), not {f!r}")
+        raise ValueError(f"the first argument of scan is f(carry, x) -> (carry, y), not {shown(f)}")
     num_steps = steps_of(xs, length)
     return looped(
         f, init, xs, num_steps, identity(f), remat=remat, unroll=unroll, reverse=bool(reverse)

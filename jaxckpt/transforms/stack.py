@@ -60,7 +60,7 @@ def scan_blocks(
       >>> jax.grad(loss)(w).shape
       (12, 8, 8)
     """
-    check_stack(block, params)
+    check_stack(block, params, consts)
     num_blocks = stack_length(as_arrays(params))
 
     def step(carry, params_i, *consts):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxckpt.plans import PlanError, words
+from jaxckpt.plans.errors import shown
 from jaxckpt.plans.plan import NAME
 from jaxckpt.transforms import jaxprs
 
@@ -38,7 +39,9 @@ def tag(x, name: str):
     Raises:
       PlanError: A name that the plan grammar could not spell, or a reserved one.
     """
-    if not isinstance(name, str) or not NAME.fullmatch(name):
+    if not isinstance(name, str):
+        raise PlanError(f"tag takes an array and then its name, not {shown(name)} as the name")
+    if not NAME.fullmatch(name):
         raise PlanError(f"tag {name!r} is not valid; tags are letters, digits, '_', '.' and '-'")
     if name == words.CARRY or is_reserved(name):
         raise PlanError(f"tag {name!r} is reserved; 'carry' means a block's input and needs no tag")

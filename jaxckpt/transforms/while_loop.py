@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxckpt.plans import Plan, PlanError
+from jaxckpt.plans.errors import shown
 from jaxckpt.schedules.of_stage import schedule_of, under_loss
 from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms import rows as slots_of
@@ -71,9 +72,13 @@ def while_loop(
     """
     for name, function in (("cond", cond), ("body", body)):
         if not callable(function):
-            raise ValueError(f"{name} of while_loop is a function of the carry, not {function!r}")
+            raise ValueError(
+                f"{name} of while_loop is a function of the carry, not {shown(function)}"
+            )
     if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
-        raise ValueError(f"max_steps is a whole number of steps, at least 1, not {max_steps!r}")
+        raise ValueError(
+            f"max_steps is a whole number of steps, at least 1, not {shown(max_steps)}"
+        )
     asked = remat
     remat, given = (remat, None) if isinstance(remat, Schedule) else plan_and_policy(remat)
     init = as_arrays(init)

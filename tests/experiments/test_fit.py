@@ -117,7 +117,9 @@ def test_ctrl_c_shows_the_rows_that_are_done(monkeypatch, measured, capsys):
 def test_a_compiler_in_this_process_does_not_hold_ctrl_c_up(tmp_path):
     """The compiler cannot be told to stop: the process leaves it behind."""
     code = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        # A shell has its background jobs ignore Ctrl-C, and what they start inherits that.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from experiments.cli import main\nfrom experiments.fit import fit\n"
         "from experiments.fitting import measuring\n"
         "from tests.experiments.test_fit import REPORTS\n"

@@ -1,10 +1,14 @@
 """What `scan_blocks` and `chain` say to bad input."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from flax import nnx
 from jax.experimental import io_callback
 
 import jaxckpt
@@ -214,12 +218,47 @@ def test_complex_values_cannot_be_kept_by_policies(plan):
         (({"w": W}, block, X), "the first argument is the block, .* got a dict of arrays"),
         ((block, block, X), "the second argument is the blocks' parameters; got a function"),
         ((block, list(W), X), "params is a list of 8 trees, .* jnp.stack"),
-        ((lambda x, p: x @ p["w"], [{"w": w} for w in W], X), "params is a list of 8 trees"),
+        ((lambda x, p: x @ p["w"], [{"w": w} for w in W], X), "list of 8 trees, .* jaxckpt.run"),
+        ((block, W, X, "sqrt"), "'sqrt' is no array; a plan is given as remat='sqrt'"),
     ],
 )
 def test_arguments_in_the_wrong_place(args, message):
     with pytest.raises(ValueError, match=message):
         jaxckpt.scan_blocks(*args)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: jaxckpt.run(block, list(W), X), "run takes a list of layers first, .* got block "),
+        (lambda: jaxckpt.run({"w": W}, block, X), r"got a dict of float32\[8, .*scan_blocks"),
+        (lambda: jaxckpt.run(W, block, X), r"got float32\[8, .*scan_blocks"),
+        (lambda: jaxckpt.run(list(W), lambda w, x: x @ w, X, "log"), "given as remat='log'"),
+        (lambda: jaxckpt.scan(X, block, W), r"the first argument of scan is .*, not float32\[2, "),
+        (lambda: jaxckpt.while_loop(X, block, W, max_steps=3), r"cond of .*, not float32\[2, "),
+        (lambda: jaxckpt.tag("name", X), r"tag takes an array and then its name, not float32\["),
+    ],
+)
+def test_other_arguments_in_the_wrong_place(call, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value), "an array is shown by its shape"
+
+
+def test_classes_of_another_library():
+    class Linen(nn.Module):
+        pass
+
+    class Nnx(nnx.Module):
+        pass
+
+    for make, message in (
+        (lambda: jaxckpt.linen.Stack(Nnx, 4).init(jax.random.key(0), X), "linen.* of one, not Nnx"),
+        (lambda: jaxckpt.linen.Stack(block, 4).init(jax.random.key(0), X), "linen.*, not block"),
+        (lambda: jaxckpt.nnx.Stack(functools.partial(Linen), 4, rngs=nnx.Rngs(0)), "nnx.*Linen"),
+    ):
+        with pytest.raises(ValueError, match=f"Stack takes a module class of flax.{message}"):
+            make()
 
 
 def test_a_users_own_error_stays_as_it_is():
