@@ -25,7 +25,27 @@ from jaxckpt.models.sharding import Layout
 from jaxckpt.plans.errors import nearest
 from jaxckpt.targets.target import Target
 
+# As PyTorch's GradScaler begins and grows; a gradient that is not finite halves the scale.
+_FIRST_SCALE, _GROWTH_STEPS = 2.0**16, 2000
 _IGNORED = -1  # the target of a document's last position: it belongs to the next document
+
+
+class LossScale(NamedTuple):
+    """What a loss is multiplied by, so that its gradients are large enough for float16.
+
+    Attributes:
+      scale: The factor, a power of two, float32.
+      steps: Steps since it changed whose gradients were finite, an int32 scalar.
+    """
+
+    scale: jax.Array
+    steps: jax.Array
+
+    def after(self, finite) -> "LossScale":
+        """Returns the scale of the next step (Micikevicius et al. 2018, Mixed precision)."""
+        grows = self.steps + 1 == _GROWTH_STEPS
+        scale = jnp.where(finite, self.scale * jnp.where(grows, 2, 1), self.scale / 2)
+        return LossScale(scale, jnp.where(finite & ~grows, self.steps + 1, 0))
 
 
 class TrainState(NamedTuple):
@@ -37,6 +57,7 @@ class TrainState(NamedTuple):
       optimizer: Optax's state.
       skipped: Steps whose gradients were not finite, an int32 scalar.
       skipped_in_row: Those since the last step that was taken.
+      loss_scale: Of a computation in float16; None of any other.
     """
 
     step: jax.Array
@@ -44,6 +65,7 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
     skipped: jax.Array
     skipped_in_row: jax.Array
+    loss_scale: LossScale | None = None
 
 
 def resolve_model(
@@ -93,9 +115,12 @@ def init_state(config: TrainConfig, params=None) -> TrainState:
     params = merge(trainable, jax.tree.map(lambda x: x.astype(config.model.dtype), frozen))
     optimizer = make_optimizer(config.optimizer, config.steps).init(trainable)
     zero = jnp.zeros([], jnp.int32)
-    return TrainState(
+    state = TrainState(
         step=zero, params=params, optimizer=optimizer, skipped=zero, skipped_in_row=zero
     )
+    if config.model.dtype != "float16":
+        return state
+    return state._replace(loss_scale=LossScale(jnp.float32(_FIRST_SCALE), zero))
 
 
 def make_train_step(config: TrainConfig):
@@ -105,7 +130,7 @@ def make_train_step(config: TrainConfig):
     with `config.pack` it is a pair, tokens and as many segment ids. The metrics are scalars: `loss`
     in nats a token, `gradient_norm` before clipping, `skipped` and `skipped_in_row`. A step whose
     gradients are not finite changes nothing but those two and the step's number, so that the data
-    goes on.
+    goes on. In float16 it also halves what the loss is scaled by.
 
     Only trainable parameters have gradients and optimizer state, and change.
 
@@ -121,9 +146,16 @@ def make_train_step(config: TrainConfig):
         key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
         trainable, frozen = split(state.params, config.trainable)
         count = _targets_a_part(batch, config.accumulate)
-        part_loss = lambda trainable, part, key: loss_of(merge(trainable, frozen), part, key, count)
+
+        def part_loss(trainable, part, key):
+            loss = loss_of(merge(trainable, frozen), part, key, count)
+            return loss if state.loss_scale is None else loss * state.loss_scale.scale
+
         gradients_of = _accumulated(config, jax.value_and_grad(part_loss))
         loss, gradients = gradients_of(trainable, batch, key)
+        if state.loss_scale is not None:
+            scale = state.loss_scale.scale
+            loss, gradients = jax.tree.map(lambda x: x / scale, (loss, gradients))
         gradients = _placed(gradients, layout)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
@@ -139,6 +171,7 @@ def make_train_step(config: TrainConfig):
             optimizer=optimizer_state,
             skipped=state.skipped + skipped,
             skipped_in_row=(state.skipped_in_row + 1) * skipped,
+            loss_scale=state.loss_scale and state.loss_scale.after(finite),
         )
         state = _placed(state, layout)
         metrics = {"loss": loss, "gradient_norm": norm}
@@ -174,6 +207,8 @@ def make_loss(config: TrainConfig):
             rngs={"dropout": key},
             method="features",
         )
+        if count is None and config.model.dtype == "float16":
+            count = targets_BS.size  # a mean's gradients would be too small before they are scaled
         if count is None:
             return next_token_loss(x_BSD, params, targets_BS, config.model, **options)
         summed = {"ignore_index": _IGNORED, "reduction": "sum", **options}

@@ -11,7 +11,7 @@ from jaxckpt.transforms.traced_block import vary, varying_axes
 
 LAYOUTS = ("DV", "VD")
 REDUCTIONS = ("mean", "sum")
-_COMPUTE_DTYPES = ("bfloat16", "float32", "float64")
+_COMPUTE_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

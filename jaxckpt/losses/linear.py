@@ -66,7 +66,7 @@ def linear_cross_entropy(
     flattened `[tokens, D]` stays sharded then as well.
 
     Args:
-      x: Hidden states `[..., S, D]`, bfloat16, float32 or float64.
+      x: Hidden states `[..., S, D]`, float16, bfloat16, float32 or float64.
       w: The head's weights, floating: `[D, V]`, or with `layout="VD"` `[V, D]`.
       targets: Token ids `[..., S]`, any integer dtype. One that is not in 0..V-1, nor ignored,
         makes loss and gradients NaN.

@@ -3,8 +3,9 @@
     out = causal_attention(q, k, v, kind="splash")
 
 Shapes: B batch, S sequence, H query heads, K key/value heads, N head size. Kinds: `cudnn` (NVIDIA's
-flash attention), `splash` (Pallas, for TPUs), `plain` (einsums, anywhere) and `auto`, one of these
-by the chip of this process. A step for an absent chip names its kind: `auto.py` chooses it.
+flash attention), `splash` (Pallas, for TPUs), `chunked` and `plain` (einsums, anywhere) and `auto`,
+one of these by the chip of this process. A step for an absent chip names its kind, which
+`device_choice.py` chooses.
 
 What a kernel's backward pass needs of its forward pass, its output and the logarithm of each row's
 softmax sum, is what the policy `attention` keeps, whatever the kind.
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxckpt.models import device_choice
+from jaxckpt.models.chunked_attention import chunked_attention
 from jaxckpt.models.config import ModelError
 from jaxckpt.models.plain_attention import plain_attention, same_document
 from jaxckpt.models.splash import splash_attention
@@ -31,7 +33,7 @@ def causal_attention(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS=None, *, kind: str =
       v_BSKN: Values.
       segment_ids_BS: Integers: of packed documents, which one a token is of; a token attends to
         its own document alone. None is one document a row.
-      kind: `"auto"`, `"cudnn"`, `"splash"` or `"plain"`.
+      kind: `"auto"`, `"cudnn"`, `"splash"`, `"chunked"` or `"plain"`.
 
     Returns:
       `[B, S, H, N]` in the dtype of `q_BSHN`; the softmax is computed in float32.
@@ -60,7 +62,8 @@ def causal_attention(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS=None, *, kind: str =
 
 def _cudnn(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS):
     """Returns cuDNN's attention; documents are a mask, `[B, 1, S, S]` in the dtype of queries."""
-    mask = None if segment_ids_BS is None else same_document(segment_ids_BS)[:, None]
+    ids = segment_ids_BS
+    mask = None if ids is None else same_document(ids, ids)[:, None]
     attend = functools.partial(
         jax.nn.dot_product_attention, mask=mask, is_causal=True, implementation="cudnn"
     )
@@ -76,7 +79,12 @@ def _cudnn(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS):
         ) from None
 
 
-_KERNELS = {"cudnn": _cudnn, "splash": splash_attention, "plain": plain_attention}
+_KERNELS = {
+    "cudnn": _cudnn,
+    "splash": splash_attention,
+    "chunked": chunked_attention,
+    "plain": plain_attention,
+}
 
 
 def _check_segment_ids(segment_ids, shape: tuple[int, ...]):

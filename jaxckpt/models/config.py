@@ -5,8 +5,8 @@ from typing import Literal
 
 from jaxckpt.plans.errors import UserError, nearest
 
-_DTYPES = {"bf16": "bfloat16", "f32": "float32"}
-ATTENTION_KINDS = ("auto", "cudnn", "splash", "plain")
+_DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
+ATTENTION_KINDS = ("auto", "cudnn", "splash", "chunked", "plain")
 
 
 class ModelError(UserError, ValueError):
@@ -31,9 +31,10 @@ class TransformerConfig:
       norm_eps: Epsilon of every RMSNorm.
       dropout: Rate of dropout on each branch's output; 0 turns it off.
       dtype: Dtype of the computation; parameters are float32 either way. `auto` is bfloat16 on
-        TPUs and on GPUs that have it, float32 elsewhere.
-      attention: The attention kernel: `cudnn` on NVIDIA GPUs, `splash` on TPUs, `plain` anywhere;
-        `auto` is the one that the chip and the sizes allow (`auto.py`).
+        TPUs and on GPUs that have it, float16 on older GPUs, float32 elsewhere.
+      attention: The attention kernel: `cudnn` on NVIDIA GPUs, `splash` on TPUs, `chunked`
+        (a part of the queries at a time) and `plain` anywhere; `auto` is the one that the chip and
+        the sizes allow (`device_choice.py`).
 
     Raises:
       ModelError: An unknown word, a size below 1, heads that do not divide, an odd head, a rate
@@ -52,8 +53,8 @@ class TransformerConfig:
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
     dropout: float = 0.0
-    dtype: Literal["auto", "float32", "bfloat16", "f32", "bf16"] = "auto"
-    attention: Literal["auto", "cudnn", "splash", "plain"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "f32", "bf16", "f16"] = "auto"
+    attention: Literal["auto", "cudnn", "splash", "chunked", "plain"] = "auto"
 
     def __post_init__(self):
         sizes = ("vocab_size", "num_blocks", "d_model", "num_heads", "num_kv_heads", "head_dim")

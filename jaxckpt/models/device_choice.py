@@ -21,6 +21,7 @@ from jaxckpt.targets.target import Target, parse_target
 # Multiples of the kernel's 128 lanes; larger blocks read keys and values less often.
 _SPLASH_BLOCKS = (512, 384, 256, 128)
 _FLASH_CAPABILITY = (8, 0)  # Ampere: flash attention of cuDNN, and units for bfloat16
+_HALF_CAPABILITY = (7, 0)  # Volta: units for float16
 _OLD_TPU = re.compile(r"\bv[23]\b")  # their matrix units take no bfloat16 from a Pallas kernel
 
 
@@ -98,6 +99,8 @@ def choose_dtype(device: Device) -> tuple[str, str]:
         return "bfloat16", f"dtype bfloat16: {device.name} multiplies in it"
     if device.platform == "gpu" and (device.compute_capability or (0, 0)) >= _FLASH_CAPABILITY:
         return "bfloat16", f"dtype bfloat16: {device.name} multiplies in it"
+    if device.platform == "gpu" and (device.compute_capability or (0, 0)) >= _HALF_CAPABILITY:
+        return "float16", f"dtype float16: {device.name} multiplies in it, and not in bfloat16"
     return "float32", f"dtype float32: {device.name} has no units for bfloat16"
 
 
@@ -109,7 +112,10 @@ def choose_attention(
     best = {"gpu": "cudnn", "tpu": "splash"}.get(device.platform)
     if best is None:
         return "plain", f"attention plain: no flash kernel runs on {device.name}"
-    reason = _refused_device(best, device) or refused_sizes(best, **sizes)
+    reason = _refused_device(best, device)
+    if reason and device.compute_capability is not None:
+        return "chunked", f"attention chunked: {best} {reason}"
+    reason = reason or refused_sizes(best, **sizes)
     if reason:
         return "plain", f"attention plain: {best} {reason}"
     return best, f"attention {best}: the flash kernel of {device.name}"

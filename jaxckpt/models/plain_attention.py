@@ -20,64 +20,87 @@ from jaxckpt.transforms import tags
 @jax.custom_vjp
 def plain_attention(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS):
     """Returns causal attention; arguments are those of `attention.causal_attention`."""
-    return _forward(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS)[0]
-
-
-def _forward(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS):
-    scores_BKGST = _scores(q_BSHN, k_BSKN, segment_ids_BS)
-    logsum_BKGS = jax.nn.logsumexp(scores_BKGST, axis=-1)
-    probs_BKGST = jnp.exp(scores_BKGST - logsum_BKGS[..., None]).astype(v_BSKN.dtype)
-    out_BSKGN = jnp.einsum("BKGST,BTKN->BSKGN", probs_BKGST, v_BSKN)
-    return out_BSKGN.reshape(q_BSHN.shape), logsum_BKGS
+    return forward(q_BSHN, k_BSKN, v_BSKN, _mask(q_BSHN.shape[1], segment_ids_BS))[0]
 
 
 def _forward_rule(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS):
-    kept = _forward(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS)
+    kept = forward(q_BSHN, k_BSKN, v_BSKN, _mask(q_BSHN.shape[1], segment_ids_BS))
     out_BSHN, logsum_BKGS = tags.tag_reserved(kept, tags.ATTENTION)
     return out_BSHN, (q_BSHN, k_BSKN, v_BSKN, segment_ids_BS, out_BSHN, logsum_BKGS)
 
 
 def _backward_rule(residuals, grad_BSHN):
-    q_BSHN, k_BSKN, v_BSKN, segment_ids_BS, out_BSHN, logsum_BKGS = residuals
-    grouped = functools.partial(_grouped, num_kv_heads=k_BSKN.shape[2])
-    q_BSKGN, grad_BSKGN, out_BSKGN = map(grouped, (q_BSHN, grad_BSHN, out_BSHN))
-    scores_BKGST = _scores(q_BSHN, k_BSKN, segment_ids_BS)
-    probs_BKGST = jnp.exp(scores_BKGST - logsum_BKGS[..., None])
-    grad_v_BSKN = _contract("BKGST,BSKGN->BTKN", probs_BKGST, grad_BSKGN)
-    grad_probs_BKGST = _contract("BSKGN,BTKN->BKGST", grad_BSKGN, v_BSKN)
-    # The softmax's gradient needs sum_t p_t dp_t, which equals the dot product of out and its
-    # gradient: [S] numbers a head instead of another [S, S] reduction.
-    row_BKGS = _contract("BSKGN,BSKGN->BKGS", out_BSKGN, grad_BSKGN)
-    grad_scores_BKGST = probs_BKGST * (grad_probs_BKGST - row_BKGS[..., None])
-    grad_scores_BKGST = grad_scores_BKGST / math.sqrt(q_BSHN.shape[-1])
-    grad_q_BSKGN = _contract("BKGST,BTKN->BSKGN", grad_scores_BKGST, k_BSKN)
-    grad_k_BSKN = _contract("BKGST,BSKGN->BTKN", grad_scores_BKGST, q_BSKGN)
-    return (
-        grad_q_BSKGN.reshape(q_BSHN.shape).astype(q_BSHN.dtype),
-        grad_k_BSKN.astype(k_BSKN.dtype),
-        grad_v_BSKN.astype(v_BSKN.dtype),
-        None,
-    )
+    q_BSHN, k_BSKN, v_BSKN, segment_ids_BS, *kept = residuals
+    inputs = (q_BSHN, k_BSKN, v_BSKN)
+    grads = backward(*inputs, *kept, grad_BSHN, _mask(q_BSHN.shape[1], segment_ids_BS))
+    return *(grad.astype(x.dtype) for grad, x in zip(grads, inputs, strict=True)), None
 
 
 plain_attention.defvjp(_forward_rule, _backward_rule)
 
 
-def _scores(q_BSHN, k_BSKN, segment_ids_BS):
-    """Returns float32 scores `[B, K, G, S, T]`, minus infinity where nothing is attended to."""
-    q_BSKGN = _grouped(q_BSHN, k_BSKN.shape[2])
-    scores_BKGST = _contract("BSKGN,BTKN->BKGST", q_BSKGN, k_BSKN) / math.sqrt(q_BSHN.shape[-1])
-    size = q_BSHN.shape[1]
+def _mask(size: int, segment_ids_BS):
+    """Returns which keys each query sees: `[S, S]`, or `[B, S, S]` of packed documents."""
     causal_ST = jnp.arange(size)[:, None] >= jnp.arange(size)[None, :]
     if segment_ids_BS is None:
-        return jnp.where(causal_ST, scores_BKGST, -jnp.inf)
-    seen_BST = causal_ST & same_document(segment_ids_BS)
-    return jnp.where(seen_BST[:, None, None], scores_BKGST, -jnp.inf)
+        return causal_ST
+    return causal_ST & same_document(segment_ids_BS, segment_ids_BS)
 
 
-def same_document(segment_ids_BS):
-    """Returns `[B, S, T]`, which positions lie in one document."""
-    return segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :]
+def forward(q_BSHN, k_BTKN, v_BTKN, mask):
+    """Returns attention `[B, S, H, N]`, and the logarithms of its softmax sums `[B, K, G, S]`.
+
+    Args:
+      q_BSHN: Queries.
+      k_BTKN: Keys.
+      v_BTKN: Values.
+      mask: `[S, T]` or `[B, S, T]`, true where a query sees a key; each sees one at least.
+    """
+    scores_BKGST = _scores(q_BSHN, k_BTKN, mask)
+    logsum_BKGS = jax.nn.logsumexp(scores_BKGST, axis=-1)
+    probs_BKGST = jnp.exp(scores_BKGST - logsum_BKGS[..., None]).astype(v_BTKN.dtype)
+    out_BSKGN = jnp.einsum("BKGST,BTKN->BSKGN", probs_BKGST, v_BTKN)
+    return out_BSKGN.reshape(q_BSHN.shape), logsum_BKGS
+
+
+def backward(q_BSHN, k_BTKN, v_BTKN, out_BSHN, logsum_BKGS, grad_BSHN, mask):
+    """Returns the gradients of queries, keys and values, in float32 or wider.
+
+    Args:
+      q_BSHN: Queries, as of `forward`; so are keys, values and the mask.
+      k_BTKN: Keys.
+      v_BTKN: Values.
+      out_BSHN: What `forward` returned.
+      logsum_BKGS: Likewise.
+      grad_BSHN: The gradient of `out_BSHN`.
+      mask: Which keys each query sees.
+    """
+    grouped = functools.partial(_grouped, num_kv_heads=k_BTKN.shape[2])
+    q_BSKGN, grad_BSKGN, out_BSKGN = map(grouped, (q_BSHN, grad_BSHN, out_BSHN))
+    scores_BKGST = _scores(q_BSHN, k_BTKN, mask)
+    probs_BKGST = jnp.exp(scores_BKGST - logsum_BKGS[..., None])
+    grad_v_BTKN = _contract("BKGST,BSKGN->BTKN", probs_BKGST, grad_BSKGN)
+    grad_probs_BKGST = _contract("BSKGN,BTKN->BKGST", grad_BSKGN, v_BTKN)
+    # The softmax's gradient needs sum_t p_t dp_t, which equals the dot product of out and its
+    # gradient: [S] numbers a head instead of another [S, S] reduction.
+    row_BKGS = _contract("BSKGN,BSKGN->BKGS", out_BSKGN, grad_BSKGN)
+    grad_scores_BKGST = probs_BKGST * (grad_probs_BKGST - row_BKGS[..., None])
+    grad_scores_BKGST = grad_scores_BKGST / math.sqrt(q_BSHN.shape[-1])
+    grad_q_BSKGN = _contract("BKGST,BTKN->BSKGN", grad_scores_BKGST, k_BTKN)
+    grad_k_BTKN = _contract("BKGST,BSKGN->BTKN", grad_scores_BKGST, q_BSKGN)
+    return grad_q_BSKGN.reshape(q_BSHN.shape), grad_k_BTKN, grad_v_BTKN
+
+
+def _scores(q_BSHN, k_BTKN, mask):
+    """Returns float32 scores `[B, K, G, S, T]`, minus infinity where nothing is attended to."""
+    q_BSKGN = _grouped(q_BSHN, k_BTKN.shape[2])
+    scores_BKGST = _contract("BSKGN,BTKN->BKGST", q_BSKGN, k_BTKN) / math.sqrt(q_BSHN.shape[-1])
+    return jnp.where(mask if mask.ndim == 2 else mask[:, None, None], scores_BKGST, -jnp.inf)
+
+
+def same_document(queries_BS, keys_BT):
+    """Returns `[B, S, T]`, which queries and keys lie in one document, from their segment ids."""
+    return queries_BS[:, :, None] == keys_BT[:, None, :]
 
 
 def _grouped(x_BSHN, num_kv_heads: int):

@@ -119,3 +119,44 @@ def test_activations_fall_as_one_over_the_parts():
     assert 1.9 < (two - four) / (four - eight) < 2.1
     # What N = 2 -> 4 saves is a quarter of all activations.
     assert 0.9 * activations < 4 * (two - four) <= 1.05 * activations
+
+
+HALF = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, dtype="f16"), remat="sqrt")
+
+
+def after_one_step(config, scale: float | None = None, steps: int = 0):
+    """Returns the state before and after a step, and its metrics."""
+    state = jax.jit(lambda: init_state(config))()
+    if scale is not None:
+        scaled = state.loss_scale._replace(scale=np.float32(scale), steps=np.int32(steps))
+        state = state._replace(loss_scale=scaled)
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 17)).astype(np.int32)
+    return state, *jax.jit(make_train_step(config))(state, tokens)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_float16_scales_its_loss(accumulate):
+    """Twin: scaled down instead of up, gradients are lost below what float16 has."""
+    half = dataclasses.replace(HALF, accumulate=accumulate)
+    full = dataclasses.replace(half, model=dataclasses.replace(MODEL, dtype="f32"))
+    state, after, metrics = after_one_step(half)
+    chex.assert_type(jax.tree.leaves(after.params), np.float32)
+    assert "f16[" in str(jax.make_jaxpr(make_train_step(half))(state, np.zeros([2, 17], np.int32)))
+    assert state.loss_scale.scale == after.loss_scale.scale == 2**16 and not metrics["skipped"]
+    _, whole, wanted = after_one_step(full)
+    assert whole.loss_scale is None
+    for name in ("loss", "gradient_norm"):
+        np.testing.assert_allclose(metrics[name], wanted[name], rtol=1e-2)
+    _, _, lost = after_one_step(half, scale=2.0**-18)
+    assert lost["gradient_norm"] < 0.9 * wanted["gradient_norm"]
+
+
+def test_a_scale_that_is_too_large_is_halved_and_grows_again():
+    before, after, metrics = after_one_step(HALF, scale=2.0**60)
+    assert metrics["skipped"] == metrics["skipped_in_row"] == 1
+    chex.assert_trees_all_equal(after.params, before.params)
+    assert after.loss_scale.scale == 2.0**59 and after.loss_scale.steps == 0
+    _, after, metrics = after_one_step(HALF, scale=2.0, steps=1999)
+    assert (after.loss_scale.scale, after.loss_scale.steps, metrics["skipped"]) == (4, 0, 0)
+    _, after, _ = after_one_step(HALF, scale=2.0, steps=7)
+    assert (after.loss_scale.scale, after.loss_scale.steps) == (2, 8)

@@ -30,7 +30,12 @@ CHOICES = [
     ("a100-80g", "cudnn", "bfloat16", "attention cudnn: the flash kernel of a100-80g"),
     ("l4", "cudnn", "bfloat16", "attention cudnn: the flash kernel of l4"),
     ("h100-8", "cudnn", "bfloat16", "attention cudnn: the flash kernel of h100-8"),
-    ("t4", "plain", "float32", "attention plain: cudnn needs compute capability 8.0, t4 has 7.5"),
+    (
+        "t4",
+        "chunked",
+        "float16",
+        "attention chunked: cudnn needs compute capability 8.0, t4 has 7.5",
+    ),
     ("v5e-1", "splash", "bfloat16", "attention splash: the flash kernel of v5e-1"),
     ("v6e-1", "splash", "bfloat16", "attention splash: the flash kernel of v6e-1"),
     ("v3-8", "plain", "bfloat16", "attention plain: splash is for TPU v4 and newer, not for v3-8"),
@@ -66,15 +71,25 @@ def test_sizes_that_a_kernel_does_not_take(target, changes, why):
     named = "cudnn" if target == "h100" else "splash"
     with pytest.raises(ValueError, match=why.removeprefix(f"{named} ")) as error:
         choice(target, attention=named, **changes)
-    assert "\n" not in str(error.value) and str(error.value).endswith("; valid: auto, plain")
+    assert "\n" not in str(error.value) and str(error.value).endswith(
+        "; valid: auto, chunked, plain"
+    )
 
 
 NAMED = [
     ("v5e-1", "cudnn", "attention 'cudnn' is for NVIDIA GPUs, not for v5e-1; valid: auto, splash,"),
-    ("local", "cudnn", "attention 'cudnn' is for NVIDIA GPUs, not for the CPU; valid: auto, plain"),
-    ("h100", "splash", "attention 'splash' is for TPUs, not for h100; valid: auto, cudnn, plain"),
-    ("t4", "cudnn", "needs compute capability 8.0, t4 has 7.5; valid: auto, plain"),
-    ("v2-8", "splash", "is for TPU v4 and newer, not for v2-8; valid: auto, plain"),
+    (
+        "local",
+        "cudnn",
+        "attention 'cudnn' is for NVIDIA GPUs, not for the CPU; valid: auto, chunked, plain",
+    ),
+    (
+        "h100",
+        "splash",
+        "attention 'splash' is for TPUs, not for h100; valid: auto, cudnn, chunked, plain",
+    ),
+    ("t4", "cudnn", "needs compute capability 8.0, t4 has 7.5; valid: auto, chunked, plain"),
+    ("v2-8", "splash", "is for TPU v4 and newer, not for v2-8; valid: auto, chunked, plain"),
 ]
 
 
@@ -87,10 +102,10 @@ def test_a_named_kernel_that_the_chip_does_not_run(target, kind, message):
 def test_what_is_named_stays():
     assert choice("h100", attention="plain", dtype="f32")[:2] == ("plain", "float32")
     assert choice("t4", dtype="bf16") == (
-        "plain",
+        "chunked",
         "bfloat16",
         (
-            "attention plain: cudnn needs compute capability 8.0, t4 has 7.5",
+            "attention chunked: cudnn needs compute capability 8.0, t4 has 7.5",
             "dtype bfloat16: as given",
         ),
     )
