@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from transformers import Qwen3Config, Qwen3Model
 
-from benchmarks.shapes import QWEN3
+from benchmarks.cases import QWEN3
 
 _CHUNK_TOKENS = 1024
 _WARM_UP, _BLOCKS, _STEPS = 3, 5, 4

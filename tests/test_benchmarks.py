@@ -4,11 +4,13 @@ import importlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from benchmarks import executor, record, step, step_jax
+from benchmarks import cases, executor, record, step, step_jax
 from benchmarks.executor_parts import compile_time, copies, equality, evaluations, nested, temp
+from experiments.cli import main
 
 MODULES = {
     "equality": equality,
@@ -49,8 +51,9 @@ def test_a_doctored_result_fails_the_command(monkeypatch, tmp_path, capsys):
     output = tmp_path / "found" / "executor.json"
     flags = ["--part", "temp", "--quick", "--output", str(output)]
     monkeypatch.setattr(temp, "local", lambda fn, params, carry: carry.size * 4 * params.shape[0])
+    monkeypatch.setattr(sys, "argv", ["", *flags])
     with pytest.raises(SystemExit) as exit:
-        executor.main(flags)
+        main(executor.executor)
     assert exit.value.code == 1
     assert "temp: cpu" in (printed := capsys.readouterr().out)
     assert "log: carries a doubling 24.000, at most 1.1" in printed
@@ -83,7 +86,7 @@ def test_the_checks_see_what_they_are_for():
 )
 def test_a_refused_command_line_is_one_line(flags, message, capsys):
     with pytest.raises(SystemExit) as exit:
-        executor.main(flags)
+        main(executor.executor, flags)
     assert exit.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
@@ -139,20 +142,18 @@ def test_what_starts_processes_imports_no_jax():
     assert done.stdout == "False\n", done.stderr
 
 
-@pytest.mark.parametrize("part", ["planner_parts", "rivals_parts"])
-def test_the_process_of_a_part_is_there(part, monkeypatch):
-    made = importlib.import_module(f"benchmarks.{part}.part")
-    started = []
-
-    def values_of(module, *_, **__):
-        started.append(module)
-        return iter(())
-
-    monkeypatch.setattr(made, "values_of", values_of)
-    if part == "planner_parts":
-        case = made.Case(batch_size=2, seq_len=64, target="v5e-1", budgets=1)
-        list(made.run_part(case, []))
-    else:
-        list(made.run_part("8x1024", made.SHAPES["8x1024"], None, {}))
-    (module,) = started
+@pytest.mark.parametrize(
+    "module", ["planner_parts.process", "rivals_parts.process", "loops_parts.process", "step_jax"]
+)
+def test_the_process_of_a_part_is_there(module):
     assert importlib.util.find_spec(f"benchmarks.{module}") is not None
+    sources = [path.read_text() for path in Path(executor.__file__).parent.glob("*.py")]
+    assert any(f'"{module}"' in text for text in sources)
+
+
+def test_a_tiny_step_is_timed(capfd):
+    """What `step`, `xla_options` and `peaks` are handed by its process."""
+    case = cases.tiny(cases.SHORT) | {"plan": "full"}
+    (row,) = record.rows_of("step_jax", case)
+    assert row["seconds"] > 0 and row["recomputed_flops"] > 0
+    assert {"compiled_peak_bytes", "runtime_bytes", "estimated_seconds", "device"} <= set(row)

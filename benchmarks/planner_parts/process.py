@@ -1,8 +1,8 @@
 """The process of one part of `benchmarks.planner`: every budget of one step for one chip.
 
-`python -m benchmarks.planner_parts.process CASE DONE` prints a row as a line of
-JSON as soon as it is known.
-Peaks are kept on disk by program, not by the sources that made it: another planner finds them.
+`python -m benchmarks.planner_parts.process CASE DONE` prints a row as a line of JSON as soon as it
+is known, but for the places of budgets that are done. Peaks are kept on disk by program, not by the
+sources that made it: another planner finds them.
 """
 
 import json
@@ -13,10 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.fixed_plans import fixed
-from benchmarks.planner_parts.part import Case
-from benchmarks.shapes import QWEN3, TINY
-from experiments.config import TrainConfig
+from benchmarks.cases import Case, config_of, fixed
 from experiments.training.build import build
 from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.costs.flops import count_flops
@@ -39,11 +36,13 @@ def rows(case: Case, done: Sequence[int]) -> Iterator[dict[str, Any]]:
     compiler = _Compiler(case)
     steps = compiler.steps
     started = time.perf_counter()
-    rates = rates_of(parse_target(case.target)) or UNKNOWN
-    problem = Problem.of(steps, compiler.model.num_blocks, rates, None)
+    rates = rates_of(parse_target(case["target"])) or UNKNOWN
+    problem = Problem.of(steps, compiler.num_blocks, rates, None)
     rungs = problem.ladder()
     traced = time.perf_counter() - started - compiler.seconds
-    budgets = np.linspace(steps.report(_NONE).peak_bytes, least_bytes(problem, rungs), case.budgets)
+    budgets = np.linspace(
+        steps.report(_NONE).peak_bytes, least_bytes(problem, rungs), case["budgets"]
+    )
     for place, budget in enumerate(map(int, budgets)):
         if place in done:
             continue
@@ -51,7 +50,7 @@ def rows(case: Case, done: Sequence[int]) -> Iterator[dict[str, Any]]:
         found = answer(problem, rungs, budget)
         seconds = time.perf_counter() - started - (compiler.seconds - before)
         yield {
-            **{"place": place, "budgets": case.budgets, "budget_bytes": budget},
+            **{"place": place, "budgets": case["budgets"], "budget_bytes": budget},
             **{"plan": str(found.plan), "predicted_bytes": found.chosen.predicted_bytes},
             "compiled_bytes": found.report.peak_bytes,
             "recomputed_flops": found.report.recomputed_flops,
@@ -85,23 +84,21 @@ class _Compiler:
     """Compiles the step of a case under plans, each program once.
 
     Attributes:
-      model: Of the step.
+      num_blocks: Of the step.
       steps: For the planner.
       seconds: What building and compiling took.
     """
 
     def __init__(self, case: Case):
-        self.model = TINY if case.tiny else QWEN3
-        self._case, self._target = case, parse_target(case.target)
+        self.num_blocks = config_of(case, "none").model.num_blocks
+        self._case, self._target = case, parse_target(case["target"])
         is_here = self._target.backend == "local"
         self._topology = None if is_here else get_topology(self._target)
         self.steps = Steps(self._step_for, self._target, self._report_of)
         self.seconds = 0.0
 
     def _built(self, plan: Plan) -> BuiltStep:
-        sizes: dict[str, Any] = {"batch_size": self._case.batch_size, "seq_len": self._case.seq_len}
-        config = TrainConfig(model=self.model, remat=str(plan), **sizes)
-        return build(config, self._case.target)
+        return build(config_of(self._case, str(plan)), self._case["target"])
 
     def _step_for(self, plan: Plan):
         step = self._built(plan)
@@ -122,5 +119,5 @@ class _Compiler:
 
 
 if __name__ == "__main__":
-    for row in rows(Case(**json.loads(sys.argv[1])), json.loads(sys.argv[2])):
+    for row in rows(*map(json.loads, sys.argv[1:])):
         print(json.dumps(row), flush=True)
