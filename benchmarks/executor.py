@@ -10,7 +10,7 @@ import importlib.util
 import os
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from cyclopts import Parameter
 
@@ -19,14 +19,15 @@ from benchmarks.result import Result, console
 from experiments.cli import main
 from experiments.config import ConfigError
 
-PARTS = ("equality", "evaluations", "temp", "nested", "compile", "copies")
+Part = Literal["equality", "evaluations", "temp", "nested", "compile", "copies"]
+PARTS: tuple[str, ...] = get_args(Part)
 _Flag = Annotated[bool, Parameter(negative=())]
 
 
 def executor(
     *,
     output: Path | None = None,
-    part: Literal["equality", "evaluations", "temp", "nested", "compile", "copies"] | None = None,
+    part: Part | None = None,
     quick: _Flag = False,
     write_docs: _Flag = False,
     tokens: int = 1024,
@@ -97,18 +98,8 @@ def _prepare():
 
 def run_part(part: str, quick: bool, shape: dict) -> Result:
     """Returns one part's results; `shape` is of the part `nested`."""
-    from benchmarks.executor_parts import compile_time, copies, equality, evaluations, nested, temp
-
-    if part == "nested":
-        return nested.run(quick, nested.Shape(**shape))
-    modules = {
-        "equality": equality,
-        "evaluations": evaluations,
-        "temp": temp,
-        "compile": compile_time,
-        "copies": copies,
-    }
-    return modules[part].run(quick)
+    module = importlib.import_module(f"benchmarks.executor_parts.{part}")
+    return module.run(quick, **({"shape": module.Shape(**shape)} if part == "nested" else {}))
 
 
 if __name__ == "__main__":

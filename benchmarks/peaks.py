@@ -17,6 +17,7 @@ from cyclopts import Parameter
 from benchmarks import cases
 from benchmarks.cases import KEPT
 from benchmarks.record import Record, finish, rows_of
+from benchmarks.result import Row
 from experiments.cli import main
 from experiments.training.build import entry_of
 from jaxckpt.absent.jobs import JobFailure, measure_many
@@ -62,7 +63,7 @@ def peaks(
     record, rows = Record("peaks", output, []), []
     record.rows = rows
     for point, case, one in zip(POINTS, asked, absent, strict=True):
-        row = dict(zip(("plan", "batch_size", "seq_len"), point, strict=True))
+        row: Row = dict(zip(("plan", "batch_size", "seq_len"), point, strict=True))
         row["absent_bytes"] = str(one) if isinstance(one, JobFailure) else one.peak_bytes
         *_, found = rows_of("step_jax", case)
         rows.append(row | {here: found[name] for name, here in _NAMES.items() if name in found})

@@ -62,7 +62,7 @@ def planner(
     record, failures = Record("planner", output, []), []
     record.rows = [row for row in record.rows if row["sources"] == sources]
     for name in part or PARTS:
-        case = PARTS[name] | ({} if budgets is None else {"budgets": budgets})
+        case = PARTS[name] | {"budgets": budgets or PARTS[name]["budgets"]}
         case = cases.tiny(case) if tiny else case
         made = {"part": name, "sources": sources, "case": case}
         rows = [row for row in record.rows if row["part"] != name or made.items() <= row.items()]

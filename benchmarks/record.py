@@ -79,7 +79,7 @@ def rows_of(
             assert process.stdout is not None  # a pipe
             try:
                 yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
-            except GeneratorExit:
+            except BaseException:  # nobody reads any more
                 process.kill()
                 raise
         if process.returncode:

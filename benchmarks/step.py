@@ -39,10 +39,7 @@ CASES = {
     "short: none": ("step_jax", {**SHORT, "plan": "none"}),
     "short: floor": ("floor", SHORT),
     "long: floor": ("floor", LONG),
-    "short: kept, large chunks": (
-        "step_jax",
-        {**SHORT, "plan": KEPT, "loss_chunk_tokens": 4096},
-    ),
+    "short: kept, large chunks": ("step_jax", {**SHORT, "plan": KEPT, "loss_chunk_tokens": 4096}),
     "long: full": ("step_jax", {**LONG, "plan": "full"}),
     "short: kept, in a loop": ("step_jax", {**SHORT, "plan": KEPT, "unroll": 1}),
     "long: torch.compile + checkpoint": ("step_torch", {**LONG, "checkpoint": True}),

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cases, executor, record, step, step_jax
-from benchmarks.executor_parts import compile_time, copies, equality, evaluations, nested, temp
+from benchmarks.executor_parts import compile as compile_time
+from benchmarks.executor_parts import copies, equality, evaluations, nested, temp
 from experiments.cli import main
 
 MODULES = {

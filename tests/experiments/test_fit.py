@@ -13,8 +13,8 @@ from experiments.fit import PLANS, fit
 from experiments.fitting import measuring, table
 from experiments.fitting.measuring import FitRow, largest_that_fits
 from jaxckpt.absent import launch
+from jaxckpt.compiled.buffers import Understood
 from jaxckpt.compiled.report import MemoryReport
-from jaxckpt.compiled.understood import Understood
 from jaxckpt.targets.target import parse_target
 
 GIB = 1 << 30
