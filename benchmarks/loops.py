@@ -51,8 +51,8 @@ def loops(
     """
     if set(method) - set(METHODS) or min(length) < 1 or side < 1:
         raise ConfigError(f"methods are {', '.join(METHODS)}; lengths and the side at least 1")
-    record = Record("loops", output, [])
-    record.rows = rows = []
+    rows: list[Row] = []
+    record = Record("loops", output, rows)
     for options in ("", GRAPHS)[: 1 + command_buffers]:
         flags = f"{os.environ.get('XLA_FLAGS', '')} {options}".strip()
         for name, steps in [(name, steps) for name in model for steps in length]:

@@ -60,8 +60,8 @@ def peaks(
     asked = [case_of(point, tiny) for point in POINTS]
     configs = [cases.config_of(case, case["plan"]) for case in asked]
     absent = measure_many([(entry_of(config, target), target) for config in configs], parallel=6)
-    record, rows = Record("peaks", output, []), []
-    record.rows = rows
+    rows: list[Row] = []
+    record = Record("peaks", output, rows)
     for point, case, one in zip(POINTS, asked, absent, strict=True):
         row: Row = dict(zip(("plan", "batch_size", "seq_len"), point, strict=True))
         row["absent_bytes"] = str(one) if isinstance(one, JobFailure) else one.peak_bytes

@@ -19,7 +19,7 @@ from cyclopts import Parameter
 
 from benchmarks import cases
 from benchmarks.planner_parts.bounds import check, line, summaries
-from benchmarks.record import HOST, Record, finish, rows_of
+from benchmarks.record import HOST, Record, finish, kept, rows_of
 from experiments.cli import main
 from experiments.config import ConfigError
 from jaxckpt.absent import launch
@@ -59,8 +59,8 @@ def planner(
         launch.check_available(parse_target(PARTS[name]["target"]))
     # What decides an answer beside the compiled peaks, which are kept by program.
     sources = cache.digest_of_sources({"benchmarks"})[:16]
-    record, failures = Record("planner", output, []), []
-    record.rows = [row for row in record.rows if row["sources"] == sources]
+    rows = [row for row in kept(output) or [] if row["sources"] == sources]
+    record, failures = Record("planner", output, rows), []
     for name in part or PARTS:
         case = PARTS[name] | {"budgets": budgets or PARTS[name]["budgets"]}
         case = cases.tiny(case) if tiny else case

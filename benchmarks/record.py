@@ -1,12 +1,13 @@
 """A benchmark's record: rows from processes, where they come from, and where they are written.
 
 `rows_of` yields what a part in a fresh process prints as lines of JSON, as it prints them. A
-`Record` is on disk whole after every row, so that the command that was cut short goes on. `origin`
-is the command, the commit, versions and the device. `write_section` puts a table into
-docs/theory.md between two markers. JAX is imported for this process's device alone, so that it is
-the processes that hold a chip.
+`Record` is on disk whole after every row, and `kept` is what the command goes on with. `origin` is
+the command, the commit, versions and the device. `write_section` puts a table into docs/theory.md
+between two markers. JAX is imported for this process's device alone, so that it is the processes
+that hold a chip.
 """
 
+import dataclasses
 import json
 import platform
 import shlex
@@ -22,27 +23,32 @@ from experiments.files import write_text
 from experiments.provenance import ROOT, commit, versions
 
 
+@dataclasses.dataclass
 class Record:
     """The rows of a benchmark, and the file that holds them.
 
     Attributes:
-      rows: One after another, or by name; at first what the file held.
+      benchmark: Its module.
+      output: The file; None for no file.
+      rows: One after another, or by name.
     """
 
-    def __init__(self, benchmark: str, output: Path | None, rows: Any):
-        """Reads what a run that was cut short left; `rows` is what there is without it."""
-        self._benchmark, self._output, self.rows = benchmark, output, rows
-        if output is not None and output.exists():
-            self.rows = json.loads(output.read_text(encoding="utf-8"))["rows"]
+    benchmark: str
+    output: Path | None
+    rows: Any
 
     def save(self, device: str = "none", **about: Any):
         """Writes what there is, if there is a file to write; `device` is that of rows without."""
-        if self._output is None:
-            return
         rows = self.rows.values() if isinstance(self.rows, dict) else self.rows
         found = next((row["device"] for row in rows if row.get("device")), device)
-        record = origin(self._benchmark, found) | about | {"rows": self.rows}
-        write(record, self._output)
+        write(origin(self.benchmark, found) | about | {"rows": self.rows}, self.output)
+
+
+def kept(output: Path | None) -> Any:
+    """Returns the rows that a run left which was cut short; None without a file."""
+    if output is None or not output.exists():
+        return None
+    return json.loads(output.read_text(encoding="utf-8"))["rows"]
 
 
 def write(record: dict[str, Any], path: Path | None):

@@ -21,7 +21,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from benchmarks import cases
-from benchmarks.record import Record, finish, rows_of
+from benchmarks.record import Record, finish, kept, rows_of
 from benchmarks.result import console
 from benchmarks.rivals_parts.bounds import check, result
 from benchmarks.step import gpu
@@ -63,7 +63,7 @@ def rivals(
     if minutes is not None and not minutes > 0:
         raise ConfigError(f"--minutes is {minutes}; it is more than 0")
     started, names = time.monotonic(), shape or tuple(SHAPES)
-    record = Record("rivals", output, {})
+    record = Record("rivals", output, kept(output) or {})
     for place, name in enumerate(names):
         case = SHAPES[name] | {"budgets": budgets}
         case = cases.tiny(case) | {"rounds": 3} if tiny else case

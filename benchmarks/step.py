@@ -17,7 +17,7 @@ from cyclopts import Parameter
 
 from benchmarks import cases
 from benchmarks.cases import KEPT, LONG, SHORT
-from benchmarks.record import Record, finish, rows_of
+from benchmarks.record import Record, finish, kept, rows_of
 from experiments.cli import main
 
 # What the planner answers when asked for 16.41 GiB: the norms' inverses and rotated q, k as well.
@@ -71,9 +71,9 @@ def step(
       group: Run the cases of one shape alone.
       tiny: Run our side of a tiny model, on any device, to try the script.
     """
-    record, here = Record("step", output, {}), gpu()
-    rows = {name: row for name, row in record.rows.items() if row.get("gpu") == here}
-    record.rows = rows
+    here, found = gpu(), kept(output) or {}
+    rows = {name: row for name, row in found.items() if row.get("gpu") == here}
+    record = Record("step", output, rows)
     missing = {n: c for n, c in CASES.items() if n.startswith(group or "") and n not in rows}
     if tiny:
         ours = {n: case for n, (module, case) in missing.items() if module == "step_jax"}

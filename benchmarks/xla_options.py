@@ -19,7 +19,7 @@ from cyclopts import Parameter
 
 from benchmarks import cases
 from benchmarks.cases import KEPT, SHORT
-from benchmarks.record import Record, rows_of
+from benchmarks.record import Record, kept, rows_of
 from benchmarks.result import Row
 from benchmarks.step import gpu
 from experiments.cli import main
@@ -64,20 +64,20 @@ def xla_options(
     """
     Plan.parse(plan)
     about = {"case": (cases.tiny(SHORT) if tiny else SHORT) | {"plan": plan}, "gpu": gpu()}
-    record = Record("xla_options", output, [])
-    record.rows = [row for row in record.rows if about.items() <= row.items()]
-    known = {one["options"] for one in record.rows} - {_BASE}
+    rows = [row for row in kept(output) or [] if about.items() <= row.items()]
+    record = Record("xla_options", output, rows)
+    known = {one["options"] for one in rows} - {_BASE}
     for options in _turns([one for one in option if one not in known]):
         flags = f"{os.environ.get('XLA_FLAGS', '')} {options}".strip()
         *_, found = rows_of(
             "step_jax", about["case"], environment=os.environ | {"XLA_FLAGS": flags}
         )
         row = {name: found[name] for name in _NAMES if name in found}
-        record.rows.append(about | {"options": options} | row)
-        print(_line(record.rows[-1]), flush=True)
+        rows.append(about | {"options": options} | row)
+        print(_line(rows[-1]), flush=True)
         record.save()
-    print("\n".join(compared(record.rows)))
-    raise SystemExit(all("error" in row for row in record.rows))
+    print("\n".join(compared(rows)))
+    raise SystemExit(all("error" in row for row in rows))
 
 
 def _turns(options: list[str]) -> Iterator[str]:
