@@ -69,7 +69,7 @@ def planner(
         record.rows, done = rows, [row["place"] for row in rows if row["part"] == name]
         if len(done) >= case["budgets"]:
             continue
-        environment = launch.environment(parse_target(case["target"]))
+        environment = launch.environment(parse_target(PARTS[name]["target"]))
         asked = ("planner_parts.process", case, done)
         for row in rows_of(*asked, environment=environment):
             if "error" in row:

@@ -5,10 +5,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import cases, executor, record, step, step_jax
+from benchmarks import cases, executor, peaks, record, step, step_jax
 from benchmarks.executor_parts import compile as compile_time
 from benchmarks.executor_parts import copies, equality, evaluations, nested, temp
 from experiments.cli import main
@@ -158,3 +159,28 @@ def test_a_tiny_step_is_timed(capfd):
     (row,) = record.rows_of("step_jax", case)
     assert row["seconds"] > 0 and row["recomputed_flops"] > 0
     assert {"compiled_peak_bytes", "runtime_bytes", "estimated_seconds", "device"} <= set(row)
+
+
+def test_peaks_are_those_that_the_steps_process_tells(monkeypatch, tmp_path, capsys):
+    """A row of each point in the words of `peaks_h100.json`; what failed is named."""
+    said = {"compiled_peak_bytes": 101, "runtime_bytes": 100, "estimated_seconds": 0.5}
+    said |= {"seconds": 0.6, "attention": "plain", "loss": 5.5, "device": "gpu (X)", "unroll": 1}
+
+    def rows_of(module, case):
+        assert module == "step_jax" and case["batch_size"] == 2
+        yield {"error": "died", "traceback": ""} if case["plan"] == "sqrt" else said
+
+    absent = lambda jobs, parallel: [SimpleNamespace(peak_bytes=100) for _ in jobs]
+    monkeypatch.setattr(peaks, "rows_of", rows_of)
+    monkeypatch.setattr(peaks, "measure_many", absent)
+    monkeypatch.setattr(peaks, "POINTS", (("full", 8, 1024), ("sqrt", 8, 1024)))
+    output = tmp_path / "peaks.json"
+    with pytest.raises(SystemExit) as stop:
+        main(peaks.peaks, ["--tiny", "--target=v5e-1", f"--output={output}"], package="benchmarks")
+    assert stop.value.code == 1 and "sqrt: died" in capsys.readouterr().out
+    made = json.loads(output.read_text())
+    full, sqrt = made["rows"]
+    kept = json.loads((record.ROOT / "docs/measured/peaks_h100.json").read_text())["rows"][0]
+    assert set(kept) <= set(full) and sqrt["error"] == "died"
+    assert (full["present_bytes"], full["estimated"]) == (101, 0.5)
+    assert made["device"] == "gpu (X)" and made["backend"] == "gpu"
