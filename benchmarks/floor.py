@@ -18,8 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.cases import Case, config_of
 from benchmarks.record import device
-from benchmarks.step_jax import Case
 from experiments.training.step import init_state, make_train_step, resolve_model
 from jaxckpt.costs.flops import count_flops
 from jaxckpt.models.attention import causal_attention
@@ -45,7 +45,7 @@ def seconds_of(fn: Callable, *args) -> float:
 
 def run(case: Case) -> dict[str, Any]:
     """Returns the floor in seconds and its parts."""
-    config, _ = resolve_model(case.config())
+    config, _ = resolve_model(config_of(case, "none"))
     model, rows = config.model, (config.batch_size, config.seq_len)
     key = jax.random.key(0)
     side = jax.random.normal(key, [_SIDE, _SIDE], jnp.bfloat16)
@@ -79,4 +79,4 @@ def run(case: Case) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(Case(**{"plan": "none", **json.loads(sys.argv[1])}))))
+    print(json.dumps(run(json.loads(sys.argv[1]))))

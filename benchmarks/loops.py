@@ -7,19 +7,17 @@ Each model and length has a fresh process. Temporaries are the compiler's, of th
 that reads every output. Exits with 1 if a bound fails, and prints each that does in one line.
 """
 
-import dataclasses
 import os
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import Parameter
 
-from benchmarks.record import ChildError, values_of, write
-from benchmarks.result import Result
-from experiments.cli import fail
+from benchmarks.record import Record, rows_of
+from benchmarks.result import Result, Row, console
+from experiments.cli import main
+from experiments.config import ConfigError
 from experiments.loop import segments_of
 
 MODELS = ("rnn", "reaction")
@@ -30,14 +28,20 @@ METHODS = (
     *("plain", "checkpointed step", "nested by hand", "equinox, 16 states", "equinox"),
     *("sqrt", "uniform", "log", "binomial:16", "binomial:32"),
 )
-Row = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Flags:
-    """The command line.
+def loops(
+    *,
+    model: Annotated[tuple[Literal["rnn", "reaction"], ...], Parameter(negative=())] = MODELS,
+    length: Annotated[tuple[int, ...], Parameter(negative=())] = LENGTHS,
+    side: int = 96,
+    method: Annotated[tuple[str, ...], Parameter(negative=())] = METHODS,
+    command_buffers: Annotated[bool, Parameter(negative=())] = False,
+    output: Path | None = None,
+):
+    """Measure gradients of loops over time under every method; exit with 1 if a bound fails.
 
-    Attributes:
+    Args:
       model: What is run; may be given several times.
       length: Steps; may be given several times.
       side: Of the grid of reaction and diffusion.
@@ -45,49 +49,27 @@ class Flags:
       command_buffers: Run everything a second time with XLA's graphs for loops (on a GPU).
       output: JSON file to write.
     """
-
-    model: Annotated[tuple[Literal["rnn", "reaction"], ...], Parameter(negative=())] = MODELS
-    length: Annotated[tuple[int, ...], Parameter(negative=())] = LENGTHS
-    side: int = 96
-    method: Annotated[tuple[str, ...], Parameter(negative=())] = METHODS
-    command_buffers: Annotated[bool, Parameter(negative=())] = False
-    output: Path | None = None
-
-
-def loops(flags: Annotated[Flags, Parameter(name="*")] = Flags(), *, command: str = ""):
-    """Measure gradients of loops over time under every method; exit with 1 if a bound fails."""
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=True, width=160)
+    if set(method) - set(METHODS) or min(length) < 1 or side < 1:
+        raise ConfigError(f"methods are {', '.join(METHODS)}; lengths and the side at least 1")
     rows: list[Row] = []
-    for options in ("", GRAPHS)[: 1 + flags.command_buffers]:
-        environment = dict(os.environ)
-        environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {options}".strip()
-        for model in flags.model:
-            about = {"side": flags.side} if model == "reaction" else {}
-            for length in flags.length:
-                rows += measured(model, length, about, flags.method, environment, options)
-                _write(flags.output, command, rows, [])
+    record = Record("loops", output, rows)
+    for options in ("", GRAPHS)[: 1 + command_buffers]:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {options}".strip()
+        for name, steps in [(name, steps) for name in model for steps in length]:
+            about = {"side": side} if name == "reaction" else {}
+            wanted = [
+                one if one != "uniform" else f"uniform:{segments_of(steps)}" for one in method
+            ]
+            asked = ("loops_parts.process", name, steps, about, wanted)
+            for row in rows_of(*asked, environment=os.environ | {"XLA_FLAGS": flags}):
+                rows.append({"model": name, "length": steps, **about, "options": options, **row})
+                print(line(rows[-1]), flush=True)
+                record.save(failures=[])
     failures = failed(rows)
     result = Result(title="gradients of loops", rows=rows, table=shown(rows), failures=failures)
-    result.print(console)
-    _write(flags.output, command, rows, failures)
-    sys.exit(bool(failures))
-
-
-def measured(model: str, length: int, about: dict, names, environment, options: str) -> list[Row]:
-    """Returns the rows of one process; what it got to before it failed, and then why it did."""
-    found: list[Row] = []
-    wanted = [name if name != "uniform" else f"uniform:{segments_of(length)}" for name in names]
-    try:
-        asked = (model, length, about, wanted)
-        for row in values_of("loops_parts.process", *asked, environment=environment, name=model):
-            found.append({**about, "options": options, **row})
-            print(line(found[-1]), flush=True)
-    except ChildError as error:
-        found.append({"model": model, "length": length, "options": options, "error": str(error)})
-        print(line(found[-1]), flush=True)
-    return found
+    result.print(console(160))
+    record.save(failures=failures)
+    raise SystemExit(bool(failures))
 
 
 def line(row: Row) -> str:
@@ -154,37 +136,5 @@ def _above(name: str, what: str, row: Row, rival: Row, key: str, most: float) ->
     return [f"{name}: {ratio:.2f} of the {what} of {rival['method']}, at most {most}"]
 
 
-def _write(output: Path | None, command: str, rows: list[Row], failures: list[str]):
-    if output is None:
-        return
-    os.environ["JAX_PLATFORMS"] = "cpu"  # this process must hold nothing of a GPU
-    from benchmarks.record import origin
-
-    device = next((row["device"] for row in rows if "device" in row), "none")
-    about = {"device": device, "backend": device.split()[0], "rows": rows, "failures": failures}
-    write(origin(command) | about, output)
-
-
-def main(tokens: Sequence[str] | None = None):
-    """Runs the command; a refused command line is one line on stderr and exit code 2."""
-    tokens = list(sys.argv[1:] if tokens is None else tokens)
-    app = App(name="python -m benchmarks.loops", help_format="plaintext", version_flags=())
-
-    def run(flags: Annotated[Flags, Parameter(name="*")] = Flags()):
-        loops(flags, command=shlex.join(["python", "-m", "benchmarks.loops", *tokens]))
-
-    run.__doc__ = loops.__doc__
-    app.default(run)
-    try:
-        function, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
-        flags = bound.arguments.get("flags", Flags())
-        unknown = [name for name in flags.method if name not in METHODS]
-        if unknown or min(flags.length) < 1 or flags.side < 1:
-            fail(f"methods are {', '.join(METHODS)}; lengths and the side at least 1")
-    except CycloptsError as error:
-        fail(error)
-    function(*bound.args, **bound.kwargs)
-
-
 if __name__ == "__main__":
-    main()
+    main(loops, package="benchmarks")

@@ -20,7 +20,7 @@ from benchmarks.tables import ROOT
 from jaxckpt.plans.errors import nearest
 
 DOCS = ROOT / "docs"
-TABLES = tables.TABLES | tables.PLANNER_TABLES
+TABLES = tables.TABLES
 _TABLE = re.compile(r"<!-- table: (?P<name>\S+) -->\n(?P<old>.*?)<!-- end table -->", re.DOTALL)
 
 

@@ -8,22 +8,20 @@ says the most it held. Exits with 1 if a bound fails: present within 2 % at ever
 within 2 % in the median and 5 % at worst.
 """
 
-import json
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
-from benchmarks.shapes import QWEN3, TINY
-from experiments.config import TrainConfig
-from experiments.training.build import build, entry_of
+from benchmarks import cases
+from benchmarks.cases import KEPT
+from benchmarks.record import Record, finish, rows_of
+from benchmarks.result import Row
+from experiments.cli import main
+from experiments.training.build import entry_of
 from jaxckpt.absent.jobs import JobFailure, measure_many
 
-KEPT = "full+attention+names:q,k,v,mid,gate,up"
 POINTS = (
     *((plan, 8, 1024) for plan in ("none", KEPT, "dots_no_batch", "attention", "full")),
     *((plan, 8, 1024) for plan in ("uniform:4", "sqrt", "log", "14xfull/none")),
@@ -33,36 +31,17 @@ POINTS = (
 PRESENT, MEDIAN, WORST = 0.02, 0.02, 0.05
 
 
-def config_of(point: tuple[str, int, int], tiny: bool) -> TrainConfig:
-    """Returns the configuration of a point; `tiny` is a model for trying the script."""
+# What `benchmarks.step_jax` says of a step -> its name here.
+_NAMES = {"compiled_peak_bytes": "present_bytes", "estimated_seconds": "estimated"}
+_NAMES |= {name: name for name in ("runtime_bytes", "seconds", "attention", "loss", "device")}
+_NAMES |= {name: name for name in ("error", "traceback")}
+
+
+def case_of(point: tuple[str, int, int], is_tiny: bool) -> cases.Case:
+    """Returns the case of a point; a tiny one is a model for trying the script."""
     plan, batch, size = point
-    model = TINY if tiny else QWEN3
-    if tiny:
-        batch, size, plan = 2, 64, plan.replace("14x", "2x")
-    return TrainConfig(model=model, remat=plan, batch_size=batch, seq_len=size)
-
-
-def child(place: int, tiny: bool):
-    """Compiles and runs the step of one point; prints a JSON line."""
-    import jax
-
-    from experiments.training.loop import runtime_peak_bytes
-    from experiments.training.step import init_state, resolve_model
-    from jaxckpt.memory.measure import compile_step
-
-    config, _ = resolve_model(config_of(POINTS[place], tiny))
-    step, report = compile_step(build(config, "local"))
-    state = jax.jit(lambda: init_state(config))()
-    tokens = jax.numpy.zeros((config.batch_size, config.seq_len + 1), "int32")
-    seconds = []
-    for _ in range(6):
-        started = time.perf_counter()
-        state, metrics = jax.block_until_ready(step(state, tokens))
-        seconds.append(time.perf_counter() - started)
-    found = {"present_bytes": report.peak_bytes, "runtime_bytes": runtime_peak_bytes()}
-    found |= {"seconds": statistics.median(seconds[1:]), "estimated": report.estimated_seconds}
-    found |= {"attention": config.model.attention, "loss": float(metrics["loss"])}
-    print(json.dumps(found))
+    case = {"plan": plan, "batch_size": batch, "seq_len": size}
+    return cases.tiny(case) | {"plan": plan.replace("14x", "2x")} if is_tiny else case
 
 
 def peaks(
@@ -70,42 +49,27 @@ def peaks(
     *,
     output: Path | None = None,
     tiny: Annotated[bool, Parameter(negative=())] = False,
-    child_of: int | None = None,
 ):
-    """Compare compiled and real peaks; exit with 1 if a bound fails."""
-    if child_of is not None:
-        child(child_of, tiny)
-        return
-    absent = _absent(target, tiny)
-    rows = []
-    for place, point in enumerate(POINTS):
-        row = dict(zip(("plan", "batch_size", "seq_len"), point, strict=True))
-        row |= {"absent_bytes": absent[place]} | _present(place, tiny)
-        rows.append(row)
-        print(_line(row), flush=True)
-    failures = check(rows)
-    print("\n".join(failures) or "every bound holds")
-    if output is not None:
-        _write(output, rows, target)
-    sys.exit(bool(failures))
+    """Compare compiled and real peaks; exit with 1 if a bound fails.
 
-
-def _absent(target: str, tiny: bool) -> list[int | str]:
-    """Returns each point's peak compiled for the absent chip, or why there is none."""
-    jobs = [(entry_of(config_of(point, tiny), target), target) for point in POINTS]
-    found = measure_many(jobs, parallel=6)
-    return [str(one) if isinstance(one, JobFailure) else one.peak_bytes for one in found]
-
-
-def _present(place: int, tiny: bool) -> dict[str, Any]:
-    """Returns what a fresh process says of a point."""
-    command = [sys.executable, "-m", "benchmarks.peaks", "--child-of", str(place)]
-    done = subprocess.run(
-        [*command, *(["--tiny"] if tiny else [])], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1], "traceback": done.stderr}
-    return json.loads(done.stdout.splitlines()[-1])
+    Args:
+      target: The chip that is here, compiled for as if it were absent.
+      output: JSON file to write.
+      tiny: A small model, on any device, to try the script.
+    """
+    asked = [case_of(point, tiny) for point in POINTS]
+    configs = [cases.config_of(case, case["plan"]) for case in asked]
+    absent = measure_many([(entry_of(config, target), target) for config in configs], parallel=6)
+    rows: list[Row] = []
+    record = Record("peaks", output, rows)
+    for point, case, one in zip(POINTS, asked, absent, strict=True):
+        row: Row = dict(zip(("plan", "batch_size", "seq_len"), point, strict=True))
+        row["absent_bytes"] = str(one) if isinstance(one, JobFailure) else one.peak_bytes
+        *_, found = rows_of("step_jax", case)
+        rows.append(row | {here: found[name] for name, here in _NAMES.items() if name in found})
+        print(_line(rows[-1]), flush=True)
+        record.save()
+    finish(check(rows))
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -139,14 +103,5 @@ def check(rows: list[dict[str, Any]]) -> list[str]:
     return failures
 
 
-def _write(path: Path, rows: list[dict[str, Any]], target: str):
-    from benchmarks import record
-
-    command = f"python -m benchmarks.peaks --target {target} --output {path}"
-    path.write_text(json.dumps(record.origin(command) | {"rows": rows}, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    app = App(name="python -m benchmarks.peaks", help_format="plaintext")
-    app.default(peaks)
-    app()
+    main(peaks, package="benchmarks")

@@ -12,31 +12,27 @@ Exits with 1 if a bound fails. Needs the `tpu` and `cuda13` extras, no chip; abo
 cores a compilation.
 """
 
-import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
+from benchmarks import cases
 from benchmarks.planner_parts.bounds import check, line, summaries
-from benchmarks.planner_parts.part import Case, run_part
-from benchmarks.record import write
+from benchmarks.record import HOST, Record, finish, kept, rows_of
+from experiments.cli import main
+from experiments.config import ConfigError
 from jaxckpt.absent import launch
 from jaxckpt.compiled import cache
 from jaxckpt.targets.target import parse_target
 
-_SHORT: dict[str, Any] = {"batch_size": 8, "seq_len": 1024}
-_LONG: dict[str, Any] = {"batch_size": 2, "seq_len": 16384}
-PARTS = {
-    "v5e-1-8x1024": Case(target="v5e-1", budgets=20, **_SHORT),
-    "v5e-1-2x16384": Case(target="v5e-1", budgets=5, **_LONG),
-    "v6e-1-8x1024": Case(target="v6e-1", budgets=5, **_SHORT),
-    "v6e-1-2x16384": Case(target="v6e-1", budgets=5, **_LONG),
-    "h100-8x1024": Case(target="h100", budgets=5, **_SHORT),
-    "h100-2x16384": Case(target="h100", budgets=5, **_LONG),
+_BATCHES = {"8x1024": cases.SHORT, "2x16384": cases.LONG}
+PARTS: dict[str, cases.Case] = {
+    f"{target}-{name}": {"target": target, **batch, "budgets": 5, "tiny": False}
+    for target in ("v5e-1", "v6e-1", "h100")
+    for name, batch in _BATCHES.items()
 }
+PARTS["v5e-1-8x1024"]["budgets"] = 20
 
 
 def planner(
@@ -54,71 +50,37 @@ def planner(
       budgets: Budgets of each part, at least 2.
       tiny: A small model, to try the script.
     """
-    cases = _cases(part, budgets, tiny)
-    command = _command(output, part, budgets, tiny)
+    for name in part:
+        if name not in PARTS:
+            raise ConfigError(f"part {name!r} is not known; valid: {', '.join(PARTS)}")
+    if budgets is not None and budgets < 2:
+        raise ConfigError(f"--budgets is {budgets}; the least is 2")
+    for name in part or PARTS:
+        launch.check_available(parse_target(PARTS[name]["target"]))
     # What decides an answer beside the compiled peaks, which are kept by program.
     sources = cache.digest_of_sources({"benchmarks"})[:16]
-    rows = _resume(output, sources)
-    for name, case in cases.items():
-        made = {"part": name, "sources": sources, "case": case.as_json()}
-        done = [row["place"] for row in rows if made.items() <= row.items()]
-        rows = [row for row in rows if row["part"] != name or made.items() <= row.items()]
-        for row in run_part(case, done):
-            rows.append(made | row)
-            print(line(rows[-1]), flush=True)
-            _write(output, command, rows)
-    failures = check(rows)
-    print("\n".join((*summaries(rows), *(failures or ["every bound holds"]))))
-    sys.exit(bool(failures))
-
-
-def _cases(names: Sequence[str], budgets: int | None, tiny: bool) -> dict[str, Case]:
-    """Returns the parts that are asked for; whatever is wrong with them ends the command."""
-    for name in names:
-        if name not in PARTS:
-            sys.exit(_refused(f"part {name!r} is not known; valid: {', '.join(PARTS)}"))
-    if budgets is not None and budgets < 2:
-        sys.exit(_refused(f"--budgets is {budgets}; the least is 2"))
-    asked = {name: PARTS[name].changed(budgets, tiny) for name in names or PARTS}
-    for case in asked.values():
-        try:
-            launch.check_available(parse_target(case.target))
-        except launch.Unavailable as error:
-            sys.exit(_refused(str(error)))
-    return asked
-
-
-def _refused(text: str) -> int:
-    print(f"error: {text}", file=sys.stderr)
-    return 2
-
-
-def _resume(output: Path | None, sources: str) -> list[dict[str, Any]]:
-    """Returns the rows of a file that this planner made."""
-    if output is None or not output.exists():
-        return []
-    rows = json.loads(output.read_text())["rows"]
-    return [row for row in rows if row["sources"] == sources]
-
-
-def _command(output: Path | None, parts: Sequence[str], budgets: int | None, tiny: bool) -> str:
-    """Returns the command line that asks for the same."""
-    flags = [f"--part {part}" for part in parts]
-    flags += [] if budgets is None else [f"--budgets {budgets}"]
-    flags += ["--tiny"] * tiny + ([] if output is None else [f"--output {output}"])
-    return " ".join(["python -m benchmarks.planner", *flags])
-
-
-def _write(output: Path | None, command: str, rows: Sequence[dict[str, Any]]):
-    if output is None:
-        return
-    from benchmarks.record import origin
-
-    record = origin(command) | {"rows": list(rows)}
-    write(record, output)
+    rows = [row for row in kept(output) or [] if row["sources"] == sources]
+    record, failures = Record("planner", output, rows), []
+    for name in part or PARTS:
+        case = PARTS[name] | {"budgets": budgets or PARTS[name]["budgets"]}
+        case = cases.tiny(case) if tiny else case
+        made = {"part": name, "sources": sources, "case": case}
+        rows = [row for row in record.rows if row["part"] != name or made.items() <= row.items()]
+        record.rows, done = rows, [row["place"] for row in rows if row["part"] == name]
+        if len(done) >= case["budgets"]:
+            continue
+        environment = launch.environment(parse_target(PARTS[name]["target"]))
+        asked = ("planner_parts.process", case, done)
+        for row in rows_of(*asked, environment=environment):
+            if "error" in row:
+                failures.append(f"{name}: {row['error']}")
+                continue
+            record.rows.append(made | row)
+            print(line(record.rows[-1]), flush=True)
+            record.save(HOST)
+    print("\n".join(summaries(record.rows)))
+    finish(failures + check(record.rows))
 
 
 if __name__ == "__main__":
-    app = App(name="python -m benchmarks.planner", help_format="plaintext")
-    app.default(planner)
-    app()
+    main(planner, package="benchmarks")

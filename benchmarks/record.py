@@ -1,53 +1,81 @@
-"""A benchmark's record: where it comes from, its parts in processes, and where it is written.
+"""A benchmark's record: rows from processes, where they come from, and where they are written.
 
-`values_of` yields what a part in a fresh process prints as lines of JSON, as it prints them.
-`origin` is the command, the commit, versions and the device. `write` puts the record on disk whole,
-`write_section` its table into docs/theory.md between two markers. JAX is imported for the device
-alone.
+`rows_of` yields what a part in a fresh process prints as lines of JSON, as it prints them. A
+`Record` is on disk whole after every row, and `kept` is what the command goes on with. `origin` is
+the command, the commit, versions and the device. `write_section` puts a table into docs/theory.md
+between two markers. JAX is imported for this process's device alone, so that it is the processes
+that hold a chip.
 """
 
+import dataclasses
 import json
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from benchmarks.result import Result, markdown
+from benchmarks.result import Result, Row, markdown
+from experiments.files import write_text
 from experiments.provenance import ROOT, commit, versions
 
 
+@dataclasses.dataclass
+class Record:
+    """The rows of a benchmark, and the file that holds them.
+
+    Attributes:
+      benchmark: Its module.
+      output: The file; None for no file.
+      rows: One after another, or by name.
+    """
+
+    benchmark: str
+    output: Path | None
+    rows: Any
+
+    def save(self, device: str = "none", **about: Any):
+        """Writes what there is, if there is a file to write; `device` is that of rows without."""
+        rows = self.rows.values() if isinstance(self.rows, dict) else self.rows
+        found = next((row["device"] for row in rows if row.get("device")), device)
+        write(origin(self.benchmark, found) | about | {"rows": self.rows}, self.output)
+
+
+def kept(output: Path | None) -> Any:
+    """Returns the rows that a run left which was cut short; None without a file."""
+    if output is None or not output.exists():
+        return None
+    return json.loads(output.read_text(encoding="utf-8"))["rows"]
+
+
 def write(record: dict[str, Any], path: Path | None):
-    """Writes the record as JSON; without a path, nothing."""
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(record, indent=1) + "\n")
-    part.replace(path)
+    """Writes a record as JSON; without a path, nothing."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(record, indent=1) + "\n")
 
 
-class ChildError(RuntimeError):
-    """A process that failed: the last line that it wrote, and all of it as `text`."""
-
-    def __init__(self, line: str, text: str):
-        super().__init__(line)
-        self.text = text
+def finish(failures: list[str]) -> NoReturn:
+    """Prints what does not hold, and ends the command: with 1 if there is any."""
+    print("\n".join(failures) or "every bound holds")
+    sys.exit(bool(failures))
 
 
-def values_of(module: str, *asked: Any, environment: Mapping[str, str], name: str) -> Iterator[Any]:
-    """Yields what `python -m benchmarks.MODULE` prints, a JSON value a line.
+def rows_of(
+    module: str, *asked: Any, environment: Mapping[str, str] | None = None
+) -> Iterator[Row]:
+    """Yields what `python -m benchmarks.MODULE` prints, a JSON object a line.
+
+    Of a process that fails the last row is its `error`, the last line that it wrote, and the whole
+    `traceback`.
 
     Args:
       module: Of benchmarks.
       *asked: Its arguments, as JSON.
-      environment: Of the process.
-      name: What the process is about, for an error.
-
-    Raises:
-      ChildError: The process failed.
+      environment: Of the process; this one's by default.
     """
     command = [sys.executable, "-m", f"benchmarks.{module}", *map(json.dumps, asked)]
     # The compilers write banners that mean nothing to file descriptor 2.
@@ -56,8 +84,8 @@ def values_of(module: str, *asked: Any, environment: Mapping[str, str], name: st
         with subprocess.Popen(command, env=environment, **streams) as process:
             assert process.stdout is not None  # a pipe
             try:
-                yield from map(json.loads, process.stdout)
-            except GeneratorExit:
+                yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
+            except BaseException:  # nobody reads any more
                 process.kill()
                 raise
         if process.returncode:
@@ -65,7 +93,7 @@ def values_of(module: str, *asked: Any, environment: Mapping[str, str], name: st
             text = log.read()
             lines = [line for line in text.splitlines() if _says_something(line)]
             last = (lines or [f"exit code {process.returncode}"])[-1]
-            raise ChildError(f"{name}: {last}", text)
+            yield {"error": last, "traceback": text}
 
 
 def _says_something(line: str) -> bool:
@@ -76,17 +104,18 @@ def _says_something(line: str) -> bool:
 _PACKAGES = ("jaxckpt", "jax", "jaxlib", "flax", "libtpu")
 
 
-def origin(command: str) -> dict[str, Any]:
+def origin(benchmark: str, device: str) -> dict[str, Any]:
     """Returns the command, the commit ("unknown" outside a checkout), versions and the device."""
-    import jax  # by who has chosen its platform
-
     return {
-        "command": command,
+        "command": shlex.join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]]),
         "commit": commit(),
         "versions": versions(_PACKAGES),
-        "backend": jax.default_backend(),
-        "device": device(),
+        "backend": device.partition(" ")[0],
+        "device": device,
     }
+
+
+HOST = f"cpu ({platform.machine()})"
 
 
 def device() -> str:
@@ -94,8 +123,7 @@ def device() -> str:
     import jax
 
     first = jax.devices()[0]
-    kind = platform.machine() if first.platform == "cpu" else first.device_kind
-    return f"{first.platform} ({kind})"
+    return HOST if first.platform == "cpu" else f"{first.platform} ({first.device_kind})"
 
 
 PATH = ROOT / "docs" / "theory.md"

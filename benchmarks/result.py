@@ -48,6 +48,14 @@ class Result:
         console.print()
 
 
+def console(width: int) -> Console:
+    """Returns the terminal; a file has no width that a table must fit, and gets one."""
+    found = Console(highlight=False, soft_wrap=True)
+    if not found.is_terminal:
+        found.width = width
+    return found
+
+
 def columns(rows: Iterable[Row]) -> list[str]:
     """Returns the names that any row has, in order of appearance."""
     return list(dict.fromkeys(name for row in rows for name in row))

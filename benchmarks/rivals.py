@@ -14,26 +14,27 @@ With `JAX_COMPILATION_CACHE_DIR` set, what was compiled before is not compiled a
 Exits with 1 if a bound fails. Needs the `planner` extra.
 """
 
-import json
-import os
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import Parameter
 
-from benchmarks.record import ChildError, write
+from benchmarks import cases
+from benchmarks.record import Record, finish, kept, rows_of
+from benchmarks.result import console
 from benchmarks.rivals_parts.bounds import check, result
-from benchmarks.rivals_parts.part import SHAPES, Case, run_part
 from benchmarks.step import gpu
-from experiments.cli import fail
+from experiments.cli import main
 from experiments.config import ConfigError
 from jaxckpt.compiled import cache
 from jaxckpt.plans.errors import nearest
 
-Rows = dict[str, dict[str, Any]]
+_ABOUT = {"budgets": 5, "rounds": 7, "tiny": False}
+SHAPES: dict[str, cases.Case] = {
+    "8x1024": {**cases.SHORT, **_ABOUT, "steps": 5},
+    "2x16384": {**cases.LONG, **_ABOUT, "steps": 1},
+}
 
 
 def rivals(
@@ -53,91 +54,6 @@ def rivals(
       minutes: What all may take: programs for which there is no time are left out, and named.
       tiny: A small model, on any device, to try the script.
     """
-    environment = dict(os.environ)
-    started, rows = time.monotonic(), _read(output)
-    names = shape or tuple(SHAPES)
-    command = _command(output, shape, budgets, minutes, tiny)
-    save = lambda: _write(output, command, rows)
-    for place, name in enumerate(names):
-        case = SHAPES[name].changed(budgets, tiny)
-        left = None if minutes is None else 60 * minutes - (time.monotonic() - started)
-        share = None if left is None else left / (len(names) - place)
-        _measure(name, case, share, environment, rows, save)
-    _print({name: rows[name] for name in names})
-    sys.exit(bool(check({name: rows[name] for name in names})))
-
-
-def _measure(
-    name: str,
-    case: Case,
-    seconds: float | None,
-    environment: Mapping[str, str],
-    rows: Rows,
-    save: Callable[[], None],
-):
-    """Measures a shape, and saves what is known of it as it comes."""
-    made = {"case": case.as_json(), "gpu": gpu()}
-    # What decides a row beside the GPU.
-    made |= {"sources": cache.digest_of_sources({"benchmarks"})[:16]}
-    old = rows.get(name, {})
-    is_same = made.items() <= old.items()
-    if is_same and old.get("is_whole"):
-        return
-    least = old.get("rounds", 0) if is_same else 0
-    try:
-        for row in run_part(name, case, seconds, environment):
-            if "says" in row:
-                print(f"{name}: {row['says']}", flush=True)
-            elif row["rounds"] >= least:  # what was timed before stays until there is as much
-                rows[name] = made | row
-                save()
-    except ChildError as error:
-        failed = {"error": str(error), "traceback": error.text}
-        rows[name] = rows.get(name, {}) | made | failed
-        save()
-
-
-def _read(output: Path | None) -> Rows:
-    return {} if output is None or not output.exists() else json.loads(output.read_text())["rows"]
-
-
-def _command(
-    output: Path | None, shape: Sequence[str], budgets: int, minutes: float | None, tiny: bool
-) -> str:
-    """Returns the command line that asks for the same."""
-    flags = [f"--shape {name}" for name in shape]
-    flags += [] if budgets == 5 else [f"--budgets {budgets}"]
-    flags += [] if minutes is None else [f"--minutes {minutes:g}"]
-    flags += ["--tiny"] * tiny + ([] if output is None else [f"--output {output}"])
-    return " ".join(["python -m benchmarks.rivals", *flags])
-
-
-def _write(output: Path | None, command: str, rows: Rows):
-    if output is None:
-        return
-    os.environ["JAX_PLATFORMS"] = "cpu"  # this process must hold nothing of the GPU
-    from benchmarks.record import origin
-
-    found = next((row["device"] for row in rows.values() if "device" in row), None)
-    record = origin(command)
-    record |= {"backend": str(found).partition(" ")[0], "device": found, "rows": rows}
-    write(record, output)
-
-
-def _print(rows: Rows):
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 240  # a file has no width that a table must fit
-    for name, row in rows.items():
-        result(name, row).print(console)
-    count = len(check(rows))
-    print(f"{count} bounds failed" if count else "every bound holds")
-
-
-def _refuse(shape: Sequence[str], budgets: int, minutes: float | None):
-    """Raises `ConfigError` for flags that ask for nothing that can be measured."""
     for name in shape:
         if name not in SHAPES:
             valid = ", ".join(SHAPES)
@@ -146,23 +62,39 @@ def _refuse(shape: Sequence[str], budgets: int, minutes: float | None):
         raise ConfigError(f"--budgets is {budgets}; the least is 2")
     if minutes is not None and not minutes > 0:
         raise ConfigError(f"--minutes is {minutes}; it is more than 0")
+    started, names = time.monotonic(), shape or tuple(SHAPES)
+    record = Record("rivals", output, kept(output) or {})
+    for place, name in enumerate(names):
+        case = SHAPES[name] | {"budgets": budgets}
+        case = cases.tiny(case) | {"rounds": 3} if tiny else case
+        left = None if minutes is None else 60 * minutes - (time.monotonic() - started)
+        _measure(record, name, case, None if left is None else left / (len(names) - place))
+    rows = {name: record.rows[name] for name in names}
+    for name, row in rows.items():
+        result(name, row).print(console(240))
+    finish(check(rows))
 
 
-def main(tokens: Sequence[str] | None = None):
-    """Runs the command; a refused command line is one line on stderr and exit code 2."""
-    app = App(name="python -m benchmarks.rivals", help_format="plaintext", version_flags=())
-    app.default(rivals)
-    try:
-        tokens = sys.argv[1:] if tokens is None else tokens
-        function, bound, _ = app.parse_args(list(tokens), exit_on_error=False, print_error=False)
-        if function is rivals:
-            asked = bound.arguments
-            given = (asked.get("shape", ()), asked.get("budgets", 5), asked.get("minutes"))
-            _refuse(*given)
-    except (CycloptsError, ConfigError) as error:
-        fail(error)
-    function(*bound.args, **bound.kwargs)
+def _measure(record: Record, name: str, case: cases.Case, seconds: float | None):
+    """Measures a shape within so many seconds, and saves what is known of it as it comes."""
+    # What decides a row beside the GPU.
+    sources = cache.digest_of_sources({"benchmarks"})[:16]
+    made = {"case": case, "gpu": gpu(), "sources": sources}
+    old = record.rows.get(name, {})
+    is_same = made.items() <= old.items()
+    if is_same and old.get("is_whole"):
+        return
+    least = old.get("rounds", 0) if is_same else 0
+    for row in rows_of("rivals_parts.process", case, seconds):
+        if "says" in row:
+            print(f"{name}: {row['says']}", flush=True)
+        elif "error" in row:
+            record.rows[name] = record.rows.get(name, {}) | made | row
+            record.save()
+        elif row["rounds"] >= least:  # what was timed before stays until there is as much
+            record.rows[name] = made | row
+            record.save()
 
 
 if __name__ == "__main__":
-    main()
+    main(rivals, package="benchmarks")

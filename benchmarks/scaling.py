@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
-from benchmarks.record import origin, write_section
+from benchmarks.record import HOST, origin, write_section
+from benchmarks.record import write as write_record
 from benchmarks.result import Result
+from experiments.cli import main
 from experiments.config import TrainConfig
 from experiments.fitting.measuring import measure_all
 from experiments.provenance import ROOT
@@ -85,8 +87,10 @@ def scaling(
             print(f"{size} on {place} under {one}: {row['error']}")
             continue  # it says nothing of the step
         record["rows"].append(row)
-        record |= origin("python -m benchmarks.scaling") | {"device": "no chip"}
-        output.write_text(json.dumps(record, indent=1) + "\n")
+        # Whatever was asked for, the command goes on with the rows that are there.
+        about = {"command": "python -m benchmarks.scaling", "device": "no chip"}
+        record |= origin("scaling", HOST) | about
+        write_record(record, output)
         print(json.dumps(row), flush=True)
 
 
@@ -126,6 +130,4 @@ def _best(rows: list[dict]) -> Iterator[dict]:
 
 
 if __name__ == "__main__":
-    app = App(help_format="plaintext")
-    app.default(scaling)
-    app()
+    main(scaling, package="benchmarks")

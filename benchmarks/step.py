@@ -8,57 +8,51 @@ Memory is the most that the allocator held; of PyTorch's, what it reserved is wr
 Needs the `peer` extra for PyTorch's side. Exits with 1 if a bound fails.
 """
 
-import json
-import os
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
-from benchmarks.record import write
+from benchmarks import cases
+from benchmarks.cases import KEPT, LONG, SHORT
+from benchmarks.record import Record, finish, kept, rows_of
+from experiments.cli import main
 
-_ENVIRONMENT = dict(os.environ)
-KEPT = "full+attention+names:q,k,v,mid,gate,up"
 # What the planner answers when asked for 16.41 GiB: the norms' inverses and rotated q, k as well.
 FASTEST = (
     "attention+names:@rsqrt.1,@rms_norm_rotate.1,@rms_norm_rotate.2,@rsqrt.4,q,k,v,mid,gate,up"
 )
-_SHORT, _LONG = {"batch_size": 8, "seq_len": 1024}, {"batch_size": 2, "seq_len": 16384}
 # Name -> (module of benchmarks/, its case). A pair's two sides stand next to each other.
 CASES = {
-    "short: fastest": ("step_jax", {**_SHORT, "plan": FASTEST}),
-    "short: torch.compile": ("step_torch", _SHORT),
-    "short: kept": ("step_jax", {**_SHORT, "plan": KEPT}),
-    "short: full": ("step_jax", {**_SHORT, "plan": "full"}),
-    "short: torch.compile + checkpoint": ("step_torch", {**_SHORT, "checkpoint": True}),
-    "short: attention": ("step_jax", {**_SHORT, "plan": "attention"}),
-    "short: torch.compile, budget 0.1": ("step_torch", {**_SHORT, "budget": 0.1}),
-    "short: torch.compile, budget 0.5": ("step_torch", {**_SHORT, "budget": 0.5}),
-    "long: attention": ("step_jax", {**_LONG, "plan": "attention"}),
-    "long: torch + checkpoint": ("step_torch", {**_LONG, "mode": "eager", "checkpoint": True}),
-    "short: none": ("step_jax", {**_SHORT, "plan": "none"}),
-    "short: floor": ("floor", _SHORT),
-    "long: floor": ("floor", _LONG),
-    "short: kept, large chunks": (
-        "step_jax",
-        {**_SHORT, "plan": KEPT, "loss_chunk_tokens": 4096},
-    ),
-    "long: full": ("step_jax", {**_LONG, "plan": "full"}),
-    "short: kept, in a loop": ("step_jax", {**_SHORT, "plan": KEPT, "unroll": 1}),
-    "long: torch.compile + checkpoint": ("step_torch", {**_LONG, "checkpoint": True}),
-    "short: kept, again": ("step_jax", {**_SHORT, "plan": KEPT}),
+    "short: fastest": ("step_jax", {**SHORT, "plan": FASTEST}),
+    "short: torch.compile": ("step_torch", SHORT),
+    "short: kept": ("step_jax", {**SHORT, "plan": KEPT}),
+    "short: full": ("step_jax", {**SHORT, "plan": "full"}),
+    "short: torch.compile + checkpoint": ("step_torch", {**SHORT, "checkpoint": True}),
+    "short: attention": ("step_jax", {**SHORT, "plan": "attention"}),
+    "short: torch.compile, budget 0.1": ("step_torch", {**SHORT, "budget": 0.1}),
+    "short: torch.compile, budget 0.5": ("step_torch", {**SHORT, "budget": 0.5}),
+    "long: attention": ("step_jax", {**LONG, "plan": "attention"}),
+    "long: torch + checkpoint": ("step_torch", {**LONG, "mode": "eager", "checkpoint": True}),
+    "short: none": ("step_jax", {**SHORT, "plan": "none"}),
+    "short: floor": ("floor", SHORT),
+    "long: floor": ("floor", LONG),
+    "short: kept, large chunks": ("step_jax", {**SHORT, "plan": KEPT, "loss_chunk_tokens": 4096}),
+    "long: full": ("step_jax", {**LONG, "plan": "full"}),
+    "short: kept, in a loop": ("step_jax", {**SHORT, "plan": KEPT, "unroll": 1}),
+    "long: torch.compile + checkpoint": ("step_torch", {**LONG, "checkpoint": True}),
+    "short: kept, again": ("step_jax", {**SHORT, "plan": KEPT}),
 }
 # What a plan gains over keeping everything, for a page's first screen.
 GAIN = {
-    "gain: none, in a loop": ("step_jax", {**_SHORT, "plan": "none", "unroll": 1}),
-    "gain: none": ("step_jax", {**_SHORT, "plan": "none"}),
-    "gain: kept": ("step_jax", {**_SHORT, "plan": KEPT}),
-    "gain: attention": ("step_jax", {**_SHORT, "plan": "attention"}),
-    "gain: full": ("step_jax", {**_SHORT, "plan": "full"}),
-    "gain: torch.compile": ("step_torch", _SHORT),
+    "gain: none, in a loop": ("step_jax", {**SHORT, "plan": "none", "unroll": 1}),
+    "gain: none": ("step_jax", {**SHORT, "plan": "none"}),
+    "gain: kept": ("step_jax", {**SHORT, "plan": KEPT}),
+    "gain: attention": ("step_jax", {**SHORT, "plan": "attention"}),
+    "gain: full": ("step_jax", {**SHORT, "plan": "full"}),
+    "gain: torch.compile": ("step_torch", SHORT),
 }
 # Ours, the peer's, at most this share of its time, at most this share of its memory.
 BOUNDS = (
@@ -86,22 +80,23 @@ def step(
       group: Run the cases of one shape alone, or those that show a plan's gain.
       tiny: Run our side of a tiny model, on any device, to try the script.
     """
-    rows = _resume(output)
-    cases = GAIN if group == "gain" else CASES
-    missing = {n: c for n, c in cases.items() if n.startswith(group or "") and n not in rows}
-    if not tiny:
+    here, found = gpu(), kept(output) or {}
+    rows = {name: row for name, row in found.items() if row.get("gpu") == here}
+    record = Record("step", output, rows)
+    asked = GAIN if group == "gain" else CASES
+    missing = {n: c for n, c in asked.items() if n.startswith(group or "") and n not in rows}
+    if tiny:
+        ours = {n: case for n, (module, case) in missing.items() if module == "step_jax"}
+        missing = {n: ("step_jax", cases.tiny(case)) for n, case in ours.items()}
+    else:
         _prepare(missing)
     for name, (module, case) in missing.items():
-        if tiny:
-            if module != "step_jax":
-                continue
-            case = {**case, "batch_size": 2, "seq_len": 64, "tiny": True}
-        rows[name] = _run(module, case)
+        *_, row = rows_of(module, case)
+        rows[name] = {"case": case, "gpu": here} | row
         print(_line(name, rows[name]), flush=True)
-        _write(output, rows)
-    for line in (*_compared(rows), *(failures := check(rows))):
-        print(line)
-    sys.exit(bool(failures))
+        record.save()
+    print("\n".join(_compared(rows)))
+    finish(check(rows))
 
 
 def _prepare(cases: dict[str, tuple[str, dict[str, Any]]]):
@@ -112,16 +107,7 @@ def _prepare(cases: dict[str, tuple[str, dict[str, Any]]]):
         if module == "step_torch" and case.get("mode", "compile") == "compile"
     ]
     with ThreadPoolExecutor(len(compiled) or 1) as pool:
-        list(pool.map(lambda case: _run("step_torch", case), compiled))
-
-
-def _run(module: str, case: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, "-m", f"benchmarks.{module}", json.dumps(case)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_ENVIRONMENT)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return {"case": case, "error": lines[-1]}
-    return {"case": case, "gpu": gpu()} | json.loads(done.stdout.splitlines()[-1])
+        list(pool.map(lambda case: list(rows_of("step_torch", case)), compiled))
 
 
 def gpu() -> str:
@@ -131,13 +117,6 @@ def gpu() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "none"
     return done.stdout.strip().splitlines()[0]
-
-
-def _resume(output: Path | None) -> dict[str, dict[str, Any]]:
-    if output is None or not output.exists():
-        return {}
-    here, rows = gpu(), json.loads(output.read_text())["rows"]
-    return {name: row for name, row in rows.items() if row.get("gpu") == here}
 
 
 def _line(name: str, row: dict[str, Any]) -> str:
@@ -186,23 +165,5 @@ def check(rows: dict[str, dict[str, Any]]) -> list[str]:
     return failures
 
 
-def _write(output: Path | None, rows):
-    if output is None:
-        return
-    os.environ["JAX_PLATFORMS"] = "cpu"  # this process must hold nothing of the GPU
-    from benchmarks.record import origin
-
-    record = origin(f"python -m benchmarks.step --output {output}")
-    ran = next((row for row in rows.values() if "device" in row), {})
-    record |= {
-        "backend": str(ran.get("device")).partition(" ")[0],
-        "device": ran.get("device"),
-        "rows": rows,
-    }
-    write(record, output)
-
-
 if __name__ == "__main__":
-    app = App(name="python -m benchmarks.step", help_format="plaintext")
-    app.default(step)
-    app()
+    main(step, package="benchmarks")

@@ -7,14 +7,13 @@ Prints one JSON line. The model is Qwen3-0.6B's shape; `tiny` is one for trying 
 Where the time of a GPU's step goes: device kernels of a profile, by what they are.
 
     with jax.profiler.trace(folder): ...
-    kernels.by_kind(folder, steps=3)     # {'matrix products': 0.040, ...} seconds a step
+    by_kind(folder, steps=3)     # {'matrix products': 0.040, ...} seconds a step
 
 Limits: NVIDIA GPUs; kernels are told apart by their names, which are those of XLA, cuBLAS and
 cuDNN in 2026. What runs beside another kernel is counted in full.
 """
 
 import collections
-import dataclasses
 import json
 import re
 import statistics
@@ -26,9 +25,8 @@ from typing import Any
 
 import jax
 
+from benchmarks.cases import Case, config_of
 from benchmarks.record import device
-from benchmarks.shapes import QWEN3, TINY
-from experiments.config import TrainConfig
 from experiments.training.build import build
 from experiments.training.loop import runtime_peak_bytes
 from experiments.training.step import init_state, resolve_model
@@ -37,32 +35,9 @@ from jaxckpt.memory.measure import compile_step
 _WARM_UP, _BLOCKS, _STEPS, _PROFILED = 3, 5, 4, 3
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """What is run; `unroll` and `loss_chunk_tokens` of 0 are the defaults' choice."""
-
-    batch_size: int
-    seq_len: int
-    plan: str
-    unroll: int = 0
-    loss_chunk_tokens: int = 0
-    tiny: bool = False
-
-    def config(self) -> TrainConfig:
-        """Returns the training run's configuration."""
-        return TrainConfig(
-            model=TINY if self.tiny else QWEN3,
-            remat=self.plan,
-            batch_size=self.batch_size,
-            seq_len=self.seq_len,
-            unroll=self.unroll,
-            loss_chunk_tokens=self.loss_chunk_tokens,
-        )
-
-
 def run(case: Case) -> dict[str, Any]:
     """Returns seconds a step, peaks, the loss and, on a GPU, where the time goes."""
-    config, _ = resolve_model(case.config())
+    config, _ = resolve_model(config_of(case, case["plan"]))
     started = time.perf_counter()
     step, report = compile_step(build(config, "local"))
     compile_seconds = time.perf_counter() - started
@@ -84,11 +59,13 @@ def run(case: Case) -> dict[str, Any]:
         "seconds": statistics.median(seconds),
         "seconds_of_blocks": seconds,
         "compiled_peak_bytes": report.peak_bytes,
+        "runtime_bytes": peak,
         "peak_bytes": peak or report.peak_bytes,
         "compile_seconds": compile_seconds,
         "unroll": config.unroll,
         "attention": config.model.attention,
         "step_flops": report.flops,
+        "estimated_seconds": report.estimated_seconds,
         "recomputed_flops": report.recomputed_flops,
         "loss": float(metrics["loss"]),
         "profile": _profile(step, state, tokens),
@@ -127,22 +104,14 @@ def by_kind(folder: Path, *, steps: int) -> dict[str, float]:
       steps: Steps that the trace holds.
     """
     found: Any = collections.Counter()  # of seconds
-    for name, seconds in by_kernel(folder, steps=steps).items():
-        found[kind_of(name)] += seconds
-    return dict(found.most_common())
-
-
-def by_kernel(folder: Path, *, steps: int) -> dict[str, float]:
-    """Returns the seconds of a step that each kernel takes, by its name."""
-    found: Any = collections.Counter()  # of seconds
-    for path in sorted(Path(folder).rglob("*.xplane.pb")):
+    for path in folder.rglob("*.xplane.pb"):
         for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
             if not plane.name.startswith("/device:GPU"):
                 continue
             for line in plane.lines:
                 if line.name.startswith("Stream"):
                     for event in line.events:
-                        found[event.name] += event.duration_ns / 1e9 / steps
+                        found[kind_of(event.name)] += event.duration_ns / 1e9 / steps
     return dict(found.most_common())
 
 
@@ -152,4 +121,4 @@ def kind_of(name: str) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(Case(**json.loads(sys.argv[1])))))
+    print(json.dumps(run(json.loads(sys.argv[1]))))

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from transformers import Qwen3Config, Qwen3Model
 
-from benchmarks.shapes import QWEN3
+from benchmarks.cases import QWEN3
+from experiments.provenance import versions
 
 _CHUNK_TOKENS = 1024
 _WARM_UP, _BLOCKS, _STEPS = 3, 5, 4
@@ -175,15 +176,9 @@ def run(case: Case) -> dict[str, Any]:
         "reserved_bytes": torch.cuda.max_memory_reserved(),
         "compile_seconds": compile_seconds,
         "loss": float(loss),
-        "versions": {"torch": torch.__version__, "transformers": _version("transformers")},
+        "versions": versions(("torch", "transformers")),
         "device": torch.cuda.get_device_name(),
     }
-
-
-def _version(package: str) -> str:
-    import importlib.metadata
-
-    return importlib.metadata.version(package)
 
 
 if __name__ == "__main__":

@@ -9,27 +9,25 @@ this XLA does not know is a row with an error. A row that the output has of the 
 again.
 """
 
-import json
 import os
-import shlex
 import statistics
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import Parameter
 
-from benchmarks.record import ChildError, values_of, write
-from benchmarks.step import KEPT, gpu
-from experiments.cli import fail
-from jaxckpt.plans import Plan, PlanError
+from benchmarks import cases
+from benchmarks.cases import KEPT, SHORT
+from benchmarks.record import Record, kept, rows_of
+from benchmarks.result import Row
+from benchmarks.step import gpu
+from experiments.cli import main
+from jaxckpt.plans import Plan
 
-_ENVIRONMENT = dict(os.environ)
 _BASE = ""
 _BASE_EVERY = 4
-_CASE = {"batch_size": 8, "seq_len": 1024}
-_TINY = {"batch_size": 2, "seq_len": 64, "tiny": True}
+_NAMES = ("seconds", "peak_bytes", "compile_seconds", "device", "versions", "error", "traceback")
 OPTIONS = (
     "--xla_gpu_enable_command_buffer=",
     "--xla_gpu_command_buffer_scheduling_mode=SERIALIZE",
@@ -48,8 +46,6 @@ OPTIONS = (
     "--xla_gpu_enable_cublaslt=false",
 )
 
-Row = dict[str, Any]
-
 
 def xla_options(
     *,
@@ -66,23 +62,22 @@ def xla_options(
       output: JSON file to write, and to go on with.
       tiny: A small model, on any device, to try the script.
     """
-    try:
-        Plan.parse(plan)
-    except PlanError as error:
-        fail(error)
-    about = {"case": (_TINY if tiny else _CASE) | {"plan": plan}, "gpu": gpu()}
-    rows: list[Row] = []
-    if output is not None and output.exists():
-        kept = json.loads(output.read_text())["rows"]
-        rows = [row for row in kept if about.items() <= row.items()]
+    Plan.parse(plan)
+    about = {"case": (cases.tiny(SHORT) if tiny else SHORT) | {"plan": plan}, "gpu": gpu()}
+    rows = [row for row in kept(output) or [] if about.items() <= row.items()]
+    record = Record("xla_options", output, rows)
     known = {one["options"] for one in rows} - {_BASE}
-    command = _command(option, plan, output, tiny)
     for options in _turns([one for one in option if one not in known]):
-        rows.append(about | _row(options, about["case"]))
-        _write(output, command, rows)
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {options}".strip()
+        *_, found = rows_of(
+            "step_jax", about["case"], environment=os.environ | {"XLA_FLAGS": flags}
+        )
+        row = {name: found[name] for name in _NAMES if name in found}
+        rows.append(about | {"options": options} | row)
         print(_line(rows[-1]), flush=True)
+        record.save()
     print("\n".join(compared(rows)))
-    sys.exit(all("error" in row for row in rows))
+    raise SystemExit(all("error" in row for row in rows))
 
 
 def _turns(options: list[str]) -> Iterator[str]:
@@ -93,17 +88,6 @@ def _turns(options: list[str]) -> Iterator[str]:
         yield one
     if options:
         yield _BASE
-
-
-def _row(options: str, case: Row) -> Row:
-    flags = f"{_ENVIRONMENT.get('XLA_FLAGS', '')} {options}".strip()
-    environment = _ENVIRONMENT | {"XLA_FLAGS": flags}
-    try:
-        (found,) = values_of("step_jax", case, environment=environment, name=options)
-    except ChildError as error:
-        return {"options": options, "error": str(error), "traceback": error.text}
-    names = ("seconds", "peak_bytes", "compile_seconds", "device", "versions")
-    return {"options": options} | {name: found[name] for name in names}
 
 
 def compared(rows: list[Row]) -> Iterator[str]:
@@ -126,37 +110,5 @@ def _line(row: Row) -> str:
     return f"{1e3 * row['seconds']:7.1f} ms {row['peak_bytes'] / 2**30:6.2f} GiB  {name}"
 
 
-def _command(option: Sequence[str], plan: str, output: Path | None, tiny: bool) -> str:
-    """Returns the command line that asks for the same."""
-    flags = [] if tuple(option) == OPTIONS else [f"--option={shlex.quote(one)}" for one in option]
-    flags += [] if plan == KEPT else [f"--plan={plan}"]
-    flags += ["--tiny"] * tiny + ([] if output is None else [f"--output {output}"])
-    return " ".join(["python -m benchmarks.xla_options", *flags])
-
-
-def _write(output: Path | None, command: str, rows: list[Row]):
-    if output is None:
-        return
-    os.environ["JAX_PLATFORMS"] = "cpu"  # this process must hold nothing of the GPU
-    from benchmarks.record import origin
-
-    devices = [row["device"] for row in rows if "device" in row]
-    record = origin(command) | {"rows": rows}
-    record |= {"device": devices[0] if devices else None}
-    write(record, output)
-
-
-def main(tokens: Sequence[str] | None = None):
-    """Runs the command; a refused command line is one line on stderr and exit code 2."""
-    app = App(name="python -m benchmarks.xla_options", help_format="plaintext", version_flags=())
-    app.default(xla_options)
-    try:
-        tokens = sys.argv[1:] if tokens is None else tokens
-        function, bound, _ = app.parse_args(list(tokens), exit_on_error=False, print_error=False)
-    except CycloptsError as error:
-        fail(error)
-    function(*bound.args, **bound.kwargs)
-
-
 if __name__ == "__main__":
-    main()
+    main(xla_options, package="benchmarks")

@@ -28,13 +28,14 @@ _DEBUG = "--debug"
 _PATIENCE_SECONDS = 0.5
 
 
-def main(command: Callable, tokens: Sequence[str] | None = None):
+def main(command: Callable, tokens: Sequence[str] | None = None, *, package: str = "experiments"):
     """Runs `command` with a command line, and turns what a user got wrong into one line.
 
     Args:
       command: A function named like its module; its parameters are the flags, its docstring the
         help.
       tokens: The command line without the program's name; `sys.argv` by default.
+      package: Where the command's module is.
 
     Raises:
       SystemExit: With code 2 after an error of the user's, 1 after one that ends a run, 130 or 143
@@ -45,7 +46,7 @@ def main(command: Callable, tokens: Sequence[str] | None = None):
     tokens = [token for token in given if token != _DEBUG]
     is_debugged = len(tokens) < len(given)
     app = App(
-        name=f"python -m experiments.{command.__name__}",
+        name=f"python -m {package}.{command.__name__}",
         version=lambda: importlib.metadata.version("jaxckpt"),
         help_format="plaintext",
         help_epilogue=f"{_DEBUG} prints the traceback of an error above its line.",

@@ -4,11 +4,15 @@ import importlib
 import json
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import executor, record, step, step_jax
-from benchmarks.executor_parts import compile_time, copies, equality, evaluations, nested, temp
+from benchmarks import cases, executor, peaks, record, step, step_jax
+from benchmarks.executor_parts import compile as compile_time
+from benchmarks.executor_parts import copies, equality, evaluations, nested, temp
+from experiments.cli import main
 
 MODULES = {
     "equality": equality,
@@ -49,8 +53,9 @@ def test_a_doctored_result_fails_the_command(monkeypatch, tmp_path, capsys):
     output = tmp_path / "found" / "executor.json"
     flags = ["--part", "temp", "--quick", "--output", str(output)]
     monkeypatch.setattr(temp, "local", lambda fn, params, carry: carry.size * 4 * params.shape[0])
+    monkeypatch.setattr(sys, "argv", ["", *flags])
     with pytest.raises(SystemExit) as exit:
-        executor.main(flags)
+        main(executor.executor)
     assert exit.value.code == 1
     assert "temp: cpu" in (printed := capsys.readouterr().out)
     assert "log: carries a doubling 24.000, at most 1.1" in printed
@@ -83,7 +88,7 @@ def test_the_checks_see_what_they_are_for():
 )
 def test_a_refused_command_line_is_one_line(flags, message, capsys):
     with pytest.raises(SystemExit) as exit:
-        executor.main(flags)
+        main(executor.executor, flags)
     assert exit.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
@@ -139,20 +144,43 @@ def test_what_starts_processes_imports_no_jax():
     assert done.stdout == "False\n", done.stderr
 
 
-@pytest.mark.parametrize("part", ["planner_parts", "rivals_parts"])
-def test_the_process_of_a_part_is_there(part, monkeypatch):
-    made = importlib.import_module(f"benchmarks.{part}.part")
-    started = []
-
-    def values_of(module, *_, **__):
-        started.append(module)
-        return iter(())
-
-    monkeypatch.setattr(made, "values_of", values_of)
-    if part == "planner_parts":
-        case = made.Case(batch_size=2, seq_len=64, target="v5e-1", budgets=1)
-        list(made.run_part(case, []))
-    else:
-        list(made.run_part("8x1024", made.SHAPES["8x1024"], None, {}))
-    (module,) = started
+@pytest.mark.parametrize(
+    "module", ["planner_parts.process", "rivals_parts.process", "loops_parts.process", "step_jax"]
+)
+def test_the_process_of_a_part_is_there(module):
     assert importlib.util.find_spec(f"benchmarks.{module}") is not None
+    sources = [path.read_text() for path in Path(executor.__file__).parent.glob("*.py")]
+    assert any(f'"{module}"' in text for text in sources)
+
+
+def test_a_tiny_step_is_timed(capfd):
+    """What `step`, `xla_options` and `peaks` are handed by its process."""
+    case = cases.tiny(cases.SHORT) | {"plan": "full"}
+    (row,) = record.rows_of("step_jax", case)
+    assert row["seconds"] > 0 and row["recomputed_flops"] > 0
+    assert {"compiled_peak_bytes", "runtime_bytes", "estimated_seconds", "device"} <= set(row)
+
+
+def test_peaks_are_those_that_the_steps_process_tells(monkeypatch, tmp_path, capsys):
+    """A row of each point in the words of `peaks_h100.json`; what failed is named."""
+    said = {"compiled_peak_bytes": 101, "runtime_bytes": 100, "estimated_seconds": 0.5}
+    said |= {"seconds": 0.6, "attention": "plain", "loss": 5.5, "device": "gpu (X)", "unroll": 1}
+
+    def rows_of(module, case):
+        assert module == "step_jax" and case["batch_size"] == 2
+        yield {"error": "died", "traceback": ""} if case["plan"] == "sqrt" else said
+
+    absent = lambda jobs, parallel: [SimpleNamespace(peak_bytes=100) for _ in jobs]
+    monkeypatch.setattr(peaks, "rows_of", rows_of)
+    monkeypatch.setattr(peaks, "measure_many", absent)
+    monkeypatch.setattr(peaks, "POINTS", (("full", 8, 1024), ("sqrt", 8, 1024)))
+    output = tmp_path / "peaks.json"
+    with pytest.raises(SystemExit) as stop:
+        main(peaks.peaks, ["--tiny", "--target=v5e-1", f"--output={output}"], package="benchmarks")
+    assert stop.value.code == 1 and "sqrt: died" in capsys.readouterr().out
+    made = json.loads(output.read_text())
+    full, sqrt = made["rows"]
+    kept = json.loads((record.ROOT / "docs/measured/peaks_h100.json").read_text())["rows"][0]
+    assert set(kept) <= set(full) and sqrt["error"] == "died"
+    assert (full["present_bytes"], full["estimated"]) == (101, 0.5)
+    assert made["device"] == "gpu (X)" and made["backend"] == "gpu"

@@ -5,13 +5,14 @@ import json
 import pytest
 
 from benchmarks import loops, tables
+from experiments.cli import main
 
 
 def test_a_small_run_leaves_its_rows(tmp_path, capsys):
     output = tmp_path / "loops.json"
     flags = ["--length=20", "--side=8", "--method=sqrt", "--method=uniform", "--method=binomial:16"]
     with pytest.raises(SystemExit) as exit:
-        loops.main([*flags, f"--output={output}"])
+        main(loops.loops, [*flags, f"--output={output}"])
     record = json.loads(output.read_text())
     assert exit.value.code == 0, record["failures"]
     assert {"commit", "versions", "device", "command"} <= set(record)
@@ -59,7 +60,7 @@ def test_each_bound_can_fail():
 )
 def test_bad_input(flags, said, capsys):
     with pytest.raises(SystemExit) as exit:
-        loops.main(flags)
+        main(loops.loops, flags)
     assert exit.value.code == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1

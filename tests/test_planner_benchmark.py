@@ -1,12 +1,15 @@
 """`python -m benchmarks.planner`: its bounds on doctored rows, what it refuses, how it goes on."""
 
 import json
+import sys
 
 import pytest
 
+from benchmarks import cases
 from benchmarks import planner as command
 from benchmarks.planner_parts.bounds import check, figures, line, summaries
-from benchmarks.planner_parts.part import Case, run_part
+from benchmarks.record import rows_of
+from experiments.cli import main
 from jaxckpt.absent import launch
 from jaxckpt.targets.target import parse_target
 
@@ -63,15 +66,16 @@ def test_the_median_and_the_top_are_checked():
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("flag", "message"),
     [
-        ({"part": ("v5e",)}, "part 'v5e' is not known; valid: v5e-1-8x1024"),
-        ({"budgets": 1}, "--budgets is 1; the least is 2"),
+        ("--part=v5e", "part 'v5e' is not known; valid: v5e-1-8x1024"),
+        ("--budgets=1", "--budgets is 1; the least is 2"),
+        ("--budget=3", "--budget"),
     ],
 )
-def test_bad_input(asked, message, capsys):
+def test_bad_input(flag, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        command.planner(**asked)
+        main(command.planner, [flag])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and message in err and err.count("\n") == 1
 
@@ -79,18 +83,19 @@ def test_bad_input(asked, message, capsys):
 def test_a_run_goes_on_where_it_was_cut_short(monkeypatch, tmp_path, capsys):
     asked = []
 
-    def run(case, done):
+    def run(module, case, done, *, environment):
         asked.append(list(done))
         yield from (row(n, 9.0 - n) for n in range(3) if n not in done)
 
-    monkeypatch.setattr(command, "run_part", run)
+    monkeypatch.setattr(command, "rows_of", run)
     monkeypatch.setattr(launch, "check_available", lambda target: None)
     output = tmp_path / "rows.json"
-    options = {"output": output, "part": ("v5e-1-8x1024",), "budgets": 3}
+    flags = ["--part", "v5e-1-8x1024", "--budgets", "3", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["", *flags])
 
     def planned() -> int:
         with pytest.raises(SystemExit) as stop:
-            command.planner(**options)
+            main(command.planner)
         return stop.value.code
 
     assert planned() == 0 and len(json.loads(output.read_text())["rows"]) == 3
@@ -102,8 +107,18 @@ def test_a_run_goes_on_where_it_was_cut_short(monkeypatch, tmp_path, capsys):
     assert planned() == 0 and asked == [[], [1]]
     assert len(json.loads(output.read_text())["rows"]) == 3
     monkeypatch.setattr(command, "check", lambda rows: ["a bound fails"])
-    assert planned() == 1 and sorted(asked[-1]) == [0, 1, 2]
+    assert planned() == 1 and asked == [[], [1]]  # nothing is left to ask for
     assert "a bound fails" in capsys.readouterr().out
+
+
+def test_a_part_that_fails_ends_with_its_error(monkeypatch, capsys):
+    failed = {"error": "RuntimeError: out of memory", "traceback": "all of it"}
+    monkeypatch.setattr(command, "rows_of", lambda *asked, environment: iter([row(0, 9.0), failed]))
+    monkeypatch.setattr(launch, "check_available", lambda target: None)
+    with pytest.raises(SystemExit) as stop:
+        main(command.planner, ["--part=v5e-1-8x1024"])
+    assert stop.value.code == 1
+    assert "v5e-1-8x1024: RuntimeError: out of memory" in capsys.readouterr().out
 
 
 @pytest.mark.heavy
@@ -114,8 +129,9 @@ def test_a_tiny_model_on_a_chip_that_is_not_here(monkeypatch, tmp_path):
     except launch.Unavailable as error:
         pytest.skip(str(error))
     monkeypatch.setenv("JAXCKPT_CACHE", str(tmp_path))
-    case = Case(target="v5e-1", batch_size=8, seq_len=1024, budgets=3).changed(None, tiny=True)
-    found = list(run_part(case, [1]))
+    case = cases.tiny(command.PARTS["v5e-1-8x1024"]) | {"budgets": 3}
+    environment = launch.environment(parse_target("v5e-1"))
+    found = list(rows_of("planner_parts.process", case, [1], environment=environment))
     assert [one["place"] for one in found] == [0, 2]
     assert all(one["compiled_bytes"] <= one["budget_bytes"] for one in found)
     assert found[0]["recomputed_flops"] == 0 and found[0]["compiles"] <= 6

@@ -1,17 +1,17 @@
 """`python -m benchmarks.rivals`: its fixed plans, bounds on doctored rows, what it refuses."""
 
 import json
-import os
+import sys
 
 import pytest
 
-from benchmarks import fixed_plans as plans
+from benchmarks import cases as plans
 from benchmarks import rivals as command
-from benchmarks.record import ChildError
 from benchmarks.rivals_parts import bounds
-from benchmarks.rivals_parts.part import SHAPES
+from experiments.cli import main
 
 GIB = 1 << 30
+TINY_SHAPE = plans.tiny(command.SHAPES["8x1024"]) | {"budgets": 2, "rounds": 3}
 KEPT = plans.canonical(plans.MAXTEXT["minimal_with_context"])
 
 
@@ -76,7 +76,7 @@ def test_maxtext_is_mapped_onto_tags_of_the_model():
     import jax
 
     import jaxckpt
-    from benchmarks.shapes import TINY
+    from benchmarks.cases import TINY
     from experiments.config import TrainConfig
     from experiments.training.build import abstract_block, build
     from experiments.training.step import resolve_model
@@ -110,7 +110,7 @@ def test_maxtext_is_mapped_onto_tags_of_the_model():
 )
 def test_bad_input(flags, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        command.main(flags)
+        main(command.rivals, flags)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and message in err and err.count("\n") == 1
 
@@ -118,28 +118,31 @@ def test_bad_input(flags, message, capsys):
 def test_a_run_goes_on_where_it_was_cut_short(monkeypatch, tmp_path, capsys):
     asked, fates = [], {}
 
-    def run(name, case, seconds, environment):
+    def run(module, case, seconds):
+        name = f"{case['batch_size']}x{case['seq_len']}"
         asked.append((name, seconds is not None))
         yield {"says": "compiled"}
         yield row(85, rounds=0, is_whole=False)
         if fates.get(name):
-            raise ChildError(f"{name}: died", "Traceback: here")
+            yield {"error": "died", "traceback": "Traceback: here"}
+            return
         yield row(85)
 
-    monkeypatch.setattr(command, "run_part", run)
+    monkeypatch.setattr(command, "rows_of", run)
     monkeypatch.setattr(command, "gpu", lambda: "one GPU")
     output = tmp_path / "rows.json"
 
     def measured(*flags: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["", *flags, "--output", str(output)])
         with pytest.raises(SystemExit) as stop:
-            command.main([*flags, "--output", str(output)])
+            main(command.rivals)
         return stop.value.code
 
     fates["2x16384"] = True
     assert measured() == 1  # what was known before it died is there
     rows = json.loads(output.read_text())["rows"]
     assert rows["8x1024"]["is_whole"] and rows["2x16384"]["rounds"] == 0
-    assert rows["2x16384"]["error"] == "2x16384: died"
+    assert rows["2x16384"]["error"] == "died"
     assert rows["2x16384"]["traceback"] == "Traceback: here"
     fates.clear()
     assert measured("--minutes", "9") == 0
@@ -156,14 +159,14 @@ def test_a_run_goes_on_where_it_was_cut_short(monkeypatch, tmp_path, capsys):
 def test_a_timed_shape_is_not_lost_to_one_that_is_not(monkeypatch, tmp_path):
     output, rounds = tmp_path / "rows.json", iter([5, 2])
 
-    def run(name, case, seconds, environment):
+    def run(module, case, seconds):
         yield row(85, rounds=0, is_whole=False)
         yield row(85, rounds=next(rounds), is_whole=False)
 
-    monkeypatch.setattr(command, "run_part", run)
+    monkeypatch.setattr(command, "rows_of", run)
     for _ in range(2):
         with pytest.raises(SystemExit):
-            command.main(["--shape", "8x1024", "--output", str(output)])
+            main(command.rivals, ["--shape", "8x1024", "--output", str(output)])
         assert json.loads(output.read_text())["rows"]["8x1024"]["rounds"] == 5
 
 
@@ -174,7 +177,7 @@ def test_a_tiny_shape_from_end_to_end(monkeypatch, tmp_path):
     monkeypatch.setenv("JAXCKPT_CACHE", str(tmp_path))
     asked = {"none": (), "names:q,k,v": ("save_qkv_proj",), "names:qq": ("mistyped",)}
     monkeypatch.setattr(process, "fixed", lambda: asked)
-    shape = process.Shape(SHAPES["8x1024"].changed(2, tiny=True), None)
+    shape = process.Shape(TINY_SHAPE, None)
     found = [one for one in shape.run() if "rounds" in one]
     assert [one["rounds"] for one in found] == [0, 1, 2, 3, 3]
     assert not found[0]["is_whole"] and "seconds" not in found[0]["plans"]["none"]
@@ -193,7 +196,7 @@ def test_a_tiny_shape_from_end_to_end(monkeypatch, tmp_path):
 def test_what_there_is_no_time_for_is_named():
     from benchmarks.rivals_parts import process
 
-    shape = process.Shape(SHAPES["8x1024"].changed(2, tiny=True), 1e-9)
+    shape = process.Shape(TINY_SHAPE, 1e-9)
     assert list(shape._compile_fixed()) == [] and shape.programs.made == []
     assert shape.left_out[0] == "the fixed plan none" and len(shape.left_out) == 14
 
@@ -232,8 +235,8 @@ def test_what_jax_adds_below_an_error_is_not_the_error():
 
 
 def test_a_process_that_fails_says_its_last_line():
-    from benchmarks.record import ChildError, values_of
+    from benchmarks.record import rows_of
 
-    with pytest.raises(ChildError, match=r"8x1024: .*No module named benchmarks\.no_such") as end:
-        list(values_of("no_such", environment=os.environ, name="8x1024"))
-    assert "No module named" in end.value.text
+    (row,) = rows_of("no_such")
+    assert row["error"].endswith("No module named benchmarks.no_such")
+    assert "No module named" in row["traceback"]

@@ -29,16 +29,7 @@ RATIO = 1.02  # of times on an accelerator; a shared CPU's differ by as much fro
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Sizes of the stack.
-
-    Attributes:
-      tokens: Tokens in a batch, sequences of at most `sequence` each.
-      width: D, a multiple of 128.
-      blocks: L.
-      dtype: Of the computation, `"f32"` or `"bf16"`.
-      sequence: Tokens in a sequence.
-      pairs: Timed pairs of each comparison.
-    """
+    """Sizes of the stack, as the command line has them; a sequence has `tokens` at most."""
 
     tokens: int = 1024
     width: int = 256

@@ -146,17 +146,11 @@ def measured(model: str, length: int, options: dict, names: list[str]):
             continue
         expected = found if expected is None else expected
         yield row | {
-            "error_of_gradients": _difference(found, expected),
+            "error_of_gradients": stacks.largest_difference(found, expected),
             "evaluations": evaluations(name, length),
             **_seconds(lambda fn=fn: jax.block_until_ready(fn(weights, init, xs))),
             "device": device(),
         }
-
-
-def _difference(found, expected) -> float:
-    """Returns the largest difference, relative to a leaf's largest value."""
-    relative = lambda a, b: float(jnp.abs(a - b).max() / jnp.maximum(jnp.abs(b).max(), 1e-30))
-    return max(jax.tree.leaves(jax.tree.map(relative, found, expected)))
 
 
 def _seconds(run: Callable) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What the planner promises of its answers for one step, checked on rows of `planner_part`."""
+"""What the planner promises of its answers for one step, checked on rows of `process`."""
 
 import itertools
 import statistics

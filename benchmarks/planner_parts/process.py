@@ -1,8 +1,8 @@
 """The process of one part of `benchmarks.planner`: every budget of one step for one chip.
 
-`python -m benchmarks.planner_parts.process CASE DONE` prints a row as a line of
-JSON as soon as it is known.
-Peaks are kept on disk by program, not by the sources that made it: another planner finds them.
+`python -m benchmarks.planner_parts.process CASE DONE` prints a row as a line of JSON as soon as it
+is known, but for the places of budgets that are done. Peaks are kept on disk by program, not by the
+sources that made it: another planner finds them.
 """
 
 import json
@@ -13,16 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.fixed_plans import fixed
-from benchmarks.planner_parts.part import Case
-from benchmarks.shapes import QWEN3, TINY
-from experiments.config import TrainConfig
+from benchmarks.cases import Case, config_of, fixed
 from experiments.training.build import build
 from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.costs.flops import count_flops
 from jaxckpt.costs.roofline import UNKNOWN, rates_of
-from jaxckpt.memory.built_step import BuiltStep
-from jaxckpt.memory.measure import compile_step
 from jaxckpt.memory.worker import get_topology, measure_built
 from jaxckpt.planner.fit import answer
 from jaxckpt.planner.problem import Problem
@@ -36,22 +31,24 @@ _NONE = Plan.parse("none")
 
 def rows(case: Case, done: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Yields the rows of a case but for places that are done, the largest budget first."""
-    compiler = _Compiler(case)
-    steps = compiler.steps
+    spent: list[float] = []
+    steps = _steps_of(case, spent)
     started = time.perf_counter()
-    rates = rates_of(parse_target(case.target)) or UNKNOWN
-    problem = Problem.of(steps, compiler.model.num_blocks, rates, None)
+    rates = rates_of(parse_target(case["target"])) or UNKNOWN
+    problem = Problem.of(steps, config_of(case, "none").model.num_blocks, rates, None)
     rungs = problem.ladder()
-    traced = time.perf_counter() - started - compiler.seconds
-    budgets = np.linspace(steps.report(_NONE).peak_bytes, least_bytes(problem, rungs), case.budgets)
+    traced = time.perf_counter() - started - sum(spent)
+    budgets = np.linspace(
+        steps.report(_NONE).peak_bytes, least_bytes(problem, rungs), case["budgets"]
+    )
     for place, budget in enumerate(map(int, budgets)):
         if place in done:
             continue
-        before, started = compiler.seconds, time.perf_counter()
+        before, started = sum(spent), time.perf_counter()
         found = answer(problem, rungs, budget)
-        seconds = time.perf_counter() - started - (compiler.seconds - before)
+        seconds = time.perf_counter() - started - (sum(spent) - before)
         yield {
-            **{"place": place, "budgets": case.budgets, "budget_bytes": budget},
+            **{"place": place, "budgets": case["budgets"], "budget_bytes": budget},
             **{"plan": str(found.plan), "predicted_bytes": found.chosen.predicted_bytes},
             "compiled_bytes": found.report.peak_bytes,
             "recomputed_flops": found.report.recomputed_flops,
@@ -81,46 +78,24 @@ def _fixed(steps: Steps, budget: int) -> dict[str, Any]:
     return {"fixed_plan": None, "fixed_bytes": None, "fixed_recomputed_flops": None}
 
 
-class _Compiler:
-    """Compiles the step of a case under plans, each program once.
+def _steps_of(case: Case, spent: list[float]) -> Steps:
+    """Returns the steps of a case under plans; what compiling each took is put into `spent`."""
+    target = parse_target(case["target"])
+    topology = get_topology(target)
+    built = lambda plan: build(config_of(case, str(plan)), case["target"])
 
-    Attributes:
-      model: Of the step.
-      steps: For the planner.
-      seconds: What building and compiling took.
-    """
-
-    def __init__(self, case: Case):
-        self.model = TINY if case.tiny else QWEN3
-        self._case, self._target = case, parse_target(case.target)
-        is_here = self._target.backend == "local"
-        self._topology = None if is_here else get_topology(self._target)
-        self.steps = Steps(self._step_for, self._target, self._report_of)
-        self.seconds = 0.0
-
-    def _built(self, plan: Plan) -> BuiltStep:
-        sizes: dict[str, Any] = {"batch_size": self._case.batch_size, "seq_len": self._case.seq_len}
-        config = TrainConfig(model=self.model, remat=str(plan), **sizes)
-        return build(config, self._case.target)
-
-    def _step_for(self, plan: Plan):
-        step = self._built(plan)
-        return step.fn, step.args, {"donate_argnums": step.donate_argnums}
-
-    def _report_of(self, plan: Plan) -> MemoryReport:
+    def report_of(plan: Plan) -> MemoryReport:
         started = time.perf_counter()
-        step = self._built(plan)
-        options = dict(step.compiler_options)
-        report = self.steps.kept(plan, lambda: self._compiled(step), options=options)
-        self.seconds += time.perf_counter() - started
+        step = built(plan)
+        made = lambda: measure_built(step, target, topology)
+        report = steps.kept(plan, made, options=dict(step.compiler_options))
+        spent.append(time.perf_counter() - started)
         return report
 
-    def _compiled(self, step: BuiltStep) -> MemoryReport:
-        if self._topology is None:
-            return compile_step(step)[1]
-        return measure_built(step, self._target, self._topology)
+    steps = Steps.of_built(built, target, report_of)
+    return steps
 
 
 if __name__ == "__main__":
-    for row in rows(Case(**json.loads(sys.argv[1])), json.loads(sys.argv[2])):
+    for row in rows(*map(json.loads, sys.argv[1:])):
         print(json.dumps(row), flush=True)

@@ -1,4 +1,4 @@
-"""What the planner's answers are held against, on rows of `rivals_shape`: fixed plans that fit."""
+"""What the planner's answers are held against, on rows of `process`: fixed plans that fit."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

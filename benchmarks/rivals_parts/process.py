@@ -20,13 +20,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.fixed_plans import fixed
+from benchmarks.cases import Case, config_of, fixed
 from benchmarks.planner_parts.process import least_bytes
 from benchmarks.record import device
-from benchmarks.rivals_parts.part import Case
 from benchmarks.rivals_parts.programs import Program, Programs, Turns, failed
-from benchmarks.shapes import QWEN3, TINY
-from experiments.config import TrainConfig
 from experiments.training.step import init_state, resolve_model
 from jaxckpt.costs.roofline import UNKNOWN, rates_of
 from jaxckpt.planner.fit import answer
@@ -57,8 +54,7 @@ class Shape:
     def __init__(self, case: Case, seconds: float | None):
         self._case, self._seconds = case, seconds
         self._started = time.monotonic()
-        sizes: dict[str, Any] = {"batch_size": case.batch_size, "seq_len": case.seq_len}
-        self._config = TrainConfig(model=TINY if case.tiny else QWEN3, remat="none", **sizes)
+        self._config = config_of(case, "none")
         self.programs = Programs(self._config)
         self._usable = usable_bytes(LOCAL) or sys.maxsize
         self.plans: dict[str, Row] = {}
@@ -71,7 +67,7 @@ class Shape:
         yield from self._plan()
         yield self._known({})
         turns = self._turns()
-        for done in turns.rounds(self._case.rounds, self._case.steps, self._time(_SPARE)):
+        for done in turns.rounds(self._case["rounds"], self._case["steps"], self._time(_SPARE)):
             yield self._known(self._timed(turns)) | {"rounds": done}
         yield self._known(self._timed(turns)) | {"rounds": done, "is_whole": not self.left_out}
 
@@ -98,7 +94,7 @@ class Shape:
         found = [plan["peak_bytes"] for plan in self.plans.values() if "peak_bytes" in plan]
         least = min(least_bytes(problem, rungs), *found)
         most = min(steps.report(Plan.parse("none")).peak_bytes, self._usable)
-        for budget in map(int, np.linspace(most, least, self._case.budgets)):
+        for budget in map(int, np.linspace(most, least, self._case["budgets"])):
             if not self._has_time(_OURS_SHARE, compiles=2):
                 self.left_out.append(f"the budget of {iec(budget)}")
                 continue
@@ -162,6 +158,5 @@ class Shape:
 
 
 if __name__ == "__main__":
-    case, seconds = map(json.loads, sys.argv[1:])
-    for row in Shape(Case(**case), seconds).run():
+    for row in Shape(*map(json.loads, sys.argv[1:])).run():
         print(json.dumps(row), flush=True)

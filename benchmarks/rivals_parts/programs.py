@@ -46,11 +46,6 @@ class Program:
     seconds: float
     failure: Exception | None = None
 
-    @property
-    def error(self) -> str | None:
-        """The first line of the failure; None if there was none."""
-        return None if self.failure is None else first_line(self.failure)
-
     def as_json(self) -> dict[str, Any]:
         """Returns what is known before it is run, as JSON values."""
         if self.report is None:
@@ -72,7 +67,7 @@ class Programs:
         self._config = config
         self._by_plan: dict[str, Program] = {}
         self._by_text: dict[str, Program] = {}
-        self.steps = Steps(self._step_for, LOCAL, self._report_of)
+        self.steps = Steps.of_built(self._built, LOCAL, self._report_of)
 
     @property
     def made(self) -> list[Program]:
@@ -91,49 +86,33 @@ class Programs:
         return self._by_plan[plan]
 
     def _made(self, plan: str) -> Program:
-        started = time.perf_counter()
-        nothing = lambda error: Program(
-            plan=plan, seconds=time.perf_counter() - started, failure=error
-        )
+        started, text = time.perf_counter(), None
         try:
             text = program_text(self.steps.trace(Plan.parse(plan)).jaxpr)
+            if text in self._by_text:
+                return self._by_text[text]
+            compiled, report = compile_step(self._built(Plan.parse(plan)))
+            found: dict[str, Any] = {"compiled": compiled, "report": report}
         except (ValueError, RuntimeError) as error:
-            return nothing(error)
-        if text not in self._by_text:
-            try:
-                compiled, report = compile_step(self._built(Plan.parse(plan)))
-            except (ValueError, RuntimeError) as error:
-                self._by_text[text] = nothing(error)
-            else:
-                seconds = time.perf_counter() - started
-                found = {"compiled": compiled, "report": report, "seconds": seconds}
-                self._by_text[text] = Program(plan=plan, **found)
-        return self._by_text[text]
+            found = {"failure": error}
+        made = Program(plan=plan, seconds=time.perf_counter() - started, **found)
+        return made if text is None else self._by_text.setdefault(text, made)
 
     def _built(self, plan: Plan) -> BuiltStep:
         return build(dataclasses.replace(self._config, remat=str(plan)), "local")
 
-    def _step_for(self, plan: Plan):
-        step = self._built(plan)
-        return step.fn, step.args, {"donate_argnums": step.donate_argnums}
-
     def _report_of(self, plan: Plan) -> MemoryReport:
         program = self.of(str(plan))
         if program.report is None:
-            raise RuntimeError(f"{plan}: {program.error}") from program.failure
+            raise RuntimeError(f"{plan}: {failed(program.failure)['error']}") from program.failure
         return program.report
 
 
 def failed(error: Exception | None) -> dict[str, str]:
     """Returns what a record keeps of an error."""
     assert error is not None  # what came to nothing has one
-    return {"error": first_line(error), "traceback": "".join(traceback.format_exception(error))}
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of an error; the compilers' go on for pages."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0]
+    lines = str(error).strip().splitlines() or [type(error).__name__]  # compilers' go on for pages
+    return {"error": lines[0], "traceback": "".join(traceback.format_exception(error))}
 
 
 Seconds = dict[Program, list[float]]

@@ -1,19 +1,19 @@
-"""What the claims are held against: compiled rows, files of measured numbers, and small checks."""
+"""What claims are held against, by the names that `docs/claims.md.in` uses."""
 
 import dataclasses
 import json
 import math
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
-from experiments.claiming.cases import LARGE_CHIP, ROOT, plan_case
+from experiments.claiming.cases import EXAMPLE, LARGE_CHIP, ROOT, plan_case
 from experiments.config import ConfigError, TrainConfig
 from experiments.reporting.groups import slope
 from jaxckpt.plans import Plan
 from jaxckpt.schedules.of_stage import stack_schedule_of
 
-MEASURED = ROOT / "docs/measured"
-_BF16_BYTES = 2
+_MEASURED = ROOT / "docs/measured"
 
 
 class MissingRow(KeyError):
@@ -39,94 +39,90 @@ class Evidence:
     times: tuple[Mapping[str, Any], ...]
     stacks: tuple[Mapping[str, Any], ...]
 
-    def report(self, name: str) -> Mapping[str, Any]:
-        """Returns the memory report of a case."""
-        return self.row(name)["report"]
+    def case(self, name: str) -> Any:
+        """Returns the memory report of a case, its plan, and what follows from the report.
 
-    def row(self, name: str) -> Mapping[str, Any]:
-        """Returns the row of a case.
+        `again` is the FLOPs run again, as a share of those without remat.
 
         Raises:
           MissingRow: It is not compiled yet.
         """
-        if name not in self.rows:
-            raise MissingRow(name)
-        return self.rows[name]
+        row = _found(self.rows, name)
+        report = SimpleNamespace(**row["report"], plan=row["plan"])
+        report.again = report.recomputed_flops / (report.flops - report.recomputed_flops)
+        report.fits = report.usable_bytes is None or report.peak_bytes <= report.usable_bytes
+        return report
+
+    def of(self, plan: str, chip: str = LARGE_CHIP, model: str = EXAMPLE) -> Any:
+        """Returns the same of a model under a plan."""
+        return self.case(plan_case(model, chip, plan).name)
 
     def check(self, name: str) -> Any:
-        """Returns what a check found.
+        """Returns what a check found; raises `MissingRow` if it was not run yet."""
+        return _found(self.checks, name)
 
-        Raises:
-          MissingRow: It was not run yet.
-        """
-        if name not in self.checks:
-            raise MissingRow(name)
-        return self.checks[name]
+    def config(self, model: str = EXAMPLE, chip: str = LARGE_CHIP) -> TrainConfig:
+        """Returns the configuration of a model on a chip, under some plan."""
+        return plan_case(model, chip, "full").config
 
-    def of(self, model: str, chip: str, plan: str) -> Mapping[str, Any]:
-        """Returns the memory report of a model under a plan."""
-        return self.report(plan_case(model, chip, plan).name)
-
-    def carry_bytes(self, model: str, chip: str = LARGE_CHIP) -> int:
+    def input_bytes(self, model: str = EXAMPLE) -> int:
         """Returns a: a block's input, [batch, sequence, width] in bfloat16."""
-        config = config_of(model, chip)
-        return config.batch_size * config.seq_len * config.model.d_model * _BF16_BYTES
+        config = self.config(model)
+        return config.batch_size * config.seq_len * config.model.d_model * 2
 
-    def residual_bytes(self, model: str, chip: str = LARGE_CHIP) -> float:
+    def residual_bytes(self, chip: str = LARGE_CHIP, model: str = EXAMPLE) -> float:
         """Returns R: what one more block costs without remat, from the compiled steps.
 
         `none` holds L R + a, `full` (L - 1) a + R + a, so the difference is (L - 1) (R - a).
         """
-        blocks = config_of(model, chip).model.num_blocks
-        none, full = (self.of(model, chip, plan)["peak_bytes"] for plan in ("none", "full"))
-        return self.carry_bytes(model, chip) + (none - full) / (blocks - 1)
-
-    def stack_bytes(self, plan: str, blocks: int) -> int:
-        """Returns the temporaries of a stack of so many blocks, compiled for this CPU."""
-        return dict(self._stack(plan))[blocks]
-
-    def stack_slope(self, plan: str) -> float:
-        """Returns the slope of log temporaries over log L of a stack compiled for this CPU."""
-        return slope(*zip(*self._stack(plan), strict=True))
-
-    def _stack(self, plan: str) -> list[tuple[int, int]]:
-        return sorted(
-            (row["L"], row["temp_bytes"])
-            for row in self.stacks
-            if row["plan"] == plan and row["target"].startswith("cpu")
+        difference = (
+            self.of("none", chip, model).peak_bytes - self.of("full", chip, model).peak_bytes
+        )
+        return self.input_bytes(model) + difference / (
+            self.config(model, chip).model.num_blocks - 1
         )
 
-    def seconds(self, plan: str, batch: int = 8, tokens: int = 1024) -> float:
+    def reruns(self, plan: str) -> int:
+        """Returns the blocks that the example runs again under a plan of one stage."""
+        blocks = self.config().model.num_blocks
+        schedule = stack_schedule_of(Plan.parse(plan).bind(blocks).stages[0])
+        assert schedule is not None, plan
+        return schedule.extra_forwards
+
+    def stack_bytes(self, plan: str) -> dict[int, int]:
+        """Returns the temporaries of stacks by their number of blocks, compiled for this CPU."""
+        mine = [row for row in self.stacks if row["plan"] == plan]
+        found = {row["L"]: row["temp_bytes"] for row in mine if row["target"].startswith("cpu")}
+        return dict(sorted(found.items()))
+
+    def stack_slope(self, plan: str) -> float:
+        """Returns the slope of log temporaries over log L."""
+        return slope(*zip(*self.stack_bytes(plan).items(), strict=True))
+
+    def seconds(self, plan: str) -> float:
         """Returns the measured seconds of a step of Qwen3-0.6B's shape on one H100."""
         for row in self.times:
-            if (row["plan"], row["batch_size"], row["seq_len"]) == (plan, batch, tokens):
+            if (row["plan"], row["batch_size"], row["seq_len"]) == (plan, 8, 1024):
                 return row["seconds"]
-        raise ConfigError(f"peaks_h100.json has no time of {plan}, {batch} x {tokens}")
+        raise ConfigError(f"peaks_h100.json has no time of {plan}, 8 x 1024")
+
+    def fastest_seconds(self) -> float:
+        """Returns the seconds of the fastest of those steps."""
+        return min(row["seconds"] for row in self.times if row["batch_size"] == 8)
 
 
-def config_of(model: str, chip: str) -> TrainConfig:
-    """Returns the configuration of a model on a chip, under some plan."""
-    return plan_case(model, chip, "full").config
+def _found(held: Mapping[str, Any], name: str) -> Any:
+    if name not in held:
+        raise MissingRow(name)
+    return held[name]
 
 
 def gather(rows: Mapping[str, Any], checks: Mapping[str, Any]) -> Evidence:
     """Returns the evidence: rows and checks, and what lies in `docs/measured`."""
-    read = lambda name: json.loads((MEASURED / name).read_text(encoding="utf-8"))
+    read = lambda name: json.loads((_MEASURED / name).read_text(encoding="utf-8"))
     stacks = read("executor_cpu.json")["parts"]["temp"]["rows"]
     times = read("peaks_h100.json")["rows"]
     return Evidence(rows=rows, checks=checks, times=tuple(times), stacks=tuple(stacks))
-
-
-def recomputed(report: Mapping[str, Any]) -> float:
-    """Returns the FLOPs run again, as a share of those without remat."""
-    return report["recomputed_flops"] / (report["flops"] - report["recomputed_flops"])
-
-
-def extra_forwards(plan: str, blocks: int) -> int:
-    """Returns the block forwards that a stack runs again under a plan of one stage."""
-    schedule = stack_schedule_of(Plan.parse(plan).bind(blocks).stages[0])
-    assert schedule is not None, plan
-    return schedule.extra_forwards
 
 
 def gb(size: float) -> str:
@@ -144,6 +140,4 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def log2(blocks: int) -> int:
-    """Returns log2 L, rounded up."""
-    return math.ceil(math.log2(blocks))
+FORMATS = {"gb": gb, "gib": gib, "percent": percent, "log2": math.log2}

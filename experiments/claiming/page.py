@@ -1,82 +1,97 @@
-"""The page: the claims, and a table of every plan on each model and chip."""
+"""The page: `docs/claims.md.in` with its numbers filled in, and a table of every plan.
 
-from collections.abc import Iterator, Mapping, Sequence
+What stands there between braces is an f-string's: an expression of `Evidence`'s methods. A verdict
+is a line between `**`; of several, the first whose `if` holds is the claim's.
+"""
+
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from experiments.claiming.cases import EXAMPLE, LARGE_CHIP, PLANS, QWEN, SMALL_CHIP, plan_case
-from experiments.claiming.claims import Claim
-from experiments.claiming.evidence import Evidence, config_of, gib, percent, recomputed
+from experiments.claiming.cases import (
+    AUTO_BUDGET,
+    EXAMPLE,
+    LARGE_CHIP,
+    PLANS,
+    QWEN,
+    ROOT,
+    SMALL_CHIP,
+    plan_case,
+)
+from experiments.claiming.evidence import FORMATS, Evidence, MissingRow, gib, percent
+from jaxckpt.planner.budgets import given_bytes
 
 # In the page's head: what this command may write over.
 MARK = "This page is written by a command; no number in it was typed"
-_HEAD = """# Claims, checked
-
-What an often-copied explanation of gradient checkpointing says, restated, beside what XLA compiled
-and what was measured. {mark}:
-
-```bash
-pip install -e '.[experiments,tpu,cuda13]'
-python -m experiments.claims
-```
-
-Compiled rows are kept in `measured/claims.json`; a row that is there is not compiled again until it
-is removed. Times on an H100 are those of `measured/peaks_h100.json`, growth with depth that of
-`measured/executor_cpu.json`; both name their commands. The example is 32 layers of width 4,096,
-batch 8 x 1,024 tokens; all chips are absent: they were compiled for, not run on. On {large} the
-example's attention alone learns (`configs/note_32x4096_80gb.toml`), on {small} its heads and MLP
-are narrow enough for AdamW on everything (`configs/note_32x4096_16gb.toml`). Every plan runs in the
-same loop (`--unroll=1`).
-"""
+TEMPLATE = ROOT / "docs/claims.md.in"
+_SECTION = "\n\n## "
 
 
-def page(claims: Sequence[Claim], evidence: Evidence) -> str:
+def page(evidence: Evidence) -> str:
     """Returns the page's text."""
-    parts = [_HEAD.format(mark=MARK, large=LARGE_CHIP, small=SMALL_CHIP)]
-    for number, claim in enumerate(claims, start=1):
-        found = claim.held_against(evidence)
-        parts.append(f"## {number}. {claim.says}\n\n{found.found}\n\n**{found.verdict}.**\n")
-    parts.append(
-        f"## {len(claims) + 1}. Methods, what they keep and cost, and when to use them\n\n"
-        "Step times are the roofline's of the chip. Peaks include parameters, gradients and "
-        "optimizer state.\n"
-    )
-    for model in (EXAMPLE, QWEN):
-        for chip in (SMALL_CHIP, LARGE_CHIP):
-            parts.append("\n".join(_table(model, chip, evidence)) + "\n")
-    parts.append(
-        "**true: printed for a model of your own by `python -m experiments.fit`.**\n\n"
-        f"{_origins(evidence.rows)}\n"
-    )
-    return "\n".join(parts)
+    names = names_of(evidence)
+    sections = TEMPLATE.read_text(encoding="utf-8").split(_SECTION)
+    return _SECTION.join(_filled(section, names) for section in sections)
 
 
-def _table(model: str, chip: str, evidence: Evidence) -> Iterator[str]:
-    config = config_of(model, chip)
+def names_of(evidence: Evidence) -> dict[str, Any]:
+    """Returns what the expressions of `docs/claims.md.in` may name."""
+    methods = [name for name in dir(Evidence) if not name.startswith("_")]
+    return {name: getattr(evidence, name) for name in methods} | {
+        **FORMATS,
+        "QWEN": QWEN,
+        "qwen": evidence.config(QWEN).model,
+        "blocks": evidence.config().model.num_blocks,
+        "auto_budget": given_bytes(AUTO_BUDGET),
+        "tables": _tables(evidence),
+        "origins": _origins(evidence.rows),
+    }
+
+
+def _filled(section: str, names: dict[str, Any]) -> str:
+    """Returns a section with its numbers and its verdict; without all numbers its claim is open."""
+    try:
+        return "\n\n".join(_paragraph(text, names) for text in section.split("\n\n"))
+    except MissingRow as missing:
+        says, _ = section.split("\n", 1)
+        return f"{says}\n\n{missing} is not compiled yet.\n\n**open.**"
+
+
+def _paragraph(text: str, names: dict[str, Any]) -> str:
+    if not text.startswith("**"):
+        return eval(f'f"""{text}"""', names)
+    verdicts = (line.partition("** if ") for line in text.splitlines())
+    return next(
+        says.removesuffix("**") + "**"
+        for says, _, test in verdicts
+        if not test or eval(test, names)
+    )
+
+
+def _tables(evidence: Evidence) -> str:
+    """Returns the table of every plan on each model and chip."""
+    pairs = [(model, chip) for model in (EXAMPLE, QWEN) for chip in (SMALL_CHIP, LARGE_CHIP)]
+    return "\n\n".join("\n".join(_table(evidence, model, chip)) for model, chip in pairs)
+
+
+def _table(evidence: Evidence, model: str, chip: str) -> Iterator[str]:
     names = {plan: plan_case(model, chip, plan).name for plan in PLANS}
-    reports = {plan: evidence.report(names[plan]) for plan in PLANS if names[plan] in evidence.rows}
-    usable = next((report["usable_bytes"] for report in reports.values()), 0)
-    yield (
-        f"### {model[0].upper()}{model[1:]}, {config.model.num_blocks} blocks, on {chip} "
-        f"({gib(usable)} usable)\n"
-    )
+    found = {plan: evidence.case(name) for plan, name in names.items() if name in evidence.rows}
+    usable = next((report.usable_bytes for report in found.values()), 0)
+    blocks = evidence.config(model, chip).model.num_blocks
+    yield f"### {model[0].upper()}{model[1:]}, {blocks} blocks, on {chip} ({gib(usable)} usable)\n"
     yield "| plan | peak GiB | fits | run again | step, ms | largest buffer at the peak |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for plan in PLANS:
-        if plan not in reports:
+        if plan not in found:
             yield f"| `{plan}` | not compiled yet | | | | |"
             continue
-        report = reports[plan]
-        fits = "yes" if report["peak_bytes"] <= usable else "no"
-        again, seconds = percent(recomputed(report)), report["estimated_seconds"]
-        cells = (f"`{plan}`", f"{report['peak_bytes'] / 2**30:.2f}", fits, again)
-        yield f"| {' | '.join(cells)} | {1e3 * seconds:.0f} | {_largest(report)} |"
-
-
-def _largest(report: Mapping[str, Any]) -> str:
-    if not report["buffers"]:
-        return "not said"
-    buffer = report["buffers"][0]
-    return f"`{buffer['shape']}`, {gib(buffer['size_bytes'])}"
+        report = found[plan]
+        largest = [f"`{one['shape']}`, {gib(one['size_bytes'])}" for one in report.buffers[:1]]
+        yield (
+            f"| `{plan}` | {report.peak_bytes / 2**30:.2f} | {'yes' if report.fits else 'no'} | "
+            f"{percent(report.again)} | {1e3 * report.estimated_seconds:.0f} | "
+            f"{''.join(largest) or 'not said'} |"
+        )
 
 
 def _origins(rows: Mapping[str, Any]) -> str:

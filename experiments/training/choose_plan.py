@@ -90,16 +90,12 @@ def _choose_here(config: TrainConfig, asked: Mapping[str, Any]) -> FitResult:
 
     built = lambda plan: build(dataclasses.replace(config, remat=str(plan)), "local")
 
-    def step_for(plan: Plan):
-        step = built(plan)
-        return step.fn, step.args, {"donate_argnums": step.donate_argnums}
-
     def report_of(plan: Plan) -> MemoryReport:
         step = built(plan)
         options = {"donated": step.donate_argnums, "xla": dict(step.compiler_options)}
         return steps.kept(plan, lambda: compile_step(step)[1], options=options)
 
-    steps = Steps(step_for, LOCAL, report_of)
+    steps = Steps.of_built(built, LOCAL, report_of)
     return solve(steps, config.model.num_blocks, target=LOCAL, **asked)
 
 

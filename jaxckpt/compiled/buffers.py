@@ -17,8 +17,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxckpt.compiled.understood import Understood
-
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 _INSTALLED = (
     "/site-packages/",
@@ -96,6 +94,33 @@ _ALIVE = re.compile(r"    (\S+?)\{([\d,]*)\}: (\d+) bytes")
 _LAYOUT = re.compile(r"\{[^{}]*\}")
 _WHOLE = '/call_exported"'  # the program as a whole, to the process that compiles it
 _METADATA = re.compile(r"^\s*(?:ROOT )?%?(?P<name>\S+) = .*?metadata=\{(?P<text>[^}]*)\}", re.M)
+
+
+@dataclasses.dataclass(frozen=True)
+class Understood:
+    """How many lines of a compiler's text were understood, of how many that were read.
+
+    Attributes:
+      lines: Lines that were understood.
+      of: Lines that were read, but for blank ones and those that no figure comes from.
+    """
+
+    lines: int = 0
+    of: int = 0
+
+    def __add__(self, other: "Understood") -> "Understood":
+        return Understood(self.lines + other.lines, self.of + other.of)
+
+    @property
+    def is_all(self) -> bool:
+        """Whether nothing was left out."""
+        return self.lines == self.of
+
+    def __str__(self) -> str:
+        return f"understood {self.lines} of {self.of} lines of XLA's text"
+
+
+NOTHING_READ = Understood()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxckpt.compiled.understood import Understood
+from jaxckpt.compiled.buffers import Understood
 from jaxckpt.targets.links import Links
 from jaxckpt.transforms.jaxprs import says_trips, trips_of_name
 

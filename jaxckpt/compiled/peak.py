@@ -29,10 +29,16 @@ from typing import Any
 
 import jax
 
-from jaxckpt.compiled.buffers import Totals, read_buffers, read_totals, read_understood
+from jaxckpt.compiled.buffers import (
+    NOTHING_READ,
+    Totals,
+    Understood,
+    read_buffers,
+    read_totals,
+    read_understood,
+)
 from jaxckpt.compiled.collectives import Links, traffic
 from jaxckpt.compiled.report import MemoryReport
-from jaxckpt.compiled.understood import NOTHING_READ, Understood
 from jaxckpt.targets import present
 from jaxckpt.targets.links import links_of
 from jaxckpt.targets.target import LOCAL, Target

@@ -7,8 +7,7 @@ Reports are plain data: this module imports no JAX, so that one kept on disk is 
 import dataclasses
 from typing import Any
 
-from jaxckpt.compiled.buffers import Buffer
-from jaxckpt.compiled.understood import NOTHING_READ, Understood
+from jaxckpt.compiled.buffers import NOTHING_READ, Buffer, Understood
 from jaxckpt.units import iec
 
 _SHOWN_BUFFERS = 5

@@ -84,17 +84,8 @@ def choose_chunks(
 
 
 def given_chunks(tokens_shape: Sequence[int], chunk_tokens: int) -> Chunks:
-    """Returns chunks of exactly `chunk_tokens` tokens.
-
-    Args:
-      tokens_shape: Rows' axes, then positions.
-      chunk_tokens: Tokens of one chunk, all rows together.
-
-    Raises:
-      ValueError: Not an integer, or one that does not cut every row evenly.
-    """
-    size = chunk_positions(tokens_shape, chunk_tokens)
-    return Chunks(length=tokens_shape[-1], size=size)
+    """Returns chunks of exactly `chunk_tokens` tokens; errors are those of `chunk_positions`."""
+    return Chunks(length=tokens_shape[-1], size=chunk_positions(tokens_shape, chunk_tokens))
 
 
 def row_statistics(logits, is_target):

@@ -80,6 +80,16 @@ class Steps:
         self._traced: dict[Plan | PlanSet, Trace] = {}
         self.compiled: dict[Plan | PlanSet, MemoryReport] = {}
 
+    @classmethod
+    def of_built(cls, built: Callable, target: Target, report_of: Callable) -> "Steps":
+        """Returns the steps that `built(plan)` returns as a `BuiltStep`."""
+
+        def step_for(plan: Plan | PlanSet) -> Step:
+            step = built(plan)
+            return Step(step.fn, tuple(step.args), {"donate_argnums": step.donate_argnums})
+
+        return cls(step_for, target, report_of)
+
     def apart(self, plans: Iterable[Plan | PlanSet] = ()) -> "Steps":
         """Returns the same steps of which some plans are compiled and no others.
 

@@ -45,20 +45,18 @@ def _run(progress: Callable[[Compilation], None], job: dict[str, Any]) -> dict[s
         arguments = given["arguments"] | {"plan": plan_json(plan)}
         return Entry(function=given["function"], arguments=arguments)
 
-    def step_for(plan: Plan | PlanSet):
-        step = build_step(**entry_of(plan).as_json())
-        return step.fn, step.args, {"donate_argnums": step.donate_argnums}
+    built = lambda plan: build_step(**entry_of(plan).as_json())
 
     def report_of(plan: Plan | PlanSet) -> MemoryReport:
         entry = entry_of(plan)
         name = entry_key(entry, target)
         report = cache.load(name)
         if report is None:
-            report = measure_built(build_step(**entry.as_json()), target, topology)
+            report = measure_built(built(plan), target, topology)
             cache.store(name, report)
         return report
 
-    steps = Steps(step_for, target, report_of)
+    steps = Steps.of_built(built, target, report_of)
     try:
         budgets = {"budget": job["budget"], "host_budget": job["host_budget"]}
         result = solve(steps, job["num_blocks"], target=target, progress=progress, **budgets)

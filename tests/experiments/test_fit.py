@@ -18,8 +18,8 @@ from experiments.fitting import measuring, table
 from experiments.fitting.measuring import FitRow, largest_that_fits
 from experiments.fitting.waiting import Waiting
 from jaxckpt.absent import launch
+from jaxckpt.compiled.buffers import Understood
 from jaxckpt.compiled.report import MemoryReport
-from jaxckpt.compiled.understood import Understood
 from jaxckpt.targets.target import parse_target
 
 GIB = 1 << 30

@@ -1,6 +1,7 @@
-"""What the planner is held against: fixed plans of the grammar, and MaxText's by name.
+"""What several benchmarks run: models, batches, and the fixed plans that the planner has to beat.
 
-`benchmarks.rivals` times them, `benchmarks.planner` counts what they run again.
+A case is a dict of JSON values, which a process is handed as an argument. `benchmarks.rivals` times
+the fixed plans, `benchmarks.planner` counts what they run again. Imports no JAX.
 
 MaxText saves values by names of its own. Here they are the values of the same products under the
 tags of `jaxckpt.models.transformer`:
@@ -17,12 +18,46 @@ MaxText names queries and keys after their norms and rotary positions, whose bac
 the projections again; here their products are kept, which is never slower.
 """
 
+from typing import Any
+
+from experiments.config import TrainConfig
+from jaxckpt.models.config import TransformerConfig
 from jaxckpt.plans import Plan
+
+Case = dict[str, Any]
+
+# Qwen3-0.6B's shape, and a model for trying a benchmark.
+QWEN3 = TransformerConfig(
+    vocab_size=151936,
+    num_blocks=28,
+    d_model=1024,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=128,
+    d_ff=3072,
+)
+TINY = TransformerConfig(num_blocks=4)
+SHORT: Case = {"batch_size": 8, "seq_len": 1024}
+LONG: Case = {"batch_size": 2, "seq_len": 16384}
+KEPT = "full+attention+names:q,k,v,mid,gate,up"
+_SETTINGS = ("batch_size", "seq_len", "unroll", "loss_chunk_tokens")
+
+
+def tiny(case: Case) -> Case:
+    """Returns the case of a small model and batch."""
+    return case | {"batch_size": 2, "seq_len": 64, "tiny": True}
+
+
+def config_of(case: Case, plan: str) -> TrainConfig:
+    """Returns the training run of a case under a plan."""
+    settings = {name: case[name] for name in _SETTINGS if name in case}
+    return TrainConfig(model=TINY if case.get("tiny") else QWEN3, remat=plan, **settings)
+
 
 # MaxText's `remat_policy` -> the plan that it is here.
 MAXTEXT = {
     "full": "full",
-    "minimal_with_context": "full+attention+names:q,k,v,mid,gate,up",
+    "minimal_with_context": KEPT,
     "minimal": "full+names:q,k,v,mid,gate,up",
     "save_dot_with_context_except_mlp": "full+attention+names:q,k,v,mid",
     "save_dot_except_mlp": "full+names:q,k,v,mid",
