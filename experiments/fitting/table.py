@@ -121,6 +121,7 @@ def _verdict(row: FitRow, *, is_chosen: bool) -> str:
     if row.fits is None:
         return ""
     text = "fastest" if is_chosen else "fits" if row.fits else "too large"
+    text += " (auto)" * (row.auto is not None)
     return f"[{'green' if row.fits else 'red'}]{text}[/]"
 
 
