@@ -26,7 +26,6 @@ from jaxckpt.plans import Plan
 
 # Each is a way of spending memory that fits any stack, from the largest to the smallest.
 PLANS = ("none", "dots_no_batch", "attention", "full", "sqrt", "log")
-_Hidden = Parameter(parse=False)
 
 
 @Parameter(name="*")
@@ -35,10 +34,12 @@ class SweepFlags:
     """What is swept.
 
     Attributes:
-      plan: A checkpointing plan; may be given several times. By default a sensible set.
-      depth: Blocks of the stack; may be given several times. By default the configuration's.
-      target: A chip, present (local) or not (v5e-1, h100, ...); may be given several times.
-      run_steps: Steps that a row on local trains.
+      plan: A checkpointing plan; repeat the flag for more. By default none, dots_no_batch,
+        attention, full, sqrt and log.
+      depth: Number of blocks; repeat the flag for more. By default `num_blocks` and half of it.
+      target: local for the chip of this machine, or one you do not have (v5e-1, h100, ...);
+        repeat the flag for more.
+      run_steps: Training steps of each plan on local.
     """
 
     plan: Annotated[tuple[str, ...], Parameter(negative="")] = ()
@@ -60,19 +61,12 @@ class SweepSettings(TrainConfig):
     """The settings that all rows share: those of a run, but for what is swept or a run's alone.
 
     Attributes:
-      budget: Bytes a device, such as 15GiB; may be given several times. Each adds a row of plan
+      budget: Memory limit per device, e.g. 15GiB; repeat the flag for more. Each adds a row of plan
         auto.
     """
 
     budget: Annotated[tuple[str, ...], Parameter(negative="")] = ()
-    remat: Annotated[str, _Hidden] = "none"
-    out: Annotated[Path | None, _Hidden] = None
-    overwrite: Annotated[bool, _Hidden] = False
-    resume: Annotated[bool, _Hidden] = False
-    save_every: Annotated[int, _Hidden] = 0
-    explain: Annotated[bool, _Hidden] = False
-    sample: Annotated[bool, _Hidden] = False
-    tensorboard: Annotated[bool, _Hidden] = False
+    remat: str = "none"
 
     def __post_init__(self):
         for budget in self.budget or (None,):
@@ -95,8 +89,10 @@ def sweep(
     flags: SweepFlags = SweepFlags(),
     settings: SweepSettings = SweepSettings(),
     *,
-    folder: Annotated[Path, Parameter(name=("--folder", "-o"), help="Folder of the rows.")],
-    config: Annotated[Path | None, Parameter(help="TOML file with any of the settings.")] = None,
+    folder: Annotated[Path, Parameter(name=("--folder", "-o"), help="Folder for the rows.")],
+    config: Annotated[
+        Path | None, Parameter(help="TOML file of settings; flags win over it.")
+    ] = None,
 ):
     """Run a row for each plan, depth and target; rows that a folder holds already are kept."""
     del config  # read before the other flags were parsed; see experiments.cli

@@ -20,7 +20,9 @@ def train(
     settings: TrainConfig = TrainConfig(),
     processes: ProcessFlags = ProcessFlags(),
     *,
-    config: Annotated[Path | None, Parameter(help="TOML file with any of the settings.")] = None,
+    config: Annotated[
+        Path | None, Parameter(help="TOML file of settings; flags win over it.")
+    ] = None,
 ):
     """Train a Transformer under a checkpointing plan, and say what memory a step takes."""
     from experiments.training.choose_plan import check_calibrated

@@ -96,7 +96,7 @@ def _run_here(case: Case, folder: Path, processes: Processes) -> dict[str, Any]:
 def _chosen_here(case: Case, processes: Processes) -> str:
     with tempfile.TemporaryDirectory(prefix="jaxckpt-") as scratch:
         answer = Path(scratch) / "rows.json"
-        flags = [*flags_of(case.config), "--plan=auto", f"--json={answer}"]
+        flags = [*flags_of(case.config, "fit"), f"--json={answer}"]
         _run_module("experiments.fit", flags, processes)
         return json.loads(answer.read_text())["rows"][0]["plan"]
 

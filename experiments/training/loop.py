@@ -35,7 +35,7 @@ from experiments.training.choose_plan import (
 )
 from experiments.training.display import Display, duration, next_commands, shown_path
 from experiments.training.mesh import abstract_state, batch_sharding, make_mesh, put_whole
-from experiments.training.plan_checks import explained, needless
+from experiments.training.plan_checks import against_none, explained
 from experiments.training.record import Record, Unrecorded
 from experiments.training.step import TrainState, init_state, make_validation_step, resolve_model
 from experiments.training.stopping import StopRequest
@@ -95,11 +95,13 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path) -> int | None:
         for choice in choices:
             display.print(f"model   {choice}")
         with display.waiting("compiling the step"):
-            step, report, flops, compile_seconds = _compile(here, display)
+            step, report, flops, compile_seconds, gain = _compile(here, display)
         check_within(config, report, limit, host_limit)
         with display.waiting("making the first state"):
             state = _first_state(checkpoints, resumed, here)
         display.print(str(report))
+        if gain:
+            display.print(gain)
         display.print(
             f"step ready in {compile_seconds:.1f} s; predicted peak {iec(report.peak_bytes)}"
         )
@@ -182,7 +184,7 @@ def _sharding(leaf):
 
 
 def _compile(config: TrainConfig, display: Display):
-    """Returns the compiled train step, its memory report, its FLOPs and the seconds it took."""
+    """Returns the compiled step, its report and FLOPs, the seconds it took, and what is gained."""
     started = time.perf_counter()
     built = build(config, "local")
     step, report = compile_step(built)
@@ -190,10 +192,11 @@ def _compile(config: TrainConfig, display: Display):
     if config.explain:
         for line in explained(built):
             display.print(line)
-    report = dataclasses.replace(report, findings=(*report.findings, *needless(built, report)))
+    needless, gain = against_none(built, report)
+    report = dataclasses.replace(report, findings=(*report.findings, *needless))
     for finding in report.findings:
         display.print(f"warning: {finding}")
-    return step, report, step_flops(config, built), seconds
+    return step, report, step_flops(config, built), seconds, gain
 
 
 def _header(

@@ -151,7 +151,7 @@ def test_no_matplotlib(monkeypatch, tmp_path, capsys):
         (["binomial:1", "--blocks=2000"], "runs 2,001,001 blocks, a picture shows 100,000 at most"),
         (["sqrt", "-o=plan.sgv"], "ends in '.sgv' (did you mean '.svg'?); valid: .txt, .svg, .png"),
         (["sqrt", "-o=nowhere/plan.svg"], "there is no folder nowhere"),
-        ([], "--plan requires an argument"),
+        ([], "PLAN is missing: A checkpointing plan, such as binomial:4."),
     ],
 )
 def test_bad_input_is_one_line(flags, message, capsys):
