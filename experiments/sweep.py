@@ -12,6 +12,7 @@ where a sweep was stopped: rows that are done are kept, rows that failed are tri
 import dataclasses
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ from experiments.config import ConfigError, TrainConfig, absolute
 from experiments.files import own_folder
 from experiments.sweeping.case import LOCAL, Case
 from experiments.sweeping.rows import ROWS
-from jaxckpt.plans import Plan
+from jaxckpt.plans import Plan, PlanError
 
 # Each is a way of spending memory that fits any stack, from the largest to the smallest.
 PLANS = ("none", "dots_no_batch", "attention", "full", "sqrt", "log")
@@ -124,7 +125,7 @@ def _cases(flags: SweepFlags, settings: SweepSettings) -> list[Case]:
             run_steps=flags.run_steps,
         )
         for target in flags.target
-        for depth in flags.depth or (settings.model.num_blocks,)
+        for depth in flags.depth or _usual_depths(plans, settings.model.num_blocks)
         for plan, budget in asked
     ]
     for case in found:
@@ -133,6 +134,17 @@ def _cases(flags: SweepFlags, settings: SweepSettings) -> list[Case]:
     if len(set(keys)) < len(keys):
         raise ConfigError("a plan, budget, depth or target is given twice")
     return found
+
+
+def _usual_depths(plans: Sequence[str], num_blocks: int) -> tuple[int, ...]:
+    """Returns a model's depth and half of it, so that growth is seen, if every plan fits both."""
+    half = num_blocks // 2
+    try:
+        for plan in plans:
+            Plan.parse(plan).bind(half)
+    except PlanError:
+        return (num_blocks,)
+    return (num_blocks, half)
 
 
 if __name__ == "__main__":

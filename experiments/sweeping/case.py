@@ -81,6 +81,15 @@ class Case:
         return shlex.join(["python", "-m", f"experiments.{program}", *flags])
 
 
+def about(config: TrainConfig) -> str:
+    """Returns the model without its depth, the batch and the optimizer, as people say them."""
+    model = config.model
+    return (
+        f"a Transformer of width {model.d_model}, batches of {config.batch_size} x "
+        f"{config.seq_len} tokens, {config.optimizer.kind}"
+    )
+
+
 def settings_of(config: TrainConfig) -> str:
     """Returns the flags of a configuration, those of its plan, depth and folders left out."""
     usual = TrainConfig()

@@ -94,6 +94,7 @@ class Record:
         self.path = folder / METRICS
         self.validations: dict[int, float] = {}
         row = {"versions": versions(), "platform": platform.platform(), **header}
+        row["date"] = time.strftime("%Y-%m-%d")
         try:
             files.write_whole(folder / CONFIG, tomli_w.dumps(config.to_dict()))
             if resumed is None:

@@ -90,7 +90,7 @@ def test_the_small_file_and_a_runs_record_run_under_every_command(tmp_path):
 
 @pytest.mark.parametrize(
     "command, flag",
-    [(sweep, "--out=x"), (sweep, "--keep=2"), (fit, "--out=x"), (fit, "--no-resume"), (fit, "--data=x")],
+    [(sweep, "--out=x"), (sweep, "--keep=2"), (fit, "--out=x"), (fit, "--no-resume")],
 )
 def test_a_flag_that_a_command_does_not_use_is_refused(command, flag, tmp_path, capsys):
     folder = [f"-o={tmp_path / 'sweep'}"] if command is sweep else []

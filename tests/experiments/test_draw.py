@@ -100,6 +100,20 @@ def test_long_and_deep_ones_are_drawn_to_scale():
     assert max(map(len, lines[1:62])) < 210 and "a column is" in lines[-2]
 
 
+@pytest.mark.parametrize("columns", [30, 50, 80, 140])
+@pytest.mark.parametrize("plan, blocks", [("binomial:4", 32), (MIXED, 16), ("log", 300)])
+def test_a_terminal_gets_a_picture_of_its_width(plan, blocks, columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    main(draw, [plan, f"--blocks={blocks}"])
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns and title.endswith(f" on {blocks} blocks")
+    picture = [line for line in lines if re.match(r" *\d+ [FRB=| -]*$", line)]
+    # As wide as whole units of time to a column allow.
+    assert len(picture) >= min(blocks, 60) and max(map(len, picture)) > columns / 2
+    assert re.search("a column is [0-9]+ units? of time", " ".join(lines))
+
+
 def test_policies_are_said_in_words():
     found = text.draw(line_of(MIXED, 16))
     assert "blocks 4 to 6: dots: matmul outputs are kept; the rest of a recorded block" in found
