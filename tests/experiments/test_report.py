@@ -182,7 +182,7 @@ def test_no_matplotlib(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(report, [str(folder), f"-o={tmp_path / 'r.html'}", f"--figure={tmp_path / 'f.svg'}"])
     assert stop.value.code == 2 and not (tmp_path / "r.html").exists()
-    assert capsys.readouterr().err.endswith("matplotlib: pip install 'jaxckpt[plot]'\n")
+    assert capsys.readouterr().err.endswith("matplotlib: pip install -e '.[plot]'\n")
 
 
 CURE = "python -m experiments.sweep -o sweeps/small makes some"

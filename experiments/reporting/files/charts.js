@@ -113,8 +113,7 @@ function drawFrontier(chart, group) {
   }
   if (!path) return;
   svgNode("path", { class: "frontier", d: `${path}H${chart.edges.right}` }, chart.root);
-  const last = chart.scaleY(corners.at(-1).step_seconds);
-  const place = { class: "faint", x: chart.edges.right - 2, y: last + 14, "text-anchor": "end" };
+  const place = { class: "faint", x: chart.scaleX(corners[0].peak_bytes) + 5, y: chart.edges.top + 8 };
   svgNode("text", place, chart.root, "frontier");
 }
 
@@ -219,6 +218,9 @@ function drawKey(chart, series, ends, marked) {
     const lines = { class: `line ${styleOf(plan).colour}` };
     if (marked) lines["stroke-dasharray"] = DASHES[number % DASHES.length];
     svgNode("path", { ...lines, d: `M${left},${last}h24` }, chart.root);
+    const { colour, shape } = styleOf(plan);
+    const mark = { class: `mark ${colour}`, transform: `translate(${left + 12},${last})` };
+    svgNode("path", { ...mark, d: SHAPES[shape](4) }, chart.root);
     svgNode("text", { x: left + 30, y: last + 4 }, chart.root, shortened(name, 28));
   });
 }
@@ -277,7 +279,7 @@ function bufferChart(box, point) {
     const bar = { x: left, y: y + 2, width: Math.max(1, scale(buffer.size_bytes)), height: 11 };
     svgNode("rect", { class: "bar", ...bar, rx: 2 }, root);
     const operation = buffer.operation.split("/").slice(-3).join("/");
-    const text = [buffer.shape, operation, buffer.source].filter(Boolean).join("  ");
+    const text = [buffer.shape, buffer.source, operation].filter(Boolean).join("  ");
     const below = { class: "faint", x: left, y: y + 26 };
     svgNode("text", below, root, shortened(text, Math.floor((width - left) / 6.6)));
   });

@@ -147,7 +147,9 @@ function copyBySelection(text) {
 // The quartiles; half of the steps took that long.
 function spreadText(point) {
   if (!point.step_spread) return "";
-  return ` (${point.step_spread.map(secondsText).join(" to ")})`;
+  const factor = point.step_seconds >= 1 ? 1 : 1e3; // the unit of the median
+  const ends = point.step_spread.map((end) => Number((factor * end).toPrecision(3)));
+  return ` (${ends.join(" to ")})`;
 }
 
 function showTip(point, node) {
