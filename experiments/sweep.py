@@ -99,13 +99,15 @@ def sweep(
     del config  # read before the other flags were parsed; see experiments.cli
     from experiments.fitting.measuring import check_targets
     from experiments.training.corpus import corpus_of
+    from experiments.training.display import waiting
 
     cases = _cases(flags, settings)
     check_targets(flags.target)
     with own_folder(folder, "experiments.sweep", ROWS) as folder:
         if LOCAL in flags.target:
             # What would be wrong with every run is said before the first.
-            corpus_of(settings.with_plan("none"))
+            with waiting("reading the data"):
+                corpus_of(settings.with_plan("none"))
         from experiments.sweeping.running import run_all
 
         command = shlex.join(["python", "-m", "experiments.sweep", *sys.argv[1:]])

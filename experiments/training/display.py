@@ -61,7 +61,7 @@ class Display:
 
     def waiting(self, text: str) -> Status:
         """Returns a context with a spinner on a terminal, and with nothing elsewhere."""
-        return waiting(self.console, text)
+        return waiting(text, self.console)
 
     def step(self, row: dict[str, Any]):
         """Shows a finished step.
@@ -101,8 +101,9 @@ class Display:
         yield line
 
 
-def waiting(console: Console, text: str) -> Status:
+def waiting(text: str, console: Console | None = None) -> Status:
     """Returns a context in which a terminal shows a spinner beside a text; nothing elsewhere."""
+    console = console or Console()
     return Status(text, console=console if console.is_terminal else Console(quiet=True))
 
 

@@ -82,7 +82,8 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path) -> int | None:
     limit, host_limit = limit_bytes(config, "local"), host_limit_bytes(config)
     if excess(limit, "local"):
         display.print(f"warning: {excess(limit, 'local')}")
-    resolve_model(config)  # what the chip does not have is refused before anything is planned
+    with display.waiting("starting the device"):
+        resolve_model(config)  # what the chip does not have is refused before anything is planned
     with contextlib.closing(Checkpoints(folder, config.keep)) as checkpoints:
         resumed, about = None, None
         if config.resume:

@@ -1,12 +1,16 @@
 """The live line of a run at several widths, its plain lines, and what is said at its end."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
 
+from experiments.cli import main
+from experiments.train import train
 from experiments.training import display
 from experiments.training.display import Display, duration, next_commands, waiting
+from tests.experiments import runs
 
 ROW = {"step": 149, "loss": 4.84541, "step_seconds": 0.3881, "tokens_per_second": 13281.4}
 
@@ -74,11 +78,11 @@ def test_a_terminal_has_its_lines_wrapped_between_words_and_commands_whole():
 
 
 def test_a_spinner_is_of_terminals_alone(capsys):
-    with waiting(Console(), "compiling"):
+    with waiting("compiling"):
         pass
     assert capsys.readouterr().out == ""
     file = io.StringIO()
-    with waiting(Console(file=file, force_terminal=True), "compiling"):
+    with waiting("compiling", Console(file=file, force_terminal=True)):
         pass
     assert "compiling" in file.getvalue()
 
@@ -101,3 +105,23 @@ def test_what_comes_next_depends_on_whether_there_is_a_checkpoint(tmp_path):
         "      python -m experiments.train --config=runs/a/config.toml --out=runs/a --resume "
         "--steps=20",
     ]
+
+
+ESCAPE = "\x1b["  # what starts a terminal's commands
+
+
+def test_no_command_of_a_terminal_reaches_a_file(tmp_path, capsys):
+    """A whole run, with all that it waits for, as a log file gets it."""
+    main(train, [*runs.TINY, "--steps=2", "--data=README.md", f"--out={tmp_path / 'run'}"])
+    out, err = capsys.readouterr()
+    assert ESCAPE not in out + err and "compiling" not in out and "validating" not in out
+    lines = out.splitlines()
+    places = [
+        next(n for n, line in enumerate(lines) if line.startswith(start))
+        for start in ("data ", "memory of one step", "none needs ", "step ready in ", "step 2/2")
+    ]
+    assert places == sorted(places)
+    assert re.fullmatch(r"validation loss \d\.\d{4} nats per token", lines[-4])
+    assert re.fullmatch(r"done in \d+ s; peak [\d.]+ KiB predicted", lines[-3])
+    assert lines[-2].startswith("next: python -m experiments.report ")
+    assert out.count(" compiled in ") == 1 and "host  " not in out and " 0.00 " not in out
