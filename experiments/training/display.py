@@ -1,5 +1,6 @@
 """How a run looks while it runs: a live line on a terminal, plain lines elsewhere."""
 
+import re
 import shlex
 import textwrap
 import time
@@ -108,8 +109,9 @@ def waiting(text: str, console: Console | None = None) -> Status:
 
 
 def wrapped(line: str, width: int) -> str:
-    """Returns a line broken between words; what follows stands below its first word."""
-    indent = " " * (len(line) - len(line.lstrip()))
+    """Returns a line broken between words; what follows stands below its text."""
+    head = re.match(r" +|\S+ {2,}|", line)  # of a table's row, or a name before its text
+    indent = " " * (head.end() if head else 0)
     return textwrap.fill(
         line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )

@@ -67,12 +67,17 @@ def test_a_terminal_has_its_lines_wrapped_between_words_and_commands_whole():
     console = Console(width=20, file=io.StringIO(), force_terminal=True, color_system=None)
     shown = Display(1, console)
     shown.print("a plan uniform:4+names:gate,up,attn of words")
+    shown.print("model   float32 and no flash\n  peak  3 MiB of the device")
     shown.print("python -m experiments.report", whole=True)
     written = console.file.getvalue().splitlines()
     assert [line.rstrip() for line in written] == [
         "a plan",
         "uniform:4+names:gate,up,attn",
         "of words",
+        "model   float32 and",
+        "        no flash",
+        "  peak  3 MiB of the",
+        "  device",
         "python -m experiments.report",
     ]
 
