@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from experiments import flags
+from experiments import cli, flags
 from experiments.cli import main
 from experiments.draw import draw
 from experiments.fit import fit
@@ -76,5 +76,20 @@ def test_lines_of_help_end_where_the_terminal_does(capsys, monkeypatch):
 
 @pytest.mark.parametrize("command", [train, fit, sweep, draw])
 def test_plan_and_remat_are_one_flag(command, capsys, monkeypatch):
-    text = help_of(command, capsys, monkeypatch)
-    assert re.search(r"--plan --remat", text)
+    assert "--plan --remat" in help_of(command, capsys, monkeypatch)
+
+
+@pytest.mark.parametrize("given", [["sqrt"], ["--plan", "sqrt"], ["--remat=sqrt"]])
+def test_draw_takes_a_plan_by_either_name(given, capsys):
+    main(draw, [*given, "--blocks=4"])
+    assert capsys.readouterr().out.startswith("sqrt on 4 blocks\n")
+
+
+def test_a_file_gives_its_plan_to_a_run_and_to_no_comparison(tmp_path):
+    path = tmp_path / "x.toml"
+    for plan, expected in {"log": {train: "log"}, "auto": {train: "auto", fit: "auto"}}.items():
+        path.write_text(f"remat = '{plan}'\n")
+        for command in (train, fit, sweep):
+            app = cli._app(command, with_rare=False)
+            found = cli._file_flags([f"--config={path}"], app)
+            assert found.get("remat") == expected.get(command), (plan, command)
