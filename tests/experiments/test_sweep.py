@@ -94,11 +94,11 @@ def test_the_same_command_goes_on(ran, tmp_path, capsys):
 
 
 def test_two_depths_are_usual_where_every_plan_fits_both(ran, tmp_path):
-    main(sweep, [*TINY, "--num-blocks=6", "--plan=full", f"-o={tmp_path / 'two'}"])
+    main(sweep, [*TINY[1:], "--num-blocks=6", "--plan=full", f"-o={tmp_path / 'two'}"])
     assert [row["depth"] for row in rows_of(tmp_path / "two")] == [6, 3]
-    main(sweep, [*TINY, "--num-blocks=6", "--plan=4xfull/none", f"-o={tmp_path / 'one'}"])
+    main(sweep, [*TINY[1:], "--num-blocks=6", "--plan=4xfull/none", f"-o={tmp_path / 'one'}"])
     assert [row["depth"] for row in rows_of(tmp_path / "one")] == [6]
-    main(sweep, [*TINY, "--num-blocks=1", "--plan=full", f"-o={tmp_path / 'lone'}"])
+    main(sweep, [*TINY[1:], "--num-blocks=1", "--plan=full", f"-o={tmp_path / 'lone'}"])
     assert [row["depth"] for row in rows_of(tmp_path / "lone")] == [1]
 
 
