@@ -1,5 +1,6 @@
 """Command-line experiments over jaxckpt: thin programs that print one line for what is wrong."""
 
+import importlib.util
 import sys
 
 try:
@@ -9,3 +10,10 @@ except ImportError as error:
         raise
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(2) from None
+
+from jaxckpt.compatibility import install
+
+# Of the extra `experiments`, what every command needs.
+if not all(map(importlib.util.find_spec, ("cyclopts", "rich", "tomli_w"))):
+    print(f"error: experiments need: {install('experiments')}", file=sys.stderr)
+    raise SystemExit(2)

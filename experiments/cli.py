@@ -6,26 +6,40 @@ code 1. `--debug` shows where a line comes from, too.
 """
 
 import contextlib
+import difflib
 import importlib.metadata
 import io
 import os
 import signal
 import sys
+import textwrap
 import threading
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cyclopts import App, CycloptsError, config
+from cyclopts import (
+    App,
+    ArgumentCollection,
+    CycloptsError,
+    Group,
+    MissingArgumentError,
+    UnknownOptionError,
+    UnusedCliTokensError,
+    config,
+)
 
+from experiments import flags as table
 from experiments.config import PERMISSIONS, ConfigError, RunError, expanded, load_toml
 from experiments.weights.load import shape_flags
 from jaxckpt.absent import launch
-from jaxckpt.plans.errors import UserError
+from jaxckpt.plans import Plan
+from jaxckpt.plans.errors import CUTOFF, PlanError, UserError
 
-_DEBUG = "--debug"
+_DEBUG, _HELP_ALL = "--debug", "--help-all"
 _PATIENCE_SECONDS = 0.5
+_EXAMPLES = 3  # in a command's help
 
 
 def main(command: Callable, tokens: Sequence[str] | None = None, *, package: str = "experiments"):
@@ -45,20 +59,15 @@ def main(command: Callable, tokens: Sequence[str] | None = None, *, package: str
     given = list(sys.argv[1:] if tokens is None else tokens)
     tokens = [token for token in given if token != _DEBUG]
     is_debugged = len(tokens) < len(given)
-    app = App(
-        name=f"python -m {package}.{command.__name__}",
-        version=lambda: importlib.metadata.version("jaxckpt"),
-        help_format="plaintext",
-        help_epilogue=f"{_DEBUG} prints the traceback of an error above its line.",
-    )
-    app.default(command)
+    with_rare = _HELP_ALL in tokens
+    app = _app(command, package, with_rare=with_rare)
+    tokens = ["--help"] if with_rare else tokens
     for stream in (sys.stdout, sys.stderr):
         # What a terminal cannot show ends no run.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        taken = [one for one in app.assemble_argument_collection() if one.parse]
-        flags = _file_flags(tokens, {name for one in taken for name in one.names})
+        flags = _file_flags(tokens, app)
         app.config = (config.Dict(flags, source="the configuration file"),)
         function, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
         values = {name: _expanded(value, name) for name, value in bound.kwargs.items()}
@@ -67,11 +76,109 @@ def main(command: Callable, tokens: Sequence[str] | None = None, *, package: str
     except (CycloptsError, UserError, RunError) as error:
         if is_debugged:
             traceback.print_exception(error)
-        fail(error, code=error.code if isinstance(error, RunError) else 2)
+        text = app.reason(error) if isinstance(error, CycloptsError) else error
+        fail(text, code=error.code if isinstance(error, RunError) else 2)
     except KeyboardInterrupt as error:
         _leave(f"interrupted: {error}" if str(error) else "interrupted", code=130)
     except Terminated:
         fail("terminated", code=128 + signal.SIGTERM)
+
+
+class _App(App):
+    """A command with its flags as the table of flags arranges them.
+
+    Attributes:
+      word: The last part of its module's name.
+      with_rare: Whether help shows rare flags.
+    """
+
+    # `--help` and `--version` are made as apps of the same class, so nothing can be asked for here.
+    word, with_rare = "", False
+
+    def assemble_argument_collection(self, **options) -> ArgumentCollection:
+        """Returns the command's flags."""
+        found = super().assemble_argument_collection(**options)
+        return table.arranged(found, self.word, with_rare=self.with_rare)
+
+    def reason(self, error: CycloptsError) -> str:
+        """Returns what is wrong with a command line, with a guess where one is near."""
+        if isinstance(error, MissingArgumentError) and error.argument is not None:
+            ours = self.assemble_argument_collection(parse_docstring=True)
+            argument = next(one for one in ours if one.name == error.argument.name)
+            is_there = error.keyword is not None or error.argument.tokens
+            what = "requires an argument" if is_there else "is missing"
+            return f"{_spelled(argument)} {what}: {argument.parameter.help}"
+        if isinstance(error, UnknownOptionError):
+            return self._unknown(error.token.keyword or error.token.value)
+        if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
+            return self._unused(error.unused_tokens[0])
+        return str(error)
+
+    def _unknown(self, given: str) -> str:
+        flag = given.partition("=")[0]
+        users = table.USED_BY.get(flag.strip("-").removeprefix("no-"), ())
+        if users and self.word not in users:
+            where = " and ".join(f"experiments.{name}" for name in users)
+            return f"{flag} is a flag of {where}; {self.name[0].split()[-1]} has no use for it"
+        arguments = self.assemble_argument_collection()
+        known = [name for one in arguments if one.parse for name in one.names]
+        # Dashes are no likeness.
+        bare = {name.lstrip("-"): name for name in known}
+        near = difflib.get_close_matches(flag.lstrip("-"), bare, n=1, cutoff=CUTOFF)
+        guess = f"Did you mean {bare[near[0]]}?" if near else f"{_HELP_ALL} lists all."
+        return f"Unknown option: {flag}. {guess}"
+
+    def _unused(self, given: str) -> str:
+        takes_plan = any("--plan" in one.names for one in self.assemble_argument_collection())
+        try:
+            Plan.parse(given)
+        except PlanError:
+            takes_plan = False
+        guess = f" (did you mean --remat={given}?)" if takes_plan else ""
+        return f"{given!r} belongs to no flag{guess}"
+
+
+def _app(command: Callable, package: str, *, with_rare: bool) -> _App:
+    app = _App(
+        name=f"python -m {package}.{command.__name__}",
+        version=lambda: importlib.metadata.version("jaxckpt"),
+        help_format="plaintext",
+        group_commands=Group("Help", sort_key=len(table.PANELS)),
+    )
+    app.word, app.with_rare = command.__name__, with_rare
+    app.default(command)
+    rare = sum(map(_is_rare, app.assemble_argument_collection()))
+    lines = _examples(sys.modules[command.__module__].__doc__ or "")
+    lines += [f"{_HELP_ALL} lists {rare} more flags."] if rare else []
+    lines += [f"{_DEBUG} prints the traceback of an error above its line."]
+    app.help_epilogue = "\n".join(lines)
+    return app
+
+
+def _is_rare(argument) -> bool:
+    return argument.parse and argument.parameter.show is False
+
+
+def _spelled(argument) -> str:
+    """Returns how an argument is given: `PLAN`, or `--folder (-o)`."""
+    if argument.index is not None:
+        return argument.name.lstrip("-").upper()
+    first, *others = argument.names
+    return f"{first} ({', '.join(others)})" if others else first
+
+
+def _examples(text: str) -> list[str]:
+    """Returns the first command lines of a module's docstring, with a headline."""
+    joined = text.replace("\\\n", "")
+    lines = [line for line in joined.splitlines() if line.startswith("python -m ")]
+    shown = [" ".join(line.partition(" #")[0].split()) for line in lines[:_EXAMPLES]]
+    return ["Examples:", *map(_command_lines, shown), ""] if shown else []
+
+
+def _command_lines(command: str) -> str:
+    """Returns a command over as many lines as a narrow terminal needs, to be copied whole."""
+    lines = textwrap.wrap(command, 72, break_long_words=False, break_on_hyphens=False)
+    return "  " + " \\\n    ".join(lines)
 
 
 class Terminated(BaseException):
@@ -126,14 +233,14 @@ def _expanded(value: Any, name: str) -> Any:
     return expanded(value, name) if isinstance(value, Path) else value
 
 
-def _file_flags(tokens: Sequence[str], known: Collection[str]) -> dict[str, Any]:
+def _file_flags(tokens: Sequence[str], app: _App) -> dict[str, Any]:
     """Returns the flags that the file named by `--config` sets, over those of `--init`'s model.
 
     Settings of the file that this command has no use for, but another has, are left out.
 
     Args:
       tokens: The command line.
-      known: The command's flags.
+      app: The command.
     """
     path = _value_of("--config", tokens)
     flags = {} if path is None else load_toml(expanded(Path(path), "config"))
@@ -143,6 +250,9 @@ def _file_flags(tokens: Sequence[str], known: Collection[str]) -> dict[str, Any]
     folder = _value_of("--init", tokens) or flags.get("init")
     if folder is not None:
         flags = shape_flags(expanded(Path(folder), "init")) | flags
+    known = {name for one in app.assemble_argument_collection() if one.parse for name in one.names}
+    if app.word == "sweep" or (app.word == "fit" and flags.get("remat") != "auto"):
+        flags.pop("remat", None)  # they compare plans, of which a run's own is not the only one
     return {name: value for name, value in flags.items() if f"--{name}" in known}
 
 

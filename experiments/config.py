@@ -12,6 +12,7 @@ Nothing here imports JAX.
 """
 
 import dataclasses
+import difflib
 import os
 import tomllib
 import types
@@ -26,7 +27,7 @@ from jaxckpt.models.config import TransformerConfig
 from jaxckpt.models.mesh import MeshError, MeshShape
 from jaxckpt.planner.budgets import given_bytes, host_bytes
 from jaxckpt.plans import Plan
-from jaxckpt.plans.errors import UserError, nearest
+from jaxckpt.plans.errors import CUTOFF, UserError, nearest
 
 
 class RunError(RuntimeError):
@@ -101,16 +102,16 @@ class OptimizerConfig:
     """An optimizer with linear warm-up, cosine decay to a tenth, and clipping by the global norm.
 
     Attributes:
-      kind: The optimizer. Muon is for the stack's matrices, with Adam for all else.
-      learning_rate: The rate at the end of the warm-up.
-      warmup_steps: Steps from 0 to `learning_rate`.
-      weight_decay: Decoupled decay of the matrices; scales of norms are left alone.
-      beta1: Decay of the first moment or the momentum, where the optimizer has one; by default
-        0.9, for muon 0.95.
-      beta2: Decay of the second moment (lion: of the momentum it keeps), where the optimizer has
-        one; by default 0.95, for lion 0.99.
-      clip_norm: Largest global norm of the gradients.
-      decay_steps: Steps of warm-up and decay together; 0 takes the run's steps.
+      kind: The optimizer. Muon updates the stack's matrices, and Adam all else.
+      learning_rate: Learning rate at the end of the warm-up.
+      warmup_steps: Steps in which the learning rate grows from 0.
+      weight_decay: Decoupled weight decay of the matrices; scales of norms do not decay.
+      beta1: Decay of the first moment or the momentum; by default 0.9, for muon 0.95. Adafactor
+        has none.
+      beta2: Decay of the second moment (lion: of the momentum it keeps); by default 0.95, for lion
+        0.99. Adafactor and sgd have none.
+      clip_norm: Largest global norm of the gradients; larger ones are scaled down to it.
+      decay_steps: Steps of warm-up and decay together; 0 means all of `steps`.
     """
 
     kind: Annotated[
@@ -167,48 +168,50 @@ class TrainConfig:
     Attributes:
       model: Shapes of the Transformer.
       optimizer: The optimizer and its settings.
-      init: Folder of a Qwen3 as Hugging Face's transformers saves it: its weights are where the run
-        starts, its config.json is the model's shape, its tokenizer.json makes tokens of text.
+      init: Folder of a Qwen3 as Hugging Face's transformers saves it. The run starts from its
+        weights; its config.json sets the model's shape, its tokenizer.json turns text into tokens.
       data: A text file, a folder, a quoted glob, or a token file (.npy, .bin); by default the
         source text of Python's standard library.
       token_dtype: Type of the numbers in a .bin token file.
-      pack: Rows hold whole documents one after another that do not see each other: text files, the
-        lines of JSON Lines ({"text": ...} or {"tokens": [...]}), or what end_token closes.
-      end_token: Token that ends a document; by default the eos_token_id of --init, or none.
-      remat: The checkpointing plan, such as sqrt, uniform:4+dots or 4xfull/none; auto is the
-        fastest whose compiled peak is within the budget.
-      budget: Bytes a device that the compiled step may need, such as 15GiB; auto is all that the
-        device can use. A plan that needs more is refused.
-      host_budget: Bytes of the host's memory a device that the plan may move values to, such as
-        32GiB; by default auto moves none, and a plan that is named may move what it says.
-      calibrate: Time a block on this device once, so that auto plans with its seconds.
-      unroll: Blocks unrolled in one trip of the stack's loop; 0 takes what is fastest for the plan
-        on the chip.
-      mesh: Devices that a step is spread over, such as data=2,fsdp=4,tensor=2: the batch is cut
-        over data and fsdp, parameters and optimizer over fsdp, heads and widths over tensor.
+      pack: Pack whole documents into each sequence; attention does not cross their boundaries. A
+        document is a text file, a line of JSON Lines ({"text": ...} or {"tokens": [...]}), or what
+        ends with `end_token`.
+      end_token: Token that ends a document; by default the eos_token_id of `init`, or none.
+      remat: The checkpointing plan, such as sqrt, uniform:4+dots or 4xfull/none; auto takes the
+        fastest plan within `budget`.
+      budget: Memory limit per device, e.g. 15GiB, or auto for all that the device can use. The run
+        is refused if the compiled step needs more.
+      host_budget: Limit, per device, of the host memory that a plan may move values to, e.g. 32GiB.
+        By default auto moves nothing, and a plan that you name moves what it says.
+      calibrate: Time a block on this device once, so that auto plans with measured seconds.
+      unroll: Blocks unrolled in each trip of the stack's loop; 0 takes the number that is fastest
+        for the plan and the chip.
+      mesh: Devices that each step is spread over, e.g. data=2,fsdp=4,tensor=2: data and fsdp cut
+        the batch, fsdp the parameters and the optimizer state, tensor the heads and widths.
       steps: Training steps.
-      batch_size: Sequences a step.
-      accumulate: Parts that a batch is cut into; their gradients are added up one after another.
-      seq_len: Tokens a sequence.
-      loss_chunk_tokens: Tokens whose logits are in memory at once, all sequences of a part
-        together; 0 takes as many as the shapes suggest.
-      z_loss: Weight of the squared log-partition function in the training loss, such as 1e-4.
-      trainable: Globs over the paths of parameters that learn, such as layers/self_attn/*; the rest
-        is frozen. By default everything learns.
-      seed: Of parameters, data order and dropout.
-      validate_every: Steps between validations; 0 validates at the end alone.
-      validation_batches: Batches of one validation.
-      out: Folder for metrics.jsonl and config.toml; by default runs/ and the time.
-      overwrite: Replace a run that `out` already holds.
-      resume: Go on from the last checkpoint in `out`, also under another plan.
-      save_every: Steps between checkpoints; 0 saves when the run is told to stop alone.
-      keep: Checkpoints kept.
-      max_skipped: Steps in a row with non-finite gradients after which the run ends.
+      batch_size: Sequences per step.
+      accumulate: Parts that each batch is cut into; their gradients are added one after another.
+      seq_len: Tokens per sequence.
+      loss_chunk_tokens: Tokens whose logits are in memory at once, over all sequences of a part; 0
+        takes a number that suits the shapes.
+      z_loss: Weight of the squared log-partition function in the training loss, e.g. 1e-4.
+      trainable: Globs over the paths of the parameters to train, e.g. layers/self_attn/*; all
+        others are frozen. By default everything is trained.
+      seed: Seed of the parameters, the order of the data and dropout.
+      validate_every: Validate every N steps; 0 validates only at the end.
+      validation_batches: Batches per validation.
+      out: Folder of the run's metrics, configuration and checkpoints; by default runs/ and the
+        time.
+      overwrite: Replace the run that `out` holds.
+      resume: Continue from the last checkpoint in `out`; the plan may be another one.
+      save_every: Save every N steps; 0 saves only when the run is interrupted.
+      keep: Number of checkpoints to keep.
+      max_skipped: End the run after N steps in a row with non-finite gradients.
       explain: Print the residuals of one block, and what the plan does with them.
       sample: Print a few lines that the trained model writes.
       tensorboard: Also write TensorBoard event files to `out`.
       compile_cache: Folder of compiled steps, so that the next run starts sooner; by default
-        jaxckpt/compiled in the user's cache folder.
+        jaxckpt/compiled in your cache folder.
     """
 
     model: Annotated[TransformerConfig, Parameter(name="*")] = TransformerConfig()
@@ -347,12 +350,9 @@ def load_toml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        folder = path.parent if path.parent.is_dir() else Path()
-        names = sorted(str(file) for file in folder.glob("*.toml"))
-        found = f"; there are: {', '.join(names)}" if names else ""
         reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
         raise ConfigError(
-            f"cannot read configuration {str(path)!r}: {reason}{nearest(str(path), names)}{found}"
+            f"cannot read configuration {str(path)!r}: {reason}{_other_files(path)}"
         ) from None
     except UnicodeDecodeError:
         raise ConfigError(f"configuration {str(path)!r} is not UTF-8 text") from None
@@ -361,6 +361,17 @@ def load_toml(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"configuration {str(path)!r} is not TOML: {error}") from None
     return dict(_flags(tables, TrainConfig, str(path)))
+
+
+def _other_files(path: Path) -> str:
+    """Returns the nearest guess and the list of configuration files beside a path that is none."""
+    folders = dict.fromkeys(one for one in (path.parent, Path("configs")) if one.is_dir())
+    files = [file for folder in folders for file in sorted(folder.glob("*.toml"))]
+    names = {str(file): file.stem for file in files if file.name != "pyproject.toml"}
+    near = difflib.get_close_matches(path.stem, names.values(), n=1, cutoff=CUTOFF)
+    guesses = [name for name, stem in names.items() if stem in near]
+    guess = f" (did you mean {guesses[0]!r}?)" if guesses else ""
+    return f"{guess}; there are: {', '.join(names)}" if names else ""
 
 
 def _flags(table: dict[str, Any], owner: type, place: str):

@@ -4,6 +4,8 @@ python -m experiments.draw binomial:4 --blocks 32
 python -m experiments.draw 8xsqrt/full+attention --blocks 28 -o plan.svg
 """
 
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +40,8 @@ def draw(
         files.check_output(out, (".txt", *plotting.FIGURES))
     line = timeline(parsed.bind(blocks or parsed.num_blocks or _BLOCKS))
     if out is None:
-        print(text.draw(line))
+        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print(text.draw(line, columns))
     elif out.suffix.lower() == ".txt":
         files.write_text(out, f"{text.draw(line)}\n\n{files.MARK}\n")
     else:

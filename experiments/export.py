@@ -87,7 +87,10 @@ class _Source:
 def _read_run(run: Path) -> _Source:
     if not run.is_dir():
         names = [path.name for path in run.parent.glob("*") if path.is_dir()]
-        raise ConfigError(f"{str(run)!r} is no folder of a run{nearest(run.name, names)}")
+        raise ConfigError(
+            f"{str(run)!r} is no folder of a run{nearest(run.name, names)}; experiments.train with "
+            "--save-every and --out makes one"
+        )
     if not (run / CONFIG).is_file():
         raise ConfigError(f"{str(run)!r} holds no run of experiments.train: no {CONFIG} in it")
     flags = load_toml(run / CONFIG)

@@ -24,7 +24,6 @@ from jaxckpt.targets.target import LOCAL
 # From the fastest and largest to the smallest; each is a way of spending memory that users know.
 PLANS = ("none", "dots_no_batch", "full+attention+names:q,k,v,mid,gate,up")
 PLANS += ("attention", "full", "sqrt", "log")
-_Hidden = Parameter(parse=False)
 
 
 @Parameter(name="*")
@@ -33,9 +32,10 @@ class FitFlags:
     """What is asked about a configuration.
 
     Attributes:
-      target: A chip, present (local) or not (v5e-1, h100, ...); may be given several times.
-      plan: A checkpointing plan; may be given several times. auto is the fastest within the
-        budget. By default auto if that is what remat says, else a sensible set.
+      target: local for the chip of this machine, or one you do not have (v5e-1, h100, ...);
+        repeat the flag for more.
+      plan: A checkpointing plan; repeat the flag for more. auto is the fastest within `budget`. By
+        default a sensible set.
       max: Find the largest batch-size or seq-len that fits, for each plan and target.
       json: File for the rows.
       parallel: Compilations at once, each in a process of its own.
@@ -55,24 +55,13 @@ class FitFlags:
             files.check_output(self.json, ())
 
 
-@Parameter(name="*")
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FitSettings(TrainConfig):
-    """The settings of a run that decide its step's memory and time."""
-
-    out: Annotated[Path | None, _Hidden] = None
-    overwrite: Annotated[bool, _Hidden] = False
-    resume: Annotated[bool, _Hidden] = False
-    save_every: Annotated[int, _Hidden] = 0
-    sample: Annotated[bool, _Hidden] = False
-    tensorboard: Annotated[bool, _Hidden] = False
-
-
 def fit(
     flags: FitFlags = FitFlags(),
-    settings: FitSettings = FitSettings(),
+    settings: TrainConfig = TrainConfig(),
     *,
-    config: Annotated[Path | None, Parameter(help="TOML file with any of the settings.")] = None,
+    config: Annotated[
+        Path | None, Parameter(help="TOML file of settings; flags win over it.")
+    ] = None,
 ):
     """Compile the train step under plans and for targets; print which fit and how fast they are."""
     del config  # read before the other flags were parsed; see experiments.cli
@@ -133,7 +122,7 @@ def _failure(failed: Sequence, count: int) -> str:
 def _cases(settings: TrainConfig, flags: FitFlags) -> list[tuple[TrainConfig, str]]:
     """Returns each plan's configuration with each target, checked before anything compiles."""
     found = []
-    plans = flags.plan or (("auto",) if settings.is_auto else PLANS)
+    plans = flags.plan or PLANS
     for target in flags.target:
         for plan in plans:
             config = dataclasses.replace(settings, remat=plan)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from experiments import files
 from experiments.config import ConfigError
+from jaxckpt.compatibility import install
 
 # The colours of Okabe and Ito (2008), told apart with every kind of colour blindness.
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -22,7 +23,7 @@ def import_matplotlib():
     try:
         import matplotlib  # pyright: ignore[reportMissingImports]  an extra
     except ImportError:
-        raise ConfigError("figures need matplotlib: pip install 'jaxckpt[plot]'") from None
+        raise ConfigError(f"figures need matplotlib: {install('plot')}") from None
     # Text of an SVG stays text, and the same figure is the same file.
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "jaxckpt"})
     return matplotlib

@@ -14,6 +14,7 @@ from experiments import files, plotting
 from experiments.cli import main
 from experiments.config import ConfigError
 from experiments.reporting import groups, page, reading
+from experiments.training.display import waiting
 
 
 def report(
@@ -33,7 +34,8 @@ def report(
     if figure is not None:
         files.check_output(figure, plotting.FIGURES)
         plotting.import_matplotlib()
-    found = reading.read_all(runs)
+    with waiting("reading rows"):
+        found = reading.read_all(runs)
     for line in found.skipped:
         print(f"warning: {line}", file=sys.stderr)
     grouped = groups.groups_of(found.points)
@@ -42,7 +44,8 @@ def report(
     if figure is not None:
         from experiments.reporting import figure as figures
 
-        plotting.save(figures.draw(grouped, lines, title), figure)
+        with waiting("drawing the figure"):
+            plotting.save(figures.draw(grouped, lines, title), figure)
     counts = f"{len(found.points)} rows shown, {len(found.failed)} that failed listed"
     print(f"{out}: {counts}, {len(found.skipped)} skipped" + (f"; {figure}" if figure else ""))
 

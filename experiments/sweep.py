@@ -12,6 +12,7 @@ where a sweep was stopped: rows that are done are kept, rows that failed are tri
 import dataclasses
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,11 +23,10 @@ from experiments.config import ConfigError, TrainConfig, absolute
 from experiments.files import own_folder
 from experiments.sweeping.case import LOCAL, Case
 from experiments.sweeping.rows import ROWS
-from jaxckpt.plans import Plan
+from jaxckpt.plans import Plan, PlanError
 
 # Each is a way of spending memory that fits any stack, from the largest to the smallest.
 PLANS = ("none", "dots_no_batch", "attention", "full", "sqrt", "log")
-_Hidden = Parameter(parse=False)
 
 
 @Parameter(name="*")
@@ -35,10 +35,12 @@ class SweepFlags:
     """What is swept.
 
     Attributes:
-      plan: A checkpointing plan; may be given several times. By default a sensible set.
-      depth: Blocks of the stack; may be given several times. By default the configuration's.
-      target: A chip, present (local) or not (v5e-1, h100, ...); may be given several times.
-      run_steps: Steps that a row on local trains.
+      plan: A checkpointing plan; repeat the flag for more. By default none, dots_no_batch,
+        attention, full, sqrt and log.
+      depth: Number of blocks; repeat the flag for more. By default `num_blocks` and half of it.
+      target: local for the chip of this machine, or one you do not have (v5e-1, h100, ...);
+        repeat the flag for more.
+      run_steps: Training steps of each plan on local.
     """
 
     plan: Annotated[tuple[str, ...], Parameter(negative="")] = ()
@@ -60,19 +62,12 @@ class SweepSettings(TrainConfig):
     """The settings that all rows share: those of a run, but for what is swept or a run's alone.
 
     Attributes:
-      budget: Bytes a device, such as 15GiB; may be given several times. Each adds a row of plan
+      budget: Memory limit per device, e.g. 15GiB; repeat the flag for more. Each adds a row of plan
         auto.
     """
 
     budget: Annotated[tuple[str, ...], Parameter(negative="")] = ()
-    remat: Annotated[str, _Hidden] = "none"
-    out: Annotated[Path | None, _Hidden] = None
-    overwrite: Annotated[bool, _Hidden] = False
-    resume: Annotated[bool, _Hidden] = False
-    save_every: Annotated[int, _Hidden] = 0
-    explain: Annotated[bool, _Hidden] = False
-    sample: Annotated[bool, _Hidden] = False
-    tensorboard: Annotated[bool, _Hidden] = False
+    remat: str = "none"
 
     def __post_init__(self):
         for budget in self.budget or (None,):
@@ -95,20 +90,24 @@ def sweep(
     flags: SweepFlags = SweepFlags(),
     settings: SweepSettings = SweepSettings(),
     *,
-    folder: Annotated[Path, Parameter(name=("--folder", "-o"), help="Folder of the rows.")],
-    config: Annotated[Path | None, Parameter(help="TOML file with any of the settings.")] = None,
+    folder: Annotated[Path, Parameter(name=("--folder", "-o"), help="Folder for the rows.")],
+    config: Annotated[
+        Path | None, Parameter(help="TOML file of settings; flags win over it.")
+    ] = None,
 ):
     """Run a row for each plan, depth and target; rows that a folder holds already are kept."""
     del config  # read before the other flags were parsed; see experiments.cli
     from experiments.fitting.measuring import check_targets
     from experiments.training.corpus import corpus_of
+    from experiments.training.display import waiting
 
     cases = _cases(flags, settings)
     check_targets(flags.target)
     with own_folder(folder, "experiments.sweep", ROWS) as folder:
         if LOCAL in flags.target:
             # What would be wrong with every run is said before the first.
-            corpus_of(settings.with_plan("none"))
+            with waiting("reading the data"):
+                corpus_of(settings.with_plan("none"))
         from experiments.sweeping.running import run_all
 
         command = shlex.join(["python", "-m", "experiments.sweep", *sys.argv[1:]])
@@ -128,7 +127,7 @@ def _cases(flags: SweepFlags, settings: SweepSettings) -> list[Case]:
             run_steps=flags.run_steps,
         )
         for target in flags.target
-        for depth in flags.depth or (settings.model.num_blocks,)
+        for depth in flags.depth or _usual_depths(plans, settings.model.num_blocks)
         for plan, budget in asked
     ]
     for case in found:
@@ -137,6 +136,17 @@ def _cases(flags: SweepFlags, settings: SweepSettings) -> list[Case]:
     if len(set(keys)) < len(keys):
         raise ConfigError("a plan, budget, depth or target is given twice")
     return found
+
+
+def _usual_depths(plans: Sequence[str], num_blocks: int) -> tuple[int, ...]:
+    """Returns a model's depth and half of it, so that growth is seen, if every plan fits both."""
+    half = num_blocks // 2
+    try:
+        for plan in plans:
+            Plan.parse(plan).bind(half)
+    except PlanError:
+        return (num_blocks,)
+    return (num_blocks, half)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,14 @@ def train(
     settings: TrainConfig = TrainConfig(),
     processes: ProcessFlags = ProcessFlags(),
     *,
-    config: Annotated[Path | None, Parameter(help="TOML file with any of the settings.")] = None,
+    config: Annotated[
+        Path | None, Parameter(help="TOML file of settings; flags win over it.")
+    ] = None,
 ):
     """Train a Transformer under a checkpointing plan, and say what memory a step takes."""
     from experiments.training.choose_plan import check_calibrated
     from experiments.training.corpus import corpus_of
+    from experiments.training.display import waiting
     from experiments.training.record import check_tensorboard, run_folder
 
     if settings.tensorboard:
@@ -33,9 +36,11 @@ def train(
     processes.check(settings)
     del config  # read before the other flags were parsed; see experiments.cli
     with run_folder(settings, is_first=not processes.process_id) as folder:
-        corpus = corpus_of(settings)
+        with waiting("reading the data"):
+            corpus = corpus_of(settings)
         with joined(processes, settings, corpus.sha256):
-            from experiments.training.loop import run  # only now is JAX imported
+            with waiting("starting JAX"):
+                from experiments.training.loop import run  # only now is JAX imported
 
             stopped_by = run(settings, corpus, folder)
     if stopped_by is not None:

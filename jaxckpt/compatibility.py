@@ -4,6 +4,7 @@ Versions are read from the installed packages' metadata, so this costs milliseco
 """
 
 import importlib.metadata
+from pathlib import Path
 
 # Up to this Flax, `flax.nnx` needs `jax.experimental.hijax.HiPrimitive`, which this JAX dropped.
 _LAST_OLD_FLAX, _FIRST_NEW_JAX = (0, 12, 9), (0, 11, 1)
@@ -35,3 +36,15 @@ def _numbers(version: str) -> tuple[int, ...]:
             break
         numbers.append(int(digits))
     return tuple(numbers)
+
+
+def install(extra: str) -> str:
+    """Returns the command that installs an extra: of the checkout that this is, or of the package.
+
+    Args:
+      extra: Such as `tpu`.
+    """
+    root = Path(__file__).parents[1]
+    if not (root / "pyproject.toml").is_file():
+        return f"pip install 'jaxckpt[{extra}]'"
+    return f"pip install -e '{'.' if root == Path.cwd() else root}[{extra}]'"

@@ -50,12 +50,12 @@ def _value(text: str) -> float | int:
 
 
 def iec(size: float) -> str:
-    """Returns bytes as text, in the largest of GiB, MiB and KiB that has a whole one.
+    """Returns bytes as text, in the largest of GiB, MiB, KiB and B that has a whole one.
 
     Example:
       >>> iec(3 * 2**30), iec(2**19 + 2**20), iec(300)
-      ('3.00 GiB', '1.50 MiB', '0.29 KiB')
+      ('3.00 GiB', '1.50 MiB', '300 B')
     """
     units = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
-    unit = next((name for name, one in units.items() if abs(size) >= one), "KiB")
-    return f"{size / units[unit]:.2f} {unit}"
+    unit = next((name for name, one in units.items() if abs(size) >= one), None)
+    return f"{size:.0f} B" if unit is None else f"{size / units[unit]:.2f} {unit}"

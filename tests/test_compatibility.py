@@ -58,3 +58,25 @@ def test_the_command_line_prints_one_line(environment):
     assert done.returncode == 2
     assert done.stderr.startswith("error: flax 0.12.8 does not work with jax 0.12.0")
     assert done.stderr.count("\n") == 1
+
+
+def test_the_cure_is_one_that_works_here(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    assert compatibility.install("tpu") == "pip install -e '.[tpu]'"
+    monkeypatch.chdir(tmp_path)
+    assert compatibility.install("tpu") == f"pip install -e '{ROOT}[tpu]'"
+    monkeypatch.setattr(compatibility, "__file__", str(tmp_path / "jaxckpt/compatibility.py"))
+    assert compatibility.install("tpu") == "pip install 'jaxckpt[tpu]'"
+
+
+@pytest.mark.parametrize("module", ["train", "draw", "report", "claims"])
+def test_a_command_without_its_extra_is_one_line(module):
+    hide = (
+        "import importlib.util, runpy, sys\nfind = importlib.util.find_spec\n"
+        "hidden = lambda name, *rest: None if name == 'cyclopts' else find(name, *rest)\n"
+        "importlib.util.find_spec = hidden\nsys.modules['cyclopts'] = None\n"
+        f"runpy.run_module('experiments.{module}', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", hide], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: experiments need: pip install -e '.[experiments]'\n"

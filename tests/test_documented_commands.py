@@ -114,7 +114,7 @@ SMALLER = {"--seq-len": "16", "--save-every": "1", "--validation-batches": "1"}
 FEWER_STEPS = 50
 ADDED = {
     "train": ["--validation-batches=1"],
-    "sweep": ["--num-blocks=2", "--seq-len=16", "--run-steps=2", "--validation-batches=1"],
+    "sweep": ["--num-blocks=2", "--seq-len=16", "--run-steps=2"],
     "claims": ["-o=claims.md"],
 }
 

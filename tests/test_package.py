@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 
 # A layer may import those before it in this list, and itself.
 LAYERS = (
-    *("compatibility", "plans", "units", "schedules", "targets", "transforms", "losses"),
+    *("compatibility", "plans", "units", "sources", "schedules", "targets", "transforms"),
+    "losses",
     *("costs", "compiled", "absent", "linen", "nnx", "models", "memory", "planner"),
 )
 

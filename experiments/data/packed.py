@@ -15,6 +15,7 @@ import numpy as np
 
 from experiments.data.batches import in_batches, mix_seed, spread
 from experiments.data.sources import DataError
+from jaxckpt.compatibility import install
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +121,7 @@ def check_grain():
       DataError: It is not.
     """
     if importlib.util.find_spec("grain") is None:
-        raise DataError("--pack needs the package grain: pip install 'jaxckpt[train]'")
+        raise DataError(f"--pack needs the package grain: {install('train')}")
 
 
 def _stacked(rows: Iterable[Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from experiments.data.documents import Document
 from experiments.data.sources import UTF8_BOM, DataError
+from jaxckpt.compatibility import install
 
 TOKENIZER_JSON = "tokenizer.json"
 _PIECE_BYTES = 1 << 15
@@ -61,7 +62,7 @@ class Tokenizer:
             import tokenizers
         except ImportError:
             raise DataError(
-                f"{path} needs the package tokenizers: pip install 'jaxckpt[experiments]'"
+                f"{path} needs the package tokenizers: {install('experiments')}"
             ) from None
         try:
             content = path.read_bytes()

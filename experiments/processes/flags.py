@@ -14,10 +14,10 @@ class ProcessFlags:
     """Which of several processes this one is; each may come from the environment.
 
     Attributes:
-      coordinator: Address of the first process, host:port; it is reached from all others.
-      processes: How many there are.
-      process_id: This one's number, 0 for the first, which alone writes the record.
-      join_seconds: How long to wait for the others.
+      coordinator: Address of the first process, host:port; all others connect to it.
+      processes: Number of processes.
+      process_id: Number of this process; process 0 writes the record.
+      join_seconds: Seconds to wait for the other processes.
     """
 
     coordinator: Annotated[str | None, Parameter(env_var="JAX_COORDINATOR_ADDRESS")] = None

@@ -96,7 +96,7 @@ def _draw_losses(axes, group: Group, styles):
         losses = [float("nan") if loss is None else loss for loss in point.losses]
         axes.plot(steps, losses, linewidth=width, label=point.plan, **style)
     axes.set_xlabel("step")
-    axes.set_ylabel("training loss, nats a token")
+    axes.set_ylabel("training loss, nats per token")
     axes.set_title("losses", fontsize=10)
     _add_legend(axes)
 

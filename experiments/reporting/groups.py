@@ -16,6 +16,7 @@ class Group:
       family: Its name without the depth: groups of a family differ in depth alone.
       points: By peak, the smallest first.
       frontier: Places in `points` of those that no other beats in both memory and time.
+      ties: For each point, the places of the others whose step times lie within its noise.
       loss_difference: The largest difference of a step's loss between two plans, relative to the
         loss; None with fewer than two curves.
     """
@@ -24,6 +25,7 @@ class Group:
     family: str
     points: tuple[Point, ...]
     frontier: tuple[int, ...]
+    ties: tuple[tuple[int, ...], ...]
     loss_difference: float | None
 
 
@@ -73,6 +75,7 @@ def _group(family: str, depth: int, points: list[Point]) -> Group:
         family=family,
         points=tuple(points),
         frontier=frontier(points),
+        ties=ties(points),
         loss_difference=loss_difference(points),
     )
 
@@ -89,6 +92,24 @@ def frontier(points: Sequence[Point]) -> tuple[int, ...]:
             found.append(place)
             fastest = point.step_seconds
     return tuple(found)
+
+
+def ties(points: Sequence[Point]) -> tuple[tuple[int, ...], ...]:
+    """Returns for each point the places of the others that are as fast, as far as one can tell.
+
+    Two are told apart if the middle halves of their step times do not meet.
+    """
+
+    def meet(one: Point, other: Point) -> bool:
+        if one is other or one.step_spread is None or other.step_spread is None:
+            return False
+        return max(one.step_spread[0], other.step_spread[0]) <= min(
+            one.step_spread[1], other.step_spread[1]
+        )
+
+    return tuple(
+        tuple(place for place, other in enumerate(points) if meet(one, other)) for one in points
+    )
 
 
 def loss_difference(points: Sequence[Point]) -> float | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments.config import OptimizerConfig, TrainConfig
-from experiments.sweeping.case import LOCAL, Case, settings_of
+from experiments.sweeping.case import LOCAL, Case, about, settings_of
 from experiments.sweeping.running import row_of_run
 from jaxckpt.models.config import TransformerConfig
 from jaxckpt.plans import Plan, PlanError
@@ -38,10 +38,13 @@ class Point:
       target: The chip it was compiled for, or `"local"`.
       device: What that is.
       settings: The flags that it shares with the rows it may be compared to.
+      about: Model, batch and optimizer in words; "" if unknown.
+      date: When it was measured or compiled; "" if unknown.
       peak_bytes: Compiled.
       temp_bytes: Of them temporaries; None if unknown.
       runtime_bytes: The most that the runtime held; None where it does not say.
-      step_seconds: None if unknown.
+      step_seconds: The median; None if unknown.
+      step_spread: The quartiles, between which half of the steps lie; None if unknown.
       seconds_source: `"measured"` or `"roofline"`.
       recomputed: FLOPs run again, as a share of those without remat; None if unknown.
       losses: Of every step; empty where nothing ran.
@@ -55,10 +58,13 @@ class Point:
     target: str
     device: str
     settings: str
+    about: str
+    date: str
     peak_bytes: int
     temp_bytes: int | None
     runtime_bytes: int | None
     step_seconds: float | None
+    step_spread: tuple[float, float] | None
     seconds_source: str
     recomputed: float | None
     losses: tuple[float | None, ...]
@@ -80,10 +86,13 @@ def point_of_row(row: Mapping[str, Any]) -> Point:
         target=_text(row, "target"),
         device=_text(row, "device"),
         settings=_text(row, "settings", ""),
+        about=_text(row, "about", ""),
+        date=_text(row, "date", ""),
         peak_bytes=_number(row, "peak_bytes", least=1, whole=True),
         temp_bytes=_number(row, "temp_bytes", least=0, whole=True, optional=True),
         runtime_bytes=_number(row, "runtime_peak_bytes", least=1, whole=True, optional=True),
         step_seconds=_number(row, "step_seconds", least=0, optional=True),
+        step_spread=_spread(row),
         seconds_source=_text(row, "step_seconds_source", "unknown"),
         recomputed=_recomputed(row),
         losses=_losses(row),
@@ -108,6 +117,7 @@ def point_of_run(record: list[dict[str, Any]]) -> Point:
     case = Case(config=config, target=LOCAL, run_steps=config.steps)
     found = {"plan": config.remat, "target": LOCAL, "depth": case.depth}
     found |= {"settings": settings_of(config), "train_command": case.command()}
+    found |= {"about": about(config)}
     return point_of_row(header | row | found)
 
 
@@ -148,6 +158,18 @@ def _number(row, name: str, *, least: float, whole: bool = False, optional: bool
     if value is None or not right or not math.isfinite(value) or value < least:
         raise PointError(f"{name} is {value!r}; a number of at least {least} is needed")
     return value
+
+
+def _spread(row: Mapping[str, Any]) -> tuple[float, float] | None:
+    ends = row.get("step_seconds_spread")
+    if ends is None:
+        return None
+    if not isinstance(ends, list | tuple) or len(ends) != 2:
+        raise PointError(f"step_seconds_spread is {ends!r}; two numbers are needed")
+    low, high = (
+        _number({"step_seconds_spread": end}, "step_seconds_spread", least=0) for end in ends
+    )
+    return low, high
 
 
 def _recomputed(row: Mapping[str, Any]) -> float | None:

@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 
 from experiments.config import PERMISSIONS, OptimizerConfig, TrainConfig, flag_of
+from experiments.flags import is_used
 from experiments.training.record import versions
 from jaxckpt.models.config import TransformerConfig
 
@@ -76,7 +77,17 @@ class Case:
         program = "fit"
         if self.target == LOCAL:
             flags, program = [f"--remat={plan}"], "train"
-        return shlex.join(["python", "-m", f"experiments.{program}", *flags, *flags_of(rest)])
+        flags += flags_of(rest, program)
+        return shlex.join(["python", "-m", f"experiments.{program}", *flags])
+
+
+def about(config: TrainConfig) -> str:
+    """Returns the model without its depth, the batch and the optimizer, as people say them."""
+    model = config.model
+    return (
+        f"a Transformer of width {model.d_model}, batches of {config.batch_size} x "
+        f"{config.seq_len} tokens, {config.optimizer.kind}"
+    )
 
 
 def settings_of(config: TrainConfig) -> str:
@@ -88,8 +99,13 @@ def settings_of(config: TrainConfig) -> str:
     return shlex.join(flags_of(dataclasses.replace(config, model=model, **changes)))
 
 
-def flags_of(config: TrainConfig) -> list[str]:
-    """Returns the flags that make a configuration out of the defaults."""
+def flags_of(config: TrainConfig, command: str = "train") -> list[str]:
+    """Returns the flags that make a configuration out of the defaults.
+
+    Args:
+      config: The configuration.
+      command: Who is to take them, such as `fit`; what it has no use for is left out.
+    """
     found: list[str] = []
     for owner, values, usual in (
         (TrainConfig, config, TrainConfig()),
@@ -97,9 +113,10 @@ def flags_of(config: TrainConfig) -> list[str]:
         (OptimizerConfig, config.optimizer, _TABLES["optimizer"]),
     ):
         for field in dataclasses.fields(owner):
-            value = getattr(values, field.name)
-            if field.name not in _TABLES and value != getattr(usual, field.name):
-                found += _flag(flag_of(field.name, owner), value)
+            value, flag = getattr(values, field.name), flag_of(field.name, owner)
+            is_changed = field.name not in _TABLES and value != getattr(usual, field.name)
+            if is_changed and is_used(flag, command):
+                found += _flag(flag, value)
     return found
 
 

@@ -29,7 +29,7 @@ from experiments import files
 from experiments.config import RunError
 from experiments.files import is_locked
 from experiments.provenance import commit
-from experiments.sweeping.case import LOCAL, Case, flags_of
+from experiments.sweeping.case import LOCAL, Case, about, flags_of
 from experiments.sweeping.rows import Rows
 from experiments.training.record import METRICS, versions
 from jaxckpt.absent.launch import Processes
@@ -38,6 +38,7 @@ from jaxckpt.units import iec
 _ROOT = Path(__file__).parents[2]
 # The first step waits for what the runtime sets up once.
 _WARM_UP = 1
+_LEAST_TIMES = 4  # that have quartiles
 # Of what a failed process wrote: a traceback of JAX's, whole.
 _KEPT_LETTERS = 20_000
 _RETRY_SECONDS = 0.2
@@ -69,6 +70,7 @@ def run_case(
     row |= {"target": case.target, "depth": case.depth, "budget": case.config.budget}
     row |= {"versions": versions(), "platform": platform.platform(), **origin}
     row |= {"train_command": case.command(), "settings": case.settings()}
+    row |= {"about": about(case.config), "date": time.strftime("%Y-%m-%d")}
     try:
         row |= _run_here(case, folder, processes) if case.target == LOCAL else _compile(case)
     except RowError as error:
@@ -96,7 +98,7 @@ def _run_here(case: Case, folder: Path, processes: Processes) -> dict[str, Any]:
 def _chosen_here(case: Case, processes: Processes) -> str:
     with tempfile.TemporaryDirectory(prefix="jaxckpt-") as scratch:
         answer = Path(scratch) / "rows.json"
-        flags = [*flags_of(case.config), "--plan=auto", f"--json={answer}"]
+        flags = [*flags_of(case.config, "fit"), f"--json={answer}"]
         _run_module("experiments.fit", flags, processes)
         return json.loads(answer.read_text())["rows"][0]["plan"]
 
@@ -121,6 +123,7 @@ def row_of_run(record: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "temp_bytes": header["predicted_temp_bytes"],
         "runtime_peak_bytes": max(row.get("peak_bytes_in_use", 0) for row in steps) or None,
         "step_seconds": statistics.median(times[_WARM_UP:] or times),
+        "step_seconds_spread": _middle_half(times[_WARM_UP:]),
         "step_seconds_source": "measured",
         "losses": [row["loss"] for row in steps],
         "flops": header["step_flops"],
@@ -130,6 +133,14 @@ def row_of_run(record: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "buffers": header.get("buffers", []),
         "understood": header.get("understood", {}),
     }
+
+
+def _middle_half(times: Sequence[float]) -> list[float] | None:
+    """Returns the quartiles that half of the times lie between; None of too few."""
+    if len(times) < _LEAST_TIMES:
+        return None
+    low, _, high = statistics.quantiles(times, method="inclusive")
+    return [low, high]
 
 
 def _compile(case: Case) -> dict[str, Any]:
@@ -151,6 +162,7 @@ def _compile(case: Case) -> dict[str, Any]:
         "usable_bytes": report.usable_bytes,
         "host_bytes": report.host_bytes,
         "step_seconds": report.estimated_seconds,
+        "step_seconds_spread": None,
         "step_seconds_source": "roofline",
         "losses": [],
         "flops": report.flops,

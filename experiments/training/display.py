@@ -1,10 +1,25 @@
 """How a run looks while it runs: a live line on a terminal, plain lines elsewhere."""
 
+import re
+import shlex
+import textwrap
 import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
+
+from experiments.training.record import CONFIG
+from jaxckpt.units import iec
+
+_GAP = 2  # columns between two parts of the live line
+_WIDE = 100  # columns of a terminal that has room for a long bar
 
 
 class Display:
@@ -12,59 +27,156 @@ class Display:
 
     Attributes:
       console: Where lines go; text printed through it stands above the live line.
+      done: The last step that is done.
     """
 
     def __init__(self, steps: int, console: Console | None = None, *, quiet: bool = False):
-        self.console = console or Console(highlight=False, soft_wrap=True, quiet=quiet)
+        self.console = console or Console(highlight=False, quiet=quiet)
         self._steps = steps
-        self._started = time.perf_counter()
-        self._progress = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[metrics]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self._task = self._progress.add_task("train", total=steps, metrics="")
+        self.done, self._parts = 0, ()
+        self._first: tuple[int, float] | None = None  # the first step shown, and when that was
+        self._live = Live(self, console=self.console, refresh_per_second=10)
 
     def __enter__(self):
-        self._started = time.perf_counter()
-        self._progress.start()
+        if self.console.is_terminal:
+            self._live.start()
         return self
 
     def __exit__(self, *_):
-        self._progress.stop()
+        self.end_steps()
 
-    def print(self, text: str):
-        """Prints a line that stays."""
-        self.console.print(text, markup=False)
+    def end_steps(self):
+        """Leaves the live line as it is; what is printed from now on stands below it."""
+        self._live.stop()
 
-    def step(self, row: dict[str, Any], memory: str):
+    def print(self, text: str, *, whole: bool = False):
+        """Prints a line that stays; a terminal gets it wrapped between words.
+
+        Args:
+          text: The line. No word of it is cut, so a path or a plan can still be copied.
+          whole: Whether to leave the line as it is, so that a command can be copied.
+        """
+        if self.console.is_terminal and not whole:
+            text = "\n".join(wrapped(line, self.console.width) for line in text.splitlines())
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def waiting(self, text: str) -> Status:
+        """Returns a context with a spinner on a terminal, and with nothing elsewhere."""
+        return waiting(text, self.console)
+
+    def step(self, row: dict[str, Any]):
         """Shows a finished step.
 
         Args:
-          row: As in metrics.jsonl: `step`, `loss`, `step_seconds`, `tokens_per_second`.
-          memory: Predicted and actual memory as text.
+          row: As in metrics.jsonl: `step`, `loss`, `step_seconds`, `tokens_per_second`; where they
+            are known `mfu`, `hfu` and `peak_bytes_in_use`.
         """
-        text = (
-            f"loss {row['loss']:.4f}  {1e3 * row['step_seconds']:.0f} ms  "
-            f"{row['tokens_per_second']:,.0f} tokens/s  {_utilization(row)}{memory}"
-        )
-        self._progress.update(self._task, completed=row["step"], metrics=text)
-        if not self.console.is_terminal:
-            self._plain(row["step"], text)
+        now = time.perf_counter()
+        self._first = self._first or (row["step"], now)
+        self._parts = (_left(row["step"], self._steps, self._first, now), *_metrics(row))
+        self.done = row["step"]
+        if not self.console.is_terminal and self._is_tenth():
+            self.print("  ".join([self._count(), *filter(None, self._parts)]))
 
-    def _plain(self, step: int, text: str):
-        """Prints the first step, the last, and every tenth part of the run."""
-        if step not in (1, self._steps) and step % max(1, self._steps // 10):
-            return
-        left = (time.perf_counter() - self._started) / step * (self._steps - step)
-        self.print(f"step {step}/{self._steps}  {text}  left {left:.0f} s")
+    def _is_tenth(self) -> bool:
+        """Whether this is the first step, the last, or ends a tenth part of the run."""
+        return self.done in (1, self._steps) or self.done % max(1, self._steps // 10) == 0
+
+    def _count(self) -> str:
+        return f"step {self.done}/{self._steps}"
+
+    def __rich_console__(self, console, options):
+        """Yields the live line: as many of its parts, from the left, as the terminal has room for.
+
+        Parts stand in the order of their worth: step, bar, time left, loss, and so on.
+        """
+        count, parts = self._count(), [part for part in self._parts if part]
+        bar = 20 if options.max_width >= _WIDE else 10
+        room = options.max_width - len(count) - _GAP - bar
+        shown = fitting(parts, room)
+        line = Table.grid(padding=(0, _GAP, 0, 0), pad_edge=False)
+        for _ in range(2 + len(shown)):
+            line.add_column(no_wrap=True)
+        meter = ProgressBar(total=self._steps, completed=self.done, width=bar)
+        line.add_row(Text(count), meter, *map(Text, shown))
+        yield line
 
 
-def _utilization(row: dict[str, Any]) -> str:
-    """Returns the shares of the chip's peak that a step reaches, where the peak is known."""
-    return f"MFU {row['mfu']:.1%} HFU {row['hfu']:.1%}  " if "mfu" in row else ""
+def waiting(text: str, console: Console | None = None) -> Status:
+    """Returns a context in which a terminal shows a spinner beside a text; nothing elsewhere."""
+    console = console or Console()
+    return Status(text, console=console if console.is_terminal else Console(quiet=True))
+
+
+def wrapped(line: str, width: int) -> str:
+    """Returns a line broken between words; what follows stands below its text."""
+    head = re.match(r" +|\S+ {2,}|", line)  # of a table's row, or a name before its text
+    indent = " " * (head.end() if head else 0)
+    return textwrap.fill(
+        line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def fitting(parts: Sequence[str], room: int) -> list[str]:
+    """Returns the first parts that fit into so many columns, each with a gap before it."""
+    shown = []
+    for part in parts:
+        room -= _GAP + len(part)
+        if room < 0:
+            break
+        shown.append(part)
+    return shown
+
+
+def _left(step: int, steps: int, first: tuple[int, float], now: float) -> str:
+    """Returns the time left as text; after a single step nobody knows it, and it is empty."""
+    done = step - first[0]
+    if not done:
+        return ""
+    return f"{duration((now - first[1]) / done * (steps - step))} left"
+
+
+def next_commands(folder: Path, steps: int, *, saved: bool) -> Iterator[str]:
+    """Yields what can be done with a run that is over, a command a line.
+
+    Args:
+      folder: Of the run.
+      steps: How many it took.
+      saved: Whether the folder holds a checkpoint.
+    """
+    run = shlex.quote(str(folder))
+    yield f"next: python -m experiments.report {run} -o report.html"
+    if saved:
+        yield f"      python -m experiments.export {run} -o weights"
+        again = f"--config={run}/{CONFIG} --out={run} --resume --steps={2 * steps}"
+        yield f"      python -m experiments.train {again}"
+    else:
+        yield "      (--save-every=N keeps checkpoints, for --resume and experiments.export)"
+
+
+def shown_path(path: Path) -> Path:
+    """Returns a path as people type it: relative if it lies below the working folder."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def duration(seconds: float) -> str:
+    """Returns seconds as people read them: `9 s`, `1:05 min`, `2:03:04 h`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02} min"
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02} h"
+
+
+def _metrics(row: dict[str, Any]) -> list[str]:
+    """Returns what a step measured, the most useful first."""
+    found = [f"loss {row['loss']:.4f}", f"{1e3 * row['step_seconds']:.0f} ms"]
+    found.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+    if "mfu" in row:  # shares of the chip's peak that a step reaches
+        found.append(f"MFU {row['mfu']:.1%} HFU {row['hfu']:.1%}")
+    if "peak_bytes_in_use" in row:
+        found.append(f"peak {iec(row['peak_bytes_in_use'])}")
+    return found

@@ -32,9 +32,9 @@ from experiments.training.choose_plan import (
     settle,
 )
 from experiments.training.compilation import keep_compiled
-from experiments.training.display import Display
+from experiments.training.display import Display, duration, next_commands, shown_path
 from experiments.training.mesh import abstract_state, batch_sharding, make_mesh, put_whole
-from experiments.training.plan_checks import explained, needless
+from experiments.training.plan_checks import against_none, explained
 from experiments.training.record import Record, Unrecorded
 from experiments.training.step import TrainState, init_state, make_validation_step, resolve_model
 from experiments.training.stopping import StopRequest
@@ -72,6 +72,7 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path) -> int | None:
         more than the budget.
       RunError: The disk is full, or gradients stay non-finite.
     """
+    started = time.perf_counter()
     display = Display(config.steps, quiet=not is_first())
     keep_compiled(config.compile_cache, display.print)
     display.print(f"data    {corpus.summary}")
@@ -79,7 +80,8 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path) -> int | None:
     limit, host_limit = limit_bytes(config, "local"), host_limit_bytes(config)
     if excess(limit, "local"):
         display.print(f"warning: {excess(limit, 'local')}")
-    resolve_model(config)  # what the chip does not have is refused before anything is planned
+    with display.waiting("starting the device"):
+        resolve_model(config)  # what the chip does not have is refused before anything is planned
     with contextlib.closing(Checkpoints(folder, config.keep)) as checkpoints:
         resumed, about = None, None
         if config.resume:
@@ -91,12 +93,16 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path) -> int | None:
         here, choices = resolve_model(config)
         for choice in choices:
             display.print(f"model   {choice}")
-        step, report, flops, compile_seconds = _compile(here, display)
+        with display.waiting("compiling the step"):
+            step, report, flops, compile_seconds, gain = _compile(here, display)
         check_within(config, report, limit, host_limit)
-        state = _first_state(checkpoints, resumed, here)
+        with display.waiting("making the first state"):
+            state = _first_state(checkpoints, resumed, here)
         display.print(str(report))
+        if gain:
+            display.print(gain)
         display.print(
-            f"compiled in {compile_seconds:.1f} s; predicted peak {iec(report.peak_bytes)}"
+            f"step ready in {compile_seconds:.1f} s; predicted peak {iec(report.peak_bytes)}"
         )
         if resumed is not None:
             display.print(f"resumed at step {resumed} from {checkpoints.folder}")
@@ -106,11 +112,19 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path) -> int | None:
         if resumed is None and is_first():
             checkpoints.remove_all()
         with contextlib.closing(_record(folder, config, header, resumed)) as record:
-            training = _Training(
-                config, planned_for, corpus, step, report, flops, record, checkpoints, display
-            )
+            with display.waiting("reading the validation data"):
+                training = _Training(
+                    config, planned_for, corpus, step, report, flops, record, checkpoints, display
+                )
             with display, StopRequest() as stop:
-                return training.run(state, stop)
+                stopped_by = training.run(state, stop)
+        if stopped_by is None:
+            seconds = time.perf_counter() - started
+            display.print(f"done in {duration(seconds)}; {training.peaks()}")
+            saved = checkpoints.latest() is not None
+            for line in next_commands(shown_path(folder), config.steps, saved=saved):
+                display.print(line, whole=True)
+        return stopped_by
 
 
 def _record(folder: Path, config: TrainConfig, header, resumed: int | None):
@@ -151,7 +165,7 @@ def _sharding(leaf):
 
 
 def _compile(config: TrainConfig, display: Display):
-    """Returns the compiled train step, its memory report, its FLOPs and the seconds it took."""
+    """Returns the compiled step, its report and FLOPs, the seconds it took, and what is gained."""
     started = time.perf_counter()
     built = build(config, "local")
     step, report = compile_step(built)
@@ -159,10 +173,11 @@ def _compile(config: TrainConfig, display: Display):
     if config.explain:
         for line in explained(built):
             display.print(line)
-    report = dataclasses.replace(report, findings=(*report.findings, *needless(built, report)))
+    needless, gain = against_none(built, report)
+    report = dataclasses.replace(report, findings=(*report.findings, *needless))
     for finding in report.findings:
         display.print(f"warning: {finding}")
-    return step, report, step_flops(config, built), seconds
+    return step, report, step_flops(config, built), seconds, gain
 
 
 def _header(
@@ -219,7 +234,7 @@ class _Training:
         config = self.config
         batches = training_batches(config, self.corpus)
         is_set, loss = SharedFlag(), None
-        done = int(state.step)
+        done = self.display.done = int(state.step)
         batch = put_batch(batches, done, self.where)
         self.since = time.perf_counter()
         for number in range(done + 1, config.steps + 1):
@@ -237,6 +252,7 @@ class _Training:
                 self._read(left=0)
                 self._save(state)
                 self.checkpoints.wait()
+                self.display.end_steps()
                 why = stop.signal_name or "another process was stopped"
                 self.display.print(
                     f"{why}: saved step {number} in {self.checkpoints.folder}; "
@@ -252,11 +268,18 @@ class _Training:
             loss = self.record.validations.get(config.steps)
         if loss is None:
             loss = self._validate(state, config.steps)
-        self.display.print(f"validation loss {loss:.4f} nats a token; record in {self.record.path}")
+        self.display.end_steps()
+        self.display.print(f"validation loss {loss:.4f} nats per token")
         if config.sample:
             self._sample(state)
-        self._time_device(state, batch)
+        with self.display.waiting("timing the device"):
+            self._time_device(state, batch)
         return None
+
+    def peaks(self) -> str:
+        """Returns the predicted peak as text, beside what the runtime says where it does."""
+        text, actual = f"peak {iec(self.report.peak_bytes)}", runtime_peak_bytes()
+        return f"{text} predicted" if actual is None else f"{text} predicted, {iec(actual)} used"
 
     def _read(self, *, left: int):
         """Reads, records and shows the metrics of running steps, oldest first, but for `left`."""
@@ -283,7 +306,7 @@ class _Training:
         if actual is not None:
             row["peak_bytes_in_use"] = actual
         self._write(row)
-        self.display.step(row, _memory_text(self.report, actual))
+        self.display.step(row)
         if metrics["skipped_in_row"] >= config.max_skipped:
             raise RunError(
                 f"gradients were not finite for {config.max_skipped} steps in a row, the last at "
@@ -291,10 +314,14 @@ class _Training:
             )
 
     def _validate(self, state: TrainState, number: int) -> float:
-        loss = self.validate(state.params)
-        self._write({"step": number, "validation_loss": loss})
-        if number < self.config.steps:
+        if number == self.config.steps:
+            self.display.end_steps()
+            with self.display.waiting("validating"):
+                loss = self.validate(state.params)
+        else:
+            loss = self.validate(state.params)
             self.display.print(f"step {number}  validation loss {loss:.4f}")
+        self._write({"step": number, "validation_loss": loss})
         return loss
 
     def _save(self, state: TrainState):
@@ -368,8 +395,3 @@ def runtime_peak_bytes() -> int | None:
     """Returns the most device memory this process has used, or None where the runtime is silent."""
     stats = jax.local_devices()[0].memory_stats()
     return stats.get("peak_bytes_in_use") if stats else None
-
-
-def _memory_text(report: MemoryReport, actual: int | None) -> str:
-    text = f"peak {iec(report.peak_bytes)} predicted"
-    return text if actual is None else f"{text}, {iec(actual)} actual"

@@ -40,7 +40,9 @@ def make_mesh(config: TrainConfig) -> Mesh | None:
     devices = jax.devices()
     if shape.size > len(devices) or (shape.size < len(devices) and jax.process_count() > 1):
         them = f"{len(devices)} device{'s' * (len(devices) > 1)}"
-        raise ConfigError(f"mesh {shape} is of {shape.size} devices; this run has {them}")
+        count = f"--xla_force_host_platform_device_count={shape.size}"
+        cure = f"; XLA_FLAGS={count} makes a CPU as many" * (jax.default_backend() == "cpu")
+        raise ConfigError(f"mesh {shape} is of {shape.size} devices; this run has {them}{cure}")
     return jax.make_mesh(shape.sizes, AXES, axis_types=AXIS_TYPES, devices=devices[: shape.size])
 
 

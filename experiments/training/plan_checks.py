@@ -8,7 +8,8 @@ from jaxckpt.memory.built_step import BuiltStep, stack_bytes
 from jaxckpt.memory.explain import explain
 from jaxckpt.memory.findings import peak_not_below_none
 from jaxckpt.memory.measure import compile_step
-from jaxckpt.plans import as_plan
+from jaxckpt.plans import Plan, as_plan
+from jaxckpt.units import iec
 
 # A plan that should save less of the peak than this is compared with `none` by compiling that too.
 _DOUBTFUL = 0.1
@@ -24,18 +25,36 @@ def explained(step: BuiltStep) -> Iterator[str]:
         yield f"{plan} on {stage.count} blocks\n{found}"
 
 
-def needless(step: BuiltStep, report: MemoryReport) -> list[str]:
-    """Returns a line if the plan's compiled peak is not below that of `none`.
+def against_none(step: BuiltStep, report: MemoryReport) -> tuple[list[str], str]:
+    """Returns findings of a plan that saves nothing, and a line that says what one saves.
 
-    `none` is compiled only where the stack's residuals leave it in doubt.
+    To compile `none` too would double the wait for the first step. So its peak is estimated: the
+    plan's compiled peak, and the residuals that the plan does not keep. Only a plan that should
+    save little is in doubt, and compared with a compiled `none`. The line is empty for `none`.
     """
     assert step.block is not None and step.plan is not None and step.baseline is not None
     none = as_plan("none").bind(step.plan.bound_count)
     if step.plan == none:
-        return []
+        return [], ""
     saved = stack_bytes(none, *step.block) - stack_bytes(step.plan, *step.block)
     if saved > _DOUBTFUL * report.peak_bytes:
-        return []
+        return [], _gain(step, report, report.peak_bytes + saved, " (estimated)")
     alone = replace(step, fn=step.baseline, plan=None, baseline=None, block=None)
     _, without = compile_step(alone)
-    return [str(finding) for finding in peak_not_below_none(step.plan, report, without)]
+    found = [str(finding) for finding in peak_not_below_none(step.plan, report, without)]
+    return found, "" if found else _gain(step, report, without.peak_bytes, "")
+
+
+def _gain(step: BuiltStep, report: MemoryReport, none_bytes: int, how: str) -> str:
+    assert step.plan is not None  # as `build` makes a step
+    share = 100 * report.peak_bytes / none_bytes
+    text = f"none needs {iec(none_bytes)}{how}: {_text_of(step.plan)} keeps {share:.0f} % of it"
+    if report.recomputed_flops and report.flops is not None:
+        share = report.recomputed_flops / (report.flops - report.recomputed_flops)
+        text += f" and recomputes {100 * share:.1f} % of the FLOPs"
+    return text
+
+
+def _text_of(plan: Plan) -> str:
+    """Returns a bound plan as people write it: the count of a lone stage is left out."""
+    return str(replace(plan.stages[0], count=None)) if len(plan.stages) == 1 else str(plan)

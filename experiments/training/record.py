@@ -15,6 +15,7 @@ import tomli_w
 from experiments import files
 from experiments.config import ConfigError, RunError, TrainConfig
 from experiments.provenance import versions
+from jaxckpt.compatibility import install
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.toml"
@@ -65,7 +66,7 @@ def check_tensorboard():
         import tensorboardX  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ConfigError(
-            "--tensorboard needs the package tensorboardX: pip install 'jaxckpt[tensorboard]'"
+            f"--tensorboard needs the package tensorboardX: {install('tensorboard')}"
         ) from None
 
 
@@ -94,6 +95,7 @@ class Record:
         self.path = folder / METRICS
         self.validations: dict[int, float] = {}
         row = {"versions": versions(), "platform": platform.platform(), **header}
+        row["date"] = time.strftime("%Y-%m-%d")
         try:
             files.write_whole(folder / CONFIG, tomli_w.dumps(config.to_dict()))
             if resumed is None:

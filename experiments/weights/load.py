@@ -31,7 +31,10 @@ def read_shape(folder: Path) -> TransformerConfig:
     if not folder.is_dir():
         beside = folder.parent if folder.parent.is_dir() else Path()
         names = [path.name for path in beside.iterdir() if path.is_dir()]
-        raise ConfigError(f"--init {str(folder)!r} is no folder{nearest(folder.name, names)}")
+        raise ConfigError(
+            f"--init {str(folder)!r} is no folder{nearest(folder.name, names)}; "
+            "`hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B` makes one"
+        )
     path = folder / CONFIG_JSON
     content = read_json(path)
     try:

@@ -14,6 +14,7 @@ import ml_dtypes  # noqa: F401  with it NumPy knows bfloat16, with JAX or withou
 import numpy as np
 
 from experiments.config import ConfigError
+from jaxckpt.compatibility import install
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -76,7 +77,7 @@ def import_safetensors():
         import safetensors
     except ImportError:
         raise ConfigError(
-            "weights need the package safetensors: pip install 'jaxckpt[experiments]'"
+            f"weights need the package safetensors: {install('experiments')}"
         ) from None
     return safetensors
 

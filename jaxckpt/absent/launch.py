@@ -21,6 +21,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jaxckpt.compatibility import install
 from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.plans.errors import UserError
 from jaxckpt.targets.target import Target
@@ -165,9 +166,7 @@ def check_available(target: Target):
     modules, extra = _NEEDED[target.backend]
     if any(_is_there(module) for module in modules) and _is_there("flatbuffers"):
         return
-    raise Unavailable(
-        f"target {target} needs a compiler that is not installed: pip install 'jaxckpt[{extra}]'"
-    )
+    raise Unavailable(f"target {target} needs a compiler that is not installed: {install(extra)}")
 
 
 def _is_there(module: str) -> bool:

@@ -8,8 +8,8 @@ every version: what is not understood is left out and counted, and nothing here 
 
 `SourceLines` finds an instruction's line of source. Older XLA writes `source_file` and
 `source_line` into an instruction's metadata. Newer XLA writes the number of a stack frame, and
-tables of frames, locations and file names at the program's top; there the innermost frame outside
-of installed packages is taken: the user's own line.
+tables of frames, locations and file names at the program's top; there the innermost frame that is
+no machinery (`jaxckpt.sources`) is taken: the user's own line, or the model's.
 """
 
 import dataclasses
@@ -17,11 +17,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxckpt.sources import is_machinery
+
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
-_INSTALLED = (
-    "/site-packages/",
-    *(f"/jaxckpt/{name}/" for name in ("transforms", "models", "memory", "costs", "planner")),
-)
 
 
 class SourceLines:
@@ -54,7 +52,7 @@ class SourceLines:
         if file:
             return f"{file[1]}:{_field(metadata, 'source_line')}"
         found = [line for line in self._stack(_field(metadata, "stack_frame_id")) if line[0]]
-        own = [line for line in found if not any(part in line[0] for part in _INSTALLED)]
+        own = [line for line in found if not is_machinery(line[0])]
         chosen = (own or found)[:1]
         return f"{chosen[0][0]}:{chosen[0][1]}" if chosen else ""
 

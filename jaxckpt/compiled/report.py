@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 from jaxckpt.compiled.buffers import NOTHING_READ, Buffer, Understood
+from jaxckpt.sources import shown
 from jaxckpt.units import iec
 
 _SHOWN_BUFFERS = 5
@@ -105,12 +106,12 @@ class MemoryReport:
             (
                 "outputs",
                 iec(self.output_bytes),
-                f"{iec(self.alias_bytes)} in donated arguments",
+                f"{iec(self.alias_bytes)} in donated arguments" if self.alias_bytes else "",
             ),
             ("temporaries", iec(self.temp_bytes), "residuals, gradients, working memory"),
-            ("host", iec(self.host_bytes), "offloaded values"),
-            ("code", iec(self.code_bytes), ""),
         ]
+        rows += [("host", iec(self.host_bytes), "offloaded values")] if self.host_bytes else []
+        rows += [("code", iec(self.code_bytes), "")] if self.code_bytes else []
         left = self.headroom_bytes
         if self.usable_bytes is not None and left is not None:
             note = f"{iec(left)} left" if left >= 0 else f"{iec(-left)} too little"
@@ -132,14 +133,14 @@ class MemoryReport:
         return rows
 
     def _buffer_lines(self) -> list[str]:
-        shown = self.buffers[:_SHOWN_BUFFERS]
-        lines = ["  largest buffers at the peak"] if shown else []
-        for one in shown:
+        largest = self.buffers[:_SHOWN_BUFFERS]
+        lines = ["  largest buffers at the peak"] if largest else []
+        for one in largest:
             parts = [
                 f"{iec(one.size_bytes):>14}",
                 one.shape,
                 _short(one.operation),
-                one.source,
+                shown(one.source),
             ]
             lines.append("  " + "  ".join(part for part in parts if part))
         return lines

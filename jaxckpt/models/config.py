@@ -19,22 +19,21 @@ class TransformerConfig:
 
     Attributes:
       vocab_size: Number of token ids; 256 for bytes.
-      num_blocks: Blocks in the stack (L).
+      num_blocks: Blocks in the stack.
       d_model: Width of the residual stream.
       num_heads: Query heads.
-      num_kv_heads: Key and value heads; divides `num_heads`.
-      head_dim: Size of one head, even; independent of `d_model`, as in Qwen3.
+      num_kv_heads: Key and value heads; must divide `num_heads`.
+      head_dim: Size of each head, even; independent of `d_model`, as in Qwen3.
       d_ff: Width of the SwiGLU.
-      qk_norm: Whether queries and keys are normalized per head (Qwen3).
-      tied_embeddings: Whether the head reuses the embedding table.
+      qk_norm: Normalize the queries and keys of each head, as in Qwen3.
+      tied_embeddings: Use the embedding table as the output head.
       rope_theta: Base of the rotary frequencies.
       norm_eps: Epsilon of every RMSNorm.
-      dropout: Rate of dropout on each branch's output; 0 turns it off.
-      dtype: Dtype of the computation; parameters are float32 either way. `auto` is bfloat16 on
-        TPUs and on GPUs that have it, float16 on older GPUs, float32 elsewhere.
-      attention: The attention kernel: `cudnn` on NVIDIA GPUs, `splash` on TPUs, `chunked`
-        (a part of the queries at a time) and `plain` anywhere; `auto` is the one that the chip and
-        the sizes allow (`device_choice.py`).
+      dropout: Rate of dropout on the output of attention and MLP; 0 turns it off.
+      dtype: Dtype of the computation; parameters are always float32. auto is bfloat16 on TPUs and
+        on GPUs that have it, float16 on older GPUs, float32 elsewhere.
+      attention: The attention kernel: cudnn on NVIDIA GPUs, splash on TPUs, chunked (a part of the
+        queries at a time) and plain anywhere; auto is the one that the chip and the sizes allow.
 
     Raises:
       ModelError: An unknown word, a size below 1, heads that do not divide, an odd head, a rate

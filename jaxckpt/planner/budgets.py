@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping
 
+from jaxckpt.compatibility import install
 from jaxckpt.targets.present import usable_bytes
 from jaxckpt.targets.target import Target
 from jaxckpt.units import iec, parse_bytes
@@ -32,7 +33,7 @@ def check_asked(num_blocks: int | Mapping[str, int]):
         import scipy  # noqa: F401
     except ImportError:
         raise ImportError(
-            "jaxckpt.fit needs scipy, which is not installed: pip install 'jaxckpt[planner]'"
+            f"jaxckpt.fit needs scipy, which is not installed: {install('planner')}"
         ) from None
 
 

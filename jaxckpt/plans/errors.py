@@ -6,6 +6,9 @@ from typing import Any
 
 _MOST_LETTERS = 80
 
+# What is less alike than this is no guess worth making: 'nope' and 'opt' are 0.57.
+CUTOFF = 0.6
+
 
 class UserError(Exception):
     """What whoever asked can mend: one line on the command line, without a traceback, code 2.
@@ -20,7 +23,7 @@ class PlanError(UserError, ValueError):
 
 def nearest(word: str, valid: Iterable[str]) -> str:
     """Returns `" (did you mean 'x'?)"` for the closest valid word, or `""` if none is close."""
-    close = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word, list(valid), n=1, cutoff=CUTOFF)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

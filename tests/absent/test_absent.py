@@ -245,7 +245,7 @@ def test_what_is_not_installed_is_one_line(monkeypatch):
     monkeypatch.setattr(launch, "_is_there", lambda module: False)
     for target, extra in (("v5e-1", "tpu"), ("h100", "cuda13")):
         message = f"target {target} needs a compiler that is not installed: pip install"
-        with pytest.raises(Unavailable, match=re.escape(f"{message} 'jaxckpt[{extra}]'")):
+        with pytest.raises(Unavailable, match=re.escape(f"{message} -e '.[{extra}]'")):
             jaxckpt.measure(lambda x: x, jnp.ones(3), target=target)
         with pytest.raises(Unavailable, match=re.escape(message)):
             measure_entry(entry("small"), target)

@@ -99,7 +99,8 @@ def call(command: str, flags: list[str], cache: Path):
         said, name = io.StringIO(), module.rpartition(".")[2]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
             try:
-                call(name, [*kept, f"--compile-cache={cache}"], cache)
+                own = [f"--compile-cache={cache}"] if name == "train" else []
+                call(name, [*kept, *own], cache)
             except SystemExit as error:
                 if error.code:
                     raise running.RowError(running._reason(error.code, said.getvalue())) from None
@@ -235,10 +236,11 @@ class Try:
 
     def tiny(self, options: dict[str, object]):
         """Adds the flags of a tiny model, with some options of its own."""
-        given = {str(flag).partition("=")[0] for flag in runs.TINY}
+        tiny = runs.TINY if self.command == "train" else runs.SHAPE
+        given = {str(flag).partition("=")[0] for flag in tiny}
         own = [f"--{name}={value}" for name, value in options.items()]
         named = {flag.partition("=")[0] for flag in own}
-        rest = [flag for flag in runs.TINY if flag.partition("=")[0] in given - named]
+        rest = [flag for flag in tiny if flag.partition("=")[0] in given - named]
         self.flags += [*own, *rest]
 
     def data(self) -> dict[str, object]:
@@ -395,7 +397,6 @@ class Swept(Try):
         self.flags += [*(f"--plan={plan}" for plan in plans), f"--folder={self.own[0]}"]
         self.flags += [f"--run-steps={self.pick([2], [0, 1])}"]
         self.tiny({"depth": self.pick([3], [0, 2]), **self.data()})
-        self.flags = [flag for flag in self.flags if not flag.startswith("--remat")]
 
     def rows(self) -> dict[str, dict]:
         """Returns the last row of each plan."""
@@ -420,13 +421,12 @@ class Fitted(Try):
     def choose(self):
         self.plan = self.pick(["full", "none", "auto"], ["sqrtt", "names:nope", "3xfull/none"])
         self.own = [self.choose_file([".json"])] if self.rng.random() < 0.8 else []
-        options: dict[str, object] = {"plan": self.plan, **self.data()}
+        options: dict[str, object] = {"plan": self.plan}
         if self.plan == "auto":
             options["budget"] = self.pick(["1GiB"], ["1KiB", "1GBB"])
         if self.own:
             options["json"] = self.own[0]
         self.tiny(options)
-        self.flags = [flag for flag in self.flags if not flag.startswith("--remat")]
 
     def done(self):
         for path in self.own:

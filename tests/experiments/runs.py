@@ -15,7 +15,7 @@ from orbax.checkpoint import v1
 
 ROOT = Path(__file__).parents[2]
 HANG_SECONDS = 3600  # ends what hangs; no bound on speed
-TINY = (
+SHAPE = (
     "--num-blocks=3",
     "--d-model=16",
     "--num-heads=2",
@@ -25,9 +25,8 @@ TINY = (
     "--dropout=0.1",
     "--batch-size=4",
     "--seq-len=16",
-    "--validation-batches=1",
-    "--remat=full",
 )
+TINY = (*SHAPE, "--validation-batches=1", "--remat=full")
 
 
 def start(

@@ -46,7 +46,7 @@ CONFIG = TrainConfig(
 FLAGS = (
     *("--num-blocks=3", "--d-model=32", "--num-heads=2", "--num-kv-heads=1", "--head-dim=8"),
     *("--d-ff=64", "--dropout=0.1", "--steps=3", "--batch-size=8", "--accumulate=2"),
-    *("--seq-len=64", "--validation-batches=1", "--optimizer=sgd"),
+    *("--seq-len=64", "--optimizer=sgd"),
 )
 
 
@@ -195,8 +195,9 @@ def refused(command, flags, capsys) -> str:
 
 
 def out_of(command, folder) -> list[str]:
-    """Returns the flag of a folder, for a command that writes to one."""
-    return [f"--out={folder / 'run'}"] if command is train else []
+    """Returns the flags of a run, for the command that makes one."""
+    flags = [f"--out={folder / 'run'}", "--data=README.md", "--validation-batches=1"]
+    return flags if command is train else []
 
 
 @pytest.mark.parametrize("command", [train, fit])
@@ -207,7 +208,7 @@ def test_nothing_fits(command, infeasible, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(choose_plan, "choose", choose)
     monkeypatch.setattr(measuring, "choose", choose)
     flags = [*FLAGS, "--remat=auto", "--budget=30KB", *out_of(command, tmp_path)]
-    err = refused(command, [*flags, "--data=README.md"], capsys)
+    err = refused(command, flags, capsys)
     assert "no plan fits 29.30 KiB (30000 bytes)" in err
     assert f"({infeasible.least_bytes} bytes), with --remat={infeasible.plan}" in err
     assert "arguments[0].params" in err and "one block's residuals" in err

@@ -164,7 +164,7 @@ def test_segments_give_the_gradients_of_none():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["-o=claims.html"], "ends in '.html' (did you mean '.md'?); valid: .md"),
+        (["-o=claims.html"], "ends in '.html'; valid: .md"),
         (["--numbers={}/broken.json"], "does not hold the numbers of claims; remove it"),
         (["-o=nowhere/claims.md"], "there is no folder nowhere"),
     ],

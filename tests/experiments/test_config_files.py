@@ -18,7 +18,6 @@ from tests.experiments import runs
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").glob("*.toml"))
 DATA = f"--data={ROOT / 'README.md'}"
-SMALL = [flag for flag in runs.TINY if not flag.startswith("--remat")]
 
 
 def taken(command, *flags, monkeypatch) -> dict:
@@ -65,9 +64,10 @@ def taken_flags(command):
 
 def test_the_small_file_and_a_runs_record_run_under_every_command(tmp_path):
     cache = f"--compile-cache={tmp_path / 'cache'}"
-    file = [f"--config={ROOT / 'configs/small.toml'}", *SMALL, DATA, cache]
+    file = [f"--config={ROOT / 'configs/small.toml'}", *runs.SHAPE]
+    of_run = [cache, DATA, "--validation-batches=1"]
     one_time = ["--steps=2", "--save-every=1", "--keep=1", "--sample", "--explain", "--overwrite"]
-    main(train, [*file, *one_time, f"--out={tmp_path / 'run'}"])
+    main(train, [*file, *of_run, *one_time, f"--out={tmp_path / 'run'}"])
     for name, flags in {
         "file": file,
         "record": [f"--config={tmp_path / 'run/config.toml'}"],
@@ -76,12 +76,13 @@ def test_the_small_file_and_a_runs_record_run_under_every_command(tmp_path):
         main(fit, [*flags, "--plan=none", f"--json={rows}"])
         assert [row["plan"] for row in json.loads(rows.read_text())["rows"]] == ["none"]
         folder = tmp_path / f"{name} sweep"
-        main(sweep, [*flags, "--plan=none", "--plan=sqrt", "--run-steps=2", f"-o={folder}"])
+        plans = ["--plan=none", "--remat=sqrt"]
+        main(sweep, [*flags, DATA, *plans, "--depth=3", "--run-steps=2", f"-o={folder}"])
         rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
         assert [row["plan"] for row in rows] == ["none", "sqrt"]
         assert all(len(row["losses"]) == 2 and "error" not in row for row in rows)
         out = tmp_path / f"{name} run"
-        main(train, [*flags, *(["--steps=2"] if name == "file" else []), f"--out={out}"])
+        main(train, [*flags, *([*of_run, "--steps=2"] if name == "file" else []), f"--out={out}"])
         assert runs.last_step(out) == 2
         row = folder / rows[0]["run"]
         main(train, [f"--config={row / 'config.toml'}", f"--out={tmp_path / f'{name} again'}"])
@@ -89,7 +90,7 @@ def test_the_small_file_and_a_runs_record_run_under_every_command(tmp_path):
 
 @pytest.mark.parametrize(
     "command, flag",
-    [(sweep, "--remat=full"), (sweep, "--out=x"), (fit, "--out=x"), (fit, "--resume")],
+    [(sweep, "--out=x"), (sweep, "--keep=2"), (fit, "--out=x"), (fit, "--no-resume")],
 )
 def test_a_flag_that_a_command_does_not_use_is_refused(command, flag, tmp_path, capsys):
     folder = [f"-o={tmp_path / 'sweep'}"] if command is sweep else []

@@ -100,6 +100,22 @@ def test_long_and_deep_ones_are_drawn_to_scale():
     assert max(map(len, lines[1:62])) < 210 and "a column is" in lines[-2]
 
 
+@pytest.mark.parametrize("columns", [30, 50, 80, 140])
+@pytest.mark.parametrize("plan, blocks", [("binomial:4", 32), (MIXED, 16), ("log", 300)])
+def test_a_terminal_gets_a_picture_of_its_width(plan, blocks, columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    main(draw, [plan, f"--blocks={blocks}"])
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns and title.endswith(f" on {blocks} blocks")
+    picture = [line for line in lines if re.match(r" *\d+ [FRB=| -]*$", line)]
+    assert len(picture) >= min(blocks, 60)
+    end = line_of(plan, blocks).end  # as wide as whole units of time to a column allow
+    assert max(map(len, picture)) > min(end, columns / 2)
+    is_scaled = end > columns
+    assert bool(re.search("a column is [0-9]+ units? of time", " ".join(lines))) == is_scaled
+
+
 def test_policies_are_said_in_words():
     found = text.draw(line_of(MIXED, 16))
     assert "blocks 4 to 6: dots: matmul outputs are kept; the rest of a recorded block" in found
@@ -137,7 +153,7 @@ def test_no_matplotlib(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit) as stop:
         main(draw, ["sqrt", f"-o={tmp_path / 'plan.svg'}"])
-    error = "error: figures need matplotlib: pip install 'jaxckpt[plot]'\n"
+    error = "error: figures need matplotlib: pip install -e '.[plot]'\n"
     assert stop.value.code == 2 and capsys.readouterr().err == error and not [*tmp_path.iterdir()]
 
 
@@ -151,7 +167,7 @@ def test_no_matplotlib(monkeypatch, tmp_path, capsys):
         (["binomial:1", "--blocks=2000"], "runs 2,001,001 blocks, a picture shows 100,000 at most"),
         (["sqrt", "-o=plan.sgv"], "ends in '.sgv' (did you mean '.svg'?); valid: .txt, .svg, .png"),
         (["sqrt", "-o=nowhere/plan.svg"], "there is no folder nowhere"),
-        ([], "--plan requires an argument"),
+        ([], "PLAN is missing: A checkpointing plan, such as binomial:4."),
     ],
 )
 def test_bad_input_is_one_line(flags, message, capsys):

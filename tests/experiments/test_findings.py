@@ -7,7 +7,7 @@ import pytest
 
 from experiments.config import TrainConfig
 from experiments.training.build import build
-from experiments.training.plan_checks import needless
+from experiments.training.plan_checks import against_none
 from jaxckpt.memory.measure import compile_step
 from jaxckpt.models.config import TransformerConfig
 from tests.experiments import runs
@@ -36,7 +36,15 @@ def test_a_plan_that_saves_leaves_no_line_and_compiles_nothing_more(monkeypatch)
     _, report = compile_step(step)
     compiled = []
     monkeypatch.setattr("experiments.training.plan_checks.compile_step", compiled.append)
-    assert needless(step, report) == [] and not compiled
+    findings, gain = against_none(step, report)
+    assert findings == [] and not compiled
+    known = compile_step(built(remat="none", batch_size=16, seq_len=256))[1].peak_bytes
+    assert gain.startswith("none needs ") and " MiB (estimated): log keeps " in gain
+    share = report.recomputed_flops / (report.flops - report.recomputed_flops)
+    assert gain.endswith(f"of it and recomputes {100 * share:.1f} % of the FLOPs")
+    estimated = float(gain.split()[2]) * 2**20
+    assert abs(estimated - known) < 0.1 * known
+    assert f"keeps {100 * report.peak_bytes / estimated:.0f} % of it" in gain
 
 
 @pytest.mark.parametrize("plan", ["none", pytest.param("full", marks=pytest.mark.heavy)])
@@ -46,6 +54,9 @@ def test_none_itself_is_not_compared(plan, monkeypatch):
     # What is compared is the compiled peaks: were that of `none` larger, there is no finding.
     larger = dataclasses.replace(report, peak_bytes=2 * report.peak_bytes)
     monkeypatch.setattr("experiments.training.plan_checks.compile_step", lambda _: (None, larger))
-    assert needless(step, report) == []
+    findings, gain = against_none(step, report)
+    assert findings == [] and gain.startswith("none needs ") == (plan == "full")
+    assert "estimated" not in gain and (": full keeps 50 % of it" in gain) == (plan == "full")
     monkeypatch.setattr("experiments.training.plan_checks.compile_step", lambda _: (None, report))
-    assert bool(needless(step, report)) == (plan == "full")
+    findings, gain = against_none(step, report)
+    assert bool(findings) == (plan == "full") and gain == ""

@@ -281,7 +281,7 @@ def test_a_compiler_that_is_not_installed(capsys):
         with pytest.raises(SystemExit) as stop:
             main(fit, ["--target=h100"])
         assert stop.value.code == 2
-        assert "pip install 'jaxckpt[cuda13]'" in capsys.readouterr().err
+        assert "pip install -e '.[cuda13]'" in capsys.readouterr().err
     else:
         pytest.skip("the CUDA plugin is installed")
 

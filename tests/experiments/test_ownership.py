@@ -309,7 +309,7 @@ WRITERS = [
     (report, ("{run}",), "-o", "report.html"),
     (report, ("{run}", "-o", "{out}/other.html"), "--figure", "figure.svg"),
     (report, ("{run}", "-o", "{out}/other.html"), "--figure", "figure.png"),
-    (fit, (*runs.TINY[:-1], "--plan=none"), "--json", "rows.json"),
+    (fit, (*runs.SHAPE, "--plan=none"), "--json", "rows.json"),
     (claims, ("--no-compile", "--numbers={out}/n.json"), "-o", "claims.md"),
 ]
 
@@ -368,7 +368,7 @@ def test_a_tilde_is_the_home_folder_wherever_it_stands(run, call, tmp_path, monk
     assert call(draw, "sqrt", "--blocks=4", "--out=~/plan.txt")[0] == 0
     assert call(report, "~/run", "-o", "~/r.html")[0] == 0
     assert call(export, "~/run", "-o", "~/hf")[0] == 0
-    assert call(fit, *runs.TINY[:-1], "--plan=none", "--json=~/rows.json")[0] == 0
+    assert call(fit, *runs.SHAPE, "--plan=none", "--json=~/rows.json")[0] == 0
     assert not [*(tmp_path / "here").iterdir()]
     monkeypatch.setenv("HOME", "")
     monkeypatch.delenv("HOME")

@@ -196,4 +196,4 @@ def test_a_missing_grain_is_told_before_jax_is_imported(monkeypatch, capsys, lin
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         main(train, ["--pack", f"--data={lines}"])
-    assert "--pack needs the package grain: pip install 'jaxckpt[train]'" in capsys.readouterr().err
+    assert "--pack needs the package grain: pip install -e '.[train]'" in capsys.readouterr().err

@@ -22,8 +22,7 @@ def given(tmp_path_factory):
     """A finished run and a sweep, which tries find copies of."""
     cache, folder = tmp_path_factory.mktemp("compiled"), tmp_path_factory.mktemp("given")
     runs.train("--steps=3", "--save-every=1", f"--out={folder / 'run'}", cache=cache)
-    tiny = [flag for flag in runs.TINY if not flag.startswith("--remat")]
-    flags = [*tiny, "--plan=full", "--run-steps=2", f"--folder={folder / 'sweep'}"]
+    flags = [*runs.SHAPE, "--plan=full", "--run-steps=2", f"--folder={folder / 'sweep'}"]
     random_worlds.call("sweep", flags, cache)
     return random_worlds.Given(folder / "run", folder / "sweep", cache)
 

@@ -51,6 +51,16 @@ def test_the_page_holds_every_row(tmp_path, capsys):
     assert "15 rows shown, 0 that failed listed, 0 skipped" in capsys.readouterr().out
 
 
+def test_times_are_told_apart_by_their_middle_halves(tmp_path):
+    spreads = {"none": [0.04, 0.06], "full": [0.055, 0.07], "sqrt": [0.08, 0.09], "dots": None}
+    rows = [row(plan, step_seconds_spread=spread) for plan, spread in spreads.items()]
+    (group,) = made(tmp_path, write(tmp_path / "sweep", rows))["groups"]
+    plans = [point["plan"] for point in group["points"]]
+    ties = {plans[n]: [plans[m] for m in others] for n, others in enumerate(group["ties"])}
+    assert ties == {"none": ["full"], "full": ["none"], "sqrt": [], "dots": []}
+    assert group["points"][0]["about"].endswith("16 x 128 tokens, adamw")
+
+
 def test_nothing_is_fetched(tmp_path):
     made(tmp_path, write(tmp_path / "sweep", ALL))
     text = (tmp_path / "report.html").read_text()
@@ -172,7 +182,7 @@ def test_no_matplotlib(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(report, [str(folder), f"-o={tmp_path / 'r.html'}", f"--figure={tmp_path / 'f.svg'}"])
     assert stop.value.code == 2 and not (tmp_path / "r.html").exists()
-    assert capsys.readouterr().err.endswith("matplotlib: pip install 'jaxckpt[plot]'\n")
+    assert capsys.readouterr().err.endswith("matplotlib: pip install -e '.[plot]'\n")
 
 
 CURE = "python -m experiments.sweep -o sweeps/small makes some"

@@ -129,9 +129,9 @@ def test_depth_buffers_losses_and_groups(page):
     page.select_option("#quantity", "peaks")
     assert "compiled peak, " in page.text_content("#depth")
     assert len(page.query_selector_all("#loss .line[data-plan]")) == len(PLANS)
-    assert "Largest difference between two plans at any step: 0.0e+0" in page.inner_text(
-        "#loss-note"
-    )
+    note = page.inner_text("#loss-note")
+    assert "Largest difference between two plans at any step: none." in note
+    assert "rounding lets their curves part late" in note
     page.select_option("#plan", "full")
     assert "f32[256,1024]" in page.text_content("#buffers")
     page.select_option("#group", "2")
@@ -143,3 +143,55 @@ def test_names_in_the_data_are_text(page):
     assert "</script><script>window" in page.text_content("#buffers")
     assert MISCHIEF in page.text_content("#problems")
     assert page.evaluate("window.pwned") is None and page.query_selector("img") is None
+
+
+def test_the_head_says_what_was_compared_and_when(page):
+    assert page.inner_text("#about") == (
+        "a Transformer of width 64, batches of 16 x 128 tokens, adamw; 2026-01-02"
+    )
+
+
+@pytest.fixture
+def noisy_page(browser, tmp_path):
+    """A page of two plans within noise of each other and one that is slower."""
+    times = {"full+names:a": (50.0, 49, 53), "full+names:b": (52.0, 50, 55), "full": (70.0, 69, 71)}
+    rows = [
+        row(plan, step_seconds=middle / 1e3, step_seconds_spread=[low / 1e3, high / 1e3])
+        for plan, (middle, low, high) in times.items()
+    ]
+    out = tmp_path / "noisy.html"
+    main(report, [str(write(tmp_path / "noisy", rows)), f"-o={out}"])
+    page = browser.new_page(viewport={"width": 400, "height": 800})
+    page.goto(out.as_uri())
+    yield page
+    page.close()
+
+
+def test_times_within_noise_have_no_winner(noisy_page):
+    assert noisy_page.inner_text("#best") == (
+        "Within noise of each other: full+names:a and full+names:b, about 50 ms"
+    )
+    assert len(noisy_page.query_selector_all(".spread")) == 3
+    assert "52 ms (50 to 55)" in noisy_page.inner_text("#rows")
+
+
+def test_no_two_plans_look_alike(noisy_page):
+    looks = noisy_page.eval_on_selector_all(
+        ".point",
+        "nodes => nodes.map(n => n.classList[1] + n.querySelector('.mark').getAttribute('d'))",
+    )
+    assert len(looks) == len(set(looks)) == 3
+    many = noisy_page.evaluate(
+        "[...Array(40).keys()].map(n => styleOf(`full+names:x${n}`)).map(s => s.colour + s.shape)"
+    )
+    assert len(set(many)) == 40
+
+
+def test_text_is_readable_on_a_phone(noisy_page):
+    heights = noisy_page.eval_on_selector_all(
+        "#time svg text", "nodes => nodes.map(n => n.getScreenCTM().a * 12.5)"
+    )
+    assert heights and min(heights) >= 11
+    assert noisy_page.evaluate("document.documentElement.scrollWidth") <= 400
+    noisy_page.set_viewport_size({"width": 1280, "height": 800})
+    noisy_page.wait_for_function("document.querySelector('#time svg').viewBox.baseVal.width > 700")

@@ -281,4 +281,4 @@ def test_tensorboard_without_its_extra(cache, tmp_path):
     (tmp_path / "tensorboardX.py").write_text("raise ModuleNotFoundError(name='tensorboardX')")
     out = f"--out={tmp_path / 'run'}"
     err = refused("--tensorboard", out, cache=cache, first_path=tmp_path)
-    assert "pip install 'jaxckpt[tensorboard]'" in err and not (tmp_path / "run").exists()
+    assert "pip install -e '.[tensorboard]'" in err and not (tmp_path / "run").exists()

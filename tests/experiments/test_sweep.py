@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from tests.experiments.test_fit import GIB, report
 ROOT = Path(__file__).parents[2]
 TINY = ["--num-blocks=2", "--d-model=16", "--num-heads=2", "--num-kv-heads=1", "--head-dim=8"]
 TINY += ["--d-ff=32", "--batch-size=2", "--seq-len=16", f"--data={ROOT / 'README.md'}"]
+ONE = [*TINY, "--depth=2"]
 
 
 @pytest.fixture
@@ -76,7 +78,7 @@ def test_a_row_has_what_a_run_said(ran, tmp_path):
 
 
 def test_the_same_command_goes_on(ran, tmp_path, capsys):
-    flags = [*TINY, "--plan=none", "--plan=sqrt", f"-o={tmp_path}"]
+    flags = [*ONE, "--plan=none", "--plan=sqrt", f"-o={tmp_path}"]
     main(sweep, flags)
     path = tmp_path / "rows.jsonl"
     done, torn = path.read_text().splitlines()
@@ -86,13 +88,31 @@ def test_the_same_command_goes_on(ran, tmp_path, capsys):
     assert "1 of 2 rows are done already" in capsys.readouterr().out
     assert path.read_text().splitlines()[0] == done
     assert [row["plan"] for row in rows_of(tmp_path)] == ["none", "sqrt"]
-    main(sweep, [*flags, "--depth=2", "--depth=3"])  # more rows join those of the folder
+    main(sweep, [*flags, "--depth=3"])  # more rows join those of the folder
     assert [call[1]["remat"] for call in ran[3:]] == ["none", "sqrt"]
     assert [row["depth"] for row in rows_of(tmp_path)] == [2, 2, 3, 3]
 
 
+def test_two_depths_are_usual_where_every_plan_fits_both(ran, tmp_path):
+    main(sweep, [*TINY[1:], "--num-blocks=6", "--plan=full", f"-o={tmp_path / 'two'}"])
+    assert [row["depth"] for row in rows_of(tmp_path / "two")] == [6, 3]
+    main(sweep, [*TINY[1:], "--num-blocks=6", "--plan=4xfull/none", f"-o={tmp_path / 'one'}"])
+    assert [row["depth"] for row in rows_of(tmp_path / "one")] == [6]
+    main(sweep, [*TINY[1:], "--num-blocks=1", "--plan=full", f"-o={tmp_path / 'lone'}"])
+    assert [row["depth"] for row in rows_of(tmp_path / "lone")] == [1]
+
+
+def test_a_row_says_what_it_is_of_and_how_its_times_spread(ran, tmp_path):
+    main(sweep, [*ONE, "--plan=full", f"-o={tmp_path}"])
+    (row,) = rows_of(tmp_path)
+    assert row["about"] == "a Transformer of width 16, batches of 2 x 16 tokens, adamw"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", row["date"])
+    assert row["step_seconds_spread"] is None, "two times have no quartiles"
+    assert running._middle_half([1.0, 2.0, 3.0, 4.0, 9.0]) == [2.0, 4.0]
+
+
 def test_a_row_that_fails_does_not_stop_the_others(ran, tmp_path, capsys):
-    flags = [*TINY, "--plan=log", "--plan=full", f"-o={tmp_path}"]
+    flags = [*ONE, "--plan=log", "--plan=full", f"-o={tmp_path}"]
     for attempt in (1, 2):
         with pytest.raises(SystemExit) as stop:
             main(sweep, flags)
@@ -104,7 +124,7 @@ def test_a_row_that_fails_does_not_stop_the_others(ran, tmp_path, capsys):
 
 
 def test_a_budget_is_a_row_of_auto(ran, tmp_path):
-    main(sweep, [*TINY, "--plan=auto", "--budget=1GiB", "--budget=2GiB", f"-o={tmp_path}"])
+    main(sweep, [*ONE, "--plan=auto", "--budget=1GiB", "--budget=2GiB", f"-o={tmp_path}"])
     assert [name for name, _ in ran] == ["fit", "train"] * 2
     assert ran[0][1]["budget"] == "1GiB" and ran[2][1]["budget"] == "2GiB"
     assert ran[1][1]["remat"] == "1xfull/none" and "budget" not in ran[1][1]
@@ -113,7 +133,7 @@ def test_a_budget_is_a_row_of_auto(ran, tmp_path):
     assert two["budget"] == "2GiB" and "--remat=1xfull/none" in one["train_command"]
     ran.clear()
     with pytest.raises(SystemExit):  # log fails here
-        main(sweep, [*TINY, "--budget=3GiB", f"-o={tmp_path}"])
+        main(sweep, [*ONE, "--budget=3GiB", f"-o={tmp_path}"])
     assert len(ran) == len(PLANS) + 2, "it is added to the usual plans"
 
 
@@ -124,12 +144,12 @@ def test_an_absent_chip_is_compiled_for(monkeypatch, ran, tmp_path):
 
     monkeypatch.setattr(measuring, "measure_all", measure_all)
     monkeypatch.setattr(measuring, "check_targets", lambda targets: None)
-    main(sweep, [*TINY, "--plan=full", "--target=v5e-1", f"-o={tmp_path}"])
+    main(sweep, [*ONE, "--plan=full", "--target=v5e-1", f"-o={tmp_path}"])
     (row,) = rows_of(tmp_path)
     assert row["step_seconds"] == 0.25 and row["step_seconds_source"] == "roofline"
     assert row["peak_bytes"] == 3 * GIB and row["usable_bytes"] == 16 * GIB and not row["losses"]
-    start = "python -m experiments.fit --target=v5e-1 --plan=full --data="
-    assert row["train_command"].startswith(start) and "--remat" not in row["train_command"]
+    start = "python -m experiments.fit --target=v5e-1 --plan=full --batch-size=2"
+    assert row["train_command"].startswith(start) and "--data" not in row["train_command"]
 
 
 def test_flags_make_the_configuration_again():
@@ -167,7 +187,7 @@ def test_flags_make_the_configuration_again():
         (["--target=v5f-1"], "did you mean 'v5e-1'?"),
         (["--plan=full", "--plan=full"], "given twice"),
         (["--data=README.mdd"], "did you mean 'README.md'?"),
-        (["--remat=full"], "--remat"),
+        (["--out=x"], "--out is a flag of experiments.train; experiments.sweep has no use for it"),
         (["--resume"], "--resume"),
         (["-o=README.md"], "is a file; name a folder"),
     ],
@@ -229,7 +249,7 @@ def test_a_row_that_is_stopped_is_tried_again(monkeypatch, tmp_path):
         return run(self, [sys.executable, "-c", code, *command[3:]], **options)
 
     monkeypatch.setattr(Processes, "run", stopped)
-    flags = [*TINY, "--plan=full", "--run-steps=3", f"-o={tmp_path}"]
+    flags = [*ONE, "--plan=full", "--run-steps=3", f"-o={tmp_path}"]
     with pytest.raises(SystemExit) as stop:
         main(sweep, flags)
     (row,) = rows_of(tmp_path)
@@ -239,7 +259,7 @@ def test_a_row_that_is_stopped_is_tried_again(monkeypatch, tmp_path):
 
 
 def start_sweep(folder: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "experiments.sweep", *TINY, f"-o={folder}", "--run-steps=3"]
+    command = [sys.executable, "-m", "experiments.sweep", *ONE, f"-o={folder}", "--run-steps=3"]
     command += ["--plan=none", "--plan=sqrt", "--plan=names:nope", "--plan=full"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

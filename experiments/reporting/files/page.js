@@ -21,12 +21,24 @@ function start() {
   }
   const origins = new Set(data.groups.flatMap((one) => one.points.map((point) => point.origin)));
   at("origin").textContent = [...origins].filter(Boolean).slice(0, 3).join("; ");
+  // In the order of the page, so that a plan looks the same in every group and chart.
+  for (const one of data.groups) for (const point of one.points) styleOf(point.plan);
+  let wasNarrow = isNarrow(at("time"));
+  window.addEventListener("resize", () => {
+    if (isNarrow(at("time")) !== wasNarrow) {
+      wasNarrow = !wasNarrow;
+      showCharts();
+    }
+  });
   showGroup();
 }
 
 function showGroup() {
   group = data.groups[Number(at("group").value) || 0];
-  markBudget = timeChart(at("time"), group, { chosen: choose, hover: showTip });
+  const said = new Set(group.points.map((point) => point.about).filter(Boolean));
+  const dates = group.points.map((point) => point.date).filter(Boolean).sort();
+  const days = dates[0] === dates.at(-1) ? dates.slice(0, 1) : [`${dates[0]} to ${dates.at(-1)}`];
+  at("about").textContent = [...said, ...days].join("; ");
   const sources = [...new Set(group.points.map((point) => point.seconds_source))];
   const untimed = group.points.filter((point) => point.step_seconds === null).length;
   at("time-note").textContent =
@@ -36,15 +48,27 @@ function showGroup() {
   const plans = group.points.map((point) => point.plan);
   at("plan").replaceChildren();
   for (const plan of plans) htmlNode("option", { value: plan }, at("plan"), plan);
+  at("loss-note").textContent = lossText();
+  showCharts();
+  showRows();
+}
+
+function showCharts() {
+  markBudget = timeChart(at("time"), group, { chosen: choose, hover: showTip });
   showBudget();
   showDepth();
   showBuffers();
   lossChart(at("loss"), group);
-  at("loss-note").textContent =
-    group.loss_difference === null
-      ? ""
-      : `Largest difference between two plans at any step: ${group.loss_difference.toExponential(1)} of the loss.`;
-  showRows();
+}
+
+function lossText() {
+  const difference = group.loss_difference;
+  if (difference === null) return "";
+  const size = difference === 0 ? "none" : `${difference.toExponential(1)} of the loss`;
+  return (
+    `Largest difference between two plans at any step: ${size}. All plans compute the same loss, ` +
+    "but in another order; rounding lets their curves part late in a long run."
+  );
 }
 
 // The slider's ends: a little below the smallest peak, and the largest.
@@ -64,11 +88,18 @@ function showBudget() {
   const budget = budgetBytes();
   const best = bestWithin(budget);
   at("budget-text").textContent = bytesText(budget);
-  at("best").textContent = best
-    ? `Fastest that fits: ${best.plan}, ${bytesText(best.peak_bytes)}, ` +
-      secondsText(best.step_seconds)
-    : "No plan fits.";
+  at("best").textContent = bestText(best, budget);
   markBudget(budget, best);
+}
+
+function bestText(best, budget) {
+  if (!best) return "No plan fits.";
+  const text = (point) => `${point.plan}, ${bytesText(point.peak_bytes)}, `;
+  const places = group.ties[group.points.indexOf(best)];
+  const asFast = places.map((n) => group.points[n]).filter((p) => p.peak_bytes <= budget);
+  if (!asFast.length) return `Fastest that fits: ${text(best)}${secondsText(best.step_seconds)}`;
+  const names = [best, ...asFast].map((point) => point.plan);
+  return `Within noise of each other: ${names.slice(0, -1).join(", ")} and ${names.at(-1)}, about ${secondsText(best.step_seconds)}`;
 }
 
 function showDepth() {
@@ -113,6 +144,14 @@ function copyBySelection(text) {
   return done;
 }
 
+// The quartiles; half of the steps took that long.
+function spreadText(point) {
+  if (!point.step_spread) return "";
+  const factor = point.step_seconds >= 1 ? 1 : 1e3; // the unit of the median
+  const ends = point.step_spread.map((end) => Number((factor * end).toPrecision(3)));
+  return ` (${ends.join(" to ")})`;
+}
+
 function showTip(point, node) {
   const tip = at("tip");
   tip.replaceChildren();
@@ -122,8 +161,8 @@ function showTip(point, node) {
     point.plan,
     `compiled peak ${bytesText(point.peak_bytes)}`,
     point.runtime_bytes === null ? "" : `runtime peak ${bytesText(point.runtime_bytes)}`,
-    `step ${secondsText(point.step_seconds)}, ${point.seconds_source}`,
-    point.recomputed === null ? "" : `run again ${(100 * point.recomputed).toFixed(1)} %`,
+    `step ${secondsText(point.step_seconds)}${spreadText(point)}, ${point.seconds_source}`,
+    point.recomputed === null ? "" : `recomputed ${(100 * point.recomputed).toFixed(1)} %`,
     point.losses.length ? `last loss ${short(point.losses.at(-1) ?? NaN)}` : "",
   ];
   for (const line of lines.filter(Boolean)) htmlNode("div", {}, tip, line);
@@ -136,7 +175,7 @@ function showTip(point, node) {
 function showRows() {
   const table = at("rows");
   table.replaceChildren();
-  const names = ["plan", "peak", "temporaries", "runtime peak", "step", "run again", ""];
+  const names = ["plan", "peak", "temporaries", "runtime peak", "step", "recomputed", ""];
   const head = htmlNode("tr", {}, htmlNode("thead", {}, table));
   for (const name of names) htmlNode("th", { scope: "col" }, head, name);
   const body = htmlNode("tbody", {}, table);
@@ -145,7 +184,7 @@ function showRows() {
     const sizes = [point.peak_bytes, point.temp_bytes, point.runtime_bytes];
     const texts = sizes.map((size) => (size === null ? "–" : bytesText(size)));
     const again = point.recomputed === null ? "–" : `${(100 * point.recomputed).toFixed(1)} %`;
-    for (const text of [point.plan, ...texts, secondsText(point.step_seconds), again]) {
+    for (const text of [point.plan, ...texts, secondsText(point.step_seconds) + spreadText(point), again]) {
       htmlNode("td", {}, row, text);
     }
     const button = htmlNode("button", { type: "button" }, htmlNode("td", {}, row), "copy command");

@@ -68,7 +68,7 @@ function short(value) {
   return String(Number(value.toPrecision(Math.abs(value) >= 1000 ? 6 : 4)));
 }
 
-// A family of plans has a colour and a shape; `full` with policies is another one than without.
+// Plans of a family look alike; `full` with policies is another family than without.
 function familyOf(plan) {
   if (plan.includes("/")) return "mixed";
   const word = plan.match(/^[a-z_]*/)[0];
@@ -77,6 +77,21 @@ function familyOf(plan) {
   if (word === "sqrt") return "sqrt";
   if (word === "log" || word === "binomial") return "log";
   return plan === "full" ? "full" : "kept";
+}
+
+// A plan's colour and mark: its family's where they are free, else others that no plan has yet.
+const STYLES = new Map();
+
+function styleOf(plan) {
+  if (!STYLES.has(plan)) {
+    const family = familyOf(plan);
+    const names = [family, ...Object.keys(SHAPES).filter((name) => name !== family)];
+    const taken = new Set([...STYLES.values()].map(({ colour, shape }) => `${colour} ${shape}`));
+    const pairs = names.flatMap((colour) => names.map((shape) => ({ colour, shape })));
+    const free = pairs.find(({ colour, shape }) => !taken.has(`${colour} ${shape}`));
+    STYLES.set(plan, free || pairs[0]);
+  }
+  return STYLES.get(plan);
 }
 
 const SHAPES = {
