@@ -20,6 +20,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 PAGES = (
     *("coming_from", "glossary", "layers", "loops", "peak", "planner", "start"),
     *("troubleshooting", "your_own_model"),
+    *(f"api/{path.stem}" for path in sorted(DOCS.glob("api/*.md"))),
 )
 _HEAVY = (pytest.param("many_chips", marks=pytest.mark.heavy),)
 # Numbers that pages show were printed by this JAX.
@@ -85,7 +86,7 @@ def test_page_runs(page, monkeypatch):
     blocks = code_of(text)
     assert len(blocks) == text.count("```python"), "a block that is not closed, or is indented"
     assert any("assert " in code for code, _ in blocks), f"{path} claims nothing that can fail"
-    module = types.ModuleType(f"docs_{page}")  # classes look for their module by its name
+    module = types.ModuleType(f"docs_{path.stem}")  # classes look for their module by its name
     monkeypatch.setitem(sys.modules, module.__name__, module)
     run(text, path, module)
 
