@@ -1,6 +1,7 @@
 """Sphinx's configuration: `sphinx-build -W docs docs/_build` (pip install -e '.[docs]')."""
 
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +29,21 @@ autodoc_typehints = "none"  # they are in the signature's docstring, with shapes
 
 html_theme = "sphinx_book_theme"
 html_title = "jaxckpt"
-html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True}
+html_theme_options = {
+    "show_toc_level": 2,
+    "home_page_in_toc": True,
+    "article_header_end": ["toggle-secondary-sidebar.html"],  # the sidebar has the search box
+}
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {})
+if "Repository" in REPOSITORY:
+    html_theme_options |= {
+        "repository_url": REPOSITORY["Repository"],
+        "path_to_docs": "docs",
+        "article_header_end": ["article-header-buttons.html"],
+        "use_repository_button": True,
+        "use_issues_button": True,
+        "use_edit_page_button": True,
+    }
 
 
 def setup(app):
