@@ -29,17 +29,14 @@ autodoc_typehints = "none"  # they are in the signature's docstring, with shapes
 
 html_theme = "sphinx_book_theme"
 html_title = "jaxckpt"
-html_theme_options = {
-    "show_toc_level": 2,
-    "home_page_in_toc": True,
-    "article_header_end": ["toggle-secondary-sidebar.html"],  # the sidebar has the search box
-}
-REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {})
-if "Repository" in REPOSITORY:
+# One search, in the header of each page: the theme would put two more above it and into the sidebar.
+html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True, "navbar_persistent": []}
+html_sidebars = {"**": ["navbar-logo.html", "icon-links.html", "sbt-sidebar-nav.html"]}
+urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {})
+if "Repository" in urls:
     html_theme_options |= {
-        "repository_url": REPOSITORY["Repository"],
+        "repository_url": urls["Repository"],
         "path_to_docs": "docs",
-        "article_header_end": ["article-header-buttons.html"],
         "use_repository_button": True,
         "use_issues_button": True,
         "use_edit_page_button": True,

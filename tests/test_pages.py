@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import jax
@@ -19,6 +20,10 @@ DOCS = ROOT / "docs"
 
 def page(name: str) -> str:
     return (DOCS / f"{name}.md").read_text()
+
+
+def urls(project: Path) -> dict[str, str]:
+    return tomllib.loads(project.read_text())["project"].get("urls", {})
 
 
 def codes_of_findings() -> set[str]:
@@ -168,9 +173,11 @@ def test_the_site_builds_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", str(DOCS), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    html = (tmp_path / "api.html").read_text()
-    for name in ("scan_blocks", "measure", "fit"):
-        assert f"jaxckpt.{name}" in html
+    for group, name in (("stacks", "scan_blocks"), ("memory", "measure"), ("planner", "fit")):
+        assert f"jaxckpt.{name}" in (tmp_path / "api" / f"{group}.html").read_text()
+    index = (tmp_path / "index.html").read_text()
+    assert len(re.findall(r"<button[^>]*search-button", index)) == 1
+    assert ("repository-button" in index) == ("Repository" in urls(ROOT / "pyproject.toml"))
     assert "Google Cloud, TPU v5e" in (tmp_path / "targets.html").read_text()
     assert json.loads((ROOT / "notebooks" / "train.ipynb").read_text())["cells"]
     assert (tmp_path / "notebooks" / "train.html").exists()
