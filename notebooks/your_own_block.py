@@ -84,8 +84,8 @@ assert [one_finding.code for one_finding in found] == ["tag-on-output"]
 # %% [markdown]
 # ## A stack of it
 #
-# The same loss and gradients under every plan, with dropout; other memory, other work. A stage such as
-# `4xfull/...` pays in larger stacks: here its second loop needs more memory than it saves.
+# The same loss and gradients under every plan, with dropout; other memory, other work. Each stage
+# is a loop of its own, so in such a small stack `4xfull/names:gate,up` needs more memory than `names:gate,up`.
 
 
 # %%
