@@ -94,14 +94,13 @@ def text_of(name: str) -> str:
 
 def _keep_outputs(cells: list[dict], old: list[dict]):
     """Gives cells of code the outputs of old cells with the same text."""
-    outputs = {"".join(cell["source"]): cell for cell in old if cell["cell_type"] == "code"}
-    count = 0
-    for cell in cells:
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    outputs = {"".join(cell["source"]): cell.get("outputs", []) for cell in old}
+    for number, cell in enumerate(code, start=1):
         source = "".join(cell["source"])
-        if cell["cell_type"] == "code" and source in outputs and "%pip" not in source:
-            count += 1
-            cell["outputs"] = [_lasting(one) for one in outputs[source]["outputs"]]
-            cell["execution_count"] = count if cell["outputs"] else None
+        if "%pip" not in source and outputs.get(source):
+            cell["outputs"] = [_lasting(one) for one in outputs[source]]
+            cell["execution_count"] = number
 
 
 def _lasting(output: dict) -> dict:
