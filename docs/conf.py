@@ -1,6 +1,7 @@
 """Sphinx's configuration: `sphinx-build -W docs docs/_build` (pip install -e '.[docs]')."""
 
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +29,18 @@ autodoc_typehints = "none"  # they are in the signature's docstring, with shapes
 
 html_theme = "sphinx_book_theme"
 html_title = "jaxckpt"
-html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True}
+# One search, in the header of each page; by default there is one above and one beside it too.
+html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True, "navbar_persistent": []}
+html_sidebars = {"**": ["navbar-logo.html", "icon-links.html", "sbt-sidebar-nav.html"]}
+urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {})
+if "Repository" in urls:
+    html_theme_options |= {
+        "repository_url": urls["Repository"],
+        "path_to_docs": "docs",
+        "use_repository_button": True,
+        "use_issues_button": True,
+        "use_edit_page_button": True,
+    }
 
 
 def setup(app):

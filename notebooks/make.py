@@ -5,6 +5,10 @@ in comments, and a line `# %pip ...` is a magic. The standard library does for t
 compares with jupytext itself. `--check` writes nothing and ends with code 1 if a notebook is not up
 to date.
 
+Outputs are kept: a cell of code whose text has not changed has the outputs of the notebook that is
+there. `pytest --nbmake --overwrite notebooks/NAME.ipynb` runs a notebook, and this command then writes
+it in its own form. The cell that installs has none.
+
 Once pyproject.toml says where the repository is (`[project.urls]`, `Repository`, on GitHub), each
 notebook begins with a badge that opens it in Colab, and installs from there.
 """
@@ -16,7 +20,7 @@ import tomllib
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-NAMES = ("train", "will_it_fit", "your_own_block")
+NAMES = ("train", "will_it_fit", "your_own_block", "out_of_memory")
 PROJECT = FOLDER.parent / "pyproject.toml"
 _GITHUB = re.compile(r"https://github\.com/(?P<repository>[\w.-]+/[\w-]+)(\.git)?/?")
 _CHECKOUT = "SOURCE = pathlib.Path.cwd().parent.as_uri()"
@@ -80,10 +84,29 @@ def opened_in_colab(text: str, name: str, repository: str) -> str:
 
 
 def text_of(name: str) -> str:
-    """Returns the file text of the notebook that `name`.py makes."""
+    """Returns the file text of the notebook that `name`.py makes, with the outputs it has now."""
     text, where = (FOLDER / f"{name}.py").read_text(), repository()
-    text = text if where is None else opened_in_colab(text, name, where)
-    return json.dumps(notebook(text), indent=1, sort_keys=True) + "\n"
+    made = notebook(text if where is None else opened_in_colab(text, name, where))
+    path = FOLDER / f"{name}.ipynb"
+    _keep_outputs(made["cells"], json.loads(path.read_text())["cells"] if path.exists() else [])
+    return json.dumps(made, indent=1, sort_keys=True) + "\n"
+
+
+def _keep_outputs(cells: list[dict], old: list[dict]):
+    """Gives cells of code the outputs of old cells with the same text."""
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    outputs = {"".join(cell["source"]): cell.get("outputs", []) for cell in old}
+    for number, cell in enumerate(code, start=1):
+        source = "".join(cell["source"])
+        if "%pip" not in source and outputs.get(source):
+            cell["outputs"] = [_lasting(one) for one in outputs[source]]
+            cell["execution_count"] = number
+
+
+def _lasting(output: dict) -> dict:
+    """Returns an output without what differs from run to run."""
+    count = {"execution_count": None} if "execution_count" in output else {}
+    return output | count
 
 
 def stale() -> list[Path]:

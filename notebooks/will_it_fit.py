@@ -8,10 +8,15 @@
 # %%
 import pathlib
 
-# Where jaxckpt comes from: the checkout this notebook lies in. Elsewhere, say on Colab, the address of
-# its repository: "git+https://...".
+# Where jaxckpt comes from: the checkout that this notebook is in. Elsewhere, say on Colab, write the address
+# of a repository here: "git+https://...".
 SOURCE = pathlib.Path.cwd().parent.as_uri()
-# %pip install --quiet "jaxckpt[planner,tpu] @ {SOURCE}"
+if SOURCE.startswith("file:") and not pathlib.Path("../jaxckpt").is_dir():
+    raise RuntimeError(
+        "this notebook is not in a checkout of jaxckpt; open it in the notebooks folder of one, or set "
+        "SOURCE above to the address of a repository: git+https://..."
+    )
+# %pip install --quiet "jaxckpt[tpu] @ {SOURCE}"
 
 # %%
 import os
@@ -33,8 +38,8 @@ TARGET = "v5e-1"
 # %% [markdown]
 # ## A step, as shapes alone
 #
-# A Transformer of 24 blocks, rows of 1024 tokens, AdamW. `jax.eval_shape` makes parameters and optimizer
-# state as shapes. A step and its arguments are all that is asked for: your own does as well.
+# A Transformer of 24 blocks, sequences of 1024 tokens, AdamW. `jax.eval_shape` makes parameters and optimizer
+# state as shapes. All you need is a step and its arguments, so your own step works too.
 
 # %%
 config = TransformerConfig(
@@ -87,7 +92,7 @@ for plan in ("none", "full", "log"):
 assert reports["none"].peak_bytes > reports["full"].peak_bytes > reports["log"].peak_bytes
 
 # %% [markdown]
-# One report has more: what the peak consists of, the largest buffers and the lines of code that make them.
+# A report has more: the parts of the peak, the largest buffers and the lines of code that make them.
 
 # %%
 print(reports["full"])

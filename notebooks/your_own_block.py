@@ -1,17 +1,21 @@
 # %% [markdown]
 # # A block of your own
 #
-# Whatever can be written as `block(carry, params_i) -> carry` can run under any plan. This notebook takes
-# such a block, looks at what its backward pass keeps, and finds a plan for a stack of it. It runs in a
-# minute on a CPU.
+# Any function `block(carry, params_i) -> carry` can run under any plan. This notebook takes such a block, looks
+# at what its backward pass saves, and finds a plan for a stack of it. It runs in a minute on a CPU.
 
 # %%
 import pathlib
 
-# Where jaxckpt comes from: the checkout this notebook lies in. Elsewhere, say on Colab, the address of
-# its repository: "git+https://...".
+# Where jaxckpt comes from: the checkout that this notebook is in. Elsewhere, say on Colab, write the address
+# of a repository here: "git+https://...".
 SOURCE = pathlib.Path.cwd().parent.as_uri()
-# %pip install --quiet "jaxckpt[planner] @ {SOURCE}"
+if SOURCE.startswith("file:") and not pathlib.Path("../jaxckpt").is_dir():
+    raise RuntimeError(
+        "this notebook is not in a checkout of jaxckpt; open it in the notebooks folder of one, or set "
+        "SOURCE above to the address of a repository: git+https://..."
+    )
+# %pip install --quiet "jaxckpt @ {SOURCE}"
 
 # %%
 import jax
@@ -59,18 +63,18 @@ keys = params.pop("key")  # a key has no gradient
 x = jax.random.normal(jax.random.key(1), (ROWS, WIDTH))
 
 # %% [markdown]
-# ## What its backward pass keeps
+# ## What its backward pass saves
 #
-# Nothing is run. Each row is an array that the backward pass needs: the line that makes it, what it
-# weighs, and what making it again would cost.
+# Nothing is run. Each line is an array that the backward pass needs: where it is made, its size, and what it
+# would cost to recompute it.
 
 # %%
 one = jax.tree.map(lambda leaf: leaf[0], {**params, "key": keys})
 print(jaxckpt.explain(block, one, x, num_blocks=NUM_BLOCKS, plan="names:gate,up"))
 
 # %% [markdown]
-# A name that spares nothing is found. `out` stands on the block's output, which the next block keeps as
-# its input anyway:
+# A name that saves nothing is found. `out` is the block's output, which the next block saves as its input
+# anyway:
 
 # %%
 found = findings.findings_of_block(block, one, x, plan="names:gate,up,out")
@@ -80,7 +84,8 @@ assert [one_finding.code for one_finding in found] == ["tag-on-output"]
 # %% [markdown]
 # ## A stack of it
 #
-# The same loss and gradients under every plan, with dropout; other memory, other work.
+# The same loss and gradients under every plan, with dropout; other memory, other work. Each stage
+# is a loop of its own, so in such a small stack `4xfull/names:gate,up` needs more memory than `names:gate,up`.
 
 
 # %%

@@ -23,7 +23,44 @@ def test_a_notebook_installs_with_one_line_and_claims_something(name):
     installs = [line for source in code for line in source.split("\n") if line.startswith("%pip")]
     assert len(installs) == 1 and "jaxckpt" in installs[0]
     assert any("assert " in source for source in code)
-    assert all(cell["outputs"] == [] for cell in notebook["cells"] if cell["cell_type"] == "code")
+
+
+@pytest.mark.parametrize("name", make.NAMES)
+def test_outputs_are_kept(name):
+    """Of cells that print or draw, none of them an error, and none of the cell that installs."""
+    for cell in json.loads((make.FOLDER / f"{name}.ipynb").read_text())["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            shows = "\nprint(" in source or source.startswith("print(") or "tight_layout" in source
+            assert bool(cell["outputs"]) >= shows, source
+            assert not cell["outputs"] or "%pip" not in source
+            assert all(one["output_type"] != "error" for one in cell["outputs"])
+
+
+def test_outputs_are_of_their_own_cells(monkeypatch, tmp_path):
+    monkeypatch.setattr(make, "FOLDER", tmp_path)
+    path = tmp_path / "one.ipynb"
+    (tmp_path / "one.py").write_text("# %%\nprint(1)\n# %%\nprint(2)\n")
+    shown = {"output_type": "stream", "name": "stdout", "text": ["1\n"]}
+    ran = json.loads(make.text_of("one"))
+    ran["cells"][0] |= {"outputs": [shown], "execution_count": 7, "metadata": {"execution": {}}}
+    path.write_text(json.dumps(ran))
+    first, second = json.loads(make.text_of("one"))["cells"]
+    assert (first["outputs"], first["execution_count"], first["metadata"]) == ([shown], 1, {})
+    assert second["outputs"] == []
+    (tmp_path / "one.py").write_text("# %%\nprint(3)\n# %%\nprint(2)\n")
+    assert all(cell["outputs"] == [] for cell in json.loads(make.text_of("one"))["cells"])
+
+
+@pytest.mark.parametrize("name", make.NAMES)
+def test_the_first_cell_says_what_to_do_outside_of_a_checkout(name, monkeypatch, tmp_path):
+    source = next(s for k, s in cells(json.loads(make.text_of(name))) if "%pip" in s)
+    code = "\n".join(line for line in source.split("\n") if not line.startswith("%pip"))
+    monkeypatch.chdir(make.FOLDER)
+    exec(code, {})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RuntimeError, match=r"not in a checkout of jaxckpt; .*set SOURCE"):
+        exec(code, {})
 
 
 def test_a_changed_text_is_seen(monkeypatch, tmp_path):

@@ -1,9 +1,12 @@
 """The wheel that users install: complete, typed, and as right as the checkout."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -65,6 +68,35 @@ def test_the_wheel_trains(site, tmp_path):
     where, none, sqrt = run("-c", code, cwd=tmp_path, site=site).split()
     assert Path(where).is_relative_to(site)
     assert none == sqrt != "0.0"
+
+
+# What a checkout has beside what is tracked.
+UNTRACKED = (
+    *(".git", ".venv*", "*.egg-info", "__pycache__", "build", "dist", "runs", "sweeps", "_build"),
+    *(".pytest_cache", ".hypothesis", ".ruff_cache", ".cache"),
+)
+
+
+def test_the_source_distribution_holds_the_whole_checkout(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*UNTRACKED))
+    files = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
+    run("-c", "from setuptools import build_meta; build_meta.build_sdist('../dist')", cwd=source)
+    (archive,) = (tmp_path / "dist").glob("jaxckpt-*.tar.gz")
+    with tarfile.open(archive) as opened:
+        packed = {name.partition("/")[2] for name in opened.getnames()}
+    for top in ("tests", "docs", "configs", "experiments", "benchmarks", "notebooks", "jaxckpt"):
+        assert any(name.startswith(f"{top}/") for name in files), top
+    tops = {name for name in files if "/" not in name}
+    own = {".gitignore", ".pre-commit-config.yaml"}  # of a checkout
+    assert files - packed == own & tops
+
+
+def test_citation_and_changelog_name_the_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    citation = (ROOT / "CITATION.cff").read_text()
+    released = re.search(rf"^## {version} \((\S+)\)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert f"\nversion: {version}\ndate-released: {released[1]}\n" in citation
 
 
 @pytest.mark.heavy

@@ -3,21 +3,19 @@
 import warnings
 from collections.abc import Mapping
 
-from jaxckpt.compatibility import install
 from jaxckpt.targets.present import usable_bytes
 from jaxckpt.targets.target import Target
 from jaxckpt.units import iec, parse_bytes
 
 
 def check_asked(num_blocks: int | Mapping[str, int]):
-    """Raises for a number of blocks that is none, and where scipy is not installed.
+    """Raises for a number of blocks that is none.
 
     Args:
       num_blocks: Of one stack, or of several by name.
 
     Raises:
       ValueError: `num_blocks` is no whole number above 0, or has no names.
-      ImportError: The planner's solver is missing.
     """
     if isinstance(num_blocks, Mapping):
         if not num_blocks or not all(isinstance(name, str) and name for name in num_blocks):
@@ -29,12 +27,6 @@ def check_asked(num_blocks: int | Mapping[str, int]):
             _check_count(f"num_blocks[{name!r}]", count)
     else:
         _check_count("num_blocks", num_blocks)
-    try:
-        import scipy  # noqa: F401
-    except ImportError:
-        raise ImportError(
-            f"jaxckpt.fit needs scipy, which is not installed: {install('planner')}"
-        ) from None
 
 
 def _check_count(what: str, count):

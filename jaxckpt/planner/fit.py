@@ -69,7 +69,6 @@ def fit(
     Raises:
       BudgetError: No plan fits; it names the least budget that works, and its plan.
       ValueError: A budget or `num_blocks` that is none, or a step that ignores its plan.
-      ImportError: scipy is not installed.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxckpt

@@ -137,15 +137,29 @@ def test_figures(kind, tmp_path):
     assert path.read_bytes() == content and [*tmp_path.iterdir()] == [path]
 
 
-@pytest.mark.parametrize("plan", ["full", "uniform:4", "sqrt", "binomial:4"])
-def test_the_pictures_of_the_documentation_are_current(plan, tmp_path):
+# Each picture of the documentation: its file, the plan it shows, the number of blocks.
+PICTURES = {
+    "none": ("none", 16),
+    "full": ("full", 16),
+    "uniform4": ("uniform:4", 16),
+    "sqrt": ("sqrt", 16),
+    "binomial4": ("binomial:4", 16),
+    "8xfull_none": ("8xfull/none", 16),
+    "uniform3_names": ("uniform:3+names:@tanh.1", 8),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_the_pictures_of_the_documentation_are_current(name, tmp_path):
     """By their words and counts; how they are drawn depends on matplotlib's version."""
     pytest.importorskip("matplotlib", reason="figures need the plot extra")
-    main(draw, [plan, "--blocks=16", f"-o={tmp_path / 'plan.svg'}"])
-    shown = ROOT / "docs" / "drawn" / f"{plan.replace(':', '')}.svg"
+    plan, blocks = PICTURES[name]
+    main(draw, [plan, f"--blocks={blocks}", f"-o={tmp_path / 'plan.svg'}"])
+    shown = ROOT / "docs" / "drawn" / f"{name}.svg"
     new, old = (
         re.findall("<text[^>]*>([^<]*)<", p.read_text()) for p in (tmp_path / "plan.svg", shown)
     )
+    assert {path.stem for path in shown.parent.glob("*.svg")} == PICTURES.keys()
     assert new == old and any("evaluations" in words for words in old)
 
 

@@ -70,9 +70,3 @@ def test_more_than_the_chip_has_is_a_warning():
         pytest.raises(ValueError, match="step_for"),
     ):
         fit(lambda plan: 3, target="v5e-1", budget="100GiB")
-
-
-def test_without_scipy(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "scipy", None)
-    with pytest.raises(ImportError, match=r"needs scipy.*pip install 'jaxckpt\[planner\]'"):
-        fit()
