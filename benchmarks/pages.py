@@ -48,9 +48,8 @@ def filled(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
 
 def stale(docs: Path = DOCS) -> list[Path]:
     """Returns the pages whose tables are not what their data says."""
-    return [
-        path for path in sorted(docs.glob("*.md")) if filled(path.read_text()) != path.read_text()
-    ]
+    pages = [*sorted(docs.glob("*.md")), *docs.parent.glob("README.md")]
+    return [path for path in pages if filled(path.read_text()) != path.read_text()]
 
 
 def main(argv: list[str] | None = None) -> int:

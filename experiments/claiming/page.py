@@ -79,7 +79,7 @@ def _table(evidence: Evidence, model: str, chip: str) -> Iterator[str]:
     usable = next((report.usable_bytes for report in found.values()), 0)
     blocks = evidence.config(model, chip).model.num_blocks
     yield f"### {model[0].upper()}{model[1:]}, {blocks} blocks, on {chip} ({gib(usable)} usable)\n"
-    yield "| plan | peak GiB | fits | run again | step, ms | largest buffer at the peak |"
+    yield "| plan | peak GiB | fits | recomputed | step, ms | largest buffer at the peak |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for plan in PLANS:
         if plan not in found:

@@ -17,7 +17,7 @@ _COLOURS = {
 }
 _LABELS = {
     t.FORWARD: "forward",
-    t.RECOMPUTE: "run again",
+    t.RECOMPUTE: "recomputed",
     t.BACKWARD: "backward",
     t.CARRY: "carry held",
     t.RESIDUALS: "residuals held",
