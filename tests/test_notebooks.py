@@ -41,7 +41,7 @@ def test_outputs_are_of_their_own_cells(monkeypatch, tmp_path):
     monkeypatch.setattr(make, "FOLDER", tmp_path)
     path = tmp_path / "one.ipynb"
     (tmp_path / "one.py").write_text("# %%\nprint(1)\n# %%\nprint(2)\n")
-    shown = {"output_type": "stream", "name": "stdout", "text": ["/tmp/ipykernel_1/2.py:3\n"]}
+    shown = {"output_type": "stream", "name": "stdout", "text": ["/home/me/ipykernel_1/2.py:3\n"]}
     ran = json.loads(make.text_of("one"))
     ran["cells"][0] |= {"outputs": [shown], "execution_count": 7, "metadata": {"execution": {}}}
     path.write_text(json.dumps(ran))
