@@ -25,6 +25,7 @@ PROJECT = FOLDER.parent / "pyproject.toml"
 _GITHUB = re.compile(r"https://github\.com/(?P<repository>[\w.-]+/[\w-]+)(\.git)?/?")
 _CHECKOUT = "SOURCE = pathlib.Path.cwd().parent.as_uri()"
 _COLAB = "https://colab.research.google.com"
+_FOLDER = re.compile(r"/\S*/ipykernel_\d+/")  # where a kernel puts the text of its cells
 _CELL = re.compile(r"^# %%(?P<markdown> \[markdown\])?\n", re.MULTILINE)
 
 
@@ -106,7 +107,8 @@ def _keep_outputs(cells: list[dict], old: list[dict]):
 def _lasting(output: dict) -> dict:
     """Returns an output without what differs from run to run."""
     count = {"execution_count": None} if "execution_count" in output else {}
-    return output | count
+    text = {"text": [_FOLDER.sub("", line) for line in output["text"]]} if "text" in output else {}
+    return output | count | text
 
 
 def stale() -> list[Path]:

@@ -41,12 +41,16 @@ def test_outputs_are_of_their_own_cells(monkeypatch, tmp_path):
     monkeypatch.setattr(make, "FOLDER", tmp_path)
     path = tmp_path / "one.ipynb"
     (tmp_path / "one.py").write_text("# %%\nprint(1)\n# %%\nprint(2)\n")
-    shown = {"output_type": "stream", "name": "stdout", "text": ["1\n"]}
+    shown = {"output_type": "stream", "name": "stdout", "text": ["/home/me/ipykernel_1/2.py:3\n"]}
     ran = json.loads(make.text_of("one"))
     ran["cells"][0] |= {"outputs": [shown], "execution_count": 7, "metadata": {"execution": {}}}
     path.write_text(json.dumps(ran))
     first, second = json.loads(make.text_of("one"))["cells"]
-    assert (first["outputs"], first["execution_count"], first["metadata"]) == ([shown], 1, {})
+    assert (first["outputs"], first["execution_count"], first["metadata"]) == (
+        [shown | {"text": ["2.py:3\n"]}],
+        1,
+        {},
+    )
     assert second["outputs"] == []
     (tmp_path / "one.py").write_text("# %%\nprint(3)\n# %%\nprint(2)\n")
     assert all(cell["outputs"] == [] for cell in json.loads(make.text_of("one"))["cells"])
