@@ -49,8 +49,8 @@ _TRAIN, _RUNS, _STEPS = ("train",), ("train", "sweep"), ("train", "fit")
 USED_BY = {
     **dict.fromkeys(("data", "token-dtype", "end-token", "validate-every", "max-skipped"), _RUNS),
     **dict.fromkeys(("out", "overwrite", "resume", "save-every", "keep", "sample"), _TRAIN),
-    **dict.fromkeys(("tensorboard", "validation-batches", "compile-cache"), _TRAIN),
-    "explain": _STEPS,
+    **dict.fromkeys(("tensorboard", "validation-batches"), _TRAIN),
+    **dict.fromkeys(("explain", "compile-cache"), _STEPS),
 }
 _SETTINGS = ("train", "fit", "sweep")
 PLAN_NAMES = ("--plan", "--remat")  # of one flag

@@ -3,11 +3,13 @@
 import ast
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 import jaxckpt
+from tests import test_docs
 
 ROOT = Path(__file__).parents[1]
 
@@ -126,11 +128,9 @@ def test_every_public_name_is_there():
             getattr(jaxckpt, name)
 
 
-def readme_blocks() -> list[str]:
-    text = (ROOT / "README.md").read_text()
-    return [part.split("```")[0] for part in text.split("```python\n")[1:]]
-
-
-@pytest.mark.parametrize("code", readme_blocks())
-def test_readme_code_runs(code):
-    exec(compile(code, "README.md", "exec"), {})
+def test_readme_code_prints_what_is_shown():
+    path = ROOT / "README.md"
+    text = path.read_text()
+    assert sum(bool(shown) for _, shown in test_docs.code_of(text)) == text.count("```python") == 1
+    test_docs.run(text, path, types.ModuleType("readme"))
+    assert len(text.splitlines()) < 120, "it is read in one go"
