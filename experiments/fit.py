@@ -8,6 +8,7 @@ python -m experiments.fit --config configs/qwen3_8b.toml --target v5e-16 --mesh 
 
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from cyclopts import Parameter
 from experiments import files
 from experiments.cli import fail, main
 from experiments.config import ConfigError, TrainConfig, expanded
+from experiments.provenance import versions
 from jaxckpt.plans import PlanError
 from jaxckpt.targets.target import LOCAL
 
@@ -93,7 +95,9 @@ def fit(
     if settings.explain:
         _explain([row for row in rows if row not in failed])
     if flags.json is not None:
-        content = {"origin": files.MARK, "rows": [row.as_json() for row in rows]}
+        command = shlex.join(["python", "-m", "experiments.fit", *sys.argv[1:]])
+        content = {"origin": files.MARK, "schema": 1, "command": command}
+        content |= {"versions": versions(), "rows": [row.as_json() for row in rows]}
         files.write_text(flags.json, json.dumps(content, indent=1) + "\n")
     faults = [row for row in failed if not row.is_refused]
     if faults:
