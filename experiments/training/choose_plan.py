@@ -16,6 +16,7 @@ from typing import Any
 from experiments.config import ConfigError, TrainConfig
 from experiments.provenance import versions
 from experiments.training.build import build, plan_entry
+from experiments.training.display import Display
 from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.planner.absent import fit_entry
 from jaxckpt.planner.budgets import check_asked, given_bytes, host_bytes, more_than_usable
@@ -154,7 +155,7 @@ def settle(
     config: TrainConfig,
     limit: int | None,
     about: Mapping[str, Any] | None,
-    say: Callable[[str], None],
+    display: Display,
 ) -> tuple[TrainConfig, dict[str, Any] | None]:
     """Returns a run's configuration with the plan that `auto` stands for on this device.
 
@@ -166,7 +167,7 @@ def settle(
       config: Of the run.
       limit: Its budget in bytes.
       about: What the checkpoint says of itself that the run goes on from, if it does.
-      say: Prints a line.
+      display: Shows what is compiled.
 
     Returns:
       The configuration, and what its plan was chosen for, as JSON values; None if it was named.
@@ -177,14 +178,21 @@ def settle(
     now = _occasion(config, limit)
     if about is not None and about.get("planned_for") == now:
         plan = about["config"]["remat"]
-        say(f"plan    {plan}, as before; another --budget plans anew")
+        display.print(f"plan    {plan}, as before; another --budget plans anew")
     else:
-        say(f"plan    looked for within {iec(limit)}")
+        display.print(f"plan    looked for within {iec(limit)}")
         started = time.perf_counter()
-        tell = lambda one: say(f"        {one}") if one.is_done else None
-        result = choose(config, "local", budget=limit, progress=tell)
-        say(str(result) if config.explain else result.summary)
-        say(
+        with display.waiting("tracing the step") as waiting:
+
+            def tell(one: Compilation):
+                if one.is_done:
+                    display.print(f"        {one}")
+                else:
+                    waiting.update(str(one))
+
+            result = choose(config, "local", budget=limit, progress=tell)
+        display.print(str(result) if config.explain else result.summary)
+        display.print(
             f"planned in {time.perf_counter() - started:.1f} s; {result.num_compiles} plans were "
             "compiled, or read from disk"
         )

@@ -89,7 +89,7 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path) -> int | None:
             for line in changed:
                 display.print(line)
         checkpoints.check_own()
-        config, planned_for = settle(config, limit, about, display.print)
+        config, planned_for = settle(config, limit, about, display)
         here, choices = resolve_model(config)
         for choice in choices:
             display.print(f"model   {choice}")

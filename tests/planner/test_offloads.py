@@ -143,7 +143,7 @@ def test_plans_that_move_are_within_the_hosts_budget(chip):
     moving = [one for one in found.table if one.host_bytes]
     assert moving and all(one.host_bytes <= 200 * 2**10 for one in moving)
     assert "offload" in str(moving[0].plan)
-    assert "KiB compiled of" in found.summary
+    assert " compiled of 200.00 KiB" in found.summary
     assert f"  offload    {chip.text}" in found.summary
     assert FitResult.from_json(found.as_json()) == found
 
