@@ -87,8 +87,8 @@ def fit(
     except KeyboardInterrupt:
         if done:
             table.show(done, settings, flags.max)
-        again = "asking again starts from these" if done else "no row was done"
-        raise KeyboardInterrupt(f"{len(done)} of {len(cases)} rows are done; {again}") from None
+        again = "; asking again starts from these" * bool(done)
+        raise KeyboardInterrupt(f"{len(done)} of {len(cases)} rows are done{again}") from None
     failed = [row for row in rows if row.error is not None]
     if len(failed) < len(rows) or len(rows) > 1:
         table.show(rows, settings, flags.max)

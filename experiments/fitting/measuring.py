@@ -60,8 +60,9 @@ def measure_all(
             config, target = case
             with waiting.row(f"{config.remat} on {target}") as compiling:
                 row = _row(config, target, largest, _Compiler(here, compiling, waiting.say))
-            waiting.done(row)
-            done(row)  # here, so that an interrupt of the caller finds it
+            if row.error is None or not launch.is_stopped():
+                waiting.done(row)
+                done(row)  # here, so that an interrupt of the caller finds it
             return row
 
         return launch.in_parallel(work, cases, parallel)

@@ -125,6 +125,12 @@ Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
 
+def is_stopped() -> bool:
+    """Whether this is a thread of an `in_parallel` that was interrupted."""
+    processes = _PROCESSES.get()
+    return processes is not None and processes.stopped
+
+
 def in_parallel(
     work: Callable[[Item], Answer],
     items: Sequence[Item],

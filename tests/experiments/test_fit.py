@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from rich.console import Console
@@ -112,6 +113,33 @@ def test_ctrl_c_shows_the_rows_that_are_done(monkeypatch, measured, capsys):
     assert "none  too large" in out and "full" not in out
     end = "error: interrupted: 1 of 2 rows are done; asking again starts from these"
     assert err.splitlines()[-1] == end
+
+
+def test_what_an_interrupt_ends_is_no_row(monkeypatch, measured, capsys):
+    """The compilers' processes are killed, and the rows that wait for them fail."""
+    begun, interrupted = threading.Event(), threading.Event()
+
+    def measure(config, *_):
+        if config.remat == "full":
+            begun.set()
+            assert interrupted.wait(600)
+            raise RuntimeError("the process was ended by SIGKILL")
+        assert begun.wait(600)
+        raise KeyboardInterrupt
+
+    stop = launch.Processes.stop
+
+    def stopped(processes):
+        stop(processes)
+        interrupted.set()
+
+    monkeypatch.setattr(launch.Processes, "stop", stopped)
+    monkeypatch.setattr(measuring, "_measure", measure)
+    with pytest.raises(SystemExit) as stop_of_all:
+        main(fit, ["--target=v5e-1", "--plan=none", "--plan=full"])
+    err = capsys.readouterr().err
+    assert stop_of_all.value.code == 130 and "SIGKILL" not in err
+    assert err.splitlines()[-1] == "error: interrupted: 0 of 2 rows are done"
 
 
 def test_a_compiler_in_this_process_does_not_hold_ctrl_c_up(tmp_path):
