@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for editors and type checkers
     from jaxckpt.plans import Stage as Stage
     from jaxckpt.transforms.chain import chain as chain
     from jaxckpt.transforms.layers import run as run
+    from jaxckpt.transforms.region import checkpoint as checkpoint
     from jaxckpt.transforms.scan import scan as scan
     from jaxckpt.transforms.stack import scan_blocks as scan_blocks
     from jaxckpt.transforms.tags import tag as tag
@@ -45,6 +46,7 @@ _PUBLIC = {
     "Policy": "jaxckpt.plans",
     "Stage": "jaxckpt.plans",
     "chain": "jaxckpt.transforms.chain",
+    "checkpoint": "jaxckpt.transforms.region",
     "explain": "jaxckpt.memory.explain",
     "fit": "jaxckpt.planner.fit",
     "linen": "jaxckpt.linen",
@@ -62,9 +64,8 @@ _PUBLIC = {
 
 # What people look for here, and where it is.
 _ELSEWHERE = {
-    "remat": "; remat= is an argument of jaxckpt.scan_blocks, run, chain and scan, and "
-    "jaxckpt.linen.remat wraps a class",
-    "checkpoint": "; jaxckpt.scan_blocks, run, chain and scan take a plan as remat=",
+    "remat": "; jaxckpt.checkpoint wraps a function, jaxckpt.linen.remat a class, and remat= is an "
+    "argument of scan_blocks, run, chain and scan",
 }
 
 __all__ = list(_PUBLIC)

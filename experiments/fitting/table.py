@@ -155,7 +155,7 @@ def _findings(rows: Sequence[FitRow], largest: str | None):
     nones = [row.measured for row in rows if is_none(row)]
     for row in rows:
         yield from ((row, finding) for finding in row.measured.findings)
-        if not row.measured.understood.is_all:
+        if not row.measured.understood.is_enough:
             yield row, str(row.measured.understood)
         if nones and not largest:
             found = peak_not_below_none(row.config.remat, row.measured, nones[0])

@@ -114,6 +114,11 @@ class Understood:
         """Whether nothing was left out."""
         return self.lines == self.of
 
+    @property
+    def is_enough(self) -> bool:
+        """Whether less than a hundredth was left out: figures of other lines make no difference."""
+        return self.lines >= 0.99 * self.of
+
     def __str__(self) -> str:
         return f"understood {self.lines} of {self.of} lines of XLA's text"
 

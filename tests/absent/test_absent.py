@@ -48,6 +48,7 @@ def small(**arguments):
     return {"fn": step, "args": args, "donate_argnums": donated}
 
 
+@pytest.mark.slow
 @needs_tpu
 def test_plans_in_their_order_two_at_once():
     plans = ("none", "full", "sqrt", "log")
@@ -70,6 +71,7 @@ def test_plans_in_their_order_two_at_once():
     assert full.usable_bytes == parse_target("v5e-1").usable_bytes
 
 
+@pytest.mark.slow
 @needs_tpu
 def test_what_is_offloaded_is_not_on_the_device():
     """XLA's own peak on a TPU counts it, and on-chip memory too; the report does not."""

@@ -103,6 +103,7 @@ def chosen(budget, tmp_path_factory):
     return folder, *trained(folder, remat="auto", budget=str(budget), save_every=3)
 
 
+@pytest.mark.slow
 def test_a_run_trains_under_the_plan_that_was_chosen(chosen, budget, peaks, tmp_path):
     folder, header, losses = chosen
     plan = jaxckpt.Plan.parse(header["plan"])
@@ -133,10 +134,12 @@ def infeasible(result) -> BudgetError:
     return BudgetError(budget_bytes=30000, plan=result.plan, report=result.report, parts=parts)
 
 
+@pytest.mark.slow
 def test_the_second_start_compiles_nothing_to_plan(chosen, result):
     assert str(result.plan.bind(3)) == chosen[1]["plan"]
 
 
+@pytest.mark.slow
 def test_what_is_verified_is_compiled_with_the_options_of_what_runs(monkeypatch):
     monkeypatch.setattr(
         "experiments.training.build.compiler_options", lambda _: {"xla_not_there": 1}
@@ -150,6 +153,7 @@ def test_flops_are_those_of_the_whole_accumulated_step(result):
     assert result.chosen.flops == result.report.flops
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_plan_and_is_planned_anew_if_asked(
     chosen, budget, result, monkeypatch
 ):

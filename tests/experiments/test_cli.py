@@ -75,6 +75,7 @@ EARLY = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags, message", EARLY)
 def test_refused_before_jax_is_imported(flags, message, tmp_path):
     code = (
@@ -140,6 +141,7 @@ def test_a_name_that_no_block_has(tmp_path):
     assert "it has: attn, gate, k, mid, q, up, v" in line
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_record(tmp_path):
     out = tmp_path / "run"
     done = train("--remat=uniform:2+dots", f"--out={out}", "--steps=4", "--validate-every=2", *TINY)
@@ -167,6 +169,7 @@ def test_a_run_leaves_its_record(tmp_path):
     assert (out / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_flags_win_over_the_file(tmp_path):
     path = tmp_path / "x.toml"
     path.write_text("steps = 2\nremat = 'log'\n[model]\nnum_blocks = 3\n")
@@ -192,6 +195,7 @@ def test_help_names_every_flag():
         assert flag in done.stdout
 
 
+@pytest.mark.slow
 def test_no_home_and_a_terminal_of_few_letters(tmp_path):
     """An unknown user without HOME runs without a cache, and any path can be printed."""
     data = tmp_path / "文.txt"

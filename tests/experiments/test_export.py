@@ -44,6 +44,7 @@ def tuned(tmp_path_factory):
     return base, tensors, text
 
 
+@pytest.mark.slow
 def test_text_goes_through_the_folders_tokenizer(tuned):
     base, _, text = tuned
     found = re.search(r"([\d,]+) training and ([\d,]+) validation tokens", text)

@@ -31,6 +31,7 @@ def test_train_warns_of_a_head_that_sets_the_peak_and_records_it(tmp_path):
     assert [f"warning: {finding}" for finding in header["findings"]] == lines
 
 
+@pytest.mark.slow
 def test_a_plan_that_saves_leaves_no_line_and_compiles_nothing_more(monkeypatch):
     step = built(remat="log", batch_size=16, seq_len=256)
     _, report = compile_step(step)

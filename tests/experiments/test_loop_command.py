@@ -24,6 +24,7 @@ def test_it_learns_within_less_memory(task, capsys):
     assert len(losses) == 5 and losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.slow
 def test_it_draws_memory(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     path = tmp_path / "memory.svg"

@@ -37,6 +37,7 @@ def heavy(*kinds: str):
     return [pytest.param(kind, marks=pytest.mark.heavy) for kind in kinds]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adamw", "muon", *heavy("adafactor", "lion", "sgd")])
 def test_the_loss_falls_by_half(kind):
     state = jax.jit(lambda: init_state(config(kind)))()

@@ -85,6 +85,7 @@ def gradients_of(state):
     return next(filter(is_trace, jax.tree.leaves(state.optimizer, is_leaf=is_trace))).trace
 
 
+@pytest.mark.slow
 def test_a_packed_batch_is_its_documents_alone():
     """In two parts, which have different numbers of targets."""
     config = dataclasses.replace(CONFIG, remat="sqrt", accumulate=2)
@@ -137,6 +138,7 @@ def lines(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_sees_the_same_batches(lines, tmp_path):
     corpus = load_corpus(str(lines), pack=True)
     config = dataclasses.replace(

@@ -45,6 +45,7 @@ def test_curves_of_plans_lie_on_each_other(tmp_path):
         np.testing.assert_allclose(losses(tmp_path, plan), want, rtol=1e-5, err_msg=plan)
 
 
+@pytest.mark.slow
 def test_nothing_recompiles_and_state_is_donated():
     traced = chex.assert_max_traces(make_train_step(CONFIG), n=1)
     step = jax.jit(traced, donate_argnums=0)
@@ -57,6 +58,7 @@ def test_nothing_recompiles_and_state_is_donated():
     assert np.isfinite(metrics["loss"])
 
 
+@pytest.mark.slow
 def test_norms_do_not_decay():
     """With a zero gradient, weight decay shrinks matrices and leaves scales at one."""
     from experiments.training.step import make_optimizer
@@ -92,6 +94,7 @@ def is_adam(x) -> bool:
     return isinstance(x, optax.ScaleByAdamState)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", [pytest.param("full", marks=pytest.mark.heavy), "sqrt"])
 def test_accumulated_gradients_are_those_of_the_whole_batch(plan):
     model = dataclasses.replace(MODEL, dropout=0.0)
@@ -112,6 +115,7 @@ def temp_bytes(parts: int) -> int:
     return jaxckpt.measure(make_train_step(config), state, tokens, donate_argnums=0).temp_bytes
 
 
+@pytest.mark.slow
 def test_activations_fall_as_one_over_the_parts():
     """Twice the parts save half of what the step before saved: temp = fixed + activations / N."""
     two, four, eight = map(temp_bytes, (2, 4, 8))

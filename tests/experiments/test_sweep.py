@@ -229,6 +229,7 @@ def test_no_jax(tmp_path):
     assert done.returncode == 2 and done.stdout == "False\n", done.stderr
 
 
+@pytest.mark.slow
 def test_a_row_that_is_stopped_is_tried_again(monkeypatch, tmp_path):
     """Its run saves what it has and ends in good order, which is not being done."""
     run, sent = Processes.run, []

@@ -255,6 +255,7 @@ def test_without_a_place_to_keep_tokens(tmp_path, monkeypatch):
     assert (tmp_path / "file").read_bytes() == b""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
 @pytest.mark.parametrize("with_tokenizer", [True, False])
 def test_a_large_text_takes_little_memory(with_tokenizer, tmp_path):

@@ -137,6 +137,7 @@ def test_a_gradient_nobody_asks_for_is_removed():
     assert dots(only_x) < dots(jax.grad(chunked(4), (0, 1)))
 
 
+@pytest.mark.slow
 def test_a_hessian_vector_product_holds_one_chunk():
     def product(x, w, targets):
         gradient = lambda x, w: jax.grad(chunked(32), (0, 1))(x, w, targets)
@@ -145,6 +146,7 @@ def test_a_hessian_vector_product_holds_one_chunk():
     assert temp(product) < 0.6 * LOGIT_BYTES
 
 
+@pytest.mark.slow
 def test_nothing_compiles_on_a_second_call(caplog):
     x, w, targets = inputs()
     traced = chex.assert_max_traces(lambda x, w: linear_cross_entropy(x, w, targets), n=1)

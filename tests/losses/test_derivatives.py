@@ -22,6 +22,7 @@ def plain(x, w):
 ON = lambda f: lambda x, w: f(x, w)  # of its own, so that nothing traced before is found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "transform",
     [
@@ -53,6 +54,7 @@ def test_other_type_errors_are_not_swallowed():
         linear_cross_entropy(X, "w", TARGETS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "transform",
     [

@@ -36,6 +36,7 @@ def problems(draw):
     return (*rows, length), options, chunk_tokens, shards, dtype, draw(st.integers(0, 9))
 
 
+@pytest.mark.slow
 @settings(
     max_examples=8,
     deadline=None,

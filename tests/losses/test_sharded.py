@@ -98,6 +98,7 @@ def cases():
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_one_device(cases):
     for name, case in cases.items():
         assert case["error"] <= 1e-6, name

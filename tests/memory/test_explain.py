@@ -135,6 +135,7 @@ def test_one_plan_in_two_spellings(schedule):
 CARRY_AND_HIDDEN = ("offload:carry,hidden", "offload:hidden,carry", "offload:hidden+offload:carry")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_rows_add_up_to_what_vjp_keeps(plan):
     params, carry, scale = cases.dropout_stack(1)
@@ -146,6 +147,7 @@ def test_rows_add_up_to_what_vjp_keeps(plan):
     assert (found.host_bytes > 0) == plan.startswith("offload")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "plan", ["none", "full", "dots", "names:q,mid+attention", "attention", "offload:q,carry"]
 )

@@ -52,6 +52,7 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(package, "make_splash_mha", make)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segment_ids", [None, SEGMENT_IDS], ids=["whole", "packed"])
 @pytest.mark.parametrize("kind", ["plain", "chunked", "splash"])
 def test_values_and_gradients_are_those_of_jax(kind, segment_ids, interpreted):
@@ -93,6 +94,7 @@ PLATFORM = {"splash": "tpu", "cudnn": "cuda"}
 KERNELS = {"full": 2, "attention": 1, "names:q,k,v+attention": 1, "names:q,k,v": 2, "none": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize("plan", KERNELS)
 @pytest.mark.parametrize("kind", FORWARD)

@@ -71,6 +71,7 @@ class Half(nn.Module):
         return x + nn.Dense(8, dtype="bfloat16")(nn.tanh(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["none", "full", "sqrt", "uniform:2"])
 def test_casting_early_changes_no_bit(plan):
     x = jnp.linspace(-1, 1, 32).reshape(4, 8).astype("bfloat16")
@@ -82,6 +83,7 @@ def test_casting_early_changes_no_bit(plan):
     chex.assert_trees_all_equal(run(params, "bfloat16"), run(params, None))
 
 
+@pytest.mark.slow
 def test_a_frequent_tokens_gradient_is_summed_in_float32():
     """A thousand small gradients of one row: in bfloat16 the sum stops growing."""
     config = TransformerConfig(

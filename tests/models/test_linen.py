@@ -58,6 +58,7 @@ def test_blocks_start_from_different_parameters():
     assert float(jnp.abs(kernel[0] - kernel[1]).max()) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["full", "dots", "names:hid*", "uniform:2", "sqrt", "binomial:2"])
 def test_gradients_with_dropout_equal_none(plan):
     variables = Model("none").init(RNGS, X)
@@ -65,6 +66,7 @@ def test_gradients_with_dropout_equal_none(plan):
     assert relative_error(run(variables, plan), run(variables, "none")) <= 1e-6
 
 
+@pytest.mark.slow
 def test_dropout_is_on_and_off():
     variables = Model("none").init(RNGS, X)
     assert abs(loss(variables, "sqrt") - loss(variables, "sqrt", True)) > 1e-3
@@ -87,6 +89,7 @@ def test_a_block_without_parameters():
     assert jnp.allclose(stack.apply(stack.init(RNGS, X), X), 8 * X)
 
 
+@pytest.mark.slow
 def test_blocks_with_state_are_refused():
     class Normed(nn.Module):
         @nn.compact
@@ -121,6 +124,7 @@ class Loop(nn.Module):
         return x.sum()
 
 
+@pytest.mark.slow
 def test_remat_class_keeps_names_and_gradients():
     variables = Loop("none").init(RNGS, X)
     run = lambda plan: jax.value_and_grad(Loop(plan).apply)(variables, X)
@@ -155,6 +159,7 @@ def test_remat_class_finds_a_name_that_matches_nothing():
         Loop("names:hiden").apply(variables, X)
 
 
+@pytest.mark.slow
 def test_stack_takes_a_partial():
     stack = jaxckpt.linen.Stack(functools.partial(Mlp, features=6), 2, remat="full")
     assert stack.apply(stack.init(RNGS, X), X).shape == X.shape
@@ -199,6 +204,7 @@ class TrainedLoop(nn.Module):
         return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["none", "full", "dots"])
 @pytest.mark.parametrize("make", [TrainedLoop, lambda plan: jaxckpt.linen.Stack(Trained, 3, plan)])
 def test_python_values_stay_what_they_are(make, plan):

@@ -38,6 +38,7 @@ def chunked_loss(params, tokens, config, **options):
     return next_token_loss(x_BSD, params, tokens[:, 1:], config, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
 def test_the_parameter_tree_is_that_of_qwen3(config):
     leaves, _ = jax.tree_util.tree_flatten_with_path(parameters(config))

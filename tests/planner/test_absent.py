@@ -31,6 +31,7 @@ def fit(tmp_path_factory):
         yield functools.partial(jaxckpt.fit, step_for, num_blocks=NUM_BLOCKS, target="v5e-1")
 
 
+@pytest.mark.slow
 def test_an_absent_tpu(fit):
     peak_of = lambda plan: jaxckpt.measure(*_flat(step_for(plan)), target="v5e-1").peak_bytes
     with pytest.raises(jaxckpt.BudgetError) as caught:

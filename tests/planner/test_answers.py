@@ -33,6 +33,7 @@ def peak_of(step_for, plan) -> int:
     return jaxckpt.measure(fn, *args).peak_bytes
 
 
+@pytest.mark.slow
 def test_budgets_are_answered_as_if_each_were_the_only_one():
     of = Steps(steps.step_for, LOCAL)
     peaks = [of.report(Plan.parse(text)).peak_bytes for text in ("full", "none")]
@@ -73,6 +74,7 @@ def predictions(step_for, *plans: str) -> dict[str, int]:
     return {plan: drafts[plan].predicted_bytes for plan in plans}
 
 
+@pytest.mark.slow
 def test_equal_towers_are_predicted():
     found = predictions(towers, "none", "full", "names:@tanh.1")
     assert min(found.values()) > 4 * (2 * 8 * 32**2 + 2048 * 32)
@@ -83,6 +85,7 @@ def test_equal_towers_are_predicted():
     assert len(steps.stacks_of(towers)) == 2 and stack == 4 * 2048 * 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [True, False])
 def test_schedules_of_equal_towers_are_predicted(together):
     """Towers that begin together hold one array more under `full` and `none`."""
@@ -105,6 +108,7 @@ def fourier_step(plan):
     return jax.grad(lambda w, x: jaxckpt.scan_blocks(fourier, w, x, remat=plan).sum()), (w, x)
 
 
+@pytest.mark.slow
 def test_a_block_is_planned_without_the_values_that_cannot_be_kept():
     top, low = (peak_of(fourier_step, plan) for plan in ("none", "full"))
     for budget in map(int, np.linspace(low, top, 4)):
@@ -122,6 +126,7 @@ def test_a_block_is_planned_without_the_values_that_cannot_be_kept():
     assert all(map(is_complex, dropped))
 
 
+@pytest.mark.slow
 def test_values_that_cannot_be_named_do_not_end_the_search(monkeypatch, caplog):
     def fail(block, *, opens_remat):
         raise AssertionError("varying axes")
@@ -134,6 +139,7 @@ def test_values_that_cannot_be_named_do_not_end_the_search(monkeypatch, caplog):
     assert "varying axes" in caplog.text  # with its traceback
 
 
+@pytest.mark.slow
 def test_a_plan_that_does_not_run_is_left_out_and_said():
     def step_for(plan):
         if str(plan) == "dots":
@@ -149,6 +155,7 @@ def test_a_plan_that_does_not_run_is_left_out_and_said():
     assert jaxckpt.planner.result.FitResult.from_json(found.as_json()) == found
 
 
+@pytest.mark.slow
 def test_a_step_that_never_runs_raises_its_own_error():
     def step_for(plan):
         if str(plan) not in ("full", "none", "3xfull/3xnone"):
@@ -168,6 +175,7 @@ def answers_of(step_for, num_blocks, name_of, budget: int):
     return rows, name_of(found.plan), found.num_compiles
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [10_000_000, 900_000])
 def test_one_stack_with_a_name_is_planned_as_one_without(budget):
     named = lambda plans: steps.step_for(plans["only"])
@@ -175,6 +183,7 @@ def test_one_stack_with_a_name_is_planned_as_one_without(budget):
     assert with_name == answers_of(steps.step_for, 6, lambda plan: plan, budget)
 
 
+@pytest.mark.slow
 def test_a_stack_of_one_block_is_planned():
     one_block = lambda plan: steps.step_for(plan, num_blocks=1)
     rows, plan, _ = answers_of(one_block, 1, lambda plan: plan, 3_000_000)

@@ -54,6 +54,7 @@ def test_a_step_without_a_stack():
         fit(loop)
 
 
+@pytest.mark.slow
 def test_a_budget_below_the_weights():
     with pytest.raises(jaxckpt.BudgetError, match="no plan fits") as caught:
         fit(budget="2KB")

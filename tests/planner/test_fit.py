@@ -37,6 +37,7 @@ def budgets() -> list[int]:
     return [*map(int, np.linspace(least_budget(), peak_of("dots"), 6)), peak_of("none")]
 
 
+@pytest.mark.slow
 def test_each_compilation_is_told(tmp_path, monkeypatch):
     """Before it and after it, with its peak and whether that fits."""
     monkeypatch.setenv("JAXCKPT_CACHE", str(tmp_path))
@@ -96,6 +97,7 @@ def test_recomputes_no_more_than_a_plain_plan_that_fits():
         assert not fitting or result.chosen.flops <= min(fitting)
 
 
+@pytest.mark.slow
 def test_the_largest_budget_recomputes_nothing():
     result = fitted(peak_of("none"))
     assert str(result.plan) == "none"
@@ -103,11 +105,13 @@ def test_the_largest_budget_recomputes_nothing():
     assert "fastest" in result.why
 
 
+@pytest.mark.slow
 def test_the_least_budget_works():
     result = fitted(least_budget())
     assert result.report.peak_bytes == least_budget() < peak_of("full")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "place", [0, 3, *(pytest.param(place, marks=pytest.mark.heavy) for place in (1, 2, 4, 5, 6))]
 )
@@ -132,6 +136,7 @@ def test_text_says_what_a_user_pastes_and_why():
     assert f"the next faster plan, {before.plan}, needs" in text
 
 
+@pytest.mark.slow
 def test_the_same_answer_again():
     budget = budgets()[2]
     again = jaxckpt.fit(steps.step_for, num_blocks=steps.NUM_BLOCKS, budget=budget)

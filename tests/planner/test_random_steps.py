@@ -7,6 +7,7 @@ import sys
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("examples", "seed"), [(2, 0), pytest.param(40, 1, marks=pytest.mark.heavy)]
 )

@@ -49,6 +49,7 @@ def gradient(plan, wanted):
     return fn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("wanted", [("x",), ("down",), ("up", "table"), ("table",)])
 def test_some_gradients_are_those_of_none(plan, wanted):
@@ -75,6 +76,7 @@ def test_a_table_that_is_not_asked_for_leaves_no_residuals():
     assert temp(("x",)) < temp(("x", "table", "up", "down"))
 
 
+@pytest.mark.slow
 def test_an_output_without_a_gradient_is_zero():
     params, table, x = inputs()
     for place in (0, 1):

@@ -73,11 +73,13 @@ def gradients(plan, **options):
     return fn(parameters(), jnp.ones((4, SIZES[0])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_gradients_equal_none_with_dropout(budget):
     assert relative_error(gradients(planned(budget)), gradients("none")) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["binomial:1", "binomial:3", "log", "uniform:2+dots"])
 def test_plans_equal_none_with_dropout(plan):
     assert relative_error(gradients(plan), gradients("none")) <= TOLERANCE
@@ -90,6 +92,7 @@ def evaluations(plan, **options) -> tuple[int, ...]:
     return tuple(counter.counts.get(block, 0) for block in range(NUM_BLOCKS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_every_block_runs_as_often_as_planned(budget):
     """The twin: budgets differ in what is run again, and so does what runs."""
@@ -97,12 +100,14 @@ def test_every_block_runs_as_often_as_planned(budget):
     assert evaluations(schedule) == schedule.counts.evaluations
 
 
+@pytest.mark.slow
 def test_smaller_budgets_run_more():
     totals = [sum(evaluations(planned(budget))) for budget in BUDGETS]
     assert totals == sorted(totals, reverse=True)
     assert totals[-1] == NUM_BLOCKS < totals[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [1, 2, NUM_BLOCKS])
 def test_binomial_runs_as_often_as_counted(slots):
     schedule = schedules.binomial(NUM_BLOCKS, slots)
@@ -175,6 +180,7 @@ def test_compiled_memory_is_what_the_schedule_holds():
         assert temp_bytes(schedule) <= budget * mib < temp_bytes("none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "plan",
     [

@@ -37,6 +37,7 @@ def check(got, want, tolerance=0.0 if EXACT else 1e-6):
     assert cases.relative_error(consts, want_consts) <= CONSTS_TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_blocks", LENGTHS)
 @pytest.mark.parametrize("pattern", cases.PLANS)
 def test_plan_equals_none_with_dropout(pattern, num_blocks, expected):
@@ -44,17 +45,20 @@ def test_plan_equals_none_with_dropout(pattern, num_blocks, expected):
     check(cases.run(num_blocks, plan), expected(num_blocks))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_blocks", (1, 7, 13))
 @pytest.mark.parametrize("plan", ("uniform:1", "sqrt", "sqrt+offload:carry", "log"))
 def test_nested_plan_equals_none(plan, num_blocks, expected):
     check(cases.run(num_blocks, plan, nested=True), expected(num_blocks))
 
 
+@pytest.mark.slow
 def test_stages_of_every_kind_in_one_plan(expected):
     plan = "3xnone/2xdots/5xuniform:2/4xsqrt/6xlog/5xbinomial:2/full"
     check(cases.run(28, plan), expected(28))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ("full", "dots", "uniform:2", "log"))
 @pytest.mark.parametrize("unroll", (2, 3, 100))
 def test_unrolled_plan_equals_none_at_the_same_unroll(plan, unroll, expected):
