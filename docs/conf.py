@@ -29,9 +29,11 @@ autodoc_typehints = "none"  # they are in the signature's docstring, with shapes
 
 html_theme = "sphinx_book_theme"
 html_title = "jaxckpt"
-# One search, in the header of each page; by default there is one above and one beside it too.
+# One search, beside each page; by default there is one above it too.
 html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True, "navbar_persistent": []}
-html_sidebars = {"**": ["navbar-logo.html", "icon-links.html", "sbt-sidebar-nav.html"]}
+html_sidebars = {
+    "**": ["navbar-logo.html", "icon-links.html", "search-button-field.html", "sbt-sidebar-nav.html"]
+}
 urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {})
 if "Repository" in urls:
     html_theme_options |= {

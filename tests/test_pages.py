@@ -176,7 +176,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     for group, name in (("stacks", "scan_blocks"), ("memory", "measure"), ("planner", "fit")):
         assert f"jaxckpt.{name}" in (tmp_path / "api" / f"{group}.html").read_text()
     index = (tmp_path / "index.html").read_text()
-    assert len(re.findall(r"<button[^>]*search-button", index)) == 1
+    assert len(re.findall(r"<button[^>]*search-button-field", index)) == 1
     assert ("repository-button" in index) == ("Repository" in urls(ROOT / "pyproject.toml"))
     assert "Google Cloud, TPU v5e" in (tmp_path / "targets.html").read_text()
     assert json.loads((ROOT / "notebooks" / "train.ipynb").read_text())["cells"]
