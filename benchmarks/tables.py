@@ -128,6 +128,17 @@ def gain() -> str:
     )
 
 
+def t4() -> str:
+    """A step for a T4 that is compiled without one."""
+    rows = []
+    for row in load("t4_absent.json")["rows"]:
+        again = row["recomputed_flops"] / (row["flops"] - row["recomputed_flops"])
+        fits = "yes" if row["fits"] else "no"
+        cells = f"`{row['plan']}`", gib(row["peak_bytes"]), fits, f"{again:.0%}"
+        rows.append((*cells, ms(row["step_seconds"])))
+    return markdown(("plan", "peak, GiB", "fits", "FLOPs recomputed", "estimated ms a step"), rows)
+
+
 def measured() -> str:
     """Every record, the command that made it and the device it ran on."""
     rows = []
@@ -267,6 +278,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "plans": plans,
     "slices": slices,
     "steps": steps,
+    "t4": t4,
     "targets": targets,
     "planner-answers": answers,
     "planner-bounds": planner_bounds_table,
