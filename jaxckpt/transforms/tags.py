@@ -46,7 +46,7 @@ def tag(x, name: str):
       >>> import jax, jax.numpy as jnp, jaxckpt
       >>> block = lambda x, w: jnp.sin(jaxckpt.tag(x @ w, "hidden"))
       >>> loss = lambda w: jaxckpt.scan_blocks(
-      ...     block, w, jnp.ones([4, 8]), remat="full/names:hidden").sum()
+      ...     block, w, jnp.ones([4, 8]), remat="names:hidden").sum()
       >>> jax.grad(loss)(jnp.zeros([3, 8, 8])).shape
       (3, 8, 8)
     """
