@@ -1,1 +1,1 @@
-"""The planner: bytes in, the fastest step that fits out; see `fit`."""
+"""The planner: from a budget in bytes to the fastest step that fits; see `fit`."""

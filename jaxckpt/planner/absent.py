@@ -1,12 +1,12 @@
-"""The planner for a step that is built in the process that compiles it. No JAX import.
+"""`fit` for an absent chip and a step that is built in the process that compiles it.
 
     step = Entry(function="experiments.training.build:built_step", arguments={...})
     print(fit_entry(step, num_blocks=28, target="h100", budget="70GiB"))
 
-`jaxckpt.fit` traces a step where it is called. A step that cannot be traced there (cuDNN's
-attention looks for its chip) or handed to another process is planned by one fresh process that
-builds it for each plan (`worker.py`). The answer is kept on disk, and so is every report, under the
-name that `measure_entry` gives it: a plan that either has compiled is not compiled again.
+`jaxckpt.fit` traces a step in its own process. Some steps cannot be traced there (cuDNN's attention
+looks for its chip) or handed to another process. For these a fresh process builds the step for each
+plan (`worker.py`). The answer and all reports are kept on disk, the reports under the names of
+`measure_entry`: a plan that either function has compiled is not compiled again. No JAX import.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,17 +32,19 @@ def fit_entry(
     """Returns the fastest plan of an entry's step whose compiled peak is within a budget.
 
     Args:
-      entry: A step without its plan: the function is called with `plan="sqrt"`, say, beside the
-        entry's arguments; for several stacks with texts by name, `plan={"encoder": "sqrt", ...}`.
-      num_blocks: As for `jaxckpt.fit`.
+      entry: A step without its plan. Its function gets the plan as text beside the entry's own
+        arguments: `plan="sqrt"`, or by name for several stacks, `plan={"encoder": "sqrt", ...}`.
+      num_blocks: The blocks of the stack, or a number for each stack by name.
       target: An absent chip.
-      budget: As for `jaxckpt.fit`.
-      host_budget: As for `jaxckpt.fit`.
-      progress: As for `jaxckpt.fit`.
+      budget: Bytes per device, such as `"15GiB"`; `"auto"` for all that the target can use.
+      host_budget: Bytes of pinned host memory per device that a plan may use.
+      progress: Called with a `Compilation` before and after each compilation.
 
     Raises:
-      BudgetError, ValueError, ImportError: As from `jaxckpt.fit`.
-      TargetError: There is no such target, or it is `local`.
+      BudgetError: No plan fits.
+      ValueError: The budget or `num_blocks` is not valid, or the step ignores its plan.
+      ImportError: A package that the planner needs is not installed.
+      TargetError: The target is unknown, or it is `local`.
       Unavailable: The target's compiler is not installed.
       WorkerError: The entry or the compiler failed.
     """
@@ -64,12 +66,12 @@ def fit_entry(
         found = _answer(values)
     if isinstance(found, BudgetError):
         raise found
-    assert found is not None  # a worker that fails raises
+    assert found is not None  # a worker that fails has raised
     return found
 
 
 def _answer(values: Any) -> FitResult | BudgetError | None:
-    """Returns what a worker left; None if the values are none, or not whole."""
+    """Returns a worker's answer; None if the values are missing or incomplete."""
     try:
         if "infeasible" in values:
             return BudgetError.from_json(values["infeasible"])

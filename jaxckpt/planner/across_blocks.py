@@ -1,21 +1,17 @@
-"""Across blocks: every plan worth a thought, with what it keeps, holds and costs.
+"""Plans across blocks: every draft of one stack, with what it keeps, holds and costs.
 
-Two kinds of stages are put together:
+A draft is put together from two sorts of stages:
 
-- runs of blocks under `none` or `full` with policies (`kinds.Kind`). In a plan the stage that
-  holds most while it is reversed stands first and the one that keeps most last: a stage's
-  residuals are freed before the stages in front of it are reversed, and swapping two neighbors out
-  of that order never lowers the peak. At most three kinds are mixed: of equal blocks under one
-  budget two would do, were blocks divisible.
+- runs of blocks of one kind (`kinds.Kind`). The stage that holds most while it is reversed stands
+  first, the stage that keeps most last: a stage's residuals are freed before the stages in front
+  of it are reversed, and swapping two neighbors out of this order never lowers the peak. At most
+  three kinds are mixed; two would do if blocks were divisible.
 - schedules of the executor (`uniform`, `sqrt`, `log`, `binomial`), alone or before a run of kept
-  blocks; where the host may be used, with their carries there, too.
+  blocks; with their carries on the device, or on the host if a plan may use it.
 
-A stage of a plan with its figures: a run of blocks, or a schedule of the executor.
-
-Where a plan may use the host, schedules may have their carries there: then those weigh nothing on
-the device but for the few on their way, and each pass of the stage takes as long as its work or the
-link, whichever is longer. Figures are of the stacks alone; `peak_model.py` says what the rest of
-the step adds.
+Carries on the host take no device memory, except the few that are on their way. Each pass of such a
+stage takes as long as its work or its transfers, whichever is longer. Figures are of the stacks
+alone; `peak_model.py` says what the rest of the step adds.
 """
 
 import dataclasses
@@ -32,24 +28,24 @@ from jaxckpt.schedules.of_stage import HANDED_OVER, log_slots
 from jaxckpt.schedules.segments import segment_sizes, two_level
 from jaxckpt.targets.links import HostLink
 
-# Carries of a schedule that are on the device though its slots are on the host: one that blocks
-# run forward from, and one on its way. A v5e's and an H100's compilers need no more.
+# Carries on the device of a schedule whose slots are on the host: the carry that blocks run forward
+# from, and one on its way. A v5e's and an H100's compilers need no more.
 _IN_FLIGHT = 2
 _TO_HOST = Policy(kind="offload", names=(words.CARRY,))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Piece:
-    """One stage with a count: what a `Kind` says of a block, of all its blocks together.
+    """One bound stage with the figures of all its blocks together.
 
     Attributes:
-      stage: Bound.
-      kept_bytes: On the device until the stage is reversed.
-      largest_bytes: The largest array of that, of one stack.
-      host_bytes: On the host until then.
-      live_bytes: What reversing it holds besides.
+      stage: The bound stage.
+      kept_bytes: Bytes that it keeps on the device until it is reversed.
+      largest_bytes: The largest kept array of one stack.
+      host_bytes: Bytes that it keeps on the host until it is reversed.
+      live_bytes: Bytes that its reversal holds beside `kept_bytes`.
       seconds: Forward, recomputation and backward.
-      flops: Of the same.
+      flops: FLOPs of forward, recomputation and backward.
     """
 
     stage: Stage
@@ -62,9 +58,9 @@ class Piece:
 
 
 def run_of(kind: Kind, count: int) -> Piece:
-    """Returns `count` blocks of a kind.
+    """Returns the stage of `count` blocks of a kind.
 
-    A loop copies what it reads of its kept values, block by block; one block is no loop.
+    A loop copies a block's kept values when it reads them; one block is no loop and copies nothing.
     """
     is_copied = count > 1 or kind.schedule != "none"
     return Piece(
@@ -81,13 +77,13 @@ def run_of(kind: Kind, count: int) -> Piece:
 def schedules(
     kinds: Sequence[Kind], forward: Forward, count: int, link: HostLink | None = None
 ) -> Iterator[Piece]:
-    """Yields the executor's stages of `count` blocks.
+    """Yields the stages of `count` blocks under a schedule of the executor.
 
     Args:
-      kinds: `none` and `full` among them.
-      forward: The cost of one more forward run of a block.
-      count: Blocks of the stage.
-      link: Of a device to the host; None where nothing may be there.
+      kinds: Kinds to record blocks by, among them `none` and `full`.
+      forward: The cost of one forward run of a block.
+      count: The number of blocks.
+      link: A device's link to the host; None if plans may not use the host.
     """
     none = next(kind for kind in kinds if kind.schedule == "none")
     full = next(kind for kind in kinds if kind.schedule == "full" and not kind.policies)
@@ -102,7 +98,7 @@ def schedules(
     singles.append(("sqrt", None, two.peak_slots, two.extra_forwards))
     recorded = dataclasses.replace(none, live_bytes=none.kept_bytes)  # one block at a time
     for schedule, argument, slots, extra in singles:
-        # Each block's reversal loads what it starts from.
+        # The reversal of every block loads one carry.
         counts = {"slots": slots + HANDED_OVER, "loaded": count, "again": extra + HANDED_OVER}
         yield from make(recorded, schedule, argument, **counts)
     for segments in range(2, count):
@@ -127,21 +123,21 @@ def _scheduled(
     again: int,
     kept: int = 0,
 ) -> Iterator[Piece]:
-    """Yields a schedule whose blocks are recorded as a kind; with a link on the host, too.
+    """Yields a stage under a schedule; with a link, also the stage with its carries on the host.
 
     Args:
-      full: The kind that keeps a block's input alone.
-      forward: The cost of one more forward run of a block.
-      count: Blocks of the stage.
-      link: As of `schedules`.
-      kind: How blocks are recorded.
-      schedule: Its word.
-      argument: Its number.
-      slots: Carries that it keeps, all of which go out in the forward pass.
-      loaded: Carries that come back in the backward pass. Those that go out again then are
-        fewer, and go the other way.
-      again: Blocks that are run forward once more.
-      kept: Blocks that are recorded at once, beside the one that is reversed.
+      full: The kind `full`, which keeps only a block's input.
+      forward: The cost of one forward run of a block.
+      count: The number of blocks.
+      link: A device's link to the host; None if plans may not use the host.
+      kind: The kind that blocks are recorded by.
+      schedule: The word of the schedule.
+      argument: The number of the schedule; None if it has none.
+      slots: Carries that the schedule keeps at once; all are stored in the forward pass.
+      loaded: Carries loaded in the backward pass. It stores fewer, and the link carries both
+        directions at once, so stores there are not counted.
+      again: Blocks that are recomputed.
+      kept: Blocks whose residuals are kept at once, beside the block that is reversed.
     """
     carry_bytes, rows_bytes = full.kept_bytes, kept * kind.largest_bytes
     piece = Piece(
@@ -173,18 +169,19 @@ _FEW_BLOCKS = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Draft:
-    """A plan with its figures: of the stacks alone, and then of the whole step.
+    """A plan with its figures, at first of the stacks alone, then of the whole step.
 
     Attributes:
-      stages: Bound; where several stacks have a plan each, all of theirs.
-      by_name: The stacks' plans in the order in which they run, where they have names.
-      kept_bytes: All that is kept when the last block has run.
-      worst_bytes: The most that is kept and held while a stage is reversed.
-      largest_bytes: The largest array that is kept, of one stack.
-      host_bytes: On the host.
+      stages: The bound stages; for plans by name, the stages of all of them.
+      by_name: Pairs of a name and its draft, in the order in which the stacks run; empty for one
+        plan without a name.
+      kept_bytes: Bytes kept on the device when the last block has run.
+      worst_bytes: The most bytes kept and held while a stage is reversed.
+      largest_bytes: The largest kept array of one stack.
+      host_bytes: Bytes kept on the host.
       seconds: Forward, recomputation and backward.
-      flops: Of the same.
-      predicted_bytes: The peak of the whole step; 0 while the figures are of the stacks alone.
+      flops: FLOPs of forward, recomputation and backward.
+      predicted_bytes: The peak of the whole step; 0 while figures are of the stacks alone.
     """
 
     stages: tuple[Stage, ...]
@@ -199,7 +196,7 @@ class Draft:
 
     @property
     def plan(self) -> Plan | PlanSet:
-        """The plan, its last count left out where it is the only one; or plans by name."""
+        """The plan, or plans by name; a plan of a single stage leaves out its count."""
         if self.by_name:
             plans: Any = {name: one.plan for name, one in self.by_name}
             return PlanSet(plans)
@@ -209,12 +206,12 @@ class Draft:
 
     @property
     def is_mixed(self) -> bool:
-        """Whether blocks are treated differently."""
+        """Whether the draft has several stages."""
         return len(self.stages) > 1
 
     @property
     def family(self) -> tuple:
-        """Plans of one family are compiled alike, so one's error tells of another's."""
+        """A key that is equal for drafts that compile alike, whose predictions err alike."""
         if self.by_name:
             return tuple(one.family for _, one in self.by_name)
         is_loop = all(stage.schedule in ("none", "full") for stage in self.stages)
@@ -224,7 +221,7 @@ class Draft:
 
 
 def draft(pieces: Sequence[Piece]) -> Draft:
-    """Returns the plan of some stages in order."""
+    """Returns the draft of some stages in order."""
     kept = worst = 0.0
     for piece in pieces:
         kept += piece.kept_bytes
@@ -243,13 +240,13 @@ def draft(pieces: Sequence[Piece]) -> Draft:
 def drafts(
     kinds: Sequence[Kind], forward: Forward, num_blocks: int, link: HostLink | None = None
 ) -> Iterator[Draft]:
-    """Yields every plan over some kinds.
+    """Yields the drafts of one stack over some kinds.
 
     Args:
-      kinds: `none` and `full` among them.
-      forward: The cost of one more forward run of a block.
-      num_blocks: L.
-      link: As for `schedules`.
+      kinds: The kinds to mix, among them `none` and `full`.
+      forward: The cost of one forward run of a block.
+      num_blocks: The number of blocks, L.
+      link: A device's link to the host; None if plans may not use the host.
     """
     ordered = sorted(kinds, key=lambda kind: (-kind.live_bytes, kind.kept_bytes, str(kind)))
     for kind in ordered:
@@ -270,9 +267,9 @@ def drafts(
 
 
 def hull(kinds: Sequence[Kind]) -> list[Kind]:
-    """Returns the kinds that a mix of two others does not beat in bytes and seconds.
+    """Returns the kinds that no mix of two others beats in bytes and seconds, in the given order.
 
-    `none` and `full` are always among them; the order is kept.
+    `none` and `full` are always among them.
     """
     fastest = sorted(kinds, key=lambda kind: (kind.kept_bytes, kind.seconds))
     kept: list[Kind] = []
@@ -297,16 +294,17 @@ def _splits(total: int, parts: int) -> Iterator[tuple[int, ...]]:
 
 
 def _is_run(kind: Kind, count: int, num_blocks: int) -> bool:
-    """Whether a stage is worth a thought: a loop of one trip is no loop once compiled.
+    """Whether a run of blocks is worth a draft: XLA unrolls the loop of a single block.
 
-    Recomputation is not kept apart then. Without any, a TPU v5e held 0.7 to 0.9 GiB for the one
-    block of 28 whose residuals are 0.33 GiB, so it is for small stacks, where one block is much.
+    Nothing keeps recomputation apart from the forward pass there. And under `none` a TPU v5e held
+    0.7 to 0.9 GiB for one block of 28 whose residuals are 0.33 GiB. So a single block is worth it
+    only under `none` in a small stack, of which one block is a large share.
     """
     return count > 1 or (kind.schedule == "none" and num_blocks <= _FEW_BLOCKS)
 
 
 def _before_runs(mixed, runs, forward: Forward, num_blocks: int, link) -> Iterator[Draft]:
-    """Yields plans with a schedule of the executor before a run of kept blocks."""
+    """Yields drafts with a schedule of the executor before a run of kept blocks."""
     plain = [kind for kind in mixed if not kind.policies]
     for count in range(2, num_blocks):
         for piece in schedules(plain, forward, count, link):

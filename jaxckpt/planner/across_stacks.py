@@ -1,19 +1,19 @@
-"""Plans of several stacks together: which of them are worth a thought under one budget.
+"""Plans across stacks: parts, and the drafts of several parts under one budget.
 
-Stacks run one after another and are reversed in the opposite order. When the last one has run, all
-that all stacks keep is there. While a stack is reversed, what the stacks before it keep is still
-there, what those after it kept is gone, and of the gradients of parameters its own and those of
-later stacks are there:
+Stacks run one after another and are reversed in the opposite order. While stack i is reversed, the
+device holds what the stacks before it keep, but no longer what the stacks after it kept. Gradients
+exist for its own parameters and for those of later stacks, not yet for earlier ones. So, beside an
+offset that counts all gradients:
 
     peak = max over stacks i of (kept of all j < i) + worst_i - (parameters of all j < i)
 
-beside an offset that has all gradients in it. Equal stacks under one plan may begin together, where
-none waits for another. XLA for CPUs makes the zeros that their arrays begin with once and copies
-them for each stack: then all that they will keep is there before any has run, and one more such
-array. Of each stack's plans only those count that no other
-beats in bytes kept, worst bytes, seconds, FLOPs and bytes on the host at once; stacks are joined
-one by one and what is beaten, or more than the host may hold, is dropped, which loses no optimum.
-Above `MOST` such plans near equals are dropped too.
+Equal stacks that do not wait for each other may begin together. XLA for CPUs then makes the zeros
+of their kept arrays once and copies them for each stack. So everything that these stacks will keep
+exists before any has run, and the zeros besides.
+
+Parts are joined one by one. A joint draft is dropped if another beats it in kept bytes, worst
+bytes, seconds, FLOPs and host bytes at once, or if it needs too much of the host: this loses no
+optimum. If more than `MOST` are left, near equals are dropped too.
 """
 
 import dataclasses
@@ -32,16 +32,16 @@ MOST = 160
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """The stacks of a step that follow one plan.
+    """The stacks of a step that follow one plan; "a block" is here one block of each stack.
 
     Attributes:
-      name: As `step_for` knows the plan; empty where there is one for all.
-      num_blocks: L.
-      kinds: Ways to treat a block that are worth mixing; a block of each stack is one here.
-      plain: Those that a user would try first.
-      forward: The cost of one more run of a block.
-      turns: Stacks, which are reversed one after another.
-      begins_together: Whether what they keep is there before any has run.
+      name: The plan's name in `num_blocks`; empty if one plan is for all stacks.
+      num_blocks: The number of blocks of each stack, L.
+      kinds: The kinds that are worth mixing.
+      plain: The kinds that a user would try first.
+      forward: The cost of one forward run of a block.
+      turns: The number of stacks, which are reversed one after another.
+      begins_together: Whether the stacks' kept arrays exist before any stack has run.
     """
 
     name: str = ""
@@ -54,7 +54,7 @@ class Part:
 
     @classmethod
     def of(cls, name: str, stacks: Sequence[Stack], rates: Rates, host_bytes: float) -> "Part":
-        """Costs the blocks of stacks of one length; `host_bytes` are what they may have there."""
+        """Costs the blocks of equally long stacks, which may keep `host_bytes` on the host."""
         kinds, plain = find_kinds(stacks, rates, host_bytes)
         return cls(
             name=name,
@@ -70,32 +70,32 @@ class Part:
         return next(k for k in self.plain if not k.policies and k.schedule == schedule)
 
     def changed(self, change: Callable[[Kind], Kind]) -> "Part":
-        """Returns the part with every kind changed."""
+        """Returns the part with `change` applied to every kind."""
         kinds, plain = (tuple(map(change, found)) for found in (self.kinds, self.plain))
         return dataclasses.replace(self, kinds=kinds, plain=plain)
 
     @property
     def params_bytes(self) -> float:
-        """Parameters of all blocks."""
+        """The bytes of all blocks' parameters."""
         return self.num_blocks * self.kind("full").params_bytes
 
     def draft(self, *pieces: Piece) -> Draft:
-        """Returns the plan of some stages."""
+        """Returns the draft of some stages."""
         return self._in_turns(draft(pieces))
 
     def drafts(self, link: HostLink | None) -> Iterator[Draft]:
-        """Yields every plan worth a thought; without a link, those that move no carries."""
+        """Yields every draft of the part; without a link, none moves carries to the host."""
         return map(self._in_turns, drafts(self.kinds, self.forward, self.num_blocks, link))
 
     def plain_drafts(self) -> list[Draft]:
-        """Returns the plans that a user would try first."""
+        """Returns one draft for each plain kind."""
         return [self.draft(run_of(kind, self.num_blocks)) for kind in self.plain]
 
     def _in_turns(self, one: Draft) -> Draft:
-        """Returns a plan with what its stacks hold together while one of them is reversed.
+        """Returns a draft with the bytes that all stacks hold while one of them is reversed.
 
-        Each is taken for an equal share of all: while the last one is reversed, all that the
-        others keep is there, and their gradients are not.
+        The worst moment is the last stack's reversal: the other stacks' residuals still exist, and
+        their gradients do not yet. Each stack is taken to be an equal share of the part.
         """
         if self.turns == 1:
             return one
@@ -107,14 +107,14 @@ class Part:
 
 
 def join(parts: Sequence[Part], chosen: Sequence[Draft]) -> Draft:
-    """Returns the plan of all parts, from one of each."""
+    """Returns the joint draft of all parts, from one draft of each."""
     names, params = zip(*((part.name, part.params_bytes) for part in parts), strict=True)
     return joined(names, chosen, params)
 
 
 def joined(names: Sequence[str], chosen: Sequence[Draft], params_bytes: Sequence[float]) -> Draft:
-    """Returns the plan of stacks that run one after another; arguments as of `joints`."""
-    if names[0] == "":  # one plan for all
+    """Returns the joint draft of one chosen draft per name; see `joints` for the arguments."""
+    if names[0] == "":  # one plan for all stacks
         return chosen[0]
     before, worst = 0.0, -np.inf
     for one, params in zip(chosen, params_bytes, strict=True):
@@ -137,13 +137,13 @@ def joints(
     params_bytes: Sequence[float],
     host_bytes: float = 0.0,
 ) -> list[Draft]:
-    """Returns the joint plans that no other beats in peak, seconds and FLOPs.
+    """Returns the joint drafts that no other beats in peak, seconds and FLOPs.
 
     Args:
-      names: Of the stacks, in the order in which they run.
-      drafts: Each stack's plans, some of which move nothing.
-      params_bytes: Of all blocks of each stack.
-      host_bytes: What all plans together may have on the host.
+      names: The parts' names, in the order in which their stacks run.
+      drafts: For each part, its drafts; at least one keeps nothing on the host.
+      params_bytes: For each part, the bytes of its parameters.
+      host_bytes: The most that a joint draft may keep on the host.
     """
     # Columns: bytes before the next stack, worst bytes, seconds, FLOPs, bytes on the host.
     rows = np.array([[0.0, -np.inf, 0.0, 0.0, 0.0]])
@@ -159,7 +159,7 @@ def joints(
 
 
 def _join(rows: np.ndarray, figures: np.ndarray, params: float) -> np.ndarray:
-    """Returns the figures of every row with every plan of the next stack."""
+    """Returns the figures of every joint draft so far with every draft of the next part."""
     before, worst, *others = (column[:, None] for column in rows.T)
     kept, own_worst, *own_others = figures.T
     sums = (a + b for a, b in zip(others, own_others, strict=True))
@@ -178,7 +178,7 @@ def _unbeaten(drafts: Sequence[Draft]) -> tuple[list[Draft], np.ndarray]:
 def unbeaten(rows: np.ndarray) -> list[int]:
     """Returns the places of the rows that no other beats or equals in all columns, at most `MOST`.
 
-    Of equal rows the first is kept. Where more are left, columns are rounded, coarser and coarser.
+    Of equal rows the first is kept. If too many rows are left, columns are rounded ever coarser.
     """
     places = _front(rows, range(len(rows)))
     span = np.ptp(rows[places], axis=0) if len(places) else 0.0
@@ -192,7 +192,7 @@ def unbeaten(rows: np.ndarray) -> list[int]:
 
 
 def _front(rows: np.ndarray, places) -> list[int]:
-    """Returns those of some places whose rows no other of them beats or equals."""
+    """Returns the places whose rows no row of another of the places beats or equals."""
     order = sorted(places, key=lambda place: (*rows[place], place))
     front = np.empty((len(order), rows.shape[1]))
     found: list[int] = []

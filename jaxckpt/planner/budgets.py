@@ -1,4 +1,4 @@
-"""What the planner is asked: bytes to stay within, blocks. No JAX import but for `local`."""
+"""Budgets and numbers of blocks that `fit` is given: checked, and turned into bytes."""
 
 import warnings
 from collections.abc import Mapping
@@ -9,13 +9,13 @@ from jaxckpt.units import iec, parse_bytes
 
 
 def check_asked(num_blocks: int | Mapping[str, int]):
-    """Raises for a number of blocks that is none.
+    """Raises unless `num_blocks` is valid.
 
     Args:
-      num_blocks: Of one stack, or of several by name.
+      num_blocks: The number of blocks of one stack, or of several stacks by name.
 
     Raises:
-      ValueError: `num_blocks` is no whole number above 0, or has no names.
+      ValueError: A number is no whole number above 0, or the mapping is empty or has bad names.
     """
     if isinstance(num_blocks, Mapping):
         if not num_blocks or not all(isinstance(name, str) and name for name in num_blocks):
@@ -35,12 +35,10 @@ def _check_count(what: str, count):
 
 
 def budget_bytes(budget: str | int | float, target: Target) -> int:
-    """Returns a budget in bytes.
-
-    Warns where it is more than the target has.
+    """Returns a budget in bytes; warns if a program cannot fill so much of the target.
 
     Raises:
-      ValueError: No size, or `"auto"` for a target whose memory is not known.
+      ValueError: The budget is no size, or `"auto"` for a target whose memory is not known.
     """
     if budget == "auto":
         usable = usable_bytes(target)
@@ -58,10 +56,10 @@ def budget_bytes(budget: str | int | float, target: Target) -> int:
 
 
 def host_bytes(host_budget: str | int | float) -> int:
-    """Returns the bytes of the host that a plan may use; 0 for none.
+    """Returns the bytes of host memory that a plan may use.
 
     Raises:
-      ValueError: No size.
+      ValueError: `host_budget` is no size.
     """
     if host_budget == 0 or host_budget == "0":
         return 0
@@ -75,7 +73,7 @@ def given_bytes(budget: str | int | float) -> int:
     """Returns the bytes of a budget that is not `"auto"`.
 
     Raises:
-      ValueError: No size.
+      ValueError: The budget is no size.
     """
     try:
         return parse_bytes(budget)
@@ -84,7 +82,7 @@ def given_bytes(budget: str | int | float) -> int:
 
 
 def more_than_usable(size: int, target: Target) -> str | None:
-    """Returns a line if a budget is more than a program may fill of the target, else None."""
+    """Returns a warning if a program cannot fill so much of the target's memory, else None."""
     usable = usable_bytes(target)
     if usable is None or size <= usable:
         return None

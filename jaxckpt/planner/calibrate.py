@@ -1,12 +1,11 @@
 """How long a block really takes on the chip of this process: timed once, kept on disk.
 
-The roofline puts ways to treat a block in order; what a second of it is on this chip is told by the
-block itself. Its forward pass, its backward pass and the link to the host are timed with arrays of
-the block's shapes, and what is found scales the roofline's seconds: passes forward, first or again,
-by one factor, the backward pass by another.
+The roofline orders kinds by speed, but its seconds are estimates. Here a block's forward pass, its
+backward pass and the link to the host are timed on arrays of the block's shapes. The results scale
+the roofline's seconds: one factor for forward passes, recomputed ones too, another for the backward
+pass.
 
-Limits: a block is timed alone, on one device; the step beside its stacks keeps the roofline's
-seconds.
+Limits: a block is timed alone, on one device. The rest of the step keeps the roofline's seconds.
 """
 
 import dataclasses
@@ -30,12 +29,12 @@ _LINK_BYTES = 1 << 26
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What was timed, of one block of every stack together.
+    """Measured seconds of one block of every stack together.
 
     Attributes:
       forward_seconds: The forward pass alone.
-      backward_seconds: The backward pass of a block that kept everything.
-      host_bytes_per_second: The link to the host, the slower direction; None on a CPU.
+      backward_seconds: The backward pass of a block that kept all its residuals.
+      host_bytes_per_second: The link to the host, in its slower direction; None on a CPU.
     """
 
     forward_seconds: float
@@ -43,23 +42,23 @@ class Calibration:
     host_bytes_per_second: float | None
 
     def link(self, rates: Rates) -> Rates:
-        """Returns rates with the link as it was timed."""
+        """Returns rates with the measured speed of the link."""
         if self.host_bytes_per_second is None:
             return rates
         return dataclasses.replace(rates, host_bytes_per_second=self.host_bytes_per_second)
 
     def forward(self, forward: Forward) -> Forward:
-        """Returns the cost of a forward pass as it was timed."""
+        """Returns the cost of a forward pass with its measured seconds."""
         return dataclasses.replace(forward, seconds=self.forward_seconds)
 
     def kind(self, kind: Kind, *, none: Kind, forward: Forward, rates: Rates) -> Kind:
         """Returns a kind with calibrated seconds.
 
         Args:
-          kind: As the roofline costs it.
-          none: The kind `none`, likewise.
-          forward: One forward pass, likewise.
-          rates: With the link as it was timed.
+          kind: The kind with the roofline's seconds.
+          none: The kind `none` with the roofline's seconds.
+          forward: One forward pass with the roofline's seconds.
+          rates: The chip's rates with the measured speed of the link.
         """
         again = self.forward_seconds / forward.seconds
         device = kind.device_seconds or kind.seconds
@@ -71,9 +70,9 @@ class Calibration:
 
 
 def calibrate(stacks: Sequence[Stack]) -> Calibration:
-    """Returns what a block of each stack takes on this process's device, together.
+    """Returns the measured seconds of one block of every stack on this process's device.
 
-    What was timed before, on this kind of device with these versions, is read from disk.
+    Programs timed before on this kind of device, with these versions, are read from disk.
     """
     found = [_of_block(stack) for stack in stacks]
     is_cpu = jax.default_backend() == "cpu"
@@ -104,7 +103,7 @@ def _of_block(stack: Stack) -> dict[str, float]:
 
 
 def _kept(lowered, timed: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Returns seconds of a program from disk, where they are timed if they are not there."""
+    """Returns a program's seconds from disk; if they are missing, times it and writes them."""
     name = program_key(lowered, timed="seconds", by=cache.digest_of_sources({"jaxckpt"}))
     found = cache.load_json(name)
     is_whole = isinstance(found, dict) and all(isinstance(x, float) for x in found.values())
@@ -115,7 +114,7 @@ def _kept(lowered, timed: Callable[[], dict[str, float]]) -> dict[str, float]:
 
 
 def _array(abstract) -> jax.Array:
-    """Returns an array of a shape: small numbers, so that nothing overflows."""
+    """Returns an array of an abstract array's type, of small numbers so that nothing overflows."""
     if jnp.issubdtype(abstract.dtype, jax.dtypes.prng_key):
         return jax.random.split(jax.random.key(0), abstract.shape)
     if not jnp.issubdtype(abstract.dtype, jnp.inexact):
@@ -125,7 +124,7 @@ def _array(abstract) -> jax.Array:
 
 
 def _seconds(fn: Callable, *args) -> float:
-    """Returns the median of a few calls, the first, which compiles, left out."""
+    """Returns the median seconds of a few calls, after a first call that compiles."""
     jax.block_until_ready(fn(*args))
     found = []
     for _ in range(_TIMES):
@@ -136,7 +135,7 @@ def _seconds(fn: Callable, *args) -> float:
 
 
 def _link() -> float:
-    """Returns the bytes a second of a large copy to the host and of one back, the slower."""
+    """Returns bytes per second of a large copy to the host or back, whichever is slower."""
     to = lambda space: jax.jit(lambda x: jax.device_put(x, space))
     out, back = to(jax.memory.Space.Host), to(jax.memory.Space.Device)
     here = lambda: jnp.zeros(_LINK_BYTES, jnp.int8)

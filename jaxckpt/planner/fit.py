@@ -1,12 +1,12 @@
-"""`fit`: bytes in, the fastest training step that fits out.
+"""`fit`: from a budget in bytes to the fastest training step that fits.
 
     result = jaxckpt.fit(step_for, num_blocks=28, target="v5e-1", budget="15GiB")
     print(result)                # --remat=..., its compiled peak, why nothing faster fits
 
-`step_for(plan)` returns the step as a function and its (abstract) arguments. The stacks in it are
-found by tracing, blocks are costed as `kinds.py` says, plans put together in `across_blocks.py` and
-ordered in `search.py`, and `search.py` compiles a few. A plan is only returned if the compiler's
-own peak of its step is within the budget.
+`step_for(plan)` returns the step as a function and its (abstract) arguments. Its stacks are found
+by tracing (`places.py`), kinds of blocks are costed (`kinds.py`), drafts are put together
+(`across_blocks.py`, `across_stacks.py`), and a few are compiled (`search.py`). A plan is returned
+only if the compiled peak of its step is within the budget.
 
 Stacks that are given by name get a plan each (`problem.py`).
 
@@ -45,30 +45,32 @@ def fit(
     block: Sequence | Mapping[str, Sequence] | None = None,
     progress: Callable[[Compilation], Any] | None = None,
 ) -> FitResult:
-    """Returns the fastest plan whose compiled peak is within a budget.
+    """Finds the fastest plan whose compiled peak is within a budget.
 
     Args:
-      step_for: `step_for(plan) -> (fn, args)`, or `(fn, args, options)` with `donate_argnums` and
-        `static_argnums` as for `jaxckpt.measure`: the step under a `Plan`. Arguments may be
-        abstract.
-      num_blocks: L, the blocks of each stack that follows the plan; or a number for each stack by
-        name, such as `{"encoder": 12, "decoder": 24}`: then `step_for` gets, and the result has, a
-        plan for each by name, and all share the budget.
-      target: The chip, as for `jaxckpt.measure`.
-      budget: Bytes a device, such as `"15GiB"`, or `"auto"`: what the target can use.
-      host_budget: Bytes of pinned host memory that a plan may use a device, such as `"32GiB"`;
+      step_for: `step_for(plan) -> (fn, args)`, the step under a `Plan`; or `(fn, args, options)`
+        with `donate_argnums` and `static_argnums`. Arguments may be abstract.
+      num_blocks: The number of blocks of each stack that follows the plan, L. Or a number for each
+        stack by name, such as `{"encoder": 12, "decoder": 24}`: then `step_for` gets a mapping
+        from names to plans, the result has one, and all stacks share the budget.
+      target: The chip: `"local"`, or an absent one, such as `"v5e-4"` or `"h100"`.
+      budget: Bytes per device, such as `"15GiB"`; `"auto"` for all that the target can use.
+      host_budget: Bytes of pinned host memory per device that a plan may use, such as `"32GiB"`;
         by default nothing is moved to the host.
-      calibrate: Times a block on this process's device once, and plans with its seconds; for the
-        target `local`.
-      block: `(block, params_i, carry, *consts)`, as for `jaxckpt.explain`, for a step that runs
-        its blocks by other means than `scan_blocks` and jaxckpt's adapters; of several stacks one
-        for each by name, in the order in which they run.
-      progress: Called with a `Compilation` before each plan is compiled and after it; `print`
-        writes a line for each.
+      calibrate: Times a block once on this process's device and plans with its seconds; only for
+        the target `local`.
+      block: `(block, params_i, carry, *consts)`, as for `jaxckpt.explain`, for a step that runs its
+        blocks without `scan_blocks` or an adapter; for several stacks, one by each name, in the
+        order in which they run.
+      progress: Called with a `Compilation` before and after each compilation; `print` will do.
+
+    Returns:
+      A `FitResult`: the plan, the memory report of its compiled step, and the plans it was chosen
+      from. `print` shows it.
 
     Raises:
-      BudgetError: No plan fits; it names the least budget that works, and its plan.
-      ValueError: A budget or `num_blocks` that is none, or a step that ignores its plan.
+      BudgetError: No plan fits; the error names the least budget that works, and its plan.
+      ValueError: `budget` or `num_blocks` is not valid, or the step ignores its plan.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxckpt
@@ -108,7 +110,7 @@ def solve(
     block: Sequence | Mapping[str, Sequence] | None = None,
     progress: Callable[[Compilation], Any] | None = None,
 ) -> FitResult:
-    """Returns what `fit` does, of steps that may be compiled elsewhere; budgets in bytes.
+    """Does what `fit` does, for steps that another process may compile; budgets are in bytes.
 
     Raises:
       BudgetError: No plan fits.
@@ -133,7 +135,7 @@ def solve(
 
 
 def _report(progress: Callable[[Compilation], Any], steps: Steps, budget: int):
-    """Has `progress` called at the beginning and the end of every compilation."""
+    """Calls `progress` at the beginning and the end of every compilation."""
     started: list[Any] = []
 
     def watch(plan, report, seconds: float):
@@ -155,15 +157,15 @@ def _report(progress: Callable[[Compilation], Any], steps: Steps, budget: int):
 
 
 def answer(problem: Problem, rungs: Sequence[Draft], budget: int) -> FitResult:
-    """Returns the answer for one budget of a problem, whose ladder serves all of them.
+    """Returns the answer of a problem for one budget; the ladder serves every budget.
 
-    It is the answer that a new problem would give: what is compiled for one budget is not compiled
-    again for another, but nothing else of a budget is known to the others.
+    A plan compiled for one budget is not compiled again for another. Otherwise budgets do not
+    influence each other: a new problem would give the same answer.
 
     Args:
       problem: A step with its compiled anchors.
       rungs: `problem.ladder()`.
-      budget: In bytes.
+      budget: The budget in bytes.
 
     Raises:
       BudgetError: No plan fits.
@@ -175,7 +177,7 @@ def answer(problem: Problem, rungs: Sequence[Draft], budget: int) -> FitResult:
         try:
             chosen = _searched(problem, rungs, budget)
         except _DoesNotRun as error:
-            if len(left_out) == MOST_COMPILES:  # it is not the plans
+            if len(left_out) == MOST_COMPILES:  # so many failures are the step's fault
                 raise error.cause from None
             plan = rungs[error.place].plan
             left_out.append(f"{plan}: {type(error.cause).__name__}: {error.cause}".splitlines()[0])
@@ -184,9 +186,8 @@ def answer(problem: Problem, rungs: Sequence[Draft], budget: int) -> FitResult:
         else:
             break
     if chosen is None:
-        # A plan that was compiled to calibrate the model may fit where predictions were wrong. The
-        # last rung is compiled whenever nothing else fits, so every budget that is named here is
-        # kept to.
+        # If predictions were wrong, an anchor may still fit. The last rung is compiled whenever
+        # nothing else fits, so a budget that the error names does work.
         problem = problem.apart([*anchors, rungs[-1].plan])
         least = problem.least()
         if least is None or problem.peak(least.plan) > budget:
@@ -204,7 +205,7 @@ class _DoesNotRun(Exception):
 
 
 def _searched(problem: Problem, rungs: Sequence[Draft], budget: int) -> int | None:
-    """Returns the place of the fastest rung that is known to fit, or None."""
+    """Returns the place of the fastest rung that is known to fit; None if no rung is."""
     compiled = problem.steps.compiled
     peaks = [report.peak_bytes for report in compiled.values()]
 

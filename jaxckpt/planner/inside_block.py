@@ -1,4 +1,4 @@
-"""Inside a block: which values to keep, by an exact mixed-integer program (HiGHS, through scipy).
+"""Which values of a block to keep, by an exact mixed-integer program (HiGHS, through scipy).
 
 The steps of a block's forward pass, as `jax.vjp` runs it, form a graph. For a number of bytes M:
 
@@ -7,11 +7,11 @@ The steps of a block's forward pass, as `jax.vjp` runs it, form a graph. For a n
                 rerun[maker(v)] + kept[v] >= rerun[s]   for each input v of each step s
                 sum of bytes[v] * kept[v] <= M,         kept[v] in {0, 1}
 
-Values that a plan can only name together (one tag, an attention kernel's arrays, what one step
-returns) share one `kept`; `keeping` is the time of copying them for the backward pass. Block
-inputs, parameters and constants are there anyway. Sweeping M gives the frontier. Steps are costed
-one by one, which knows nothing of fusion: the sets found here are proposals, which
-`kinds.kind_cost` then costs as JAX and the roofline see them.
+`rerun[s]` says that the backward pass recomputes step s. Values that a plan can only name together
+(one tag, an attention kernel's arrays, one step's outputs) share one `kept`; `keeping` is the time
+of copying them for the backward pass. Block inputs, parameters and constants exist anyway. Solving
+for many M gives the frontier. Steps are costed one by one, without fusion, so the solutions are
+only proposals; `kinds.kind_cost` costs them again by the roofline of the whole block.
 
 References:
   Jain et al. 2020, Checkmate: Breaking the memory wall with optimal tensor rematerialization.
@@ -19,31 +19,30 @@ References:
 Three sweeps use the program.
 
 - `proposals`: all values that a plan can name.
-- `lean_proposals`: tags and attention kernels, with the matrix products of a step in place of its
-  seconds. These are what a user could name by hand that recomputes least: plain plans, beside
-  `dots` and its like. `search.py` puts no plan before one of them that needs no more memory and
-  multiplies less.
-- `offload_proposals`: one more choice for each value, and for the block's input: to move it to the
-  host in the forward pass and back in the backward pass. A value that is moved serves the backward
-  pass as a kept one does, and takes the same time there:
+- `lean_proposals`: tags and attention kernels only, at the cost of the recomputed matrix products.
+  These are the best plans that a user could write by hand, and count as plain, like `dots`.
+  `search.py` puts no plan before a plain plan that needs no more memory and multiplies less.
+- `offload_proposals`: each value, and the block's input, may also be moved to the host in the
+  forward pass and back in the backward pass. There it serves as a kept value does, at the same
+  cost:
 
     kept[v] + moved[v] <= 1
-    kept bytes, the block's input where it stays among them, <= M
+    kept bytes, with the block's input unless it is moved, <= M
     moved bytes <= H
 
-  Where the link runs beside the computation, each pass waits for the rest of what is moved, and
-  both waits are minimized with the seconds:
+  If the link runs beside the computation, each pass waits until its transfers are done. Both waits
+  are added to the seconds that are minimized:
 
     waited[forward]  >= moved bytes / link - F
     waited[backward] >= moved bytes / link - B - sum of seconds[s] * rerun[s]
                                                - sum of keeping[v] * (kept[v] + moved[v])
 
-  Where it does not, each pass waits for `moved bytes / link`. An attention kernel's arrays have no
-  name of their own, so they are kept or made again.
+  Otherwise each pass waits for `moved bytes / link`. An attention kernel's arrays have no name of
+  their own, so they are kept or recomputed, never moved.
 
-HiGHS takes a bound as kept that is missed by 1e-6 of its unit. A block's arrays weigh from bytes to
-GiB: in bytes the numbers would differ too much, and in MiB one byte less would be no less. So each
-program is in units of its own sizes.
+HiGHS allows a bound to be missed by 1e-6 of its unit. A block's arrays have from bytes to GiB: in
+bytes the numbers would differ too much, and in MiB HiGHS could not tell one byte less. So the unit
+of each program is chosen by its own sizes (`grain`).
 """
 
 import dataclasses
@@ -66,28 +65,28 @@ from jaxckpt.targets.links import HostLink
 from jaxckpt.transforms import jaxprs, tags
 
 _LOG = logging.getLogger(__name__)
-# What a step moves when it is run again, in the bytes that it writes: fused work rarely goes to
-# memory.
+# The memory traffic of a recomputed elementwise step, as a share of the bytes that it returns:
+# fused values rarely go to memory.
 _FUSED_SHARE = 0.25
-# What keeping a value moves beside its making: it is copied for the backward pass and read there.
+# The memory traffic of keeping a value, in its own bytes: one copy, and one read in the backward.
 _KEEPING_SHARE = 2.0
-# The sizes that are looked at, as shares of what is kept where memory does not matter.
+# The values of M that are solved for, as shares of the bytes kept without a bound.
 _SHARES = (1, 7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4, 1 / 8, 1 / 16, 1 / 64)
-_MOST_POINTS = 8  # that are looked at where something moves
-# Of steps with the same products, those that take less time; too little to outweigh a product.
+_MOST_POINTS = 8  # values of M that `offload_proposals` solves for
+# The weight of seconds in `lean_proposals`: it breaks ties, but never outweighs a product.
 _TIE = 1e-4
-# In the program's unit of time, of all bytes and of a name.
+# What all bytes, and each name, add to the cost, in the program's unit of time: they break ties.
 _BYTES_TIE, _NAMES_TIE = 1e-6, 1e-8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Unit:
-    """What a plan keeps or not by one word.
+    """Values that one policy keeps together.
 
     Attributes:
-      policy: The word.
-      values: Kept by it.
-      seconds: What keeping them takes.
+      policy: The policy.
+      values: The values that it keeps.
+      seconds: The time that keeping them takes.
     """
 
     policy: Policy
@@ -96,7 +95,7 @@ class Unit:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its values."""
+        """The bytes of all its values."""
         return sum(value.nbytes for value in self.values)
 
 
@@ -105,10 +104,10 @@ class Graph:
     """A block's forward pass as the program sees it.
 
     Attributes:
-      steps: Those that some residual needs, in order.
-      seconds: Of each, run again.
-      residuals: Values that the backward pass needs and that are no inputs.
-      units: What can be kept.
+      steps: The steps that some residual depends on, in order.
+      seconds: For each step, the time of recomputing it.
+      residuals: The values that the backward pass reads, except inputs of the block.
+      units: The values that a plan can keep.
     """
 
     steps: tuple[Step, ...]
@@ -123,7 +122,7 @@ class Graph:
         given = (stack.params_i, stack.carry, (stack.consts,))
         try:
             trace = Trace(all_named(block, opens_remat=True), *given)
-        except Exception:  # a block that JAX does not run again from its equations
+        except Exception:  # JAX cannot evaluate some blocks from their equations
             _LOG.debug("values without a tag cannot be named", exc_info=True)
             trace = Trace(block, *given)
         residuals = [r.origin for r in trace.residuals if r.origin.step is not None]
@@ -138,13 +137,13 @@ class Graph:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Passes:
-    """What one block takes, and what its input weighs.
+    """The times of a block's passes, and what moving its input takes.
 
     Attributes:
       forward_seconds: The forward pass.
-      backward_seconds: The backward pass alone, with nothing to run again.
-      carry_bytes: The block's input.
-      link: To the host.
+      backward_seconds: The backward pass without recomputation.
+      carry_bytes: The bytes of the block's input.
+      link: The device's link to the host.
     """
 
     forward_seconds: float
@@ -154,7 +153,7 @@ class Passes:
 
 
 def proposals(graph: Graph) -> Iterator[tuple[Policy, ...]]:
-    """Yields the policies of the frontier, from those that keep most to those that keep least."""
+    """Yields the sets of policies on the frontier, from most kept bytes to least."""
     if not graph.units:
         return
     program = _Program(graph)
@@ -171,11 +170,11 @@ def proposals(graph: Graph) -> Iterator[tuple[Policy, ...]]:
 
 
 def lean_proposals(graph: Graph, rates: Rates) -> Iterator[tuple[Policy, ...]]:
-    """Yields policies over a user's own names, from those that keep most to those that keep least.
+    """Yields sets of policies over a user's own names, from most kept bytes to least.
 
     Args:
-      graph: Of a block.
-      rates: The chip's.
+      graph: The graph of a block.
+      rates: The rates of the chip.
     """
     products = [float(step_flops(step)) / rates.flops_per_second for step in graph.steps]
     seconds = (p + _TIE * s for p, s in zip(products, graph.seconds, strict=True))
@@ -187,19 +186,19 @@ def lean_proposals(graph: Graph, rates: Rates) -> Iterator[tuple[Policy, ...]]:
 def offload_proposals(
     graph: Graph, passes: Passes, most_bytes: float
 ) -> Iterator[tuple[Policy, ...]]:
-    """Yields policies that move something, from those that keep most to those that keep least.
+    """Yields sets of policies that move something, from most kept bytes to least.
 
     Args:
-      graph: Of a block.
-      passes: Of the same block.
-      most_bytes: What a block may have on the host.
+      graph: The graph of a block.
+      passes: The passes of the block.
+      most_bytes: The most bytes that one block may keep on the host.
     """
     program = _Program(graph, passes, most_bytes)
     room = program.all_bytes
     step = max(room / _MOST_POINTS, 1.0)
     while room >= 0:
         found = program.solve(room)
-        if found is None:  # the block's input has to stay, and does not fit
+        if found is None:  # the block's input does not fit and cannot be moved
             return
         policies, used = found
         if any(policy.kind == "offload" for policy in policies):
@@ -210,12 +209,12 @@ def offload_proposals(
 class _Program:
     """The program's matrix, built once; only M changes.
 
-    Columns are steps run again, units kept and, with a host, the input moved, units moved and what
-    each pass waits for the link.
+    Columns: recomputed steps, kept units and, with `passes`, the moved input, moved units and the
+    wait of each pass for the link.
 
     Attributes:
-      all_bytes: Of all units and the input.
-      grain: Bytes of the program's unit.
+      all_bytes: The bytes of all units and of the input.
+      grain: The bytes of the program's unit.
     """
 
     def __init__(self, graph: Graph, passes: Passes | None = None, most_bytes: float = 0.0):
@@ -231,7 +230,7 @@ class _Program:
         first, host = len(graph.steps), len(graph.steps) + len(graph.units)
         end = first + len(self._choices)
         self._chosen = slice(first, end)
-        # Of each column: what it adds on the device, on the host and to the backward pass.
+        # What each column adds: device bytes, host bytes, seconds of the backward pass.
         self._device, on_host, seconds = np.zeros((3, end + 2 * bool(moved)))
         self._device[first:host] = [unit.nbytes for unit in graph.units]
         on_host[host:end] = [unit.nbytes for unit in moved]
@@ -254,13 +253,13 @@ class _Program:
             scale = passes.forward_seconds + passes.backward_seconds
             waits, self._at_most = _waits(passes, on_host, seconds, scale)
             self._at_most.append((on_host / self.grain, most_bytes / self.grain))
-        # Of sets that cost the same the smallest is taken, and then the one of the fewest names.
+        # Among sets of equal cost the smallest is taken, then the one with the fewest names.
         size = np.maximum(self._device, 0.0) + 2 * on_host
         tie = _BYTES_TIE * size / max(self.all_bytes, 1.0) + _NAMES_TIE * self._whole
         self._cost = seconds / scale + waits + tie
 
     def _needs(self, graph: Graph) -> list[tuple[dict[int, float], float]]:
-        """Returns rows and what they are at least: what is read was kept, or is made again."""
+        """Returns rows with their lower bounds: a value that is read is kept or recomputed."""
         place: dict[Step | None, int] = {step: n for n, step in enumerate(graph.steps)}
         serving: dict[Value, list[int]] = {}
         for n, unit in enumerate(self._choices, len(place)):
@@ -277,9 +276,9 @@ class _Program:
         return rows
 
     def solve(self, room: float) -> tuple[tuple[Policy, ...], float] | None:
-        """Returns an optimal solution within `room` bytes on the device, and the bytes it keeps.
+        """Returns the best policies within `room` bytes on the device, and the bytes they keep.
 
-        None if there is no solution.
+        None if no set of policies fits.
         """
         from scipy.optimize import LinearConstraint
 
@@ -299,13 +298,13 @@ class _Program:
 
 
 def _waits(passes: Passes, on_host: np.ndarray, seconds: np.ndarray, scale: float):
-    """Returns what columns cost by waiting for the link, and rows with what they are at most.
+    """Returns each column's cost of waiting for the link, and rows with their upper bounds.
 
     Args:
-      passes: Of the block.
-      on_host: Bytes of each column; the last two are what the passes wait.
-      seconds: That each column adds to the backward pass.
-      scale: Seconds of the program's unit of time.
+      passes: The passes of the block.
+      on_host: For each column, its bytes on the host; the last two columns are the waits.
+      seconds: For each column, the seconds that it adds to the backward pass.
+      scale: The seconds of the program's unit of time.
     """
     link = on_host / passes.link.bytes_per_second / scale
     forward, backward = np.eye(len(link))[-2:]
@@ -319,7 +318,7 @@ def _waits(passes: Passes, on_host: np.ndarray, seconds: np.ndarray, scale: floa
 
 
 def _at_least(rows: Sequence[tuple[dict[int, float], float]], width: int) -> list[Any]:
-    """Returns the constraint of sparse rows and what they are at least; nothing without rows."""
+    """Returns the constraint that sparse rows have lower bounds; an empty list without rows."""
     from scipy.optimize import LinearConstraint
     from scipy.sparse import csr_array
 
@@ -333,7 +332,7 @@ def _at_least(rows: Sequence[tuple[dict[int, float], float]], width: int) -> lis
 
 
 def _units(trace: Trace, live: set[Step], rates: Rates) -> Iterator[Unit]:
-    """Yields what a plan can keep and the backward pass has a use for."""
+    """Yields the units that a plan can keep and that the backward pass depends on."""
     kernel = _kept_by_attention(trace)
     by_name = values_by_name(trace.flat)
     for value, names in trace.tags.items():
@@ -343,7 +342,7 @@ def _units(trace: Trace, live: set[Step], rates: Rates) -> Iterator[Unit]:
     if kernel:
         found.append((Policy(kind="attention"), kernel))
     for name, values in by_name.items():
-        if words.is_invented(name):  # a user's own word for a value comes first
+        if words.is_invented(name):  # a value with a user's tag is named by that tag
             values = [v for v in values if v not in trace.tags and v not in kernel]
         found.append((Policy(kind="names", names=(name,)), values))
     for policy, values in found:
@@ -355,7 +354,7 @@ def _units(trace: Trace, live: set[Step], rates: Rates) -> Iterator[Unit]:
 
 
 def _kept_by_attention(trace: Trace) -> list[Value]:
-    """Returns what the policy `attention` keeps of a block."""
+    """Returns the values that the policy `attention` keeps of a block."""
     kernels = [
         value
         for step in trace.flat.steps
@@ -382,27 +381,27 @@ def _seconds(step: Step, rates: Rates) -> float:
     return max(by_bytes, flops / (rates.flops_per_second * MATMUL_EFFICIENCY))
 
 
-_INFEASIBLE, _FAILED = 2, 4  # as scipy's milp says it
-_FINEST = 2.0**-20  # of all bytes
+_INFEASIBLE, _FAILED = 2, 4  # status codes of scipy's milp
+_FINEST = 2.0**-20  # the least unit, as a share of all bytes
 
 
 def grain(sizes: Sequence[float]) -> float:
-    """Returns the bytes of a program's unit: what all sizes are multiples of, if that is not tiny.
+    """Returns the bytes of a program's unit: the greatest common divisor of sizes, unless tiny.
 
-    Sets of values whose bytes differ by less than it are equal to the program.
+    To the program, sets of values are equal if their bytes differ by less than one unit.
     """
     common = math.gcd(*map(round, sizes)) if len(sizes) else 1
     return max(float(common), _FINEST * sum(sizes), 1.0)
 
 
 def minimize(cost, constraints, *, upper: Any, integrality) -> np.ndarray | None:
-    """Returns an optimal point of `0 <= x <= upper`; None where there is no point.
+    """Returns a cheapest point of `0 <= x <= upper`; None if the constraints allow no point.
 
     Args:
-      cost: Of each column.
+      cost: For each column, its cost.
       constraints: `scipy.optimize.LinearConstraint`s.
-      upper: Bound of all columns, or an array of one for each.
-      integrality: 1 for a whole number, else 0.
+      upper: One bound of all columns, or an array with a bound for each.
+      integrality: For each column, 1 if it is a whole number, else 0.
 
     Raises:
       RuntimeError: The solver gave up.
@@ -412,7 +411,7 @@ def minimize(cost, constraints, *, upper: Any, integrality) -> np.ndarray | None
     options = {"mip_rel_gap": 0.0}
     asked: dict[str, Any] = {"bounds": Bounds(0, upper), "integrality": integrality}
     found = milp(cost, constraints=constraints, options=options, **asked)
-    if found.status == _FAILED:  # presolving has been wrong by its own tolerance
+    if found.status == _FAILED:  # presolving can fail by its own tolerance
         options["presolve"] = False
         found = milp(cost, constraints=constraints, options=options, **asked)
     if found.status == _INFEASIBLE:

@@ -1,10 +1,8 @@
-"""The ways to treat a block that the planner mixes: plain ones, and those of the frontier.
+"""Kinds, the ways to treat one block: which there are, what each keeps and costs.
 
-What one block of a stack keeps and costs under a policy, as JAX's own transforms say.
-
-The stack is traced under `scan_blocks` with the policy, never compiled: the leaves of its
-`jax.vjp` are what it keeps, and the roofline of its gradient is what it takes. Nothing is said
-about which policy to use; `inside_block.py` proposes.
+A stack is traced under `scan_blocks` with the kind's policies, never compiled. The leaves of its
+`jax.vjp` are what a block keeps; the roofline of its gradient is what it costs. Kinds worth mixing
+are `none`, `full` and the sets of policies that `inside_block.py` proposes.
 """
 
 import dataclasses
@@ -28,20 +26,20 @@ from jaxckpt.transforms.scan import scan
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kind:
-    """One way to treat a block: `none`, or `full` with policies; all figures are of one block.
+    """One way to treat a block, `none` or `full` with policies, with the figures of one block.
 
     Attributes:
       schedule: `"none"` or `"full"`.
       policies: What `full` keeps.
-      kept_bytes: On the device from the forward to the backward pass.
-      largest_bytes: The largest array of that, of one stack.
-      host_bytes: On the host meanwhile; moved out and back beside the computation.
-      live_bytes: What its reversal holds while it runs: all residuals of the block, those made
-        again and copies of those kept.
-      params_bytes: Its parameters, and so their gradients.
-      seconds: Forward, recomputation and backward.
-      flops: Of the same, matrix products and attention kernels.
-      device_seconds: Where something is moved to the host, the same without the link.
+      kept_bytes: Bytes kept on the device from the forward to the backward pass.
+      largest_bytes: The largest kept array of one stack.
+      host_bytes: Bytes kept on the host from the forward to the backward pass.
+      live_bytes: Bytes that the block's reversal holds: all its residuals, recomputed ones and
+        copies of kept ones.
+      params_bytes: Bytes of its parameters, and so of their gradients.
+      seconds: Forward, recomputation and backward, with transfers to the host.
+      flops: FLOPs of matrix products and attention kernels in the three.
+      device_seconds: If something is moved to the host, `seconds` without transfers; else 0.
     """
 
     schedule: str
@@ -56,7 +54,7 @@ class Kind:
     device_seconds: float = 0.0
 
     def stage(self, count: int | None = None) -> Stage:
-        """Returns the stage of `count` such blocks."""
+        """Returns the stage of `count` blocks of this kind."""
         return Stage(count=count, schedule=self.schedule, policies=self.policies)
 
     def __str__(self) -> str:
@@ -65,7 +63,7 @@ class Kind:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Forward:
-    """One run of a block forward that keeps nothing."""
+    """The cost of one forward run of a block that keeps nothing."""
 
     seconds: float
     flops: float
@@ -83,13 +81,13 @@ def forward_cost(stacks: Sequence[Stack], rates: Rates) -> Forward:
 
 
 def kind_cost(stacks: Sequence[Stack], stage: Stage, rates: Rates, residual_bytes=None) -> Kind:
-    """Returns what a policy keeps and costs, one block of every stack together.
+    """Returns the kind of a stage, with the figures of one block of every stack together.
 
     Args:
-      stacks: Stacks of one number of blocks.
+      stacks: Stacks with the same number of blocks.
       stage: `none`, or `full` with policies; its count is not read.
-      rates: The chip's.
-      residual_bytes: What `none` keeps of one block; None for `none` itself.
+      rates: The rates of the chip.
+      residual_bytes: The bytes that `none` keeps of one block; None if `stage` is `none`.
     """
     kept = largest = host = seconds = flops = 0.0
     for stack in stacks:
@@ -122,13 +120,13 @@ def kind_cost(stacks: Sequence[Stack], stage: Stage, rates: Rates, residual_byte
 def with_copies(
     forward_seconds: float, backward_seconds: float, moved_bytes: float, rates: Rates
 ) -> float:
-    """Returns what two passes take that move bytes to the host and back.
+    """Returns the seconds of two passes that move bytes to the host and back.
 
     Args:
-      forward_seconds: While bytes go out.
-      backward_seconds: While they come back.
-      moved_bytes: In each direction.
-      rates: The chip's.
+      forward_seconds: The seconds of the forward pass without transfers.
+      backward_seconds: The seconds of the backward pass without transfers.
+      moved_bytes: The bytes in each direction.
+      rates: The rates of the chip.
     """
     passes = (forward_seconds, backward_seconds)
     return sum(rates.host_link.seconds(work, moved_bytes) for work in passes)
@@ -147,18 +145,19 @@ def _run(stack: Stack, stage: Stage, carry, params, consts, unroll: int = 1):
 
 
 def _unroll(stack: Stack, stage: Stage) -> int:
-    """Returns the blocks of a trip: a loop copies what it keeps in and out, unrolled blocks do not.
+    """Returns how many blocks to unroll in a trip of the traced loop.
 
-    What is moved to the host is costed in a loop.
+    A loop copies kept values in and out, and unrolled blocks do not. Kinds that move values to the
+    host are always costed in a loop.
     """
     is_moving = any(policy.kind == "offload" for policy in stage.policies)
     return 1 if is_moving else stack.unroll
 
 
 def _gradient(stack: Stack, stage: Stage):
-    """Returns the jaxpr of a stack's gradient, whose last outputs are the residuals; their number.
+    """Returns the jaxpr of a stack's gradient and residuals, and the number of residuals.
 
-    One trace serves both: what is kept is read from its outputs, and outputs cost nothing.
+    Residuals are its last outputs. Outputs cost nothing, so one trace serves bytes and seconds.
     """
     count = []
 
@@ -176,7 +175,7 @@ def _gradient(stack: Stack, stage: Stage):
 
 
 def _kept(flat: Flat, count: int) -> tuple[list[int], list[int]]:
-    """Returns the bytes of the last `count` outputs that no input holds: device and host."""
+    """Returns the bytes of the last `count` outputs, except inputs: on the device, on the host."""
     device, host = [], []
     for value in dict.fromkeys(flat.outputs[len(flat.outputs) - count :]):
         origin = origin_of(value)
@@ -189,9 +188,9 @@ def _kept(flat: Flat, count: int) -> tuple[list[int], list[int]]:
     return device, host
 
 
-# What a user would try first. A block without an attention kernel refuses the last.
+# The plans that a user would try first. A block without an attention kernel refuses `attention`.
 PLAIN = ("none", "full", "dots", "dots_no_batch", "attention")
-# Keeping more has to spare this share of a block's time; less the model cannot tell.
+# Keeping more must save this share of a block's time; less is below the model's precision.
 _LEAST_GAIN = 0.001
 _LOG = logging.getLogger(__name__)
 
@@ -199,15 +198,15 @@ _LOG = logging.getLogger(__name__)
 def find_kinds(
     stacks: Sequence[Stack], rates: Rates, host_bytes: float = 0.0
 ) -> tuple[tuple[Kind, ...], tuple[Kind, ...]]:
-    """Returns the kinds worth mixing, and the plain ones.
+    """Returns the kinds that are worth mixing, and the plain kinds.
 
     Args:
-      stacks: Those that share the plan.
-      rates: The chip's.
-      host_bytes: What all blocks together may have on the host; 0 for nothing.
+      stacks: The stacks that follow one plan.
+      rates: The rates of the chip.
+      host_bytes: The most bytes that all blocks together may keep on the host.
 
     Returns:
-      `(kinds, plain)`: plain are those that a user could name, `PLAIN` and `lean_proposals`.
+      `(kinds, plain)`. Plain kinds are what a user could write: `PLAIN` and `lean_proposals`.
     """
     none = kind_cost(stacks, Stage(schedule="none"), rates)
     plain = [none, kind_cost(stacks, Stage(schedule="full"), rates, none.kept_bytes)]
@@ -236,7 +235,7 @@ def _moving(
     none: Kind,
     host_bytes: float,
 ) -> Iterator[tuple[Policy, ...]]:
-    """Yields policies that move something to the host, within what may be there and without end."""
+    """Yields policies that move something to the host, for `host_bytes` and for unlimited bytes."""
     forward = forward_cost(stacks, rates).seconds
     passes = Passes(
         forward_seconds=forward,
@@ -259,7 +258,7 @@ def _keepable(graph: Graph, stacks: Sequence[Stack], rates: Rates, none: Kind) -
 
 
 def _costed(stacks: Sequence[Stack], stage: Stage, rates: Rates, none: Kind) -> list[Kind]:
-    """Returns the kind of a stage, or nothing where some stack does not run under it."""
+    """Returns the kind of a stage in a list; an empty list if some stack does not run under it."""
     try:
         return [kind_cost(stacks, stage, rates, none.kept_bytes)]
     except Exception as error:  # a user's block, or JAX under its policy, may raise anything
@@ -273,7 +272,7 @@ def _gain(less: Kind, more: Kind) -> float:
 
 
 def _frontier(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
-    """Drops kinds that another beats in all bytes, seconds and FLOPs; `none` and `full` stay."""
+    """Drops kinds that another kind beats in bytes, seconds and FLOPs; `none` and `full` stay."""
     kept = []
     for kind in kinds:
         beaten = any(

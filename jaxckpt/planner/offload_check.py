@@ -1,8 +1,8 @@
-"""May a plan move values to the host on a target? Asked before the planner proposes it.
+"""Whether a plan may move values to the host on a target, checked before one is proposed.
 
-JAX releases have moved values to the host and brought wrong ones back, without an error. So where
-the chip is present a small stack is run, once for each version and backend: under plans that move
-its values its gradients have to be those of `none`. Known releases are refused without a run.
+Some JAX releases moved values to the host and brought wrong values back, without an error. So if
+the chip is present, a small stack is run once for each version and backend: its gradients under
+plans that move values must equal those under `none`. Known bad releases are refused without a run.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from jaxckpt.transforms.policies import bad_offload
 from jaxckpt.transforms.stack import scan_blocks
 from jaxckpt.transforms.tags import tag
 
-# What the planner proposes moves the blocks' inputs, named values, or both, or what a schedule
-# keeps.
+# One plan for each way in which the planner moves values: inputs of blocks, named values, both, and
+# the carries of a schedule.
 PLANS = (
     "full+offload:carry",
     "full+offload:kept",
@@ -28,8 +28,8 @@ PLANS = (
     "uniform:3+offload:carry",
 )
 _NUM_BLOCKS, _ROWS, _WIDTH = 5, 16, 32
-# Of a leaf's largest value. The same numbers are multiplied, so that only a value that is another
-# one, such as another block's, goes beyond it.
+# The most error, as a share of a leaf's largest value. All plans multiply the same numbers, so only
+# a wrong value, such as another block's, exceeds it.
 _TOLERANCE = 1e-2
 
 
@@ -45,8 +45,8 @@ def verdict(target: Target, knows_link: bool) -> Verdict:
     """Returns whether the planner may propose to move values to the host.
 
     Args:
-      target: What is planned for.
-      knows_link: Whether the speed of its link to the host is known.
+      target: The target of the plan.
+      knows_link: Whether the speed of the target's link to the host is known.
     """
     is_here = target.backend == "local"
     backend = jax.default_backend() if is_here else {"cuda": "gpu"}.get(target.backend, "tpu")
@@ -68,7 +68,7 @@ def verdict(target: Target, knows_link: bool) -> Verdict:
 
 
 def _verdict_of(errors: dict[str, float], where: str) -> Verdict:
-    """Returns what the errors of the check's plans mean; NaN is an error too."""
+    """Returns the verdict for the errors of the check's plans; NaN counts as an error."""
     for plan, error in errors.items():
         if not error <= _TOLERANCE:
             text = f"refused on {where}: gradients under {plan} are off by {error:.1e}"
@@ -77,10 +77,10 @@ def _verdict_of(errors: dict[str, float], where: str) -> Verdict:
 
 
 def checked(backend: str) -> dict[str, float]:
-    """Returns how far gradients under each plan are off, kept on disk once they were measured.
+    """Returns the error of the gradients under each plan; measured once, then kept on disk.
 
     Args:
-      backend: This process's.
+      backend: The backend of this process.
     """
     sources = cache.digest_of_sources({"jaxckpt"})
     asked = {"check": "gradients under offload", "backend": backend, "sources": sources}
@@ -114,7 +114,7 @@ def _error(plan: str) -> float:
 
 
 def _gradients(plan: str) -> _Arrays:
-    """Returns gradients of a stack whose every value, block by block, is another one."""
+    """Returns gradients of a stack in which no two blocks have equal values."""
     keys = jax.random.split(jax.random.key(0))
     arrays = _Arrays(
         weights=jax.random.normal(keys[0], (_NUM_BLOCKS, _WIDTH, _WIDTH)) / _WIDTH**0.5,

@@ -2,21 +2,18 @@
 
     peak = offset + the most that is kept and held while a stage is reversed
 
-`offset` is what weights, optimizer, gradients and the loss add; the compiled peak of `full` tells
-it. What blocks keep is what JAX keeps. What the reversal of one holds besides is all its residuals,
-of which those that were kept are read where they are but for a share; the compiled peak of `none`
-tells the share (XLA fuses most of the reads), one for all stacks. Plans of several stages slice the
-parameters and join their gradients, which costs or saves a backend's own amount; of one stack a
-plan of two stages tells it.
+Compiled plans, the anchors, fit the model. The peak of `full` gives `offset`: weights, optimizer,
+gradients and the loss. The peak of `none` gives the share of kept residuals that XLA copies when a
+block is reversed, one share for all stacks; XLA fuses most of the reads. If there is one part, a
+plan of two stages gives `stages_bytes`: plans of several stages slice the parameters and join their
+gradients, which costs or saves bytes. Blocks keep the bytes that JAX keeps.
 
-On a TPU v5e, 28 blocks of Qwen3-0.6B's width, this is within 0.1 % for plans of one stage and of
-two, whatever the split.
+On a TPU v5e, 28 blocks of Qwen3-0.6B's width, the error is within 0.1 % for plans of one or two
+stages, whatever the split.
 
-A step on several devices: what each keeps of a stack, and what a block run again sends.
-
-Blocks are traced as if one device ran them. How many devices share what is kept, and what they
-send, is the partitioner's choice. What it does with the carries is read from the arrays that the
-compiled `full` holds; the compiled peaks and collectives of `none` and `full` tell the rest.
+Several devices (`Spread`): blocks are traced as if one device ran them. The partitioner chooses how
+many devices share the kept values, and what they send. Its choice for carries is read from the
+arrays that the compiled `full` holds; the peaks and collectives of `none` and `full` give the rest.
 """
 
 import dataclasses
@@ -31,21 +28,21 @@ from jaxckpt.planner.kinds import Forward, Kind
 from jaxckpt.planner.stacks import Stack
 
 _BISECTIONS = 120
-_SAME = 1e-3  # peaks that differ by less are equal to the model
-_MOST_SHARE = 2.0**40  # of what JAX keeps of one block; a compiler may hold anything
+_SAME = 1e-3  # peaks closer than this share are equal to the model
+_MOST_SHARE = 2.0**40  # the largest share that is tried; a compiler may hold any number of bytes
 
 
 def all_under(parts: Sequence[Part], schedule: str) -> Draft:
-    """Returns the plan of all parts that treats every block as `none` or `full`."""
+    """Returns the draft that treats every block of all parts by the kind `none` or `full`."""
     run = lambda part: run_of(part.kind(schedule), part.num_blocks)
     return join(parts, [part.draft(run(part)) for part in parts])
 
 
 def as_compiled(parts: Sequence[Part], worst_bytes: float) -> tuple[Part, ...]:
-    """Returns the parts once compiled: under `none`, all of them together hold `worst_bytes`.
+    """Returns the parts with one share for all, at which they hold `worst_bytes` under `none`.
 
-    Many shares give `worst_bytes` where the peak of `none` is not inside a reversal. XLA is then
-    taken to keep what JAX keeps.
+    If the peak of `none` is not inside a reversal, many shares give `worst_bytes`. The share is
+    then 1: XLA is taken to keep what JAX keeps.
     """
     worst = lambda share: all_under([_compiled(part, share) for part in parts], "none").worst_bytes
     is_plain = math.isclose(worst(1.0), worst_bytes, rel_tol=_SAME)
@@ -57,11 +54,11 @@ def as_compiled(parts: Sequence[Part], worst_bytes: float) -> tuple[Part, ...]:
 
 
 def _compiled(part: Part, share: float) -> Part:
-    """Returns a part whose `none` keeps a share of what JAX keeps.
+    """Returns a part whose `none` keeps a share of the bytes that JAX keeps.
 
-    XLA drops some of it where that is less than all, but never a block's input. What is more than
-    all is held while a block is reversed, unless there is only one: then it is kept. Other kinds
-    hold as much less or more as they keep beside the input.
+    A share below 1 means that XLA drops some residuals, but never a block's input. The excess of a
+    share above 1 is held while a block is reversed; in a stack of one block it is kept. The other
+    kinds change in proportion to what they keep beside the input.
     """
     none, full = part.kind("none"), part.kind("full")
     kept_share = share if part.num_blocks == 1 else min(share, 1.0)
@@ -80,15 +77,15 @@ def _compiled(part: Part, share: float) -> Part:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spread:
-    """What a step's devices share.
+    """How a step's devices share its arrays, and what their communication takes.
 
     Attributes:
-      num_devices: Devices of the step, which share the parameters.
-      carry_parts: How many of them share a block's input.
-      parts: How many of them share what a stack keeps beside: a divisor of `num_devices`.
-      sent_seconds: Of a step that runs no block again.
-      again_seconds_per_flop: What running a block again adds to that, by its FLOPs: its parameters
-        are gathered once more.
+      num_devices: The number of devices, which share the parameters.
+      carry_parts: How many devices share a block's input.
+      parts: How many devices share the other residuals; a divisor of `num_devices`.
+      sent_seconds: Communication of a step that recomputes no block.
+      again_seconds_per_flop: Communication of recomputation, per FLOP recomputed: parameters are
+        gathered once more.
     """
 
     num_devices: int = 1
@@ -106,22 +103,22 @@ class Spread:
         full: MemoryReport,
         none: MemoryReport,
     ) -> "Spread":
-        """Returns what two compiled plans tell.
+        """Returns the spread that the reports of two compiled plans show.
 
         Args:
-          stacks: All that follow a plan.
-          traced_bytes: What all stacks under `none` hold more than under `full`, as traced.
-          again_flops: What a step under `full` runs again, of all stacks.
-          full: Of the compiled step whose blocks are all `full`.
-          none: Of the one whose blocks are all `none`.
+          stacks: All stacks that follow a plan.
+          traced_bytes: The bytes that all stacks, as traced, hold under `none` beyond `full`.
+          again_flops: The FLOPs that a step recomputes under `full`, in all stacks.
+          full: The report of the step whose blocks are all `full`.
+          none: The report of the step whose blocks are all `none`.
         """
         if full.num_devices == 1:
             return cls()
         ratio = traced_bytes / max(none.peak_bytes - full.peak_bytes, 1)
         sizes = [n for n in range(1, full.num_devices + 1) if full.num_devices % n == 0]
         parts = min(sizes, key=lambda n: abs(math.log(max(ratio, 1e-9) / n)))
-        # A step that was refused for its size does not tell: it is taken to send what the other
-        # does, and nothing where neither tells.
+        # The report of a step that was refused for its size has no collectives. It is taken to send
+        # as much as the other; if both were refused, nothing.
         told = [report.collective_seconds for report in (none, full)]
         sent = [one if one is not None else next(filter(None, told), 0.0) for one in told]
         again = max(sent[1] - sent[0], 0.0)
@@ -134,12 +131,12 @@ class Spread:
         )
 
     def kind(self, kind: Kind, none: Kind, full: Kind) -> Kind:
-        """Returns a kind as one device sees it.
+        """Returns a kind with the figures of one device.
 
         Args:
-          kind: As traced.
+          kind: A kind as traced.
           none: The kind `none` of the same block, as traced.
-          full: The kind `full`, which keeps a block's input alone.
+          full: The kind `full`, which keeps only a block's input.
         """
         carry = full.kept_bytes
         share = lambda size: min(size, carry) / self.carry_parts + max(size - carry, 0) / self.parts
@@ -154,7 +151,7 @@ class Spread:
         )
 
     def forward(self, forward: Forward) -> Forward:
-        """Returns the cost of one more run of a block, with what it sends."""
+        """Returns the cost of one forward run of a block, with its communication."""
         sent = forward.flops * self.again_seconds_per_flop
         return dataclasses.replace(forward, seconds=forward.seconds + sent)
 
@@ -162,7 +159,7 @@ class Spread:
 def _carry_parts(stacks: Iterable[Stack], full: MemoryReport) -> float | None:
     """Returns how many devices share the carries of stacks, from the arrays that `full` holds.
 
-    None where no array can be told to be the carries of all blocks.
+    None if no array has the shape of the carries of all blocks.
     """
     dims = (re.findall(r"\d+", buffer.shape.partition("[")[2]) for buffer in full.buffers)
     held = [tuple(map(int, own)) for own in dims]
@@ -180,7 +177,7 @@ def _carry_parts(stacks: Iterable[Stack], full: MemoryReport) -> float | None:
 
 
 def _parts_of(shape: tuple[int, ...], own: tuple[int, ...], num_devices: int) -> int:
-    """Returns how many devices share an array of blocks, from what one has of it; 0 if not it."""
+    """Returns how many devices share an array of `shape` if one has `own`; 0 if it is no part."""
     if len(shape) != len(own) or shape[0] != own[0] or 0 in own:
         return 0
     if any(all_of % one for all_of, one in zip(shape, own, strict=True)):

@@ -1,9 +1,9 @@
 """Where a step runs its stacks, and which of them follow a plan.
 
-`scan_blocks` tells who watches (`transforms.observers`), so a stack is found however deep in a
-model it is run, and through Linen's and NNX's adapters. The watcher marks each stack's input, and
-the marks in the jaxpr say what the program runs: a call that was traced for a shape alone is
-nowhere, one that two places share is at both.
+`scan_blocks` tells observers of its calls (`transforms.observers`), so a stack is found however
+deep in a model it runs, and through Linen's and NNX's adapters. The observer marks each stack's
+input, and the marks in the final jaxpr show the places: a call that was traced only for its shapes
+has no place, a call that was traced once for two places has both.
 
 A stack follows a plan if its own plan changed between two traces under two plans.
 """
@@ -33,9 +33,9 @@ class Call:
     """One call of `scan_blocks`.
 
     Attributes:
-      stack: What it runs.
-      remat: What it was asked for, as text.
-      plan: The same as a bound plan; None for a schedule or the user's own policy.
+      stack: The stack that it runs.
+      remat: The plan, schedule or policy that it was asked for, as text.
+      plan: The bound plan; None for a schedule or the user's own policy.
     """
 
     stack: Stack
@@ -52,43 +52,44 @@ class Call:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Place:
-    """A place of a program where a stack runs; two places are the same only if they are one.
+    """A place of a program where a stack runs; places are compared by identity.
 
     Attributes:
-      call: What runs.
-      is_again: Whether `jax.checkpoint` runs it again for a backward pass.
+      call: The call of `scan_blocks` that runs there.
+      is_again: Whether `jax.checkpoint` recomputes the stack there for a backward pass.
     """
 
     call: Call
     is_again: bool
 
 
-# A program's phases, one after the other. A phase is what holds its memory at the same time: places
-# and loops whose bodies have phases of their own.
+# A program's phases, one after the other. The items of a phase hold their memory at the same time:
+# places, and loops whose bodies have phases of their own.
 Phases: TypeAlias = "list[list[Place | Phases]]"
 
 
 class Finder:
-    """Watches the calls of `scan_blocks` while a step is traced; hand it to `observed`."""
+    """Records the calls of `scan_blocks` while a step is traced; an observer for `observed`."""
 
     def __init__(self):
         self._calls: list[Call] = []
 
     def __call__(self, call: StackCall):
-        """Takes note of one call of `scan_blocks`; returns its carry under a mark."""
+        """Records one call of `scan_blocks`; returns its carry with a mark."""
         made = Call(
             stack=Stack.of(call.block, call.params, call.num_blocks, unroll=call.unroll),
             remat=str(call.remat),
             plan=_plan_of(call),
         )
-        # A stack without a carry computes nothing. A counter in it may be read by nobody.
+        # A leaf that has a gradient is marked, if there is one: an integer may go unread, and its
+        # mark with it. A stack without a carry computes nothing.
         place = next(iter(inexact(call.carry)), 0)
         marked = tags.tag_reserved(call.carry[place : place + 1], f"{_MARK}{len(self._calls)}")
         self._calls.append(made)
         return [*call.carry[:place], *marked, *call.carry[place + 1 :]]
 
     def phases(self, jaxpr: core.ClosedJaxpr) -> Phases:
-        """Returns where the program that was traced runs its stacks."""
+        """Returns the phases of the traced program, with the places of its stacks."""
         return self._phases(flatten(jaxpr))
 
     def _phases(self, flat: Flat) -> Phases:
@@ -109,7 +110,7 @@ class Finder:
         return phases
 
     def _found(self, step: Step) -> "Place | Phases | None":
-        """Returns what a step runs; None if it runs no stack."""
+        """Returns the place or the phases of a step; None if it runs no stack."""
         if step.name == jaxprs.TAG:
             name = step.params["name"]
             if not name.startswith(_MARK):
@@ -117,7 +118,7 @@ class Finder:
             is_again = any(call.params.get("differentiated") for call in step.calls)
             return Place(self._calls[int(name.removeprefix(_MARK))], is_again)
         inner = [self._phases(body) for body in bodies(step)]
-        if step.name == jaxprs.COND:  # one branch runs
+        if step.name == jaxprs.COND:  # only one branch runs: the branch with most places is taken
             inner = [max(inner, key=lambda phases: len(list(places(phases))))]
         return list(itertools.chain(*inner)) or None
 
@@ -130,7 +131,7 @@ def _plan_of(call: StackCall) -> Plan | None:
 
 
 def _forward(steps: Sequence[Step]) -> Step | None:
-    """Returns the loop that runs a stack, from its mark on; None if it is unrolled."""
+    """Returns the loop that runs a stack, from the steps after its mark; None if unrolled."""
     reached = set(steps[0].outputs)
     for step in steps:
         if not reached.isdisjoint(step.inputs):
@@ -141,7 +142,7 @@ def _forward(steps: Sequence[Step]) -> Step | None:
 
 
 def places(phases: Phases) -> Iterator[Place]:
-    """Yields every place, in the order in which they run."""
+    """Yields every place in the order of the program."""
     for item in itertools.chain(*phases):
         if isinstance(item, Place):
             yield item
@@ -150,10 +151,10 @@ def places(phases: Phases) -> Iterator[Place]:
 
 
 def held_together(phases: Phases, chosen: Collection[Place]) -> list[Place]:
-    """Returns the chosen places whose stacks are held at the same time.
+    """Returns the chosen places whose stacks hold memory at the same time.
 
-    Phases share their memory, as the parts of an accumulated batch do: of equal stacks in several
-    phases those of one phase are returned.
+    Phases reuse each other's memory, as the parts of an accumulated batch do. So if several phases
+    run equal stacks, only the places of one phase are returned.
     """
     kept: list[Place] = []
     for phase in phases:
@@ -175,10 +176,10 @@ def following(one: Phases, plan: Plan, other: Phases, other_plan: Plan) -> list[
     """Returns the places of a program whose stacks follow its plan.
 
     Args:
-      one: The program of a step under a plan.
-      plan: That plan.
-      other: The program of the same step under another plan.
-      other_plan: The other plan. Equal stacks run in the same order in both programs.
+      one: The phases of a step under `plan`.
+      plan: The plan.
+      other: The phases of the step under `other_plan`; its stacks run in the same order.
+      other_plan: Another plan.
     """
     waiting = collections.defaultdict(collections.deque)
     for place in places(other):

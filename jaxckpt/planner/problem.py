@@ -1,13 +1,14 @@
-"""A step as the planner's problem: traced, its blocks costed, its anchors compiled.
+"""A step as the planner's problem: traced, its kinds costed, its anchors compiled.
 
-Everything here is of a step and not of a budget: `Problem.ladder` has the plans worth compiling,
-`Problem.peak` compiles one, `result` and `infeasible` put what was found into words.
+A problem is independent of the budget. `Problem.ladder` returns the plans worth compiling,
+`Problem.peak` compiles one, `result` and `infeasible` make the answer for a budget.
 
-Stacks that are given by name get a plan each, all one budget, and share what the host may hold:
+Stacks that are given by name are one part each, with a plan of its own. All parts share the budget
+and the host's memory:
 
     jaxckpt.fit(step_for, num_blocks={"encoder": 12, "decoder": 24}, budget="15GiB")
 
-One plan for all is a part without a name.
+One plan for all stacks is a single part without a name.
 """
 
 import dataclasses
@@ -33,24 +34,24 @@ from jaxckpt.plans.plan_set import PlanSet
 from jaxckpt.targets.links import HostLink
 from jaxckpt.units import iec
 
-_LEAST_FOR_STAGES = 4  # blocks; fewer are hardly ever worth two stages
-_SHOWN_SHARE = 0.01  # of all arguments; smaller ones are not named one by one
+_LEAST_FOR_STAGES = 4  # fewer blocks are hardly ever worth two stages
+_SHOWN_SHARE = 0.01  # arguments below this share of all bytes are not named one by one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A step with everything that does not depend on the budget.
+    """A step with everything that the planner knows of it before a budget is given.
 
     Attributes:
-      steps: Its steps, traced and compiled.
-      parts: Its stacks by the plans that they follow, in the order in which they run.
-      offset_bytes: Beside what the stacks keep and hold.
-      stages_bytes: Added for a plan of several stages; may be negative.
-      seconds: Of the step beside its stacks.
-      flops: Of the same.
+      steps: Returns, traces and compiles the step of a plan.
+      parts: The parts, in the order in which their stacks run.
+      offset_bytes: The bytes of the peak beside what the stacks keep and hold.
+      stages_bytes: Added to the peak of a plan of several stages; may be negative.
+      seconds: The seconds of the step beside its stacks.
+      flops: The FLOPs of the step beside its stacks.
       runs: How often a step runs its stacks: once for each part of an accumulated batch.
-      host_bytes: What a plan may have on the host.
-      link: Of a device to the host.
+      host_bytes: The most bytes that a plan may keep on the host.
+      link: A device's link to the host.
     """
 
     steps: Steps
@@ -74,21 +75,21 @@ class Problem:
         host_bytes: int = 0,
         timed: bool = False,
     ) -> "Problem":
-        """Traces the step, costs its blocks and compiles its anchors.
+        """Traces the step, costs its kinds and compiles its anchors.
 
         Args:
-          steps: Of the plans.
-          num_blocks: L, or of each stack by name.
-          rates: The chip's.
-          block: As for `jaxckpt.fit`.
-          host_bytes: What a plan may have on the host.
+          steps: Returns, traces and compiles the step of a plan.
+          num_blocks: The number of blocks of each stack, L, or a number by name.
+          rates: The rates of all devices together.
+          block: `(block, params_i, carry, *consts)`, or one by name; None to trace for stacks.
+          host_bytes: The most bytes that a plan may keep on the host.
           timed: Whether blocks are timed on this process's device.
         """
-        steps = steps.apart()  # what else was compiled of them is no part of this problem
+        steps = steps.apart()  # an answer must not depend on what was compiled before
         full, none = (everywhere(num_blocks, plan) for plan in ("full", "none"))
         stacks = find_stacks(steps, num_blocks, block)
         clocks = {name: calibrate(found) for name, found in stacks.items()} if timed else {}
-        for clock in clocks.values():  # each has timed the same link
+        for clock in clocks.values():  # all have timed the same link
             rates = clock.link(rates)
         parts = [Part.of(name, found, rates, host_bytes) for name, found in stacks.items()]
         traced = {plan: all_under(parts, plan) for plan in ("full", "none")}
@@ -113,8 +114,8 @@ class Problem:
         )
         if len(parts) > 1:
             return problem._as_compiled(*reports)
-        # Whether equal stacks begin together, a plan of several stages tells: it costs next to
-        # nothing where what `full` and `none` hold is understood.
+        # Whether equal stacks begin together is told by a plan of several stages: under the right
+        # assumption its stages cost next to nothing.
         together = (False, True) if parts[0].turns > 1 else (False,)
         made = (
             dataclasses.replace(
@@ -126,13 +127,13 @@ class Problem:
         return min(compiled, key=lambda one: abs(one.stages_bytes))
 
     def _as_compiled(self, full: MemoryReport, none: MemoryReport) -> "Problem":
-        """Returns the problem that knows the peaks of `full` and `none`."""
+        """Returns the problem fitted to the peaks of `full` and `none`."""
         offset = full.peak_bytes - all_under(self.parts, "full").worst_bytes
         parts = as_compiled(self.parts, none.peak_bytes - offset)
         return dataclasses.replace(self, parts=parts, offset_bytes=offset)
 
     def _with_stages(self) -> "Problem":
-        """Returns the problem that knows the peak of a plan of several stages, too."""
+        """Returns the problem fitted to the peak of a plan of several stages, too."""
         (part,) = self.parts
         if part.num_blocks < (_LEAST_FOR_STAGES if part.turns == 1 else 2):
             return self
@@ -143,7 +144,7 @@ class Problem:
         return dataclasses.replace(self, stages_bytes=extra)
 
     def apart(self, plans: Iterable[Any]) -> "Problem":
-        """Returns the problem as it is if some plans are compiled and no others."""
+        """Returns the problem with only some plans counted as compiled."""
         return dataclasses.replace(self, steps=self.steps.apart(plans))
 
     def peak(self, plan: Any) -> int:
@@ -159,7 +160,7 @@ class Problem:
         )
 
     def least(self) -> Draft | None:
-        """Returns the compiled plan of the least peak; None if no part's drafts have its part."""
+        """Returns the draft of the compiled plan with the least peak; None if no draft has it."""
         plan, _ = self._least()
         plans = plan if isinstance(plan, PlanSet) else {"": plan}
         chosen = []
@@ -175,7 +176,7 @@ class Problem:
         return [part.drafts(link) for part in self.parts]
 
     def _drafts(self) -> Iterable[Draft]:
-        """Returns the plans of all parts, within what may be on the host."""
+        """Returns the joint drafts of all parts that keep at most `host_bytes` on the host."""
         own = self._own_drafts()
         if len(own) == 1:
             return (join(self.parts, [one]) for one in own[0] if one.host_bytes <= self.host_bytes)
@@ -183,7 +184,7 @@ class Problem:
         return joints(names, list(map(list, own)), params, self.host_bytes)
 
     def _of_step(self, one: Draft) -> Draft:
-        """Returns a plan of the stacks with the figures of the whole step."""
+        """Returns a draft of the stacks with the figures of the whole step."""
         extra = self.stages_bytes if one.is_mixed else 0.0
         return dataclasses.replace(
             one,
@@ -193,7 +194,7 @@ class Problem:
         )
 
     def candidate(self, rung: Draft) -> Candidate:
-        """Returns a rung as the user sees it."""
+        """Returns a rung as the candidate that a user sees."""
         report = self.steps.compiled.get(rung.plan)
         return Candidate(
             plan=rung.plan,
@@ -205,7 +206,7 @@ class Problem:
         )
 
     def result(self, rungs: Sequence[Draft], place: int, budget: int) -> FitResult:
-        """Returns the answer."""
+        """Returns the result for a budget whose fastest plan is the rung at `place`."""
         candidates = tuple(map(self.candidate, rungs))
         chosen = candidates[place]
         own = rungs[place].by_name or (("", rungs[place]),)
@@ -233,7 +234,7 @@ class Problem:
 
 
 def _on_one(part: Part, spread: Spread, clock: Calibration | None, rates: Rates) -> Part:
-    """Returns a part as one device sees it, with the seconds of a block that was timed."""
+    """Returns a part with the figures of one device, and with measured seconds if clocked."""
     none, full, forward = part.kind("none"), part.kind("full"), part.forward
     part = part.changed(lambda kind: spread.kind(kind, none, full))
     if clock is not None:
@@ -244,23 +245,23 @@ def _on_one(part: Part, spread: Spread, clock: Calibration | None, rates: Rates)
 
 
 def link_of(rates: Rates, num_devices: int) -> HostLink:
-    """Returns a device's link.
+    """Returns a device's link to the host.
 
     Args:
-      rates: Of all devices together, but for a link that was timed: that is one device's.
-      num_devices: That share the link.
+      rates: The rates of all devices together; a measured link is already of one device.
+      num_devices: The number of devices that share the link.
     """
     share = rates.host_bytes_per_second / num_devices
     return dataclasses.replace(rates.host_link, bytes_per_second=share)
 
 
 def runs_of(step_flops: int, stack_flops: float) -> int:
-    """Returns how often a step runs its stacks, from what `full` adds to it and to one run."""
+    """Returns how often a step runs its stacks, from the FLOPs that `full` adds to step and run."""
     return max(1, round(step_flops / stack_flops)) if stack_flops > 0 else 1
 
 
 def keeps_text(stage: Stage, kinds: Sequence[Kind]) -> str:
-    """Returns what a bound stage keeps where, as text."""
+    """Returns a text of what a bound stage keeps, on the device and on the host."""
     same = (k for k in kinds if k.policies == stage.policies and k.schedule == stage.schedule)
     kind = next(same, None)
     if kind is None:
@@ -273,12 +274,12 @@ def keeps_text(stage: Stage, kinds: Sequence[Kind]) -> str:
 
 
 def peak_parts(args: Sequence, report: MemoryReport, residual_bytes: float) -> dict[str, int]:
-    """Returns what a peak consists of, in bytes, by name.
+    """Returns the parts that a peak consists of, in bytes by name.
 
     Args:
       args: The step's arguments.
-      report: Of the step.
-      residual_bytes: What one block keeps without remat.
+      report: The memory report of the step.
+      residual_bytes: The bytes that one block keeps without remat.
     """
     parts = argument_parts(args, report.argument_bytes)
     body = report.peak_bytes - report.argument_bytes
@@ -286,20 +287,20 @@ def peak_parts(args: Sequence, report: MemoryReport, residual_bytes: float) -> d
     block, rest = "one block's residuals", "gradients, head, carries and working memory"
     if residual_bytes < body:
         return parts | {block: residual_bytes, rest: body - residual_bytes}
-    # The compiler needs less at once than JAX would keep.
+    # The compiler holds less at once than JAX would keep, so the two cannot be told apart.
     return parts | {f"{block}, {rest}": body}
 
 
 def argument_parts(args: Sequence, argument_bytes: int) -> dict[str, int]:
     """Returns the bytes of a step's arguments by name: `arguments[0].params`.
 
-    Small ones are one part, and so are all where their sizes do not add up to what was compiled:
-    arguments that are spread over devices, or that the step never reads.
+    Small arguments are one entry. If the sizes do not add up to the compiled ones, all are one
+    entry: some are spread over devices, or the step never reads them.
     """
     parts: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tuple(args)):
         name = "arguments" + jax.tree_util.keystr(path[:2])
-        if hasattr(leaf, "dtype"):  # others are static
+        if hasattr(leaf, "dtype"):  # other leaves are static arguments
             parts[name] = parts.get(name, 0) + leaf.size * leaf.dtype.itemsize
     large = {name: size for name, size in parts.items() if size > _SHOWN_SHARE * argument_bytes}
     rest = argument_bytes - sum(large.values())
@@ -309,7 +310,7 @@ def argument_parts(args: Sequence, argument_bytes: int) -> dict[str, int]:
 
 
 def why(faster: Candidate | None, budget: int) -> str:
-    """Returns why no faster plan was taken, from the one before it on the ladder."""
+    """Returns why no faster plan was taken, from the candidate before it on the ladder."""
     if faster is None:
         return "it is the fastest plan there is"
     if faster.compiled_bytes is None:

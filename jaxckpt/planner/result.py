@@ -1,4 +1,4 @@
-"""What the planner answers: `FitResult`, or `BudgetError` with the least budget that works."""
+"""The planner's answer: `FitResult`, or `BudgetError` with the least budget that works."""
 
 import dataclasses
 from typing import Any, Self
@@ -14,15 +14,15 @@ _SHOWN = 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One plan of the planner's ladder.
+    """One rung of the planner's ladder, as a user sees it.
 
     Attributes:
       plan: The plan, or plans by name.
-      predicted_bytes: Its peak by the planner's model.
-      compiled_bytes: Its peak by the compiler, or None if it was not compiled.
-      seconds: The step's, by the target's roofline.
-      flops: The step's, matrix products and attention kernels.
-      host_bytes: On the host, by the model.
+      predicted_bytes: The step's peak by the planner's model.
+      compiled_bytes: The step's peak by the compiler; None if it was not compiled.
+      seconds: The step's seconds by the target's roofline.
+      flops: The step's FLOPs of matrix products and attention kernels.
+      host_bytes: The bytes kept on the host, by the model.
     """
 
     plan: Plan | PlanSet
@@ -33,27 +33,27 @@ class Candidate:
     host_bytes: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the row as JSON values."""
+        """Returns the candidate as JSON values."""
         return dataclasses.asdict(self) | {"plan": plan_json(self.plan)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """Returns the row of `as_json`."""
+        """Returns the candidate of the values that `as_json` returned."""
         plan: Any = plan_of_json(values["plan"])
         return cls(**(values | {"plan": plan}))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compilation:
-    """One of the compilations that an answer takes, as it begins or as it ends.
+    """One compilation of a search, at its beginning or at its end.
 
     Attributes:
-      number: Counted from 1.
-      most: How many there may be.
-      plan: What is compiled, as text.
+      number: The number of the compilation, from 1.
+      most: The most compilations that the search may take.
+      plan: The compiled plan, as text.
       budget_bytes: The budget.
       peak_bytes: The compiled peak; None while the compiler runs.
-      seconds: That it took; 0 while it runs.
+      seconds: The seconds that the compilation took; 0 while it runs.
     """
 
     number: int
@@ -81,20 +81,20 @@ class FitResult:
     """The fastest plan found whose compiled peak is within a budget; `print` shows it.
 
     Attributes:
-      plan: The plan; `str(plan)` is what `--remat=` takes. Of several stacks a mapping from their
-        names to plans.
-      report: Of its compiled step.
-      budget_bytes: The budget.
-      candidates: The ladder: plans from the fastest to the one with the least peak.
-      chosen: The plan's row of `candidates`.
-      keeps: For each stage of the plan, what it keeps where, as text.
+      plan: The plan; `str(plan)` is what `remat=` takes. For several stacks, a mapping from names
+        to plans.
+      report: The memory report of the plan's compiled step.
+      budget_bytes: The budget per device.
+      candidates: The ladder: plans from the fastest to the plan with the least peak.
+      chosen: The plan's entry in `candidates`.
+      keeps: For each stage of the plan, a text of what it keeps, on the device and on the host.
       why: Why no faster plan was taken.
-      num_compiles: Steps that were compiled.
-      host_budget_bytes: What a plan might have on the host; 0 where that was not allowed.
-      clock: Whose seconds they are.
-      offload: Whether values could be moved to the host there, and why, as text; empty where it was
-        not asked.
-      left_out: Plans under which the step does not run, each with the error, as text.
+      num_compiles: The number of compiled steps.
+      host_budget_bytes: The host's budget per device; 0 if none was given.
+      clock: Where the seconds come from: the roofline, or a timed block.
+      offload: Whether values may be moved to the host on the target, and why, as text; empty if no
+        host budget was given.
+      left_out: Plans under which the step does not run, each with its error, as text.
     """
 
     plan: Plan | PlanSet
@@ -134,10 +134,10 @@ class FitResult:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """Returns the result of `as_json`.
+        """Returns the result of the values that `as_json` returned.
 
         Raises:
-          KeyError, TypeError, PlanError: The values are not those of a result.
+          KeyError, TypeError, PlanError: The values are of something else.
         """
         candidates = tuple(map(Candidate.from_json, values["candidates"]))
         made = {
@@ -152,7 +152,7 @@ class FitResult:
 
     @property
     def summary(self) -> str:
-        """What was decided and why, without the candidates."""
+        """The decision and its reasons as text, without the candidates."""
         one, report = self.chosen, self.report
         left = self.budget_bytes - report.peak_bytes
         off = (one.predicted_bytes - report.peak_bytes) / report.peak_bytes
@@ -172,7 +172,7 @@ class FitResult:
         return "\n".join(lines)
 
     def _of_host(self) -> list[str]:
-        """Returns lines on the host's memory, where the plan might have used it."""
+        """Returns lines on the host's memory; none if no host budget was given."""
         if not self.offload:
             return []
         host = f"{iec(self.report.host_bytes)} compiled of {iec(self.host_budget_bytes)}"
@@ -199,12 +199,13 @@ class BudgetError(UserError, ValueError):
     """No plan fits a budget: one line with the least budget, its plan and what sets it.
 
     Attributes:
-      budget_bytes: What was given.
-      least_bytes: The least compiled peak found: a budget that works.
-      plan: The plan that reaches it.
-      parts: What the least peak consists of, in bytes, by name.
-      report: Of that plan's compiled step.
-      offload: As of `FitResult`.
+      budget_bytes: The budget that was given.
+      least_bytes: The least compiled peak that was found: a budget that works.
+      plan: The plan with this peak.
+      parts: The parts of this peak, in bytes by name.
+      report: The memory report of the plan's compiled step.
+      offload: Whether values may be moved to the host on the target, and why, as text; empty if no
+        host budget was given.
     """
 
     def __init__(
@@ -231,7 +232,7 @@ class BudgetError(UserError, ValueError):
         )
 
     def with_offload(self, text: str) -> Self:
-        """Returns the error that says whether values could be moved to the host."""
+        """Returns the error with a text on whether values may be moved to the host."""
         return type(self).from_json(self.as_json() | {"offload": text})
 
     def as_json(self) -> dict[str, Any]:
@@ -246,24 +247,24 @@ class BudgetError(UserError, ValueError):
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """Returns the error of `as_json`.
+        """Returns the error of the values that `as_json` returned.
 
         Raises:
-          KeyError, TypeError, PlanError: The values are not those of an error.
+          KeyError, TypeError, PlanError: The values are of something else.
         """
         plan, report = plan_of_json(values["plan"]), MemoryReport.from_json(values["report"])
         return cls(**(values | {"plan": plan, "report": report}))
 
 
 def _asked(plan: Plan | PlanSet) -> str:
-    """Returns a plan as a user hands it on; of several stacks a line each."""
+    """Returns a plan as an option of a command line; plans by name, one a line."""
     if isinstance(plan, PlanSet):
         return "\n".join(f"{name}: {one}" for name, one in plan.items())
     return f"--remat={plan}"
 
 
 def _largest(report: MemoryReport) -> str:
-    """Returns what the largest buffer at the peak is; nothing where the compiler does not say."""
+    """Returns a text on the largest buffer at the peak; empty if the compiler does not name it."""
     if not report.buffers:
         return ""
     one = report.buffers[0]

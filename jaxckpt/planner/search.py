@@ -1,23 +1,22 @@
-"""Climbing down the ladder: compile a rung, read its peak, correct the prediction, go on.
+"""Searching the ladder: which drafts are worth compiling, and which to compile for a budget.
 
-What is looked for is the fastest rung whose compiled peak is within the budget, with the rung
-before it compiled too, as the proof that it does not fit. Peaks that are known tell how far
-predictions are off: of a plan of the same family by the error nearest to it; of a family of which
-nothing is compiled yet, the first that may fit is compiled. Compilations are counted; when only
-one is left and nothing is known to fit, it goes to the rung with the least peak: a budget that this
-peak is within is never refused.
-
-The ladder: of all plans those worth compiling, from the fastest to the one with the least peak.
-
-Each rung is slower than the one before and needs less memory. Beside them stand the plans of one
-stage that no other of one stage beats: a compiler can give stages of unequal length more memory
-than any model knows of, and where it does, the next best plan is one that treats all blocks alike.
-The ladder depends on the step alone, never on a budget: a budget only says how far to climb down,
-which is why a smaller budget never gets a plan with a larger peak.
+**The ladder** is the list of drafts worth compiling, fastest first; its drafts are called rungs.
+Each rung is slower than the rung before it and needs less memory. There are also rungs of one
+stage, of the drafts that no other draft of one stage beats: a compiler may give stages of unequal
+length more memory than the model predicts, and then a plan that treats all blocks alike is next
+best. The ladder depends on the step, never on a budget. A budget only sets how far to climb down,
+so a smaller budget never gets a plan with a larger peak.
 
 Speed is the roofline's, with one rule above it: a plan never recomputes more matrix products than
-a plain plan (`none`, `full`, `dots`, ...) of the same peak or less. Seconds that differ by less
-than the model can tell count as equal; then the plan that recomputes less goes first.
+a plain plan (`none`, `full`, `dots`, ...) of the same peak or less. Seconds closer than the model's
+precision count as equal; then fewer stages go first, and then the plan that keeps more.
+
+**The search** compiles a rung, reads its peak, corrects the predictions and goes on. It ends at the
+fastest rung whose compiled peak fits, with the rung before it compiled too, as the proof that it
+does not fit. A prediction is corrected by the error of the nearest compiled rung of its family. If
+nothing of a family is compiled, its first rung that may fit is. The number of compilations is
+limited. If one is left and nothing fits yet, it goes to the rung with the least peak, so a budget
+that this peak fits is never refused.
 """
 
 import dataclasses
@@ -28,9 +27,9 @@ import numpy as np
 
 from jaxckpt.planner.across_blocks import Draft
 
-# Seconds closer than this are equal to the model.
+# Seconds closer than this share count as equal.
 _PRECISION = 0.002
-# Rungs closer than this in peak are one: compiled peaks of such plans may be in either order.
+# Rungs whose peaks are closer than this share are thinned: their compiled peaks may swap order.
 _LEAST_STEP = 0.004
 
 
@@ -38,20 +37,20 @@ def ladder(rungs: Iterable[Draft], plain: Sequence[Draft]) -> tuple[Draft, ...]:
     """Returns the rungs that no other beats, fastest first.
 
     Args:
-      rungs: Candidates.
-      plain: Fixed plans that a user would try first; they set the bounds on recomputation.
+      rungs: All drafts, with predicted peaks.
+      plain: Drafts of the plans that a user would try first; they bound recomputation.
     """
     levels = sorted({rung.flops for rung in plain})
 
     def rank(rung: Draft) -> tuple:
         above = sum(level < rung.flops * (1 - 1e-9) for level in levels)
         speed = math.ceil(math.log(rung.seconds) / math.log1p(_PRECISION))
-        # What is equal in all of these stays in the order in which it was given.
+        # Rungs that are equal in all of these keep their order.
         return above, speed, len(rung.stages), -rung.worst_bytes, rung.predicted_bytes
 
     ranked = sorted(rungs, key=rank)
     found = _thinned(_falling(ranked))
-    # Of tens of thousands: told apart by identity, for comparing their values takes seconds.
+    # Looked up by identity: comparing tens of thousands of drafts by value takes seconds.
     place = {id(rung): n for n, rung in enumerate(ranked)}
     ranked = ranked[: 1 + place[id(found[-1])]]
     alike = _thinned(_falling(rung for rung in ranked if not rung.is_mixed))
@@ -60,7 +59,7 @@ def ladder(rungs: Iterable[Draft], plain: Sequence[Draft]) -> tuple[Draft, ...]:
 
 
 def _falling(rungs: Iterable[Draft]) -> list[Draft]:
-    """Drops rungs that need no less than one before them."""
+    """Drops rungs that need no less memory than a rung before them."""
     kept: list[Draft] = []
     for rung in rungs:
         if not kept or rung.predicted_bytes < kept[-1].predicted_bytes:
@@ -69,7 +68,7 @@ def _falling(rungs: Iterable[Draft]) -> list[Draft]:
 
 
 def _thinned(rungs: Sequence[Draft]) -> Sequence[Draft]:
-    """Drops rungs that save next to nothing; the first and the last stay."""
+    """Drops rungs that save next to no memory; the first and the last stay."""
     if not rungs:
         return rungs
     kept = [rungs[0]]
@@ -83,21 +82,21 @@ def _thinned(rungs: Sequence[Draft]) -> Sequence[Draft]:
     return kept
 
 
-# How far off the first prediction of a family may be. Too high a one would pass over a plan that
-# fits, too low a one costs a compilation that tells of the whole family.
+# The error allowed for the first prediction of a family. If it is too low, a plan that fits may be
+# passed over; if it is too high, one compilation is spent, which corrects the whole family.
 _DOUBT = 0.02
-# What the last compilation must have to spare where there is an answer already: a little for a plan
-# that treats all blocks alike, more for others, whose peaks are harder to tell.
+# The margin to the budget that a rung needs to get the last compilation, if another plan fits
+# already. Peaks of plans with several stages are harder to predict and need more.
 _SAFE, _SAFE_MIXED = 0.01, 0.04
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a search knows at its end.
+    """The result of a search.
 
     Attributes:
-      chosen: Place of the fastest rung that is known to fit, or None if none is.
-      peaks: Compiled peaks by place.
+      chosen: The place of the fastest rung that is known to fit; None if no rung is.
+      peaks: The compiled peaks by place.
     """
 
     chosen: int | None
@@ -117,11 +116,11 @@ def search(
 
     Args:
       rungs: The ladder.
-      budget: In bytes.
-      compile_peak: Returns the compiled peak of the rung at a place.
-      known: Compiled peaks of some places.
-      compiles: How many more may be compiled.
-      is_answered: Whether a plan that is on no rung is known to fit.
+      budget: The budget in bytes.
+      compile_peak: Compiles the rung at a place and returns its peak.
+      known: Peaks by place of rungs that are already compiled.
+      compiles: The most compilations that may follow.
+      is_answered: Whether a plan that is not on the ladder is known to fit.
     """
     state = _Search(rungs=rungs, budget=budget, peaks=dict(known), is_answered=is_answered)
     for left in range(compiles, 0, -1):
@@ -134,7 +133,7 @@ def search(
 
 @dataclasses.dataclass(kw_only=True)
 class _Search:
-    """Compiled peaks so far, and where to look next."""
+    """The state of a search: compiled peaks so far, and the next rung to compile."""
 
     rungs: Sequence[Draft]
     budget: int
@@ -143,11 +142,11 @@ class _Search:
 
     @property
     def fitting(self) -> int | None:
-        """The fastest place that is known to fit."""
+        """The place of the fastest rung that is known to fit; None if no rung is."""
         return min((i for i, peak in self.peaks.items() if peak <= self.budget), default=None)
 
     def next_place(self, left: int) -> int | None:
-        """Returns the place to compile next, or None when there is nothing left to learn."""
+        """Returns the place to compile next; None if no compilation would change the answer."""
         high, last = self.fitting, len(self.rungs) - 1
         if high is None and last in self.peaks:
             return None
@@ -163,22 +162,22 @@ class _Search:
             return hopeful[0]
         if high is None:
             return unknown[-1]
-        # The proof that nothing faster fits, as far as peaks follow their predictions.
+        # The rung before the answer is compiled as the proof that nothing faster fits.
         return high - 1 if high - 1 in unknown else None
 
     def is_safe(self, place: int) -> bool:
-        """Returns whether a rung that is not compiled is nearly sure to fit."""
+        """Returns whether a rung is not compiled yet and nearly sure to fit."""
         margin = _SAFE_MIXED if self.rungs[place].is_mixed else _SAFE
         return place not in self.peaks and self.expected(place) <= (1 - margin) * self.budget
 
     def corrected(self, place: int) -> float:
-        """Returns the peak to go by: what is expected, less the doubt of an unknown family."""
+        """Returns the expected peak, less the allowed error if its family was never compiled."""
         family = self.rungs[place].family
         is_known = any(self.rungs[i].family == family for i in self.peaks)
         return self.expected(place) * (1 if is_known else 1 - _DOUBT)
 
     def expected(self, place: int) -> float:
-        """Returns a predicted peak, corrected by what is known of its family."""
+        """Returns the predicted peak, corrected by the error of compiled rungs of its family."""
         rung = self.rungs[place]
         same = sorted(i for i in self.peaks if self.rungs[i].family == rung.family)
         errors = [self.peaks[i] / self.rungs[i].predicted_bytes for i in same]

@@ -1,7 +1,7 @@
-"""A stack of a step as data for the planner: found by tracing it (`places.py`), or given.
+"""A stack of a step as data for the planner: found by tracing the step (`places.py`), or given.
 
-A block is made into a closed function of abstract leaves at once, while what it closes over can
-still be traced.
+A block becomes a closed function of abstract leaves at once, while the tracers that it closes over
+are still alive.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ class Stack:
 
     Attributes:
       call: `call(carry, params_i, consts) -> [*carry, *ys]`, all of them lists of leaves.
-      carry: The block's input.
+      carry: The leaves of the block's input.
       params: Leaves `[L, ...]`.
-      consts: What all blocks share, closed-over arrays among it.
-      num_blocks: L.
+      consts: Leaves that all blocks share, with arrays that the block closed over.
+      num_blocks: The number of blocks, L.
       unroll: Blocks unrolled in one trip of its loop.
     """
 
@@ -56,13 +56,13 @@ class Stack:
 
     @property
     def shape(self) -> tuple:
-        """What makes two stacks weigh the same."""
+        """A key that is equal for stacks of the same number of blocks, shapes and dtypes."""
         text = lambda leaves: tuple((tuple(x.shape), str(x.dtype)) for x in leaves)
         return (self.num_blocks, text(self.carry), text(self.params), text(self.consts))
 
     @classmethod
     def of(cls, block: TracedBlock, params, num_blocks: int, unroll: int = 1) -> "Stack":
-        """Returns the stack of a block; `params` are of all blocks, abstract ones too."""
+        """Returns the stack of a block; `params` are leaves `[L, ...]`, arrays or abstract."""
         carry, _, consts = block.inputs
         return cls(
             call=block.call,
@@ -78,7 +78,7 @@ def given_stack(block: Sequence, num_blocks: int, name: str = "block") -> Stack:
     """Returns the stack of `(block, params_i, carry, *consts)`, as `jaxckpt.explain` takes them.
 
     Raises:
-      ValueError: Something else was given.
+      ValueError: `block` has another form.
     """
     if not isinstance(block, tuple | list) or len(block) < 3 or not callable(block[0]):
         raise ValueError(f"{name} is (block, params_i, carry, *consts), as for jaxckpt.explain")

@@ -1,9 +1,7 @@
-"""A user's `step_for`, asked for the step of a plan: traced, compiled, and each plan once.
+"""The step of a plan, from a user's `step_for`: traced and compiled once for each plan.
 
-Which stacks of a step follow which of its plans: found by tracing it, or given.
-
-The step is traced once a name, with that plan `none` and the others `full`; the order of the calls
-is the order in which the stacks run.
+`find_stacks` tells which stacks of a step follow which plan: it traces the step once for each name,
+with this name's plan `none` and the others `full`. Stacks run in the order of the traced calls.
 """
 
 import copy
@@ -28,13 +26,13 @@ from jaxckpt.plans.plan_set import PlanSet, plan_json
 from jaxckpt.targets.target import Target
 from jaxckpt.transforms.observers import observed
 
-# Functions in an equation's parameters are shown with where they are in memory.
+# A jaxpr's text shows functions in parameters with their addresses, which differ in each trace.
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _OPTIONS = ("donate_argnums", "static_argnums")
 
 
 class Step(NamedTuple):
-    """What `step_for` returned."""
+    """The result of a user's `step_for`."""
 
     fn: Callable
     args: tuple
@@ -42,17 +40,17 @@ class Step(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """A step as it was traced: its jaxpr, and where that runs stacks."""
+    """A traced step: its jaxpr, and the phases in which it runs stacks."""
 
     jaxpr: core.ClosedJaxpr
     phases: Phases
 
 
 class Steps:
-    """The steps of plans for one target.
+    """A step under any plan, for one target: returned, traced and compiled when asked for.
 
     Attributes:
-      compiled: Reports by plan.
+      compiled: The reports of compiled plans, by plan.
     """
 
     def __init__(
@@ -64,9 +62,9 @@ class Steps:
         """Takes a user's function.
 
         Args:
-          step_for: As for `jaxckpt.fit`.
-          target: What is compiled for.
-          report_of: Compiles the step of a plan, where `measure` is not to do it.
+          step_for: `step_for(plan)` returns a step, as for `jaxckpt.fit`.
+          target: The chip to compile for.
+          report_of: Compiles the step of a plan; None to compile by `measure`.
         """
         if not callable(step_for):
             raise ValueError(
@@ -91,9 +89,9 @@ class Steps:
         return cls(step_for, target, report_of)
 
     def apart(self, plans: Iterable[Plan | PlanSet] = ()) -> "Steps":
-        """Returns the same steps of which some plans are compiled and no others.
+        """Returns the same steps with only some plans counted as compiled.
 
-        What any of them compiles is compiled once for all.
+        All of them share one store of reports, so no plan is compiled twice.
         """
         made = copy.copy(self)
         made.compiled = {plan: self.report(plan) for plan in plans}
@@ -101,15 +99,14 @@ class Steps:
         return made
 
     def watched(self, watch: Callable[[Plan | PlanSet, MemoryReport | None, float], None]):
-        """Has `watch(plan, report, seconds)` called before (without a report) and after a plan is
-        compiled."""
+        """Calls `watch(plan, report, seconds)` before (with None as report) and after compiling."""
         self._watch = watch
 
     def step(self, plan: Plan | PlanSet) -> Step:
         """Returns the step of a plan.
 
         Raises:
-          ValueError: `step_for` returned something else.
+          ValueError: `step_for` returned something of another form.
         """
         made = self._step_for(plan)
         if not isinstance(made, tuple | list) or len(made) not in (2, 3) or not callable(made[0]):
@@ -127,13 +124,13 @@ class Steps:
         return Step(fn=fn, args=tuple(args), options=options)
 
     def num_devices(self, plan: Plan | PlanSet) -> int:
-        """Returns the devices that the arguments of a plan's step are spread over."""
+        """Returns the number of devices that the arguments of a plan's step are spread over."""
         args = jax.tree.leaves(self.step(plan).args)
         meshes = [getattr(getattr(leaf, "sharding", None), "mesh", None) for leaf in args]
         return max((mesh.size for mesh in meshes if mesh is not None), default=1)
 
     def trace(self, plan: Plan | PlanSet) -> Trace:
-        """Returns a plan's step as it is traced.
+        """Returns the trace of a plan's step.
 
         Raises:
           ValueError: The step cannot run under the plan.
@@ -150,7 +147,7 @@ class Steps:
         return self._traced[plan]
 
     def report(self, plan: Plan | PlanSet) -> MemoryReport:
-        """Returns the memory of a plan's compiled step."""
+        """Returns the memory report of a plan's step, compiled unless it has been."""
         if plan not in self.compiled:
             watch, started = self._watch or (lambda *_: None), time.perf_counter()
             watch(plan, None, 0.0)
@@ -159,10 +156,10 @@ class Steps:
         return self.compiled[plan]
 
     def _measured(self, plan: Plan | PlanSet) -> MemoryReport:
-        """Returns a report by `measure`.
+        """Returns a report by `measure`, or from disk if the program was compiled before.
 
-        What was compiled before is read from disk: `measure` does so for absent chips, and here
-        it is done for the chip of this process.
+        `measure` itself reads reports of absent chips from disk; here this is done for the chip of
+        this process.
         """
         step = self.step(plan)
         measured = lambda: measure(step.fn, *step.args, target=self._target, **step.options)
@@ -171,13 +168,13 @@ class Steps:
     def kept(
         self, plan: Plan | PlanSet, made: Callable[[], MemoryReport], **parts: Any
     ) -> MemoryReport:
-        """Returns the report of a plan's step from disk, where it is made if it is not there.
+        """Returns the report of a plan's step from disk; if it is missing, makes and writes it.
 
         Args:
           plan: The plan.
-          made: Compiles its step.
-          **parts: What the report depends on beside the program, the target and what `cache.key`
-            and `cache.here` know of, as JSON values.
+          made: Compiles the step and returns its report.
+          **parts: JSON values that the report depends on, beside the program, the target and the
+            values that `cache.key` and `cache.here` add.
         """
         fn, args, options = self.step(plan)
         program, args = jitted(fn, args, **options)
@@ -199,7 +196,7 @@ class Steps:
 
 
 def _devices(args: Sequence) -> list[list[int]]:
-    """Returns the devices of arguments' meshes, in order: a program's text has their number."""
+    """Returns the ids of the devices of the arguments' meshes; a program's text has no ids."""
     leaves = jax.tree.leaves(tuple(args))
     meshes = {getattr(getattr(leaf, "sharding", None), "mesh", None) for leaf in leaves}
     ids = {tuple(one.id for one in mesh.devices.flat) for mesh in meshes if isinstance(mesh, Mesh)}
@@ -212,7 +209,7 @@ def is_same_program(one: Trace, other: Trace) -> bool:
 
 
 def program_text(jaxpr) -> str:
-    """Returns a jaxpr as text that is the same each time it is traced."""
+    """Returns a jaxpr as text, equal for equal programs."""
     return _ADDRESS.sub("", str(jaxpr))
 
 
@@ -222,7 +219,7 @@ _FULL, _NONE = Plan.parse("full"), Plan.parse("none")
 def check_blocks(
     blocks: Sequence | Mapping[str, Sequence] | None, num_blocks: int | Mapping[str, int]
 ):
-    """Raises `ValueError` for blocks of several stacks that are not one for each name."""
+    """Raises `ValueError` if blocks of several stacks are given, but not one for each name."""
     if blocks is None or not isinstance(num_blocks, Mapping):
         return
     names = ", ".join(map(repr, num_blocks))
@@ -238,7 +235,7 @@ def check_blocks(
 
 
 def everywhere(num_blocks: int | Mapping[str, int], plan: str) -> Plan | PlanSet:
-    """Returns a plan of all blocks, as `step_for` takes it."""
+    """Returns one plan for all blocks, in the form that `step_for` takes."""
     is_named = isinstance(num_blocks, Mapping)
     return PlanSet.same(num_blocks, plan) if is_named else Plan.parse(plan)
 
@@ -248,15 +245,15 @@ def find_stacks(
     num_blocks: int | Mapping[str, int],
     blocks: Sequence | Mapping[str, Sequence] | None = None,
 ) -> dict[str, list[Stack]]:
-    """Returns the stacks that follow each plan by its name, `""` where there is one plan.
+    """Returns the stacks that follow each plan.
 
     Args:
-      steps: Of the plans.
-      num_blocks: Of each stack.
-      blocks: As for `jaxckpt.fit`, in the order in which they run.
+      steps: Returns and traces the step of a plan.
+      num_blocks: The number of blocks of each stack, or a number by name.
+      blocks: `(block, params_i, carry, *consts)`, or one by name; None to trace for stacks.
 
     Returns:
-      Names in the order in which their stacks first run.
+      Lists of stacks by name, in the order in which they first run; the name is `""` for one plan.
 
     Raises:
       ValueError: The step does not trace, no stack follows a plan, or one has another number of

@@ -1,8 +1,7 @@
 """The process that plans for a chip that is not there: `python -m jaxckpt.planner.worker FOLDER`.
 
-It is started by `jobs.py` as `jaxckpt.memory.worker` is, and compiles every plan that it looks
-at itself: the target's topology is up, so the step can be traced. It is not meant to be run by
-hand.
+`absent/jobs.py` starts it, as it starts `jaxckpt.memory.worker`. It traces and compiles every plan
+itself, because the target's topology exists only in this process. Not to be run by hand.
 """
 
 import dataclasses
@@ -27,7 +26,7 @@ from jaxckpt.targets.target import parse_target
 
 
 def main(folder: Path):
-    """Plans what a folder's job asks for."""
+    """Plans the job of a folder and writes its answer there."""
     with (folder / launch.PROGRESS).open("w") as lines:
 
         def progress(one: Compilation):

@@ -1,8 +1,8 @@
-"""What users hand to the adapters: a class of blocks, a call's values, and how a result is parted.
+"""Arguments of the adapters: arrays parted from Python values, the carry from a block's result.
 
-`jit`, `scan` and `checkpoint` turn every number they are handed into a traced array, and then
-`if train:` fails inside. The adapters hand arrays over and leave Python values (`True`, `"gelu"`,
-a function) as they are.
+`jit`, `scan` and `checkpoint` turn every number they get into a traced array, and then `if train:`
+fails inside. The adapters pass arrays on and leave Python values (`True`, `"gelu"`, a function) as
+they are.
 """
 
 import functools
@@ -17,9 +17,9 @@ from jaxckpt.plans.errors import shown
 
 
 def apart(tree) -> tuple[list, Callable[[Sequence], Any]]:
-    """Returns the arrays of a pytree, and `merge(arrays)`, which returns the tree with others.
+    """Returns the arrays of a pytree, and `merge(arrays)`, which puts other arrays in their places.
 
-    A Python number stays one: it is as weakly typed in the block as in a loop without remat.
+    Python numbers stay Python numbers: as weakly typed in the block as in a loop without remat.
     """
     leaves, structure = jax.tree.flatten(tree)
     places = [place for place, leaf in enumerate(leaves) if _is_array(leaf)]
@@ -34,15 +34,15 @@ def apart(tree) -> tuple[list, Callable[[Sequence], Any]]:
 
 
 def part(result, out) -> tuple[Any, Any]:
-    """Returns the carry of a block's result, and the rest, which has None in its place.
+    """Returns the carry of a block's result, and the result with None in the carry's place.
 
     Args:
       result: What a block returned.
-      out: None where that is the carry; its index or key in the result; or a function from the
-        result to the carry, which leaves no rest.
+      out: None if the result is the carry; the carry's index or key in the result; or a function
+        from the result to the carry, which leaves no rest.
 
     Raises:
-      ValueError: The result has nothing there.
+      ValueError: The result has no such index or key.
     """
     if out is None:
         return result, None
@@ -59,7 +59,7 @@ def part(result, out) -> tuple[Any, Any]:
 
 
 def put(carry, rest, out):
-    """Returns a result with a carry in its place, from the rest of `part`."""
+    """Returns a result with a carry put back in its place; `rest` is what `part` returned."""
     if out is None or callable(out):
         return carry
     if isinstance(rest, dict):
@@ -70,13 +70,13 @@ def put(carry, rest, out):
 
 
 def check_class(block, module: type, taker: str, *, takes_functions: bool = False):
-    """Raises `ValueError` for a block that is a module rather than what makes one.
+    """Raises `ValueError` unless a block is a class of modules.
 
     Args:
-      block: What the user gave for it.
-      module: The class of the library's modules.
-      taker: What takes the block, for the text.
-      takes_functions: Whether a function that returns a module will do.
+      block: The user's argument.
+      module: The base class of the library's modules.
+      taker: The name of the function that takes the block, for the error's text.
+      takes_functions: Whether a function that returns a module is valid too.
     """
     if isinstance(block, module):
         raise ValueError(

@@ -1,9 +1,9 @@
 """Recording a block: run it forward, keep its residuals as plain arrays, reverse it later.
 
-`jax.vjp` hands back a function whose leaves are the residuals. A `Recorder` traces it once and
-knows which of those leaves are a block's own (to be kept) and which are its parameters, the consts
-or constants, or casts, transposes and broadcasts of them (to be made again instead of copied once a
-block).
+`jax.vjp` returns a function whose leaves are the residuals. A `Recorder` traces it once and tells
+two sorts of leaves apart. Values of the block's own are kept. Parameters, consts, constants, and
+their casts, transposes and broadcasts are recomputed, because keeping them would copy them once for
+each block.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ class Moving:
     """Which leaves of a stack are differentiated; static where JAX expects arrays.
 
     Attributes:
-      params: Positions among the parameters.
-      carry: Positions among the carry's leaves whose gradients the caller asks for; the blocks
-        make those of all.
-      consts: Positions among the consts.
-      outputs: Positions among a block's outputs that have gradients; None for all inexact ones.
+      params: Their positions among the parameters.
+      carry: Positions of the first carry's leaves whose gradients the caller asks for. A block
+        differentiates its whole carry all the same.
+      consts: Their positions among the consts.
+      outputs: Positions of the block's outputs that have gradients; None for all inexact outputs.
     """
 
     params: tuple[int, ...]
@@ -39,14 +39,14 @@ class Moving:
 
     @classmethod
     def all_of(cls, params: Sequence, consts: Sequence) -> "Moving":
-        """Returns every parameter and const that can have a gradient."""
+        """Returns a `Moving` of every parameter and const that can have a gradient."""
         return cls(params=tuple(inexact(params)), carry=(), consts=tuple(inexact(consts)))
 
     @classmethod
     def of(
         cls, asked: Sequence[int], params: Sequence, carry: Sequence, consts: Sequence
     ) -> "Moving":
-        """Returns the leaves that are asked for, by their positions among all of them."""
+        """Returns a `Moving` of the positions `asked`, counted through all three groups."""
         starts = (0, len(params), len(params) + len(carry))
         groups = [
             tuple(place - start for place in asked if 0 <= place - start < len(group))
@@ -58,21 +58,20 @@ class Moving:
 def differentiate(
     call: Callable, carry: Sequence, params_i: Sequence, consts: Sequence, moving: Moving
 ):
-    """Runs a block under `jax.vjp` with respect to its carry and the leaves that are asked for.
+    """Runs a block under `jax.vjp` with respect to its carry and the `moving` leaves.
 
-    What is not differentiated leaves no residuals: not a rotary table's products, not the inputs
-    of frozen weights.
+    Leaves that are not differentiated need no residuals: a frozen weight does not keep its input.
 
     Args:
       call: `call(carry, params_i, consts) -> carry` over lists of leaves.
       carry: The block's input.
       params_i: The block's parameters.
       consts: What all blocks share.
-      moving: Which of the latter two are differentiated.
+      moving: Which leaves of `params_i` and `consts` are differentiated.
 
     Returns:
-      `(out, reverse)`: the block's output, and `reverse(grads)` from the gradients of its moving
-      leaves to those of the moving leaves of `carry`, `params_i` and `consts`.
+      `(out, reverse)`: the block's output, and a function from the gradients of its `moving`
+      outputs to the gradients of the inexact carry and of the moving parameters and consts.
     """
     groups = (carry, params_i, consts)
     places = [inexact(carry), moving.params, moving.consts]
@@ -96,14 +95,14 @@ class Recorder:
     """A block traced once, split into the run that keeps residuals and their reversal.
 
     Attributes:
-      run: From carry, parameters and consts to the output's and the residuals' leaves.
-      num_carry: Leaves of the carry.
-      num_out: Leaves of the block's output.
-      residual_tree: The structure of `jax.vjp`'s function.
-      sources: For each of its leaves, the position among the inputs it is read from again, 0 for a
-        constant, or None where it is kept.
-      again: For each of its leaves, the equations that make it again from there, one after another,
-        such as the cast of a float32 weight to bfloat16.
+      run: From the leaves of carry, parameters and consts to those of the output and the residuals.
+      num_carry: The number of leaves of the carry.
+      num_out: The number of leaves of the block's output.
+      residual_tree: The tree structure of `jax.vjp`'s function.
+      sources: For each residual, the position of the input that it is recomputed from; 0 for a
+        constant; None if the residual is kept.
+      again: For each residual, the equations that recompute it from its source, in order, such as
+        the cast of a float32 weight to bfloat16.
     """
 
     run: core.ClosedJaxpr
@@ -115,7 +114,7 @@ class Recorder:
 
     @classmethod
     def trace(cls, call: Callable, carry, params_i, consts, moving: Moving) -> "Recorder":
-        """Returns the recorder of a block; arguments as in `differentiate`, abstract ones too."""
+        """Returns the recorder of a block; takes `differentiate`'s arguments, or abstract ones."""
         trees = []
 
         def recorded(*groups):
@@ -150,7 +149,7 @@ class Recorder:
         )
 
     def empty(self, num_blocks: int) -> list[jax.Array]:
-        """Returns room for blocks' kept residuals, each leaf in the memory its policy says."""
+        """Returns zeros for the kept residuals of some blocks, each in its policy's memory."""
         residuals = self.run.out_avals[self.num_out :]
         return [
             zeros(num_blocks, aval)
@@ -166,7 +165,7 @@ class Recorder:
         return out, [leaf for leaf, source in pairs if source is None]
 
     def reverse(self, kept: Sequence, params_i: Sequence, consts: Sequence) -> Callable:
-        """Returns the block's `reverse`, rebuilt from its kept residuals."""
+        """Returns `differentiate`'s `reverse` of the block, rebuilt from its kept residuals."""
         fresh = iter(kept)
         shared: list[Any] = [None] * self.num_carry + [*params_i, *consts]
         leaves = []
@@ -182,12 +181,13 @@ class Recorder:
         return jax.tree.unflatten(self.residual_tree, leaves)
 
 
-# What is made again where it is read: it costs little and may be as large as a weight, or larger.
+# Equations that are recomputed where their result is read. They cost little, and what they return
+# may be larger than a weight.
 _CHEAP = (jaxprs.CAST, jaxprs.BROADCAST, *jaxprs.SHAPES)
 
 
 def _made_again(equation: core.JaxprEqn, shared: dict) -> tuple[int, tuple] | None:
-    """Returns `(input, equations)` if an equation makes a form of what is shared, else None."""
+    """Returns `(input, equations)` if an equation only recasts a shared input, else None."""
     if equation.primitive.name not in _CHEAP or len(equation.invars) > 1:
         return None
     (read,) = equation.invars

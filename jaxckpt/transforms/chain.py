@@ -2,9 +2,9 @@
 
     y = jaxckpt.chain([embed, *blocks, head], x, remat="uniform:3")
 
-A block is a function of the carry; the carry may change its shape from block to block, and what
-a block closes over (its parameters, say) gets gradients too. Every block is traced by itself, so
-tracing and compiling take time in proportion to their number.
+A block is a function of the carry. The carry may change its shape from block to block. What a block
+closes over (its parameters, say) gets gradients too. Every block is traced and compiled by itself,
+so both take time in proportion to the number of blocks.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,18 +38,18 @@ def chain(
     Args:
       blocks: Functions `carry -> carry`; shapes may change from one to the next.
       carry: The first block's input, any pytree of arrays.
-      remat: A plan or its text, or a schedule for as many blocks, such as what
-        `schedules.optimal_chain` plans under a budget, or a policy of `jax.checkpoint`. A name
-        counts as matched if any block has it.
-      nested: Runs a plan's schedules by nested `jax.checkpoint` instead of the executor. That
-        recomputes more and keeps more, but has forward-mode and higher derivatives.
+      remat: A plan or its text; or a schedule for `len(blocks)` blocks, such as
+        `schedules.optimal_chain` makes for a budget; or a policy of `jax.checkpoint`. A policy may
+        name any value that at least one block has.
+      nested: Runs a plan's schedules by nested `jax.checkpoint` instead of the executor. This
+        recomputes more and keeps more, but supports forward mode and higher derivatives.
 
     Returns:
       The last block's output; differentiable in `carry` and in what the blocks close over.
 
     Raises:
       PlanError: The plan does not parse, does not fit the blocks, or names what no block has.
-      ValueError: No blocks, or a schedule that is illegal or for another number of blocks.
+      ValueError: There are no blocks, or the schedule is illegal or for another number of blocks.
       NotImplementedError: `auto`, `binomial` or a schedule with `nested`, or a second derivative
         through the executor.
 
@@ -99,7 +99,7 @@ def _run(
     carry,
     consts,
 ) -> list:
-    """Returns the last block's output; the carry and each block's consts are lists of leaves."""
+    """Returns the leaves of the last block's output; takes lists of leaves."""
     calls = [block.call for block in blocks]
     if isinstance(plan, Schedule):
         return chain_executor.run_schedule(calls, carry, consts, plan)
@@ -119,7 +119,7 @@ def _run(
 
 
 def _tags_of(blocks: Sequence[TracedBlock], policies: Sequence[Policy]) -> tags.Tags:
-    """Returns the tags of all blocks together."""
+    """Returns the tags that at least one of the blocks has."""
     found = [value_names.offered(block.call, policies, *block.inputs) for block in blocks]
     names = lambda kind: dict.fromkeys(name for tags in found for name in getattr(tags, kind))
     return tags.Tags(

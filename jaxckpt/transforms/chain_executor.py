@@ -1,13 +1,13 @@
 """The schedule executor for different blocks: any legal schedule, action by action.
 
-Blocks that differ cannot share a loop, so the actions of a schedule are unrolled into the program:
-those up to the first `Reverse` are the forward pass, the rest the backward pass. What the first
-part leaves in slots and records is handed to the second. All of it stands under one custom VJP;
-only first-order reverse mode is supported.
+Blocks that differ cannot share a loop, so the actions of a schedule are unrolled into the program.
+The actions before the first `Reverse` are the forward pass, the rest are the backward pass. Slots
+and records at the end of the forward pass are the residuals. The whole chain has one custom
+gradient; only first-order reverse mode is supported.
 
-Blocks run again in the backward pass look the same to XLA as in the forward pass, and would be
-merged with them. Barriers that wait for the gradient keep them apart. XLA's CPU backend drops
-barriers before it merges (jax 0.10): there a chain is right, but saves less than its schedule says.
+XLA merges equal computations, and a recomputed block equals its forward pass. Barriers that wait
+for the gradient keep the two apart. XLA's CPU backend drops barriers before it merges (jax 0.10):
+there a chain's gradients are right, but it saves less memory than its schedule says.
 """
 
 import dataclasses
@@ -37,9 +37,10 @@ from jaxckpt.transforms.policies import checkpoint_policy, refuse_bad_offload
 
 
 def run_stage(calls: Sequence[Callable], carry, consts, stage: Stage) -> list:
-    """Returns the carry after a bound stage that has a schedule; see `run_schedule`."""
+    """Returns the carry after a bound stage that the executor runs; see `run_schedule`."""
     kept = stage.inner_policies
-    # Its own barriers would only stand beside ours.
+    # The executor's barriers stand between blocks. This one keeps what a policy recomputes inside a
+    # block apart from its recording.
     wrap = functools.partial(jax.checkpoint, policy=checkpoint_policy(kept), prevent_cse=True)
     schedule = schedule_of(stage)
     assert schedule is not None, stage
@@ -67,9 +68,9 @@ def run_schedule(
     Args:
       calls: L functions `call(carry, (), consts) -> carry` over lists of leaves.
       carry: The first block's input.
-      consts: What each block reads beside its carry.
-      schedule: Legal, for L blocks.
-      checkpoint: How a block is wrapped before it is recorded, or None.
+      consts: For each block, the leaves that it reads beside its carry.
+      schedule: A legal schedule for L blocks.
+      checkpoint: Wraps a block before it is recorded; None if it is recorded as it is.
       offload: Slots live in pinned host memory.
 
     Returns:
@@ -91,9 +92,9 @@ class _Held:
     """What a walk over actions holds at one moment.
 
     Attributes:
-      carry: The current carry.
-      slots: Stored carries.
-      records: For each recorded block, its reversal: a pytree of its residuals.
+      carry: The input of the next block to run.
+      slots: The stored carries by slot.
+      records: For each recorded block, its `reverse`: a pytree of its residuals.
       grad: The gradient of the output of the next block to reverse; None in the forward pass.
     """
 
@@ -118,11 +119,11 @@ class _Walk:
         return next(n for n, action in enumerate(self.actions) if isinstance(action, Reverse))
 
     def out_dim(self, place: int) -> int:
-        """Returns 0: an output of a batch has it first."""
+        """Returns 0: every output has its batch axis first."""
         return 0
 
     def batched(self, args: Sequence, dims: Sequence, axis) -> tuple["_Walk", Sequence]:
-        """Returns the walk over `jax.vmap` of every block, which has the batch first."""
+        """Returns the walk over `jax.vmap` of every block, whose carry has the batch first."""
         carry, consts = args
         rest = iter(dims)
         carry = [widened(x, dim, axis) for x, dim in zip(carry, rest, strict=False)]
@@ -141,7 +142,7 @@ class _Walk:
         return carry
 
     def forward(self, args, asked: Sequence[int]):
-        """Returns the output, and what the backward pass is handed."""
+        """Returns the output, and the residuals for the backward pass."""
         carry, consts = args
         moving, start = [], len(carry)
         for consts_i in consts:
@@ -197,20 +198,17 @@ class _Walk:
 
 
 def _after_gradient(held: _Held, consts_i: list) -> list:
-    """Makes a block of the backward pass wait for the gradient; returns its consts.
-
-    In the forward pass there is none to wait for.
-    """
+    """Makes a block of the backward pass wait for the gradient; returns its consts."""
     if held.grad is None:
         return consts_i
     held.carry, held.grad, made = _barrier((held.carry, held.grad, consts_i))
-    # Under shard_map a barrier makes all of its values varying; those that are not stay outside.
+    # Under shard_map a barrier makes all its values varying; unvarying consts stay outside it.
     is_same = lambda x, y: jax.typeof(x) == jax.typeof(y)
     return [x if is_same(x, y) else y for x, y in zip(made, consts_i, strict=True)]
 
 
 def _barrier(tree):
-    """Returns the tree behind one optimization barrier; key arrays by what they are made of."""
+    """Returns the tree behind one optimization barrier, which takes key arrays as raw data."""
     is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     data = jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
     wrap = lambda x, like: (

@@ -1,8 +1,8 @@
 """Schedules as nested `jax.checkpoint`: the simple reference for every way to run a stage.
 
-A schedule is a list of cuts, outermost first: the stage is cut into segments, each segment is a
-`jax.checkpoint` that keeps its input alone, and inside it the next cut does the same. A level
-costs one more forward pass of the stage, and all of JAX's transforms are supported.
+A schedule is a list of cuts, outermost first. A cut divides the stage into segments; each segment
+is a `jax.checkpoint` that keeps only its input, and the next cut divides it further. Every level
+recomputes the stage once more. All of JAX's transforms are supported.
 
 The same recursion runs over stacked parameters (`Stacked`, by `lax.scan`) and over a list of
 different blocks (`Listed`, by a Python loop).
@@ -36,8 +36,8 @@ class Remat:
     """How a function is checkpointed: what it keeps, and whether its input goes to the host.
 
     Attributes:
-      policies: The plan's.
-      given: The user's own policy, in their place.
+      policies: The policies of a plan's stage.
+      given: A policy that the user gave as a function; it replaces `policies`.
     """
 
     policies: tuple[Policy, ...] = ()
@@ -47,7 +47,7 @@ class Remat:
         """Returns `fn(carry, item)` under `jax.checkpoint`."""
         inner = fn
         if any(words.CARRY in policy.names for policy in self.policies):
-            # Only a tag at the start lets the saved input be the one on the host.
+            # JAX saves an input on the device; only a tagged copy of it can go to the host.
             inner = lambda carry, item: fn(tags.tag_reserved(carry, tags.CARRY), item)
         policy = self.given or checkpoint_policy(self.policies)
         return jax.checkpoint(inner, policy=policy, prevent_cse=prevent_cse)
@@ -58,12 +58,12 @@ class Stacked:
     """Blocks whose parameters are stacked on the leading axis of every leaf of `params`.
 
     Attributes:
-      params: Of these blocks, `[length, ...]`.
-      length: How many.
+      params: The parameters of these blocks, leaves `[length, ...]`.
+      length: The number of blocks.
       unroll: Blocks unrolled in one trip of a loop.
-      part_of: The parameters of the stack that these blocks are a part of, and the place of the
-        first of them in it; None where the blocks' own are read.
-      reverse: The last row's block is run first.
+      part_of: If the blocks read the parameters of a longer stack: these, and the row of the first
+        block; else None.
+      reverse: The block of the last row runs first.
     """
 
     params: Any
@@ -73,13 +73,13 @@ class Stacked:
     reverse: bool = False
 
     def fold(self, apply: Apply, carry, remat: Remat | None):
-        """Returns the carry after all blocks, each under `remat` if there is one, and the ys."""
+        """Returns the carry after all blocks and the ys; a `remat` wraps each block."""
         return self._scan(
             apply, carry, self.params, self.length, min(self.unroll, self.length), remat
         )
 
     def fold_segments(self, sizes: Sequence[int], run: Apply, carry, remat: Remat):
-        """Returns the carry after `run(carry, segment)` of each segment under `remat`, and ys."""
+        """Returns the carry and ys after `run(carry, segment)` of each segment under `remat`."""
         start, made = 0, []
         for size, equals in itertools.groupby(sizes):
             count = len(list(equals))
@@ -97,17 +97,17 @@ class Stacked:
         if remat is not None:
             if unroll > 1:
                 apply, items = rows.read_inside(apply, items, *(self.part_of or (items, 0)))
-            # A loop keeps the recomputation apart from the forward pass, so the barriers that
-            # do it elsewhere are left out; a loop of one trip is no loop once compiled.
+            # A loop keeps the recomputation apart from the forward pass without barriers. XLA
+            # unrolls a loop of one trip, which therefore needs them.
             apply = remat(apply, prevent_cse=unroll > 1 or length == 1)
         return lax.scan(apply, carry, items, length, self.reverse, unroll)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Listed:
-    """Different blocks, each what `apply` takes; they may close over traced values.
+    """Different blocks, in the form that `apply` takes; they may close over traced values.
 
-    They return nothing beside the carry.
+    They return the carry and no ys.
     """
 
     blocks: tuple[Any, ...]
@@ -118,13 +118,13 @@ class Listed:
         return len(self.blocks)
 
     def fold(self, apply: Apply, carry, remat: Remat | None):
-        """Returns the carry after all blocks, each under `remat` if there is one, and no ys."""
+        """Returns the carry after all blocks, and None for ys; a `remat` wraps each block."""
         for block in self.blocks:
             carry, _ = _closed(apply, block, remat)(carry)
         return carry, None
 
     def fold_segments(self, sizes: Sequence[int], run: Apply, carry, remat: Remat):
-        """Returns the carry after `run(carry, segment)` of each segment under `remat`, no ys."""
+        """Returns the carry after `run(carry, segment)` of each segment under `remat`, and None."""
         start = 0
         for size in sizes:
             segment = Listed(blocks=self.blocks[start : start + size])
@@ -140,14 +140,14 @@ def run_stage(
 
     Args:
       blocks: The stage's blocks.
-      apply: Runs one of them.
+      apply: `apply(carry, block) -> (carry, y)`, which runs one block.
       carry: The stage's input.
-      stage: Bound, with resolved policies.
-      given: The user's own policy, of a stage that is `full`.
+      stage: A bound stage, with resolved policies.
+      given: The user's own policy, for a stage that is `full`.
 
     Raises:
-      NotImplementedError: `binomial` and others that no nesting of `jax.checkpoint` expresses, or
-        `auto`, which a planner has to replace by a plan first.
+      NotImplementedError: The schedule is `auto`, which a planner must replace first, or one that
+        nested `jax.checkpoint` cannot express, such as `binomial`.
     """
     cuts, leaf = _CUTS.get(stage.schedule, _not_nested)(stage)
     if given is not None:
@@ -173,11 +173,11 @@ def _full(stage: Stage):
 
 def _uniform(stage: Stage):
     segments = stage.argument
-    assert segments is not None, stage  # both words have a number
+    assert segments is not None, stage  # `uniform` and `every` always have a number
     if stage.schedule == "every":
         segments = math.ceil(stage.bound_count / segments)
-    # The policies speak of the live segment's blocks; the carries that go to the host are the
-    # segments' inputs, which `run_stage` sees to.
+    # The policies apply to the blocks of the live segment. `offload:carry` applies to the inputs
+    # of segments; `run_stage` moves them.
     kept = stage.inner_policies
     leaf = Remat(policies=kept) if kept else None
     return (lambda length: segment_sizes(length, segments),), leaf
@@ -189,13 +189,13 @@ def _sqrt(stage: Stage):
 
 
 def _log(stage: Stage):
-    # Halving until segments have at most two blocks, whose inputs the leaves keep.
+    # Halved until segments have at most two blocks; these keep their inputs.
     halvings = max(0, stage.bound_count.bit_length() - 2)
     return (_halves,) * halvings, Remat()
 
 
 def _halves(length: int) -> tuple[int, ...]:
-    """Returns two equal halves and, of an odd length, one block: few distinct sizes to trace."""
+    """Returns two equal halves, and one block more if the length is odd: few sizes to trace."""
     if length < 2:
         return (1,) * length
     return (length // 2, length // 2, *(1,) * (length % 2))
@@ -229,7 +229,7 @@ def _cut(x, start: int, stop: int, size: int):
 
 
 def _closed(apply: Apply, item, remat: Remat | None) -> Callable:
-    """Returns `apply` on `item` as a function of the carry alone, under `remat` if there is one."""
+    """Returns `apply` on `item` as a function of the carry alone; a `remat` wraps it."""
     if remat is None:
         return lambda carry: apply(carry, item)
     checkpointed = remat(lambda carry, _: apply(carry, item), prevent_cse=True)

@@ -20,10 +20,10 @@ def stack_length(params, name: str = "params") -> int:
 
     Args:
       params: A pytree.
-      name: What the user calls it.
+      name: The user's name for it, for the error's text.
 
     Raises:
-      ValueError: No leaves, a scalar leaf, or leading sizes that differ (the leaves are named).
+      ValueError: There are no leaves, a leaf is a scalar, or leading sizes differ.
     """
     sizes = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -48,7 +48,7 @@ def steps_of(xs, length: int | None) -> int:
     """Returns the number of steps of a scan.
 
     Raises:
-      ValueError: It is not known, is no whole number, or is not that of the xs.
+      ValueError: `length` is no whole number, differs from the xs, or is missing without xs.
     """
     if length is not None and (isinstance(length, bool) or not hasattr(length, "__index__")):
         raise ValueError(f"length is a whole number of steps, not {shown(length)}")
@@ -65,7 +65,7 @@ def steps_of(xs, length: int | None) -> int:
 
 
 def check_unroll(unroll):
-    """Raises `ValueError` unless `unroll` is a number of blocks."""
+    """Raises `ValueError` unless `unroll` is a positive whole number."""
     if isinstance(unroll, bool) or not isinstance(unroll, int) or unroll < 1:
         raise ValueError(f"unroll is a whole number of blocks, at least 1, not {shown(unroll)}")
 
@@ -80,10 +80,10 @@ def check_pair(made):
 
 
 def check_stack(block, params, consts: tuple):
-    """Raises for what is no block, before it is traced.
+    """Raises if the arguments of a stack are in the wrong order, before anything is traced.
 
     Raises:
-      ValueError: Naming the order of arguments.
+      ValueError: `block` is no function, `params` is one, or a const is a plan.
     """
     if not callable(block):
         raise ValueError(
@@ -96,7 +96,7 @@ def check_stack(block, params, consts: tuple):
 
 
 def check_consts(consts: tuple):
-    """Raises `ValueError` for a plan that is given by its place."""
+    """Raises `ValueError` if a plan was given by position rather than as `remat=`."""
     for const in consts:
         if isinstance(const, str | Plan):
             raise ValueError(f"{str(const)!r} is no array; a plan is given as remat={str(const)!r}")
@@ -110,10 +110,10 @@ def _kind(value) -> str:
 
 @contextlib.contextmanager
 def lists_explained(params):
-    """A context in which a block that cannot read a list of layers is explained.
+    """A context that explains the error of a block whose `params` are a list of layers.
 
     Raises:
-      ValueError: An error was raised inside, and `params` is a list of trees that are alike.
+      ValueError: An error was raised inside, and `params` is a list of equal trees.
     """
     try:
         yield
@@ -135,11 +135,11 @@ def _shapes(tree) -> tuple:
 
 
 def check_carry(given, made):
-    """Raises if a block does not return what it was given.
+    """Raises if a block's output differs in type from its input.
 
     Args:
       given: The block's input, arrays or abstract.
-      made: Its output.
+      made: The block's output, arrays or abstract.
 
     Raises:
       ValueError: The structure, a shape or a dtype of the carry changes.
@@ -167,23 +167,24 @@ def check_carry(given, made):
 def check_rerun(
     block: TracedBlock, remat: Plan | Schedule, given: policies.GivenPolicy | None = None
 ):
-    """Raises if a block that is run again does what must happen once, or what JAX cannot keep.
+    """Raises if a block cannot be recomputed, or a policy keeps values that JAX cannot keep.
 
-    `jax.checkpoint` decides what may be repeated; it is asked before anything runs.
+    `jax.checkpoint` decides which effects may be repeated; it is asked before anything runs.
 
     Args:
       block: The block.
-      remat: What it runs under.
-      given: The user's own policy, in place of the plan's.
+      remat: The plan or schedule that it runs under.
+      given: The user's own policy, which replaces the plan's; None if the user gave none.
 
     Raises:
-      PlanError: Naming the step of the block, or the policy.
+      PlanError: The block has an effect that must happen once, or a complex value would be kept.
     """
     stages = remat.stages if isinstance(remat, Plan) else ()
     if stages and all(stage.schedule == "none" for stage in stages):
         return
     found = [e.primitive.name for e in jaxprs.equations(block.jaxpr) if e.effects]
-    # Only what the block does matters here, and not whether it has a derivative.
+    # The block's inputs are no longer differentiated: its effects are asked about, not whether it
+    # has a derivative.
     beside = lambda x, *inputs: (jnp.sin(x), block.call(*jax.lax.stop_gradient(inputs)))
     if found and _refusal(beside, 0.0, *block.inputs) is not None:
         raise PlanError(
@@ -215,7 +216,7 @@ def _avals(block: TracedBlock):
 
 
 def _refusal(fn: Callable, *args, policy: Callable | None = None) -> str | None:
-    """Returns why JAX refuses to differentiate `fn` under a checkpoint; None where it does not."""
+    """Returns why JAX refuses to differentiate `fn` under a checkpoint; None if it does not."""
     try:
         jaxprs.linearized(jax.checkpoint(fn, policy=policy), *args)
     except (NotImplementedError, TypeError, ValueError) as error:
@@ -227,9 +228,9 @@ def check_schedule(schedule: Schedule, num_blocks: int, nested: bool):
     """Raises unless a schedule given in place of a plan can be run over `num_blocks` blocks.
 
     Raises:
-      IllegalSchedule: An action of it is illegal where it stands.
-      ValueError: It is made for another number of blocks.
-      NotImplementedError: `nested`, which has no way to follow a schedule.
+      IllegalSchedule: An action is illegal in its place.
+      ValueError: The schedule is for another number of blocks.
+      NotImplementedError: `nested` is set, and nested `jax.checkpoint` cannot follow a schedule.
     """
     if schedule.num_blocks != num_blocks:
         raise ValueError(
@@ -239,7 +240,7 @@ def check_schedule(schedule: Schedule, num_blocks: int, nested: bool):
         raise NotImplementedError(
             f"{schedule.name} needs the schedule executor; nested=True runs plans, such as 'sqrt'"
         )
-    schedule.counts  # noqa: B018  replays it, and raises where it is illegal
+    schedule.counts  # noqa: B018  replays the schedule, and raises if it is illegal
 
 
 def check_policies(plan: Plan, offered: Callable[[Sequence[Policy]], tags.Tags]):
@@ -247,11 +248,11 @@ def check_policies(plan: Plan, offered: Callable[[Sequence[Policy]], tags.Tags])
 
     Args:
       plan: A plan.
-      offered: Called once with the plan's policies, and only if one names something, for the
-        block's tags; see `value_names.offered`.
+      offered: Called with the plan's policies, returns the block's tags; see
+        `value_names.offered`. It is called only if a policy names something.
 
     Raises:
-      PlanError: As `policies.check`, with the plan's text.
+      PlanError: See `policies.check`; the text begins with the plan.
     """
     if not any(policies.needs_tags(stage.policies) for stage in plan.stages):
         return

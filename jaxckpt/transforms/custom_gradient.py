@@ -1,17 +1,17 @@
-"""Functions with a gradient and a batching of their own: what the executors run blocks by.
+"""Functions with a gradient and a batching rule of their own, which the executors run blocks by.
 
     out = run_with_gradient(walk, carry, consts)     # a `Walk`: how blocks are run and reversed
 
-`jax.custom_vjp` would do but for two things. Under `jax.vmap` it makes a gradient for every example
-of what all examples share, and sums them afterwards; here the blocks themselves are batched. And
-forward mode through it, or a second reverse mode, ends in an error of JAX that names neither
-jaxckpt nor a plan that can; under `jit` it comes when nothing of ours is on the stack any more.
+`jax.custom_vjp` has two faults here. Under `jax.vmap` it makes one gradient per example for a const
+that all examples share, and sums them afterwards; here the blocks themselves are batched. And
+forward mode, or a second reverse mode, ends in an error of JAX that names neither jaxckpt nor a
+plan that works; under `jit` it is raised after jaxckpt has returned, so we could not reword it.
 
 So there are three primitives. `_RUN` runs, `_TRANSPOSED` can be transposed but not run, `_ONCE` can
-be run but not transposed. Forward mode over reverse mode (`jax.hessian`) passes them all.
+be run but not transposed. Forward mode over reverse mode (`jax.hessian`) passes all three.
 
-`reverse_only` brings the sentence to a function that `jax.custom_vjp` is enough for: its tangents
-go through `_REVERSED`, which can be transposed but not run, before they come to JAX's own error.
+`reverse_only` gives a `jax.custom_vjp` our error text for forward mode: its tangents pass through
+`_REVERSED`, which can be transposed but not run, before they reach JAX's own error.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ class Walk(Protocol):
         ...
 
     def forward(self, args: Sequence, asked: tuple[int, ...]) -> tuple[list, Any]:
-        """Returns the output, and what `backward` is handed: any pytree.
+        """Returns the output, and the residuals for `backward`, any pytree.
 
         Args:
           args: The arguments.
@@ -53,21 +53,21 @@ class Walk(Protocol):
         """Returns the gradients that are asked for.
 
         Args:
-          residuals: What `forward` returned.
-          grads: Of the output's inexact leaves; `ad.Zero` where the caller does not use one.
+          residuals: The second value that `forward` returned.
+          grads: Gradients of the output's inexact leaves; `ad.Zero` for an unused leaf.
         """
         ...
 
     def out_dim(self, place: int) -> int:
-        """Returns the axis that an output of `batched` has its batch in."""
+        """Returns the batch axis of the output at `place` of `batched`."""
         ...
 
     def batched(self, args: Sequence, dims: Sequence, axis) -> tuple["Walk", Sequence]:
-        """Returns how a batch is run, and its arguments.
+        """Returns the walk that runs a batch, and the arguments for it.
 
         Args:
           args: The arguments.
-          dims: Of each leaf the batched axis, or None where all examples share it.
+          dims: For each leaf, its batch axis; None for a leaf that all examples share.
           axis: The batch, as JAX describes it: its size and its names.
         """
         ...
@@ -91,25 +91,25 @@ def pick(leaves: Sequence, positions: Sequence[int]) -> list:
 
 
 def batched_call(call: Callable, in_axes, axis) -> Callable:
-    """Returns `jax.vmap` of a walk's call, with the names that the batch has outside."""
+    """Returns `jax.vmap` of a walk's call, under the axis names of the outer `jax.vmap`."""
     names = {"axis_name": axis.name, "spmd_axis_name": axis.spmd_name}
     return jax.vmap(call, in_axes, 0, axis_size=axis.size, **names)
 
 
 def moved(x, dim: int | None, to: int):
-    """Returns an array with its batched axis in another place; as it is if it has none."""
+    """Returns an array with its batch axis moved to `to`; unchanged if it has no batch axis."""
     return x if dim is None else jnp.moveaxis(x, dim, to)
 
 
 def widened(x, dim: int | None, axis):
-    """Returns an array with the batch first, on the mesh axes of the batch; a copy an example."""
+    """Returns an array with the batch axis first, on the batch's mesh axes; copied if unbatched."""
     if dim is None:
         return batching.broadcast(x, axis.size, 0, axis.explicit_mesh_axis)
     return moved(x, dim, 0)
 
 
 def instantiated(grads: Sequence) -> list:
-    """Returns the gradients, and arrays of zeros where the caller has no gradient."""
+    """Returns the gradients with arrays of zeros in place of `ad.Zero`."""
     zeros_of = lambda aval: zeros(1, aval)[0]
     return [zeros_of(g.aval) if isinstance(g, ad.Zero) else g for g in grads]
 
@@ -167,19 +167,19 @@ def _refuse_forward(*_, sentence: str = _NO_FORWARD_MODE, **__):
 
 
 def _transpose(cotangents, *args, count: int, backward: Callable, avals):
-    """Runs the backward pass. A leaf's gradient stands in the place of its tangent."""
+    """Runs the backward pass; returns each leaf's gradient in the place of its tangent."""
     made = backward(list(args[:count]), _with_types(cotangents, avals))
     return [*(None for _ in range(count)), *map(_once, made)]
 
 
 def _with_types(grads: Sequence, avals: Sequence) -> list:
-    """Returns gradients, of which the zeros have these types."""
+    """Returns the gradients with every `ad.Zero` made anew with its type in `avals`."""
     pairs = zip(grads, avals, strict=True)
     return [ad.Zero(aval) if isinstance(g, ad.Zero) else g for g, aval in pairs]
 
 
 def _batch_transposed(axis, args, dims, *, count: int, backward: Callable, avals):
-    """Batches the backward pass; a tangent that all examples share gets the sum of gradients."""
+    """Batches the backward pass; a tangent that all examples share gets the gradients' sum."""
 
     def batched(leaves, grads):
         one = lambda leaves, grads: backward(leaves, _with_types(grads, avals))
@@ -216,7 +216,7 @@ batching.primitive_batchers[_ONCE] = lambda args, dims: (_ONCE.bind(*args), dims
 
 @jax.custom_jvp
 def _once(x):
-    """Returns a gradient; a second reverse mode, which comes to it first, is refused."""
+    """Returns a gradient unchanged; a second reverse mode meets this first, and is refused."""
     return x
 
 
@@ -226,13 +226,13 @@ def _(primals, tangents):
 
 
 def reverse_only(x, sentence: str, *, at_once: bool = False):
-    """Returns an array whose forward mode by itself `sentence` refuses.
+    """Returns `x` unchanged; pure forward mode through it raises an error that says `sentence`.
 
     Args:
       x: An argument of a `jax.custom_vjp`.
-      sentence: What the error says.
-      at_once: Refuses any tangent of `x`: what is no argument, but computed in a forward pass, has
-        one in forward mode over reverse mode alone.
+      sentence: The error's text.
+      at_once: Refuses any tangent of `x`. A value computed in the forward pass, unlike an argument,
+        has a tangent only in forward mode over reverse mode.
     """
     return _REVERSE_ONLY.bind(x, sentence=sentence, at_once=at_once)
 
@@ -257,7 +257,8 @@ batching.primitive_batchers[_REVERSE_ONLY] = lambda args, dims, **static: (
 )
 
 
-# Reverse mode batches arguments and gradients, never a tangent that waits to be transposed.
+# `_REVERSED` has no batching rule: reverse mode batches arguments and gradients, but never a
+# tangent that waits to be transposed.
 _REVERSED = core.Primitive("jaxckpt_reversed")
 _REVERSED.def_abstract_eval(lambda x, **_: x)
 _REVERSED.def_impl(_refuse_forward)

@@ -1,11 +1,11 @@
-"""Reading jaxprs: every equation of a function, those inside its calls and loops too.
+"""Reading jaxprs: the names of JAX's primitives, every equation of a function, trips of loops.
 
-The table of JAX's primitives is here, each by all the names that it had. JAX promises none of them,
-so no other file spells one, and `tests/test_canary.py` looks up what each JAX binds.
+The table lists each primitive under all names that it has had. JAX promises none of them, so no
+other file spells one, and `tests/test_canary.py` checks the names on every JAX of the gate.
 
-Trips of loops are read here too. The executor's loops read their bounds from a table, so a jaxpr
-shows a `while` without a count. The executor knows the totals; it writes them into the name stack,
-where a FLOP counter finds them (`trips`).
+The executor's loops read their bounds from a table, so a jaxpr shows a `while` without a count. The
+executor knows the totals and writes them into the name stack, where a FLOP counter finds them
+(`trips`).
 """
 
 import fractions
@@ -21,7 +21,7 @@ REMATS = ("remat", "remat2", "checkpoint")
 CUSTOM_JVPS = ("custom_jvp_call",)
 CUSTOM_VJPS = ("custom_vjp_call", "custom_vjp_call_jaxpr")
 CUSTOM_VMAPS = ("custom_vmap_call",)
-SCHEDULE = "jaxckpt_run"  # our own: blocks that an executor runs
+SCHEDULE = "jaxckpt_run"  # jaxckpt's own: blocks that an executor runs
 CALLS = frozenset((*JITS, *REMATS, *CUSTOM_JVPS, *CUSTOM_VJPS, *CUSTOM_VMAPS, SCHEDULE))
 
 # Loops, branches, maps over devices, kernels.
@@ -33,9 +33,9 @@ CUDNN_FP8_FORWARD = "dot_product_attention_fp8_fwd_wrapper"
 CUDNN_FP8_BACKWARD = "dot_product_attention_fp8_bwd_wrapper"
 CUDNN = (CUDNN_FORWARD, CUDNN_BACKWARD, CUDNN_FP8_FORWARD, CUDNN_FP8_BACKWARD)
 
-# What returns its input: a tag, a copy, a move to another memory, a rounding, a cast.
+# Primitives that return their input: a tag, a copy, a move to another memory, a rounding, a cast.
 TAG, PUT, ROUND, CAST = "name", "device_put", "reduce_precision", "convert_element_type"
-REVERSE_ONLY = "jaxckpt_reverse_only"  # our own
+REVERSE_ONLY = "jaxckpt_reverse_only"  # jaxckpt's own
 COPIES = ("copy", "copy_p", REVERSE_ONLY)
 BARRIER = "optimization_barrier"
 PLACEMENTS = ("pvary", "pcast", "sharding_constraint")
@@ -46,8 +46,8 @@ SHAPES = ("reshape", "squeeze", "expand_dims", "transpose")
 SLICES = frozenset(("slice", "dynamic_slice", "gather", "split"))
 JOINS = frozenset(("concatenate", "stack", "pad"))
 UPDATE = "dynamic_update_slice"
-SCATTERS = "scatter"  # names that begin so
-REDUCTIONS = ("reduce", "arg")  # names that begin so, but for `ROUND`
+SCATTERS = "scatter"  # a prefix of names
+REDUCTIONS = ("reduce", "arg")  # prefixes of names; `ROUND` begins so too, but reduces nothing
 CUMULATIVE = ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
 SORTS = ("sort", "top_k", "fft")
 
@@ -56,7 +56,7 @@ ALL_REDUCES = ("psum", "psum2", "psum_invariant", "pmax", "pmin")
 GATHERS = ("all_gather", "all_gather_invariant", "reduce_scatter", "psum_scatter")
 EXCHANGES = ("all_to_all", "ragged_all_to_all", "ppermute", "pbroadcast")
 
-# Their derivative is a function of what they return.
+# Primitives whose derivative is a function of their result.
 RULES_READ_RESULT = frozenset(
     (
         *("tanh", "logistic", "exp", "exp2", "expm1", "sqrt", "rsqrt", "cbrt", "tan", "erf_inv"),
@@ -69,8 +69,8 @@ SELECT, INTEGER_POWER = "select_n", "integer_pow"
 def linearized(fn: Callable, *args) -> core.ClosedJaxpr:
     """Returns the jaxpr of `fn`'s forward pass as reverse-mode differentiation runs it.
 
-    The plain jaxpr hides what a `jax.custom_vjp` does in its forward rule (tags and kernels among
-    it); under `jax.vjp` that rule is what is traced. Nothing is computed.
+    The plain jaxpr of a `jax.custom_vjp` hides its forward rule, and with it tags and kernels;
+    under `jax.vjp` the rule itself is traced. Nothing is computed.
 
     Args:
       fn: A function of pytrees of arrays.
@@ -80,7 +80,7 @@ def linearized(fn: Callable, *args) -> core.ClosedJaxpr:
 
 
 def equations(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> Iterator[core.JaxprEqn]:
-    """Yields every equation, outer ones first, then those of the jaxprs in its parameters."""
+    """Yields every equation, each followed by the equations of the jaxprs in its parameters."""
     if isinstance(jaxpr, core.ClosedJaxpr):
         jaxpr = jaxpr.jaxpr
     for equation in jaxpr.eqns:
@@ -90,7 +90,7 @@ def equations(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> Iterator[core.JaxprEqn]:
 
 
 def subjaxprs(equation: core.JaxprEqn) -> Iterator[core.ClosedJaxpr | core.Jaxpr]:
-    """Yields the jaxprs in an equation's parameters: a loop's body, a call's, a cond's branches."""
+    """Yields the jaxprs in an equation's parameters: a loop's or call's body, a cond's branches."""
     for value in equation.params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, core.ClosedJaxpr | core.Jaxpr):
@@ -103,22 +103,22 @@ _OF_LOOP = re.compile(_PATTERN.pattern + "/while$")
 
 
 def trips(total: int, runs: int):
-    """Returns a context in which one loop is made that makes `total` trips in `runs` runs."""
+    """Returns a context for making one loop, which makes `total` trips in `runs` runs."""
     return jax.named_scope(f"{_PREFIX}{total}_of_{max(runs, 1)}")
 
 
 def mean_trips(equation: core.JaxprEqn) -> fractions.Fraction:
-    """Returns the trips of a `while` in one run of it, on average; 1 where nobody said."""
+    """Returns the mean trips of one run of a `while`; 1 if the loop was made outside `trips`."""
     found = _PATTERN.findall(str(equation.source_info.name_stack))
     return fractions.Fraction(*map(int, found[-1])) if found else fractions.Fraction(1)
 
 
 def says_trips(op_name: str) -> bool:
-    """Returns whether the name of a compiled loop says its own trips, in whatever form."""
+    """Returns whether a compiled loop was made inside `trips`, by its operation's name."""
     return any(_PREFIX in part for part in op_name.split("/")[-2:])
 
 
 def trips_of_name(op_name: str) -> fractions.Fraction | None:
-    """Returns the same of a compiled loop, by its operation's name; None where nobody said."""
+    """Returns the mean trips of a compiled loop by its operation's name; None if it has none."""
     found = _OF_LOOP.search(op_name)
     return fractions.Fraction(*map(int, found.groups())) if found else None

@@ -2,10 +2,10 @@
 
     x = jaxckpt.run(model.layers, lambda layer, x, mask: layer(x, mask), x, mask, remat="sqrt")
 
-A model that somebody else wrote has a list of layers, with a checkpoint and an optimizer's state
-that were made for it. The list stays as it is. Equal layers are stacked inside the step and run by
-one loop, and their gradients come back in a list. The stack is a copy of the layers' parameters,
-and its gradients are another; a stack of parameters (`scan_blocks`) has neither.
+For a model whose list of layers, checkpoints and optimizer state must stay as they are. Equal
+layers are stacked inside the step and run by one loop, and their gradients come back in a list. The
+stack is a copy of the layers' parameters, and its gradients are a second copy; parameters that are
+stacked already (`scan_blocks`) need neither.
 """
 
 import dataclasses
@@ -41,27 +41,28 @@ def run(
     Args:
       layers: Pytrees of one structure, of equal shapes and equal Python values: Equinox modules,
         dataclasses of arrays, dicts.
-      apply: `apply(layer, carry, *consts, **each_i)`, pure; what it returns has the carry's
-        structure, shapes and dtypes, or has it where `out` says.
+      apply: `apply(layer, carry, *consts, **each_i)`, pure. It returns a carry of the same
+        structure, shapes and dtypes, or a result that holds the carry at `out`.
       carry: The first layer's input, any pytree of arrays.
       *consts: Handed to every layer; arrays get gradients, Python values stay what they are.
-      each: What differs from layer to layer beside the layer, by keyword: pytrees of `[L, ...]`,
-        such as `{"key": jax.random.split(key, L)}`.
-      out: Where the carry is in what `apply` returns: an index, a key, or a function. The rest of a
-        tuple or dict comes back stacked, `[L, ...]`.
-      ignore: Names of attributes that may differ between equal layers, such as `"layer_idx"`; every
-        layer is run with the first one's.
+      each: Keyword arguments that differ from layer to layer: pytrees of `[L, ...]`, such as
+        `{"key": jax.random.split(key, L)}`.
+      out: The place of the carry in the result of `apply`: an index, a key, or a function. The rest
+        of a tuple or dict comes back stacked, `[L, ...]`. None if the result is the carry.
+      ignore: Names of attributes that may differ between layers, such as `"layer_idx"`; every layer
+        runs with the first layer's value.
       remat: A plan or its text, a schedule for L blocks, or a policy of `jax.checkpoint`.
-      unroll: Layers unrolled in one trip of the loop. With L or more there is no loop and no copy
-        of the parameters, where `out` is None.
+      unroll: Layers unrolled in one trip of the loop. With L or more, and `out` None, there is no
+        loop and no copy of the parameters.
 
     Returns:
-      The last layer's carry; with `out`, what `apply` returns, its rest stacked.
+      The last layer's carry; with `out`, the result of `apply`, its rest stacked.
 
     Raises:
-      PlanError: As `jaxckpt.scan_blocks`.
-      ValueError: No layers, layers that differ (what differs is named), an `each` of another
-        length, an `out` that is not there, or an `apply` that changes the carry.
+      PlanError: The plan does not parse, does not fit L layers, or names what no layer has.
+      ValueError: There are no layers, layers differ (the error names the difference), `each` has
+        another length, `out` is not in the result, or `apply` changes the carry.
+      NotImplementedError: `auto`, or a second derivative through the executor.
 
     Example:
       >>> import equinox as eqx, jax, jax.numpy as jnp, jaxckpt
@@ -105,7 +106,7 @@ def run(
 
 
 def _check_alike(layers: list, ignore: tuple[str, ...]):
-    """Raises `ValueError` naming the first thing that differs between two layers."""
+    """Raises `ValueError` that names the first difference between two layers."""
     for place, layer in enumerate(layers[1:], start=1):
         for path, name, first, other in _differences(layers[0], layer):
             if name not in ignore:
@@ -117,9 +118,9 @@ def _check_alike(layers: list, ignore: tuple[str, ...]):
 
 
 def _differences(first, other, path: str = "", name: str = "") -> Iterator[tuple]:
-    """Yields `(path, name, first, other)` of what differs, values shown shortly.
+    """Yields `(path, name, first, other)` for each difference, with both values as short text.
 
-    Arrays that differ have no name: they are stacked, and cannot be ignored.
+    The name is empty if a value is an array: arrays are stacked, so `ignore` cannot apply.
     """
     name = "" if _is_array(first) or _is_array(other) else name
     if type(first) is not type(other):

@@ -1,11 +1,11 @@
-"""Watching stacks: who wants to know which blocks a function runs is told while it is traced.
+"""Watching stacks: an observer is told of every stack that a function runs while it is traced.
 
     with observed(watch):
         jax.make_jaxpr(train_step)(state, batch)
 
-A planner learns a step's blocks this way, however deep inside a model they are run. A part of a
-step may be traced more than once, or once for several places. So a watcher gets to mark the stack's
-input: what the jaxpr has in the end is what runs.
+A planner finds a step's blocks this way, however deep inside a model they run. A part of a step may
+be traced more than once, or once for several places. So an observer may mark the stack's input: the
+marks in the final jaxpr tell which stacks run.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ from jaxckpt.transforms.traced_block import TracedBlock
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StackCall:
-    """One call of `scan_blocks`, as it was made: its arrays may be tracers of the caller.
+    """One call of `scan_blocks`; its arrays may be tracers of the caller.
 
     Attributes:
-      block: The block, traced, without the leaves of its carry that it hands on.
+      block: The traced block, without the carry's leaves that it returns unchanged.
       params: Leaves `[L, ...]`.
       carry: The leaves of the first block's input.
-      remat: What was asked for.
-      num_blocks: L.
+      remat: The plan, schedule or policy that was asked for.
+      num_blocks: The number of blocks, L.
       unroll: Blocks unrolled in one trip.
     """
 
@@ -44,7 +44,7 @@ class StackCall:
     unroll: int
 
 
-# Returns the carry to go on with: the call's own, or the same under a mark.
+# Returns the carry to go on with: the call's own, marked or not.
 Observer = Callable[[StackCall], list]
 
 _OBSERVER: contextvars.ContextVar[Observer | None] = contextvars.ContextVar(
@@ -55,11 +55,11 @@ _COUNT = itertools.count()
 
 @contextlib.contextmanager
 def observed(observer: Observer | None) -> Iterator[None]:
-    """A context in which every `scan_blocks` calls `observer`; None stops an outer one's view."""
+    """A context in which `scan_blocks` calls `observer`; None hides the calls from an outer one."""
     token = _OBSERVER.set(observer)
     try:
-        # Inner functions under `jax.jit` that were traced before would be taken from JAX's cache,
-        # unseen; its key has these metadata. They go no further than the jaxpr.
+        # An inner `jax.jit` that was traced before would come from JAX's cache, unseen. These
+        # metadata are part of the cache's key; they go no further than the jaxpr.
         with set_xla_metadata(jaxckpt_observed=str(next(_COUNT))):
             yield
     finally:

@@ -1,11 +1,11 @@
 """How a plan's policies become a JAX policy: the one callable that `jax.checkpoint` asks.
 
-A policy is asked `policy(primitive, *avals, **params)` and answers whether the equation's outputs
-are saved, moved to the host or recomputed. Ours are made from JAX's public factories and cached,
-because JAX compares policies by identity and would trace anew for each new object.
+A policy is called as `policy(primitive, *avals, **params)` and answers whether the equation's
+outputs are saved, moved to the host or recomputed. Ours are made from JAX's public factories and
+cached, because JAX compares policies by identity and would trace again for each new object.
 
-`remat=` takes a policy of the user's as well. It is no plan: `plan_and_policy` hands it on beside
-the plan `full`, and it is asked in place of that plan's own.
+`remat=` takes a user's policy as well. `plan_and_policy` turns it into the plan `full` and the
+policy, which then replaces the policies of the plan.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from jaxckpt.plans.errors import nearest
 from jaxckpt.transforms import jaxprs, tags
 from jaxckpt.transforms.tags import Tags
 
-# JAX releases on which an offloaded residual of a scan comes back wrong, without an error.
+# Backends and JAX releases on which an offloaded residual of a scan is wrong, without an error.
 _BAD_OFFLOAD = {("gpu", "0.11.0"): "gradients of offloaded scan residuals are silently wrong"}
 
 _ANSWERS = (bool, type(ad_checkpoint.Recompute), type(ad_checkpoint.Saveable))
@@ -30,14 +30,14 @@ _ANSWERS = (bool, type(ad_checkpoint.Recompute), type(ad_checkpoint.Saveable))
 
 @dataclasses.dataclass(frozen=True)
 class GivenPolicy:
-    """A policy that the user gave as a function, asked as `jax.checkpoint` asks it.
+    """A policy that the user gave as a function; `jax.checkpoint` calls it through this.
 
     Attributes:
       function: `function(primitive, *avals, **params)`.
 
     Raises:
-      PlanError: A function that cannot be called so or has no hash, or, when it is asked, that
-        answers with what `jax.checkpoint` does not know.
+      PlanError: The function cannot be called so or has no hash; or, when it is asked, its answer
+        is nothing that `jax.checkpoint` knows.
     """
 
     function: Callable
@@ -50,7 +50,7 @@ class GivenPolicy:
             )
         try:
             signature = inspect.signature(self.function)
-        except ValueError:  # of C, without a signature
+        except ValueError:  # a function of C without a signature
             return
         try:
             signature.bind("primitive", "aval", "aval", a_param=0, another_param=0)
@@ -62,7 +62,7 @@ class GivenPolicy:
             ) from None
 
     def __call__(self, primitive, *avals, **params):
-        """Returns what the function answers, of what `jax.checkpoint` knows."""
+        """Returns the function's answer; raises unless `jax.checkpoint` knows it."""
         answer = self.function(primitive, *avals, **params)
         if isinstance(answer, ad_checkpoint.Offloadable):
             refuse_bad_offload()
@@ -78,10 +78,10 @@ class GivenPolicy:
 
 
 def plan_and_policy(remat: Any) -> tuple[Plan, GivenPolicy | None]:
-    """Returns the plan that `remat=` asks for, and the user's policy if that is what was given.
+    """Returns the plan that `remat=` asks for, and the user's policy, or None if it is a plan.
 
     Raises:
-      PlanError: What was given is neither text nor a plan nor a policy, or does not parse.
+      PlanError: `remat` is neither text nor a plan nor a policy, or does not parse.
     """
     if isinstance(remat, str | Plan) or not callable(remat):
         return as_plan(remat), None
@@ -92,7 +92,7 @@ _FULL = Plan.parse("full")
 
 
 def needs_tags(policies: Iterable[Policy]) -> bool:
-    """Returns whether `check` has to know what the block offers."""
+    """Returns whether `check` needs the block's tags."""
     return any(p.kind == "attention" or set(p.names) - {words.CARRY} for p in policies)
 
 
@@ -102,15 +102,15 @@ def all_of(plan: Plan) -> list[Policy]:
 
 
 def check(policies: Iterable[Policy], offered: Tags):
-    """Raises where a policy would silently do nothing, or two say different things.
+    """Raises if a policy would silently do nothing, or two policies contradict each other.
 
     Args:
       policies: A stage's policies.
-      offered: What the block offers, from `tags.tags_of`.
+      offered: The block's tags, from `tags.tags_of`.
 
     Raises:
-      PlanError: A name or glob that matches nothing, one value both kept and moved, or
-        `attention` for a block without a kernel that jaxckpt knows.
+      PlanError: A name or glob matches nothing, a value is both kept and moved, or `attention` is
+        asked of a block without a kernel that jaxckpt knows.
     """
     matched = {"names": set(), "offload": set()}
     for policy in policies:
@@ -147,13 +147,13 @@ def _matches(kind: str, pattern: str, offered: Tags) -> list[str]:
 
 @functools.cache
 def checkpoint_policy(policies: tuple[Policy, ...]) -> Callable | None:
-    """Returns the policy for `jax.checkpoint`, or None where nothing is kept.
+    """Returns the policy for `jax.checkpoint`; None if it would keep nothing.
 
-    A tagged value's own rule comes before `dots`: `dots+offload:q` moves q to the host although
-    it is a matmul's output.
+    A rule that names a value comes before `dots`: `dots+offload:q` moves q to the host although it
+    is a matmul's output.
 
     Raises:
-      PlanError: Offload on a JAX release known to return wrong gradients.
+      PlanError: Values would be moved on a JAX release known to return wrong gradients.
     """
     if not policies:
         return None
@@ -180,7 +180,7 @@ def checkpoint_policy(policies: tuple[Policy, ...]) -> Callable | None:
 
 
 def _matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
-    """Returns whether a tag matches; globs never match the reserved tags but invented ones."""
+    """Returns a matcher of tags; its globs match invented names, but no other reserved tags."""
     patterns = tuple(patterns)
 
     def matches(name: str) -> bool:
@@ -193,15 +193,15 @@ def _matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
 
 
 def bad_offload(backend: str) -> str | None:
-    """Returns why this JAX release is known to be wrong under offload on a backend, or None."""
+    """Returns the fault of this JAX release under offload on a backend; None if none is known."""
     return _BAD_OFFLOAD.get((backend, jax.__version__))
 
 
 def refuse_bad_offload():
-    """Raises on a JAX release and backend known to return wrong gradients under offload.
+    """Raises if this JAX release and backend are known to return wrong gradients under offload.
 
     Raises:
-      PlanError: With the reason.
+      PlanError: The release and backend are known to be wrong; the text says how.
     """
     reason = bad_offload(jax.default_backend())
     if reason:

@@ -1,24 +1,23 @@
 """Rows of stacked arrays: parameters that blocks read, slots for carries, stacked residuals.
 
-**Parameters.** A loop reads each block's row as it comes to it. Unrolled, the rows are values of
-the program: XLA finds that the backward pass reads the same ones and keeps every row of the forward
-pass until then, a second copy of all parameters. `read_inside` moves the reading into the
-checkpointed block, behind its barrier, so that a row is read when it is used, and again when the
-block is run again. So is what the block makes of its row alone, such as a cast to bfloat16.
+**Parameters.** A loop reads each block's row in turn. In an unrolled loop the rows are values of
+the program: XLA sees that the backward pass reads the same rows and keeps all of them from the
+forward pass on, a second copy of all parameters. `read_inside` moves the reading into the
+checkpointed block, behind its barrier, so that a row is read when it is used, and once more when
+the block is recomputed. A value made of the row alone, such as its cast, is recomputed too.
 
-**Slots** hold the carries that a schedule keeps, in arrays with a row a slot. A carry is a list of
-leaves, and so are its slots. What is in a slot before it is written is never read. On the host they
-are in pinned memory; a carry crosses the link when it is stored or loaded. Random keys stay on the
-device: JAX forgets where an array of them is.
+**Slots** hold the carries that a schedule keeps, in arrays with one row per slot. A carry is a list
+of leaves, and so are its slots. A slot is never read before it is written. On the host, slots are
+in pinned memory; a carry crosses the link when it is stored or loaded. Random keys stay on the
+device: JAX does not track the memory of key arrays.
 
-**Layout.** On a GPU a row of stacked residuals lies in memory as it is written. XLA chooses the
-layout of every array in a loop by the operations that read it. An attention kernel made of matmuls
-wants its operands transposed, and so XLA for GPUs transposes the whole stack of them at once before
-the loop that reads it: a second copy of what was kept, 9.6 GiB of 26 for Qwen3-0.6B's block at 7
-blocks of 32 x 1024 tokens. Rows pinned to the order they are written in are transposed one at a
-time instead.
+**Layout.** XLA chooses the layout of every array in a loop by the operations that read it. An
+attention kernel made of matmuls reads its operands transposed, so XLA for GPUs transposes their
+whole stack at once before the loop: a second copy of the kept residuals, 9.6 GiB of 26 for
+Qwen3-0.6B's block at 7 blocks of 32 x 1024 tokens. On a GPU `row_major` pins rows to the order in
+which they are written; then they are transposed one at a time.
 
-TPUs lay arrays out in tiles, and choose better without advice; CPUs copy nothing here.
+TPUs lay arrays out in tiles and choose better without a pin; CPUs copy nothing here.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,22 +42,22 @@ _NO_TANGENTS = (
 
 
 def reads_inside(remat: str | Plan | Schedule | Callable, unroll: int) -> bool:
-    """Returns whether every block of a stack is one that reads its own row."""
+    """Returns whether the blocks of a stack read their own rows: unrolled, and all `full`."""
     if unroll == 1 or isinstance(remat, Schedule):
         return False
     return all(stage.schedule == "full" for stage in plan_and_policy(remat)[0].stages)
 
 
 def read_inside(apply: Callable, items, whole, start: int):
-    """Returns `apply` of `(params_i, index)`, which reads the floating rows, and the items for it.
+    """Returns an `apply` that reads its own row, and its items: pairs of a row and its index.
 
     Args:
       apply: `(carry, params_i) -> carry`.
-      items: The parameters of the blocks that are run; their gradients go to the rows, as ever.
-      whole: Those of the stack that the blocks are a part of, so that no copy of a part is made.
-      start: The place of the first of the blocks in it.
+      items: The parameters of the blocks to run; gradients go to these.
+      whole: The parameters of the stack that holds these blocks, which avoids a copy of a part.
+      start: The row of the first of the blocks in `whole`.
     """
-    # The rows' values are not read, so they cost nothing: they are where the gradient goes.
+    # The values of `items` are never read, so they cost nothing; they only receive the gradients.
     stacked = jax.tree.map(lax.stop_gradient, whole)
 
     def reading(carry, item):
@@ -75,7 +74,7 @@ def _row(stacked, row, index):
 
 @jax.custom_jvp
 def _read(stacked, row, index):
-    """Returns `stacked[index]`, whose derivative is that of `row`."""
+    """Returns `stacked[index]`, differentiated as if it were `row`."""
     return lax.dynamic_index_in_dim(stacked, index, keepdims=False)
 
 
@@ -92,7 +91,7 @@ def empty(carry, count: int, *, on_host: bool) -> list:
 def store(slots, slot, carry, *, on_host: bool) -> list:
     """Returns the slots with a carry in one of them."""
     if on_host:
-        # JAX makes the tangents of slots on the device, whatever is stored there later.
+        # JAX would make the tangents of slots on the device, so forward mode is refused here.
         carry = [reverse_only(x, _NO_TANGENTS, at_once=True) for x in carry]
         carry = _moved(carry, jax.memory.Space.Host)
     return write(slots, slot, carry)
@@ -119,7 +118,8 @@ def _read_at(axis: int, x) -> Callable:
     read = lambda x, index: lax.dynamic_index_in_dim(x, index, axis, keepdims=False)
     if not _is_on_host(x):
         return read
-    # Batched, JAX's own is a gather, which takes no array on the host with an index that is not.
+    # JAX's batching rule makes a gather, which refuses an array on the host with an index on the
+    # device.
     read = custom_vmap(read)
 
     @read.def_vmap
@@ -153,12 +153,12 @@ def _is_on_host(x) -> bool:
 
 
 def _on_device(x, count: int):
-    # Copies of the input rather than zeros: right for key dtypes and for any sharding.
+    # Copies of the input rather than zeros: this works for keys and for any sharding.
     return lax.broadcast(x, (count,))
 
 
 def _on_host(x, count: int):
-    """Returns rows like `x` on the host; of keys and of nothing, where `_moved` leaves them."""
+    """Returns `count` rows like `x` on the host; rows of keys stay on the device."""
     if not x.size or _is_key(x):
         (rows,) = _moved([_on_device(x, count)], jax.memory.Space.Host)
         return rows
@@ -174,7 +174,7 @@ def _is_key(x) -> bool:
 
 
 def row_major(leaves: Sequence[jax.Array]) -> list[jax.Array]:
-    """Returns the same arrays; compiled for a GPU, last axis fastest."""
+    """Returns the same arrays; on a GPU their last axis is contiguous in memory."""
     pinned = lambda leaves: [_pin(leaf) for leaf in leaves]
     return lax.platform_dependent(list(leaves), cuda=pinned, rocm=pinned, default=lambda x: x)
 

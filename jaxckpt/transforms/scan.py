@@ -2,9 +2,9 @@
 
     carry, ys = jaxckpt.scan(f, init, xs, remat="sqrt")
 
-`f(carry, x) -> (carry, y)` is a step: of a loop over time, or a block of a stack (`scan_blocks`).
-The carries that a plan keeps are what the backward pass starts from. The ys are written once, where
-they belong; no plan keeps them with a carry, and a step that is run again does not make them.
+`f(carry, x) -> (carry, y)` is a step of a loop over time, or a block of a stack (`scan_blocks`).
+A plan says which carries are kept; the backward pass starts from them. The ys are written once, in
+the forward pass: no plan keeps them with a carry, and a recomputed step does not make them.
 """
 
 from collections.abc import Callable, Hashable
@@ -56,10 +56,10 @@ def scan(
       f: `f(carry, x) -> (carry, y)`, pure; the carry keeps its structure, shapes and dtypes. What
         it closes over gets gradients.
       init: The first carry, any pytree of arrays.
-      xs: A pytree whose leaves are `[length, ...]`, of any dtypes; None for none.
-      length: The number of steps; needed where there are no xs.
+      xs: A pytree whose leaves are `[length, ...]`, of any dtypes; None if the steps read no x.
+      length: The number of steps; needed if `xs` is None.
       reverse: Runs from the last x to the first, and writes the ys in the order of the xs.
-      unroll: Steps unrolled in one trip of the forward loop. A schedule's re-runs are not.
+      unroll: Steps unrolled in one trip of the forward loop. Recomputed steps are not unrolled.
       remat: A plan or its text, such as `"sqrt"`, `"binomial:16"` or `"uniform:8"`, a schedule for
         `length` steps, or a policy of `jax.checkpoint`.
 
@@ -68,8 +68,8 @@ def scan(
 
     Raises:
       PlanError: The plan does not parse, does not fit the steps, or names what no step has.
-      ValueError: `f` does not return a pair, changes its carry, or the length is not known or not
-        that of the xs; a bad `unroll` or schedule.
+      ValueError: `f` does not return a pair or changes its carry, the length is unknown or differs
+        from the leading size of `xs`, or `unroll` or the schedule is not valid.
       NotImplementedError: `auto`, or a second reverse mode through a schedule.
 
     Example:
@@ -99,19 +99,19 @@ def looped(
     reverse: bool = False,
     nested: bool = False,
 ):
-    """Returns `(carry, ys)` as `scan` does; what all loops are run by.
+    """Returns `(carry, ys)` as `scan` does; `scan`, `scan_blocks` and `run` all end here.
 
     Args:
       f: `f(carry, x, *consts) -> (carry, y)`.
-      init: As for `scan`.
-      xs: The same.
-      num_steps: L.
-      identities: Of the user's function, from `identity`.
+      init: The first carry, any pytree of arrays.
+      xs: A pytree whose leaves are `[num_steps, ...]`.
+      num_steps: The number of steps, L.
+      identities: What `identity` returns for the user's function.
       *consts: Handed to every step; they get gradients too.
-      remat: As for `scan`.
-      unroll: The same.
-      reverse: The same.
-      nested: As for `scan_blocks`.
+      remat: A plan or its text, a schedule for L steps, or a policy of `jax.checkpoint`.
+      unroll: Steps unrolled in one trip of the forward loop.
+      reverse: Runs from the last x to the first.
+      nested: Runs schedules by nested `jax.checkpoint` instead of the executor.
     """
     check_unroll(unroll)
     xs, carry, consts = as_arrays((xs, init, consts))
@@ -135,7 +135,7 @@ def looped(
     check_rerun(traced, remat, given)
     if isinstance(remat, Plan):
         check_policies(remat, lambda asked: value_names.offered(traced.call, asked, *traced.inputs))
-    # What every block hands on is kept once and not with every carry.
+    # Leaves that every block hands on unchanged become consts: kept once, not with every carry.
     leaves, tree = jax.tree.flatten(carry)
     held = [leaf for place, leaf in enumerate(leaves) if place not in traced.changed]
     changed = [leaves[place] for place in traced.changed]
@@ -179,7 +179,7 @@ def _run(
         return out[:num_carry], out[num_carry:]
 
     start = 0
-    # Where another stage keeps its rows, reading from the whole stack would keep that as well.
+    # If another stage keeps its rows, reading from the whole stack would keep the stack as well.
     reads_whole = rows.reads_inside(plan, unroll)
     for stage in plan.stages:
         stop = start + stage.bound_count
@@ -208,9 +208,9 @@ def _run(
 
 
 def as_returned(carry, made) -> tuple:
-    """Returns the carry with Python scalars in the dtype that a block returns, and if any changed.
+    """Returns the carry, its Python scalars cast to the dtypes of `made`, and whether any was cast.
 
-    As in `lax.scan`: a scalar has no dtype of its own.
+    As in `lax.scan`: a Python scalar has no dtype of its own.
     """
     leaves, tree = jax.tree.flatten(carry)
     if tree != jax.tree.structure(made):
@@ -224,7 +224,7 @@ def as_returned(carry, made) -> tuple:
 
 
 def _rows(params, start: int, stop: int, num_blocks: int):
-    """Returns blocks `start..stop` of the stack; of the whole stack, no copy."""
+    """Returns rows `start..stop` of the stack; the stack itself, not a copy, if that is all."""
     if (start, stop) == (0, num_blocks):
         return params
     return jax.tree.map(lambda x: lax.slice_in_dim(x, start, stop), params)

@@ -33,22 +33,21 @@ def scan_blocks(
       params: A pytree whose leaves are `[L, ...]`.
       carry: The first block's input, any pytree of arrays.
       *consts: Handed to every block; they get gradients too.
-      remat: A plan or its text, such as `"sqrt"` or `"8xfull/dots"`, or a schedule for L blocks
-        that reverses at once what it records, such as `schedules.binomial(32, slots=4)`, or any
-        policy of `jax.checkpoint`: then each block is under `jax.checkpoint` with it.
-      unroll: Blocks unrolled in one trip of a loop; 1 compiles fastest. A schedule's re-runs have
-        no fixed number of trips and are never unrolled, its forward pass is, but where the
-        carries go to the host.
-      nested: Runs schedules by nested `jax.checkpoint` instead of the executor. That recomputes
-        more and keeps more, but has forward-mode and higher derivatives.
+      remat: A plan or its text, such as `"sqrt"` or `"8xfull/dots"`. Or a schedule for L blocks
+        that reverses the blocks it records at once, such as `schedules.binomial(32, slots=4)`. Or
+        a policy of `jax.checkpoint`, which then wraps each block.
+      unroll: Blocks unrolled in one trip of a loop; 1 compiles fastest. Blocks that a schedule
+        recomputes are never unrolled, nor is the forward pass if its carries go to the host.
+      nested: Runs schedules by nested `jax.checkpoint` instead of the executor. This recomputes
+        more and keeps more, but supports forward mode and higher derivatives.
 
     Returns:
       The last block's carry; differentiable in `params`, `carry` and `consts`.
 
     Raises:
       PlanError: The plan does not parse, does not fit L blocks, or names what no block has.
-      ValueError: Leading sizes that differ, a block that changes its carry, a bad `unroll`, or a
-        schedule that is illegal, for another number of blocks, or only for `jaxckpt.chain`.
+      ValueError: The leading sizes differ, the block changes its carry, `unroll` is no positive
+        whole number, or the schedule is illegal, not for L blocks, or only for `jaxckpt.chain`.
       NotImplementedError: `auto`, `binomial` or a schedule with `nested`, or a second derivative
         through the executor.
 

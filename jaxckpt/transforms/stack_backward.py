@@ -25,17 +25,17 @@ def backward(blocks: Blocks, residuals, grads, num_steps=None) -> list:
     """Returns the gradients that are asked for, of parameters, carry and consts.
 
     Args:
-      blocks: The stack's.
-      residuals: What the forward pass handed over.
-      grads: Of the output's inexact leaves, or `ad.Zero`.
-      num_steps: How many of the L blocks ran, where that is known only now; then L is the most.
+      blocks: The stack.
+      residuals: What `Loops.forward` returned for the backward pass.
+      grads: Gradients of the output's inexact leaves; `ad.Zero` for an unused output.
+      num_steps: The number of blocks that ran, a traced scalar of at most L; None if all L ran.
     """
     params, consts, slots, kept, moving = residuals
     places = inexact(slots)
     grad_carry, of_ys = instantiated(grads[: len(places)]), grads[len(places) :]
     y_places = moving.outputs[len(places) :]
     if not blocks.table.keeps_last:
-        # Nothing is recorded yet, so that a y without a gradient is not differentiated at all.
+        # Nothing is recorded yet, so a y without a gradient need not be differentiated.
         used = [n for n, grad in enumerate(of_ys) if not isinstance(grad, ad.Zero)]
         y_places, of_ys = pick(y_places, used), pick(of_ys, used)
     moving = dataclasses.replace(moving, outputs=(*places, *y_places))
@@ -60,7 +60,7 @@ def backward(blocks: Blocks, residuals, grads, num_steps=None) -> list:
         loops = blocks.table.loops
         rows_a_trip = [(loop.rows.stop - loop.rows.start) // loop.trips for loop in loops]
         if blocks.how.offload and max(rows_a_trip) > 1:
-            # A trip of several rows loads one carry more than it reverses, here over the link.
+            # A trip of several rows loads one carry too many, and here a load crosses the link.
             loops = blocks.table.without_counts
         for loop in loops:
             state = back.run(loop, state)
@@ -74,12 +74,12 @@ class _Rows:
     """The rows of a backward pass, one after another.
 
     Attributes:
-      blocks: The stack's.
+      blocks: The stack.
       params: Leaves `[L, ...]`.
-      consts: What all blocks share.
-      moving: What is differentiated.
-      grad_ys: Of each y among `moving.outputs`, what reads its gradient in a row.
-      num_steps: As for `backward`.
+      consts: Leaves that all blocks share.
+      moving: The leaves that are differentiated.
+      grad_ys: For each y among `moving.outputs`, a function from a row to the y's gradient there.
+      num_steps: The number of blocks that ran; None if all L ran.
     """
 
     blocks: Blocks
@@ -99,7 +99,7 @@ class _Rows:
         return lax.fori_loop(first, loop.trips, body, state)
 
     def _cut(self, columns: dict) -> dict:
-        """Returns columns of the table, their blocks at most `num_steps`."""
+        """Returns columns of the table, with indices of blocks cut at `num_steps`."""
         columns = {name: jnp.asarray(column) for name, column in columns.items()}
         if self.num_steps is None:
             return columns
@@ -110,7 +110,7 @@ class _Rows:
         """Runs the rows of one loop of the table."""
         table = self.blocks.table
         rows = {name: jnp.asarray(x[loop.rows]) for name, x in table.rows.items()}
-        # Blocks that the forward pass has recorded are not recorded again.
+        # The forward pass may have recorded the first row's blocks already; none are recorded here.
         rows["again"] = rows["record"]
         if table.keeps_last and loop.rows.start == 0:
             rows["again"] = rows["again"].at[0].set(self.blocks.length)
@@ -121,7 +121,7 @@ class _Rows:
         return lax.scan(body, state, rows)[0]
 
     def _trip(self, loop: Loop, state, rows):
-        """Loads, moves and advances by the first row, then records and reverses them all."""
+        """Loads, moves and advances by the trip's first row; records and reverses all its rows."""
         table, counts = self.blocks.table, loop.counts
         num_rows = len(table.rows["load"])
         moves = self._cut(table.moves)
@@ -160,7 +160,7 @@ class _Rows:
         if rows["load"].shape[0] == 1:
             return slots, *self._reverse(counts, carry, row, rest)
 
-        # The first row has its carry; each of the others loads its own when the last one is done.
+        # The first row's carry is here; each later row's is loaded once the row before it is done.
         def body(state, row):
             carry, rest = state
             rest = self._reverse(counts, carry, row, rest)
@@ -201,7 +201,7 @@ class _Rows:
         return kept, *run_loop(0, number, count, reverse_block, tuple(grads), told)
 
     def _accumulated(self, reverse: Callable, index, grad_carry, grad_params, grad_consts):
-        """Reverses one block: its parameters' gradients are written, the consts' are added."""
+        """Reverses one block; writes its parameters' gradients and adds up those of the consts."""
         place = self.blocks.at(index)
         of_ys = [read(place) for read in self.grad_ys]
         grad_carry, of_params, of_consts = reverse([*grad_carry, *of_ys])
@@ -210,7 +210,7 @@ class _Rows:
 
 
 def _reader(grad, aval) -> Callable:
-    """Returns what reads the gradient of a y in a row; of one that nobody uses it is zero."""
+    """Returns a function from a row to a y's gradient there; zeros for a y that nobody uses."""
     if isinstance(grad, ad.Zero):
         zero = zeros(1, aval)[0]
         return lambda place: zero

@@ -1,7 +1,7 @@
-"""The blocks of a stack, as the loops of its forward and backward pass run them one by one.
+"""The blocks of a stack, run one by one by the loops of its forward and backward pass.
 
-A `Blocks` knows what is static: the block, the schedule's table, how it is run. Parameters, carry,
-consts and slots are arguments. `run_loop` is the one loop that they are run by.
+A `Blocks` holds what is static: the block, the schedule's table, the way it is run. Parameters,
+carry, consts and slots are arguments. Every loop over blocks is a `run_loop`.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ from jaxckpt.transforms.rows import row_major
 from jaxckpt.transforms.tables import Table
 from jaxckpt.transforms.traced_block import abstract, first_block
 
-# Carries up to this size are stored after every block of a move: that takes less time than a GPU's
-# host takes to read when a loop of its own would end.
+# Carries up to this many bytes are stored after every block of a move. A store takes less time than
+# the host of a GPU needs to read the bound of a separate loop.
 _SMALL_CARRY = 2**20
 
 
@@ -30,9 +30,8 @@ class How:
 
     Attributes:
       offload: Slots live in pinned host memory.
-      unroll: Blocks unrolled in one trip of the forward pass; slots on the host are written once a
-        trip of as many blocks as there are up to the next.
-      checkpoint: How a block is wrapped before it is recorded, or None.
+      unroll: Blocks unrolled in one trip of the forward pass; ignored if slots are on the host.
+      checkpoint: Wraps a block before it is recorded; None if it is recorded as it is.
       reverse: The first block reads the last row, as in `lax.scan(..., reverse=True)`.
     """
 
@@ -47,13 +46,13 @@ class Blocks:
     """One stack's blocks, run one by one; every array is an argument.
 
     Attributes:
-      call: As for `stack_executor.run_schedule`.
-      table: What the loops read.
-      how: How.
-      ys: The types of what a block returns beside its carry.
-      num_carry: Leaves of the carry.
-      moves_by_block: Moves are run block by block, by one loop that stores every carry.
-      recorder_of: Traces what records a block.
+      call: `call(carry, params_i, consts) -> [*carry, *ys]`, all of them lists of leaves.
+      table: The schedule, as the loops read it.
+      how: Where slots live, the unrolling, the wrapper of a recorded block, the direction.
+      ys: The types of the leaves that a block returns beside its carry.
+      num_carry: The number of leaves of the carry.
+      moves_by_block: All moves are one loop over blocks, which stores every carry.
+      recorder_of: Returns the block's recorder for the leaves that are differentiated.
     """
 
     call: Callable
@@ -83,7 +82,7 @@ class Blocks:
 
     @property
     def length(self) -> int:
-        """L."""
+        """The number of blocks, L."""
         return len(self.table.sweep_slots)
 
     def sweep(self, params, consts, carry, start, stop, count: int | None, told) -> list:
@@ -92,7 +91,7 @@ class Blocks:
         return run_loop(start, stop, count, body, carry, told)
 
     def next(self, params, consts, carry, index) -> list:
-        """Returns what block `index` returns."""
+        """Runs block `index`; returns its carry and ys."""
         return self.call(carry, slots_of.row(params, self.at(index)), consts)
 
     def at(self, index):
@@ -100,7 +99,7 @@ class Blocks:
         return self.length - 1 - index if self.how.reverse else index
 
     def emit(self, params, consts, state, index):
-        """Runs block `index`, and writes its ys where they belong."""
+        """Runs block `index`; returns its carry, and the stacked ys with its own written."""
         carry, ys = state
         out = self.next(params, consts, carry, index)
         return out[: self.num_carry], self._written(ys, out, index)
@@ -114,7 +113,7 @@ class Blocks:
         """Records blocks `start..stop`; block i's residuals go to place `i - base` of `kept`.
 
         Returns:
-          The carry and the ys of `state`, and `kept`. Ys that are not handed in are not written.
+          `((carry, ys), kept)`. Ys are written only if `state` holds arrays for them.
         """
 
         def body(index, state):
@@ -144,11 +143,12 @@ def run_loop(start, stop, count: int | None, body: Callable, state, told: tuple[
 
     Args:
       start: The first index.
-      stop: One past the last.
-      count: Their number, if it is known.
-      body: As for `lax.fori_loop`.
-      state: The same.
-      told: For a loop of unknown number, its trips in all and in how many runs (`jaxprs.trips`).
+      stop: One past the last index.
+      count: `stop - start` if it is a Python number, else None.
+      body: `body(index, state) -> state`.
+      state: The loop's first state.
+      told: If `count` is None: all trips of this loop in a step, and in how many runs
+        (`jaxprs.trips`).
     """
     if count is None:
         with trips(*told):

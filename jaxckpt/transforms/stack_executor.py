@@ -1,6 +1,6 @@
-"""The schedule executor: any legal schedule over a stack, by flat loops under one own gradient.
+"""The schedule executor: any legal schedule over a stack, by flat loops with a custom gradient.
 
-Nested `jax.checkpoint` cannot run an optimal schedule, and nested loops copy weights and their
+Nested `jax.checkpoint` cannot run an optimal schedule, and nested loops copy the weights and their
 gradients at each level. Here a schedule is a table (`tables.make_table`):
 
 - forward: one scan over the blocks writes the inputs that the schedule keeps into slots;
@@ -50,7 +50,8 @@ def run_stage(
 ) -> list:
     """Returns the output of a bound stage that the executor runs; see `run_schedule`."""
     policy = checkpoint_policy(stage.inner_policies)
-    # A block is recorded in one loop and reversed in another, which keeps them apart.
+    # Blocks are recorded in one loop and reversed in another, so XLA cannot merge the two and no
+    # barrier is needed.
     checkpoint = functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
     schedule = stack_schedule_of(stage)
     assert schedule is not None, stage
@@ -72,14 +73,14 @@ def run_schedule(call: Callable, params, carry, consts, schedule: Schedule, how:
       params: Leaves `[L, ...]`.
       carry: The first block's input.
       consts: What all blocks share.
-      schedule: For L blocks, as it stands under a loss, executable (`tables.make_table`).
-      how: How.
+      schedule: For L blocks, already passed through `under_loss`; see `tables.make_table`.
+      how: Where slots live, the unrolling, the wrapper of a recorded block, the direction.
 
     Returns:
       The leaves of the last block's carry, then those of the ys, `[L, ...]`.
 
     Raises:
-      ValueError: A schedule that the loops cannot follow.
+      ValueError: The loops cannot follow the schedule.
     """
     if how.offload:
         refuse_bad_offload()
@@ -91,19 +92,20 @@ def run_schedule(call: Callable, params, carry, consts, schedule: Schedule, how:
 class Loops(Blocks):
     """The forward and the backward pass of one stack: a `Walk` of `custom_gradient.py`.
 
-    Gradients are made only of the parameters and consts that the caller asks for: `moving`.
+    Only the parameters and consts whose gradients the caller asks for are differentiated: `moving`.
     """
 
     def out_dim(self, place: int) -> int:
-        """Returns where an output of a batch has it: behind the blocks' axis, if there is one."""
+        """Returns the batch axis of an output: 0 of a carry, 1 of a y, whose axis 0 is blocks."""
         return int(place >= self.num_carry)
 
     def batched(self, args: Sequence, dims: Sequence, axis) -> tuple["Loops", Sequence]:
-        """Returns the loops of `jax.vmap` of the block, which has the batch first everywhere."""
+        """Returns the loops over `jax.vmap` of the block, whose leaves all have the batch first."""
         params, carry, consts = args
         rest = iter(dims)
         dims_of = [[next(rest) for _ in leaves] for leaves in args]
-        # A row is what comes behind the blocks' axis. Every carry has a batch once one has.
+        # Parameters have the blocks' axis before the batch. All carry leaves are batched, because
+        # a block may mix them.
         params = [moved(x, dim, 1) for x, dim in zip(params, dims_of[0], strict=True)]
         carry = [widened(x, dim, axis) for x, dim in zip(carry, dims_of[1], strict=True)]
         consts = [moved(x, dim, 0) for x, dim in zip(consts, dims_of[2], strict=True)]
@@ -124,7 +126,7 @@ class Loops(Blocks):
         return [*carry, *ys]
 
     def forward(self, args, asked: Sequence[int]):
-        """Returns the output, and what the backward pass is handed."""
+        """Returns the output, and the residuals for the backward pass."""
         params, carry, consts = args
         moving = Moving.of(asked, params, carry, consts)
         outputs = (*inexact(carry), *(len(carry) + place for place in inexact(self.ys)))
@@ -158,10 +160,10 @@ class Loops(Blocks):
         return lax.scan(body, state, steps, length=stop, unroll=unroll)[0]
 
     def _sweep_to_host(self, params, consts, state, stop: int):
-        """Does the same with one store a trip, of which each runs the blocks up to the next.
+        """Does the same on the host: a trip stores one carry and runs the blocks to the next store.
 
-        Only what is kept goes over the link. The blocks of a trip have no fixed number, so that
-        they are not unrolled.
+        Only kept carries go over the link. Trips differ in their number of blocks, so these are
+        not unrolled.
         """
         stores = self.table.sweep_stores(stop)
         if not stores:

@@ -1,8 +1,9 @@
 """A schedule's actions as integer tables that one compiled loop can follow.
 
-The first sweep of a schedule becomes `sweep_slots`: where to write each block's input. What comes
-after is cut into rows, one for each run of blocks that are recorded and reversed together: load a
-slot, make some moves (advance and store), advance to the row's first block, record, reverse.
+The first sweep of a schedule becomes `sweep_slots`: the slot that each block's input is written to.
+The actions after it are cut into rows, one for each group of blocks that are recorded and reversed
+together. A row loads a slot, makes some moves (advance and store), advances to its first block,
+records its blocks and reverses them.
 """
 
 import dataclasses
@@ -14,22 +15,22 @@ import numpy as np
 from jaxckpt.schedules.actions import Advance, Free, Load, Record, Reverse, Store
 from jaxckpt.schedules.schedule import Schedule
 
-# The columns, of rows and of moves, that are numbers of blocks.
+# The columns of rows and moves whose entries are indices of blocks; `while_loop` cuts them.
 BLOCKS = frozenset(("advance", "record", "stop", "start"))
 _COLUMNS = ("first_move", "last_move", "advance", "record", "stop")
 
-# A schedule whose rows need more loops than this is run by one, which reads all its bounds. Each
-# loop is compiled by itself, with a reversal of the block in it.
+# Each loop compiles a reversal of the block of its own. A schedule that needs more loops than this
+# is run by one loop, which reads all its bounds from the table.
 _MOST_LOOPS = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Counts:
-    """How many blocks the rows of a loop run, where that is the same for all of them.
+    """How many blocks each trip of a loop runs, if all its trips run equally many.
 
     Attributes:
-      moves: Moves of the first row of a trip.
-      move: Blocks of each.
+      moves: Moves that the first row of a trip makes.
+      move: Blocks that each move runs.
       advance: Blocks that the first row runs after its moves.
       again: Blocks that each row records.
       reverse: Blocks that each row reverses.
@@ -46,12 +47,12 @@ class Counts:
 class Loop:
     """Rows that one loop runs, the same number in every trip.
 
-    Only the first row of a trip has moves and advances where a trip has several.
+    If a trip has several rows, only the first has moves and advances.
 
     Attributes:
-      rows: Which ones, all columns alike.
-      trips: How many trips.
-      counts: The bounds of its inner loops; None where they are read from the rows.
+      rows: The slice of the table's columns that this loop runs.
+      trips: How many trips the loop makes.
+      counts: The bounds of its inner loops; None if they are read from the rows.
     """
 
     rows: slice
@@ -60,10 +61,10 @@ class Loop:
 
     @property
     def stays_one(self) -> bool:
-        """Whether XLA keeps what is run again inside a loop.
+        """Whether XLA keeps the recomputed blocks inside a loop.
 
-        XLA opens a loop of one trip. It may then merge the blocks that are run again with the
-        forward pass, and it gives their residuals a second array beside the first.
+        XLA unrolls a loop of one trip. It may then merge recomputed blocks with the forward pass,
+        and it allocates their residuals twice.
         """
         if self.counts is None:
             return False
@@ -76,16 +77,16 @@ class Table:
     """What the executor's loops read; all arrays are int32.
 
     Attributes:
-      num_slots: Slots in use, the spare one among them where the sweep needs it.
+      num_slots: Slots in use, with the spare slot if the sweep needs one.
       keeps_last: The first row's blocks are recorded in the forward pass.
-      sweep_slots: `[num_blocks]`: the slot that input i of the forward pass is written to.
-        Inputs between two stores go to the slot of the later one, which overwrites them, so that
-        every trip of the sweep does the same work; those after the last store go to a spare slot.
-      rows: Columns of `[number of rows]`: `load`, `first_move`, `last_move` (exclusive), the same
-        of `steps`, and `advance`, `record`, `stop`. Blocks `advance..record` are run,
-        `record..stop` recorded and reversed.
+      sweep_slots: `[num_blocks]`: the slot that block i's input is written to in the forward pass.
+        Every trip writes, so that all trips do the same work. An input that is not kept goes to
+        the slot of the next store, which overwrites it, or, after the last store, to the spare.
+      rows: Columns of `[number of rows]`: `load`, `first_move`, `last_move` (exclusive),
+        `first_step`, `last_step` (exclusive), `advance`, `record`, `stop`. Blocks
+        `advance..record` are run, blocks `record..stop` recorded and reversed.
       moves: Columns of `[number of moves]`: `start`, `stop`, `slot`.
-      num_moves: Number of moves; the columns hold one unused entry where it is 0.
+      num_moves: Number of moves; if it is 0, the columns hold one unused entry.
       largest_row: The most blocks that are recorded together.
     """
 
@@ -98,9 +99,9 @@ class Table:
     largest_row: int
 
     def sweep_stores(self, stop: int) -> list[tuple[int, int, int]]:
-        """Returns the stores of a first sweep over blocks `0..stop`, `(start, stop, slot)` each.
+        """Returns the stores of a first sweep over blocks `0..stop`, each `(start, stop, slot)`.
 
-        Input `start` goes to the slot; blocks `start..stop` are run from there to the next store.
+        The input of block `start` goes to `slot`; then blocks `start..stop` run.
         """
         slots = self.sweep_slots[:stop].tolist()
         starts = [n for n in range(stop) if n + 1 == stop or slots[n] != slots[n + 1]]
@@ -114,7 +115,7 @@ class Table:
 
     @functools.cached_property
     def loops(self) -> tuple[Loop, ...]:
-        """Who runs the rows: loops of known bounds where the schedule is regular, or a single one.
+        """The loops that run the rows: with known bounds if the schedule is regular, else one loop.
 
         On a GPU a loop whose bounds are read from a table waits for the host at every trip.
         """
@@ -137,7 +138,7 @@ class Table:
 
     @functools.cached_property
     def first_rows(self) -> np.ndarray:
-        """`[L + 1]`: the first row that matters where the blocks from `n` on are not run."""
+        """`[L + 1]`: entry `n` is the first row that matters if only blocks `0..n` are run."""
         least = len(self.sweep_slots)
         stops = self.moves["stop"][: self.num_moves].tolist()
         columns = zip(*(self.rows[name].tolist() for name in _COLUMNS), strict=True)
@@ -181,7 +182,7 @@ class Table:
     def steps(self) -> dict[str, np.ndarray]:
         """The moves block by block: columns `block` and `slot`, with one unused entry at the end.
 
-        What a block returns goes to the slot of its move, where the next one overwrites it.
+        Each block's output goes to its move's slot, where the next block's output overwrites it.
         """
         starts, stops, slots = (self.moves[name] for name in ("start", "stop", "slot"))
         ranges = [np.arange(*pair) for pair in zip(starts, stops, strict=True)]
@@ -206,8 +207,8 @@ def make_table(schedule: Schedule) -> Table:
     """Returns the table of a legal schedule.
 
     Raises:
-      ValueError: A row that does not begin with a load, or blocks recorded apart and reversed
-        together, which the executor's loops cannot follow; `jaxckpt.chain` can.
+      ValueError: A row does not begin with a load, or blocks are recorded apart and reversed
+        together. The executor's loops cannot follow such a schedule; `jaxckpt.chain` can.
     """
     try:
         return _make_table(schedule)
@@ -271,10 +272,10 @@ def _groups(schedule: Schedule) -> list[list]:
 
 
 def _first_group(group: list, spare: int, num_blocks: int) -> tuple[dict[int, int], tuple]:
-    """Returns where the first sweep stores, `{input: slot}`, and the first row as `_row` does.
+    """Returns the first sweep's stores, `{input: slot}`, and the first row in `_row`'s form.
 
-    A sweep that records its last blocks goes on from where it is, which is the spare slot; one
-    that runs through to the end comes back by a load.
+    A sweep that records its last blocks continues from its carry, which is in the spare slot. A
+    sweep that runs to the end comes back by a load.
     """
     stores, position = {}, 0
     for place, action in enumerate(group):
@@ -314,7 +315,7 @@ def _row(group: list) -> tuple[int, list[tuple[int, int, int]], int, int, int]:
 
 
 def _check_reversed(group: list, record: Record):
-    """Raises unless the row reverses all that it records, from the last block to the first."""
+    """Raises unless the row reverses all blocks that it records, from the last to the first."""
     reversed_blocks = [action.block for action in group if isinstance(action, Reverse)]
     if reversed_blocks != list(range(record.stop - 1, record.start - 1, -1)):
         raise ValueError(f"the executor reverses {record} at once, not in {reversed_blocks}")

@@ -1,8 +1,8 @@
 """Tags: names for values inside a block, so that policies can speak of them.
 
-    q = jaxckpt.tag(q, "q")     # then --remat=names:q keeps it, --remat=offload:q moves it
+    q = jaxckpt.tag(q, "q")     # then remat="names:q" keeps it, remat="offload:q" moves it
 
-A tag is JAX's own `checkpoint_name`, so tags that a model already carries work as well.
+A tag is JAX's own `checkpoint_name`, so a model's existing tags work as well.
 """
 
 from collections.abc import Callable
@@ -15,29 +15,40 @@ from jaxckpt.plans.errors import shown
 from jaxckpt.plans.plan import NAME
 from jaxckpt.transforms import jaxprs
 
-# Tags of our own. The prefix keeps them apart from users' tags and out of every glob.
+# jaxckpt's own tags. The prefix keeps them apart from users' tags and out of every glob.
 _RESERVED = "jaxckpt."
 CARRY = _RESERVED + "carry"
 ATTENTION = _RESERVED + "attention"
-_VALUE = _RESERVED + "value."  # of invented names
+_VALUE = _RESERVED + "value."  # the prefix of invented names' tags
 
-# What no invented name reaches, for error texts.
+# The values that have no invented name, for error texts.
 NAMELESS = "what only the derivative of a primitive or of a jax.custom_jvp makes"
 
-# Attention kernels whose outputs are what their own backward pass needs; values inside a kernel's
-# custom VJP carry no tag, but a policy sees the primitive.
+# Attention kernels whose backward pass needs their outputs. Values inside a kernel's custom VJP
+# carry no tag, but a policy sees the primitive.
 ATTENTION_PRIMITIVES = frozenset({jaxprs.CUDNN_FORWARD})
 
 
 def tag(x, name: str):
-    """Returns `x` named `name` for the policies `names:` and `offload:`.
+    """Names `x` for the policies `names:` and `offload:`.
 
     Args:
       x: An array or a pytree of arrays.
       name: Letters, digits, `_`, `.` and `-`; not `carry`, which means a block's input.
 
+    Returns:
+      `x` unchanged, under the tag.
+
     Raises:
-      PlanError: A name that the plan grammar could not spell, or a reserved one.
+      PlanError: The plan grammar cannot spell the name, or the name is reserved.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxckpt
+      >>> block = lambda x, w: jnp.sin(jaxckpt.tag(x @ w, "hidden"))
+      >>> loss = lambda w: jaxckpt.scan_blocks(
+      ...     block, w, jnp.ones([4, 8]), remat="names:hidden").sum()
+      >>> jax.grad(loss)(jnp.zeros([3, 8, 8])).shape
+      (3, 8, 8)
     """
     if not isinstance(name, str):
         raise PlanError(f"tag takes an array and then its name, not {shown(name)} as the name")
@@ -59,7 +70,7 @@ def is_reserved(name: str) -> bool:
 
 
 def is_of_attention(primitive, *_, **params) -> bool:
-    """Returns whether an equation makes what an attention kernel's backward pass reads."""
+    """Returns whether an equation's outputs are residuals of an attention kernel."""
     if primitive.name == jaxprs.TAG:
         return params["name"] == ATTENTION
     return primitive.name in ATTENTION_PRIMITIVES
@@ -71,17 +82,17 @@ def of_invented(name: str) -> str:
 
 
 def invented_name(tag: str) -> str | None:
-    """Returns the invented name whose tag this is, or None for any other tag."""
+    """Returns the invented name of a tag; None if it is the tag of a user or of jaxckpt."""
     return words.INVENTED + tag.removeprefix(_VALUE) if tag.startswith(_VALUE) else None
 
 
 class Tags(NamedTuple):
-    """What a block offers to policies.
+    """The names of a block that policies can speak of.
 
     Attributes:
       names: The users' tags, sorted.
-      attention: Whether it holds an attention kernel whose residuals can be kept.
-      invented: Names of values without a tag, in order; those that were asked for.
+      attention: Whether the block runs an attention kernel whose residuals can be kept.
+      invented: The invented names that were asked for, in the order of the block's steps.
     """
 
     names: tuple[str, ...]

@@ -1,11 +1,11 @@
-"""A block traced once: a closed function of flat leaves, and what its jaxpr tells.
+"""A block traced once: a closed function of flat leaves, its jaxpr, its abstract arguments.
 
     block, consts = trace_block(block, carry, params_i, consts)
     block.call(carry_leaves, params_leaves, consts)
 
-What the block closed over is among `consts`, so that it gets gradients, and so that nothing of the
-trace that made it stays in the function. Everything is made abstract by one function, `abstract`,
-which keeps all that a type says: weak types, keys, shardings, varying axes.
+Arrays that the block closed over become consts. So they get gradients, and the function holds no
+tracer of the caller. `abstract` turns any array into its type, with weak types, keys, shardings and
+varying axes.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from jax.core import ShapedArray, Tracer
 from jax.extend import core
 from jax.sharding import PartitionSpec
 
-# Functions in an equation's parameters are shown with where they are in memory.
+# A jaxpr's text shows functions in parameters with their addresses, which differ in each trace.
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -34,15 +34,15 @@ def abstract(tree):
 
 
 def as_arrays(tree):
-    """Returns `tree` with Python scalars and NumPy arrays as JAX's, of the same weak types."""
+    """Returns `tree` with Python scalars and NumPy arrays as JAX arrays; weak types stay weak."""
     return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), tree)
 
 
 def zeros(count: int, aval: ShapedArray) -> jax.Array:
-    """Returns zeros `[count, ...]` of a type, placed, sharded and varying as it is.
+    """Returns zeros `[count, ...]` with a type's memory, sharding and varying axes.
 
-    What is made on the device and then moved would be on the device as well, all at once. On the
-    host it is made of a single number that was moved.
+    Zeros that are made on the device and then moved would fill the device first. Zeros on the host
+    are made there, from a single number that was moved.
     """
     spec, varying = aval.sharding.spec, varying_axes(aval)
     is_sharded = any(axis is not None for axis in spec)
@@ -50,20 +50,20 @@ def zeros(count: int, aval: ShapedArray) -> jax.Array:
     number = lax.full((), 0, aval.dtype)
     number = vary(number, varying) if varying else number
     if aval.memory_space != jax.memory.Space.Device:
-        # The barrier keeps a compiler from making an array of a constant where it likes.
+        # The barrier hides the constant: XLA would place an array made of it where it likes.
         number = jax.device_put(lax.optimization_barrier(number), aval.memory_space)
     return lax.broadcast(number, (count, *aval.shape), out_sharding=sharding)
 
 
 def vary(x, axes: tuple[str, ...]):
-    """Returns an array, the same on all devices along some axes, as one that varies along them."""
+    """Returns an array typed as varying along some mesh axes, along which it is equal so far."""
     if hasattr(lax, "pcast"):
         return lax.pcast(x, axes, to="varying")
     return lax.pvary(x, axes)  # jax 0.7  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def varying_axes(aval: ShapedArray) -> tuple[str, ...]:
-    """Returns the axes of `jax.shard_map` that a value differs along."""
+    """Returns the axes of `jax.shard_map` along which a value varies."""
     kind = getattr(aval, "mat", None)  # its name since jax 0.10
     return tuple(getattr(aval, "vma", ()) if kind is None else kind.varying)
 
@@ -83,17 +83,17 @@ def all_blocks(params_i, num_blocks: int):
 
 
 def on_devices(x, sharding) -> jax.ShapeDtypeStruct:
-    """Returns the type of `x` with its devices, of which a type by itself says nothing."""
+    """Returns the type of `x` with a sharding, which names devices; a type alone names none."""
     aval = abstract(x)
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding, weak_type=aval.weak_type)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class TracedBlock:
-    """A block that closes over nothing. Two are equal if they read and compute the same.
+    """A block that closes over nothing; two blocks are equal if their jaxprs are.
 
     Attributes:
-      jaxpr: From the leaves of carry, parameters and consts to those of the output.
+      jaxpr: From the leaves of carry, parameters and consts to the leaves of the output.
       counts: How many leaves the carry, the parameters and the consts have.
       out_tree: The structure of the block's output.
     """
@@ -115,14 +115,14 @@ class TracedBlock:
 
     @property
     def changed(self) -> tuple[int, ...]:
-        """The positions of the carry's leaves that the block does not hand on as they are."""
+        """The positions of the carry's leaves that the block does not return unchanged."""
         pairs = zip(self.jaxpr.jaxpr.invars, self.jaxpr.jaxpr.outvars, strict=False)
         carry = itertools.islice(pairs, self.counts[0])
         return tuple(place for place, (given, made) in enumerate(carry) if given is not made)
 
     @property
     def ys(self) -> list:
-        """The abstract leaves of what the block returns beside the carry."""
+        """The abstract leaves of the ys, which follow the carry in the block's output."""
         return self.jaxpr.out_avals[self.counts[0] :]
 
     def call(self, carry: Sequence, params_i: Sequence, consts: Sequence) -> list:
@@ -130,9 +130,9 @@ class TracedBlock:
         return core.jaxpr_as_fun(self.jaxpr)(*carry, *params_i, *consts)
 
     def only_changed(self) -> "TracedBlock":
-        """Returns the block without the leaves of its carry that it hands on: they are consts.
+        """Returns the block with the carry's unchanged leaves as consts, after the other consts.
 
-        A schedule then keeps them once and not with every carry. They come after the other consts.
+        A schedule then keeps these leaves once and not with every carry.
         """
         places, jaxpr = self.changed, self.jaxpr.jaxpr
         carry, rest = jaxpr.invars[: self.counts[0]], jaxpr.invars[self.counts[0] :]
@@ -141,7 +141,7 @@ class TracedBlock:
         jaxpr = jaxpr.replace(
             invars=[*(carry[place] for place in places), *rest, *held],
             outvars=[*(jaxpr.outvars[place] for place in places), *ys],
-            # Names of arguments and results, of which there are others now.
+            # The old names belong to the old arguments and results.
             debug_info=jaxpr.debug_info.with_unknown_names(),
         )
         return TracedBlock(
@@ -163,9 +163,9 @@ class TracedBlock:
 
 
 def identity(block: Callable) -> Hashable:
-    """Returns what is equal for the same block alone, to keep a program of it under.
+    """Returns a key under which a block's compiled program is kept; equal for equal blocks only.
 
-    A function is not kept alive by it: a dead one equals nothing.
+    The key does not keep a function alive; the key of a dead function equals no other.
     """
     if isinstance(block, types.MethodType):
         return weakref.WeakMethod(block)
@@ -179,16 +179,16 @@ def identity(block: Callable) -> Hashable:
 
 
 def once_compiled(run: Callable, identities: Hashable, *static: Hashable) -> Callable:
-    """Returns `run(*static, ...)` as a function of the rest, for a call that is made just now.
+    """Returns `run` with its static arguments bound, to be called at once.
 
-    Outside `jit` every call would compile its loops anew, since they are made of new functions;
-    what a call compiles there is kept for the next one of the same block and of equal `static`.
-    A program that is being traced gets the function as it is.
+    Outside `jit`, every call would compile its loops again, because their functions are new. So the
+    compiled program is kept for the next call with equal identities and `static`. Inside `jit`, the
+    function is returned as it is.
 
     Args:
       run: A function of this package.
-      identities: Of the blocks, from `identity`.
-      *static: Its first arguments; with the blocks they say what it computes.
+      identities: What `identity` returns for the blocks.
+      *static: The first arguments of `run`; with the blocks they define the program.
     """
     if isinstance(jnp.zeros([]), Tracer):
         return functools.partial(run, *static)
@@ -205,12 +205,12 @@ def trace_block(block: Callable, carry, params_i=(), consts=()) -> tuple[TracedB
 
     Args:
       block: The block.
-      carry: Its input, arrays or abstract.
+      carry: The block's input, arrays or abstract.
       params_i: One block's parameters, abstract.
       consts: A tuple of arrays.
 
     Returns:
-      The block, and the leaves of its consts: the caller's, then what the block closed over.
+      The block, and the leaves of its consts: the caller's, then arrays that it closed over.
     """
     trees = [jax.tree.structure(part) for part in (carry, params_i, consts)]
     leaves = [jax.tree.leaves(part) for part in (carry, params_i, consts)]

@@ -1,20 +1,19 @@
-"""Invented names: a plan speaks of values that nobody tagged, as `names:@dot.2,@tanh.1`.
+"""Invented names for values that nobody tagged, so that a plan can say `names:@dot.2,@tanh.1`.
 
-`@dot.2` is what the block's second matrix product returns: each step of the block's jaxpr is named
+`@dot.2` is the result of the block's second matrix product. Each step of the block's jaxpr is named
 by its primitive and counted in order, through `jit`, `scan`, `cond`, `shard_map`, `jax.checkpoint`
 and the forward rule of a `jax.custom_vjp`. The same block has the same names in every process.
-`named` puts tags at these places into the block's jaxpr; from there on policies treat them as a
-user's tags. No tag of a user can be one of these, since tags have no `@`.
+`named` puts tags at these places into the block's jaxpr; policies then treat them as a user's tags.
+A user's tag has no `@`, so it is never an invented name.
 
-Values without a name: views (a reshape, a transpose), random keys, what the user has tagged, what
-an attention kernel keeps (the policy `attention` means all of it), what only the derivative rule
-of a primitive or of a `jax.custom_jvp` makes, and casts of the block's parameters: some stacks make
-them before the block and some in it, and its names must not depend on that. Names follow the
-jaxpr: another release of JAX may count otherwise.
+Values without an invented name: views (a reshape, a transpose); random keys; values with a user's
+tag; residuals of an attention kernel (the policy `attention` keeps them all); values that only the
+derivative rule of a primitive or of a `jax.custom_jvp` makes; and casts of the block's parameters,
+because some stacks make these outside the block. Names follow the jaxpr: another release of JAX may
+count otherwise.
 
-A tag is put in by editing the jaxpr, one equation at a time. Nothing is traced again but the
-equation itself, so what an edited jaxpr computes, and where in the user's code each step of it was
-written, stays as it was.
+A tag is put in by editing the jaxpr, one equation at a time. Only that equation is traced again, so
+the jaxpr computes the same and keeps its source lines.
 """
 
 import copy
@@ -33,7 +32,7 @@ from jaxckpt.transforms import jaxprs, tags
 
 _TRANSPARENT = frozenset((*jaxprs.JITS, *jaxprs.REMATS, jaxprs.SCAN, jaxprs.COND, jaxprs.SHARD_MAP))
 _CUSTOM = (*jaxprs.CUSTOM_JVPS, *jaxprs.CUSTOM_VJPS)
-# The same array seen otherwise: to make it again costs nothing, so it needs no name.
+# Views of an array: recomputing one costs nothing, so it needs no name.
 _VIEWS = frozenset(
     (
         *(jaxprs.TAG, jaxprs.PUT, jaxprs.ROUND, jaxprs.BARRIER, *jaxprs.COPIES),
@@ -50,13 +49,13 @@ _WORDS = {
 
 
 def named(block: Callable, wants: Callable[[str], bool], *, opens_remat: bool = False) -> Callable:
-    """Returns a block that does the same, with a tag on the values whose invented names are wanted.
+    """Returns the same block, with a tag on each value whose invented name is wanted.
 
     Args:
       block: `block(carry, params_i, *consts)`, or a function of the carry alone.
-      wants: Told a name such as `"@dot.2"`, returns whether its values get a tag.
-      opens_remat: Takes out any `jax.checkpoint` inside the block, for who wants to know what the
-        block would keep without it.
+      wants: `wants("@dot.2")` returns whether the values of that name get a tag.
+      opens_remat: Removes any `jax.checkpoint` inside the block, to show what the block would keep
+        without it.
     """
 
     def call(*args):
@@ -72,7 +71,7 @@ def named(block: Callable, wants: Callable[[str], bool], *, opens_remat: bool = 
 
 
 def resolved(block: Callable, policies: Iterable[Policy]) -> Callable:
-    """Returns a block in which the values that some policies name as `@...` have their tags."""
+    """Returns the block with a tag on each value that the policies name by `@...`."""
     patterns = [name for policy in policies for name in policy.names if words.is_invented(name)]
     if not patterns:
         return block
@@ -80,11 +79,11 @@ def resolved(block: Callable, policies: Iterable[Policy]) -> Callable:
 
 
 def offered(block: Callable, policies: Iterable[Policy], *args) -> tags.Tags:
-    """Returns the tags of a block; invented names are among them if a policy speaks of any.
+    """Returns the tags of a block, with its invented names if a policy names any.
 
     Args:
-      block: As it is, without tags for invented names.
-      policies: Those that are to be checked.
+      block: The block, without tags for invented names.
+      policies: The policies to be checked.
       *args: The block's arguments, arrays or abstract.
     """
     if any(words.is_invented(name) for policy in policies for name in policy.names):
@@ -93,7 +92,7 @@ def offered(block: Callable, policies: Iterable[Policy], *args) -> tags.Tags:
 
 
 class _Namer:
-    """Edits jaxprs, counting as it goes."""
+    """Puts tags into jaxprs, counting equations by their words in order."""
 
     def __init__(self, wants: Callable[[str], bool], opens_remat: bool, params: frozenset):
         self._wants = wants
@@ -103,12 +102,12 @@ class _Namer:
         self._in_rule = False
 
     def closed(self, closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
-        """Returns a closed jaxpr with tags; itself if nothing in it is wanted."""
+        """Returns a closed jaxpr with tags; the same object if nothing in it is wanted."""
         edited = self._jaxpr(closed.jaxpr)
         return closed if edited is closed.jaxpr else closed.replace(jaxpr=edited)
 
     def _jaxpr(self, jaxpr: core.Jaxpr, unnamed=frozenset()) -> core.Jaxpr:
-        """Returns an open jaxpr with tags, but for the variables of `unnamed`."""
+        """Returns an open jaxpr with tags, except on the variables in `unnamed`."""
         tagged = {e.invars[0] for e in jaxpr.eqns if e.primitive.name == jaxprs.TAG}
         made = [self._equation(jaxpr, e, tagged | unnamed) for e in jaxpr.eqns]
         flat = [equation for group in made for equation in group]
@@ -117,10 +116,10 @@ class _Namer:
         return jaxpr.replace(eqns=flat)
 
     def _equation(self, jaxpr, equation, unnamed) -> list:
-        """Returns what stands for one equation of a jaxpr."""
+        """Returns the equations that replace one equation of a jaxpr."""
         name = equation.primitive.name
         if (name in jaxprs.REMATS and self._opens_remat) or (name in _CUSTOM and self._in_rule):
-            # What a derivative rule runs is not differentiated once more.
+            # Equations of a derivative rule are not differentiated again, so plain calls will do.
             plain = as_call(equation)
             opened = self._inside(plain)
             return [equation if opened is plain and name in _CUSTOM else opened]
@@ -150,7 +149,7 @@ class _Namer:
         return value
 
     def _tagged(self, jaxpr, equation, unnamed) -> list:
-        """Returns an equation, and after it the tags of its outputs if its name is wanted."""
+        """Returns an equation, followed by the tags of its outputs if its name is wanted."""
         primitive = equation.primitive.name
         if primitive in _VIEWS or not any(map(is_var, equation.invars)):
             return [equation]
@@ -175,8 +174,8 @@ class _Namer:
     def _opened(self, jaxpr, equation, unnamed):
         """Returns a `custom_vjp` with tags in its forward rule.
 
-        It is itself where nothing in the rule is wanted, and where it is an attention kernel, whose
-        arrays have a policy of their own.
+        It is returned unchanged if nothing in the rule is wanted, or if it is an attention kernel,
+        whose residuals have the policy `attention`.
         """
         rule, tree, inputs, run = forward_rule(jaxpr, equation)
         if tags.has_attention(rule):
@@ -196,7 +195,7 @@ class _Namer:
 
 
 def _word(equation) -> str:
-    """Returns the word of an equation: what makes its value, in the plan grammar's letters."""
+    """Returns the word of an equation: its primitive or function, in the plan grammar's letters."""
     name = equation.primitive.name
     if name in _CUSTOM:
         info = getattr(equation.params["call_jaxpr"].jaxpr, "debug_info", None)
@@ -210,14 +209,14 @@ def _is(one, other) -> bool:
 
 
 def _is_array(var) -> bool:
-    """Whether a variable is read by someone and holds numbers rather than keys or references."""
+    """Whether a variable is read somewhere and holds numbers rather than keys or references."""
     dtype = getattr(var.aval, "dtype", None)
     is_number = dtype is not None and not jnp.issubdtype(dtype, jax.dtypes.extended)
     return type(var) is core.Var and is_number and dtype != jax.dtypes.float0
 
 
 def _is_inexact(equation) -> bool:
-    """Whether all that an equation reads and returns can have a derivative."""
+    """Whether all inputs and outputs of an equation can have a derivative."""
     atoms = [*equation.invars, *equation.outvars]
     return all(jax.numpy.issubdtype(atom.aval.dtype, jax.numpy.inexact) for atom in atoms)
 
@@ -228,9 +227,10 @@ def is_var(atom) -> bool:
 
 
 def tag_after(equation, variables: Sequence, tag: str) -> list:
-    """Returns an equation, and after it the tags of some of its outputs.
+    """Returns an equation, followed by the tags of some of its outputs.
 
-    The outputs are the tagged ones; what the equation itself returns gets other variables.
+    The old variables are the tags' outputs, so that readers read tagged values; the equation
+    itself gets new output variables.
     """
     fresh = {var: copy.copy(var) for var in variables}
     made = equation.replace(outvars=[fresh.get(var, var) for var in equation.outvars])
@@ -242,7 +242,7 @@ def tag_after(equation, variables: Sequence, tag: str) -> list:
 
 
 def tag_variables(jaxpr: core.Jaxpr, variables: Sequence, tag: str) -> core.Jaxpr:
-    """Returns a jaxpr with a tag on some variables, of those that an equation makes."""
+    """Returns a jaxpr with a tag on those of some variables that its equations make."""
     made = []
     for equation in jaxpr.eqns:
         found = [var for var in dict.fromkeys(variables) if var in equation.outvars]
@@ -252,15 +252,15 @@ def tag_variables(jaxpr: core.Jaxpr, variables: Sequence, tag: str) -> core.Jaxp
 
 @functools.cache
 def _tag_equation(tag: str):
-    """Returns the equation of a tag, to be given other variables."""
+    """Returns an equation that tags; its variables are to be replaced."""
     (made,) = jax.make_jaxpr(lambda x: checkpoint_name(x, tag))(0.0).eqns
     return made
 
 
 def alone(jaxpr: core.Jaxpr, equation) -> tuple[Callable, list]:
-    """Returns one equation as a function that returns a list, and its arguments' variables."""
+    """Returns one equation as a function that returns a list, and the variables it reads."""
     inputs = list(dict.fromkeys(filter(is_var, equation.invars)))
-    # Outputs that nobody reads have variables that cannot be read.
+    # JAX marks an unread output with a variable that cannot be returned.
     outputs = [var if type(var) is core.Var else core.Var(var.aval) for var in equation.outvars]
     made = equation.replace(outvars=outputs)
     only = jaxpr.replace(constvars=[], invars=inputs, outvars=outputs, eqns=[made])
@@ -268,7 +268,7 @@ def alone(jaxpr: core.Jaxpr, equation) -> tuple[Callable, list]:
 
 
 def replaced(equation, inputs: Sequence, call: Callable):
-    """Returns `call(*inputs)`, which must be traced to one equation, in the place of another."""
+    """Returns the one equation of `call(*inputs)`, with the outer variables of `equation`."""
     traced = jax.make_jaxpr(lambda *args: call(*args))(*(var.aval for var in inputs)).jaxpr
     (made,) = traced.eqns
     outer = dict(zip(traced.invars, inputs, strict=True))
@@ -281,7 +281,7 @@ def replaced(equation, inputs: Sequence, call: Callable):
 
 
 def as_call(equation):
-    """Returns a `jax.checkpoint` or a custom derivative's function as a plain call."""
+    """Returns a `jax.checkpoint`, `jax.custom_jvp` or `jax.custom_vjp` equation as a plain call."""
     called = next(jaxprs.subjaxprs(equation))
     closed = called if isinstance(called, core.ClosedJaxpr) else core.ClosedJaxpr(called, ())
     avals = [var.aval for var in equation.invars]
@@ -292,8 +292,8 @@ def as_call(equation):
 def tag_result(jaxpr: core.Jaxpr, equation, tag: str):
     """Returns an equation with one output whose derivative, too, reads the tagged output.
 
-    The derivative of tanh is a function of its result: with a tag behind the step alone, keeping
-    the tagged value would not spare that step in the backward pass.
+    The derivative of tanh is a function of its result. If it read the untagged result, keeping the
+    tagged one would not spare the recomputation of tanh.
     """
     run, inputs = alone(jaxpr, equation)
 
@@ -312,11 +312,12 @@ def tag_result(jaxpr: core.Jaxpr, equation, tag: str):
 
 
 def forward_rule(jaxpr: core.Jaxpr, equation):
-    """Returns the forward rule of a `custom_vjp` equation, and what `with_rule` needs of it.
+    """Returns the forward rule of a `custom_vjp` equation, in the form that `with_rule` takes.
 
     Returns:
-      `(rule, tree, inputs, run)`: the rule's jaxpr, whose outputs are the function's and then the
-      leaves of its reversal; that reversal's structure; the arguments' variables; the function.
+      `(rule, tree, inputs, run)`: the rule's jaxpr, whose outputs are the function's outputs and
+      the leaves of its reversal; the reversal's tree structure; the argument variables; the
+      function.
     """
     run, inputs = alone(jaxpr, equation)
     trees = []
@@ -336,9 +337,9 @@ def with_rule(run: Callable, rule: core.ClosedJaxpr, count: int, tree) -> Callab
 
     Args:
       run: The function.
-      rule: As from `forward_rule`.
+      rule: The jaxpr of the forward rule, from `forward_rule`.
       count: How many outputs the function has.
-      tree: As from `forward_rule`.
+      tree: The tree structure of the reversal, from `forward_rule`.
     """
     run_rule = core.jaxpr_as_fun(rule)
 

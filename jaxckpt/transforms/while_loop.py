@@ -2,14 +2,14 @@
 
     carry = jaxckpt.while_loop(cond, body, init, max_steps=1000, remat="binomial:16")
 
-The schedule is that of `max_steps` steps. The forward pass stores carries by it until `cond` says
-no; the number of steps that ran is kept, and the backward pass follows the same schedule with every
-bound cut there. It never asks `cond` again, so that rounding cannot make it take another path.
+The schedule is made for `max_steps` steps. The forward pass stores carries by it until `cond` is
+false, and keeps the number of steps that ran. The backward pass follows the same schedule, with
+every bound cut at that number. It never calls `cond` again, so rounding cannot change its path.
 
-The carries lie where `max_steps` steps need them. A loop that ends early finds fewer of them near
-its end than its own schedule would have, and runs more steps again: with 8 slots and `max_steps` of
-1024, 2807 steps in all for 512 (2358 at best), 1456 for 256 (1061), 308 for 64 (202). So
-`max_steps` is best within four times of what is usual.
+A loop that ends early has fewer carries near its end than a schedule of its own length would keep,
+and recomputes more steps. With 8 slots and `max_steps` of 1024, a loop of 512 steps takes 2807
+steps in all (2358 at best), one of 256 takes 1456 (1061), one of 64 takes 308 (202). So `max_steps`
+should be at most four times the usual number of steps.
 """
 
 import dataclasses
@@ -50,13 +50,14 @@ def while_loop(
       cond: `cond(carry) -> bool`, a scalar. It has no gradient.
       body: `body(carry) -> carry`, pure. What it closes over gets gradients.
       init: The first carry, any pytree of arrays.
-      max_steps: The loop ends after so many steps, whatever `cond` says. The plan is for so many.
+      max_steps: The most steps; the loop ends there even if `cond` still holds. The plan is made
+        for this number.
       remat: A plan of a single schedule (`"sqrt"`, `"binomial:16"`, `"log"`), or a `Schedule` that
-        records one step at a time. `"none"`, `"full"` and policies run all `max_steps` steps, of
-        which those after the end change nothing.
+        records one step at a time. `"none"`, `"full"` and policies run all `max_steps` steps;
+        steps after the end change nothing.
 
     Returns:
-      The carry for which `cond` does not hold, or the one after `max_steps` steps.
+      The carry for which `cond` is false, or the carry after `max_steps` steps.
 
     Raises:
       PlanError: The plan does not parse, has several stages, or keeps whole segments (`uniform`).
@@ -100,7 +101,7 @@ def while_loop(
 
 
 def _schedule(remat: Plan | Schedule, max_steps: int) -> Schedule | None:
-    """Returns the schedule of all steps; None for a plan that keeps every step's carry or more."""
+    """Returns the schedule of `max_steps` steps; None if the plan keeps every step's carry."""
     if isinstance(remat, Schedule):
         check_schedule(remat, max_steps, nested=False)
         found = remat
@@ -142,7 +143,7 @@ class _Until:
     """The forward and the backward pass of one loop.
 
     Attributes:
-      loops: Those of `max_steps` steps, which have no parameters.
+      loops: The executor's loops over `max_steps` steps without parameters.
       holds: `holds(carry, consts)`: whether there is a next step.
     """
 
@@ -150,7 +151,7 @@ class _Until:
     holds: Callable
 
     def out_dim(self, place: int) -> int:
-        """Returns 0: an output of a batch has it first."""
+        """Returns 0: every output has its batch axis first."""
         return 0
 
     def batched(self, args: Sequence, dims: Sequence, axis) -> tuple["_Until", Sequence]:
@@ -163,7 +164,7 @@ class _Until:
         def call(carry, params_i, consts):
             (go_on,) = each(carry, consts)
             pairs = zip(loops.call(carry, params_i, consts), carry, strict=True)
-            # An example that is done stays as it is.
+            # The loop runs until the last example is done; an example that is done keeps its carry.
             shape = lambda x: go_on.reshape(go_on.shape + (1,) * (x.ndim - 1))
             return [jnp.where(shape(x), x, old) for x, old in pairs]
 
@@ -177,7 +178,7 @@ class _Until:
         return self._until(consts, body, (0, carry))[1]
 
     def forward(self, args, asked: Sequence[int]):
-        """Returns the output, and what the backward pass is handed."""
+        """Returns the output, and the residuals for the backward pass."""
         params, carry, consts = args
         moving = Moving.of(asked, params, carry, consts)
         moving = dataclasses.replace(moving, outputs=tuple(inexact(carry)))
