@@ -21,15 +21,12 @@ from flax import linen as nn
 from flax.core import DenyList, Scope, lift
 from flax.core.scope import intersect_filters
 from flax.linen.transforms import lift_transform
-from jax.extend import core
 
-from jaxckpt.plans import Plan, PlanError, words
-from jaxckpt.transforms import policies, rows, tags
+from jaxckpt.plans import Plan, PlanError
+from jaxckpt.transforms import policies, rows
 from jaxckpt.transforms.arguments import apart, check_class, part, put
-from jaxckpt.transforms.checks import check_policies
-from jaxckpt.transforms.policies import plan_and_policy
+from jaxckpt.transforms.region import checkpointed, plan_of_one
 from jaxckpt.transforms.scan import scan
-from jaxckpt.transforms.traced_block import abstract
 
 _PARAMS = "params"
 
@@ -230,20 +227,10 @@ def remat(
         return functools.partial(made, *block.args, **block.keywords)
     if not (inspect.isclass(block) and issubclass(block, nn.Module)):
         raise ValueError(f"linen.remat takes a Linen module class, not {block!r}")
-    plan, given = plan_and_policy(plan)
+    plan, given = plan_of_one(plan, "linen.remat wraps one", "linen.Stack takes every plan")
     stage = plan.stages[0]
-    if len(plan.stages) > 1 or stage.count or stage.schedule not in ("none", "full"):
-        raise PlanError(
-            f"plan {str(plan)!r} speaks of several blocks, linen.remat wraps one; it takes none, "
-            "full and policies such as 'dots' or 'attention'; linen.Stack takes every plan"
-        )
     if stage.offloads_carry:
         raise PlanError("offload:carry needs the blocks' inputs; linen.Stack takes it")
-    if any(words.is_invented(name) for policy in stage.policies for name in policy.names):
-        raise PlanError(
-            f"plan {str(plan)!r} names values without a tag, which linen.remat does not find; "
-            "linen.Stack does, or give them a tag (jaxckpt.tag)"
-        )
     if stage.schedule == "none":
         return block
     static = [static_argnums] if isinstance(static_argnums, int) else static_argnums
@@ -286,25 +273,9 @@ def _checkpoint(
                 given = [args[at] if at in static else arg for at, arg in enumerate(dynamic)]
                 return fn(scopes, *given, **named), repack(scopes)
 
-            return _checkpointed(pure, plan, given, prevent_cse)(variables, rngs, *arrays)
+            return checkpointed(pure, plan, given, prevent_cse)(variables, rngs, *arrays)
 
         return lift.pack(inner, (True,), (True,), (True,), name="remat")(scopes, *arrays)
-
-    return call
-
-
-def _checkpointed(
-    fn: Callable, plan: Plan, given: policies.GivenPolicy | None, prevent_cse: bool
-) -> Callable:
-    """Returns `fn`, traced once, under `jax.checkpoint`, its tags checked against the plan."""
-
-    def call(*args):
-        closed, out = jax.make_jaxpr(fn, return_shape=True)(*args)
-        flat, leaves = core.jaxpr_as_fun(closed), jax.tree.leaves(args)
-        check_policies(plan, lambda _: tags.tags_of(flat, *abstract(leaves)))
-        policy = given or policies.checkpoint_policy(plan.stages[0].policies)
-        made = jax.checkpoint(flat, policy=policy, prevent_cse=prevent_cse)(*leaves)
-        return jax.tree.unflatten(jax.tree.structure(out), made)
 
     return call
 

@@ -18,7 +18,7 @@ from jaxckpt.transforms import value_names
 from jaxckpt.transforms.arguments import apart
 from jaxckpt.transforms.checkpointed import Remat
 from jaxckpt.transforms.checks import check_policies, check_rerun
-from jaxckpt.transforms.policies import plan_and_policy
+from jaxckpt.transforms.policies import GivenPolicy, plan_and_policy
 from jaxckpt.transforms.traced_block import as_arrays, trace_block
 
 
@@ -50,17 +50,38 @@ def checkpoint(fn: Callable, *, remat: str | Plan | Callable = "full", prevent_c
     """
     if not callable(fn):
         raise ValueError(f"checkpoint takes a function, not {shown(fn)}")
+    others = "scan_blocks, run, chain and scan take every plan"
+    plan, given = plan_of_one(remat, "checkpoint takes one function", others)
+    return fn if plan.stages[0].schedule == "none" else checkpointed(fn, plan, given, prevent_cse)
+
+
+def plan_of_one(remat, taker: str, others: str) -> tuple[Plan, GivenPolicy | None]:
+    """Returns the plan of one block, and the user's own policy if there is one.
+
+    Args:
+      remat: What the user gave.
+      taker: What takes one block, for the error.
+      others: What takes every plan, for the error.
+
+    Raises:
+      PlanError: The plan speaks of several blocks.
+    """
     plan, given = plan_and_policy(remat)
     stage = plan.stages[0]
     if len(plan.stages) > 1 or stage.count or stage.schedule not in ("none", "full"):
         raise PlanError(
-            f"plan {str(plan)!r} speaks of several blocks, checkpoint takes one function; it takes "
-            "none, full and policies such as 'dots' or 'attention'; scan_blocks, run, chain and "
-            "scan take every plan"
+            f"plan {str(plan)!r} speaks of several blocks, {taker}; it takes none, full and "
+            f"policies such as 'dots' or 'attention'; {others}"
         )
-    if stage.schedule == "none":
-        return fn
-    checkpointed = Remat(policies=stage.policies, given=given)
+    return plan, given
+
+
+def checkpointed(
+    fn: Callable, plan: Plan, given: GivenPolicy | None = None, prevent_cse: bool = True
+) -> Callable:
+    """Returns `fn` under `jax.checkpoint`, traced once a call, checked against its plan."""
+    policies = plan.stages[0].policies
+    checkpoint = Remat(policies=policies, given=given)
 
     @functools.wraps(fn)
     def region(*args, **named):
@@ -74,10 +95,8 @@ def checkpoint(fn: Callable, *, remat: str | Plan | Callable = "full", prevent_c
         traced, consts = trace_block(call, arrays, ())
         check_rerun(traced, plan, given)
         check_policies(plan, lambda asked: value_names.offered(traced.call, asked, *traced.inputs))
-        inner = value_names.resolved(traced.call, stage.policies)
-        run = checkpointed(
-            lambda arrays, consts: inner(arrays, [], consts), prevent_cse=prevent_cse
-        )
+        block = value_names.resolved(traced.call, policies)
+        run = checkpoint(lambda arrays, consts: block(arrays, [], consts), prevent_cse=prevent_cse)
         return jax.tree.unflatten(jax.tree.structure(traced.out), run(arrays, consts))
 
     return region

@@ -182,9 +182,22 @@ def test_a_block_without_steps_has_no_names():
         jaxckpt.scan_blocks(lambda x, w: x, jnp.ones([2, 3]), jnp.ones(3), remat="names:@dot.1")
 
 
-def test_linen_remat_says_that_it_finds_none():
-    with pytest.raises(jaxckpt.PlanError, match=r"names values without a tag.*linen\.Stack does"):
-        jaxckpt.linen.remat(nn.Dense, "names:@dot.1")
+def test_linen_remat_keeps_values_without_a_tag():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return jnp.tanh(nn.Dense(4)(jnp.tanh(nn.Dense(4)(x))))
+
+    def products(plan):
+        block = jaxckpt.linen.remat(Block, plan)()
+        variables = Block().init(jax.random.key(0), jnp.ones([2, 4]))
+        loss = lambda variables: block.apply(variables, jnp.ones([2, 4])).sum()
+        return str(jax.make_jaxpr(jax.grad(loss))(variables)).count("dot_general")
+
+    assert products("full") - 1 == products("names:@dot.1") == products("none") + 1
+    assert products("names:@dot.1,@dot.2") == products("none")
+    with pytest.raises(jaxckpt.PlanError, match=r"@dot\.9 matches no untagged value"):
+        products("names:@dot.9")
 
 
 def test_no_tag_has_an_at_sign():
