@@ -85,6 +85,7 @@ def test_what_is_offloaded_is_not_on_the_device():
     assert small.peak_bytes < small.argument_bytes + small.output_bytes + 2**16
 
 
+@pytest.mark.slow
 @needs_tpu
 def test_a_program_travels_and_is_what_an_entry_builds():
     step, args, _ = steps.gradients("full")
@@ -96,6 +97,7 @@ def test_a_program_travels_and_is_what_an_entry_builds():
     assert "args[1]" in {one.operation for one in traveled.buffers}
 
 
+@pytest.mark.slow
 @needs_tpu
 def test_donation_unread_arguments_and_typed_keys_travel():
     size = 1 << 20
@@ -141,6 +143,7 @@ def test_what_does_not_fit_on_several_devices_is_of_one_of_them():
     assert report.argument_bytes == 4 * 8192 * (1 << 21) // 4
 
 
+@pytest.mark.slow
 @needs_tpu
 def test_shardings_travel():
     mesh = AbstractMesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -156,6 +159,7 @@ def test_shardings_travel():
         measure_entry(entry("sharded", devices=4), "v5e-8")
 
 
+@pytest.mark.slow
 @needs_tpu
 def test_a_notebook_whose_jax_has_started_can_measure():
     """Its JAX is up on eight CPU devices, as a notebook's may be; libtpu's banners stay unseen."""
@@ -198,6 +202,7 @@ def test_shardings_over_gpus():
     assert report.argument_bytes == 4 * 1024**2 // 8
 
 
+@pytest.mark.slow
 @needs_tpu
 def test_a_job_that_fails_or_dies_stops_no_other():
     jobs = [

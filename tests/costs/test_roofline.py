@@ -231,6 +231,7 @@ MEASURED_MS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch, size, plan", MEASURED_MS)
 def test_estimates_of_measured_steps(batch, size, plan, monkeypatch):
     trace_cudnn(monkeypatch)

@@ -19,6 +19,7 @@ _SIZES = {"num_blocks": 4, "d_model": 16, "d_ff": 32, "num_heads": 2, "vocab_siz
 _ANY = (Policy(kind="names", names=("@cast.1",)),)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["none", "full", "full+dots"])
 @pytest.mark.parametrize("unroll", [1, 4])
 def test_untagged_values_are_counted_as_in_the_stack(plan, unroll):

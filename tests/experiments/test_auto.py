@@ -149,6 +149,7 @@ def test_what_is_verified_is_compiled_with_the_options_of_what_runs(monkeypatch)
         choose_plan.choose(config, "local")
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_the_whole_accumulated_step(result):
     assert result.chosen.flops == result.report.flops
 
@@ -173,6 +174,7 @@ def test_a_resumed_run_keeps_its_plan_and_is_planned_anew_if_asked(
     assert asked == [budget - 1] and other["plan"] == "3xfull"
 
 
+@pytest.mark.slow
 def test_a_plan_that_needs_more_than_the_budget_is_refused(peaks, tmp_path):
     with pytest.raises(ConfigError, match=r"plan 'none' needs .* more than the budget.*auto"):
         trained(tmp_path / "run", remat="none", budget=str(peaks["full"]))
@@ -204,6 +206,7 @@ def out_of(command, folder) -> list[str]:
     return flags if command is train else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [train, fit])
 def test_nothing_fits(command, infeasible, monkeypatch, capsys, tmp_path):
     def choose(*_, **__):

@@ -115,6 +115,7 @@ TOML = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text, message", TOML)
 def test_wrong_toml(text, message, tmp_path):
     path = tmp_path / "x.toml"
@@ -134,6 +135,7 @@ def test_wrong_data(content, message, tmp_path):
     assert message in line
 
 
+@pytest.mark.slow
 def test_a_name_that_no_block_has(tmp_path):
     """This needs the model, so JAX is imported; still one line and nothing written."""
     line = refused(train("--remat=names:nope", f"--out={tmp_path / 'run'}", *TINY), tmp_path)

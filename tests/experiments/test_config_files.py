@@ -36,6 +36,7 @@ def taken(command, *flags, monkeypatch) -> dict:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("command", [train, fit, sweep])
 def test_each_shipped_file_is_for_every_command(path, command, monkeypatch, tmp_path):

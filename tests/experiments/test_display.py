@@ -115,6 +115,7 @@ def test_what_comes_next_depends_on_whether_there_is_a_checkpoint(tmp_path):
 ESCAPE = "\x1b["  # what starts a terminal's commands
 
 
+@pytest.mark.slow
 def test_no_command_of_a_terminal_reaches_a_file(tmp_path, capsys):
     """A whole run, with all that it waits for, as a log file gets it."""
     main(train, [*runs.TINY, "--steps=2", "--data=README.md", f"--out={tmp_path / 'run'}"])

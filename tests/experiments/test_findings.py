@@ -48,6 +48,7 @@ def test_a_plan_that_saves_leaves_no_line_and_compiles_nothing_more(monkeypatch)
     assert f"keeps {100 * report.peak_bytes / estimated:.0f} % of it" in gain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["none", pytest.param("full", marks=pytest.mark.heavy)])
 def test_none_itself_is_not_compared(plan, monkeypatch):
     step = built(remat=plan, batch_size=1, seq_len=8)

@@ -142,6 +142,7 @@ def test_what_an_interrupt_ends_is_no_row(monkeypatch, measured, capsys):
     assert err.splitlines()[-1] == "error: interrupted: 0 of 2 rows are done"
 
 
+@pytest.mark.slow
 def test_a_compiler_in_this_process_does_not_hold_ctrl_c_up(tmp_path):
     """The compiler cannot be told to stop: the process leaves it behind."""
     code = (

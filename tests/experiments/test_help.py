@@ -90,6 +90,6 @@ def test_a_file_gives_its_plan_to_a_run_and_to_no_comparison(tmp_path):
     for plan, expected in {"log": {train: "log"}, "auto": {train: "auto", fit: "auto"}}.items():
         path.write_text(f"remat = '{plan}'\n")
         for command in (train, fit, sweep):
-            app = cli._app(command, with_rare=False)
+            app = cli._app(command, "experiments", with_rare=False)
             found = cli._file_flags([f"--config={path}"], app)
             assert found.get("remat") == expected.get(command), (plan, command)

@@ -14,6 +14,7 @@ def sizes(printed: str) -> list[float]:
     return [float(number) * units[unit] for number, unit in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["memory", "diffusion"])
 def test_it_learns_within_less_memory(task, capsys):
     main(loop, [f"--task={task}", "--length=64", "--steps=30", "--remat=log"])

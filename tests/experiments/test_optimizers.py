@@ -67,6 +67,7 @@ def test_bytes_of_the_state():
     assert ratio["adafactor"] < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adafactor", *heavy("adamw", "lion", "muon", "sgd")])
 def test_the_state_is_donated(kind):
     state = jax.eval_shape(lambda: init_state(config(kind)))
@@ -94,6 +95,7 @@ def test_the_state_survives_a_checkpoint(kind, tmp_path):
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 def test_muon_makes_each_blocks_matrices_orthogonal():
     optimizer = make_optimizer(
         OptimizerConfig(kind="muon", warmup_steps=0, weight_decay=0.0, clip_norm=1e9), 10
