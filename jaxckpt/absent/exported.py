@@ -1,13 +1,13 @@
 """A user's function made ready for another process, by `jax.export`: bytes and JSON, no pickle.
 
-The other process compiles the program again for the target, with the same donations and argument
-shardings (`worker.py`). What cannot travel says so in one line: such a step is built in the other
-process by an `Entry` (`jobs.py`) instead.
+The other process compiles the program for the target, with the same donations and argument
+shardings (`memory/worker.py`). A function that cannot be exported raises an error of one line; such
+a step is built in the other process by an `Entry` (`jobs.py`) instead.
 
-Where arguments live travels as JSON, since the devices are the other process's. A `NamedSharding`
-is its mesh's axis names and sizes and its partition spec; the process that has the devices makes
-the mesh again. The mesh here may be of devices that this process has or a
-`jax.sharding.AbstractMesh`. Every other sharding is taken as: whole, on each device.
+Shardings travel as JSON, because only the other process has the devices. A `NamedSharding` becomes
+its mesh's axis names and sizes and its partition spec; the other process makes the mesh. The mesh
+here may be of this process's devices or a `jax.sharding.AbstractMesh`. With any other sharding,
+each device holds the whole array.
 """
 
 import dataclasses
@@ -28,7 +28,8 @@ from jaxckpt.costs.flops import count_flops
 from jaxckpt.plans.errors import UserError
 from jaxckpt.targets.target import Target
 
-# Source locations, in references and in a table: a program is the same wherever it is written.
+# Source locations, as references and in a table. A digest leaves them out: equal programs are equal
+# wherever they are written.
 _STRING = r'"(?:[^"\\]|\\.)*"'
 _LOCATION = re.compile(
     rf'^#loc.*\n|\s*\bloc\((?:{_STRING}|[^()"]|\((?:{_STRING}|[^()"])*\))*\)', re.MULTILINE
@@ -37,20 +38,20 @@ _CUSTOM_CALL = re.compile(r"custom_call @([\w.$]+)\(")
 
 
 class TravelError(RuntimeError):
-    """A function that cannot be handed to the process that compiles: one line, with a way out."""
+    """A function cannot be handed to the process that compiles: one line, with a way out."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traveler:
-    """A function on its way.
+    """A function in the form that another process can read.
 
     Attributes:
       program: The exported function, in `jax.export`'s format.
       text: The lowered module as text, without source locations.
-      names: For each flat argument, where it is: `args[0].params['w']`.
-      donated: For each flat argument, whether outputs may reuse it.
-      placement: Its arguments' shardings, as `describe` has them.
-      flops: Of one call.
+      names: For each flat argument, its path: `args[0].params['w']`.
+      donated: For each flat argument, whether outputs may reuse its memory.
+      placement: The arguments' shardings, from `describe`.
+      flops: The FLOPs of one call.
     """
 
     program: bytes
@@ -61,7 +62,7 @@ class Traveler:
     flops: int
 
     def digest(self) -> str:
-        """Returns a digest of the program and everything it is compiled with but the target."""
+        """Returns a digest of all that the compiled program depends on, except the target."""
         rest = json.dumps([self.text, self.donated, self.placement], sort_keys=True)
         return hashlib.sha256(rest.encode()).hexdigest()
 
@@ -70,12 +71,12 @@ def pack(jitted, args: Sequence[Any], platform: str) -> Traveler:
     """Returns a jitted function and its abstract arguments, ready to travel.
 
     Args:
-      jitted: What `jax.jit` returned: its donations and static arguments hold.
+      jitted: A result of `jax.jit`, with its donations and static arguments.
       args: Arrays, abstract values, or values of static arguments.
       platform: `"tpu"` or `"cuda"`.
 
     Raises:
-      TravelError: It cannot be exported.
+      TravelError: The function cannot be exported.
       PlacementError: Arguments are sharded over several meshes.
     """
     if has_nnx(args):
@@ -87,14 +88,14 @@ def pack(jitted, args: Sequence[Any], platform: str) -> Traveler:
     try:
         traced = trace(jitted, args)
     except RuntimeError as error:
-        # cuDNN is looked for while tracing, and there is none in a process of another backend.
+        # Tracing cuDNN's attention looks for cuDNN, which a process of another backend lacks.
         raise (TravelError(_advice(error)) if "cuDNN" in str(error) else error) from error
     is_info = lambda x: hasattr(x, "donated")
     infos, _ = jax.tree_util.tree_flatten_with_path(traced.args_info, is_leaf=is_info)
     try:
         exported = _export(jitted, args, platform)
         program = bytes(_without_structure(exported).serialize(vjp_order=0))
-    except Exception as error:  # the exporter's or a kernel's own, of any type
+    except Exception as error:  # the exporter and kernels may raise anything
         raise TravelError(_advice(error)) from error
     return Traveler(
         program=program,
@@ -107,14 +108,14 @@ def pack(jitted, args: Sequence[Any], platform: str) -> Traveler:
 
 
 def trace(jitted, args: Sequence[Any]):
-    """Returns `jitted.trace(*args)` as JAX's own object, of `nnx.jit` too."""
+    """Returns `jitted.trace(*args)`, unwrapped if `jitted` is of `nnx.jit`."""
     traced = jitted.trace(*args)
     return traced if hasattr(traced, "jaxpr") else traced.traced
 
 
 def has_nnx(args: Sequence[Any]) -> bool:
     """Returns whether NNX modules, variables or optimizers are among the arguments."""
-    nnx: Any = sys.modules.get("flax.nnx")  # whoever has such a thing has imported it
+    nnx: Any = sys.modules.get("flax.nnx")  # imported by whoever made such an argument
     if nnx is None:
         return False
     is_nnx = lambda x: isinstance(x, nnx.Pytree | nnx.Variable)
@@ -125,7 +126,7 @@ def _export(jitted, args: Sequence[Any], platform: str) -> export.Exported:
     """Returns the exported function, whatever kernels it calls.
 
     `jax.export` refuses kernels that may change between versions. Both processes have the same
-    versions, so the check is turned off for those that the refusal names.
+    versions, so the check is turned off for the kernels that the refusal names.
     """
     checks = [export.DisabledSafetyCheck.platform()]
     go = lambda: export.export(jitted, platforms=(platform,), disabled_checks=checks)(*args)
@@ -140,7 +141,7 @@ def _export(jitted, args: Sequence[Any], platform: str) -> export.Exported:
 
 
 def _shardings(args: Sequence[Any], avals: Sequence[Any]) -> list[Any]:
-    """Returns the sharding of each flat argument; leaves of static arguments are passed over."""
+    """Returns the sharding of each flat argument, skipping leaves of static arguments."""
     leaves = iter(jax.tree.leaves(tuple(args)))
     matching = lambda aval: next((x for x in leaves if np.shape(x) == aval.shape), None)
     return [getattr(matching(aval), "sharding", None) for aval in avals]
@@ -154,7 +155,7 @@ def _without_structure(exported: export.Exported) -> export.Exported:
 
 
 def _advice(error: Exception) -> str:
-    """Returns one line: what stood in the way, and that an entry point has no such limit."""
+    """Returns one line: why the export failed, and that an `Entry` has no such limit."""
     first = " ".join(str(error).split())[:300]
     return (
         f"the function cannot be handed to the process that compiles ({first}); build it there: "
@@ -163,14 +164,14 @@ def _advice(error: Exception) -> str:
 
 
 class PlacementError(UserError, ValueError):
-    """Arguments whose shardings do not fit one another or the target: one line."""
+    """Shardings of arguments do not fit one another or the target: one line."""
 
 
 def describe(shardings: Sequence[Any]) -> dict[str, Any]:
     """Returns shardings as JSON values: one mesh, and a spec and memory kind for each.
 
     Raises:
-      PlacementError: They are over several meshes.
+      PlacementError: The shardings are over several meshes.
     """
     named = [sharding for sharding in shardings if isinstance(sharding, NamedSharding)]
     meshes = {tuple(sharding.mesh.shape.items()) for sharding in named}
@@ -185,7 +186,7 @@ def _describe_one(sharding: Any) -> dict[str, Any]:
     is_named = isinstance(sharding, NamedSharding)
     spec = [_entry(entry) for entry in sharding.spec] if is_named else None
     kind = getattr(sharding, "memory_kind", None)
-    # Kinds are named by backend; only the host's name is the same on a CPU, a GPU and a TPU.
+    # Backends name memory kinds differently; only pinned_host is the same on CPU, GPU and TPU.
     return {"spec": spec, "memory_kind": kind if kind == "pinned_host" else None}
 
 
@@ -200,13 +201,13 @@ def _entry(entry: Any) -> Any:
 def rebuild(described: dict[str, Any], topology, target: Target, num_devices: int = 1) -> list:
     """Returns the shardings that `describe` described, on the devices of a topology.
 
-    Without a mesh one device stands for all: each holds the same.
+    Without a mesh, one device stands for all: each holds the same arrays.
 
     Args:
-      described: What `describe` returned.
-      topology: The target's.
-      target: Named in errors.
-      num_devices: Devices that the program was traced for; 1 if it names none.
+      described: The result of `describe`.
+      topology: JAX's topology of the target.
+      target: The target, for error texts.
+      num_devices: The number of devices that the program was traced for; 1 if it names none.
 
     Raises:
       PlacementError: The mesh does not have the target's number of devices.
@@ -232,7 +233,7 @@ def _mesh(axes: list, topology, target: Target):
             f"the step is sharded over {count} devices ({shape}); "
             f"target {target} has {target.num_devices}"
         )
-    # As a run does with devices that are there: an axis may be several of a torus, or part of one.
+    # Made as for present devices: a mesh's axis may be several axes of a torus, or part of one.
     types = (AxisType.Auto,) * len(names)
     return jax.make_mesh(sizes, names, axis_types=types, devices=topology.devices)
 

@@ -1,12 +1,12 @@
-"""Compiling for a chip that is not there, each time in a fresh process. No JAX import.
+"""Compiling a step for an absent chip, in a fresh process for each step. No JAX import.
 
     step = Entry(function="experiments.training.step:abstract_step", arguments={"remat": "sqrt"})
     print(measure_entry(step, "v5e-1"))
 
-The compilers of absent chips read their environment when they are loaded and are one to a process,
-so a process is started for each job, with the right environment: it works from a notebook whose
-JAX has started long ago, and several run at once. What is measured once is kept (`cache.py`); an
-entry that was measured before costs milliseconds and loads no JAX at all.
+A compiler of absent chips reads its environment when it is loaded, and a process can load only one.
+So each job gets a process with the right environment. This works from a notebook that has started
+JAX long ago, and several jobs run at once. Reports are kept (`cache.py`): an entry that was
+measured before takes milliseconds and loads no JAX.
 
 Needed: libtpu for TPUs (`pip install 'jaxckpt[tpu]'`), JAX's CUDA plugin for NVIDIA GPUs
 (`pip install 'jaxckpt[cuda13]'`); no chip, no driver.
@@ -28,14 +28,14 @@ class Entry:
     """A function that builds a step in the process that compiles it.
 
     Attributes:
-      function: `"package.module:function"`, importable there; it returns
-        `(fn, args, donate_argnums)`, or a `BuiltStep`, with abstract arguments. These may carry
-        `NamedSharding`s over a `jax.sharding.AbstractMesh` as large as the target; else each device
-        holds everything.
-      arguments: Keyword arguments of it, JSON values.
+      function: `"package.module:function"`, importable in that process. It returns
+        `(fn, args, donate_argnums)`, or a `BuiltStep`, with abstract arguments. These may have
+        `NamedSharding`s over a `jax.sharding.AbstractMesh` as large as the target; without them
+        each device holds everything.
+      arguments: Its keyword arguments, JSON values.
 
     Raises:
-      ValueError: The name is of another form, or the arguments are no JSON.
+      ValueError: The name has another form, or the arguments are no JSON.
     """
 
     function: str
@@ -60,7 +60,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JobFailure:
-    """A job of `measure_many` that came to nothing, and the error that says why."""
+    """A job of `measure_many` that failed, and its error."""
 
     entry: Entry
     target: str
@@ -73,11 +73,11 @@ class JobFailure:
 def measure_entry(entry: Entry, target: str | Target) -> MemoryReport:
     """Returns the memory of the step that an entry builds, compiled for an absent target.
 
-    Settings of JAX and XLA in the environment hold in the other process; those made by
+    Settings of JAX and XLA in the environment hold in the other process; settings by
     `jax.config.update` do not.
 
     Raises:
-      TargetError: There is no such target, or it is `local`.
+      TargetError: The target is unknown, or it is `local`.
       Unavailable: The target's compiler is not installed.
       WorkerError: The entry or the compiler failed.
     """
@@ -86,15 +86,15 @@ def measure_entry(entry: Entry, target: str | Target) -> MemoryReport:
 
 
 def entry_key(entry: Entry, target: Target, **asked: Any) -> str:
-    """Returns what is kept of an entry's step under: its sources decide, beside all else.
+    """Returns the name under which answers on an entry's step are kept; it depends on its sources.
 
     Args:
       entry: The entry.
-      target: An absent one.
-      **asked: What else the answer depends on, JSON values.
+      target: An absent target.
+      **asked: JSON values that the answer depends on too.
 
     Raises:
-      ValueError: The entry's package is not there.
+      ValueError: The entry's package is not installed.
     """
     package = entry.function.partition(":")[0].split(".")[0]
     try:
@@ -105,7 +105,7 @@ def entry_key(entry: Entry, target: Target, **asked: Any) -> str:
 
 
 def _key(target: Target, **parts: Any) -> str:
-    """Returns the name of a report that a process for a target makes: its settings decide."""
+    """Returns the name of a report made by a target's process, with that process's settings."""
     return cache.key(environment=launch.environment(target), target=target.name, **parts)
 
 
@@ -115,9 +115,9 @@ def measure_program(
     """Returns the memory of an exported program, compiled for an absent target.
 
     Args:
-      program: `traveling.Traveler.program`.
-      target: An absent one.
-      digest: `traveling.Traveler.digest()`: what the report is kept under.
+      program: `exported.Traveler.program`.
+      target: An absent target.
+      digest: `exported.Traveler.digest()`, a part of the report's name on disk.
       **job: The traveler's other fields, as JSON values.
 
     Raises:
@@ -129,7 +129,7 @@ def measure_program(
     asked = {place: value for place, value in job.items() if place != "flops"}
     name = _key(target, sources=sources, program=digest, job=asked)
     report = _cached(name, target, {"entry": None, **job}, program=program)
-    return dataclasses.replace(report, flops=job["flops"])  # those were counted here
+    return dataclasses.replace(report, flops=job["flops"])  # FLOPs were counted in this process
 
 
 def measure_many(
@@ -142,11 +142,11 @@ def measure_many(
 
     Args:
       jobs: Entries and targets.
-      parallel: Processes at once; each takes a core and, for a model of 1e9 parameters, some GB.
+      parallel: Processes at once; each takes a core, and some GB for a model of 1e9 parameters.
       progress: Called with a job's place in `jobs` and its result as each ends, one at a time.
 
     Returns:
-      For each job its report, or a `JobFailure`: one that fails does not stop the others.
+      For each job its report, or a `JobFailure`; a failed job does not stop the others.
 
     Raises:
       ValueError: `parallel` is less than 1.
@@ -158,7 +158,7 @@ def _try(job: tuple[Entry, str | Target]) -> MemoryReport | JobFailure:
     entry, target = job
     try:
         return measure_entry(entry, target)
-    except Exception as error:  # whatever it is, it is this job's result and no other's
+    except Exception as error:  # one job's error is its result and must not stop the others
         return JobFailure(entry=entry, target=str(target), error=error)
 
 

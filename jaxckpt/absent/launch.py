@@ -1,9 +1,8 @@
-"""Starting the process that compiles for an absent chip (`worker.py`). No JAX import.
+"""Starting the process that compiles for an absent chip (`memory/worker.py`). No JAX import.
 
-The process inherits this one's environment, but for what the target's compiler reads of it, and
-imports from where this one does. Everything it prints is caught: libtpu writes banners to file
-descriptor 2 that mean nothing here. Its errors come back as results, and where it dies without one
-the end of what it wrote is shown.
+The process inherits this process's environment, except for variables of the target's compiler, and
+its import path. Its output is caught: libtpu writes banners to file descriptor 2 that mean nothing
+here. Its errors come back as results. If it dies without a result, the end of its output is shown.
 """
 
 import contextlib
@@ -28,11 +27,11 @@ from jaxckpt.targets.target import Target
 
 _SHARED = {
     "JAX_PLATFORMS": "cpu",  # the process has no chip and looks for none
-    "JAX_ENABLE_COMPILATION_CACHE": "false",  # programs for absent chips are not to be kept
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # programs for absent chips are never run
 }
-# What libtpu asks of a Cloud machine is answered here, so that it asks no metadata server. The
-# accelerator type is any valid one: the topology that is compiled for is named apart from it.
-# libtpu's lock of the machine is for those who use the chip, which a compiler does not.
+# libtpu would ask a Cloud machine's metadata server for these values. The accelerator type may be
+# any valid one: the topology to compile for is given separately. libtpu locks the machine for
+# processes that use its chip, which a compiler does not.
 _TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -41,16 +40,16 @@ _TPU = {
 }
 _ENVIRONMENT = {"tpu": _TPU, "cuda": {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}}
 
-# backend -> (modules of which one must be there, the extra that brings one)
+# backend -> (modules of which one must be installed, the extra that installs one)
 _NEEDED = {
     "tpu": (("libtpu",), "tpu"),
     "cuda": (("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"), "cuda13"),
 }
 
-PROGRESS = "progress.jsonl"  # in a job's folder: lines of JSON that say how far its process is
-THREADS = "jaxckpt-compile"  # how the names of threads that compile begin
+PROGRESS = "progress.jsonl"  # in a job's folder: its process's progress, as lines of JSON
+THREADS = "jaxckpt-compile"  # the beginning of the names of threads that compile
 _WATCHED_SECONDS = 0.2
-_ENDING_SECONDS = 1.0  # until the processes that were stopped are gone
+_ENDING_SECONDS = 1.0  # how long to wait for stopped processes to end
 
 
 class Unavailable(UserError, RuntimeError):
@@ -58,11 +57,11 @@ class Unavailable(UserError, RuntimeError):
 
 
 class WorkerError(RuntimeError):
-    """The process that compiles failed: one line; its own traceback is a note to this one.
+    """The process that compiles failed: one line, with the process's traceback as a note.
 
     Attributes:
-      kind: The class of the error there, or `"died"`.
-      detail: All that it said.
+      kind: The class of the error in the process, or `"died"`.
+      detail: The whole text of that error.
     """
 
     def __init__(self, message: str, *, kind: str, detail: str, traceback: str = ""):
@@ -73,14 +72,14 @@ class WorkerError(RuntimeError):
 
 
 class WorkerRefusal(UserError, WorkerError):
-    """The process that compiles was asked for something that the user can mend."""
+    """The process that compiles failed by an error that the user can correct."""
 
 
 class Processes:
-    """The processes of one caller, who may have to end them all from another thread.
+    """The processes of one caller, who can end them all from another thread.
 
     Attributes:
-      stopped: Whether they were ended; no more are started then.
+      stopped: Whether the processes were ended; then no more are started.
     """
 
     def __init__(self):
@@ -93,9 +92,9 @@ class Processes:
     ) -> int:
         """Runs a command to its end and returns its exit code, negative if a signal ended it.
 
-        `watch` is called every now and then meanwhile.
+        Meanwhile `watch` is called about every `_WATCHED_SECONDS`.
         """
-        with self._lock:  # a process is either seen by `stop` or never started
+        with self._lock:  # `stop` either sees this process or prevents its start
             if self.stopped:
                 return -signal.SIGTERM
             process = subprocess.Popen(command, **options)
@@ -112,14 +111,14 @@ class Processes:
                 self._running.discard(process)
 
     def stop(self):
-        """Ends what runs; nothing is started any more."""
+        """Ends all running processes and prevents new ones."""
         with self._lock:
             self.stopped = True
             for process in self._running:
                 process.kill()
 
 
-# Those that a thread of `in_parallel` starts; None in any other thread.
+# The processes that a thread of `in_parallel` starts; None in any other thread.
 _PROCESSES: ContextVar[Processes | None] = ContextVar("processes", default=None)
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -137,13 +136,14 @@ def in_parallel(
     parallel: int,
     progress: Callable[[int, Answer], None] | None = None,
 ) -> list[Answer]:
-    """Returns what `work` makes of each item, in their order, some at once in threads.
+    """Returns the result of `work` for each item in order; several run at once, in threads.
 
     Args:
-      work: May start processes (`run_module`). Where this call is interrupted, they are ended.
-      items: What to work on.
-      parallel: Threads at once.
-      progress: Called here with an item's place and its answer as each ends, one at a time.
+      work: A function of one item. It may start processes (`run_module`), which are ended if this
+        call is interrupted.
+      items: The items.
+      parallel: The number of threads at once.
+      progress: Called in this thread with an item's place and result as each ends.
 
     Raises:
       ValueError: `parallel` is less than 1.
@@ -168,7 +168,7 @@ def in_parallel(
 
 
 def check_available(target: Target):
-    """Raises `Unavailable` if what compiles for a target is not installed."""
+    """Raises `Unavailable` if the compiler for a target is not installed."""
     modules, extra = _NEEDED[target.backend]
     if any(_is_there(module) for module in modules) and _is_there("flatbuffers"):
         return
@@ -178,7 +178,7 @@ def check_available(target: Target):
 def _is_there(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent is missing
+    except ModuleNotFoundError:  # the module's parent is missing
         return False
 
 
@@ -186,8 +186,8 @@ def run(job: Mapping[str, Any], program: bytes, target: Target) -> MemoryReport:
     """Compiles a job in a fresh process.
 
     Args:
-      job: What `worker.py` reads, JSON values.
-      program: An exported program, or nothing.
+      job: The JSON values that `memory/worker.py` reads.
+      program: An exported program; empty for a job with an entry.
       target: The absent target.
 
     Raises:
@@ -207,12 +207,12 @@ def run_module(
     """Does a job in a fresh process with a target's environment, and returns its result as JSON.
 
     Args:
-      module: Run with a folder as its argument; it reads `job.json` and `program.bin` there and
-        leaves `result.json`, which has the key `error` where something went wrong.
-      job: JSON values.
-      program: Bytes, or nothing.
+      module: The module to run. Its argument is a folder, where it reads `job.json` and
+        `program.bin` and writes `result.json`, with the key `error` if it failed.
+      job: The job, JSON values.
+      program: The content of `program.bin`; may be empty.
       target: The absent target.
-      progress: Called here with each line that the process writes to `PROGRESS`, as JSON values.
+      progress: Called in this process with each line of `PROGRESS`, as JSON values.
 
     Raises:
       WorkerError: The job failed, or the process died.

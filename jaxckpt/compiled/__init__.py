@@ -1,1 +1,1 @@
-"""What XLA says of a compiled program."""
+"""Facts about a compiled program, read from XLA: peak, buffers, collectives."""

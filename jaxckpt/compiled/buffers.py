@@ -1,15 +1,15 @@
-"""What the compiler wrote about its buffers, read from an `xla_dump_to` folder. No JAX import.
+"""The largest buffers of a compiled program, read from an `xla_dump_to` folder. No JAX import.
 
-XLA dumps a buffer assignment (every allocation and the values in it) and, since jaxlib 0.8 or so,
-the values that are alive at the peak. `read_buffers` lists the largest of the latter; where there
-is no such list, the largest values of which no two share memory. Names of instructions lead to the
-operation and the source line in the program's text. These are texts for people and change with
-every version: what is not understood is left out and counted, and nothing here raises.
+XLA dumps a buffer assignment (every allocation and its values) and, since jaxlib 0.8 or so, the
+values that are alive at the peak. `read_buffers` lists the largest live values; if that list is
+missing, the largest values that share no memory. An instruction's name leads to its operation and
+source line in the program's text. These texts are for people and change with every version: lines
+that are not understood are left out and counted, and nothing here raises.
 
-`SourceLines` finds an instruction's line of source. Older XLA writes `source_file` and
-`source_line` into an instruction's metadata. Newer XLA writes the number of a stack frame, and
-tables of frames, locations and file names at the program's top; there the innermost frame that is
-no machinery (`jaxckpt.sources`) is taken: the user's own line, or the model's.
+`SourceLines` finds an instruction's source line. Older XLA writes `source_file` and `source_line`
+into an instruction's metadata. Newer XLA writes the number of a stack frame, and tables of frames,
+locations and file names at the program's top. Then the innermost frame outside of libraries
+(`jaxckpt.sources`) is taken: the user's own line, or the model's.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class SourceLines:
     """Finds the source line of an instruction from its metadata.
 
     Attributes:
-      understood: How many rows of the tables lead somewhere.
+      understood: How many rows of the tables refer to rows that exist.
     """
 
     def __init__(self, program: str):
@@ -42,12 +42,12 @@ class SourceLines:
         }
         known = [name in self._files.values() for name, _ in self._lines.values()]
         known += [location in self._lines for location, _ in self._frames.values()]
-        # Frames that instructions speak of, and no table of them.
+        # Instructions refer to frames, but the table of frames is missing.
         missing = not frames and "stack_frame_id=" in program
         self.understood = Understood(sum(known), len(known) + missing)
 
     def of(self, metadata: str) -> str:
-        """Returns `file.py:line`, or "" where the metadata does not lead to one."""
+        """Returns `file.py:line`; "" if the metadata does not lead to a line."""
         file = re.search(r'source_file="([^"]*)"', metadata)
         if file:
             return f"{file[1]}:{_field(metadata, 'source_line')}"
@@ -59,8 +59,8 @@ class SourceLines:
     def _stack(self, frame: int) -> list[tuple[str, int]]:
         """Returns files and lines from the innermost frame outward."""
         found = []
-        # A root's parent is written as 0 by some versions and as the root itself by others, which
-        # count parents from one more; a frame never comes after those it was called from.
+        # Some versions write a root's parent as 0. Others write the root itself, and count parents
+        # from one more. In both, a frame never comes before its callers.
         shift = self._frames.get(1, (0, 0))[1]
         while frame in self._frames and len(found) < len(self._frames):
             location, parent = self._frames[frame]
@@ -90,17 +90,17 @@ _VALUE = re.compile(
 _PEAK = re.compile(r"Live ranges at \d+ \(peak\):\n((?:    \S+: \d+ bytes.*\n)*)")
 _ALIVE = re.compile(r"    (\S+?)\{([\d,]*)\}: (\d+) bytes")
 _LAYOUT = re.compile(r"\{[^{}]*\}")
-_WHOLE = '/call_exported"'  # the program as a whole, to the process that compiles it
+_WHOLE = '/call_exported"'  # the op_name of an exported program as a whole
 _METADATA = re.compile(r"^\s*(?:ROOT )?%?(?P<name>\S+) = .*?metadata=\{(?P<text>[^}]*)\}", re.M)
 
 
 @dataclasses.dataclass(frozen=True)
 class Understood:
-    """How many lines of a compiler's text were understood, of how many that were read.
+    """How many lines of a compiler's text were understood.
 
     Attributes:
-      lines: Lines that were understood.
-      of: Lines that were read, but for blank ones and those that no figure comes from.
+      lines: The number of lines that were understood.
+      of: The number of lines that were read and that a figure may come from.
     """
 
     lines: int = 0
@@ -111,7 +111,7 @@ class Understood:
 
     @property
     def is_all(self) -> bool:
-        """Whether nothing was left out."""
+        """Whether every line was understood."""
         return self.lines == self.of
 
     @property
@@ -131,10 +131,10 @@ class Buffer:
     """One value in memory.
 
     Attributes:
-      size_bytes: What it takes, padding included.
-      shape: dtype and dimensions, `bf16[24,20000,2048]`.
-      operation: What made it, in JAX's words if the compiler kept them; else the instruction.
-      source: `file.py:line`, or "" if the compiler does not say.
+      size_bytes: The bytes that it takes, with padding.
+      shape: The dtype and dimensions, `bf16[24,20000,2048]`.
+      operation: JAX's name of the operation that made it; else the name of the instruction.
+      source: `file.py:line`; "" if the compiler does not say.
     """
 
     size_bytes: int
@@ -145,7 +145,7 @@ class Buffer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Totals:
-    """Bytes of the device's main memory: `total_bytes` is all that the program needs of it."""
+    """Bytes of the device's main memory; `total_bytes` is what the whole program needs."""
 
     total_bytes: int
     argument_bytes: int
@@ -173,8 +173,8 @@ def read_buffers(folder: Path, most: int = 20) -> tuple[Buffer, ...]:
     every = list(_values(assignment))
     alive = {(n, index) for n, index, _ in _ALIVE.findall(_peak(_read(f"{stem}-live-range.txt")))}
     if "color" in assignment:
-        # The list is of all memory spaces together, on-chip and host memory too, and so is its
-        # moment: it says nothing of main memory alone.
+        # The list is of the moment when all memory spaces together are fullest, on-chip and host
+        # memory included. Main memory may peak at another moment.
         alive = set()
     values = [v for v in every if (v.name, v.index) in alive] or every
     program = _read(f"{stem}.txt")
@@ -185,7 +185,7 @@ def read_buffers(folder: Path, most: int = 20) -> tuple[Buffer, ...]:
 
 
 def read_totals(folder: Path) -> Totals | None:
-    """Returns the totals of the largest program that was dumped, one that did not fit included."""
+    """Returns the totals of the largest dumped program, even if it did not fit."""
     stem = _largest(folder)
     if stem is None:
         return None
@@ -203,9 +203,9 @@ def read_totals(folder: Path) -> Totals | None:
 
 
 def read_understood(folder: Path) -> Understood:
-    """Returns how much of the largest program's texts was understood; nothing of an empty folder.
+    """Returns how much of the largest dumped program was understood; 0 of 0 for an empty folder.
 
-    The lines are those that buffers, totals and source lines come from.
+    The lines counted are the sources of buffers, totals and source lines.
     """
     stem = _largest(folder)
     if stem is None:
@@ -213,7 +213,7 @@ def read_understood(folder: Path) -> Understood:
     assignment, live_range, program = (
         _read(f"{stem}{end}") for end in (_ASSIGNMENT, "-live-range.txt", ".txt")
     )
-    # The first line is a title; older versions write about uses and positions after a blank line.
+    # The first line is a title. Older versions write uses and positions after a blank line.
     lines = assignment.partition("\n\n")[0].splitlines()[1:]
     found = Understood(sum(map(_is_read, lines)), max(1, len(lines)))
     if live_range:
@@ -228,7 +228,7 @@ def _is_read(line: str) -> bool:
 
 
 def _largest(folder: Path) -> str | None:
-    """Returns the path of the largest program's files, up to where their names part."""
+    """Returns the common beginning of the paths of the largest program's files."""
     stems = [str(path).removesuffix(_ASSIGNMENT) for path in folder.glob(f"*{_ASSIGNMENT}")]
     stems = [stem for stem in stems if _total(stem)]
     return max(stems, key=_total, default=None)
@@ -240,7 +240,7 @@ def _total(stem: str) -> int:
 
 
 def _values(assignment: str) -> Iterator[_Value]:
-    """Yields the values of allocations in main memory: `color` marks other memory spaces."""
+    """Yields the values in main memory; `color` marks allocations in other memory spaces."""
     allocation, is_main = -1, False
     for line in assignment.splitlines():
         if head := _ALLOCATION.match(line):
@@ -263,7 +263,7 @@ def _peak(live_range: str) -> str:
 
 
 def _disjoint(values: list[_Value], most: int) -> list[_Value]:
-    """Returns the largest values of which no two share memory; of equals, no loop's copy first."""
+    """Returns the largest values that share no memory; of equal values, loop copies come last."""
     chosen: list[_Value] = []
     for value in sorted(values, key=lambda v: (-v.size, v.phi, v.allocation, v.offset)):
         if len(chosen) == most:
@@ -279,10 +279,10 @@ def _overlap(a: _Value, b: _Value) -> bool:
 
 
 def _description(value: _Value, every: list[_Value], metadata: dict[str, str]) -> str:
-    """Returns the metadata of a value, or of what is written over it in place.
+    """Returns the metadata of a value, or of the instruction that updates it in place.
 
-    A loop's stacked output is allocated by an instruction that says nothing; the update of it in
-    the loop's body, in the same memory, says what is stacked.
+    A loop's stacked output is allocated by an instruction without metadata. The update in the
+    loop's body, in the same memory, has the metadata of the stacked values.
     """
     place = (value.allocation, value.offset, value.size)
     same = [v.name for v in every if (v.allocation, v.offset, v.size) == place]

@@ -1,11 +1,11 @@
-"""Reports kept on disk, so that a step is compiled for a target once. No JAX import, but in `here`.
+"""Reports kept on disk, so that a step is compiled for a target once. Only `here` imports JAX.
 
 The folder is `$JAXCKPT_CACHE`, or `jaxckpt` in the user's cache folder; deleting it is always
-safe. A report's name is a digest of all that it depends on: the program or the sources that build
-it, the target or this process's devices, what is installed, the compilers' settings. Where it is
-hard to tell whether something matters, it is in the name: a report that is made twice costs time,
-one that is another program's is wrong. Files appear whole, so processes may share the folder, and
-one that cannot be read is measured again.
+safe. A report's name is a digest of everything that it depends on: the program or the sources that
+build it, the target or this process's devices, installed versions, the compilers' settings. In
+doubt something is part of the name: making a report twice costs time, but a report of another
+program would be wrong. Files appear whole, so processes may share the folder. A file that cannot be
+read is made again.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ from jaxckpt.targets.target import LOCAL
 # Words in the names of environment variables that compilers, drivers and JAX read.
 _SETTING = re.compile(r"JAX(?!CKPT)|XLA|TPU|CU(DA|DNN|BLAS)|NVIDIA|NCCL|^TF_|TRITON|LLVM|MLIR|ROCM")
 _IMPORT = re.compile(rb"^\s*(?:from\s+([\w.]+)\s+import\b|import\s+([\w., ]+))", re.MULTILINE)
-_INSTALLED = {"site-packages", "dist-packages"}  # what lies in these has a version
+_INSTALLED = {"site-packages", "dist-packages"}  # packages in these folders have a version
 
 
 def folder() -> Path | None:
-    """Returns where reports are kept; it need not exist. None where there is no home folder."""
+    """Returns the folder of reports, which may not exist yet; None if there is no home folder."""
     own = os.environ.get("JAXCKPT_CACHE")
     found = Path(own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "jaxckpt"))
     try:
@@ -43,10 +43,10 @@ def folder() -> Path | None:
 
 
 def key(*, environment: Mapping[str, str] | None = None, **parts: Any) -> str:
-    """Returns the name of a report that depends on `parts`, on what is installed and settings.
+    """Returns the name of a report that depends on `parts`, installed versions and settings.
 
     Args:
-      environment: Of the process that compiles; by default this one's.
+      environment: The environment of the process that compiles; by default this process's.
       **parts: JSON values.
     """
     every = parts | {"versions": versions(), "settings": settings(environment or os.environ)}
@@ -54,9 +54,9 @@ def key(*, environment: Mapping[str, str] | None = None, **parts: Any) -> str:
 
 
 def here() -> dict[str, Any]:
-    """Returns what results of this process's own backend depend on, as JSON values for `key`.
+    """Returns JSON values for `key`, which results of this process's own backend depend on.
 
-    These are its devices, what a program may fill of one, and every value of `jax.config`.
+    These are its devices, the usable bytes of one device, and every value of `jax.config`.
     """
     import jax
 
@@ -65,13 +65,14 @@ def here() -> dict[str, Any]:
         "devices": [device.device_kind for device in devices],
         "platform": [devices[0].platform, devices[0].client.platform_version],
         "usable_bytes": usable_bytes(LOCAL),
-        # Read one by one: a context such as `jax.enable_x64` holds for this thread alone.
+        # Read by attribute: `values` misses a context such as `jax.enable_x64`, which holds for
+        # this thread alone.
         "config": {name: str(getattr(jax.config, name, None)) for name in jax.config.values},
     }
 
 
 def load(name: str) -> MemoryReport | None:
-    """Returns a kept report; None if there is none, or none that is whole."""
+    """Returns a kept report; None if the file is missing or incomplete."""
     try:
         return MemoryReport.from_json(load_json(name))
     except (KeyError, TypeError, AttributeError):
@@ -79,12 +80,12 @@ def load(name: str) -> MemoryReport | None:
 
 
 def store(name: str, report: MemoryReport):
-    """Keeps a report. A folder that cannot be written costs a compilation later, not this one."""
+    """Keeps a report; does nothing if the folder cannot be written."""
     store_json(name, report.as_json())
 
 
 def load_json(name: str) -> Any:
-    """Returns kept JSON values; None if there are none, or none that are whole."""
+    """Returns kept JSON values; None if the file is missing or incomplete."""
     path = _path(name)
     if path is None:
         return None
@@ -95,7 +96,7 @@ def load_json(name: str) -> Any:
 
 
 def store_json(name: str, values: Any):
-    """Keeps JSON values, as `store` does a report."""
+    """Keeps JSON values; does nothing if the folder cannot be written."""
     path = _path(name)
     if path is None:
         return
@@ -105,21 +106,21 @@ def store_json(name: str, values: Any):
 
 
 def write_whole(path: Path, content: str | bytes):
-    """Makes a file that is either the old one or the new one, never half of it.
+    """Writes a file so that readers find the old content or the new, never a part.
 
     Args:
       path: The file.
-      content: All of it; text becomes UTF-8.
+      content: The whole content; text becomes UTF-8.
 
     Raises:
-      OSError: It cannot be written; nothing is left of it.
+      OSError: The file cannot be written; no part of it is left.
     """
     part = path.absolute().with_name(f".part-{uuid.uuid4().hex}")
     try:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
         part.replace(path)
     except BaseException:
-        with contextlib.suppress(OSError):  # the first error is the one to know
+        with contextlib.suppress(OSError):  # the first error is the one to report
             part.unlink()
         raise
 
@@ -129,9 +130,9 @@ def _path(name: str) -> Path | None:
     return None if base is None else base / "reports" / f"{name}.json"
 
 
-@functools.cache  # what is loaded stays what it is, whatever is installed meanwhile
+@functools.cache  # loaded packages keep their versions, whatever is installed meanwhile
 def versions() -> dict[str, str]:
-    """Returns the versions of Python and of every distribution that is installed."""
+    """Returns the versions of Python and of every installed distribution."""
     found = {one.name: one.version for one in metadata.distributions()}
     return found | {"python": ".".join(map(str, sys.version_info[:3]))}
 
@@ -142,10 +143,10 @@ def settings(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def digest_of_sources(packages: Iterable[str]) -> str:
-    """Returns a digest of whole packages and of all that they import and that has no version.
+    """Returns a digest of packages and of all packages without a version that they import.
 
-    Nothing is imported but parents of dotted names. Of another top-level package that a file
-    imports all files count. Of the same one those of the package at the same depth do: a file of
+    Nothing is imported but parents of dotted names. An import from another top-level package adds
+    all its files. An import from the same one adds the package at the same depth: a file of
     `jaxckpt.memory` that imports `jaxckpt.plans.plan` adds `jaxckpt.plans`.
 
     Args:
@@ -175,7 +176,7 @@ def digest_of_sources(packages: Iterable[str]) -> str:
 
 
 def _package(module: str, importer: str) -> str:
-    """Returns the package to take whole for a module that a file of `importer` imports."""
+    """Returns the package that is added for a module that a file of `importer` imports."""
     head, *rest = module.split(".")
     depth = importer.count(".") if head == importer.partition(".")[0] else 0
     return ".".join([head, *rest[:depth]])
@@ -183,7 +184,7 @@ def _package(module: str, importer: str) -> str:
 
 @functools.cache
 def _read(path: Path, mtime_ns: int) -> tuple[str, frozenset[str]]:
-    """Returns a file's digest and the modules that it imports, as they are named there."""
+    """Returns a file's digest and the names of the modules that it imports."""
     text = path.read_bytes()
     names = (line[0] or line[1] for line in _IMPORT.findall(text))
     modules = (one.split()[0] for line in names for one in line.decode().split(",") if one.split())
@@ -192,15 +193,15 @@ def _read(path: Path, mtime_ns: int) -> tuple[str, frozenset[str]]:
 
 
 def _roots(package: str) -> set[Path]:
-    """Returns the folders of a package, or the file of a module; none for what has no files."""
+    """Returns the folders of a package, or the file of a module; empty if it has no files."""
     if package.partition(".")[0] in sys.stdlib_module_names:
         return set()
     try:
         spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):  # a parent that is no package; `__main__`
+    except (ImportError, ValueError):  # the parent is no package, or the module is `__main__`
         return set()
     if spec is None:
         return set()
-    # A path may name one folder twice ("" and the working folder, say).
+    # A path may name one folder twice, such as "" and the working folder.
     found = spec.submodule_search_locations or [spec.origin or ""]
     return {Path(one).resolve() for one in found if one and Path(one).exists()}

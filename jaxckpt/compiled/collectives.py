@@ -1,18 +1,19 @@
-"""What a compiled program sends between devices: its collectives, as XLA's own text has them.
+"""Collectives of a compiled program: the bytes it sends between devices, read from XLA's text.
 
     sent = traffic(compiled.as_text(), num_devices=8)
     sent.bytes, sent.seconds(links)
 
-The partitioner decides what is sent, so a jaxpr does not show it. The text does: every collective
-with its shape and its groups, and the loops around it. Trips are the loop's bound; the executor's
-loops have none in the program and say their mean in their name (`transforms.jaxprs.trips`).
+The partitioner inserts collectives, so a jaxpr does not show them. The compiled text shows each
+with its shape and its groups, and the loops around it. Trips are read from a loop's bound. The
+executor's loops have no bound in the program; their mean trips are in their names
+(`transforms.jaxprs.trips`).
 
-Bytes are those that one device sends in a ring: a gather of n bytes over g devices sends
-n (g - 1) / g, a reduction twice that (Thakur et al. 2005, Optimization of collective communication
-operations in MPICH, section 4).
+Bytes are what one device sends in a ring: a gather of n bytes over g devices sends n (g - 1) / g, a
+reduction twice as much (Thakur et al. 2005, Optimization of collective communication operations in
+MPICH, section 4).
 
 The text is read as computations that call one another, with the trips of their loops. The devices
-that a collective joins are written as a list, an iota, or axes of a mesh.
+of a collective are written as a list, an iota, or axes of a mesh.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ _KNOWN_TRIPS = re.compile(r'known_trip_count[^0-9}]*"n":"([0-9]+)"')
 _CONSTANT = re.compile(r" [su](?:32|64)\[\]\S* constant\(([0-9]+)\)")
 _PARTS = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _COUNTER = re.compile(r"get-tuple-element\(.*\), index=([0-9]+)")
-# What stands above the computations: the module's line, and the tables of `buffers.py`.
+# Lines above the computations: the module's line, and the tables of `buffers.py`.
 _ABOVE = re.compile(
     r'HloModule |(?:FileNames|FunctionNames|FileLocations|StackFrames)$|[0-9]+ (?:"|\{)'
 )
@@ -45,12 +46,12 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
 class Program:
-    """A program's text.
+    """A program's text, parsed into computations.
 
     Attributes:
-      lines: The instructions of each computation.
-      entry: The computation that is run; None in a text that has none.
-      understood: How many of the text's lines have a form that is known.
+      lines: The instructions of each computation, by its name.
+      entry: The name of the entry computation; None if the text has none.
+      understood: How many of the text's lines have a known form.
     """
 
     def __init__(self, text: str):
@@ -73,7 +74,7 @@ class Program:
         self.understood = Understood(known, read)
 
     def trips(self, line: str) -> float:
-        """Returns how often the body of a loop runs: as the text says, or as its name does."""
+        """Returns how often a loop runs its body, from the text or from the loop's name."""
         known = _KNOWN_TRIPS.search(line)
         if known:
             return int(known[1])
@@ -88,7 +89,7 @@ class Program:
         return bound / self._increment(parts[1], counter)
 
     def knows_loop(self, line: str) -> bool:
-        """Returns whether a loop's condition and body are there, and its name's trips are read."""
+        """Returns whether a loop's condition, body and trips (if its name has any) can be read."""
         name = op_name(line)
         is_read = not says_trips(name) or trips_of_name(name) is not None
         return is_read and self._parts(line) is not None
@@ -99,9 +100,9 @@ class Program:
         return (found[1], found[2]) if found and {*found.groups()} <= self.lines.keys() else None
 
     def _bound(self, condition: str) -> tuple[int, int | None]:
-        """Returns what a loop's condition compares with, and where the counter is in its state.
+        """Returns a loop's bound, and the place of the counter in its state.
 
-        The bound is the condition's largest constant, or 1.
+        The bound is the largest constant in the condition, or 1.
         """
         lines = [*self.lines[condition]]
         counters = [int(n) for line in lines for n in _COUNTER.findall(line)]
@@ -111,7 +112,7 @@ class Program:
         return bound, counters[0] if len(counters) == 1 else None
 
     def _increment(self, body: str, counter: int | None) -> int:
-        """Returns what a loop's body adds to its counter: more than 1 where trips were joined."""
+        """Returns what a loop's body adds to its counter; more than 1 if XLA joined trips."""
         made = {found[2]: line for line in self.lines[body] if (found := INSTRUCTION.match(line))}
         root = next((line for line in made.values() if line.lstrip().startswith("ROOT")), "")
         state = _operands(root)
@@ -125,7 +126,7 @@ class Program:
 
 
 def op_name(line: str) -> str:
-    """Returns the operation of JAX's that an instruction was made for, or nothing."""
+    """Returns JAX's name of the operation that an instruction was made for; "" if it has none."""
     found = _OP_NAME.search(line)
     return found[1] if found else ""
 
@@ -140,7 +141,7 @@ def called(line: str) -> list[str]:
 
 
 def _operands(line: str) -> list[str]:
-    """Returns the names of what an instruction is given."""
+    """Returns the names of an instruction's operands."""
     found = INSTRUCTION.match(line)
     return re.findall(r"%([\w.\-]+)", line[found.end() :].partition(")")[0]) if found else []
 
@@ -148,7 +149,7 @@ def _operands(line: str) -> list[str]:
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\]")
 _CHANNEL, _CHAIN = re.compile(r"channel_id=([0-9]+)"), re.compile(r'chain_id="([0-9]+)"')
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# Operations that send, or wait for what was sent, by how their names begin.
+# Operations that send, or wait for a transfer, by the beginnings of their names.
 _SENDING = (*_KINDS, "collective-", "ragged-all-to-all", "send", "recv")
 _TO_HOST = "is_host_transfer=true"
 _BITS = {"pred": 8, "s4": 4, "u4": 4}
@@ -161,12 +162,12 @@ class Collective:
     Attributes:
       kind: `"all-gather"`, `"all-reduce"`, `"reduce-scatter"`, `"all-to-all"` or
         `"collective-permute"`.
-      result_bytes: Its result on one device.
-      shapes: Of its results, as `(dtype, sizes)`.
-      group: Devices that take part together with device 0.
+      result_bytes: The bytes of its result on one device.
+      shapes: The shapes of its results, as `(dtype, sizes)`.
+      group: The devices of the group of device 0.
       trips: How often it runs in one call.
-      loops: Loops around it.
-      op_name: JAX's operation that it was made for.
+      loops: The number of loops around it.
+      op_name: JAX's name of the operation that it was made for.
     """
 
     kind: str
@@ -179,7 +180,7 @@ class Collective:
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that one device sends in one run of it."""
+        """The bytes that one device sends in one run of the collective."""
         size = len(self.group)
         share = (size - 1) / size
         return (
@@ -196,7 +197,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """What a program sends in one call, from one device.
+    """The collectives that one device runs in one call of a program.
 
     Attributes:
       collectives: Every collective that the program reaches.
@@ -208,11 +209,11 @@ class Traffic:
 
     @property
     def bytes(self) -> int:
-        """Bytes that one device sends."""
+        """The bytes that one device sends in one call."""
         return round(sum(one.trips * one.sent_bytes for one in self.collectives))
 
     def seconds(self, links: Links) -> float:
-        """Returns the seconds that links need for it, one collective after another."""
+        """Returns the seconds that the links need, one collective after another."""
         return sum(one.trips * one.sent_bytes / links.rate(one.group) for one in self.collectives)
 
 
@@ -221,7 +222,7 @@ def traffic(text: str, num_devices: int) -> Traffic:
 
     Args:
       text: `compiled.as_text()`.
-      num_devices: Devices that it runs on.
+      num_devices: The number of devices that the program runs on.
     """
     reader = _Reader(Program(text), num_devices)
     return Traffic(collectives=tuple(reader.collectives()), understood=reader.understood())
@@ -236,9 +237,9 @@ class _Reader:
         self._misread: set[str] = set()
 
     def understood(self) -> Understood:
-        """Returns how much was understood, when the collectives have been asked for."""
+        """Returns how much was understood; call it after `collectives`."""
         known = self._program.understood
-        if self._program.entry is None:  # nothing is reached
+        if self._program.entry is None:  # no collective can be reached
             return Understood(0, max(1, known.of))
         return Understood(known.lines - len(self._misread), known.of)
 
@@ -255,10 +256,11 @@ class _Reader:
     def _of(
         self, name: str, trips: float, loops: int, is_fused: bool
     ) -> Iterator[tuple[tuple | None, Collective]]:
-        """Yields what a computation sends, once for each way to it.
+        """Yields a computation's collectives with an identity, once for each call that reaches it.
 
-        A collective that is spread over several fusions stands in each of them, so one of a fusion
-        comes with what it is told by. Channels alone do not tell: all of a `jax.shard_map` are 1.
+        XLA may spread a collective over several fusions and write it into each. Such pieces share
+        an identity; a collective outside of fusions has None. Channels are no identity: in a
+        `jax.shard_map` all of them are 1.
         """
         if not self._has_any(name):
             return
@@ -280,7 +282,7 @@ class _Reader:
                 yield from self._of(inside, inner, loops + is_loop, fused)
 
     def _has_any(self, name: str) -> bool:
-        """Whether a computation holds a collective, or calls one that does."""
+        """Whether a computation, or one that it calls, holds a collective."""
         if name not in self._known:
             lines = self._program.lines.get(name, [])
             self._known[name] = any(map(self._leads_to_one, lines))
@@ -315,7 +317,7 @@ class _Reader:
         )
 
     def _is_scattered(self, name: str) -> bool:
-        """Whether a fused reduction is cut at once: how a TPU's program writes a reduce-scatter."""
+        """Whether a fusion slices an all-reduce: a TPU's program writes reduce-scatter this way."""
         lines = self._program.lines[name]
         return len(lines) < 10 and "dynamic-slice(%all-reduce" in lines[-1]
 
@@ -325,19 +327,19 @@ def _kind_of(operation: str) -> str | None:
 
 
 def _identity(one: Collective, line: str) -> tuple:
-    """Returns what the pieces of a collective have in common, wherever they stand."""
+    """Returns a key that all pieces of a collective share."""
     numbers = tuple(found and found[1] for found in (_CHANNEL.search(line), _CHAIN.search(line)))
     return *numbers, one.kind, one.shapes, one.group, one.op_name
 
 
 def _is_unknown(operation: str, line: str) -> bool:
-    """Whether an operation sends between devices in a way that is not counted."""
+    """Whether an operation sends between devices and is of no kind that is counted."""
     waits = operation.endswith(("-done", "-update"))
     return operation.startswith(_SENDING) and not waits and _TO_HOST not in line
 
 
 def _results(kind: str, shapes):
-    """Returns the results among what a collective that runs apart has: operands, results, more."""
+    """Returns the results among an asynchronous collective's shapes: operands, results, others."""
     if kind == "all-reduce":
         return shapes
     shapes = [one for one in shapes if one[1]]
@@ -363,8 +365,8 @@ def first_group(line: str, num_devices: int) -> tuple[int, ...]:
     """Returns the devices of the first group of a collective.
 
     Args:
-      line: Its instruction.
-      num_devices: Those of the program: all of them are a group where the line names none.
+      line: The collective's instruction.
+      num_devices: The devices of the program; all are one group if the line names no group.
     """
     pairs = _PAIRS.search(line)
     if pairs:
@@ -384,7 +386,7 @@ def first_group(line: str, num_devices: int) -> tuple[int, ...]:
 
 
 def says_group(line: str) -> bool:
-    """Returns whether the devices of a collective are read, or the line leaves them out."""
+    """Returns whether the groups of a collective can be read, or the line names none."""
     named = re.search(r"(?:replica_groups|source_target_pairs)=(?!\{\})", line)
     return named is None or any(form.search(line) for form in (_PAIRS, _LISTED, _MESH, _IOTA))
 

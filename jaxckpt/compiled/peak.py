@@ -3,20 +3,19 @@
 The same field means different things on different backends, so each has its rule:
 
 - CPU and GPU: the peak is argument + output - alias + temp. CPU's own peak ignores temporaries.
-- TPU: the peak is the size of main memory's buffer assignment, which libtpu dumps: it is what
-  libtpu compares with what the chip has, and so it is exact for a program that it refuses too.
-  `memory_analysis` is no such thing: its peak adds on-chip memory and values offloaded to the host
-  to those on the device, and its `temp` may hold the arguments as well.
-- TPU without a dump: its peak; if values are offloaded, argument + output - alias + temp.
+- TPU: the peak is the size of main memory's buffer assignment, which libtpu dumps. libtpu compares
+  this size with the chip's memory, so it is exact, even for a program that libtpu refuses.
+  `memory_analysis` is not: its peak adds on-chip memory and offloaded values, and its `temp` may
+  include the arguments.
+- TPU without a dump: `memory_analysis`'s peak; if values are offloaded, argument + output - alias +
+  temp.
 
-On a TPU temporaries are what the peak leaves beside arguments and outputs. Host memory is apart
-from all of these.
+On a TPU, temporaries are the peak without arguments and outputs. Host memory is counted apart.
 
 A step that libtpu refuses for its size still has a peak. libtpu raises RESOURCE_EXHAUSTED while it
 compiles, with sizes in the text, and words it differently in each version. All wordings below are
-real; `tests/compiled/oom_texts.json` keeps texts of libtpu 0.0.23, 0.0.42 and
-0.0.50. The figures in a text are rounded, so where the compiler also left its buffer assignment
-on disk (`buffers.read_totals`) that is what counts.
+real; `tests/compiled/oom_texts.json` keeps texts of libtpu 0.0.23, 0.0.42 and 0.0.50. Figures in a
+text are rounded, so a dumped buffer assignment (`buffers.read_totals`) is preferred.
 """
 
 import dataclasses
@@ -47,8 +46,8 @@ from jaxckpt.units import iec
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = r"([\d.]+)([BKMGT]?)"
 
-# Wording -> whether its first figure is all that the program needs, or only a part of it. Its
-# second figure is what the chip has for programs, or, where only one buffer is named, all it has.
+# Wording -> whether its first figure is the whole need of the program, or only one buffer. The
+# second figure is the memory for programs; in a wording of one buffer, the chip's whole memory.
 _WORDINGS = {
     rf"memory required for HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)": True,
     rf"Ran out of memory in memory space hbm\. Used {_SIZE} of {_SIZE} hbm": True,
@@ -58,12 +57,12 @@ _WORDINGS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OutOfMemory:
-    """What a refusal says.
+    """The sizes in a compiler's refusal.
 
     Attributes:
-      needed_bytes: What the program needs, or at least needs.
-      available_bytes: What the chip has for programs; None where the text does not say.
-      is_total: Whether `needed_bytes` is all of it, or the one buffer that did not fit.
+      needed_bytes: The bytes that the program needs, or at least needs.
+      available_bytes: The bytes that the chip has for programs; None if the text does not say.
+      is_total: Whether `needed_bytes` is of the whole program, or of the buffer that did not fit.
     """
 
     needed_bytes: int
@@ -76,9 +75,9 @@ class OutOfMemory:
 
 
 def parse(text: str) -> OutOfMemory | None:
-    """Returns what a compiler's error says of device memory, or None if it is another error.
+    """Returns the sizes in an error that device memory is exhausted; None for another error.
 
-    Running out of on-chip memory (vmem, smem) is another error: no plan of ours would help.
+    Exhausted on-chip memory (vmem, smem) is another error: no plan would help.
     """
     if "RESOURCE_EXHAUSTED" not in text:
         return None
@@ -107,17 +106,17 @@ def compile_lowered(
     flops: int,
     options: Mapping[str, int | str] | None = None,
 ) -> tuple[Any, MemoryReport]:
-    """Compiles a lowered function, and reads what the compiler leaves beside the program.
+    """Compiles a lowered function, and reads the files that the compiler dumps.
 
     Args:
-      lowered: What `jax.jit(f).lower(...)` returns, of arguments that lie on the target's devices.
+      lowered: The result of `jax.jit(f).lower(...)`, with arguments on the target's devices.
       target: The chip, present or not.
-      flops: Of one call.
-      options: XLA's, by name.
+      flops: The FLOPs of one call.
+      options: XLA's options by name.
 
     Returns:
-      `(compiled, report)`. Where libtpu refuses a program for its size, `compiled` is None and the
-      report says what it needs.
+      `(compiled, report)`. If libtpu refuses a program for its size, `compiled` is None and the
+      report says how much it needs.
     """
     chip = present.chip_of(target)
     about: dict[str, Any] = {"target": target.name, "flops": flops}
@@ -157,14 +156,14 @@ def report_of(
     """Returns the report of a compiled function.
 
     Args:
-      compiled: What `jax.jit(f).lower(...).compile()` returns.
-      target: The chip it was compiled for.
+      compiled: The result of `jax.jit(f).lower(...).compile()`.
+      target: The name of the chip that it was compiled for.
       backend: `"cpu"`, `"tpu"` or `"cuda"`; by default this process's.
-      flops: FLOPs of one call, if they were counted.
-      usable_bytes: What a program may fill of the chip; by default what this process's device says.
-      compile_seconds: How long it took.
-      dump: The folder it was compiled into with `xla_dump_to`.
-      links: Between the devices, if they are known.
+      flops: The FLOPs of one call; None if they were not counted.
+      usable_bytes: The bytes that a program may fill of a device; by default this process's.
+      compile_seconds: How long the compilation took; None if it was not timed.
+      dump: The folder of its `xla_dump_to`; None if it dumped nothing.
+      links: The links between the devices; None if they are unknown.
 
     Raises:
       RuntimeError: The backend has no memory analysis.
@@ -194,7 +193,7 @@ def report_of(
     sent = traffic(compiled.as_text(), num_devices) if num_devices > 1 else None
     understood = NOTHING_READ if dump is None else read_understood(dump)
     understood += NOTHING_READ if sent is None else sent.understood
-    if rule != _ASSIGNED and totals is not None:  # a total that is less than its parts
+    if rule != _ASSIGNED and totals is not None:  # the total was less than its parts
         understood += Understood(0, 1)
     return MemoryReport(
         peak_bytes=peak,
@@ -235,15 +234,15 @@ def refused(
 ) -> MemoryReport:
     """Returns the report of a program that libtpu refused for want of memory.
 
-    Its exact figures are in the buffer assignment that libtpu dumps before it refuses; without
-    one, the refusal's own figure is all there is. What it would send is not known.
+    Exact figures are in the buffer assignment that libtpu dumps before it refuses. Without a dump
+    the refusal's own figure is taken. Its collectives are unknown.
     """
     totals = read_totals(dump)
     sizes = totals or Totals(
         total_bytes=found.needed_bytes, argument_bytes=0, output_bytes=0, alias_bytes=0
     )
     outside = sizes.argument_bytes + sizes.output_bytes - sizes.alias_bytes
-    # A text that names a lesser limit than the table's is right: it is that libtpu's own.
+    # If the text names a lower limit than the table, the text is right: it is libtpu's own limit.
     usable_bytes = min(usable_bytes, found.available_bytes or usable_bytes)
     return MemoryReport(
         # The total is never within what is usable, or the program would not have been refused.

@@ -1,7 +1,7 @@
-"""`MemoryReport`: what a compiled step needs, in bytes, with where each number comes from.
+"""`MemoryReport`: the memory that a compiled step needs, in bytes, with the source of each number.
 
-Reports are plain data: this module imports no JAX, so that one kept on disk is read at once.
-`peak.py` makes them.
+Reports are plain data. This module imports no JAX, so a report kept on disk is read at once.
+`peak.py` makes reports.
 """
 
 import dataclasses
@@ -19,29 +19,29 @@ class MemoryReport:
     """Memory of one compiled function on one device; `print` shows it as a small table.
 
     Attributes:
-      peak_bytes: What the device needs at the worst moment.
-      argument_bytes: Inputs.
-      output_bytes: Outputs, those that reuse a donated input included.
-      alias_bytes: Outputs that live in donated inputs, counted in both of the above.
-      temp_bytes: Everything in between: residuals, gradients, working memory.
+      peak_bytes: Device memory at the worst moment.
+      argument_bytes: The inputs.
+      output_bytes: The outputs, with outputs that reuse a donated input.
+      alias_bytes: Outputs in donated inputs, counted in `argument_bytes` and `output_bytes`.
+      temp_bytes: Everything else: residuals, gradients, working memory.
       host_bytes: Host memory that the step uses for offloaded values.
       code_bytes: The compiled program.
-      flops: Matrix-product FLOPs of one call, loops counted by their trips; None if unknown.
-      target: The chip it is compiled for.
-      source: Who says so: backend and rule.
+      flops: FLOPs of one call's matrix products, with all trips of loops; None if unknown.
+      target: The chip that it is compiled for.
+      source: The backend and the rule that the figures come from.
       jax_version: The JAX that compiled it.
-      usable_bytes: What a program may fill of the device; None if unknown.
+      usable_bytes: The bytes that a program may fill of a device; None if unknown.
       buffers: The largest buffers at the peak, largest first, as the compiler wrote them down.
-      compile_seconds: How long the compiler took, when it was asked; not compared.
-      estimated_seconds: Of one call, by the roofline of the chip; None if it was not asked for.
-      recomputed_flops: Those of `flops` that a plan runs again; None if it was not asked for.
-      findings: What of the plan does nothing, a line each.
-      num_devices: Devices that the step runs on together; bytes are of one of them, FLOPs of all.
-      collective_bytes: What one device sends to others in one call; None on one device.
-      collective_seconds: What its links need for that, part of `estimated_seconds`; None if they
-        are not known.
-      understood: How much of the compiler's texts was understood, which collectives and buffers
-        are read from; not compared.
+      compile_seconds: How long the compiler took; None if it was not timed. Not compared.
+      estimated_seconds: Seconds of one call by the chip's roofline; None if not asked for.
+      recomputed_flops: The part of `flops` that is recomputed; None if not asked for.
+      findings: Parts of the plan that do nothing, a line each.
+      num_devices: The devices that run the step together; bytes are per device, FLOPs of all.
+      collective_bytes: Bytes that one device sends in one call; None on one device.
+      collective_seconds: Seconds that the links need for `collective_bytes`, a part of
+        `estimated_seconds`; None if the links are unknown.
+      understood: How much was understood of the compiler's texts, which buffers and collectives are
+        read from. Not compared.
     """
 
     peak_bytes: int
@@ -68,12 +68,12 @@ class MemoryReport:
 
     @property
     def headroom_bytes(self) -> int | None:
-        """What is left of the device at the peak, negative if it does not fit; None if unknown."""
+        """The bytes that the peak leaves free, negative if it does not fit; None if unknown."""
         return None if self.usable_bytes is None else self.usable_bytes - self.peak_bytes
 
     @property
     def fits(self) -> bool | None:
-        """Whether the step fits the device; None if what is usable is unknown."""
+        """Whether the step fits the device; None if `usable_bytes` is unknown."""
         return None if self.headroom_bytes is None else self.headroom_bytes >= 0
 
     def as_json(self) -> dict[str, Any]:
@@ -82,10 +82,10 @@ class MemoryReport:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "MemoryReport":
-        """Returns the report of `as_json`.
+        """Returns the report of the values that `as_json` returned.
 
         Raises:
-          KeyError, TypeError: The values are not those of a report.
+          KeyError, TypeError: The values are of something else.
         """
         buffers = tuple(Buffer(**one) for one in values["buffers"])
         made: dict[str, Any] = {"buffers": buffers, "findings": tuple(values["findings"])}
@@ -147,6 +147,6 @@ class MemoryReport:
 
 
 def _short(operation: str) -> str:
-    """Returns the end of a JAX operation's path, which is where it says what it does."""
+    """Returns the last parts of a JAX operation's path, which name the operation itself."""
     parts = operation.split("/")
     return operation if len(parts) < 5 else "/".join(["...", *parts[-3:]])

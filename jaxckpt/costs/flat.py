@@ -1,12 +1,12 @@
-"""A jaxpr without calls: one list of steps whose values know where they come from.
+"""A jaxpr without calls: one list of steps, in which each value knows the step that makes it.
 
     flat = flatten(jax.make_jaxpr(fn)(*args))
     [step.name for step in flat.steps]
 
-Calls (`jit`, `jax.checkpoint`, custom derivatives) are replaced by what they call, so a value can
-be followed across them. Loops, branches and kernels stay steps; `bodies` opens them. A value that
-is a constant of the jaxpr carries it along, into loops too. `where` says which line of the user's
-code wrote a step.
+Calls (`jit`, `jax.checkpoint`, custom derivatives) are replaced by the steps of their functions, so
+a value can be followed across them. Loops, branches and kernels stay steps; `bodies` opens them. A
+constant of the jaxpr stays known as a value's `constant`, inside loops too. `where` returns the
+line of the user's code that wrote a step.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ from jaxckpt.transforms import jaxprs
 
 @dataclasses.dataclass(eq=False)
 class Value:
-    """One array of the program; two values are the same only if they are one object.
+    """One array of the program; values are compared by identity.
 
     Attributes:
       aval: Shape and dtype.
-      step: The step that makes it, or None for an input or a constant.
-      constant: The array (or scalar) if it is one.
+      step: The step that makes it; None for an input or a constant.
+      constant: The array or scalar itself if the value is a constant, else None.
     """
 
     aval: Any
@@ -37,13 +37,13 @@ class Value:
 
     @property
     def nbytes(self) -> int:
-        """The array's bytes; 0 for what is no array."""
+        """The array's bytes; 0 for a token or a reference."""
         return nbytes(self.aval)
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Step:
-    """One equation with its inputs and outputs as values, and the calls it was found in."""
+    """One equation with its inputs and outputs as values; `calls` lead to it, outermost first."""
 
     equation: core.JaxprEqn
     inputs: tuple[Value, ...]
@@ -71,7 +71,7 @@ class Flat:
     outputs: tuple[Value, ...]
 
     def live_steps(self, outputs: Sequence[Value] | None = None) -> list[Step]:
-        """Returns the steps that `outputs` (default: all) or an effect need, in order."""
+        """Returns the steps that some outputs (default: all) or an effect depend on, in order."""
         needed = set(self.outputs if outputs is None else outputs)
         live = []
         for step in reversed(self.steps):
@@ -87,8 +87,8 @@ def flatten(
     """Returns a jaxpr as a `Flat`.
 
     Args:
-      jaxpr: Closed or open.
-      inputs: Values to use as inputs instead of fresh ones, where they are not None.
+      jaxpr: A closed or open jaxpr.
+      inputs: For each input, the value to use; None for a new value.
     """
     consts = jaxpr.consts if isinstance(jaxpr, core.ClosedJaxpr) else ()
     body = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
@@ -110,12 +110,12 @@ def bodies(step: Step) -> Iterator[Flat]:
         open_jaxpr = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
         shared: list[Value | None] = [None] * len(open_jaxpr.invars)
         if step.name == jaxprs.SCAN:
-            # What changes from trip to trip is no constant.
+            # Only the loop's consts stay constant; carries and rows change from trip to trip.
             for place in range(scan_consts(step, open_jaxpr)):
                 value = step.inputs[place]
                 shared[place] = Value(value.aval, constant=value.constant)
         if step.name == jaxprs.SHARD_MAP:
-            # A constant that is whole on every device is one inside, too.
+            # A constant that every device holds whole is the same constant inside.
             for place, (value, var) in enumerate(zip(step.inputs, open_jaxpr.invars, strict=True)):
                 if value.constant is not None and value.aval.shape == _aval(var).shape:
                     shared[place] = Value(var.aval, constant=value.constant)
@@ -125,8 +125,8 @@ def bodies(step: Step) -> Iterator[Flat]:
 def scan_consts(step: Step, body: core.Jaxpr) -> int:
     """Returns how many of a scan's leading inputs are the same in every trip.
 
-    JAX's releases write the numbers of constants, carries and rows down in different ways; ranks
-    tell them apart in all of them: only rows lose their leading axis.
+    JAX's releases store the numbers of constants, carries and rows in different ways. Ranks work in
+    all releases: only rows lose their leading axis.
     """
     rows = sum(
         value.aval.ndim > _aval(var).ndim
@@ -140,11 +140,11 @@ def scan_consts(step: Step, body: core.Jaxpr) -> int:
 
 
 def _aval(var: Any) -> Any:
-    return var.aval  # JAX's type promises no shape
+    return var.aval  # JAX's type of it has no shape, so the return type is Any
 
 
 def nbytes(aval) -> int:
-    """Returns the bytes of an abstract array; 0 for what is none (tokens, references)."""
+    """Returns the bytes of an abstract array; 0 for a token or a reference."""
     shape, dtype = getattr(aval, "shape", None), getattr(aval, "dtype", None)
     if shape is None or dtype is None:
         return 0
@@ -180,14 +180,14 @@ def _inline(jaxpr: core.Jaxpr, constants, inputs, calls, steps: list) -> list[Va
 
 
 def _of_no_platform(equation: core.JaxprEqn) -> core.ClosedJaxpr:
-    """Returns the default branch of `jax.lax.platform_dependent`; the last where there is none."""
+    """Returns the default branch of `jax.lax.platform_dependent`; the last if it has none."""
     platforms = equation.params["branches_platforms"]
     default = platforms.index(None) if None in platforms else -1
     return equation.params["branches"][default]
 
 
 def _called(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:
-    """Returns what a call calls, or None for an equation that is no call."""
+    """Returns the jaxpr that a call runs; None for an equation that is no call."""
     if equation.primitive.name not in jaxprs.CALLS:
         return None
     inner = next(jaxprs.subjaxprs(equation))
@@ -195,10 +195,10 @@ def _called(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:
 
 
 def where(step: Step) -> str:
-    """Returns `file.py:123`, the innermost line that is no machinery, or `""` if unknown.
+    """Returns `file.py:123`, the innermost line outside of libraries; `""` if unknown.
 
-    A function of JAX's own that is traced once and cached (`jax.nn.silu`) remembers who called it
-    first; its steps are placed where this call was made.
+    JAX traces some of its functions once and caches them (`jax.nn.silu`), with the line of their
+    first caller. Their steps get the line of the call at hand instead.
     """
     equations = [*step.calls, step.equation]
     while len(equations) > 1 and _is_library_call(equations[-2], equations[-1]):
@@ -210,7 +210,7 @@ def where(step: Step) -> str:
 
 
 def _is_library_call(call, equation) -> bool:
-    """Whether the function that `call` calls is machinery itself."""
+    """Whether the function that `call` runs belongs to a library."""
     name = call.params.get("name")
     for frame in _frames(equation):
         if not is_machinery(frame.file_name):

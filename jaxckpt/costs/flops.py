@@ -1,12 +1,12 @@
 """FLOPs of a function, counted from its jaxpr.
 
-XLA's own cost analysis counts a loop's body once; here a `scan` counts it times its length, so a
-recomputed block shows. Matrix products, convolutions and attention kernels are counted, two
-operations a multiply-add, as the kernels run them: a causal kernel that skips what is masked counts
-half (or all, where that is asked for), and the backward pass of flash attention counts the product
-that it recomputes. Elementwise work is left out, as in the usual model-FLOPs figures.
+XLA's own cost analysis counts a loop's body once; here a `scan` counts its body times its length,
+so recomputed blocks are counted. Matrix products, convolutions and attention kernels count, two
+operations per multiply-add, as the kernels run them. A causal kernel that skips masked blocks
+counts half, or all with `masked=True`. The backward pass of flash attention counts the product that
+it recomputes. Elementwise work is left out, as in the usual model-FLOPs figures.
 
-`_TABLE` says how a primitive is counted; a new kernel is one entry and one function.
+`_TABLE` has a counting function for each primitive; a new kernel is one entry and one function.
 """
 
 import math
@@ -25,20 +25,20 @@ from jaxckpt.transforms.jaxprs import mean_trips
 def count_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr, *, masked: bool = False) -> int:
     """Returns the FLOPs of all matrix products, convolutions and attention kernels in a jaxpr.
 
-    A `cond` counts its most expensive branch. A `while` loop's trip count is not in the jaxpr:
-    the executor's loops say theirs, the body of any other counts once. A Pallas kernel counts what
-    its `cost_estimate` says, or else its body once for each point of its grid; of splash
-    attention's grid, the blocks that its mask leaves (all of them where the mask is no constant).
+    A `cond` counts its most expensive branch. A `while` counts its mean trips if the executor made
+    it, and once otherwise, because a jaxpr has no trips. A Pallas kernel counts its
+    `cost_estimate`, or else its body for each point of its grid. Of splash attention's grid only
+    the unmasked blocks count, if the mask is a constant.
 
     Args:
-      jaxpr: Of the function.
-      masked: Whether what an attention kernel skips because of its mask counts too.
+      jaxpr: The jaxpr of the function.
+      masked: Whether blocks that an attention kernel skips because of its mask count too.
     """
     return int(_total(flatten(jaxpr), masked))
 
 
 def step_flops(step: Step, *, masked: bool = False) -> Fraction | int:
-    """Returns the FLOPs of one step, those of a loop or kernel with all its trips."""
+    """Returns the FLOPs of one step; all trips of a loop or kernel count."""
     count = _TABLE.get(step.name)
     if count is not None:
         return count(step, masked)
@@ -47,9 +47,9 @@ def step_flops(step: Step, *, masked: bool = False) -> Fraction | int:
 
 
 def trips(step: Step) -> Fraction | int:
-    """Returns how often a body runs, on average over runs; 1 for what is neither loop nor map.
+    """Returns how often a step runs its body, on average; 1 if it is neither a loop nor a map.
 
-    A map over the devices of a mesh runs its body on each of them.
+    A map over the devices of a mesh runs its body on each device.
     """
     if step.name == jaxprs.SCAN:
         return step.params["length"]
@@ -64,7 +64,7 @@ def is_kernel(step: Step) -> bool:
 
 
 class AttentionShape(NamedTuple):
-    """Sizes of an attention kernel: `rows` queries a head against `columns` keys."""
+    """Sizes of an attention kernel: each head has `rows` queries and `columns` keys."""
 
     batch: int
     heads: int
@@ -74,7 +74,7 @@ class AttentionShape(NamedTuple):
 
 
 def attention_shape(step: Step) -> AttentionShape | None:
-    """Returns the sizes of a cuDNN attention kernel, or None for any other step."""
+    """Returns the sizes of a cuDNN attention kernel; None for any other step."""
     if step.name not in jaxprs.CUDNN:
         return None
     query, key = step.inputs[0].aval.shape, step.inputs[1].aval.shape
@@ -95,12 +95,12 @@ def _dot(step: Step, _) -> int:
 
 
 def _ragged_dot(step: Step, _) -> int:
-    """A row of one operand meets one group of the other: no FLOPs depend on the group sizes."""
+    """Returns the FLOPs of a ragged product, which do not depend on the sizes of its groups."""
     numbers = step.params["ragged_dot_dimension_numbers"]
     (contracted, _), _ = numbers.dot_dimension_numbers
     flops = 2 * _depth(step, contracted) * math.prod(step.outputs[0].aval.shape)
     if set(numbers.lhs_ragged_dimensions) <= set(contracted):
-        # The gradient of the groups: each takes its own rows, and the output has them all.
+        # The gradient of the groups: the output has all groups, but each row counts for one.
         flops //= step.inputs[2].aval.shape[-1]
     return flops
 
@@ -150,7 +150,7 @@ def _pallas(step: Step, masked: bool) -> Fraction | int:
 
 
 def _splash_fraction(step: Step) -> Fraction:
-    """Returns which part of splash attention's grid its mask leaves; 1 for other kernels."""
+    """Returns the unmasked share of splash attention's grid; 1 for other kernels."""
     if "splash_m" not in str(step.equation.source_info.name_stack):
         return Fraction(1)
     block_mask = step.inputs[1].constant  # [heads or 1, rows, columns]; 0 is skipped
@@ -160,7 +160,7 @@ def _splash_fraction(step: Step) -> Fraction:
     return Fraction(int(np.count_nonzero(block_mask)), block_mask.size)
 
 
-# Primitive -> FLOPs of one step of it.
+# Primitive -> function from a step to its FLOPs.
 _TABLE = {
     jaxprs.DOT: _dot,
     jaxprs.RAGGED_DOT: _ragged_dot,

@@ -2,34 +2,34 @@
 
 The rules, for one body without calls (`flat.Flat`):
 
-1. Steps that nothing needs are gone.
+1. Steps that nothing depends on are dropped.
 2. Matrix products, attention kernels, loops and sorts are not fused: their inputs are in memory
    when they start, their outputs when they end.
 3. Elementwise steps fuse with one another as long as no step of rule 2 and no reduction lies
-   between them; a reduction fuses with what makes its input. A fused group reads each of its
-   inputs once and writes what others need.
-4. A group makes an elementwise value again from its sources instead of reading it, where they are
-   hardly larger than the value: a cast, a broadcast, a scaled or normalized array. What depends
-   on no array (a mask from `iota`, zeros) is free until a step of rule 2 needs it in memory.
+   between them; a reduction fuses with the steps that make its input. A fused group reads each of
+   its inputs once and writes the values that other groups read.
+4. A group recomputes an elementwise value from its sources instead of reading it, if they are
+   hardly larger than the value: a cast, a broadcast, a scaled or normalized array. A value that
+   depends on no array (a mask from `iota`, zeros) is free until a step of rule 2 reads it.
 5. A slice or gather reads as much as it returns; an update in place moves the update. A fused
    group writes a row of a loop's stacked output directly, if nothing else needs that row in
    memory; otherwise the row is copied once more.
-6. Random bits and collectives take longer than their bytes say. They are counted as the bytes of
-   device memory that take as long, so that a roofline needs no more rates.
+6. Random bits and collectives take longer than their bytes. They count as the bytes of device
+   memory that take the same time, so that a roofline needs no more rates.
 
 The real compiler fuses less in some places (reductions over different axes) and more in others
 (epilogues of matrix products).
 
 How rule 6 counts:
 
-- Threefry takes about 57 integer operations for each word of four bytes (20 rounds of an addition,
-  a rotation and an exclusive or, and 5 times a key, for two words). At 14.8 T operations a second
-  (H100: 64 lanes a multiprocessor) or 6 T (TPU v5e: 4096 lanes) that is the time of writing the
-  word about twice. Keys of `rbg` use the chip's own generator.
-- A link between chips moves about a tenth of what memory does: NVLink of an H100 450 of 3352 GB/s,
-  a link of a TPU v5e 45 of 819. An all-reduce sends its array twice.
+- Threefry takes about 57 integer operations per word of four bytes: two words take 20 rounds of an
+  addition, a rotation and an exclusive or, and 5 additions of a key. At 14.8 T operations per
+  second (H100: 64 lanes per multiprocessor) or 6 T (TPU v5e: 4096 lanes) this takes as long as
+  writing the word about twice. Keys of `rbg` use the chip's own generator.
+- A link between chips is about ten times slower than memory: an H100's NVLink has 450 GB/s and its
+  memory 3352, a TPU v5e's link 45 and its memory 819. An all-reduce sends its array twice.
 
-Only collectives that are in the jaxpr are seen, such as those of `jax.shard_map`: those that XLA's
+Only collectives in the jaxpr are seen, such as those of `jax.shard_map`. Collectives that XLA's
 partitioner adds for sharded arrays are in no jaxpr.
 """
 
@@ -39,7 +39,7 @@ from jaxckpt.costs.flat import Flat, Step, Value
 from jaxckpt.costs.flops import is_kernel
 from jaxckpt.transforms import jaxprs
 
-# The same array seen otherwise: nothing moves, and a product's layout takes it in.
+# Views of an array: nothing moves, because a product reads any layout.
 _VIEWS = frozenset(
     (
         *(jaxprs.BITCAST, *jaxprs.SHAPES, jaxprs.TAG, jaxprs.ROUND),
@@ -47,19 +47,19 @@ _VIEWS = frozenset(
     )
 )
 _PARTS = jaxprs.SLICES | jaxprs.JOINS
-# Sources that are larger than the value by less than this are read in its place.
+# Rule 4: sources up to this many times as large as the value are read in its place.
 _SLACK = 1.1
 _UNFUSED = frozenset((jaxprs.BARRIER, *jaxprs.SORTS, *jaxprs.RANDOM_BITS, *jaxprs.CUMULATIVE))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """What a body moves in one run, nested bodies and kernels apart.
+    """The bytes that one run of a body moves, without its kernels and nested bodies.
 
     Attributes:
-      memory_bytes: Read and written by fused groups, reductions, sorts and copies.
-      host_bytes: Copied between device and host.
-      kernel_bytes: For each product or kernel, its inputs and outputs.
+      memory_bytes: Bytes read and written by fused groups, reductions, sorts and copies.
+      host_bytes: Bytes copied between device and host.
+      kernel_bytes: For each product or kernel, the bytes of its inputs and outputs.
       nested: Loops, conds and other steps with functions of their own.
     """
 
@@ -74,7 +74,7 @@ def traffic(flat: Flat, stacked: int = 0) -> Traffic:
 
     Args:
       flat: The body.
-      stacked: How many of its last outputs are rows of a loop's stacked outputs.
+      stacked: The number of last outputs that are rows of a loop's stacked outputs.
     """
     return _Model(flat, stacked).traffic()
 
@@ -104,12 +104,12 @@ def kind_of(step: Step) -> str:
 
 
 def is_view(step: Step) -> bool:
-    """Returns whether a step only shows the same array otherwise."""
+    """Returns whether a step only returns a view of its input."""
     return step.name in _VIEWS
 
 
 def _is_elementwise(step: Step) -> bool:
-    """Whether inputs are as large as the one output, or have axes of 1 where it is larger."""
+    """Whether a step has one output and its inputs have the same shape, or axes of 1 instead."""
     if len(step.outputs) != 1:
         return False
     shape = _shape(step.outputs[0])
@@ -148,7 +148,7 @@ class _Model:
             self._place(step)
 
     def _place(self, step: Step):
-        """Finds a step's level (rule 3) and joins it to the groups it fuses with."""
+        """Finds a step's level (rule 3) and joins it to the groups that it fuses with."""
         kind = self.kinds[step]
         inputs = [value for value in step.inputs if not self._is_free(value)]
         level = max((self.level.get(value, 0) for value in inputs), default=0)
@@ -223,7 +223,7 @@ class _Model:
                 host += size // 2
                 moved += size // 2
             elif kind == "scatter":
-                # In place: indices and updates are read, the touched places read and written.
+                # In place: indices and updates are read, the updated places read and written.
                 moved += step.inputs[1].nbytes + 3 * step.inputs[2].nbytes
             elif step.name != jaxprs.BARRIER:
                 moved += size + extra_bytes(step)
@@ -237,8 +237,8 @@ class _Model:
         )
 
     def _read(self, step: Step, kind: str, reads: dict):
-        """Adds what a step's group reads from memory for it."""
-        if is_view(step):  # who needs the view reads what it shows
+        """Adds the values that a step's group reads from memory for this step."""
+        if is_view(step):  # the step that reads the view reads its base
             return
         root = self._root(step)
         for value in step.inputs[1:] if kind == "update" else step.inputs:
@@ -259,19 +259,19 @@ class _Model:
         return self._root(made_by) is root
 
     def _is_written(self, value: Value) -> bool:
-        """Whether a value that is needed in memory is put there by a fused group."""
+        """Whether a fused group writes the value to memory."""
         return self.kinds.get(value.step) in ("fused", "reduce")
 
     def _row_bytes(self, row: Value, needed: set[Value]) -> int:
-        """Returns what a row of a stacked output costs beside its own making (rule 5)."""
-        if self.kinds.get(row.step) == "copy":  # on the host
+        """Returns the bytes that writing a row of a stacked output moves (rule 5)."""
+        if self.kinds.get(row.step) == "copy":  # the row goes to the host
             return 0
         return (1 if self._is_written(row) and row not in needed else 2) * row.nbytes
 
 
 _RANDOM_SHARE = 2
 _LINK_SHARE = 10
-# Primitive -> how often its array crosses a link.
+# Collective -> how often its array crosses a link.
 _COLLECTIVES = {
     **dict.fromkeys(jaxprs.ALL_REDUCES, 2),
     **dict.fromkeys((*jaxprs.GATHERS, *jaxprs.EXCHANGES), 1),
@@ -284,7 +284,7 @@ def is_collective(step: Step) -> bool:
 
 
 def extra_bytes(step: Step) -> int:
-    """Returns what a step takes beside reading and writing, in bytes of memory; 0 for most."""
+    """Returns the time of a step beyond its memory traffic, in bytes (rule 6); 0 for most steps."""
     inputs = sum(value.nbytes for value in step.inputs)
     outputs = sum(value.nbytes for value in step.outputs)
     if step.name in jaxprs.RANDOM_BITS:

@@ -1,13 +1,12 @@
 """The residuals of one block, read from the jaxpr of its `jax.vjp` rather than guessed.
 
-`jax.vjp` hands back a function whose leaves are what the backward pass will read. Here the block is
-traced, once as it is and once under a plan's `jax.checkpoint`, and each leaf is followed to the
-step that makes it. Steps of two traces that compute the same thing from the same inputs get the
-same key, so a residual can be looked up in the other trace.
+`jax.vjp` returns a function whose leaves are the residuals. The block is traced twice, without a
+plan and under the plan's `jax.checkpoint`, and each leaf is followed to the step that makes it.
+Equal computations have equal keys in both traces, so a residual can be looked up in the other one.
 
-A plan can name values that nobody tagged (`@dot.2`). `transforms.value_names` puts a tag on each of
-them, and these tags are found again in the steps of the block's `jax.vjp`. A tag in a loop's body
-belongs to what the loop stacks of it.
+A plan can name values that nobody tagged (`@dot.2`). `transforms.value_names` tags these, and the
+tags are found in the steps of the block's `jax.vjp`. A tag in a loop's body names the loop's
+stacked output.
 """
 
 import dataclasses
@@ -28,7 +27,7 @@ from jaxckpt.transforms.checks import check_carry
 from jaxckpt.transforms.policies import GivenPolicy
 from jaxckpt.transforms.traced_block import abstract, first_block
 
-# Steps whose output is their input: a tag, a copy, a move.
+# Steps that return their input: a tag, a copy, a move.
 _IDENTITIES = frozenset((jaxprs.TAG, jaxprs.PUT, *jaxprs.COPIES))
 _KERNELS = tags.ATTENTION_PRIMITIVES | {jaxprs.PALLAS}
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -38,7 +37,7 @@ def single_stage(plan: str | Plan) -> Stage:
     """Returns the one stage of a plan.
 
     Raises:
-      PlanError: Several stages, whose blocks are treated differently, or `auto`.
+      PlanError: The plan has several stages, or is `auto`.
     """
     plan = as_plan(plan)
     if len(plan.stages) > 1:
@@ -55,7 +54,7 @@ def single_stage(plan: str | Plan) -> Stage:
 def check_arguments(block: Callable, params_i, carry, consts: tuple):
     """Raises `ValueError` if a block is given the whole stack, or its arguments in another order.
 
-    Seen by what the block returns: a carry like the one it was given, or not.
+    With the right arguments, a block returns a carry of the same type as its input.
     """
     if not callable(block):
         raise ValueError(f"the first argument is the block, a function, not {type(block).__name__}")
@@ -78,20 +77,20 @@ def check_arguments(block: Callable, params_i, carry, consts: tuple):
 def _keeps_carry(block: Callable, params_i, carry, consts: tuple) -> bool:
     try:
         check_carry(carry, jax.eval_shape(block, *abstract((carry, params_i, *consts))))
-    except Exception:  # of the block's, of any type: it is called with what may not be meant for it
+    except Exception:  # the block may raise anything: its arguments may be the wrong ones
         return False
     return True
 
 
 def checkpointed(block: Callable, stage: Stage, given: GivenPolicy | None = None) -> Callable:
-    """Returns `block` as a stage differentiates one block of the live segment.
+    """Returns `block` in the form that a stage differentiates: one block of the live segment.
 
-    `none`, and segments without policies, keep all; the other schedules keep a block's input and
-    what their policies say, or the user's own policy.
+    Under `none`, and in segments without policies, it keeps all residuals. Other schedules keep a
+    block's input and the values that their policies, or the user's own policy, keep.
     """
     policies = stage.policies
     if words.SCHEDULES[stage.schedule].keeps_segments:
-        # The segment's input is what goes to the host, not the inputs of its blocks.
+        # `offload:carry` moves the segment's input to the host, not the inputs of its blocks.
         policies = stage.inner_policies
         if not policies:
             return block
@@ -105,13 +104,13 @@ def checkpointed(block: Callable, stage: Stage, given: GivenPolicy | None = None
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Residual:
-    """One leaf that the backward pass is handed.
+    """One residual: a leaf that the backward pass reads.
 
     Attributes:
       value: The leaf.
-      origin: The value that it is, seen through tags, roundings and moves.
-      key: Equal for equal computations, also between traces of the same block.
-      is_host: Whether it waits in host memory.
+      origin: The value that the leaf is, behind tags, roundings and moves.
+      key: A key that is equal for equal computations, in any trace of the block.
+      is_host: Whether the leaf is in host memory.
     """
 
     value: Value
@@ -121,17 +120,18 @@ class Residual:
 
 
 class Trace:
-    """One trace of `jax.vjp(block)`: its steps and the leaves handed to the backward pass.
+    """One trace of `jax.vjp(block)`: the steps of the forward pass and its residuals.
 
     Attributes:
-      flat: The forward pass; its outputs are the leaves.
-      residuals: The leaves that are neither a parameter, nor a const, nor closed over; each once.
-      shared: The leaves that are, each once: they are read again, not saved.
-      carry: The block's input, as values, but for what it hands on as it is.
-      labels: For inputs and constants, how a reader would call them.
-      tags: For origins, the users' tags they carry.
-      kernels: For origins that an attention kernel keeps for its backward pass, the kernel's key.
-      moving: Values that depend on the carry.
+      flat: The forward pass; its outputs are the leaves that the backward pass reads.
+      residuals: The leaves that the block makes, each once.
+      shared: The leaves that are parameters, consts or closed over, each once: they are read again,
+        not saved.
+      carry: The values of the block's input, except leaves that it returns unchanged.
+      labels: For inputs and constants, a name that a reader knows.
+      tags: For origins, the users' tags on them.
+      kernels: For residuals of an attention kernel, by origin, the kernel's key.
+      moving: The values that depend on the carry.
     """
 
     def __init__(
@@ -140,11 +140,12 @@ class Trace:
         """Traces a block.
 
         Args:
-          block: The block, as it is or under a plan.
-          params_i: Its parameters.
-          carry: Its input.
+          block: The block, bare or under a plan's `jax.checkpoint`.
+          params_i: One block's parameters.
+          carry: The block's input.
           consts: What all blocks share.
-          handed_on: The carry's leaves that it hands on as they are: all blocks share them too.
+          handed_on: Positions of the carry's leaves that the block returns unchanged, so that all
+            blocks share them.
         """
         leaves_of = lambda *args: jax.tree.leaves(jax.vjp(block, *args)[1])
         args = (carry, params_i, *consts)
@@ -168,11 +169,11 @@ class Trace:
             self._add_leaf(value)
 
     def _add_names(self):
-        """Finds what users have tagged, and the arrays of each attention kernel."""
+        """Finds the values with users' tags, and the residuals of each attention kernel."""
         kernel = None
         for step in self.flat.steps:
             if step.name == jaxprs.TAG and step.params["name"] == tags.ATTENTION:
-                # A kernel of our own tags all its arrays at once.
+                # One of our own kernels: it tags all its residuals, one after another.
                 origin = origin_of(step.outputs[0])
                 kernel = kernel or self._key(origin)
                 self.kernels[origin] = kernel
@@ -208,14 +209,14 @@ class Trace:
         if step.name == jaxprs.PALLAS or not any(True for _ in jaxprs.subjaxprs(step.equation)):
             made = *made, *(self._key(value) for value in step.inputs)
         for place, value in enumerate(step.outputs):
-            # A loop returns more arrays in one trace than in another: places are counted by shape.
+            # A loop may return more arrays in one trace than in another: places count equal shapes.
             shape = tuple(value.aval.shape), str(value.aval.dtype)
             place = sum(tuple(other.aval.shape) == shape[0] for other in step.outputs[:place])
-            # Hashed, so that keys of keys stay small.
+            # Keys contain keys; hashes keep them small.
             self._keys[value] = ("step", hash((made, shape, place)))
 
     def key_of(self, value: Value) -> tuple:
-        """Returns what is equal for equal computations, also between traces of one block."""
+        """Returns a key that is equal for equal computations, in any trace of the block."""
         return self._key(origin_of(value))
 
     def _key(self, value: Value) -> tuple:
@@ -229,12 +230,12 @@ class Trace:
 
 
 def _is_large_or_key(aval) -> bool:
-    """Whether an array is told apart by being the same object, not by what it holds."""
+    """Whether a constant is compared by identity rather than by its numbers."""
     return aval.size > 64 or jnp.issubdtype(aval.dtype, jax.dtypes.extended)
 
 
 def origin_of(value: Value) -> Value:
-    """Returns what `value` is, seen through tags, roundings and moves."""
+    """Returns the value behind the tags, roundings and moves of `value`."""
     while value.step is not None and is_identity(value.step):
         value = value.step.inputs[0]
     return value
@@ -243,7 +244,7 @@ def origin_of(value: Value) -> Value:
 def is_identity(step: Step) -> bool:
     """Whether a step's output has the bits of its input."""
     if step.name == jaxprs.ROUND:
-        # `jax.checkpoint` rounds what it keeps to the dtype it has; a user's may round for real.
+        # `jax.checkpoint` rounds kept values to their own dtype; a user's rounding may change bits.
         finfo = jax.numpy.finfo(step.outputs[0].aval.dtype)
         bits = step.params["exponent_bits"], step.params["mantissa_bits"]
         return bits == (finfo.nexp, finfo.nmant)
@@ -251,7 +252,7 @@ def is_identity(step: Step) -> bool:
 
 
 def slice_of(values) -> list[Step]:
-    """Returns every step needed to make `values` from the block's inputs, each once."""
+    """Returns every step that computes `values` from the block's inputs, each once."""
     found: dict[Step, None] = {}
     todo = [value.step for value in values]
     while todo:
@@ -277,10 +278,10 @@ def _key_text(key) -> str:
 
 
 def _describe(step: Step) -> tuple[str, ...]:
-    """Returns the parameters that say what a step computes, as text.
+    """Returns the parameters that define what a step computes, as text.
 
-    Of a loop it is its place: its functions differ between traces, because a loop under `jax.vjp`
-    returns residuals of its own. Of a kernel it is the function's name and place.
+    A loop is described by its source line, because its functions differ between traces: a loop
+    under `jax.vjp` returns residuals of its own. A kernel is described by its name and source line.
     """
     if step.name == jaxprs.PALLAS:
         return (str(step.params.get("name_and_src_info")),)
@@ -292,12 +293,12 @@ def _describe(step: Step) -> tuple[str, ...]:
 
 
 def all_named(block: Callable, *, opens_remat: bool = False) -> Callable:
-    """Returns a block with a tag on all that can have one; see `value_names.named`."""
+    """Returns a block with a tag on each value that can have an invented name."""
     return value_names.named(block, lambda name: True, opens_remat=opens_remat)
 
 
 def values_by_name(flat: Flat) -> dict[str, tuple[Value, ...]]:
-    """Returns the values of each invented name, in the order of the steps that make them.
+    """Returns the values of each invented name, in the order of their steps.
 
     Args:
       flat: The forward pass of a block made by `all_named`.
@@ -312,8 +313,8 @@ def values_by_name(flat: Flat) -> dict[str, tuple[Value, ...]]:
 def names_by_key(block: Callable, params_i, carry, consts: tuple) -> dict[tuple, str]:
     """Returns the invented names of a block's values by the keys of `Trace`.
 
-    A trace of the block as it is has the same keys; with a tag on all values it would keep some of
-    them twice, once with and once without.
+    A trace of the block without these tags has the same keys. The tagged block itself may keep a
+    value twice, once with its tag and once without.
     """
     trace = Trace(all_named(block), params_i, carry, consts)
     found = values_by_name(trace.flat).items()
@@ -335,7 +336,7 @@ def _names(flat: Flat) -> dict[Value, list[str]]:
 
 
 def _inside(step: Step):
-    """Yields outputs of a loop or branch with the names that they have in its functions."""
+    """Yields outputs of a loop or branch with their invented names in its functions."""
     for body in bodies(step):
         names = _names(body)
         for outer, inner in zip(step.outputs, body.outputs, strict=False):

@@ -4,14 +4,14 @@
     estimate(jax.make_jaxpr(train_step)(state, batch), rates).seconds
 
 The roofline model (Williams et al. 2009): a matrix product or attention kernel takes the time of
-its arithmetic or of its bytes, whichever is longer. All else takes the time of its bytes, after a
-model of XLA's fusion (`fusion.py`). Trips of loops are counted; of a cond, the slowest branch.
-Copies to and from the host overlap with everything else, so that they cost only what they take
-beyond it, or they do not, as the chip's `HostLink` says.
+its arithmetic or of its bytes, whichever is longer. Other steps take the time of their bytes, after
+a model of XLA's fusion (`fusion.py`). A loop counts all its trips, a cond its slowest branch. If
+the chip's `HostLink` overlaps, copies to and from the host cost only the time by which they outlast
+everything else; otherwise they add their own time.
 
-Random bits and the collectives of `jax.shard_map` are counted (`fusion.py`); those of XLA's
-partitioner are in no jaxpr: `annotate` adds them from the compiled program (`collectives.py`). What
-is left out: launch gaps, caches, and the arithmetic of other elementwise work. The order of plans
+Random bits and the collectives of `jax.shard_map` are counted (`fusion.py`). Collectives of XLA's
+partitioner are in no jaxpr; `annotate` adds them from the compiled program (`collectives.py`).
+Launch gaps, caches, and the arithmetic of other elementwise work are left out. The order of plans
 is more reliable than the seconds.
 """
 
@@ -28,27 +28,27 @@ from jaxckpt.targets.present import chip_of
 from jaxckpt.targets.target import Target
 from jaxckpt.transforms import jaxprs
 
-# What kernels reach of a chip's rates. Bytes are those of fused elementwise kernels.
+# The shares of a chip's rates that kernels reach: matrix products, and fused elementwise kernels.
 MATMUL_EFFICIENCY = 0.95
 BYTES_EFFICIENCY = 0.8
-# Attention reaches less on short sequences. The curve goes through what cuDNN's kernels, forward
-# and backward together, reached on an H200: 0.36 at 1024 tokens, 0.68 at 16384.
+# Attention kernels reach less, most of all on short sequences. The curve goes through the shares of
+# cuDNN's kernels, forward and backward, on an H200: 0.36 at 1024 tokens, 0.68 at 16384.
 ATTENTION_EFFICIENCY = 0.72
 ATTENTION_HALF_LENGTH = 1064
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What a chip does in a second, as measured on large arrays; see `of_data_sheet`.
+    """The rates of a chip, as measured on large arrays; see `of_data_sheet`.
 
     Attributes:
-      flops_per_second: Of matrix products in the step's dtype.
-      bytes_per_second: Of device memory.
-      host_bytes_per_second: Of the link to host memory, one direction.
-      host_overlaps: Whether copies over it run beside the computation.
+      flops_per_second: FLOPs per second of matrix products in the step's dtype.
+      bytes_per_second: Bytes per second of device memory.
+      host_bytes_per_second: Bytes per second of the link to host memory, in one direction.
+      host_overlaps: Whether copies over this link run beside the computation.
 
     Raises:
-      ValueError: A rate that is not above 0.
+      ValueError: A rate is not above 0.
     """
 
     flops_per_second: float
@@ -80,7 +80,7 @@ class Rates:
         host_bytes_per_second: float,
         host_overlaps: bool = True,
     ) -> "Rates":
-        """Returns what a chip reaches of the rates that it is sold with.
+        """Returns the rates that programs reach, from the rates in a chip's data sheet.
 
         The shares are an H200's: 790 of 989 TFLOP/s in bfloat16, 4.3 of 4.8 TB/s.
         """
@@ -93,7 +93,7 @@ class Rates:
 
     @classmethod
     def of_chip(cls, chip: Chip) -> "Rates":
-        """Returns what one device of a chip reaches of its data sheet."""
+        """Returns the rates that programs reach on one device of a chip."""
         return cls.of_data_sheet(
             flops_per_second=chip.bf16_flops_per_second,
             bytes_per_second=chip.memory_bytes_per_second,
@@ -107,29 +107,28 @@ class Rates:
         return dataclasses.replace(self, **scaled)
 
 
-# What the planner takes for the rates of a device that is in no table. Bytes cost nothing here:
-# elementwise work of a CPU is bound by arithmetic, of which a roofline knows nothing, so plans are
-# put in order by their matrix products alone.
+# The planner's rates for a device that is in no table. Bytes cost nothing: a CPU's elementwise work
+# is bound by arithmetic, which the roofline does not count. So matrix products alone order plans.
 UNKNOWN = Rates(flops_per_second=1e11, bytes_per_second=1e15, host_bytes_per_second=1e15)
 
 
 def rates_of(target: Target) -> Rates | None:
-    """Returns the rates of a target, this process's device for `local`; None if not known."""
+    """Returns the rates of a target (of this process's device for `local`); None if unknown."""
     chip = chip_of(target)
     return None if chip is None else Rates.of_chip(chip)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What one call costs.
+    """The estimated cost of one call.
 
     Attributes:
-      seconds: All of it: matmul and memory one after another, and the host link beside or after.
-      matmul_seconds: Matrix products and attention kernels.
-      memory_seconds: All other work on the device, bound by its bytes.
-      host_seconds: Copies to and from host memory.
-      flops: Of matrix products and attention kernels.
-      bytes_moved: To and from device memory, by everything.
+      seconds: The whole call: matmul and memory in turn, host copies beside them or after.
+      matmul_seconds: Seconds of matrix products and attention kernels.
+      memory_seconds: Seconds of all other work on the device, bound by its bytes.
+      host_seconds: Seconds of copies to and from host memory.
+      flops: FLOPs of matrix products and attention kernels.
+      bytes_moved: Bytes to and from device memory, of all steps.
     """
 
     seconds: float
@@ -169,8 +168,8 @@ def estimate(jaxpr: core.ClosedJaxpr | core.Jaxpr, rates: Rates) -> Estimate:
     """Returns the estimated cost of one call of a function.
 
     Args:
-      jaxpr: Of the whole step, gradients and optimizer included, as `jax.make_jaxpr` gives it.
-      rates: The chip's.
+      jaxpr: The jaxpr of the whole step, with gradients and optimizer, from `jax.make_jaxpr`.
+      rates: The rates of the chip, or of all devices together.
     """
     cost = _cost_of(flatten(jaxpr), rates)
     return Estimate(
@@ -210,7 +209,7 @@ def _kernel_cost(step: Step, size: int, rates: Rates) -> _Cost:
 def _efficiency(step: Step) -> float:
     shape = attention_shape(step)
     if shape is None:
-        # Other kernels are taken for attention on sequences that are not short.
+        # A Pallas kernel is taken to be attention on long sequences.
         return ATTENTION_EFFICIENCY if step.name == jaxprs.PALLAS else MATMUL_EFFICIENCY
     return ATTENTION_EFFICIENCY * shape.rows / (shape.rows + ATTENTION_HALF_LENGTH)
 

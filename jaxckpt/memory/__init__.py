@@ -1,1 +1,1 @@
-"""Memory of a compiled step, as XLA reports it."""
+"""What users call on a step or a block: `measure`, `explain`, and findings on their plans."""

@@ -1,11 +1,11 @@
-"""A step and what goes with it, so that one compilation answers more than its memory.
+"""A step with its plan and block, so that its report has time, recomputed FLOPs and findings.
 
     step = BuiltStep(fn=train_step, args=(state, tokens), donate_argnums=0, plan="sqrt",
                      baseline=step_without_remat, block=(block, params_i, x))
     report = annotate(step, jaxpr, report, rates)
 
-`annotate` adds to a report the step's estimated time, the FLOPs that its plan runs again, and what
-of the plan does nothing. A function that an `Entry` names may return a `BuiltStep`.
+`annotate` adds to a report the step's estimated time, the FLOPs that its plan recomputes, and the
+parts of the plan that do nothing. A function that an `Entry` names may return a `BuiltStep`.
 """
 
 import dataclasses
@@ -27,19 +27,19 @@ from jaxckpt.schedules.of_stage import stack_schedule_of
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BuiltStep:
-    """A step to be compiled, with what its findings need; what is None is not looked into.
+    """A step to be compiled; with a plan, baseline and block its report has findings too.
 
     Attributes:
       fn: The step.
-      args: Its arguments, abstract ones too.
+      args: Its arguments, arrays or abstract.
       donate_argnums: Arguments whose memory outputs may reuse.
-      plan: The plan of its stack, bound to the number of blocks.
-      baseline: The same step without remat, at the same unroll.
-      block: `(block, params_i, carry, *consts)` of the stack, arguments abstract.
+      plan: The plan of its stack, bound to the number of blocks; None for no findings.
+      baseline: The same step without remat, at the same unroll; None to leave out its checks.
+      block: `(block, params_i, carry, *consts)` of the stack; None to leave out its checks.
       unroll: Blocks unrolled in one trip of the stack's loop.
-      compiler_options: XLA's, by name.
-      tokens: Tokens of one part of the batch: rows of the loss head.
-      vocab_size: Columns of the loss head.
+      compiler_options: XLA's options by name.
+      tokens: The rows of the loss head: the tokens of one part of the batch.
+      vocab_size: The columns of the loss head.
     """
 
     fn: Callable
@@ -66,18 +66,18 @@ def annotate(
 
     Args:
       step: The step.
-      jaxpr: Of the step, as it was compiled.
-      report: Of the compiled step.
-      rates: The chip's; None where they are not known.
-      compiled_text: Returns the compiled program's text, where products can be told in it;
-        asked for unrolled blocks alone.
+      jaxpr: The jaxpr that was compiled.
+      report: The report of the compiled step.
+      rates: The rates of the chip; None if they are unknown.
+      compiled_text: Returns the compiled program's text, in which matrix products are counted; None
+        if the backend's text does not show them. Called only for unrolled blocks.
     """
     baseline = None
     if step.baseline is not None:
         baseline = jax.make_jaxpr(step.baseline)(*step.args)
     seconds = None
     if rates is not None:
-        # A jaxpr is of all devices together. They are taken to wait for what they send.
+        # A jaxpr is of all devices together. Communication is taken not to overlap computation.
         seconds = estimate(jaxpr, rates.times(report.num_devices)).seconds
         seconds += report.collective_seconds or 0.0
     recomputed = None
@@ -111,13 +111,13 @@ def _findings(step: BuiltStep, jaxpr, baseline, report, rates, compiled_text) ->
 
 
 def stack_bytes(plan: str | Plan, block: Callable, params_i, carry, *consts) -> int:
-    """Returns what a stack keeps on the device under a bound plan, and one more block's residuals.
+    """Returns the device bytes that a stack keeps under a plan, plus one block's residuals.
 
     Args:
-      plan: Bound to the number of blocks.
+      plan: A plan bound to the number of blocks.
       block: `block(carry, params_i, *consts) -> carry`; arguments may be abstract.
       params_i: One block's parameters.
-      carry: A block's input.
+      carry: The block's input.
       *consts: What all blocks share.
     """
     kept = sum(_kept_bytes(s, block, params_i, carry, consts) for s in as_plan(plan).stages)
@@ -125,7 +125,7 @@ def stack_bytes(plan: str | Plan, block: Callable, params_i, carry, *consts) -> 
 
 
 def _kept_bytes(stage: Stage, block: Callable, params_i, carry, consts) -> int:
-    """Returns what the blocks of a stage keep when the last one has run."""
+    """Returns the device bytes that a stage keeps when its last block has run."""
     found = explain(
         block, params_i, carry, *consts, plan=str(dataclasses.replace(stage, count=None))
     )

@@ -1,10 +1,10 @@
-"""`explain`: every residual of a block, what it weighs and what making it again would cost.
+"""`explain`: every residual of a block, its bytes, and the FLOPs of recomputing it.
 
     print(jaxckpt.explain(block, params_i, x, num_blocks=28, plan="dots"))
 
-The block is traced, never run, so arguments may be `jax.ShapeDtypeStruct`s. What is listed is
-what `jax.vjp` keeps; XLA may drop a copy or merge two arrays that are equal. The answer is an
-`Explanation`: the residuals as frozen data, which print as a table.
+The block is traced, never run, so arguments may be `jax.ShapeDtypeStruct`s. The list has the
+residuals that `jax.vjp` keeps; XLA may drop a copy or merge equal arrays. The answer is an
+`Explanation`: frozen data that prints as a table.
 """
 
 import dataclasses
@@ -38,17 +38,17 @@ class Row:
 
     Attributes:
       name: The user's tag, `carry` for the block's input, `attention`, or the primitive.
-      source: `file.py:123`, the line that makes it; `""` if unknown.
-      shape: Of the largest array of the row.
-      dtype: Of that array.
-      num_arrays: How many arrays the row stands for.
-      residual_bytes: Kept without remat; 0 for what only the plan keeps.
-      recompute_flops: Matrix-product FLOPs to make it from the block's inputs.
-      recompute: The primitives that make it, the last one first, down to an input.
+      source: The line that makes it, `file.py:123`; `""` if unknown.
+      shape: The shape of the row's largest array.
+      dtype: The dtype of the row's largest array.
+      num_arrays: The number of arrays in the row.
+      residual_bytes: Bytes kept without remat; 0 if only the plan keeps the array.
+      recompute_flops: Matrix-product FLOPs to compute it from the block's inputs.
+      recompute: The primitives that compute it, from the last one back to an input.
       decision: What the plan does with it: `saved`, `host`, `recomputed`, `saved+host`, `partly
-        saved` (of a kernel's arrays), or None without a plan.
-      saved_bytes: What the plan keeps of it on the device; None without a plan.
-      host_bytes: What the plan keeps of it on the host; None without a plan.
+        saved` (of a kernel's arrays); None without a plan.
+      saved_bytes: Bytes that the plan keeps of it on the device; None without a plan.
+      host_bytes: Bytes that the plan keeps of it on the host; None without a plan.
     """
 
     name: str
@@ -69,12 +69,11 @@ class Explanation:
     """The residuals of one block, largest first; `print` shows a table.
 
     Attributes:
-      rows: What the backward pass needs. Parameters and consts of the block are not counted, nor
-        what it hands on as it is: they are in memory anyway and are read again. A cast or
-        transposed copy of them is counted.
-      carry_bytes: a, the bytes of the block's input, but for what it hands on as it is.
-      shared_bytes: Bytes of what is not counted and the backward pass reads again.
-      num_blocks: L, or None if it was not given.
+      rows: The residuals. The block's parameters, consts and unchanged carry leaves are not listed:
+        they are in memory anyway and are read again. A cast or transposed copy of them is listed.
+      carry_bytes: a, the bytes of the block's input without leaves that it returns unchanged.
+      shared_bytes: The bytes of unlisted arrays that the backward pass reads.
+      num_blocks: The number of blocks, L; None if it was not given.
       plan: The plan's text, or the policy's name; None if none was given.
     """
 
@@ -86,22 +85,22 @@ class Explanation:
 
     @property
     def residual_bytes(self) -> int:
-        """R: what a block keeps without remat."""
+        """R, the bytes that a block keeps without remat."""
         return sum(row.residual_bytes for row in self.rows)
 
     @property
     def ratio(self) -> float:
-        """R / a: how many carries a block's residuals weigh."""
+        """R / a, a block's residuals in multiples of its carry."""
         return self.residual_bytes / self.carry_bytes if self.carry_bytes else float("inf")
 
     @property
     def saved_bytes(self) -> int | None:
-        """What a block keeps on the device under the plan, or None without one."""
+        """The bytes that a block keeps on the device under the plan; None without a plan."""
         return None if self.plan is None else sum(row.saved_bytes or 0 for row in self.rows)
 
     @property
     def host_bytes(self) -> int | None:
-        """What a block keeps on the host under the plan, or None without one."""
+        """The bytes that a block keeps on the host under the plan; None without a plan."""
         return None if self.plan is None else sum(row.host_bytes or 0 for row in self.rows)
 
     def __str__(self) -> str:
@@ -109,7 +108,7 @@ class Explanation:
 
 
 def _table(explanation: Explanation) -> str:
-    """Returns the rows, the totals and what is not counted, as text."""
+    """Returns the rows, the totals and the bytes that are not listed, as text."""
     columns = _columns(explanation)
     lines = [[title for title, _, _ in columns]]
     lines += [[cell(row) for _, _, cell in columns] for row in explanation.rows]
@@ -171,7 +170,7 @@ def _mib(size: int) -> str:
     return f"{size / _MIB:.3g}" if size < 1000 * _MIB else f"{size / _MIB:.0f}"
 
 
-# Left out of the text that says how a value is made again.
+# Primitives that the text of `Row.recompute` leaves out.
 _SILENT = frozenset(
     (jaxprs.TAG, jaxprs.ROUND, jaxprs.PUT, jaxprs.CAST, jaxprs.BROADCAST, *jaxprs.SHAPES)
 )
@@ -185,24 +184,26 @@ def explain(
     num_blocks: int | None = None,
     plan: str | Plan | Callable | None = None,
 ) -> Explanation:
-    """Returns every residual of one block, and what a plan does with it.
+    """Lists every residual of one block, and what a plan does with it.
 
-    Residuals go by their tags, or by invented names such as `@tanh.1`: `names:` takes both.
+    A residual has its tag's name, or an invented name such as `@tanh.1`; `names:` takes both.
 
     Args:
       block: `block(carry, params_i, *consts) -> carry`, as for `jaxckpt.scan_blocks`.
       params_i: The parameters of one block, arrays or abstract.
       carry: The block's input, arrays or abstract.
       *consts: What all blocks share.
-      num_blocks: Adds a column for a stack of so many blocks.
-      plan: A plan of one stage: adds what it does with each residual, as `jax.checkpoint` says.
-        Of `uniform` and `every` this is a block of the live segment. A policy of `jax.checkpoint`
-        as well.
+      num_blocks: The number of blocks, L; adds a column for the whole stack.
+      plan: A plan of one stage, or a policy of `jax.checkpoint`; adds its decision on each
+        residual. For `uniform` and `every` the block is one of the live segment.
+
+    Returns:
+      An `Explanation`: the residuals as rows, largest first, in bytes; `print` shows a table.
 
     Raises:
-      PlanError: A plan that does not parse, has several stages, or names what the block has not.
-      ValueError: `num_blocks` below 1, the parameters of a whole stack, or arguments in another
-        order.
+      PlanError: The plan does not parse, has several stages, or names what the block lacks.
+      ValueError: `num_blocks` is below 1, the parameters are of a whole stack, or the arguments are
+        in another order.
 
     Example:
       >>> import jax.numpy as jnp, jaxckpt
@@ -252,7 +253,7 @@ def _matched(
 
 
 def _grouped(trace: Trace) -> dict[tuple, list[Residual]]:
-    """Returns the residuals by row: one a value, all arrays of an attention kernel together."""
+    """Returns the residuals by row: one row per value, and one per attention kernel."""
     groups: dict[tuple, list[Residual]] = {}
     for residual in trace.residuals:
         key = trace.kernels.get(residual.origin) or residual.key
@@ -307,7 +308,7 @@ def _decision(residuals: list[Residual], under: list[Residual]) -> str:
 def _name(trace: Trace, largest: Value, invented: str | None) -> str:
     if largest in trace.carry:
         return trace.labels[largest]
-    if largest in trace.kernels and invented is None:  # a Pallas kernel may be any function
+    if largest in trace.kernels and invented is None:  # a Pallas kernel with a name may be another
         return "attention"
     if largest in trace.tags:
         return trace.tags[largest][0]
@@ -320,7 +321,7 @@ def _name(trace: Trace, largest: Value, invented: str | None) -> str:
 
 
 def _chain(trace: Trace, value: Value, longest: int = 3) -> str:
-    """Returns the steps that make `value` from the carry, last step first, casts left out."""
+    """Returns the steps that compute `value` from the carry, last step first, without casts."""
     names = []
     while value.step is not None:
         if not names or value.step.name not in _SILENT:

@@ -1,11 +1,11 @@
-"""Remat that does nothing, found: each check returns one-line findings, each with its cure.
+"""Findings: checks for remat that does nothing; each finding is one line, with its cure.
 
     for finding in findings_of_block(block, params_i, x, plan="dots_no_batch"):
         print(finding)
 
-Checks of a block trace it and run nothing; checks of a step read what the caller has compiled. A
-finding is a plan that works as written and does not do what it was written for; what cannot be
-meant at all is a `PlanError` instead.
+Checks of a block trace it and run nothing. Checks of a step read reports and programs that the
+caller has compiled. A finding is about a plan that is valid but misses its purpose; a plan that
+makes no sense raises `PlanError` instead.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ class Finding:
     Attributes:
       code: `dots-save-nothing`, `tag-on-output`, `tag-not-needed`, `remat-undone`,
         `peak-not-below-none`, `head-sets-peak` or `carry-slow-to-move`.
-      message: One line: what was found, and what to do.
+      message: One line with the fault and its cure.
     """
 
     code: str
@@ -65,7 +65,7 @@ _FULL = Stage(schedule="full")
 def findings_of_block(
     block: Callable, params_i, carry, *consts, plan: str | Plan
 ) -> tuple[Finding, ...]:
-    """Returns what a plan's policies do not do for a block, each once, in the plan's order.
+    """Returns a finding for each of a plan's policies that does nothing for a block.
 
     Args:
       block: `block(carry, params_i, *consts) -> carry`.
@@ -75,7 +75,7 @@ def findings_of_block(
       plan: A plan or its text.
 
     Raises:
-      PlanError: The plan does not parse, or names what the block has not.
+      PlanError: The plan does not parse, or names what the block lacks.
     """
     plan = as_plan(plan)
     check_arguments(block, params_i, carry, consts)
@@ -91,7 +91,7 @@ def findings_of_block(
 def dots_that_save_nothing(
     block: Callable, params_i, carry, *consts, stage: Stage
 ) -> tuple[Finding, ...]:
-    """Returns a finding if a stage has a dots policy that keeps no array more than `full`."""
+    """Returns a finding if a stage has a dots policy that keeps no more arrays than `full`."""
     found = []
     for policy in stage.policies:
         if policy.kind not in ("dots", "dots_no_batch"):
@@ -123,7 +123,7 @@ def _why_no_dots(policy: Policy, flat: Flat) -> str:
 def tags_that_save_nothing(
     block: Callable, params_i, carry, *consts, stage: Stage
 ) -> tuple[Finding, ...]:
-    """Returns a finding for every name of a stage whose value spares the backward pass no step."""
+    """Returns a finding for every name of a stage whose value spares no recomputed step."""
     args = carry, params_i, *consts
     patterns = [policy for policy in stage.inner_policies if policy.names]
     if not patterns:
@@ -157,7 +157,7 @@ def _useless(kind: str, name: str, is_output: bool) -> Finding:
 
 
 def _is_useful(num_steps: Callable[[Stage], int], stage: Stage, kind: str, name: str, offered):
-    """Whether keeping `name` spares a step, alone or beside all else that the stage keeps."""
+    """Whether keeping `name` spares a step, alone or in addition to the stage's other values."""
     alone = dataclasses.replace(_FULL, policies=(Policy(kind=kind, names=(name,)),))
     if num_steps(alone) < num_steps(_FULL):
         return True
@@ -166,7 +166,7 @@ def _is_useful(num_steps: Callable[[Stage], int], stage: Stage, kind: str, name:
 
 
 def _exact(stage: Stage, offered, without: tuple[str, str] | None = None) -> Stage:
-    """Returns a `full` stage that keeps the same tags, spelled out, but for one of a kind."""
+    """Returns a `full` stage that keeps the same tags, spelled out, except `(kind, tag)`."""
     policies = []
     for policy in stage.inner_policies:
         names = tuple(n for n in _matching(policy, offered) if (policy.kind, n) != without)
@@ -180,7 +180,7 @@ def _matching(policy: Policy, offered: Iterable[str]) -> list[str]:
 
 
 def _num_steps(block: Callable, args, stage: Stage) -> int:
-    """Returns how many steps a block's forward and backward pass take, views left out."""
+    """Returns the number of steps of a block's forward and backward pass, without views."""
     fn = checkpointed(block, stage)
 
     def both(args, grads):
@@ -193,7 +193,7 @@ def _num_steps(block: Callable, args, stage: Stage) -> int:
 
 
 def _tags_of_outputs(block: Callable, args) -> set[str]:
-    """Returns the tags that stand on what the block returns."""
+    """Returns the tags on the block's outputs."""
     flat = flatten(jax.make_jaxpr(block)(*args))
     origins = {origin_of(value) for value in flat.outputs}
     return {
@@ -211,12 +211,12 @@ def _all_steps(flat: Flat) -> list[Step]:
 def peak_not_below_none(
     plan: str | Plan, report: MemoryReport, none_report: MemoryReport
 ) -> tuple[Finding, ...]:
-    """Returns a finding if a plan's compiled peak is not below that of `none`.
+    """Returns a finding if a plan's compiled peak is not below the peak of `none`.
 
     Args:
-      plan: The plan of `report`; of `none` itself there is nothing to find.
-      report: Of the step under the plan.
-      none_report: Of the same step under `none`, on the same target.
+      plan: The plan of `report`; `none` itself has no finding.
+      report: The report of the step under the plan.
+      none_report: The report of the step under `none`, on the same target.
     """
     if all(stage.schedule == "none" for stage in as_plan(plan).stages):
         return ()
@@ -233,7 +233,7 @@ def peak_not_below_none(
 def carry_slow_to_move(
     block: Callable, params_i, carry, *consts, plan: str | Plan, rates: Rates
 ) -> tuple[Finding, ...]:
-    """Returns a finding if a schedule sends carries to the host that take longer than a block.
+    """Returns a finding if a schedule moves carries to the host and a move outlasts a block.
 
     Args:
       block: `block(carry, params_i, *consts) -> carry`.
@@ -241,7 +241,7 @@ def carry_slow_to_move(
       carry: The block's input, arrays or abstract.
       *consts: What all blocks share.
       plan: A plan or its text.
-      rates: The chip's.
+      rates: The rates of the chip.
     """
     stages = [
         stage
@@ -266,14 +266,14 @@ def carry_slow_to_move(
 def head_sets_peak(
     buffers: Iterable[Buffer], *, tokens: int, vocab_size: int, stack_bytes: int
 ) -> tuple[Finding, ...]:
-    """Returns a finding if logits outweigh, at the peak, all that the stack's plan can change.
+    """Returns a finding if the logits at the peak have more bytes than the plan can change.
 
     Args:
-      buffers: `MemoryReport.buffers`, of which no two share memory.
-      tokens: Tokens of one step on one device.
-      vocab_size: Size of the vocabulary on one device.
-      stack_bytes: What the stack keeps, and one block needs while it is reversed, on one device:
-        L times `Explanation.saved_bytes`, plus `Explanation.residual_bytes`.
+      buffers: `MemoryReport.buffers`, which share no memory.
+      tokens: The number of tokens of one step on one device.
+      vocab_size: The size of the vocabulary on one device.
+      stack_bytes: Bytes that the stack keeps on one device, plus one block's residuals: L times
+        `Explanation.saved_bytes`, plus `Explanation.residual_bytes`.
     """
     logits = [buffer for buffer in buffers if _is_logits(buffer, tokens, vocab_size)]
     size = sum(buffer.size_bytes for buffer in logits)
@@ -288,7 +288,7 @@ def head_sets_peak(
 
 
 def _is_logits(buffer: Buffer, tokens: int, vocab_size: int) -> bool:
-    """Whether a buffer is `[..., vocab_size]` with all tokens before, in any layout of them."""
+    """Whether a buffer is `[..., vocab_size]` whose leading axes hold all tokens, in any layout."""
     found = re.fullmatch(r"\w+\[([\d,]+)\].*", buffer.shape)
     if not found:
         return False
@@ -296,7 +296,7 @@ def _is_logits(buffer: Buffer, tokens: int, vocab_size: int) -> bool:
     return last == vocab_size and math.prod(rows) == tokens
 
 
-# A product is a `dot`, on TPU a `convolution`, on GPU often a library call.
+# A matrix product is a `dot`; on TPU it is a `convolution`, on GPU often a library call.
 _PRODUCT = re.compile(r"=\s+\S+\s+(?:dot|convolution)\(")
 _LIBRARY = re.compile(r'custom_call_target="[^"]*(?:gemm|matmul)[^"]*"')
 
@@ -307,13 +307,13 @@ def undone_remat(
     jaxpr: core.ClosedJaxpr,
     none_jaxpr: core.ClosedJaxpr,
 ) -> tuple[Finding, ...]:
-    """Returns a finding if the compiled step makes no matmul again although its jaxpr does.
+    """Returns a finding if the jaxpr recomputes matrix products and the compiled step does not.
 
     Args:
       plan: The plan of the step.
       compiled_text: `compiled.as_text()` of the step under the plan.
-      jaxpr: Of the same step.
-      none_jaxpr: Of the step under `none`, at the same unroll; it need not be compiled.
+      jaxpr: The jaxpr of the step under the plan.
+      none_jaxpr: The jaxpr of the step under `none`, at the same unroll.
     """
     expected, plain = count_products(jaxpr), count_products(none_jaxpr)
     made = _num_compiled(compiled_text)
@@ -330,7 +330,7 @@ def undone_remat(
 def count_products(jaxpr: core.ClosedJaxpr) -> int:
     """Returns how many matrix products a program has when compiled; a loop's body counts once.
 
-    Of an unrolled scan the body counts as often as it is written out.
+    The body of an unrolled scan counts once for each copy in a trip.
     """
     return _num_products(flatten(jaxpr))
 

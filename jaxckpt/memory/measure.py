@@ -3,8 +3,8 @@
     print(jaxckpt.measure(train_step, state, batch, donate_argnums=0))
     print(jaxckpt.measure(train_step, state, batch, donate_argnums=0, target="v5e-1"))
 
-Arguments may be arrays or `jax.ShapeDtypeStruct`s; nothing is allocated for the latter. The chip
-need not be there (`jobs.py`).
+Arguments may be arrays, or `jax.ShapeDtypeStruct`s, for which nothing is allocated. The chip may be
+absent (`absent/jobs.py`).
 """
 
 import dataclasses
@@ -36,29 +36,31 @@ def measure(
 ) -> MemoryReport:
     """Compiles `fn(*args)` for a chip and returns the memory that XLA says it needs.
 
-    For a chip other than this process's own, a fresh process compiles, and its report is kept on
-    disk: the same program is compiled once. A step that does not fit has a report too, whose
-    `headroom_bytes` is negative.
+    For an absent chip a fresh process compiles, and the report is kept on disk, so a program is
+    compiled once. A step that does not fit has a report too, with negative `headroom_bytes`.
 
-    On a target of several devices the report is of one of them. Arguments with a `NamedSharding`
-    (its mesh may be a `jax.sharding.AbstractMesh`) are spread over a mesh of the target's devices
-    with the same axes; without any, everything is replicated, and each device holds all of it.
+    On a target of several devices the report is per device. Arguments with a `NamedSharding` (its
+    mesh may be a `jax.sharding.AbstractMesh`) are spread over a mesh of the target's devices with
+    the same axes. Without shardings each device holds everything.
 
     Args:
-      fn: A function, or one already under `jax.jit` or `nnx.jit`: its own donations then hold if
-        none are given here. A function of NNX modules is compiled by `nnx.jit`, with the state
-        that it changes among its outputs.
+      fn: A function, or a result of `jax.jit` or `nnx.jit`, whose own donations hold if none are
+        given here. A function of NNX modules is compiled by `nnx.jit`, with the state that it
+        changes among its outputs.
       *args: Arrays or abstract values.
-      target: `"local"`, the backend of this process, or a chip: `"v5e-1"`, `"h100"`;
-        `jaxckpt.targets.target` has them all.
+      target: `"local"`, the backend of this process, or a chip: `"v5e-1"`, `"h100"`; see
+        `jaxckpt.targets.target` for all.
       donate_argnums: Arguments whose memory outputs may reuse. Without it a training step counts
         parameters and optimizer state twice.
       static_argnums: Arguments that are compile-time constants.
 
+    Returns:
+      A `MemoryReport`, in bytes per device; `print` shows a table.
+
     Raises:
-      ValueError: No function, or one that holds arrays of its own; arguments that are no arrays.
-      TargetError: An unknown target.
-      Unavailable: The target's compiler is not installed; the message says how to.
+      ValueError: `fn` is no function or holds arrays of its own, or an argument is no array.
+      TargetError: The target is unknown.
+      Unavailable: The target's compiler is not installed; the error names the command to do so.
       PlacementError: Arguments are sharded over more or fewer devices than the target has.
       TravelError: `fn` cannot be handed to another process.
       WorkerError: Compiling for an absent chip failed.
@@ -87,12 +89,12 @@ def measure(
 
 
 def jitted(fn: Callable, args: tuple, donate_argnums=(), static_argnums=()) -> tuple[Any, tuple]:
-    """Returns a function under a `jit`, and the arguments it takes."""
+    """Returns a function under `jax.jit` or `nnx.jit`, and its arguments."""
     if not callable(fn):
         raise ValueError(f"measure takes a function and its arguments, not {shown(fn)} first")
     has_options = donate_argnums != () or static_argnums != ()
     if isinstance(fn, functools.partial) and hasattr(fn.func, "trace") and not fn.keywords:
-        # As a function of its own it would lose what it donates.
+        # A partial of a jitted function is unwrapped: under a new `jit` it would donate nothing.
         return jitted(fn.func, (*fn.args, *args), donate_argnums, static_argnums)
     if hasattr(fn, "trace") and not has_options:
         return fn, args
@@ -103,7 +105,7 @@ def jitted(fn: Callable, args: tuple, donate_argnums=(), static_argnums=()) -> t
                 "a function of NNX modules has options of its own; give donate_argnums and "
                 "static_argnums to nnx.jit, and its result to measure"
             )
-        from flax import nnx  # imported by whoever has made the arguments
+        from flax import nnx  # already imported by whoever made the arguments
 
         jit = nnx.jit
     else:
@@ -122,12 +124,12 @@ def jitted(fn: Callable, args: tuple, donate_argnums=(), static_argnums=()) -> t
 
 
 def _check_holds_nothing(fn: Callable):
-    """Raises `ValueError` for a module, or a method of one, whose arrays are no arguments."""
+    """Raises `ValueError` for a module, or a module's method, that holds arrays."""
     holder = fn.__self__ if inspect.ismethod(fn) else fn
     leaves = jax.tree.leaves(holder)
     is_tree = not jax.tree_util.all_leaves([holder])
     holds_arrays = is_tree and any(hasattr(leaf, "dtype") for leaf in leaves)
-    # A bound Linen module is no tree; it has no hash because it holds variables.
+    # A bound Linen module is no tree, but it has no hash because it holds variables.
     if holds_arrays or not (is_tree or _has_hash(holder)):
         raise ValueError(
             f"{shown(holder)} holds arrays, which would be constants of the program; hand them "
@@ -145,7 +147,7 @@ def _has_hash(value) -> bool:
 
 
 def _check_arrays(args: tuple, static_argnums: int | Sequence[int]):
-    """Raises `ValueError` for an argument that is neither arrays nor static."""
+    """Raises `ValueError` for an argument that is neither static nor a pytree of arrays."""
     numbers = [static_argnums] if isinstance(static_argnums, int) else static_argnums
     static = {number % len(args) for number in numbers} if args else set()
     dynamic = [None if place in static else arg for place, arg in enumerate(args)]
@@ -168,7 +170,7 @@ def compile_step(step: BuiltStep):
     """
     traced = jax.jit(step.fn, donate_argnums=step.donate_argnums).trace(*step.args)
     report, compiled = _compile_here(traced, step.compiler_options)
-    # Elsewhere the compiler merges and splits products, and unrolled remat is kept.
+    # Only the CPU's compiler undoes unrolled remat, and only its text has products one to one.
     text = compiled.as_text if jax.default_backend() == "cpu" else None
     return compiled, annotate(step, traced.jaxpr, report, rates=rates_of(LOCAL), compiled_text=text)
 
@@ -187,21 +189,21 @@ def _compile_here(traced, options: Mapping[str, int | str] | None = None):
 
 
 def program_key(lowered, **parts: Any) -> str:
-    """Returns the name of a result of a program that this process's backend compiles.
+    """Returns the name under which a result of a program of this process's backend is kept.
 
     Args:
-      lowered: The program: `jax.jit(f).lower(...)`. Its text has the shardings of arguments and
-        results, donations, and the values of static arguments.
-      **parts: What else the result depends on, JSON values.
+      lowered: The program, from `jax.jit(f).lower(...)`. Its text has the shardings of arguments
+        and results, donations, and the values of static arguments.
+      **parts: JSON values that the result depends on too.
     """
     sources = cache.digest_of_sources({"jaxckpt"})
     return cache.key(program=lowered.as_text(), sources=sources, **cache.here(), **parts)
 
 
 def _with_buffers(report: MemoryReport, lowered, options) -> MemoryReport:
-    """Returns a report that names its buffers, though JAX read the executable from its own cache.
+    """Returns a report with its buffers, even if JAX read the executable from its own cache.
 
-    What is not compiled dumps nothing, so the first report of a program is kept for the others.
+    A program that is not compiled dumps no buffers, so its first report's buffers are kept on disk.
     """
     if not getattr(jax.config, _EXECUTABLES):
         return report

@@ -1,9 +1,8 @@
 """The process that compiles for a chip that is not there: `python -m jaxckpt.memory.worker FOLDER`.
 
-It is started by `jobs.py` with the environment that the target's compiler reads when it is
-loaded, takes `job.json` (and `program.bin`) from the folder and leaves `result.json` there: the
-report, or the error's class, message and traceback. It is not meant to be run by hand. The
-planner's worker shares its parts.
+`absent/jobs.py` starts it with the environment that the target's compiler reads when it is loaded.
+It reads `job.json` (and `program.bin`) in the folder and writes `result.json` there: the report, or
+the error's class, message and traceback. Not to be run by hand. The planner's worker shares parts.
 """
 
 import dataclasses
@@ -33,12 +32,12 @@ from jaxckpt.transforms.traced_block import on_devices
 
 
 def main(folder: Path):
-    """Does the job of a folder."""
+    """Compiles the job of a folder and writes its report there."""
     answer(folder, lambda job: {"report": _run(job, folder).as_json()})
 
 
 def answer(folder: Path, work: Callable[[dict[str, Any]], dict[str, Any]]):
-    """Writes what `work` makes of a folder's job; whatever goes wrong in it is a result too."""
+    """Writes the result of `work` on a folder's job; an error is a result too."""
     job = json.loads((folder / "job.json").read_text())
     try:
         result = work(job)
@@ -53,11 +52,11 @@ def _run(job: dict[str, Any], folder: Path) -> MemoryReport:
     target = parse_target(job["target"])
     topology = get_topology(target)
     if job["entry"] is not None:
-        # The topology is up before the step is traced: cuDNN's attention looks for its chip then.
+        # The topology must exist before the step is traced: cuDNN's attention looks for its chip.
         return measure_built(build_step(**job["entry"]), target, topology)
     exported = export.deserialize(bytearray((folder / "program.bin").read_bytes()))
     shardings = rebuild(job["placement"], topology, target, exported.nr_devices)
-    # Arguments that the program never reads are dropped, as `jax.jit` does.
+    # Arguments that the program never reads are dropped, as `jax.jit` drops them.
     kept = exported.module_kept_var_idx
     donated = [at for at, flat in enumerate(kept) if job["donated"][flat]]
     jitted = jax.jit(_of_kept(exported, kept), donate_argnums=donated)
@@ -67,28 +66,28 @@ def _run(job: dict[str, Any], folder: Path) -> MemoryReport:
 
 
 def _named(report: MemoryReport, names: list[str]) -> MemoryReport:
-    """Returns the report with arguments called what their owner calls them."""
+    """Returns the report with the user's names of arguments."""
     ours = {f"arguments[{at}]": name for at, name in enumerate(names)}
     rename = lambda one: dataclasses.replace(one, operation=ours.get(one.operation, one.operation))
     return dataclasses.replace(report, buffers=tuple(map(rename, report.buffers)))
 
 
 def _of_kept(exported: export.Exported, kept):
-    """Returns the exported function of those arguments alone that it reads."""
+    """Returns the exported function as a function of only the arguments that it reads."""
     unread = [at for at in range(len(exported.in_avals)) if at not in kept]
 
     def step(*arguments):
         every = dict(zip(kept, arguments, strict=True))
         for at in unread:
             aval = exported.in_avals[at]
-            every[at] = jax.lax.full(aval.shape, 0, aval.dtype)  # typed keys too
+            every[at] = jax.lax.full(aval.shape, 0, aval.dtype)  # works for typed keys too
         return exported.call(*(every[at] for at in sorted(every)))
 
     return step
 
 
 def build_step(function: str, arguments: Mapping[str, Any]) -> BuiltStep:
-    """Returns the step that an `Entry` of these fields builds, in this process."""
+    """Builds, in this process, the step of an `Entry` with these fields."""
     module, _, name = function.partition(":")
     step = getattr(importlib.import_module(module), name)(**arguments)
     if isinstance(step, BuiltStep):
@@ -118,17 +117,17 @@ def get_topology(target: Target):
             topology=_hosts(target.num_devices),
         )
     options: dict[str, Any] = {}
-    assert target.topology is not None  # as every TPU target has
-    if target.topology.endswith(":1x1"):  # one chip of a host that has four
+    assert target.topology is not None  # every TPU target has one
+    if target.topology.endswith(":1x1"):  # one chip; libtpu's default host has four
         options["chips_per_host_bounds"] = [1, 1, 1]
-    # JAX joins a v4's two cores into one device; libtpu does if asked to.
+    # JAX joins a v4's two cores into one device; libtpu does so only if asked.
     if target.known_chip.name == "v4":
         options["chip_config_name"] = "megacore"
     return topologies.get_topology_desc(platform="tpu", topology_name=target.topology, **options)
 
 
 def _hosts(num_gpus: int) -> str:
-    """Returns JAX's name of a number of GPUs: slices, hosts of a slice, GPUs of a host."""
+    """Returns JAX's name of a number of GPUs: slices x hosts per slice x GPUs per host."""
     hosts = max(1, num_gpus // HOST_GPUS)
     return f"1x{hosts}x{num_gpus // hosts}"
 
