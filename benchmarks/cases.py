@@ -74,7 +74,7 @@ PLAIN = ("none", "full", "full+attention", "full+dots", "full+dots_no_batch", "s
 def fixed() -> dict[str, tuple[str, ...]]:
     """Returns MaxText's names by plan, none for a plan that it does not have.
 
-    The order is that of compiling: what is at its end is left out first where time is short.
+    Compiled in this order: the last ones are left out first where time is short.
     """
     found: dict[str, tuple[str, ...]] = {canonical(text): () for text in PLAIN[:3]}
     for name, text in MAXTEXT.items():

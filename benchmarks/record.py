@@ -38,7 +38,7 @@ class Record:
     rows: Any
 
     def save(self, device: str = "none", **about: Any):
-        """Writes what there is, if there is a file to write; `device` is that of rows without."""
+        """Writes what there is, if there is a file to write; `device` is for rows without one."""
         rows = self.rows.values() if isinstance(self.rows, dict) else self.rows
         found = next((row["device"] for row in rows if row.get("device")), device)
         write(origin(self.benchmark, found) | about | {"rows": self.rows}, self.output)

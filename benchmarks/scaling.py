@@ -71,7 +71,7 @@ def scaling(
     output: Path = OUTPUT,
     write: Annotated[bool, Parameter(negative=())] = False,
 ):
-    """Compile rows that are not there yet; of several plans, a row is the fastest that fits."""
+    """Compile the rows that are missing; of several plans, a row is the fastest that fits."""
     record: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {"rows": []}
     if write:
         write_section(_table(record["rows"]), record, PAGE)

@@ -68,7 +68,7 @@ def make_model(case: Case) -> Qwen3Model:
 
 
 def chunk(x, table, targets, scale):
-    """Returns a chunk's loss, the gradient of `x` and that of the logits."""
+    """Returns a chunk's loss, and the gradients of `x` and of the logits."""
     logits = torch.mm(x, table.t(), out_dtype=torch.float32)
     lse = logits.logsumexp(dim=-1)
     loss = (lse - logits.gather(1, targets[:, None])[:, 0]).sum() * scale

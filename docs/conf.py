@@ -32,7 +32,12 @@ html_title = "jaxckpt"
 # One search, beside each page; by default there is one above it too.
 html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True, "navbar_persistent": []}
 html_sidebars = {
-    "**": ["navbar-logo.html", "icon-links.html", "search-button-field.html", "sbt-sidebar-nav.html"]
+    "**": [
+        "navbar-logo.html",
+        "icon-links.html",
+        "search-button-field.html",
+        "sbt-sidebar-nav.html",
+    ]
 }
 urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {})
 if "Repository" in urls:

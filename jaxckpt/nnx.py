@@ -161,7 +161,7 @@ def _split(rngs: nn.Rngs, num_blocks: int) -> dict[str, jax.Array]:
 def _make_blocks(
     block: Callable[..., nn.Module], keys: dict[str, jax.Array], num_blocks: int
 ) -> nn.Module:
-    """Returns a block whose state is that of one block for each row of `keys`, stacked."""
+    """Returns a block whose state is stacked: one block for each row of `keys`."""
     graphs = []
     jax.eval_shape(
         functools.partial(_check_unshared, block), {n: key[0] for n, key in keys.items()}

@@ -36,7 +36,7 @@ def local(fn: Callable, *args: jax.ShapeDtypeStruct) -> int | None:
 
 
 def absent(target: str) -> CompileTemp:
-    """Returns what compiles for a chip that is not there.
+    """Returns what compiles for an absent chip.
 
     Raises:
       Unavailable: The chip's compiler is not installed.

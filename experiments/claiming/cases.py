@@ -50,7 +50,7 @@ class Case:
 
 
 def all_cases() -> tuple[Case, ...]:
-    """Returns every case, those that tell most first."""
+    """Returns every case; the most telling ones first."""
     pairs = [(target, model) for target in (LARGE_CHIP, SMALL_CHIP) for model in (EXAMPLE, QWEN)]
     found = [plan_case(model, target, plan) for target, model in pairs for plan in PLANS]
     found += [plan_case(EXAMPLE, LARGE_CHIP, plan) for plan in (LOG_SEGMENTS, SQRT_SEGMENTS)]

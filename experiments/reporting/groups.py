@@ -15,7 +15,7 @@ class Group:
       name: What it is called.
       family: Its name without the depth: groups of a family differ in depth alone.
       points: By peak, the smallest first.
-      frontier: Places in `points` of those that no other beats in both memory and time.
+      frontier: Places in `points` of the plans that no other plan beats in both memory and time.
       ties: For each point, the places of the others whose step times lie within its noise.
       loss_difference: The largest difference of a step's loss between two plans, relative to the
         loss; None with fewer than two curves.

@@ -116,7 +116,7 @@ class Checkpoints:
         """Returns the JSON saved with a step.
 
         Raises:
-          ConfigError: It is not there or cannot be read.
+          ConfigError: It is missing or cannot be read.
         """
         try:
             found = self._checkpointer.metadata(step).custom_metadata

@@ -4,8 +4,8 @@
     config = dataclasses.replace(config, remat=str(result.plan))
 
 Optimizer, donation, accumulation, loss head and frozen parameters are part of the step, so they are
-part of the peak that is held against the budget. What was compiled once is kept on disk, for a
-target that is not there and for this process's own.
+part of the peak that is held against the budget. What was compiled once is kept on disk, for an
+absent target and for this process's device.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ def check_calibrated(config: TrainConfig, plans: Sequence[Plan], targets: Sequen
     Args:
       config: Says whether it is to be.
       plans: Those asked for.
-      targets: Likewise.
+      targets: Those asked for.
 
     Raises:
       ConfigError: No plan is `auto`, or a target is not here.

@@ -9,8 +9,8 @@ def corpus_of(config: TrainConfig):
     """Returns a run's corpus.
 
     Raises:
-      ConfigError: Weights that are not there or do not fit the model, packing without grain.
-      DataError: A corpus that is not there, too short, or with tokens that the model lacks.
+      ConfigError: Weights are missing or do not fit the model, packing without grain.
+      DataError: A corpus is missing, too short, or has tokens that the model lacks.
     """
     tokenizer = check_init(config)
     if config.pack:

@@ -57,7 +57,7 @@ def abstract_state(config: TrainConfig, mesh: Mesh | None = None) -> TrainState:
 
     Args:
       config: With a model that `resolve_model` has resolved.
-      mesh: From `make_mesh`; where the devices are not there, a mesh without them is named.
+      mesh: From `make_mesh`; an abstract one where the devices are absent.
     """
     state = jax.eval_shape(functools.partial(init_state, config))
     layout = layout_of(config)

@@ -54,7 +54,7 @@ def shape_flags(folder: Path) -> dict[str, Any]:
 
 
 def check_shape(config: TrainConfig):
-    """Raises where a run's model is not that of the folder that it starts from, if there is one.
+    """Raises if a run's model differs from the model of the folder that it starts from.
 
     Raises:
       ConfigError: Naming every field that differs.
@@ -99,7 +99,7 @@ def check_init(config: TrainConfig) -> Tokenizer | None:
 
 
 def end_token(config: TrainConfig) -> int | None:
-    """Returns the token that ends a document: as given, or that of the folder; None for none."""
+    """Returns the token that ends a document: as given, or as the folder says; None if neither says one."""
     if config.end_token is not None or config.init is None:
         return config.end_token
     found = read_json(config.init / CONFIG_JSON).get("eos_token_id")

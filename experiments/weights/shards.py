@@ -125,7 +125,7 @@ _BLOCK = re.compile(r"^(.*\.)(\d+)(\..*)$")
 
 
 def listed(names: Iterable[str]) -> str:
-    """Returns all names as text, those that differ in the block's number alone as one.
+    """Returns all names as text; names that differ in the block's number alone are one.
 
     `model.layers.{0-2,5}.mlp.up_proj.weight` is four.
     """

@@ -1,1 +1,1 @@
-"""Compiling for a chip that is not there: the caller's side."""
+"""Compiling for a chip that this machine does not have: the caller's side."""

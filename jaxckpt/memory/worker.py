@@ -1,4 +1,4 @@
-"""The process that compiles for a chip that is not there: `python -m jaxckpt.memory.worker FOLDER`.
+"""The process that compiles for an absent chip: `python -m jaxckpt.memory.worker FOLDER`.
 
 `absent/jobs.py` starts it with the environment that the target's compiler reads when it is loaded.
 It reads `job.json` (and `program.bin`) in the folder and writes `result.json` there: the report, or

@@ -4,7 +4,7 @@ Shapes: B batch, S sequence, H query heads, K key/value heads, N head size, C qu
 
 A chunk's scores `[B, H, C, S]` are the largest array, where plain attention has all of them at once
 (Rabe, Staats 2021, Self-attention does not need O(n^2) memory). It is for GPUs that have no flash
-kernel, such as a T4. The backward pass needs what that of plain attention does.
+kernel, such as a T4. The backward pass needs the same residuals as plain attention.
 
 Limits: scores that the causal mask hides are computed too, as in plain attention.
 """

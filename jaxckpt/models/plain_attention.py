@@ -67,13 +67,13 @@ def backward(q_BSHN, k_BTKN, v_BTKN, out_BSHN, logsum_BKGS, grad_BSHN, mask):
     """Returns the gradients of queries, keys and values, in float32 or wider.
 
     Args:
-      q_BSHN: Queries, as of `forward`; so are keys, values and the mask.
-      k_BTKN: Keys.
-      v_BTKN: Values.
-      out_BSHN: What `forward` returned.
-      logsum_BKGS: Likewise.
+      q_BSHN: Queries, as of `forward`.
+      k_BTKN: Keys, as of `forward`.
+      v_BTKN: Values, as of `forward`.
+      out_BSHN: The attention that `forward` returned.
+      logsum_BKGS: The logarithms of the softmax sums that `forward` returned.
       grad_BSHN: The gradient of `out_BSHN`.
-      mask: Which keys each query sees.
+      mask: Which keys each query sees, as of `forward`.
     """
     grouped = functools.partial(_grouped, num_kv_heads=k_BTKN.shape[2])
     q_BSKGN, grad_BSKGN, out_BSKGN = map(grouped, (q_BSHN, grad_BSHN, out_BSHN))

@@ -16,7 +16,7 @@ def swiglu_down(gate, up, kernel_FD):
     """Returns `(silu(gate) * up) @ kernel` (Shazeer 2020, GLU variants improve Transformer).
 
     Args:
-      gate: `[..., F]`, any floating dtype, which is also that of the product.
+      gate: `[..., F]`, any floating dtype; the product has it too.
       up: `[..., F]`.
       kernel_FD: The projection, cast to the dtype of `gate`.
     """

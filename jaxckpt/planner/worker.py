@@ -1,4 +1,4 @@
-"""The process that plans for a chip that is not there: `python -m jaxckpt.planner.worker FOLDER`.
+"""The process that plans for an absent chip: `python -m jaxckpt.planner.worker FOLDER`.
 
 `absent/jobs.py` starts it, as it starts `jaxckpt.memory.worker`. It traces and compiles every plan
 itself, because the target's topology exists only in this process. Not to be run by hand.

@@ -1,4 +1,4 @@
-"""XLA's `target_config` of an NVIDIA GPU: what its compiler asks a device that is not there.
+"""XLA's `target_config` of an NVIDIA GPU: what its compiler would ask the device.
 
 The text is a `GpuTargetConfigProto`. What GPUs of one architecture share stands here, what is a
 chip's own in its row of `chips.py`; figures are those of OpenXLA's target_config specs and of

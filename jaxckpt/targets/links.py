@@ -30,7 +30,7 @@ class Links:
     far_bytes_per_second: float = math.inf
 
     def rate(self, group: tuple[int, ...]) -> float:
-        """Returns the rate of devices that send around a ring: that of its slowest link."""
+        """Returns the rate of devices that send around a ring: the rate of its slowest link."""
         if self.near and len({device // self.near for device in group}) > 1:
             return min(self.bytes_per_second, self.far_bytes_per_second)
         return self.bytes_per_second
