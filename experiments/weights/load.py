@@ -99,7 +99,7 @@ def check_init(config: TrainConfig) -> Tokenizer | None:
 
 
 def end_token(config: TrainConfig) -> int | None:
-    """Returns the token that ends a document: as given, or as the folder says; None if neither says one."""
+    """Returns the token that ends a document: as given, or as the folder says; None if unknown."""
     if config.end_token is not None or config.init is None:
         return config.end_token
     found = read_json(config.init / CONFIG_JSON).get("eos_token_id")

@@ -141,7 +141,7 @@ def refused_sizes(
 
 
 def splash_block(seq_len: int) -> int | None:
-    """Returns the block size of the splash kernel for a length, or None if no block size divides it."""
+    """Returns the block size of the splash kernel for a length, or None if none divides it."""
     return next((block for block in _SPLASH_BLOCKS if seq_len % block == 0), None)
 
 
