@@ -30,10 +30,11 @@ def _forward_rule(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS):
 
 
 def _backward_rule(residuals, grad_BSHN):
-    q_BSHN, k_BSKN, v_BSKN, segment_ids_BS, *kept = residuals
-    inputs = (q_BSHN, k_BSKN, v_BSKN)
-    grads = backward(*inputs, *kept, grad_BSHN, _mask(q_BSHN.shape[1], segment_ids_BS))
-    return *(grad.astype(x.dtype) for grad, x in zip(grads, inputs, strict=True)), None
+    q_BSHN, k_BSKN, v_BSKN, segment_ids_BS, out_BSHN, logsum_BKGS = residuals
+    mask = _mask(q_BSHN.shape[1], segment_ids_BS)
+    grads = backward(q_BSHN, k_BSKN, v_BSKN, out_BSHN, logsum_BKGS, grad_BSHN, mask)
+    pairs = zip(grads, (q_BSHN, k_BSKN, v_BSKN), strict=True)
+    return *(grad.astype(x.dtype) for grad, x in pairs), None
 
 
 plain_attention.defvjp(_forward_rule, _backward_rule)
