@@ -29,7 +29,7 @@ from jaxckpt.planner.result import BudgetError, FitResult
 from jaxckpt.targets.target import parse_target
 from tests.experiments.test_fit import report
 
-pytestmark = pytest.mark.xdist_group("auto")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("auto")]
 
 MODEL = TransformerConfig(
     num_blocks=3, d_model=32, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=64, dropout=0.1
@@ -103,7 +103,6 @@ def chosen(budget, tmp_path_factory):
     return folder, *trained(folder, remat="auto", budget=str(budget), save_every=3)
 
 
-@pytest.mark.slow
 def test_a_run_trains_under_the_plan_that_was_chosen(chosen, budget, peaks, tmp_path):
     folder, header, losses = chosen
     plan = jaxckpt.Plan.parse(header["plan"])
@@ -134,12 +133,10 @@ def infeasible(result) -> BudgetError:
     return BudgetError(budget_bytes=30000, plan=result.plan, report=result.report, parts=parts)
 
 
-@pytest.mark.slow
 def test_the_second_start_compiles_nothing_to_plan(chosen, result):
     assert str(result.plan.bind(3)) == chosen[1]["plan"]
 
 
-@pytest.mark.slow
 def test_what_is_verified_is_compiled_with_the_options_of_what_runs(monkeypatch):
     monkeypatch.setattr(
         "experiments.training.build.compiler_options", lambda _: {"xla_not_there": 1}
@@ -149,12 +146,10 @@ def test_what_is_verified_is_compiled_with_the_options_of_what_runs(monkeypatch)
         choose_plan.choose(config, "local")
 
 
-@pytest.mark.slow
 def test_flops_are_those_of_the_whole_accumulated_step(result):
     assert result.chosen.flops == result.report.flops
 
 
-@pytest.mark.slow
 def test_a_resumed_run_keeps_its_plan_and_is_planned_anew_if_asked(
     chosen, budget, result, monkeypatch
 ):
@@ -174,7 +169,6 @@ def test_a_resumed_run_keeps_its_plan_and_is_planned_anew_if_asked(
     assert asked == [budget - 1] and other["plan"] == "3xfull"
 
 
-@pytest.mark.slow
 def test_a_plan_that_needs_more_than_the_budget_is_refused(peaks, tmp_path):
     with pytest.raises(ConfigError, match=r"plan 'none' needs .* more than the budget.*auto"):
         trained(tmp_path / "run", remat="none", budget=str(peaks["full"]))
@@ -206,7 +200,6 @@ def out_of(command, folder) -> list[str]:
     return flags if command is train else []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", [train, fit])
 def test_nothing_fits(command, infeasible, monkeypatch, capsys, tmp_path):
     def choose(*_, **__):

@@ -13,6 +13,8 @@ from experiments.export import export
 from experiments.weights.shards import Shards, write_shards
 from tests.experiments import hf_folders, runs
 
+pytestmark = pytest.mark.slow
+
 TEXT = "def import self: return the of and in for\n" * 200
 
 
@@ -44,7 +46,6 @@ def tuned(tmp_path_factory):
     return base, tensors, text
 
 
-@pytest.mark.slow
 def test_text_goes_through_the_folders_tokenizer(tuned):
     base, _, text = tuned
     found = re.search(r"([\d,]+) training and ([\d,]+) validation tokens", text)
@@ -54,7 +55,6 @@ def test_text_goes_through_the_folders_tokenizer(tuned):
     assert prompt and prompt in TEXT
 
 
-@pytest.mark.slow
 def test_what_came_in_goes_out(tuned, tmp_path, capsys):
     base, tensors, _ = tuned
     code, line = call(base / "run", "-o", tmp_path / "out", capsys=capsys)
@@ -94,7 +94,6 @@ def test_a_file_holds_what_fits_and_a_large_tensor_has_its_own(tmp_path):
     assert index["metadata"] == {"total_size": 18 * 4}
 
 
-@pytest.mark.slow
 def test_a_failing_disk_leaves_nothing(tuned, tmp_path, capsys, monkeypatch):
     def full(folder, *_, **__):
         (folder / "0").write_text("half")

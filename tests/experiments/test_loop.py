@@ -17,6 +17,8 @@ from experiments.training import loop
 from experiments.training.checkpoints import Checkpoints
 from jaxckpt.models import TransformerConfig
 
+pytestmark = pytest.mark.slow
+
 MODEL = TransformerConfig(
     num_blocks=2, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=32, dropout=0.1
 )
@@ -137,7 +139,6 @@ def words(text: str) -> list[str]:
     return [event.strip() for event in text.replace("\n", " ").split(",")]
 
 
-@pytest.mark.slow
 def test_the_next_step_is_dispatched_and_a_batch_put_before_metrics_are_read(watch):
     assert watch.run(steps=4) is None
     assert watch.events == words("""put 1, step 1, put 2, step 2, put 3, read 1, step 3, put 4,
@@ -153,7 +154,6 @@ def test_a_validation_and_a_save_wait_for_their_own_step(watch):
     assert watch.saved() == 5
 
 
-@pytest.mark.slow
 def test_a_stop_saves_the_last_step_that_runs_once_it_is_read(watch):
     watch.stop_in = 3
     assert watch.run(steps=9) == signal.SIGINT
@@ -162,7 +162,6 @@ def test_a_stop_saves_the_last_step_that_runs_once_it_is_read(watch):
     assert [row["step"] for row in watch.rows()] == [1, 2, 3]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("save_every", [0, 1, 5, 6])
 def test_nothing_is_saved_once_gradients_stay_non_finite(save_every, watch):
     """The third step in a row that is not finite is step 5; step 6 may be on its way by then."""

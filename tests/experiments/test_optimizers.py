@@ -15,6 +15,8 @@ from experiments.training.optimizers import make_optimizer
 from experiments.training.step import init_state, make_train_step
 from jaxckpt.models import TransformerConfig
 
+pytestmark = pytest.mark.slow
+
 MODEL = TransformerConfig(
     num_blocks=3, d_model=32, num_heads=2, num_kv_heads=1, head_dim=16, d_ff=64
 )
@@ -37,7 +39,6 @@ def heavy(*kinds: str):
     return [pytest.param(kind, marks=pytest.mark.heavy) for kind in kinds]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adamw", "muon", *heavy("adafactor", "lion", "sgd")])
 def test_the_loss_falls_by_half(kind):
     state = jax.jit(lambda: init_state(config(kind)))()
@@ -67,7 +68,6 @@ def test_bytes_of_the_state():
     assert ratio["adafactor"] < 0.03
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adafactor", *heavy("adamw", "lion", "muon", "sgd")])
 def test_the_state_is_donated(kind):
     state = jax.eval_shape(lambda: init_state(config(kind)))
@@ -95,7 +95,6 @@ def test_the_state_survives_a_checkpoint(kind, tmp_path):
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.slow
 def test_muon_makes_each_blocks_matrices_orthogonal():
     optimizer = make_optimizer(
         OptimizerConfig(kind="muon", warmup_steps=0, weight_decay=0.0, clip_norm=1e9), 10

@@ -27,6 +27,8 @@ from experiments.training import record
 from tests.experiments import runs
 from tests.experiments.test_resume import snapshot
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TINY = (*runs.TINY, f"--data={ROOT / 'README.md'}", "--steps=2", "--save-every=1")
 
@@ -95,7 +97,6 @@ def test_a_folder_of_somebody_elses_is_never_touched(names, flags, call, tmp_pat
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.slow
 def test_overwriting_leaves_what_is_not_the_runs_own(run, call, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
     fill(folder, "notes.txt", "checkpoints/best/weights", "checkpoints/readme.md")
@@ -278,7 +279,6 @@ ODD_NAMES = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_any_name_can_be_read_that_could_be_written(name, call, tmp_path):
     folder = tmp_path / name
@@ -354,7 +354,6 @@ def test_numbers_of_something_else_are_not_written_over(call, tmp_path):
     assert path.read_text() == text and not (tmp_path / "c.md").exists()
 
 
-@pytest.mark.slow
 def test_a_tilde_is_the_home_folder_wherever_it_stands(run, call, tmp_path, monkeypatch):
     home = tmp_path / "home"
     shutil.copytree(run, home / "run")
@@ -380,7 +379,6 @@ def test_a_tilde_is_the_home_folder_wherever_it_stands(run, call, tmp_path, monk
     assert code == 2 and "there is no home folder" in text and not [*(tmp_path / "here").iterdir()]
 
 
-@pytest.mark.slow
 def test_paths_in_records_are_absolute(call, tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text((ROOT / "README.md").read_text())
     monkeypatch.chdir(tmp_path)

@@ -25,6 +25,8 @@ from tests.experiments import runs
 from tests.experiments.packing import join
 from tests.transforms.cases import relative_error
 
+pytestmark = pytest.mark.slow
+
 MODEL = TransformerConfig(
     num_blocks=2, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=32, dtype="f32"
 )
@@ -85,7 +87,6 @@ def gradients_of(state):
     return next(filter(is_trace, jax.tree.leaves(state.optimizer, is_leaf=is_trace))).trace
 
 
-@pytest.mark.slow
 def test_a_packed_batch_is_its_documents_alone():
     """In two parts, which have different numbers of targets."""
     config = dataclasses.replace(CONFIG, remat="sqrt", accumulate=2)
@@ -138,7 +139,6 @@ def lines(tmp_path_factory):
     return path
 
 
-@pytest.mark.slow
 def test_a_run_that_goes_on_sees_the_same_batches(lines, tmp_path):
     corpus = load_corpus(str(lines), pack=True)
     config = dataclasses.replace(

@@ -11,6 +11,8 @@ import pytest
 
 from tests.experiments import random_worlds, runs
 
+pytestmark = pytest.mark.slow
+
 TRIES = int(os.environ.get("JAXCKPT_TRIES", "500"))
 IN_GATE = 10
 _A_KILL_IN = 10
@@ -46,7 +48,6 @@ def make(seeds, tmp_path, given, monkeypatch, killed) -> list[tuple[str, int]]:
     return codes
 
 
-@pytest.mark.slow
 def test_some_random_commands(tmp_path, given, monkeypatch):
     made = make(range(IN_GATE), tmp_path, given, monkeypatch, lambda _: False)
     assert len({command for command, _ in made}) == 6

@@ -10,6 +10,8 @@ import pytest
 
 from tests.experiments import runs
 
+pytestmark = pytest.mark.slow
+
 COUNTED = "tests.experiments.counted"
 KILLS = int(os.environ.get("JAXCKPT_KILLS", "5"))
 
@@ -31,7 +33,6 @@ def whole(tmp_path_factory, cache):
 FLAGS = ("--save-every=1", "--validate-every=4")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["full", "sqrt"])
 def test_a_run_goes_on_bit_equal_under_another_plan(plan, whole, cache, tmp_path):
     out = f"--out={tmp_path / 'run'}"
@@ -48,7 +49,6 @@ def test_a_run_goes_on_bit_equal_under_another_plan(plan, whole, cache, tmp_path
     assert all((state[name] == expected[name]).all() for name in expected)
 
 
-@pytest.mark.slow
 def test_a_decay_that_follows_the_steps_goes_on_with_them(cache, tmp_path):
     out = f"--out={tmp_path / 'run'}"
     runs.train("--steps=2", "--save-every=1", out, cache=cache)
@@ -113,7 +113,6 @@ def test_a_signal_saves_and_says_where_but_is_not_done(number, whole, cache, tmp
     assert "Traceback" not in err
 
 
-@pytest.mark.slow
 def test_a_second_signal_exits_at_once(cache, tmp_path):
     folder = tmp_path / "run"
     # A step that takes long, so that both signals fall into it.
@@ -144,7 +143,6 @@ def watched_run(folder, cache, count, kill_at: int) -> bool:
     return code != 0
 
 
-@pytest.mark.slow
 def test_killed_at_random_moments(whole, cache, tmp_path):
     """SIGKILL between any two operations on files; every time the run goes on and ends equal."""
     count, rng = tmp_path / "count", random.Random(0)
@@ -174,7 +172,6 @@ def test_resuming_a_finished_run_adds_no_rows_but_its_own(whole, cache):
     assert runs.losses(whole) == before and f"validation loss {before[-1][1]:.4f}" in text
 
 
-@pytest.mark.slow
 def test_a_full_disk_ends_with_one_line_and_leaves_the_last_checkpoint(whole, cache, tmp_path):
     folder = tmp_path / "run"
     runs.train("--steps=4", "--decay-steps=12", *FLAGS, f"--out={folder}", cache=cache)
@@ -259,7 +256,6 @@ def test_steps_with_gradients_that_are_not_finite(cache, tmp_path):
     assert runs.rows(folder)[-1]["gradient_norm"] is None
 
 
-@pytest.mark.slow
 def test_a_second_start_takes_the_compiled_step_from_the_cache(tmp_path):
     hits = []
     for name in ("cold", "warm"):

@@ -17,6 +17,8 @@ from experiments.training.step import init_state, make_train_step
 from jaxckpt.models import TransformerConfig
 from tests.transforms.cases import relative_error
 
+pytestmark = pytest.mark.slow
+
 MODEL = TransformerConfig(
     num_blocks=5, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=32, dropout=0.1
 )
@@ -45,7 +47,6 @@ def test_curves_of_plans_lie_on_each_other(tmp_path):
         np.testing.assert_allclose(losses(tmp_path, plan), want, rtol=1e-5, err_msg=plan)
 
 
-@pytest.mark.slow
 def test_nothing_recompiles_and_state_is_donated():
     traced = chex.assert_max_traces(make_train_step(CONFIG), n=1)
     step = jax.jit(traced, donate_argnums=0)
@@ -58,7 +59,6 @@ def test_nothing_recompiles_and_state_is_donated():
     assert np.isfinite(metrics["loss"])
 
 
-@pytest.mark.slow
 def test_norms_do_not_decay():
     """With a zero gradient, weight decay shrinks matrices and leaves scales at one."""
     from experiments.training.step import make_optimizer
@@ -94,7 +94,6 @@ def is_adam(x) -> bool:
     return isinstance(x, optax.ScaleByAdamState)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("plan", [pytest.param("full", marks=pytest.mark.heavy), "sqrt"])
 def test_accumulated_gradients_are_those_of_the_whole_batch(plan):
     model = dataclasses.replace(MODEL, dropout=0.0)
@@ -115,7 +114,6 @@ def temp_bytes(parts: int) -> int:
     return jaxckpt.measure(make_train_step(config), state, tokens, donate_argnums=0).temp_bytes
 
 
-@pytest.mark.slow
 def test_activations_fall_as_one_over_the_parts():
     """Twice the parts save half of what the step before saved: temp = fixed + activations / N."""
     two, four, eight = map(temp_bytes, (2, 4, 8))

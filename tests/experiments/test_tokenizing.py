@@ -94,6 +94,7 @@ def words():
     return made, trainers.WordPieceTrainer(vocab_size=500, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [byte_level, qwen, stripping, sentences, words])
 def test_pieces_have_the_tokens_of_the_whole(kind, tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.data.tokenizer._PIECE_BYTES", 600)
@@ -118,6 +119,7 @@ def long_texts():
     return ("x" * 9000, "abc" * 3000, "\n" * 9000, "😀" * 3000, letters, f"{letters}。" * 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_long_tokens", [False, True])
 @pytest.mark.parametrize("kind", [byte_level, qwen, stripping, sentences, words])
 def test_text_without_lines_and_words_is_cut_too(

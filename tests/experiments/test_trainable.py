@@ -12,6 +12,8 @@ from experiments.training.step import init_state, make_train_step, merge, resolv
 from jaxckpt.memory.measure import compile_step
 from jaxckpt.models.config import TransformerConfig
 
+pytestmark = pytest.mark.slow
+
 MODEL = TransformerConfig(num_blocks=4, vocab_size=64, dtype="f32")
 NOW = OptimizerConfig(warmup_steps=0)  # the first step learns
 CONFIG = TrainConfig(model=MODEL, optimizer=NOW, batch_size=4, seq_len=32, steps=4, remat="sqrt")
@@ -23,7 +25,6 @@ def nbytes(tree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["none", "full", "uniform:2", "sqrt"])
 def test_the_rest_is_frozen(plan):
     config = dataclasses.replace(ATTENTION, remat=plan)
@@ -36,7 +37,6 @@ def test_the_rest_is_frozen(plan):
     assert not np.array_equal(kernel(trainable), kernel(now)) and metrics["gradient_norm"] > 0
 
 
-@pytest.mark.slow
 def test_gradients_of_what_learns_are_those_of_the_whole():
     """The norm of a part's gradients is the same part of the whole's."""
     everything = dataclasses.replace(CONFIG, trainable=("*",))
@@ -50,7 +50,6 @@ def test_gradients_of_what_learns_are_those_of_the_whole():
     assert of(ATTENTION)["loss"] == pytest.approx(of(CONFIG)["loss"], rel=1e-6)
 
 
-@pytest.mark.slow
 def test_frozen_parameters_cost_less():
     state, part = (jax.eval_shape(lambda c=c: init_state(c)) for c in (CONFIG, ATTENTION))
     learns, _ = split(part.params, ATTENTION.trainable)
