@@ -163,7 +163,7 @@ class Stage:
 
     @property
     def inner_policies(self) -> tuple[Policy, ...]:
-        """The policies on values inside a block: all but `offload:carry`."""
+        """The policies on values inside a block: all of them, without the name `carry`."""
         names = lambda policy: tuple(name for name in policy.names if name != words.CARRY)
         pairs = [(policy, names(policy)) for policy in self.policies]
         # A policy that had names and has none left was `offload:carry` alone.

@@ -173,7 +173,7 @@ def _transpose(cotangents, *args, count: int, backward: Callable, avals):
 
 
 def _with_types(grads: Sequence, avals: Sequence) -> list:
-    """Returns the gradients with every `ad.Zero` made anew with its type in `avals`."""
+    """Returns the gradients; every `ad.Zero` gets its type in `avals`."""
     pairs = zip(grads, avals, strict=True)
     return [ad.Zero(aval) if isinstance(g, ad.Zero) else g for g, aval in pairs]
 
