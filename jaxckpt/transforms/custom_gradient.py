@@ -257,7 +257,7 @@ batching.primitive_batchers[_REVERSE_ONLY] = lambda args, dims, **static: (
 )
 
 
-# `_REVERSED` has no batching rule: reverse mode batches arguments and gradients, but never a
+# Batching `_REVERSED` is refused: reverse mode batches arguments and gradients, but never a
 # tangent that waits to be transposed.
 _REVERSED = core.Primitive("jaxckpt_reversed")
 _REVERSED.def_abstract_eval(lambda x, **_: x)
