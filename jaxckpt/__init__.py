@@ -3,8 +3,8 @@
     y = jaxckpt.scan_blocks(block, params, x, remat="sqrt")
     print(jaxckpt.measure(train_step, state, batch, donate_argnums=0))
 
-Importing this package imports nothing but a check of versions: every name below is loaded when it
-is first used, and plans and schedules never load JAX.
+Importing this package only checks versions. Every name is loaded when it is first used, and plans
+and schedules never load JAX.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from jaxckpt import compatibility
 
 compatibility.check_installed()
 
-if TYPE_CHECKING:  # what `__getattr__` finds, for editors and type checkers
+if TYPE_CHECKING:  # the names that `__getattr__` finds, for editors and type checkers
     from jaxckpt import linen as linen
     from jaxckpt import losses as losses
     from jaxckpt import models as models
@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for editors and type checkers
     from jaxckpt.transforms.tags import tag as tag
     from jaxckpt.transforms.while_loop import while_loop as while_loop
 
-# Public name -> module that defines it; a name without an attribute of its own is the module.
+# Public name -> module that defines it; a name that the module lacks is the module itself.
 _PUBLIC = {
     "BudgetError": "jaxckpt.planner.result",
     "MemoryReport": "jaxckpt.compiled.report",
@@ -62,7 +62,7 @@ _PUBLIC = {
     "while_loop": "jaxckpt.transforms.while_loop",
 }
 
-# What people look for here, and where it is.
+# Names that people look for here, and where they are.
 _ELSEWHERE = {
     "remat": "; jaxckpt.checkpoint wraps a function, jaxckpt.linen.remat a class, and remat= is an "
     "argument of scan_blocks, run, chain and scan",

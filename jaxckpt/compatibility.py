@@ -28,7 +28,7 @@ def check(*, jax: str, flax: str):
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """Returns the first three numbers of a version, what follows them left out."""
+    """Returns the first three numbers of a version, without any suffix."""
     numbers = []
     for part in version.split(".")[:3]:
         digits = part[: len(part) - len(part.lstrip("0123456789"))]
@@ -39,10 +39,10 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def install(extra: str) -> str:
-    """Returns the command that installs an extra: of the checkout that this is, or of the package.
+    """Returns the command that installs an extra, of this checkout if it is one, else the package.
 
     Args:
-      extra: Such as `tpu`.
+      extra: The extra's name, such as `tpu`.
     """
     root = Path(__file__).parents[1]
     if not (root / "pyproject.toml").is_file():

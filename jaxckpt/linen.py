@@ -2,7 +2,7 @@
 
     x = jaxckpt.linen.Stack(Block, num_blocks=28, remat="sqrt", name="layers")(x)
 
-    for _ in range(28):                                      # a loop of one's own
+    for _ in range(28):                                      # or in a loop of your own
         x = jaxckpt.linen.remat(Block, "attention")()(x)
 
 The parameter tree does not depend on the plan, so a checkpoint written under one plan loads under
@@ -30,7 +30,7 @@ from jaxckpt.transforms.scan import scan
 
 _PARAMS = "params"
 
-# What to do about state, by its collection.
+# Advice on state, by its collection.
 _CURES = {
     "batch_stats": "use a layer without state (LayerNorm or GroupNorm instead of BatchNorm)",
     "cache": "decode with a loop over blocks, which needs no gradients and so no checkpointing",
@@ -44,21 +44,29 @@ class Stack(nn.Module):
 
     The block's own parameter names follow this module's name directly: block `i` of
     `params["layers"]["mlp"]["kernel"]` is its row `i`. Every random stream that `apply` is given
-    (`rngs={"dropout": key}`) is split into one key a block.
+    (`rngs={"dropout": key}`) is split into one key per block.
 
     Attributes:
       block: A Linen module class, or a `functools.partial` of one, called with `parent=None`.
-      num_blocks: L.
+      num_blocks: The number of blocks, L.
       remat: A plan or its text, or a policy of `jax.checkpoint`.
       unroll: Blocks unrolled in one trip of a loop.
-      dtype: Floating parameters are cast to it, for blocks that compute in it anyway: once, before
-        a loop, where each block would cast its own in the forward pass, when it is run again and
-        in the backward pass. Unrolled blocks that are checkpointed cast their own all the same:
-        that takes a little longer, and spares the copy of all parameters. None leaves them as
-        they are.
-      out: Where the carry is in what a block returns: an index, a key, or a function. The rest of a
+      dtype: Casts floating parameters to the dtype that blocks compute in, once before a loop.
+        Otherwise each block casts its own, in the forward pass, in recomputation and in the
+        backward pass. Unrolled checkpointed blocks still cast their own, which takes a little
+        longer but needs no copy of all parameters. None casts nothing.
+      out: The place of the carry in a block's result: an index, a key, or a function. The rest of a
         tuple or dict, such as hidden states or a router's loss, comes back stacked, `[L, ...]`.
-        None where a block returns its carry alone.
+        None if the result is the carry.
+
+    Example:
+      >>> import flax.linen as nn, functools, jax, jax.numpy as jnp, jaxckpt
+      >>> block = functools.partial(nn.Dense, 8)
+      >>> stack, x = jaxckpt.linen.Stack(block, num_blocks=12, remat="log"), jnp.ones([4, 8])
+      >>> params = stack.init(jax.random.key(0), x)
+      >>> grads = jax.grad(lambda params: stack.apply(params, x).sum())(params)
+      >>> grads["params"]["kernel"].shape
+      (12, 8, 8)
     """
 
     block: Callable[..., nn.Module]
@@ -76,24 +84,27 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(self, carry, *consts, **named):
-        """Returns the last block's carry; with `out`, what a block returns, its rest stacked.
+        """Runs the blocks one after another.
 
         Args:
-          carry: The first block's input; `block(carry, *consts, **named)` returns its like.
+          carry: The first block's input, any pytree of arrays; `block(carry, *consts, **named)`
+            returns a carry of the same structure, shapes and dtypes.
           *consts: Handed to every block. Arrays get gradients; Python values, such as `True`, stay
-            what they are.
-          **named: The same by keyword, such as `deterministic=True`.
+            Python values.
+          **named: Keyword arguments for every block, such as `deterministic=True`.
+
+        Returns:
+          The last block's carry; with `out`, the result of a block, its rest stacked.
 
         Raises:
-          PlanError: As `jaxckpt.scan_blocks`.
-          ValueError: A block with state beside its parameters, one that sows where the caller
-            wants what is sown, one that holds a module of the model around the stack, or one that
-            changes its carry.
+          PlanError: The plan does not parse, does not fit L blocks, or names what no block has.
+          ValueError: A block has state beside its parameters, sows values that the caller asks for,
+            holds a module from outside the stack, or changes its carry.
         """
         block = self.block(parent=None)
         _check_unshared(block, consts, named)
         scope = _scope(self)
-        # The parameters' stream is there for all others that the caller has given no key for.
+        # `make_rng` takes the stream `params` for a stream that the caller gave no key for.
         keys = {name: jax.random.split(self.make_rng(name), self.num_blocks) for name in scope.rngs}
         arrays, merge = apart((consts, named))
         if self.is_initializing():
@@ -106,7 +117,7 @@ class Stack(nn.Module):
         mutable = intersect_filters(scope.mutable, DenyList(_PARAMS))
 
         def apply(carry, block_i):
-            # Bound, not applied, so that a caller's capture_intermediates reaches the block.
+            # `bind`, not `apply`, so that a caller's capture_intermediates reaches the block.
             variables = {_PARAMS: cast(block_i["params"])}
             bound = block.bind(variables, rngs=block_i["keys"], mutable=mutable)
             consts, named = merge(arrays)
@@ -114,13 +125,13 @@ class Stack(nn.Module):
             _check_state(bound.variables)
             return part(result, self.out)
 
-        # The index is there for blocks that have neither parameters nor keys.
+        # The index gives a length to blocks that have neither parameters nor keys.
         blocks = {"params": params, "keys": keys, "index": jnp.arange(self.num_blocks)}
         made = scan(apply, carry, blocks, remat=self.remat, unroll=self.unroll)
         return put(*made, self.out)
 
     def _init_params(self, init: Callable, keys: dict[str, jax.Array]):
-        """Draws every block's parameters from keys of its own and stores them stacked."""
+        """Draws each block's parameters from its own keys and stores them stacked."""
 
         def init_one(keys):
             variables = init(keys)
@@ -134,7 +145,7 @@ class Stack(nn.Module):
 
 
 def _check_unshared(block: nn.Module, consts, named):
-    """Raises `ValueError` if blocks would share a module of the model around their stack."""
+    """Raises `ValueError` if blocks would share a module from outside their stack."""
     for where, module in _modules_of(block, consts, named):
         if module.parent is not None:
             raise ValueError(
@@ -181,7 +192,7 @@ def _check_state(variables):
 
 
 def in_dtype(params, dtype):
-    """Returns parameters with their floating leaves in a dtype; as they are if it is None."""
+    """Returns parameters with floating leaves cast to a dtype; unchanged if it is None."""
     if dtype is None:
         return params
     is_floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
@@ -196,24 +207,34 @@ def remat(
     static_argnums: int | Sequence[int] = (),
     prevent_cse: bool = True,
 ) -> Any:
-    """Returns a Linen module class whose call is checkpointed, as `flax.linen.remat` does it.
+    """Makes a Linen module class whose call is checkpointed, as `flax.linen.remat` does.
 
-    It keeps the name of `block`, and so the parameter tree of a model that uses it. Arguments that
-    are Python values (`True`, `"gelu"`) stay what they are, by position and by keyword.
+    The class has the name of `block`, so a model's parameter tree does not change. Python values
+    among the arguments (`True`, `"gelu"`) stay Python values, by position and by keyword.
 
     Args:
       block: A Linen module class with a `__call__`, or a `functools.partial` of one.
-      plan: `none`, `full` or policies, such as `"attention"`: what one block can follow. Or a
-        policy of `jax.checkpoint`.
-      methods: Names of the methods that are checkpointed; `__call__` alone by default.
-      static_argnums: Positions of arguments, `self` being 0, that stay what they are even if they
-        are arrays.
+      plan: A plan for one block: `none`, `full` or policies, such as `"attention"`. Or a policy of
+        `jax.checkpoint`.
+      methods: Names of the methods that are checkpointed; by default only `__call__`.
+      static_argnums: Positions of arguments that are not traced even if they are arrays; `self` is
+        0.
       prevent_cse: As in `jax.checkpoint`; False inside a loop.
 
+    Returns:
+      The class, or a `functools.partial` of it.
+
     Raises:
-      PlanError: A plan that speaks of several blocks (use `Stack`); when the module is called, a
-        name that matches nothing in the block.
-      ValueError: A module in place of its class.
+      PlanError: The plan is for several blocks (use `Stack`); or, when the module is called, a name
+        matches nothing in the block.
+      ValueError: `block` is a module rather than its class.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxckpt
+      >>> dense, x = jaxckpt.linen.remat(nn.Dense, "full")(8), jnp.ones([4, 8])
+      >>> params = dense.init(jax.random.key(0), x)
+      >>> jax.grad(lambda params: dense.apply(params, x).sum())(params)["params"]["kernel"].shape
+      (8, 8)
     """
     check_class(block, nn.Module, "linen.remat")
     if isinstance(block, functools.partial):
@@ -258,8 +279,8 @@ def _checkpoint(
 ) -> Callable:
     """Returns `fn(scopes, *args, **named)` under `jax.checkpoint`, a lifted transform of Flax.
 
-    Flax hands over the scopes of the very module that is called, of what it shares with others
-    too, so the tags are those of this call.
+    Flax passes the scopes of the module that is called, and of the modules that it shares with
+    others, so the tags are those of this call.
     """
 
     def call(scopes, *args, **named):

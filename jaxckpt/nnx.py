@@ -1,11 +1,11 @@
-"""Flax NNX adapter: a module class in, a rematerialized stack out.
+"""Flax NNX adapter: from a module class to a stack of its blocks under any plan.
 
     self.layers = jaxckpt.nnx.Stack(Block, 28, remat="sqrt", rngs=rngs)
     x = self.layers(x, mask, deterministic=True)
 
 A `Stack` is an NNX module like any other (`nnx.jit`, `nnx.grad`, `nnx.Optimizer`, `nnx.state`,
-`eval()`), and its state does not depend on the plan. A block keeps parameters and random streams
-alone; batch statistics, caches and what is sown are refused.
+`eval()`), and its state does not depend on the plan. A block has only parameters and random
+streams; batch statistics, caches and sown values are refused.
 """
 
 import functools
@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-# Not as `nnx`: the package's lazy names would find Flax's module under this module's own name.
+# Not as `nnx`: `jaxckpt.nnx` would then name Flax's module.
 from flax import nnx as nn
 from flax.nnx import spmd
 from jax.core import Tracer
@@ -26,13 +26,13 @@ from jaxckpt.transforms.policies import plan_and_policy
 from jaxckpt.transforms.scan import scan
 from jaxckpt.transforms.traced_block import first_block
 
-# The stacked axis in partition specs: not sharded.
+# The name of the stacked axis in partition specs; None, because the axis is not sharded.
 _AXIS = {nn.PARTITION_NAME: None}
-# Metadata of the variables whose partition spec has that axis. Values that come with the metadata
-# of other blocks, as `nnx.update` brings them, have no such axis in their spec.
+# Metadata that marks variables whose partition spec has the stacked axis. `nnx.update` may bring
+# values with the metadata of single blocks, whose specs lack this axis.
 _STACKED = "jaxckpt_stacked"
 
-# What to do about a kind of state, by the name of its class.
+# Advice on state, by the name of its class.
 _CURES = {
     "BatchStat": "use a layer without state (LayerNorm or GroupNorm instead of BatchNorm)",
     "Cache": "decode with a loop over blocks, which needs no gradients and so no checkpointing",
@@ -44,16 +44,16 @@ _CURE = "put it into the carry, make it an nnx.Param if it is learned, or a plai
 class Stack(nn.Module):
     """L equal NNX blocks under a plan; their variables are stacked `[L, ...]` in `blocks`.
 
-    Block `i` of `stack.blocks.mlp.kernel` is its row `i`. Every block has random streams of its
-    own and draws what it would draw in a loop: recomputation repeats it, the next call does not.
+    Block `i` of `stack.blocks.mlp.kernel` is its row `i`. Every block has random streams of its own
+    and draws the same numbers as in a loop. Recomputation repeats them; the next call draws others.
     `remat` and `unroll` may be assigned at any time.
 
     Attributes:
-      blocks: One block whose variables and arrays are those of all blocks, stacked.
-      num_blocks: L.
+      blocks: One block whose variables and arrays hold all blocks, stacked.
+      num_blocks: The number of blocks, L.
       remat: A plan or its text, or a policy of `jax.checkpoint`.
       unroll: Blocks unrolled in one trip of a loop.
-      out: Where the carry is in what a block returns.
+      out: The place of the carry in a block's result; None if the result is the carry.
 
     Example:
       >>> import functools, jax, jax.numpy as jnp, jaxckpt
@@ -79,17 +79,16 @@ class Stack(nn.Module):
 
         Args:
           block: An NNX module class, or a `functools.partial` of one, called with `rngs=` alone.
-          num_blocks: L.
+          num_blocks: The number of blocks, L.
           remat: A plan or its text, or a policy of `jax.checkpoint`.
           unroll: Blocks unrolled in one trip of a loop.
-          out: Where the carry is in what a block returns: an index, a key, or a function. The rest
-            of a tuple or dict comes back stacked, `[L, ...]`. None for a block that returns its
-            carry alone.
-          rngs: Every stream is split into one key a block.
+          out: The place of the carry in a block's result: an index, a key, or a function. The rest
+            of a tuple or dict comes back stacked, `[L, ...]`. None if the result is the carry.
+          rngs: The random streams; each is split into one key per block.
 
         Raises:
-          PlanError: A plan that does not parse or does not fit L blocks.
-          ValueError: A block with state beside parameters and random streams.
+          PlanError: The plan does not parse or does not fit L blocks.
+          ValueError: A block has state beside parameters and random streams.
         """
         check_class(block, nn.Module, "nnx.Stack", takes_functions=True)
         if isinstance(num_blocks, bool) or not isinstance(num_blocks, int):
@@ -102,22 +101,27 @@ class Stack(nn.Module):
         self.blocks = _make_blocks(block, _split(rngs, num_blocks), num_blocks)
 
     def __call__(self, carry, *consts, **named):
-        """Returns the last block's carry; with `out`, what a block returns, its rest stacked.
+        """Runs the blocks one after another.
 
         Args:
-          carry: The first block's input; `block(carry, *consts, **named)` returns its like.
+          carry: The first block's input, any pytree of arrays; `block(carry, *consts, **named)`
+            returns a carry of the same structure, shapes and dtypes.
           *consts: Handed to every block. Arrays get gradients; Python values, such as `True`, stay
-            what they are.
-          **named: The same by keyword, such as `deterministic=True`. Of `rngs=nnx.Rngs(...)` each
-            block is handed streams of its own, split from these.
+            Python values.
+          **named: Keyword arguments for every block, such as `deterministic=True`. The streams of
+            `rngs=nnx.Rngs(...)` are split, so that each block gets its own.
+
+        Returns:
+          The last block's carry; with `out`, the result of a block, its rest stacked.
 
         Raises:
-          PlanError: As `jaxckpt.scan_blocks`.
-          ValueError: As `jaxckpt.scan_blocks`, or a block that keeps or changes other state.
+          PlanError: The plan does not parse, does not fit L blocks, or names what no block has.
+          ValueError: A block changes its carry, or keeps or changes state beside parameters and
+            random streams; or `unroll` is no positive whole number.
         """
         _check_state(self.blocks)
         graph, counts, rest = nn.split(self.blocks, nn.RngCount, ...)
-        # The index is there for blocks that have neither parameters nor keys.
+        # The index gives a length to blocks that have neither parameters nor keys.
         rows = {"counts": counts, "rest": rest, "index": jnp.arange(self.num_blocks)}
         rows["keys"], named = _split_keys(consts, named, self.num_blocks)
         arrays, merge = apart((consts, named))
@@ -129,7 +133,7 @@ class Stack(nn.Module):
             return carry, (rest, {i: draws[i] for i in drawn})
 
         carry, (rest, draws) = scan(apply, carry, rows, remat=self.remat, unroll=self.unroll)
-        if drawn:  # a call that changes nothing can be made anywhere
+        if drawn:  # without draws nothing is written, so the call may be under any transform
             leaves, tree = jax.tree.flatten(counts)
             most = {i: number.max() for i, number in draws.items()}
             leaves = [leaf + most.get(i, 0) for i, leaf in enumerate(leaves)]
@@ -138,7 +142,7 @@ class Stack(nn.Module):
 
 
 def _split_keys(consts, named: dict, num_blocks: int) -> tuple[dict[str, jax.Array], dict]:
-    """Returns one key a block from every stream of the call's `rngs`, and its other values."""
+    """Returns one key per block from every stream of the call's `rngs`, and the other keywords."""
     named = dict(named)
     rngs = named.pop("rngs", None)
     if any(isinstance(value, nn.Rngs | nn.RngStream) for value in (*consts, *named.values())):
@@ -150,7 +154,7 @@ def _split_keys(consts, named: dict, num_blocks: int) -> tuple[dict[str, jax.Arr
 
 
 def _split(rngs: nn.Rngs, num_blocks: int) -> dict[str, jax.Array]:
-    """Returns one key a block from every stream."""
+    """Returns one key per block from every stream."""
     if not isinstance(rngs, nn.Rngs):
         raise ValueError(
             f"rngs is an nnx.Rngs, whose streams are split over the blocks, not {rngs!r}"
@@ -161,7 +165,7 @@ def _split(rngs: nn.Rngs, num_blocks: int) -> dict[str, jax.Array]:
 def _make_blocks(
     block: Callable[..., nn.Module], keys: dict[str, jax.Array], num_blocks: int
 ) -> nn.Module:
-    """Returns a block whose state is stacked: one block for each row of `keys`."""
+    """Returns a block whose state is stacked from one block for each row of `keys`."""
     graphs = []
     jax.eval_shape(
         functools.partial(_check_unshared, block), {n: key[0] for n, key in keys.items()}
@@ -180,13 +184,13 @@ def _make_blocks(
 
 
 def _with_axis(state):
-    """Returns the blocks' state, its partition specs with the stacked axis."""
+    """Returns the blocks' state with the stacked axis added to its partition specs."""
     add = lambda x: _marked(spmd.add_axis(x, 0, _AXIS), True) if _is_variable(x) else x
     return jax.tree.map(add, state, is_leaf=_is_variable)
 
 
 def _without_axis(state):
-    """Returns one block's state, its partition specs without the stacked axis."""
+    """Returns one block's state with the stacked axis removed from its partition specs."""
     has_axis = lambda x: _is_variable(x) and x.get_metadata().get(_STACKED)
     remove = lambda x: _marked(spmd.remove_axis(x, 0, _AXIS), False) if has_axis(x) else x
     return jax.tree.map(remove, state, is_leaf=_is_variable)
@@ -205,19 +209,19 @@ def _is_variable(x) -> bool:
 
 
 def _run_block(graph, merge: Callable, out, carry, row, arrays):
-    """Returns one block's carry, the rest of its result, and how often each of its streams drew.
+    """Returns one block's carry, the rest of its result, and each stream's number of draws.
 
-    The last is None for a stream that nobody drew from.
+    The number is None for a stream that the block did not draw from.
 
     Args:
       graph: The stacked blocks' graph definition.
-      merge: From the call's arrays to all its arguments, as of `apart`.
-      out: Where the carry is in the block's result.
+      merge: From the call's arrays to all its arguments, from `apart`.
+      out: The place of the carry in the block's result.
       carry: The block's input.
       row: The block's state, keys and index.
-      arrays: The call's.
+      arrays: The arrays among the call's arguments.
     """
-    # Flax changes the variables it is given in place, so they are copied.
+    # Flax changes variables in place, so they are copied.
     state = jax.tree.map(lambda x: x, (row["counts"], row["rest"]))
     block = nn.merge(graph, *_without_axis(state))
     consts, named = merge(arrays)
@@ -230,12 +234,12 @@ def _run_block(graph, merge: Callable, out, carry, row, arrays):
     graph_after, counts, after = nn.split(block, nn.RngCount, ...)
     _check_unchanged(before, _arrays(after), graph == graph_after)
     pairs = zip(jax.tree.leaves(row["counts"]), jax.tree.leaves(counts), strict=True)
-    # A count that nobody drew from is still the same object.
+    # The count of a stream without draws is still the same object.
     return carry, rest, [None if new is old else new - old for old, new in pairs]
 
 
 def _drawn_streams(run: Callable, carry, rows, arrays) -> list[int]:
-    """Returns the positions of the streams a block draws from; its carry is checked on the way."""
+    """Returns the positions of the streams that a block draws from; checks its carry, too."""
     drawn = []
 
     def call(carry, row, *arrays):
@@ -248,7 +252,7 @@ def _drawn_streams(run: Callable, carry, rows, arrays) -> list[int]:
 
 
 def _arrays(state) -> dict[str, list[jax.Array]]:
-    """Returns which arrays are where in a state."""
+    """Returns the arrays of a state by their paths."""
     return {
         ".".join(map(str, path)): jax.tree.leaves(variable)
         for path, variable in nn.to_flat_state(state)
@@ -256,7 +260,7 @@ def _arrays(state) -> dict[str, list[jax.Array]]:
 
 
 def _check_unchanged(before: dict, after: dict, same_graph: bool):
-    """Raises `ValueError` if a call put other arrays, or other attributes, into its block."""
+    """Raises `ValueError` if a call changed arrays or attributes of its block."""
     changed = [
         path
         for path, leaves in after.items()
@@ -270,7 +274,7 @@ def _check_unchanged(before: dict, after: dict, same_graph: bool):
 
 
 def _check_unshared(block: Callable[..., nn.Module], keys):
-    """Raises `ValueError` if two blocks would hold one variable that was made outside of them."""
+    """Raises `ValueError` if blocks would share a variable that was made outside of them."""
     one, other = (block(rngs=nn.Rngs(**keys)) for _ in range(2))
     seen = {id(node) for _, node in nn.iter_graph(other)}
     for path, node in nn.iter_graph(one):
@@ -283,7 +287,7 @@ def _check_unshared(block: Callable[..., nn.Module], keys):
 
 
 def _check_arrays(block: nn.Module, state):
-    """Raises `ValueError` if Flax takes an array of a block for a static attribute."""
+    """Raises `ValueError` if Flax treats an array of a block as a static attribute."""
     kept = {id(leaf) for leaf in jax.tree.leaves(state)}
     for path, node in nn.iter_graph(block):
         attributes = vars(node).items() if isinstance(node, nn.Module) else ()
@@ -303,7 +307,7 @@ def _check_state(block: nn.Module):
     found = {
         ".".join(map(str, path)): type(variable).__name__
         for path, variable in nn.to_flat_state(others)
-        if jax.tree.leaves(variable)  # `nnx.capture` gives every module an empty one
+        if jax.tree.leaves(variable)  # `nnx.capture` gives every module an empty variable
     }
     if not found:
         return

@@ -1,8 +1,8 @@
-"""Source lines that mean something to a reader: the user's or the model's own. No JAX import.
+"""Which source lines to show: the user's or the model's own, not a library's. No JAX import.
 
-Frames of a traceback are machinery where they lie in an installed package, or in those parts of
-this one that call other people's functions: what called them is the line that a reader wants to
-see. `jaxckpt/models` is a model like any other.
+A traceback's frame is machinery if it is in an installed package, or in a part of jaxckpt that
+calls users' functions; a reader wants to see the line that called it. `jaxckpt/models` counts as a
+user's model.
 """
 
 from pathlib import Path
@@ -15,24 +15,24 @@ _ROOT = Path(__file__).parents[1]
 
 
 def is_machinery(path: str) -> bool:
-    """Whether a source file calls other people's functions."""
+    """Whether a source file is a library's, or a part of jaxckpt that calls users' functions."""
     path = path.replace("\\", "/")
     if path.startswith("<") or path.rpartition("/")[2] in _STANDARD:
         return True
     _, ours, inside = path.rpartition(_OURS)
-    if ours and _INSTALLED not in inside:  # no checkout's own environment
+    if ours and _INSTALLED not in inside:  # not an environment inside a checkout
         return inside.startswith(_MACHINERY)
     return _INSTALLED in path
 
 
 def shown(source: str) -> str:
-    """Returns `file.py:line` as it is found from the working folder, or "" if it is not there.
+    """Returns `file.py:line` relative to the working folder; "" if the file is missing.
 
-    A program read from a compile cache names the files of whoever compiled it: a file with the same
-    place in this checkout stands for one in another.
+    A program from a compile cache names the files of the checkout that compiled it. A file in the
+    same place of this checkout is taken instead.
 
     Args:
-      source: `file.py:line`; a relative path is taken as it is.
+      source: `file.py:line`; a relative path is not changed.
     """
     name, _, line = source.rpartition(":")
     path, here = Path(name), Path.cwd()

@@ -5,7 +5,7 @@ import re
 
 from jaxckpt.plans.errors import nearest
 
-# 1000s and 1024s are told apart as the IEC does; a chip's "16 GB" is 7 % less than 16 GiB.
+# GB counts in 1000s and GiB in 1024s, as the IEC defines: 16 GB is 7 % less than 16 GiB.
 _UNITS = {"B": 1} | {
     name: base**power
     for power, prefix in enumerate("KMGT", start=1)
@@ -19,11 +19,11 @@ def parse_bytes(size: str | int | float) -> int:
     """Returns a number of bytes, rounded down.
 
     Args:
-      size: A number, or text: a number and, if need be, a unit: `B`, `KB`, `MB`, `GB`, `TB` count
-        in 1000s, `KiB`, `MiB`, `GiB`, `TiB` in 1024s.
+      size: A number of bytes, or text of a number and an optional unit. `B`, `KB`, `MB`, `GB`, `TB`
+        count in 1000s, `KiB`, `MiB`, `GiB`, `TiB` in 1024s.
 
     Raises:
-      ValueError: Not a size, or not more than zero.
+      ValueError: `size` is no size, or not above zero.
 
     Example:
       >>> parse_bytes("15GiB"), parse_bytes("16GB"), parse_bytes("1.5e9"), parse_bytes(12345)
@@ -50,7 +50,7 @@ def _value(text: str) -> float | int:
 
 
 def iec(size: float) -> str:
-    """Returns bytes as text, in the largest of GiB, MiB, KiB and B that has a whole one.
+    """Returns bytes as text, in the largest of GiB, MiB, KiB and B that fits once.
 
     Example:
       >>> iec(3 * 2**30), iec(2**19 + 2**20), iec(300)

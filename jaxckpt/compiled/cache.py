@@ -5,7 +5,7 @@ safe. A report's name is a digest of everything that it depends on: the program 
 build it, the target or this process's devices, installed versions, the compilers' settings. In
 doubt something is part of the name: making a report twice costs time, but a report of another
 program would be wrong. Files appear whole, so processes may share the folder. A file that cannot be
-read is made again.
+read is replaced.
 """
 
 import contextlib

@@ -1,16 +1,15 @@
 """How tokens are cut into chunks: the same few positions of every row at a time.
 
-`[B, S, D]` is cut along S, so that a chunk is `[B, S / n, D]`. A batch that is sharded over B
-stays sharded inside the chunk and every device works on each of them; chunks of the flattened
-tokens would each lie on one device.
+`[B, S, D]` is cut along S into chunks `[B, S / n, D]`. A batch that is sharded over B stays sharded
+inside a chunk, so every device works on each chunk. A chunk of the flattened tokens would be on one
+device.
 
-What cross entropy needs of each row of logits: its logsumexp and its target's logit.
-
-As usually written that is three passes over the logits (the maximum, the sum of exponentials, the
-target's logit picked by comparison), because the second needs the first's result. One reduction
-does all three when partial sums are rescaled to the larger of two maxima (Milakov, Gimelshein
-2018, Online normalizer calculation for softmax). It is used on NVIDIA GPUs, where a pass over the
-logits costs time; a CPU's compiler does not vectorize such a reduction.
+`row_statistics`: cross entropy needs the logsumexp and the target's logit of each row of logits.
+The usual code takes three passes over the logits: the maximum, the sum of exponentials, which needs
+the maximum, and the target's logit, picked by comparison. One reduction does all three by rescaling
+partial sums to the larger of two maxima (Milakov, Gimelshein 2018, Online normalizer calculation
+for softmax). It is used on NVIDIA GPUs, where a pass over the logits takes time; a CPU's compiler
+does not vectorize it.
 """
 
 import dataclasses
@@ -23,29 +22,29 @@ from jax import lax
 
 from jaxckpt.losses.sizes import chunk_positions
 
-# Less than this is never worth cutting: the launch of a chunk's kernels would show.
+# Logits below this size are never cut: launching a chunk's kernels would take longer.
 _SMALL_BYTES = 64 * 2**20
 _LOGIT_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chunks:
-    """Chunks of `size` positions each of `length`; the last one may be smaller.
+    """Chunks of `size` positions out of `length`; the last chunk may be smaller.
 
     Attributes:
-      length: Positions in a row (S).
-      size: Positions in a chunk; at least 1.
+      length: The number of positions in a row (S).
+      size: The number of positions in a chunk, at least 1.
     """
 
     length: int
     size: int
 
     def sweep(self, step: Callable, state):
-        """Returns `step(state, start, size)` folded over the chunks, whole ones in one loop.
+        """Folds a function over the chunks and returns the last state; full chunks share one loop.
 
         Args:
-          step: From the state, a chunk's first position and its static size to the next state.
-          state: Any pytree of arrays.
+          step: `step(state, start, size) -> state`, with a chunk's first position and static size.
+          state: The first state, any pytree of arrays.
         """
         whole, rest = divmod(self.length, self.size)
         if whole == 1:
@@ -62,18 +61,18 @@ class Chunks:
 def choose_chunks(
     tokens_shape: Sequence[int], width: int, vocab_size: int, token_shards: int
 ) -> Chunks:
-    """Returns chunks whose logits weigh, on each device, what the weights' gradient weighs.
+    """Returns chunks whose logits on each device are as large as the weights' gradient.
 
-    Both are float32, so that is D tokens a device: as many as keep the arithmetic of a chunk (in
-    proportion to its tokens) above the reading and writing of the D x V sums. Nor do they weigh
-    less than 64 MiB, so a small problem is one chunk. The chunks are as few as that allows, and
-    then as even: the last one is smaller by less than their number.
+    Both are float32, so a chunk has D tokens per device. Then its arithmetic outweighs reading and
+    writing the D x V sums. Logits of a chunk are at least 64 MiB, so a small problem is one chunk.
+    Chunks are as few as possible, and as even as possible: the last chunk is smaller by less than
+    the number of chunks.
 
     Args:
-      tokens_shape: Rows' axes, then positions.
-      width: D.
-      vocab_size: V.
-      token_shards: Devices that share the tokens.
+      tokens_shape: The axes of rows, then the axis of positions.
+      width: The width of the hidden state, D.
+      vocab_size: The size of the vocabulary, V.
+      token_shards: The number of devices that share the tokens.
     """
     *rows, length = tokens_shape
     small = _SMALL_BYTES // (_LOGIT_BYTES * vocab_size)
@@ -84,7 +83,7 @@ def choose_chunks(
 
 
 def given_chunks(tokens_shape: Sequence[int], chunk_tokens: int) -> Chunks:
-    """Returns chunks of exactly `chunk_tokens` tokens; errors are those of `chunk_positions`."""
+    """Returns chunks of exactly `chunk_tokens` tokens; raises as `chunk_positions` does."""
     return Chunks(length=tokens_shape[-1], size=chunk_positions(tokens_shape, chunk_tokens))
 
 
@@ -93,7 +92,7 @@ def row_statistics(logits, is_target):
 
     Args:
       logits: `[..., V]`, float32 or float64, finite.
-      is_target: `[..., V]`, true at each row's target.
+      is_target: `[..., V]` booleans, true at each row's target.
     """
     return lax.platform_dependent(logits, is_target, cuda=_one_pass, default=_plain)
 
@@ -105,7 +104,7 @@ def _plain(logits, is_target):
 
 @jax.custom_jvp
 def _one_pass(logits, is_target):
-    lowest = jnp.finfo(logits.dtype).min  # not -inf, of which a difference is NaN
+    lowest = jnp.finfo(logits.dtype).min  # not -inf: the difference of two would be NaN
     start = [jnp.asarray(value, logits.dtype) for value in (lowest, 0, 0)]
     values = (logits, jnp.ones_like(logits), jnp.where(is_target, logits, 0))
     largest, total, picked = lax.reduce(values, tuple(start), _merge, [logits.ndim - 1])
@@ -119,9 +118,9 @@ def _one_pass_jvp(primals, tangents):
 
 
 def _merge(left, right):
-    """Returns the maximum, the sum of exponentials below it, and the target's logit, of both.
+    """Merges two partial results: the maximum, the sum of exponentials, the target's logit.
 
-    One exponential a merge, which is all the arithmetic that shows.
+    A merge takes a single exponential, which dominates its arithmetic.
     """
     above = left[0] - right[0]
     rescale = jnp.exp(-jnp.abs(above))

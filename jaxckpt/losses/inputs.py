@@ -1,4 +1,4 @@
-"""What a linear cross entropy takes: shapes, dtypes and options, checked before anything runs."""
+"""Arguments of a linear cross entropy: shapes, dtypes, options, checked before anything runs."""
 
 import dataclasses
 import numbers
@@ -16,17 +16,17 @@ _COMPUTE_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is summed over the tokens, and how.
+    """Options of a linear cross entropy.
 
     Attributes:
-      layout: Axes of the weights, `"DV"` or `"VD"`.
-      ignore_index: The target that is not counted, or None.
-      z_loss: Weight of the squared log-partition function.
+      layout: The axes of the weights, `"DV"` or `"VD"`.
+      ignore_index: The target that is not counted; None to count all targets.
+      z_loss: The weight of the squared log-partition function.
       reduction: `"mean"` over the counted tokens, or `"sum"`.
 
     Raises:
-      ValueError: An unknown word, a weight that is negative or not a Python number, an index that
-        is not a Python integer.
+      ValueError: A word is unknown, the weight is negative or no Python number, or the index is no
+        Python integer.
     """
 
     layout: str
@@ -54,7 +54,7 @@ class Options:
 
 
 def check_word(option: str, word, valid: tuple[str, ...]):
-    """Raises a `ValueError` for an option that is none of its valid words."""
+    """Raises `ValueError` unless an option is one of its valid words."""
     if word not in valid:
         raise ValueError(
             f"{option} is {word!r}; valid: {', '.join(valid)}{nearest(str(word), valid)}"
@@ -62,7 +62,7 @@ def check_word(option: str, word, valid: tuple[str, ...]):
 
 
 def check_arrays(x, w, targets, options: Options):
-    """Raises a `ValueError` for shapes and dtypes that do not go together."""
+    """Raises `ValueError` unless shapes and dtypes match."""
     if x.ndim < 2:
         raise ValueError(f"x is {list(x.shape)}; valid: [..., tokens, D], two axes or more")
     if x.dtype.name not in _COMPUTE_DTYPES:
@@ -97,25 +97,25 @@ def _check_targets_dtype(dtype, ignore_index: int | None):
 
 
 def counted_tokens(targets, options: Options):
-    """Returns which targets are counted, a boolean array of their shape."""
+    """Returns booleans in the shape of the targets, true for targets that are counted."""
     if options.ignore_index is None:
         return jnp.ones(targets.shape, bool)
     return targets != jnp.asarray(options.ignore_index, targets.dtype)
 
 
 def in_vocabulary(targets, vocab_size: int):
-    """Returns which targets are token ids, compared in the targets' own dtype."""
+    """Returns booleans, true for targets in 0..V-1; compares in the targets' own dtype."""
     largest = min(vocab_size - 1, jnp.iinfo(targets.dtype).max)
     return (targets >= 0) & (targets <= jnp.asarray(largest, targets.dtype))
 
 
 def accumulator_dtype(x) -> jnp.dtype:
-    """Returns the dtype of logits, losses and summed gradients: float32, or float64 for it."""
+    """Returns the dtype of logits, losses and summed gradients: float64 if `x` is, else float32."""
     return jnp.promote_types(jax.typeof(x).dtype, jnp.float32)
 
 
 def varying_alike(*arrays) -> list[jax.Array]:
-    """Returns arrays that vary over the same axes of a `jax.shard_map`, where they are in one."""
+    """Returns the arrays, made to vary over the same axes inside a `jax.shard_map`."""
     found = [varying_axes(jax.typeof(array)) for array in arrays]
     axes = set().union(*found)
     missing = [tuple(sorted(axes.difference(of_array))) for of_array in found]

@@ -1,17 +1,17 @@
-"""Linear cross entropy whose gradients are made in the forward pass, a chunk of tokens at a time.
+"""Linear cross entropy that makes its gradients in the forward pass, a chunk of tokens at a time.
 
     loss = jaxckpt.losses.linear_cross_entropy(hidden_BSD, lm_head_DV, targets_BS)
 
 Logits of a large vocabulary are the largest array of many training steps: 8 x 1024 tokens and
-151936 ids are 4.6 GiB in float32, and their gradient as much again. The loss is the end of the
-forward pass, so its gradient can be made at once, up to the factor that the backward pass brings:
-a chunk's logits turn into its part of both gradients and are gone. Nothing is computed twice, and
-what is handed to the backward pass weighs what the inputs weigh.
+151936 ids are 4.6 GiB in float32, and their gradient as much again. The loss ends the forward pass,
+so its gradient can be made at once, up to a factor from the backward pass: a chunk's logits become
+its part of both gradients and are freed. Nothing is recomputed, and the residuals are as large as
+the inputs.
 
-Derivatives: `jax.grad` and `jax.vjp`, and on top of a gradient any other, at that one's price: a
-Hessian-vector product as `jax.jvp` of the gradient holds one chunk's logits, `jax.grad` of the
-gradient all of them. Forward mode of the loss itself is refused; `plain_linear_cross_entropy` has
-it. Under `jax.checkpoint` all of this would run twice: leave the loss outside.
+Derivatives: `jax.grad` and `jax.vjp`, and any derivative of a gradient. A Hessian-vector product as
+`jax.jvp` of the gradient holds one chunk's logits; `jax.grad` of the gradient holds all logits.
+Forward mode of the loss itself is refused; `plain_linear_cross_entropy` supports it. Leave the loss
+outside of `jax.checkpoint`, which would run it twice.
 """
 
 import dataclasses
@@ -46,48 +46,49 @@ def linear_cross_entropy(
     reduction: str = "mean",
     return_count: bool = False,
 ):
-    """Returns the cross entropy of `softmax(x @ w)` and integer targets, in nats.
+    """Computes the cross entropy of `softmax(x @ w)` and integer targets, in nats.
 
     A token's loss is `lse - logit[target] + z_loss * lse**2`, with `lse` the logsumexp of its
     logits. Products are computed in the dtype of `x` (to which `w` is cast) and summed in float32,
-    the gradient of `w` over all chunks too; each gradient has its input's dtype. Without
+    as is the gradient of `w` over all chunks. Each gradient has its input's dtype. Without
     differentiation no gradient is computed.
 
-    Chunks are cut along the last axis of tokens, the same positions of every row: with `[B, S, D]`
-    a batch sharded over B stays so. Not along S, which an SPMD program would gather for every
-    chunk: a sequence in n shards is handed over as `[B, n, S / n, D]`.
+    Chunks are cut along the last axis of tokens, at the same positions of every row. So with
+    `[B, S, D]` a batch that is sharded over B stays sharded. Do not shard S, which an SPMD program
+    would gather for every chunk: pass a sequence in n shards as `[B, n, S / n, D]`.
 
-    Under SPMD, on meshes of `Auto` or `Explicit` axes, `w` may be sharded too. Over V that costs, a
-    chunk, three reductions of a float a token and one of a `[tokens, D]` gradient of `x`; logits
-    stay where they are. Over D (FSDP), a `placement` spreads its vocabulary instead, or gather it
-    first by `with_sharding_constraint`. Tokens over several devices cost a reduction of the
-    gradient of `w`, which some compilers do for every chunk (TPU's does it once). With
-    `token_shards` each device sums its own in the loop, and there is one reduction after it; a
-    flattened `[tokens, D]` stays sharded then as well.
+    Under SPMD, on meshes of `Auto` or `Explicit` axes, `w` may be sharded too. Sharded over V, each
+    chunk takes three reductions of one float per token and one of the `[tokens, D]` gradient of
+    `x`; logits are not moved. If it is sharded over D (FSDP), use a `placement`, which spreads the
+    vocabulary instead, or gather `w` first by `with_sharding_constraint`. If several devices share
+    the tokens, the gradient of `w` is reduced over them, by some compilers for every chunk (TPU's
+    does it once). With `token_shards` each device sums its own gradient and there is one reduction
+    after the loop; then a flattened `[tokens, D]` stays sharded as well.
 
     Args:
       x: Hidden states `[..., S, D]`, float16, bfloat16, float32 or float64.
-      w: The head's weights, floating: `[D, V]`, or with `layout="VD"` `[V, D]`.
-      targets: Token ids `[..., S]`, any integer dtype. One that is not in 0..V-1, nor ignored,
+      w: The head's weights, floating: `[D, V]`, or `[V, D]` with `layout="VD"`.
+      targets: Token ids `[..., S]`, any integer dtype. A target outside 0..V-1 that is not ignored
         makes loss and gradients NaN.
-      layout: Axes of `w`: `"DV"`, a dense kernel, or `"VD"`, an embedding table (tied weights).
-      chunk_tokens: Tokens of one chunk, over all devices; a divisor of S from every row. By
-        default the logits of a chunk weigh what the float32 gradient of `w` weighs (D tokens a
-        device), at least 64 MiB; a last chunk may then be smaller.
-      token_shards: Devices over which the first axis of `x` is sharded; it divides that axis.
-      placement: Where arrays lie on a mesh that cuts tokens and weights over one axis; it has
-        `token_shards` of its own.
+      layout: The axes of `w`: `"DV"`, a dense kernel, or `"VD"`, an embedding table (tied weights).
+      chunk_tokens: The number of tokens of one chunk over all devices; it takes a divisor of S from
+        every row. By default a chunk's logits are as large as the float32 gradient of `w` (D tokens
+        per device) and at least 64 MiB, and the last chunk may be smaller.
+      token_shards: The number of devices that the first axis of `x` is sharded over; it divides
+        that axis.
+      placement: The mesh axes of arrays on a mesh that shards tokens and weights over one axis. It
+        sets `token_shards`.
       ignore_index: A target that is not counted, such as padding.
-      z_loss: Weight of the squared log-partition function, a Python number (PaLM, Chowdhery et
+      z_loss: The weight of the squared log-partition function, a Python number (PaLM, Chowdhery et
         al. 2022, section 5: 1e-4).
-      reduction: `"mean"` over the counted tokens (0 if there are none) or `"sum"`.
+      reduction: `"mean"` over the counted tokens (0 if no token is counted) or `"sum"`.
       return_count: Whether the number of counted tokens, an int32 scalar, is returned as well.
 
     Returns:
       The loss, a float32 scalar (float64 if `x` is), or `(loss, count)`.
 
     Raises:
-      ValueError: Shapes, dtypes or options that do not go together; a chunk that does not divide.
+      ValueError: Shapes, dtypes or options do not match, or a chunk does not divide its rows.
       NotImplementedError: Forward-mode differentiation.
 
     Example:
@@ -106,7 +107,7 @@ def linear_cross_entropy(
         if token_shards != 1:
             raise ValueError(f"a placement has its token_shards; {token_shards} are given as well")
         token_shards = placement.num_shards
-    # The gradient of weights that are whole on every device is then summed over the devices.
+    # This makes JAX sum the gradient of weights that every device holds whole.
     x, w, targets = inputs.varying_alike(x, w, targets)
     x, targets = _split_shards(x, targets, token_shards)
     vocab_size = w.shape[1 - options.width_axis]
@@ -123,7 +124,7 @@ def linear_cross_entropy(
 
 
 def _split_shards(x, targets, token_shards: int):
-    """Returns both with their first axis as `[token_shards, rest]`, if there are several."""
+    """Returns both arrays with their first axis split into `[token_shards, rest]` if it is > 1."""
     first = x.shape[0]
     if isinstance(token_shards, bool) or not isinstance(token_shards, int) or token_shards < 1:
         raise ValueError(f"token_shards is {token_shards!r}; valid: an integer, 1 or more")
@@ -141,13 +142,13 @@ def _split_shards(x, targets, token_shards: int):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Head:
-    """A loss head but for its arrays: hashable, so that equal calls compile once.
+    """A loss head without its arrays: hashable, so that equal calls compile once.
 
     Attributes:
-      options: What is summed.
-      chunks: How the tokens are cut.
-      sharded: Whether the first axis of `x` is one of shards, each with sums of its own.
-      placement: Where arrays lie on a mesh, if anybody says.
+      options: Layout, ignored target, z-loss and reduction.
+      chunks: The cut of the tokens into chunks.
+      sharded: Whether the first axis of `x` is the axis of shards, each with sums of its own.
+      placement: The mesh axes of arrays; None if none were given.
     """
 
     options: inputs.Options
@@ -156,7 +157,7 @@ class _Head:
     placement: Placement | None = None
 
     def run(self, x, w, targets, *, differentiated: bool):
-        """Returns the loss, and its gradients of `x` and `w` or, not differentiated, `()`."""
+        """Returns the loss, and the gradients of `x` and `w`; `()` if not differentiated."""
         call = functools.partial(self._run, differentiated=differentiated)
         return explicit_as_auto(call, (x, w, targets), (x, w) if differentiated else ())
 
@@ -169,7 +170,7 @@ class _Head:
         _, total = inputs.varying_alike(x, jnp.zeros(shards, sums))
         state = (total,)
         if differentiated:
-            # A chunk's tokens are read once, so their gradients take their place.
+            # A chunk's tokens are read only once, so their gradients can overwrite them.
             _, grad_w = inputs.varying_alike(x, jnp.zeros((*shards, *w.shape), sums))
             state += x, self._spread(grad_w)
 
@@ -206,7 +207,7 @@ class _Head:
     def _gathered(self, x):
         if self.placement is None:
             return x
-        # Cut first: or else all tokens would be gathered to cut a chunk from them.
+        # Sharded first: otherwise all tokens would be gathered before a chunk is cut from them.
         return self.placement.tokens(self._tokens(x), sharded=self.sharded, gathered=True)
 
     def _weigh(self, targets, vocab_size: int, x):
@@ -221,10 +222,10 @@ class _Head:
         return jnp.where(known, targets, 0).astype(jnp.int32), weights
 
     def _chunk(self, x, kernel, ids, weights):
-        """Returns the loss of a chunk, one a shard, and its logits' gradient in `x`'s dtype.
+        """Returns the loss of a chunk, one per shard, and its logits' gradient in `x`'s dtype.
 
-        The target's logit is picked by comparison, not by index: that is elementwise, so it fuses
-        with its neighbors and a vocabulary over several devices is not gathered.
+        The target's logit is picked by comparison, not by index. Comparison is elementwise, so it
+        fuses with its neighbors, and a vocabulary over several devices is not gathered.
         """
         logits = self._dot(x, kernel, [x.ndim - 1], [self.options.width_axis])
         is_target = lax.broadcasted_iota(jnp.int32, logits.shape, ids.ndim) == ids[..., None]
@@ -242,7 +243,7 @@ class _Head:
         return self._dot(grad_logits, kernel, [grad_logits.ndim - 1], [1 - self.options.width_axis])
 
     def _grad_w(self, x, grad_logits):
-        """Returns the gradient of the weights in their layout, one a shard."""
+        """Returns the gradient of the weights in their layout, one per shard."""
         pair = (x, grad_logits) if self.options.layout == "DV" else (grad_logits, x)
         batch = [0] if self.sharded else []
         tokens = list(range(len(batch), x.ndim - 1))
@@ -264,16 +265,16 @@ def _loss(head: _Head, x, w, targets):
 
 
 def _forward(head: _Head, x, w, targets):
-    # A gradient that nobody asks for is dead code, which XLA removes from the loop.
+    # If a gradient is not asked for, XLA removes it from the loop as dead code.
     return head.run(x, w, targets, differentiated=True)
 
 
 def _backward(head: _Head, grads, cotangent):
-    """Returns both gradients times what came in; computed in float32, and free where it is 1."""
+    """Returns both gradients times the cotangent, in float32; XLA drops the product if it is 1."""
     scale = lambda grad: (cotangent * grad.astype(cotangent.dtype)).astype(grad.dtype)
     return *map(scale, grads), None
 
 
 _loss.defvjp(_forward, _backward)
-# A call outside of `jax.jit` compiles once, too.
+# So that calls outside of `jax.jit` compile only once, too.
 _jitted = jax.jit(_loss, static_argnums=0)

@@ -1,9 +1,9 @@
-"""Where a loss head's arrays lie on a mesh whose devices share tokens and vocabulary.
+"""Shardings of a loss head's arrays on a mesh whose devices share tokens and vocabulary.
 
-A matrix product cannot be cut over one mesh axis twice. Where parameters are cut over the axis that
-the batch is cut over (FSDP), either the weights are gathered, all of them, and their gradient is
-whole on every device for a while, or the tokens are gathered, a chunk at a time, and the vocabulary
-is spread over the axis. This is the second way: no array of the weights' size is ever whole.
+A matrix product cannot be sharded over one mesh axis twice. FSDP shards parameters and batch over
+the same axis. Then either all weights are gathered, and every device holds their whole gradient for
+a while; or tokens are gathered, a chunk at a time, and the vocabulary is spread over the axis. This
+is the second way: no device ever holds an array of the weights' size.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ class Placement:
 
     Attributes:
       mesh: The mesh, of `Auto` or `Explicit` axes.
-      shards: Over which tokens are cut, in shards that sum their own gradients of the weights.
-      rows: Over which a shard's rows are cut; inside a chunk they are gathered over it.
-      vocabulary: Over which the vocabulary is spread inside the head.
+      shards: The axis of token shards, each of which sums its own gradient of the weights.
+      rows: The axis that a shard's rows are spread over; inside a chunk they are gathered.
+      vocabulary: The axes that the vocabulary is spread over inside the head.
     """
 
     mesh: AbstractMesh | Mesh
@@ -32,7 +32,7 @@ class Placement:
 
     @property
     def num_shards(self) -> int:
-        """Devices along the axis of shards."""
+        """The number of devices along the axis of shards."""
         return self.mesh.shape[self.shards]
 
     def weights(self, w, width_axis: int, lead: tuple[str | None, ...] = ()):
@@ -40,8 +40,8 @@ class Placement:
 
         Args:
           w: `[*lead, D, V]` or `[*lead, V, D]`.
-          width_axis: Which of the last two is D.
-          lead: Mesh axes of the axes before.
+          width_axis: Which of the last two axes is D.
+          lead: The mesh axes of the leading axes.
         """
         axes = (None, self.vocabulary) if width_axis == 0 else (self.vocabulary, None)
         return self._constrain(w, *lead, *axes)
@@ -52,22 +52,22 @@ class Placement:
         return self._constrain(x, *lead, *(() if gathered else (self.rows,)))
 
     def _constrain(self, x, *axes: Any):
-        inside = jax.sharding.get_abstract_mesh()  # where Explicit axes are Auto
+        inside = jax.sharding.get_abstract_mesh()  # the mesh with Explicit axes as Auto
         mesh = inside if inside.shape == self.mesh.shape else self.mesh
         sharding = NamedSharding(mesh, PartitionSpec(*axes))
         return jax.lax.with_sharding_constraint(x, sharding)
 
 
 def explicit_as_auto(call: Callable, arrays: Sequence[jax.Array], gradients_of: Sequence) -> Any:
-    """Returns `call(*arrays)`: a number, and gradients sharded as arrays are.
+    """Returns `call(*arrays)`, a number and gradients, with Explicit mesh axes as Auto inside.
 
-    Every product here may meet a sharding that Explicit axes of a mesh leave to the program to
-    choose. Inside the call they are Auto axes, so that the compiler chooses, as on other meshes.
+    Explicit axes would need an output sharding at every product. With Auto axes the compiler
+    chooses it.
 
     Args:
       call: Returns `(number, gradients)`.
-      arrays: What it reads.
-      gradients_of: The arrays, one for each gradient.
+      arrays: The arguments of `call`.
+      gradients_of: For each gradient, the array whose sharding it gets.
     """
     meshes = [jax.typeof(array).sharding.mesh for array in arrays]
     mesh = next((mesh for mesh in meshes if not mesh.empty), jax.sharding.get_abstract_mesh())

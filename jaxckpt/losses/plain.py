@@ -1,7 +1,7 @@
-"""The plain linear cross entropy: all logits at once, and every derivative there is.
+"""The plain linear cross entropy: all logits at once, with every derivative.
 
-It is the measure of `linear_cross_entropy`, and what to use for forward-mode derivatives; its
-memory grows with tokens times vocabulary.
+It is the reference for `linear_cross_entropy`, and supports forward mode. Its memory grows with
+tokens times vocabulary.
 """
 
 import jax
@@ -22,9 +22,30 @@ def plain_linear_cross_entropy(
     reduction: str = "mean",
     return_count: bool = False,
 ):
-    """Returns what `linear_cross_entropy` returns, by Optax, from one array of all logits.
+    """Computes the same loss as `linear_cross_entropy`, by Optax, from one array of all logits.
 
-    Arguments and errors are those of `linear_cross_entropy`.
+    Args:
+      x: Hidden states `[..., S, D]`, float16, bfloat16, float32 or float64.
+      w: The head's weights, floating: `[D, V]`, or `[V, D]` with `layout="VD"`.
+      targets: Token ids `[..., S]`, any integer dtype.
+      layout: The axes of `w`, `"DV"` or `"VD"`.
+      ignore_index: A target that is not counted, such as padding.
+      z_loss: The weight of the squared log-partition function, a Python number.
+      reduction: `"mean"` over the counted tokens (0 if no token is counted) or `"sum"`.
+      return_count: Whether the number of counted tokens, an int32 scalar, is returned as well.
+
+    Returns:
+      The loss in nats, a float32 scalar (float64 if `x` is), or `(loss, count)`.
+
+    Raises:
+      ValueError: Shapes, dtypes or options do not match.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxckpt
+      >>> x, w = jnp.ones([2, 8, 4]), jnp.zeros([4, 16])
+      >>> loss = jaxckpt.losses.plain_linear_cross_entropy(x, w, jnp.zeros([2, 8], int))
+      >>> print(f"{loss:.4f}")  # log 16
+      2.7726
     """
     options = inputs.Options(
         layout=layout, ignore_index=ignore_index, z_loss=z_loss, reduction=reduction
@@ -38,7 +59,7 @@ def plain_linear_cross_entropy(
     ids = jnp.where(known, targets, 0).astype(jnp.int32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids)
     losses += options.z_loss * jnp.square(jax.nn.logsumexp(logits, axis=-1))
-    # A product, so that the gradients of an id that does not exist are NaN as well.
+    # A product rather than `where`, so that an id that does not exist makes gradients NaN as well.
     losses *= jnp.where(counted, jnp.where(known, 1, jnp.nan), 0)
     count = counted.sum(dtype=jnp.int32)
     loss = losses.sum()

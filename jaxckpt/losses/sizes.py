@@ -1,4 +1,4 @@
-"""Which sizes a chunk of tokens can have. Standard library only: command lines check it early."""
+"""The sizes that a chunk of tokens can have. Standard library only, so command lines can check."""
 
 import math
 import operator
@@ -9,11 +9,11 @@ def chunk_positions(tokens_shape: Sequence[int], chunk_tokens: int) -> int:
     """Returns how many positions of every row a chunk of exactly `chunk_tokens` tokens takes.
 
     Args:
-      tokens_shape: Rows' axes, then positions.
-      chunk_tokens: Tokens of one chunk, all rows together.
+      tokens_shape: The axes of rows, then the axis of positions.
+      chunk_tokens: The number of tokens of one chunk, all rows together.
 
     Raises:
-      ValueError: Not an integer, or one that does not cut every row evenly.
+      ValueError: `chunk_tokens` is no integer, or does not divide every row evenly.
     """
     *rows, length = tokens_shape
     rows = math.prod(rows)

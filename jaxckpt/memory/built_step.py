@@ -34,7 +34,7 @@ class BuiltStep:
       args: Its arguments, arrays or abstract.
       donate_argnums: Arguments whose memory outputs may reuse.
       plan: The plan of its stack, bound to the number of blocks; None for no findings.
-      baseline: The same step without remat, at the same unroll; None to leave out its checks.
+      baseline: The step without remat, at the same unroll; None to leave out its checks.
       block: `(block, params_i, carry, *consts)` of the stack; None to leave out its checks.
       unroll: Blocks unrolled in one trip of the stack's loop.
       compiler_options: XLA's options by name.

@@ -308,7 +308,7 @@ def _decision(residuals: list[Residual], under: list[Residual]) -> str:
 def _name(trace: Trace, largest: Value, invented: str | None) -> str:
     if largest in trace.carry:
         return trace.labels[largest]
-    if largest in trace.kernels and invented is None:  # a Pallas kernel with a name may be another
+    if largest in trace.kernels and invented is None:  # a Pallas kernel may have an invented name
         return "attention"
     if largest in trace.tags:
         return trace.tags[largest][0]

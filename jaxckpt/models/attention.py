@@ -1,4 +1,4 @@
-"""Causal grouped-query attention, by the kernel that a chip is best served by.
+"""Causal grouped-query attention, by the kernel that suits the chip best.
 
     out = causal_attention(q, k, v, kind="splash")
 
@@ -7,8 +7,8 @@ flash attention), `splash` (Pallas, for TPUs), `chunked` and `plain` (einsums, a
 one of these by the chip of this process. A step for an absent chip names its kind, which
 `device_choice.py` chooses.
 
-What a kernel's backward pass needs of its forward pass, its output and the logarithm of each row's
-softmax sum, is what the policy `attention` keeps, whatever the kind.
+For every kind, the policy `attention` keeps the residuals of the kernel: its output, and the
+logarithm of each row's softmax sum.
 """
 
 import functools
@@ -31,16 +31,16 @@ def causal_attention(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS=None, *, kind: str =
       q_BSHN: Queries; H is a multiple of K.
       k_BSKN: Keys.
       v_BSKN: Values.
-      segment_ids_BS: Integers: of packed documents, which one a token is of; a token attends to
-        its own document alone. None is one document a row.
+      segment_ids_BS: Integers: the document of each token in a packed row; a token attends only to
+        its own document. None for one document per row.
       kind: `"auto"`, `"cudnn"`, `"splash"`, `"chunked"` or `"plain"`.
 
     Returns:
       `[B, S, H, N]` in the dtype of `q_BSHN`; the softmax is computed in float32.
 
     Raises:
-      ValueError: No such kind, a dtype or size that the kernel does not take, ids that are no
-        `[B, S]` integers, or no cuDNN where this is traced.
+      ValueError: The kind is unknown, the kernel does not take the dtype or a size, ids are no
+        `[B, S]` integers, or cuDNN is missing in the tracing process.
     """
     size, head_dim = q_BSHN.shape[1], q_BSHN.shape[-1]
     if segment_ids_BS is not None:
@@ -61,7 +61,7 @@ def causal_attention(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS=None, *, kind: str =
 
 
 def _cudnn(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS):
-    """Returns cuDNN's attention; documents are a mask, `[B, 1, S, S]` in the dtype of queries."""
+    """Returns cuDNN's attention; packed documents become a `[B, 1, S, S]` mask in q's dtype."""
     ids = segment_ids_BS
     mask = None if ids is None else same_document(ids, ids)[:, None]
     attend = functools.partial(

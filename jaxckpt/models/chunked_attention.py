@@ -1,12 +1,12 @@
-"""Attention kind `chunked`: any chip, any size; a chunk of queries after another.
+"""Attention kind `chunked`: any chip, any size; one chunk of queries at a time.
 
 Shapes: B batch, S sequence, H query heads, K key/value heads, N head size, C queries of a chunk.
 
-A chunk's scores `[B, H, C, S]` are the largest array, where plain attention has all of them at once
-(Rabe, Staats 2021, Self-attention does not need O(n^2) memory). It is for GPUs that have no flash
-kernel, such as a T4. The backward pass needs the same residuals as plain attention.
+A chunk's scores `[B, H, C, S]` are the largest array; plain attention has `[B, H, S, S]` (Rabe,
+Staats 2021, Self-attention does not need O(n^2) memory). It is for GPUs without a flash kernel,
+such as a T4. Its residuals are the same as plain attention's.
 
-Limits: scores that the causal mask hides are computed too, as in plain attention.
+Limits: masked scores are computed too, as in plain attention.
 """
 
 import jax
@@ -16,17 +16,17 @@ from jax import lax
 from jaxckpt.models.plain_attention import backward, forward, same_document
 from jaxckpt.transforms import tags
 
-_CHUNK = 128  # queries; fewer make products too thin for a GPU
+_CHUNK = 128  # queries in a chunk; fewer would make products too thin for a GPU
 
 
 @jax.custom_vjp
 def chunked_attention(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS):
-    """Returns causal attention; arguments are those of `attention.causal_attention`."""
+    """Returns causal attention; see `attention.causal_attention` for the arguments."""
     return _forward(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS)[0]
 
 
 def _forward(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS):
-    """Returns the result, and the logarithms of the softmax sums of each chunk."""
+    """Returns the attention output, and the logarithms of each chunk's softmax sums."""
 
     def chunk(_, part):
         mask = _mask(part, k_BSKN, segment_ids_BS)
@@ -51,7 +51,7 @@ def _backward_rule(residuals, grad_BSHN):
         grad_q, *grads = backward(part["q"], k_BSKN, v_BSKN, *kept)
         return jax.tree.map(jnp.add, sums, grads), grad_q.astype(q_BSHN.dtype)
 
-    # Queries that fill up the last chunk have no gradient, so they add nothing to those of keys.
+    # Queries that pad the last chunk have zero gradients, so they add nothing to gradients of keys.
     parts = {"q": _cut(q_BSHN), "out": _cut(out_BSHN), "grad": _cut(grad_BSHN, "constant")}
     parts |= {"logsum": logsums} | _places(q_BSHN.shape, segment_ids_BS)
     wide = jnp.promote_types(q_BSHN.dtype, jnp.float32)
@@ -63,7 +63,7 @@ chunked_attention.defvjp(_forward_rule, _backward_rule)
 
 
 def _cut(x, fill: str = "edge"):
-    """Returns `[B, S, ...]` as `[S / C, B, C, ...]`; the last chunk is filled up."""
+    """Returns `[B, S, ...]` as `[S / C, B, C, ...]`; pads the last chunk."""
     batch, size, *rest = x.shape
     chunk = min(_CHUNK, size)
     count = -(-size // chunk)
@@ -72,7 +72,7 @@ def _cut(x, fill: str = "edge"):
 
 
 def _joined(chunks, like):
-    """Returns `[S / C, B, C, ...]` as `[B, S, ...]`, of the shape of `like`."""
+    """Returns `[S / C, B, C, ...]` as `[B, S, ...]` without padding, in the shape of `like`."""
     whole = jnp.moveaxis(chunks, 0, 1)
     return whole.reshape(like.shape[0], -1, *like.shape[2:])[:, : like.shape[1]]
 
@@ -84,7 +84,7 @@ def _places(shape, segment_ids_BS) -> dict:
 
 
 def _mask(part: dict, keys, segment_ids_BS):
-    """Returns which keys the queries of a chunk see: `[C, S]`, or `[B, C, S]` of documents."""
+    """Returns the mask of keys that a chunk's queries see: `[C, S]`; `[B, C, S]` if packed."""
     (positions_C,) = part["positions"]
     causal_CS = positions_C[:, None] >= jnp.arange(keys.shape[1])
     if segment_ids_BS is None:

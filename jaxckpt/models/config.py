@@ -10,7 +10,7 @@ ATTENTION_KINDS = ("auto", "cudnn", "splash", "chunked", "plain")
 
 
 class ModelError(UserError, ValueError):
-    """A model that cannot be, or not on this chip: one line with what is valid."""
+    """A model is not valid, or not on this chip: one line with what is valid."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,8 @@ class TransformerConfig:
         queries at a time) and plain anywhere; auto is the one that the chip and the sizes allow.
 
     Raises:
-      ModelError: An unknown word, a size below 1, heads that do not divide, an odd head, a rate
-        outside [0, 1).
+      ModelError: A word is unknown, a size is below 1, heads do not divide, `head_dim` is odd, or
+        the dropout rate is outside [0, 1).
     """
 
     vocab_size: int = 256

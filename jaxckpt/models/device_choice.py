@@ -1,13 +1,13 @@
-"""What `auto` of a model's configuration means on a chip: the attention kernel and the dtype.
+"""The attention kernel and dtype that `auto` in a model's configuration means on a chip.
 
     resolve(config, "v5e-1", seq_len=1024).config.attention     # 'splash'
 
-The choice follows the target that a step is compiled for, which need not be the backend of the
-process that traces it; so a step for an absent chip is built from a resolved configuration. A model
-traced with `auto` left in it takes the chip of this process. JAX is imported for `local` alone.
+The choice follows the step's target, which may differ from the backend of the tracing process. So a
+step for an absent chip is built from a resolved configuration. A model that is traced with `auto`
+uses the chip of this process. JAX is imported only for `local`.
 
-Limits: a Pallas kernel is not spread over devices by XLA, so without a `Layout` (`sharding.py`),
-which runs it on each device's own part, `splash` is for one of them.
+Limits: XLA does not partition a Pallas kernel. A `Layout` (`sharding.py`) runs it on each device's
+own part; without one, `splash` is for a single device.
 """
 
 import dataclasses
@@ -18,22 +18,22 @@ from jaxckpt.models.config import ATTENTION_KINDS, ModelError, TransformerConfig
 from jaxckpt.targets.gpu_config import compute_capability
 from jaxckpt.targets.target import Target, parse_target
 
-# Multiples of the kernel's 128 lanes; larger blocks read keys and values less often.
+# Block sizes: multiples of the kernel's 128 lanes. Larger blocks read keys and values less often.
 _SPLASH_BLOCKS = (512, 384, 256, 128)
 _FLASH_CAPABILITY = (8, 0)  # Ampere: flash attention of cuDNN, and units for bfloat16
 _HALF_CAPABILITY = (7, 0)  # Volta: units for float16
-_OLD_TPU = re.compile(r"\bv[23]\b")  # their matrix units take no bfloat16 from a Pallas kernel
+_OLD_TPU = re.compile(r"\bv[23]\b")  # Pallas kernels cannot use bfloat16 in their matrix units
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Device:
-    """What decides which kernels and dtypes a chip runs.
+    """The facts of a device that decide which kernels and dtypes it runs.
 
     Attributes:
-      name: For messages: `h100`, `TPU v5 lite`.
+      name: The name for messages: `h100`, `TPU v5 lite`.
       platform: `"cpu"`, `"gpu"` or `"tpu"`.
-      compute_capability: NVIDIA's, such as `(9, 0)`; None for all else.
-      num_devices: Devices that one program is spread over.
+      compute_capability: NVIDIA's number, such as `(9, 0)`; None for other devices.
+      num_devices: The number of devices that one program is spread over.
     """
 
     name: str
@@ -58,18 +58,18 @@ def resolve(
     packed: bool = False,
     spread: bool = False,
 ) -> Resolved:
-    """Returns a configuration whose kernel and dtype are those for a target.
+    """Returns a configuration with `auto` replaced by the kernel and dtype for a target.
 
     Args:
-      config: Any; what it names already stays.
-      target: `"local"`, or a chip that need not be there.
-      seq_len: Tokens a sequence.
+      config: A configuration; a kernel or dtype that it names is not changed.
+      target: `"local"`, or a chip, present or absent.
+      seq_len: The number of tokens per sequence.
       packed: Whether sequences hold several documents.
       spread: Whether a `Layout` runs kernels on each device's own part.
 
     Raises:
-      TargetError: There is no such target.
-      ModelError: It names a kernel that the target or the sizes do not have.
+      TargetError: The target is unknown.
+      ModelError: `config` names a kernel that does not run on the target or with the sizes.
     """
     device = device_of(target)
     if spread:
@@ -124,7 +124,7 @@ def choose_attention(
 def refused_sizes(
     kind: str, *, dtype: str, head_dim: int, seq_len: int, packed: bool = False
 ) -> str | None:
-    """Returns what of the sizes a kernel does not take, or None if it takes them all."""
+    """Returns a text on the size that a kernel does not take; None if it takes all sizes."""
     if kind == "cudnn":
         if dtype not in ("bfloat16", "float16"):
             return f"takes bfloat16 and float16, not {dtype}"
@@ -141,15 +141,15 @@ def refused_sizes(
 
 
 def splash_block(seq_len: int) -> int | None:
-    """Returns the block size of the splash kernel for a length, or None if none divides it."""
+    """Returns the splash kernel's block size for a length; None if no block size divides it."""
     return next((block for block in _SPLASH_BLOCKS if seq_len % block == 0), None)
 
 
 def device_of(target: str | Target) -> Device:
-    """Returns what is known of a target's chip.
+    """Returns the device of a target.
 
     Raises:
-      TargetError: There is no such target.
+      TargetError: The target is unknown.
     """
     target = parse_target(target)
     if target.backend == "local":
@@ -178,7 +178,7 @@ def local_device() -> Device:
 
 
 def _refused_device(kind: str, device: Device) -> str | None:
-    """Returns why a chip does not run a kernel, or None if it does."""
+    """Returns the reason why a chip does not run a kernel; None if it does."""
     if kind == "cudnn":
         capability = device.compute_capability
         if capability is None:

@@ -8,21 +8,21 @@ from jaxckpt.models.sharding import Layout
 def next_token_loss(
     x_BSD, params, targets_BS, config: TransformerConfig, layout: Layout | None = None, **options
 ):
-    """Returns the mean cross entropy in nats a token, a float32 scalar.
+    """Returns the mean cross entropy in nats per token, a float32 scalar.
 
-    Logits are products in the dtype of `x_BSD`, summed in float32; they are made and turned into
-    gradients a chunk of tokens at a time.
+    Logits are products in the dtype of `x_BSD`, summed in float32. They are made, and turned into
+    gradients, a chunk of tokens at a time.
 
     Args:
-      x_BSD: The Transformer's features, as its method `features` returns them.
-      params: The Transformer's parameters: the head is among them.
+      x_BSD: The features that the Transformer's method `features` returns.
+      params: The Transformer's parameters, with the head.
       targets_BS: The token id that follows each position.
-      config: The Transformer's.
-      layout: The Transformer's, on a mesh.
-      **options: For `jaxckpt.losses.linear_cross_entropy`, such as `chunk_tokens` or `z_loss`.
+      config: The Transformer's configuration.
+      layout: The Transformer's layout on a mesh; None on one device.
+      **options: Options of `jaxckpt.losses.linear_cross_entropy`, such as `chunk_tokens`.
 
     Raises:
-      ValueError: As `jaxckpt.losses.linear_cross_entropy`.
+      ValueError: Shapes, dtypes or options do not match.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -2,9 +2,9 @@
 
     MeshShape.parse("data=2,fsdp=4").size      # 8
 
-Axes: the batch is cut over `data` and `fsdp`; parameters, their gradients and the optimizer's
-state over `fsdp`, each gathered where it is used; heads, the MLP's width and the vocabulary over
-`tensor`. An axis that is not named has size 1.
+The batch is sharded over `data` and `fsdp`. Parameters, their gradients and the optimizer's state
+are sharded over `fsdp`, and each parameter is gathered where it is used. Heads, the MLP's width and
+the vocabulary are sharded over `tensor`. An axis that is not named has size 1.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ _EXAMPLE = "data=2,fsdp=4,tensor=2"
 
 
 class MeshError(UserError, ValueError):
-    """A mesh that cannot be: one line with what was given, what is valid, a guess."""
+    """A mesh is not valid: one line with what was given, what is valid, a guess."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,12 +26,12 @@ class MeshShape:
     """Sizes of the mesh's axes, in the order of `AXES`.
 
     Attributes:
-      data: Copies of the model, or of its shards.
-      fsdp: Parts that every parameter is cut into; each works on a part of the batch.
-      tensor: Parts that every matrix product is cut into; they work on the same tokens.
+      data: The number of copies of the model, or of its shards.
+      fsdp: The number of shards of every parameter; their devices work on different sequences.
+      tensor: The number of parts of every matrix product; their devices work on the same tokens.
 
     Raises:
-      MeshError: A size below 1.
+      MeshError: A size is below 1.
     """
 
     data: int = 1
@@ -49,7 +49,7 @@ class MeshShape:
         """Returns the shape that a text such as `data=2,fsdp=4` names; axes in any order.
 
         Raises:
-          MeshError: It is of another form, names an axis that there is not, or one twice.
+          MeshError: The text has another form, or names an unknown axis, or an axis twice.
 
         Example:
           >>> MeshShape.parse("fsdp=4, tensor=2")
@@ -74,32 +74,32 @@ class MeshShape:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Sizes in the order of `AXES`."""
+        """The sizes in the order of `AXES`."""
         return dataclasses.astuple(self)
 
     @property
     def size(self) -> int:
-        """Devices."""
+        """The number of devices."""
         return math.prod(self.sizes)
 
     @property
     def batch_parts(self) -> int:
-        """Parts that a batch is cut into."""
+        """The number of parts that a batch is sharded into."""
         return self.data * self.fsdp
 
     def __str__(self) -> str:
         return ",".join(f"{name}={size}" for name, size in zip(AXES, self.sizes, strict=True))
 
     def check(self, config: TransformerConfig, batch_size: int, accumulate: int = 1):
-        """Raises unless a model and its batch can be cut this way.
+        """Raises unless a model and its batch can be sharded this way.
 
         Args:
-          config: The model's.
-          batch_size: Sequences a step.
-          accumulate: Parts that they are worked on in, one after another.
+          config: The model's configuration.
+          batch_size: The number of sequences per step.
+          accumulate: The number of parts of an accumulated batch.
 
         Raises:
-          MeshError: Naming what an axis does not divide, and the sizes that do.
+          MeshError: An axis does not divide a size; the error names the sizes that do.
         """
         rows = batch_size // accumulate
         if rows % self.batch_parts:
@@ -117,14 +117,14 @@ class MeshShape:
         )
 
     def check_devices(self, count: int, of: str):
-        """Raises unless the mesh is as large as what there is.
+        """Raises unless the mesh has as many devices as are given.
 
         Args:
-          count: Devices there are.
-          of: Whose, for the message.
+          count: The number of devices.
+          of: Whose devices they are, for the message.
 
         Raises:
-          MeshError: It is larger or smaller.
+          MeshError: The mesh is larger or smaller.
         """
         if self.size != count:
             devices = "device" if count == 1 else "devices"

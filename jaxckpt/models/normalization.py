@@ -2,15 +2,16 @@
 
 Shapes: B batch, S sequence, H heads, N size of the last axis.
 
-These are passes over memory, not arithmetic, and what automatic differentiation makes of them is
-many passes, with float32 residuals between. Here the forward pass is one pass after a row's sum
-of squares, its residuals are its inputs, and the backward pass is three: both row sums at once,
-the gradient of the input, the gradient of the scale. All is computed in float32 and rounded once.
+Memory traffic, not arithmetic, bounds these functions. Automatic differentiation would take many
+passes over memory, with float32 residuals between them. Here the forward pass is one pass after a
+row's sum of squares, and its residuals are its inputs. The backward pass is three passes: both row
+sums at once, the gradient of the input, the gradient of the scale. Everything is computed in
+float32 and rounded once.
 
-Rotary positions turn component i with i + N/2, so a row is handled as two halves; without them as
-one part. That way nothing is concatenated but outputs.
+Rotary positions turn component i with i + N/2, so a row is handled as two halves; without positions
+as one part. So only outputs are concatenated.
 
-Limits: reverse mode alone, like every attention kernel. The rotary table gets no gradient.
+Limits: only reverse mode, like every attention kernel. The rotary table gets no gradient.
 """
 
 import functools
@@ -52,7 +53,7 @@ def rms_norm_rotate(x_BSHN, scale_N, rotary, eps: float):
 
     Args:
       x_BSHN: Queries or keys.
-      scale_N: Shared by the heads.
+      scale_N: The scale `[N]`, shared by the heads.
       rotary: Cosines and sines `[2, S, N/2]`.
       eps: Added to the mean square.
     """
@@ -83,7 +84,7 @@ def rotate(x_BSHN, rotary):
       x_BSHN: Queries or keys.
       rotary: Cosines and sines `[2, S, N/2]`; they get no gradient.
     """
-    # The table is no parameter: without this, each block's gradient of it would be summed up.
+    # The table is no parameter; without this its gradient would be computed and summed over blocks.
     rotary = jax.lax.stop_gradient(rotary)
     turned = turn(*_floats(_halves(x_BSHN)), rotary=rotary)
     return jnp.concatenate(turned, axis=-1).astype(x_BSHN.dtype)
@@ -93,8 +94,8 @@ def turn(first_BSHM, second_BSHM, rotary, *, back: bool = False):
     """Returns pairs of components turned by their positions' angles, or turned back.
 
     Args:
-      first_BSHM: Components `0..N/2`, M of them.
-      second_BSHM: Those each is paired with.
+      first_BSHM: The components `0..N/2`, M = N/2 of them.
+      second_BSHM: The components `N/2..N`.
       rotary: Cosines and sines `[2, S, N/2]`.
       back: Whether the angles are negative, which is the transpose.
     """
@@ -112,7 +113,7 @@ def _halves(x):
 
 
 def _floats(parts):
-    """Returns the parts in float32, or in float64 if they are that."""
+    """Returns the parts in float32; float64 parts stay float64."""
     return [part.astype(jnp.promote_types(part.dtype, jnp.float32)) for part in parts]
 
 

@@ -2,10 +2,10 @@
 
 Shapes: B batch, S sequence (T for keys), H query heads, K key/value heads, G = H / K, N head size.
 
-As a flash kernel does, the forward pass keeps its output and the logarithm of each row's softmax
-sum, and the backward pass rebuilds the probabilities from them (Dao et al. 2022, FlashAttention,
-algorithm 4). Those two are what the policy `attention` keeps. One block's scores are still made
-whole while it runs.
+Like a flash kernel, the forward pass keeps its output and the logarithm of each row's softmax sum,
+and the backward pass recomputes the probabilities from them (Dao et al. 2022, FlashAttention,
+algorithm 4). The policy `attention` keeps these two. While a block runs, its whole scores are in
+memory.
 """
 
 import functools
@@ -19,7 +19,7 @@ from jaxckpt.transforms import tags
 
 @jax.custom_vjp
 def plain_attention(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS):
-    """Returns causal attention; arguments are those of `attention.causal_attention`."""
+    """Returns causal attention; see `attention.causal_attention` for the arguments."""
     return forward(q_BSHN, k_BSKN, v_BSKN, _mask(q_BSHN.shape[1], segment_ids_BS))[0]
 
 
@@ -41,7 +41,7 @@ plain_attention.defvjp(_forward_rule, _backward_rule)
 
 
 def _mask(size: int, segment_ids_BS):
-    """Returns which keys each query sees: `[S, S]`, or `[B, S, S]` of packed documents."""
+    """Returns the mask of keys that each query sees: `[S, S]`; `[B, S, S]` if packed."""
     causal_ST = jnp.arange(size)[:, None] >= jnp.arange(size)[None, :]
     if segment_ids_BS is None:
         return causal_ST
@@ -55,7 +55,7 @@ def forward(q_BSHN, k_BTKN, v_BTKN, mask):
       q_BSHN: Queries.
       k_BTKN: Keys.
       v_BTKN: Values.
-      mask: `[S, T]` or `[B, S, T]`, true where a query sees a key; each sees one at least.
+      mask: `[S, T]` or `[B, S, T]`, true where a query sees a key; every query sees a key.
     """
     scores_BKGST = _scores(q_BSHN, k_BTKN, mask)
     logsum_BKGS = jax.nn.logsumexp(scores_BKGST, axis=-1)
@@ -68,13 +68,13 @@ def backward(q_BSHN, k_BTKN, v_BTKN, out_BSHN, logsum_BKGS, grad_BSHN, mask):
     """Returns the gradients of queries, keys and values, in float32 or wider.
 
     Args:
-      q_BSHN: Queries, as of `forward`.
-      k_BTKN: Keys, as of `forward`.
-      v_BTKN: Values, as of `forward`.
+      q_BSHN: Queries.
+      k_BTKN: Keys.
+      v_BTKN: Values.
       out_BSHN: The attention that `forward` returned.
-      logsum_BKGS: The logarithms of the softmax sums that `forward` returned.
+      logsum_BKGS: The logarithms of softmax sums that `forward` returned.
       grad_BSHN: The gradient of `out_BSHN`.
-      mask: Which keys each query sees, as of `forward`.
+      mask: The mask that `forward` got.
     """
     grouped = functools.partial(_grouped, num_kv_heads=k_BTKN.shape[2])
     q_BSKGN, grad_BSKGN, out_BSKGN = map(grouped, (q_BSHN, grad_BSHN, out_BSHN))
@@ -83,7 +83,7 @@ def backward(q_BSHN, k_BTKN, v_BTKN, out_BSHN, logsum_BKGS, grad_BSHN, mask):
     grad_v_BTKN = _contract("BKGST,BSKGN->BTKN", probs_BKGST, grad_BSKGN)
     grad_probs_BKGST = _contract("BSKGN,BTKN->BKGST", grad_BSKGN, v_BTKN)
     # The softmax's gradient needs sum_t p_t dp_t, which equals the dot product of out and its
-    # gradient: [S] numbers a head instead of another [S, S] reduction.
+    # gradient. This takes [S] numbers per head instead of another [S, S] reduction.
     row_BKGS = _contract("BSKGN,BSKGN->BKGS", out_BSKGN, grad_BSKGN)
     grad_scores_BKGST = probs_BKGST * (grad_probs_BKGST - row_BKGS[..., None])
     grad_scores_BKGST = grad_scores_BKGST / math.sqrt(q_BSHN.shape[-1])
@@ -93,14 +93,14 @@ def backward(q_BSHN, k_BTKN, v_BTKN, out_BSHN, logsum_BKGS, grad_BSHN, mask):
 
 
 def _scores(q_BSHN, k_BTKN, mask):
-    """Returns float32 scores `[B, K, G, S, T]`, minus infinity where nothing is attended to."""
+    """Returns float32 scores `[B, K, G, S, T]`, minus infinity where the mask is false."""
     q_BSKGN = _grouped(q_BSHN, k_BTKN.shape[2])
     scores_BKGST = _contract("BSKGN,BTKN->BKGST", q_BSKGN, k_BTKN) / math.sqrt(q_BSHN.shape[-1])
     return jnp.where(mask if mask.ndim == 2 else mask[:, None, None], scores_BKGST, -jnp.inf)
 
 
 def same_document(queries_BS, keys_BT):
-    """Returns `[B, S, T]`, which queries and keys lie in one document, from their segment ids."""
+    """Returns booleans `[B, S, T]`, true if a query and a key have the same segment id."""
     return queries_BS[:, :, None] == keys_BT[:, None, :]
 
 

@@ -1,11 +1,11 @@
-"""Qwen3's checkpoints by name: which tensor of theirs is which part of the Transformer's tree.
+"""Qwen3's checkpoints: which of their tensors is which parameter of the Transformer, by name.
 
     config = qwen3.config_of(json.loads(text_of_config_json))
     for tensor in qwen3.tensors(config):
         print(tensor.name, tensor.shape, "->", tensor.path, tensor.block)
 
-Names, layouts and `config.json` are those that Hugging Face's transformers writes. This is the
-mapping alone: no file is touched, and JAX is not needed.
+Names, layouts and `config.json` are as Hugging Face's transformers writes them. This file only maps
+names: it reads no checkpoint and needs no JAX.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ MODEL_TYPE = "qwen3"
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
-# A field of TransformerConfig, and its name in config.json. Rotary positions are apart: newer files
-# have a table for them.
+# A field of TransformerConfig -> its name in config.json. Rotary positions are read separately,
+# because newer files have a table for them.
 _FIELDS = {
     "vocab_size": "vocab_size",
     "num_blocks": "num_hidden_layers",
@@ -33,9 +33,9 @@ _FIELDS = {
     "norm_eps": "rms_norm_eps",
     "tied_embeddings": "tie_word_embeddings",
 }
-_OPTIONAL = {"tie_word_embeddings": False}  # transformers leaves out what it takes by default
+_OPTIONAL = {"tie_word_embeddings": False}  # transformers leaves out its default values
 
-# Other names for a number: transformers' own and those of other libraries.
+# Other names for a number, in transformers and in other libraries.
 _ALIASES = {
     "vocab_size": ("n_vocab",),
     "num_hidden_layers": ("num_layers", "n_layer", "n_layers"),
@@ -52,8 +52,8 @@ _ALIASES = {
 _ROTARY_TABLES = ("rope_parameters", "rope_scaling")
 _QK_NORM = ("qk_norm", "use_qk_norm", "qk_layernorm")
 
-# The Transformer has nothing that a key with one of these words asks for: biases, dropout, windows,
-# scaled or partial rotations, experts, quantized weights.
+# Words of keys that ask for features the Transformer lacks: biases, dropout, windows, scaled or
+# partial rotations, experts, quantized weights.
 _ARITHMETIC = re.compile(
     r"(?:^|_)(?:act|activation|attention|attn|bias|cap|clip|drop|dropout|experts?|factor|fp8|gate|"
     r"layerdrop|logits?|lora|mlp|moe|multiplier|nope|norm|pct|pdrop|position|quant|quantization|"
@@ -61,10 +61,10 @@ _ARITHMETIC = re.compile(
     r"(?:_|$)",
     re.IGNORECASE,
 )
-# A 1 under such a key changes nothing, but where it takes the place of attention's own scale.
+# A value of 1 under such a key changes nothing, unless the key replaces attention's own scale.
 _FACTOR = re.compile(r"^(?!.*attention).*(?:factor|multiplier|pct|scaling)$", re.IGNORECASE)
-# Keys with such a word that ask for nothing here: how the library computes, and what is a limit, or
-# of use only where another key says so.
+# Keys with such a word that change nothing here: how the library computes, limits, and values that
+# matter only if another key turns them on.
 _ASK_NOTHING = frozenset(
     {
         *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
@@ -80,10 +80,10 @@ class Tensor:
     """One tensor of a checkpoint and its place in the tree.
 
     Attributes:
-      name: In the checkpoint, such as `model.layers.3.mlp.up_proj.weight`.
-      shape: In the checkpoint.
-      path: Of the parameter in the tree, such as `("layers", "mlp", "up_proj", "kernel")`.
-      block: Its row of a stacked parameter; None for a parameter outside the stack.
+      name: The name in the checkpoint, such as `model.layers.3.mlp.up_proj.weight`.
+      shape: The shape in the checkpoint.
+      path: The path of the parameter in the tree, such as `("layers", "mlp", "up_proj", "kernel")`.
+      block: The row of a stacked parameter; None for a parameter outside the stack.
       transposed: Whether the checkpoint has `[out, in]` where the tree has `[in, out]`.
     """
 
@@ -95,10 +95,10 @@ class Tensor:
 
 
 def tensors(config: TransformerConfig) -> tuple[Tensor, ...]:
-    """Returns every tensor of a Qwen3 of this shape, those of one parameter in a row.
+    """Returns every tensor of a Qwen3 of this shape; tensors of one parameter are consecutive.
 
     Raises:
-      ModelError: A Transformer that is no Qwen3: it has no norms of queries and keys.
+      ModelError: The Transformer has no norms of queries and keys, so it is no Qwen3.
     """
     _check_is_qwen3(config)
     embedding = (config.vocab_size, config.d_model)
@@ -121,7 +121,7 @@ def tensors(config: TransformerConfig) -> tuple[Tensor, ...]:
 
 
 def _block_shapes(config: TransformerConfig) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Returns the shape and kind of one block's parameters, by their name below the block's."""
+    """Returns the shape and kind of one block's parameters, by their names in the block."""
     width, hidden = config.d_model, config.d_ff
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     kernels = {
@@ -147,11 +147,11 @@ def config_of(hf: Mapping[str, Any]) -> TransformerConfig:
     """Returns the shape that a `config.json` describes.
 
     Args:
-      hf: Its content.
+      hf: The content of the `config.json`.
 
     Raises:
-      ModelError: Not Qwen3, a key that is missing or of another type, or something that the
-        Transformer does not have. All of them are listed.
+      ModelError: The file is not of Qwen3, a key is missing or of another type, or the Transformer
+        lacks a feature. All faults are listed.
     """
     kind = hf.get("model_type")
     if kind != MODEL_TYPE:
@@ -182,12 +182,12 @@ def config_json(config: TransformerConfig, *, dtype: str, max_positions: int) ->
     """Returns the content of a `config.json` from which transformers builds the same model.
 
     Args:
-      config: The Transformer's.
-      dtype: Of the tensors beside it, `"bfloat16"` or `"float32"`.
-      max_positions: The longest sequence that it is for.
+      config: The Transformer's configuration.
+      dtype: The dtype of the checkpoint's tensors, `"bfloat16"` or `"float32"`.
+      max_positions: The length of the longest sequence.
 
     Raises:
-      ModelError: As `tensors`.
+      ModelError: The Transformer has no norms of queries and keys, so it is no Qwen3.
     """
     _check_is_qwen3(config)
     return {
@@ -205,7 +205,7 @@ def config_json(config: TransformerConfig, *, dtype: str, max_positions: int) ->
 
 
 def shape(config: TransformerConfig) -> dict[str, Any]:
-    """Returns what a checkpoint decides of a Transformer: its fields but dropout, dtype, kernel."""
+    """Returns the fields that a checkpoint fixes: all but dropout, dtype and attention kernel."""
     return {name: getattr(config, name) for name in (*_FIELDS, "rope_theta", "qk_norm")}
 
 
@@ -215,7 +215,7 @@ def _check_is_qwen3(config: TransformerConfig):
 
 
 def _check_names(hf: Mapping[str, Any]):
-    """Raises where two keys that say one thing differ: a reader would follow one of them."""
+    """Raises if two keys with the same meaning differ: a library would follow only one of them."""
     different = []
     for name, others in _ALIASES.items():
         said = {key: hf[key] for key in (name, *others) if hf.get(key) is not None}
@@ -231,7 +231,7 @@ def _check_names(hf: Mapping[str, Any]):
 
 
 def _asked_for(hf: Mapping[str, Any]) -> list[str]:
-    """Returns what a file asks for that the Transformer does not have."""
+    """Returns the features that a file asks for and the Transformer lacks."""
     known = {*_FIELDS.values(), *_ALIASES, *itertools.chain(*_ALIASES.values()), *_ASK_NOTHING}
     activations = ("hidden_act", *_ALIASES["hidden_act"])
     found = [f"{key} {hf[key]!r}" for key in activations if hf.get(key) not in ("silu", None)]

@@ -1,17 +1,17 @@
-"""Where a Transformer's arrays lie on a mesh: rules for its parameters, activations and loss head.
+"""Shardings of a Transformer on a mesh: rules for its parameters, activations and loss head.
 
     layout = Layout(MeshShape.parse("data=2,fsdp=4"))
     model = Transformer(config, remat="sqrt", layout=layout)
     shardings = layout.of_params(params, mesh)     # mesh = jax.make_mesh(...), with the same axes
 
-XLA's partitioner does the rest: constraints are made where it would have a choice. A block's
-matrices lie in shards and are gathered over `fsdp` where a product needs them, in the block and
-nowhere else. The residual stream is cut over the batch alone; between its projections a branch is
-cut over `tensor` too. The embedding table is never gathered: tokens are looked up in every shard of
-its columns, and the loss head spreads the vocabulary over `fsdp` as well (`losses.placement`).
+Constraints stand only where XLA's partitioner would have a choice. A block's matrices are sharded,
+and gathered over `fsdp` only inside the block, where a product needs them. The residual stream is
+sharded over the batch; between its projections a branch is sharded over `tensor` too. The embedding
+table is never gathered: tokens are looked up in every shard of its columns, and the loss head
+spreads the vocabulary over `fsdp` as well (`losses.placement`).
 
-Constraints name an `AbstractMesh`: the devices are those of the arguments, which may be absent.
-Axes are `Auto`.
+Constraints name an `AbstractMesh`. The devices come from the arguments and may be absent. Axes are
+`Auto`.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from jaxckpt.models.mesh import AXES, MeshShape
 _BATCH = ("data", "fsdp")
 AXIS_TYPES = (AxisType.Auto,) * len(AXES)
 
-# The last parts of a parameter's path, and the mesh axes of its last two axes.
+# The end of a parameter's path -> the mesh axes of its last two axes.
 _RULES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("embed_tokens", "embedding"): ("tensor", "fsdp"),
     ("lm_head", "kernel"): ("fsdp", "tensor"),
@@ -45,10 +45,10 @@ _RULES: dict[tuple[str, ...], tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The rules on one mesh.
+    """The sharding rules on one mesh.
 
     Attributes:
-      shape: Sizes of the mesh's axes.
+      shape: The sizes of the mesh's axes.
     """
 
     shape: MeshShape
@@ -59,10 +59,10 @@ class Layout:
         return AbstractMesh(self.shape.sizes, AXES, axis_types=AXIS_TYPES)
 
     def spec_of(self, path: tuple[str, ...], ndim: int) -> PartitionSpec:
-        """Returns how a parameter, or what an optimizer keeps for it, is cut: by its path.
+        """Returns the partition spec of a parameter, or of its optimizer state, by its path.
 
-        Vectors are whole on every device: the scales of norms, and the sums over rows or columns
-        that a factored optimizer keeps for a matrix.
+        Vectors are whole on every device: scales of norms, and a factored optimizer's sums over the
+        rows or columns of a matrix.
         """
         stacked = int("layers" in path)
         axes = _RULES.get(path[-2:], ())
@@ -71,11 +71,11 @@ class Layout:
         return PartitionSpec(*[None] * stacked, *axes)
 
     def of_params(self, params, mesh=None):
-        """Returns a tree of shardings like a tree of parameters, abstract ones too.
+        """Returns a tree of shardings with the structure of a tree of parameters.
 
         Args:
-          params: Dictionaries, as Flax has them.
-          mesh: Devices with this layout's axes; by default the mesh without devices.
+          params: Flax's nested dictionaries of arrays, or of abstract arrays.
+          mesh: A mesh of devices with this layout's axes; by default the mesh without devices.
         """
         sharding = functools.partial(NamedSharding, self.mesh if mesh is None else mesh)
 
@@ -90,41 +90,41 @@ class Layout:
         return NamedSharding(self.mesh if mesh is None else mesh, PartitionSpec(_BATCH))
 
     def constrain(self, x, *axes: Any):
-        """Returns `x` cut over mesh axes, one entry for each of its leading axes."""
+        """Returns `x` sharded over mesh axes, one for each of its leading axes."""
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*axes)))
 
     def stream(self, x_BSD):
-        """Returns the residual stream, cut over the batch."""
+        """Returns the residual stream, sharded over the batch."""
         return self.constrain(x_BSD, _BATCH)
 
     def parts(self, tokens_PBS):
-        """Returns the parts of a batch, each cut over the batch's axes."""
+        """Returns the parts of an accumulated batch, each sharded over the batch's mesh axes."""
         return self.constrain(tokens_PBS, None, _BATCH)
 
     def look_up(self, table_VD, tokens_BS):
-        """Returns the table's rows of tokens, cut over the batch.
+        """Returns the embeddings of tokens, sharded over the batch.
 
-        Every shard of the table's columns looks all tokens of its group up, then rows for columns
-        are exchanged.
+        Each device looks up all tokens of its group in its shard of the table's columns. Then the
+        devices exchange rows for columns.
         """
         table_VD = self.constrain(table_VD, *_RULES["embed_tokens", "embedding"])
         rows_BSD = jnp.take(table_VD, self.constrain(tokens_BS, "data"), axis=0)
         return self.stream(self.constrain(rows_BSD, "data", None, "fsdp"))
 
     def head(self) -> Placement:
-        """Returns how the loss head's arrays lie."""
+        """Returns the placement of the loss head's arrays."""
         return Placement(mesh=self.mesh, shards="data", rows="fsdp", vocabulary=("tensor", "fsdp"))
 
     def attend(self, kernel: Callable, q_BSHN, k_BSKN, v_BSKN, segment_ids_BS):
         """Runs an attention kernel on each device's own sequences and heads.
 
-        XLA does not look into a kernel: left to itself it would gather what the kernel is given.
+        XLA does not partition a kernel: without this it would gather the kernel's arguments.
         """
         heads = PartitionSpec(_BATCH, None, "tensor")
         given, specs = (q_BSHN, k_BSKN, v_BSKN), (heads,) * 3
         if segment_ids_BS is not None:
             given, specs = (*given, segment_ids_BS), (*specs, PartitionSpec(_BATCH))
         call = lambda q, k, v, ids=None: kernel(q, k, v, ids)
-        # Kernels say nothing of how their results vary over the mesh.
+        # Kernels do not tell how their results vary over the mesh, so the check is off.
         spread = {"mesh": self.mesh, "in_specs": specs, "out_specs": heads, "check_vma": False}
         return jax.shard_map(call, **spread)(*given)

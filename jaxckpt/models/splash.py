@@ -1,9 +1,9 @@
 """Attention kind `splash`: the Pallas kernel that JAX ships for TPUs.
 
-A policy cannot name what the kernel keeps: its own option for that, `residual_checkpoint_name`, is
+A policy cannot name the kernel's residuals. The kernel's option `residual_checkpoint_name` is
 silently ignored on some JAX versions, and a policy on its primitive keeps the softmax statistics
-as the kernel writes them, 128 equal columns a row. So the forward pass is run under `jax.vjp` here,
-and the residuals that it hands over are tagged.
+as the kernel writes them, 128 equal columns per row. So the forward pass is run under `jax.vjp`
+here, and the residuals are tagged.
 """
 
 import functools
@@ -20,9 +20,9 @@ from jaxckpt.transforms import tags
 
 
 def splash_attention(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS):
-    """Returns causal attention; arguments are those of `attention.causal_attention`."""
+    """Returns causal attention; see `attention.causal_attention` for the arguments."""
     heads_first = lambda x: x.swapaxes(1, 2)
-    # The kernel does not scale; queries are scaled in their own dtype, as the kernel's users do.
+    # The kernel does not scale scores; its users scale queries in their own dtype.
     q_BSHN = q_BSHN * jnp.asarray(1 / math.sqrt(q_BSHN.shape[-1]), q_BSHN.dtype)
     out_BHSN = _attend(*map(heads_first, (q_BSHN, k_BSKN, v_BSKN)), segment_ids_BS)
     return heads_first(out_BHSN)
@@ -45,8 +45,8 @@ def _forward_rule(q_BHSN, k_BKSN, v_BKSN, segment_ids_BS):
         made = jnp.issubdtype(leaf.dtype, jnp.floating) and all(leaf is not x for x in given)
         return tags.tag_reserved(leaf, tags.ATTENTION) if made else leaf
 
-    # The mask's tables are no residuals: as one they would cross `shard_map` as an array of a mesh,
-    # and nobody could tell any more which blocks of the backward kernel's grid are skipped.
+    # The mask's tables stay constants. As residuals they would leave `shard_map` as sharded arrays,
+    # and a FLOP counter could not tell which blocks the backward kernel skips.
     constants = [None if isinstance(leaf, Tracer) else leaf for leaf in leaves]
     traced = [tagged(leaf) for leaf in leaves if isinstance(leaf, Tracer)]
 
@@ -74,7 +74,7 @@ def _kernel(segment_ids_BS, q_BHSN, k_BKSN, v_BKSN):
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     sizes: dict[str, Any] = {f"block_{name}": block for name in names}
     shards: dict[str, Any] = {"head_shards": 1, "q_seq_shards": 1}
-    with jax.ensure_compile_time_eval():  # the mask is a constant, whatever is being traced
+    with jax.ensure_compile_time_eval():  # the mask must be a constant under any trace
         kernel = splash.make_splash_mha(
             splash.MultiHeadMask([splash.CausalMask((size, size))] * heads),
             block_sizes=splash.BlockSizes(**sizes),

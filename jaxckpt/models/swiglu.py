@@ -1,10 +1,10 @@
 """SwiGLU's elementwise half and the projection after it, with a backward pass of its own.
 
-Shapes: F d_ff, D d_model. The product silu(gate) * up is not a residual: the backward pass makes it
-again from `gate` and `up` in the pass over memory that makes their gradients, where it is free.
-Under remat it is so made once, not once for the replay and once more.
+Shapes: F d_ff, D d_model. The product silu(gate) * up is not a residual. The backward pass
+recomputes it from `gate` and `up` in the pass over memory that makes their gradients, where it is
+free. So under remat it is recomputed once rather than twice.
 
-Limits: reverse mode alone, like every attention kernel.
+Limits: only reverse mode, like every attention kernel.
 """
 
 import jax
@@ -16,7 +16,7 @@ def swiglu_down(gate, up, kernel_FD):
     """Returns `(silu(gate) * up) @ kernel` (Shazeer 2020, GLU variants improve Transformer).
 
     Args:
-      gate: `[..., F]`, any floating dtype; the product has it too.
+      gate: `[..., F]`, any floating dtype; the product has the same dtype.
       up: `[..., F]`.
       kernel_FD: The projection, cast to the dtype of `gate`.
     """

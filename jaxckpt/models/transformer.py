@@ -1,8 +1,8 @@
 """A pre-norm decoder-only Transformer in Flax Linen, checkpointed by a plan.
 
 Shapes: B batch, S sequence, D d_model, H query heads, K key/value heads, N head size, F d_ff,
-V vocabulary. Parameter names are those of Qwen3, so that its weights fit: `embed_tokens`,
-`layers` (stacked `[L, ...]`), `norm`, `lm_head`.
+V vocabulary. Parameters have Qwen3's names, so that its weights fit: `embed_tokens`, `layers`
+(stacked `[L, ...]`), `norm`, `lm_head`.
 
 Values are tagged for the policies: `q`, `k`, `v` (projections), `attn` (attention's output), `mid`
 (the residual stream between the branches), `gate`, `up` (the MLP's projections).
@@ -30,13 +30,13 @@ _INIT = nn.initializers.normal(0.02)
 
 
 class Transformer(nn.Module):
-    """Tokens in, logits out; `features` stops before the head, for a loss that needs no logits.
+    """A Transformer from tokens to logits; `features` stops before the head.
 
     Attributes:
       config: Shapes and options.
       remat: The plan of the stack, or its text, or a policy of `jax.checkpoint`.
       unroll: Blocks unrolled in one trip of the stack's loop.
-      layout: Where its arrays lie on a mesh; None on one device.
+      layout: The shardings of its arrays on a mesh; None on one device.
     """
 
     config: TransformerConfig
@@ -45,10 +45,10 @@ class Transformer(nn.Module):
     layout: Layout | None = None
 
     def setup(self):
-        """Makes the parts, under the names that Qwen3's parameters have."""
+        """Makes the submodules, under the names of Qwen3's parameters."""
         config, layout = self.config, self.layout
         if self.is_initializing():
-            # Parameters do not depend on the kernel, so they are made on any chip, at any length.
+            # Parameters do not depend on the kernel, so `init` works on any chip, at any length.
             config, layout = dataclasses.replace(config, attention="plain"), None
         self.embed_tokens = nn.Embed(config.vocab_size, config.d_model, embedding_init=_INIT)
         block = functools.partial(Block, config=config, layout=layout)
@@ -57,7 +57,7 @@ class Transformer(nn.Module):
             config.num_blocks,
             remat=self.remat,
             unroll=self.unroll,
-            dtype=_dtype(config),  # every parameter of a block is used in it
+            dtype=_dtype(config),  # a block uses all its parameters in this dtype
         )
         self.norm = RMSNorm(config)
         if not config.tied_embeddings:
@@ -68,16 +68,16 @@ class Transformer(nn.Module):
 
         Args:
           tokens_BS: Token ids, integers.
-          segment_ids_BS: Integers: of documents packed into a row, which one a token is of. A
-            token attends to its own document alone; None is one document a row. Positions go on
-            through a row: rotary attention knows only their differences. The loss of a document's
-            last position, whose target is the next document's first token, is the caller's to
-            leave out (`ignore_index`).
-          deterministic: Turns dropout off; with it on, `rngs={"dropout": key}` is needed.
+          segment_ids_BS: Integers: the document of each token in a packed row; a token attends only
+            to its own document. None for one document per row. Positions count through a row,
+            because rotary attention depends only on their differences. The caller has to leave out
+            the loss of a document's last position (`ignore_index`), whose target is the next
+            document's first token.
+          deterministic: Turns dropout off; False needs `rngs={"dropout": key}`.
 
         Raises:
-          ValueError: Segment ids that do not go with the tokens, or an attention kernel that does
-            not take the sizes.
+          ValueError: Segment ids and tokens differ in shape, or the attention kernel does not take
+            the sizes.
         """
         x_BSD = self.features(tokens_BS, segment_ids_BS, deterministic=deterministic)
         if self.config.tied_embeddings:
@@ -86,9 +86,9 @@ class Transformer(nn.Module):
         return self.lm_head(x_BSD)
 
     def features(self, tokens_BS, segment_ids_BS=None, *, deterministic: bool = True) -> Array:
-        """Returns what the head is applied to, `[B, S, D]`; arguments are those of a call."""
+        """Returns the input of the head, `[B, S, D]`; see `__call__` for the arguments."""
         config = self.config
-        # Rows are cast, not the table: their gradients are summed up in float32.
+        # Rows are cast after the look-up, so that the table's gradient is summed in float32.
         x_BSD = self._embed(tokens_BS).astype(_dtype(config))
         consts = [rotary_table(tokens_BS.shape[1], config.head_dim, config.rope_theta)]
         if segment_ids_BS is not None:
@@ -172,7 +172,7 @@ class SwiGLU(nn.Module):
 
 
 class _Kernel(nn.Module):
-    """The parameter of a bias-free projection, where `flax.linen.Dense` would have it."""
+    """The parameter of a bias-free projection, under the same path as in `flax.linen.Dense`."""
 
     shape: tuple[int, int]
 
@@ -183,7 +183,7 @@ class _Kernel(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis; rotary positions after it, where a table is given."""
+    """x / rms(x) * scale over the last axis, followed by rotary positions if a table is given."""
 
     config: TransformerConfig
 
@@ -209,7 +209,7 @@ def _dense(config: TransformerConfig, features: int, name: str | None = None) ->
 
 
 def _dtype(config: TransformerConfig) -> str:
-    """Returns the dtype of the computation; `auto` that nobody resolved is this process's."""
+    """Returns the dtype of the computation; an unresolved `auto` is for this process's chip."""
     return (
         device_choice.choose_dtype(device_choice.local_device())[0]
         if config.dtype == "auto"

@@ -196,7 +196,7 @@ class Draft:
 
     @property
     def plan(self) -> Plan | PlanSet:
-        """The plan, or plans by name; a plan of a single stage leaves out its count."""
+        """The plan without a count if it has one stage, or the plans by name."""
         if self.by_name:
             plans: Any = {name: one.plan for name, one in self.by_name}
             return PlanSet(plans)

@@ -1,4 +1,4 @@
-"""Errors that a user can mend, the nearest guess that they offer, and how they show values."""
+"""Errors that a user can correct, the nearest guess that they offer, and how they show values."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -6,19 +6,19 @@ from typing import Any
 
 _MOST_LETTERS = 80
 
-# What is less alike than this is no guess worth making: 'nope' and 'opt' are 0.57.
+# Words less similar than this are not offered as a guess: 'nope' and 'opt' are 0.57.
 CUTOFF = 0.6
 
 
 class UserError(Exception):
-    """What whoever asked can mend: one line on the command line, without a traceback, code 2.
+    """An error that the user can correct: the command line shows one line and exits with code 2.
 
-    Every error of another class is a fault of the program and is shown with its traceback.
+    An error of any other class is a fault of the program and is shown with its traceback.
     """
 
 
 class PlanError(UserError, ValueError):
-    """A plan that cannot be meant: one line: what was given, what is valid, the nearest guess."""
+    """A plan is not valid: one line with what was given, what is valid and the nearest guess."""
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
@@ -28,7 +28,7 @@ def nearest(word: str, valid: Iterable[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """Returns a value as errors show it, in one line: arrays by dtype and shape.
+    """Returns a value as one line for errors: arrays by dtype and shape.
 
     >>> shown({"w": 3.5}), shown(len)
     ("{'w': 3.5}", 'len')

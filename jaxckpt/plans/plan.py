@@ -3,8 +3,8 @@
     plan = Plan.parse("14xfull/attention+names:q,k")
     plan.bind(28).stages[1].count    # 14
 
-Everything is validated where it is made, without JAX. What only the block can tell (whether a name
-matches anything) is checked when the block is traced.
+Everything is validated where it is made, without JAX. Whether a name matches any value of a block
+is checked when the block is traced.
 
 The grammar:
 
@@ -29,14 +29,14 @@ PATTERN = re.compile(r"@?[A-Za-z0-9_.\-*]+")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What one block keeps: a word of `words.POLICIES` and, where it takes them, names.
+    """Values that a block keeps or moves: a word of `words.POLICIES`, with names if it takes them.
 
     Attributes:
       kind: `"dots"`, `"dots_no_batch"`, `"names"`, `"attention"` or `"offload"`.
       names: Tags, invented names or `*` globs, in the order given; `("carry",)` in `offload:carry`.
 
     Raises:
-      PlanError: An unknown kind, names missing, empty, ill-formed or not taken.
+      PlanError: The kind is unknown, or its names are missing, ill-formed or not allowed.
     """
 
     kind: str
@@ -78,13 +78,14 @@ class Stage:
     """A run of consecutive blocks under one schedule and one set of policies.
 
     Attributes:
-      count: Number of blocks, or None for "the rest" (the last stage only).
+      count: The number of blocks; None for "the rest" (only in the last stage).
       schedule: A word of `words.SCHEDULES`.
-      argument: The number after the colon: segments, blocks a segment, or carries.
-      policies: What a block keeps; at most one `Policy` of a kind, in the table's order.
+      argument: The number after the colon: segments, blocks per segment, or carries; None if the
+        schedule has no number.
+      policies: The policies of a block; at most one `Policy` of a kind, in the table's order.
 
     Raises:
-      PlanError: A schedule, argument or policy that is unknown or does not fit.
+      PlanError: A schedule, argument or policy is unknown or does not fit.
     """
 
     count: int | None = None
@@ -107,7 +108,7 @@ class Stage:
 
     @property
     def bound_count(self) -> int:
-        """The number of blocks of a stage whose count is not open."""
+        """The number of blocks of a bound stage."""
         assert self.count is not None, self
         return self.count
 
@@ -162,10 +163,10 @@ class Stage:
 
     @property
     def inner_policies(self) -> tuple[Policy, ...]:
-        """What is kept or moved inside a block: the policies without the word `carry`."""
+        """The policies on values inside a block: all of them, without the name `carry`."""
         names = lambda policy: tuple(name for name in policy.names if name != words.CARRY)
         pairs = [(policy, names(policy)) for policy in self.policies]
-        # Only `offload:carry` is left without a name that it had.
+        # A policy that had names and has none left was `offload:carry` alone.
         return tuple(
             dataclasses.replace(policy, names=left)
             for policy, left in pairs
@@ -192,7 +193,8 @@ class Plan:
       stages: At least one; only the last may leave its count out.
 
     Raises:
-      PlanError: No stage, a count missing before the last stage, or `auto` beside other stages.
+      PlanError: There is no stage, a count is missing before the last stage, or `auto` stands
+        beside other stages.
     """
 
     stages: tuple[Stage, ...]
@@ -212,10 +214,10 @@ class Plan:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Returns the plan that `text` says; the README has the words.
+        """Returns the plan that a text spells; the README lists the words.
 
         Raises:
-          PlanError: With the text, the place marked, what is valid and the nearest guess.
+          PlanError: The text is no plan; the error marks the place and names what is valid.
         """
         if not isinstance(text, str):
             _refuse_function(text)
@@ -224,14 +226,14 @@ class Plan:
 
     @property
     def num_blocks(self) -> int | None:
-        """The number of blocks the plan covers, or None while the last count is open."""
+        """The number of blocks that the plan covers; None if the last stage has no count."""
         if self.stages[-1].count is None:
             return None
         return self.bound_count
 
     @property
     def bound_count(self) -> int:
-        """The number of blocks of a plan whose last count is not open."""
+        """The number of blocks of a bound plan."""
         return sum(stage.bound_count for stage in self.stages)
 
     def bind(self, num_blocks: int) -> Self:
@@ -271,7 +273,7 @@ def as_plan(remat: "str | Plan") -> Plan:
     """Returns `remat` as a `Plan`; every public function takes either form.
 
     Raises:
-      PlanError: `remat` is neither, or does not parse.
+      PlanError: `remat` is neither text nor a plan, or does not parse.
     """
     if isinstance(remat, Plan):
         return remat
@@ -282,7 +284,7 @@ def as_plan(remat: "str | Plan") -> Plan:
 
 
 def _refuse_function(given):
-    """Raises for a `jax.checkpoint` policy where a plan is printed, stored or planned with."""
+    """Raises `PlanError` if a policy of `jax.checkpoint` is given where only a plan is valid."""
     if callable(given):
         rows = words.POLICIES.items()
         same = [name for name, row in rows if row.saves and words.function_of(row.saves) == given]
@@ -298,7 +300,7 @@ def _blocks(count: int) -> str:
 
 
 def _merge(policies: tuple[Policy, ...]) -> tuple[Policy, ...]:
-    """Adds up policies of one kind and puts kinds in the table's order: one spelling a meaning."""
+    """Merges policies of one kind and sorts kinds as in the table: one spelling per meaning."""
     merged = []
     for kind in words.POLICIES:
         same = [policy for policy in policies if policy.kind == kind]
@@ -309,7 +311,7 @@ def _merge(policies: tuple[Policy, ...]) -> tuple[Policy, ...]:
 
 
 def _check_disjoint(policies: tuple[Policy, ...]):
-    """Refuses a value that is both kept on the device and moved to the host."""
+    """Raises `PlanError` if a value is both kept on the device and moved to the host."""
     kept = [name for policy in policies if policy.kind == "names" for name in policy.names]
     moved = [name for policy in policies if policy.kind == "offload" for name in policy.names]
     for one in kept:
@@ -327,10 +329,10 @@ _NUMBER = re.compile(r"-?[0-9]{1,9}")
 
 
 def parse_stages(text: str) -> tuple[Stage, ...]:
-    """Returns the stages that `text` says.
+    """Returns the stages that a text spells.
 
     Raises:
-      PlanError: One line: the text with the place marked, what is valid, the nearest guess.
+      PlanError: The text is no plan; the error marks the place and names what is valid.
     """
     stages, start = [], 0
     for piece in text.split("/"):
@@ -377,7 +379,7 @@ def _argument(text: str, place: tuple[int, int], digits: str) -> int:
 
 
 def _refuse(text: str, place: tuple[int, int], head: str, position: int):
-    """Raises for a word that no table has, or a schedule that stands where a policy should."""
+    """Raises for an unknown word, or a schedule in the place of a policy."""
     if position > 0 and head in words.SCHEDULES:
         raise _error(
             text,
@@ -392,7 +394,7 @@ def _refuse(text: str, place: tuple[int, int], head: str, position: int):
 
 
 def _at(text: str, place: tuple[int, int], make, **fields):
-    """Returns `make(**fields)`; its `PlanError` gets the place in the text."""
+    """Returns `make(**fields)`; adds the place in the text to its `PlanError`."""
     try:
         return make(**fields)
     except PlanError as error:

@@ -1,4 +1,4 @@
-"""Plans by name, for a model of several stacks: hashable, and read like a dictionary."""
+"""`PlanSet`: plans by name for a model of several stacks, hashable, read like a dictionary."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -50,7 +50,7 @@ class PlanSet(Mapping):
         return f"PlanSet({ {name: str(plan) for name, plan in self._plans.items()} })"
 
     def replace(self, name: str, plan: str | Plan) -> "PlanSet":
-        """Returns the same plans but for one."""
+        """Returns the plans with one of them replaced."""
         return PlanSet({**self._plans, name: plan})
 
 
@@ -62,9 +62,9 @@ def plan_json(plan: Plan | PlanSet) -> Any:
 
 
 def plan_of_json(value: Any) -> Plan | PlanSet:
-    """Returns the plan of `plan_json`.
+    """Returns the plan, or plans by name, of the values that `plan_json` returned.
 
     Raises:
-      PlanError, AttributeError: It is neither.
+      PlanError, AttributeError: The value is neither.
     """
     return PlanSet(value) if isinstance(value, dict) else Plan.parse(value)

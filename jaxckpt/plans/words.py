@@ -1,8 +1,8 @@
 """The words of the plan grammar: one table for schedules, one for policies.
 
-Everything that knows a schedule or a policy by name (parser, printer, error texts, transforms)
-reads these tables, so a new word is one row here and one function where it runs. A row names its
-function as text, since plans are below schedules and never import JAX; `function_of` finds it.
+The parser, the printer, error texts and transforms read these tables, so a new word is one row here
+and one function. A row names its function as text, because plans import neither schedules nor JAX;
+`function_of` imports it.
 """
 
 import dataclasses
@@ -11,23 +11,23 @@ import importlib
 import operator
 from collections.abc import Callable, Collection
 
-CARRY = "carry"  # reserved in `offload:carry`: the carries that the schedule keeps, never a tag.
-INVENTED = "@"  # begins the name of a value without a tag, such as `@dot.2`; in no tag.
+CARRY = "carry"  # in `offload:carry`, the carries that the schedule keeps; never a tag
+INVENTED = "@"  # begins invented names of values without a tag, such as `@dot.2`; no tag has it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleWord:
-    """What the grammar knows of one schedule.
+    """A schedule's row in the grammar.
 
     Attributes:
-      argument: What stands after the colon (`"segments"`, `"blocks"`, `"carries"`), or None.
-      policies: Names of the policies that this schedule takes; `offload:carry` is the one form of
-        `offload` in `CARRY_ONLY`.
+      argument: The meaning of the number after the colon (`"segments"`, `"blocks"`, `"carries"`);
+        None if the schedule has no number.
+      policies: The policies that this schedule takes; `CARRY_ONLY` takes only `offload:carry`.
       meaning: One line for error texts and `--help`.
-      makes: The function that makes the schedule, `"package.module:function"`; it takes the number
-        of blocks and, where the word has one, its argument. None for what runs without a schedule.
-      keeps_segments: Whether a whole segment's residuals are recorded together, those of the last
-        segment in the forward pass. Other schedules record one block at a time.
+      makes: The function that makes the schedule, `"package.module:function"`. It takes the number
+        of blocks, and the argument if there is one. None if the word runs without a schedule.
+      keeps_segments: Whether a segment's blocks are recorded together, and the last segment in the
+        forward pass. Other schedules record one block at a time.
     """
 
     argument: str | None = None
@@ -39,14 +39,13 @@ class ScheduleWord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyWord:
-    """What the grammar knows of one policy.
+    """A policy's row in the grammar.
 
     Attributes:
-      takes_names: Whether it lists names after its colon.
+      takes_names: Whether names follow after a colon.
       meaning: One line for error texts and `--help`.
-      saves: The function that says what is kept, `"package.module:function"`: of an equation, as
-        `jax.checkpoint` asks its policies, True where the outputs are kept. None for the policies
-        that speak of names.
+      saves: The function, `"package.module:function"`, that `jax.checkpoint` asks about an
+        equation; it returns True to keep the outputs. None for policies that take names.
     """
 
     takes_names: bool = False
@@ -70,7 +69,7 @@ POLICIES = {
     "offload": PolicyWord(takes_names=True, meaning="moved to pinned host memory and back"),
 }
 
-ALL_POLICIES = POLICIES.keys()  # a view of the table: whatever is added to it is taken too
+ALL_POLICIES = POLICIES.keys()  # a view of the table, so it includes rows that are added later
 CARRY_ONLY = ("offload:carry",)
 
 SCHEDULES = {
@@ -111,16 +110,16 @@ SCHEDULES = {
 
 
 def function_of(text: str) -> Callable:
-    """Returns the function that a row names, `"package.module:function"`."""
+    """Imports and returns the function that a row names, `"package.module:function"`."""
     module, _, name = text.partition(":")
     return operator.attrgetter(name)(importlib.import_module(module))
 
 
 def is_invented(name: str) -> bool:
-    """Returns whether a name or glob speaks of values without a tag, such as `@dot.2`."""
+    """Returns whether a name or glob is of values without a tag, such as `@dot.2`."""
     return name.startswith(INVENTED)
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Returns whether a pattern means a name; globs over tags do not reach invented names."""
+    """Returns whether a pattern matches a name; a glob over tags matches no invented name."""
     return is_invented(name) == is_invented(pattern) and fnmatch.fnmatchcase(name, pattern)

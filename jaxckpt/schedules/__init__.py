@@ -1,9 +1,9 @@
-"""Schedules of a stack's forward and backward pass, by name: users reach this as one module.
+"""`jaxckpt.schedules`: schedules of a stack's forward and backward pass, as one public module.
 
     schedule = jaxckpt.schedules.binomial(32, slots=4)
     print(schedule)    # binomial(slots=4): 32 blocks, 75 extra forwards, ..
 
-A `Schedule` is data; the executor runs it, `simulate` replays it on paper.
+A `Schedule` is data: the executor runs it, `simulate` replays it and counts.
 """
 
 from jaxckpt.schedules.actions import Action, Advance, Free, Load, Record, Reverse, Store

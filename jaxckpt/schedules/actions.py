@@ -6,8 +6,8 @@
 
 The machine that runs them has a current carry (index k is the input of block k; index L is the
 stack's output), numbered slots that hold carries, and the recorded residuals of blocks. It starts
-with carry 0 as the current one and everything else empty. Actions check their own numbers where
-they are made; whether a sequence of them is legal is what `simulate` says.
+with carry 0 as the current carry and everything else empty. Actions check their own numbers;
+`simulate` checks whether a sequence of them is legal.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ def whole(name: str, value: int, *, least: int, most: int | None = None) -> int:
     """Returns `value` as an int between `least` and `most`.
 
     Raises:
-      TypeError: `value` is not an integer (a bool is not one here).
-      ValueError: It is out of range.
+      TypeError: `value` is not an integer, or is a bool.
+      ValueError: `value` is out of range.
     """
     try:
         number = None if isinstance(value, bool) else operator.index(value)
@@ -58,7 +58,7 @@ class Store(_SlotAction):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Load(_SlotAction):
-    """Makes the carry of a slot the current one; the slot keeps it."""
+    """Makes the carry of a slot the current carry; the slot keeps it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Record(_RunAction):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reverse:
-    """The backward pass of one block: uses up its recorded residuals."""
+    """Runs the backward pass of one block, which frees its recorded residuals."""
 
     block: int
 

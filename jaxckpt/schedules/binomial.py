@@ -1,10 +1,10 @@
 """Binomial checkpointing (REVOLVE): the fewest forwards with a given number of carries kept.
 
-Griewank and Walther 2000, "Algorithm 799: Revolve", ACM TOMS 26(1): with s slots (the stack's
-input takes one) and each block run forward at most t more times, at most C(s + t, s) blocks can
-be reversed, and the least number of extra forwards for L blocks is `t L - C(s + t, s + 1)` with
-the least t that reaches L (their proposition 1). All blocks count alike and all carries weigh
-alike; `optimal_chain` is for chains where they do not.
+Griewank and Walther 2000, "Algorithm 799: Revolve", ACM TOMS 26(1): with s slots (the stack's input
+takes one), and each block recomputed at most t times, at most C(s + t, s) blocks can be reversed.
+The least number of extra forwards for L blocks is `t L - C(s + t, s + 1)` with the least t that
+reaches L (their proposition 1). All blocks cost the same and all carries have the same size;
+`optimal_chain` is for chains of different blocks.
 """
 
 import math
@@ -17,16 +17,16 @@ from jaxckpt.schedules.schedule import Schedule
 def binomial(num_blocks: int, slots: int) -> Schedule:
     """Returns an optimal schedule that holds one block's residuals and `slots` carries at a time.
 
-    Every `Record` is of one block and its `Reverse` follows at once. Slots beyond L - 1 are of no
-    use and stay empty.
+    Every `Record` is of one block, and its `Reverse` follows at once. Slots beyond L - 1 stay
+    empty.
 
     Args:
-      num_blocks: Number of blocks, L.
-      slots: Carries kept at once, the stack's input among them, from 1 to L.
+      num_blocks: The number of blocks, L.
+      slots: The number of carries kept at once, with the stack's input, from 1 to L.
 
     Raises:
-      TypeError: A number that is not an integer.
-      ValueError: No block, no slot, or more slots than blocks.
+      TypeError: A number is not an integer.
+      ValueError: There are no blocks, no slots, or more slots than blocks.
 
     Examples:
       >>> print(binomial(32, slots=4))
@@ -38,11 +38,19 @@ def binomial(num_blocks: int, slots: int) -> Schedule:
 
 
 def binomial_extra_forwards(num_blocks: int, slots: int) -> int:
-    """Returns the extra forwards of `binomial(num_blocks, slots)` without making it.
+    """Returns the extra forwards of `binomial(num_blocks, slots)` without making the schedule.
+
+    Args:
+      num_blocks: The number of blocks, L.
+      slots: The number of carries kept at once, with the stack's input, from 1 to L.
 
     Raises:
-      TypeError: A number that is not an integer.
-      ValueError: No block, no slot, or more slots than blocks.
+      TypeError: A number is not an integer.
+      ValueError: There are no blocks, no slots, or more slots than blocks.
+
+    Examples:
+      >>> binomial_extra_forwards(1000, slots=10)
+      3636
     """
     num_blocks, slots = _checked(num_blocks, slots)
     repeats = _repeats(num_blocks, slots)
@@ -66,9 +74,9 @@ def _repeats(num_blocks: int, slots: int) -> int:
 def _choose(start: int, stop: int, slots: int) -> tuple[int, int]:
     """Returns an optimal split of a run of blocks, and the slots that its right part may use.
 
-    The left part is reversed with all the slots and one repeat less than the run, the right one
-    with one slot less. Every split for which both need just those repeats is optimal; the one of
-    Algorithm 799 (its subroutine `revolve`) stores the fewest carries besides.
+    The left part is reversed with all slots and one repeat less than the run, the right part with
+    one slot less. Every split whose parts need no more repeats is optimal. The split of Algorithm
+    799 (its subroutine `revolve`) also stores the fewest carries.
     """
     num_blocks = stop - start
     repeats = _repeats(num_blocks, slots)

@@ -1,9 +1,8 @@
 """From a stage of a plan to the schedule that runs it.
 
-REVOLVE's schedules speak as if the loss sat inside the last block. A stack stands before its loss:
-its last block is run to the end, and its input waits for the backward pass, which runs the block
-once more. `under_loss` makes this a part of the schedule, so that what is drawn, counted and
-planned is what runs.
+REVOLVE's schedules assume that the loss is inside the last block. A stack's loss comes after it:
+the last block is run to its end, its input is kept, and the backward pass recomputes the block.
+`under_loss` makes this a part of the schedule, so that pictures, counts and plans show what runs.
 """
 
 import dataclasses
@@ -15,15 +14,15 @@ from jaxckpt.schedules.actions import Advance, Free, Load, Record, Store
 from jaxckpt.schedules.binomial import binomial
 from jaxckpt.schedules.schedule import Schedule
 
-# What `under_loss` adds to a schedule that records one block at a time: a carry, a block forward.
+# `under_loss` adds one carry and one extra forward to a schedule that records one block at a time.
 HANDED_OVER = 1
 
 
 @functools.lru_cache(maxsize=64)  # a step is traced several times
 def stack_schedule_of(stage: Stage) -> Schedule | None:
-    """Returns the schedule that a stack runs in a bound stage, or None for `none` and `full`."""
+    """Returns the schedule that a stack runs in a bound stage; None for `none` and `full`."""
     schedule = schedule_of(stage)
-    # The last segment of `uniform` is kept from the forward pass, however short it is.
+    # `uniform` keeps its last segment from the forward pass, even if it has only one block.
     if schedule is None or words.SCHEDULES[stage.schedule].keeps_segments:
         return schedule
     return under_loss(schedule)
@@ -31,11 +30,14 @@ def stack_schedule_of(stage: Stage) -> Schedule | None:
 
 @functools.lru_cache(maxsize=64)
 def under_loss(schedule: Schedule) -> Schedule:
-    """Returns a schedule as a stack runs it, whose loss comes after its last block.
+    """Returns a schedule in the form for a stack whose loss comes after its last block.
 
-    The last block is run to the end, and its input is handed over in a slot: one more carry, and
-    one more block forward. A schedule that records several blocks first (`uniform`) keeps them, and
-    one that comes back by a load runs to the end anyway: both are returned as they are.
+    The forward pass runs the last block to its end and keeps its input in a slot: one carry and one
+    extra forward more. A schedule is returned unchanged if its first record has several blocks
+    (`uniform`), or if its first sweep runs to the end and comes back by a load.
+
+    Args:
+      schedule: A schedule whose loss is inside its last block.
 
     Example:
       >>> from jaxckpt import schedules
@@ -47,7 +49,7 @@ def under_loss(schedule: Schedule) -> Schedule:
     place, first = next((n, one) for n, one in enumerate(actions) if isinstance(one, Load | Record))
     if isinstance(first, Load) or first.stop - first.start > 1:
         return schedule
-    slots = {}  # those in use, by the carry that they hold
+    slots = {}  # slot in use -> the carry that it holds
     position = 0
     for action in actions[:place]:
         if isinstance(action, Store):
@@ -69,12 +71,10 @@ def under_loss(schedule: Schedule) -> Schedule:
 
 @functools.lru_cache(maxsize=64)
 def schedule_of(stage: Stage) -> Schedule | None:
-    """Returns the schedule of a bound stage, or None for `none` and `full`.
-
-    Those two keep every carry in order and need no schedule: they are a plain loop over blocks.
+    """Returns the schedule of a bound stage; None for `none` and `full`, which are plain loops.
 
     Raises:
-      ValueError: A stage whose count is open, or `auto`.
+      ValueError: The stage has no count, or is `auto`.
     """
     if stage.count is None:
         raise ValueError(f"stage {str(stage)!r} is not bound to a number of blocks")

@@ -1,11 +1,11 @@
 """Optimal checkpointing of a chain of different blocks under a budget of bytes (rotor).
 
 Beaumont, Eyraud-Dubois, Herrmann, Joly and Shilova 2019, "Optimal checkpointing for heterogeneous
-chains: how to train deep neural networks with limited memory", theorem 1: each block is run with
-nothing kept, with its input kept, or with all its residuals kept, and the cheapest mixture is found
-by dynamic programming over runs of blocks and units of memory. The optimum is over persistent
-schedules, those that keep a carry until its block is reversed; on a chain of very different carries
-one that gives a carry up early and makes it again can be cheaper still.
+chains: how to train deep neural networks with limited memory", theorem 1. Each block is run with
+nothing kept, with its input kept, or with all its residuals kept. Dynamic programming over runs of
+blocks and units of memory finds the cheapest mixture. The optimum is over persistent schedules,
+which keep a carry until its block is reversed. If carries differ much in size, a schedule that
+drops a carry early and recomputes it may be cheaper still.
 
 Time grows as L^3 times the units of memory; equal runs of blocks are solved once.
 """
@@ -20,11 +20,11 @@ from jaxckpt.schedules.actions import whole
 from jaxckpt.schedules.recursive import Choose, unfold
 from jaxckpt.schedules.schedule import ChainCosts, Schedule
 
-MAX_UNITS = 2000  # A budget of at most so many units is met exactly, a larger one is rounded.
+MAX_UNITS = 2000  # A budget of at most this many units is exact; a larger budget is rounded.
 
 
 class BudgetTooSmall(ValueError):
-    """No persistent schedule fits the budget; `least_bytes` is the least one that would do."""
+    """No persistent schedule fits the budget; `least_bytes` is the least budget that works."""
 
     def __init__(self, budget: int, least_bytes: int):
         super().__init__(budget, least_bytes)
@@ -45,23 +45,23 @@ def optimal_chain(
 ) -> Schedule:
     """Returns the persistent schedule with the least `extra_forward_cost` within `budget` bytes.
 
-    Bytes are counted as `simulate` says; the chain's input is not counted. Sizes are divided by
-    their greatest common divisor. Where the budget is then still more than 2,000 units, sizes are
-    rounded up and the budget down to units of `Schedule.unit_bytes`: the schedule keeps within the
-    budget, and is optimal for a chain whose sizes are those rounded ones. Should the rounding alone
-    leave nothing that fits, the schedule with the least peak is returned.
+    Bytes are counted by the model of `simulate`, without the chain's input. Sizes are divided by
+    their greatest common divisor. If the budget is still more than 2,000 units, sizes are rounded
+    up, and the budget down, to units of `Schedule.unit_bytes`. The schedule then fits the budget,
+    and is optimal for the rounded sizes. If nothing fits only because of rounding, the schedule
+    with the least peak is returned.
 
     Args:
-      forward: Cost of each block's forward pass, L numbers.
-      backward: Cost of each block's backward pass, L numbers; paid once whatever is chosen.
-      carry_bytes: Bytes of the chain's input and of each block's output, L + 1 integers.
-      residual_bytes: Bytes of each block's residuals, its output among them, L integers.
-      budget: Bytes there are for kept carries, residuals and the carry's gradient.
+      forward: The cost of each block's forward pass, L numbers in any unit.
+      backward: The cost of each block's backward pass, L numbers in the same unit.
+      carry_bytes: The bytes of the chain's input and of each block's output, L + 1 integers.
+      residual_bytes: The bytes of each block's residuals, with its output, L integers.
+      budget: The bytes for kept carries, residuals and the carry's gradient.
 
     Raises:
-      BudgetTooSmall: No schedule fits; its `least_bytes` is the budget that one would.
-      TypeError: A size that is not an integer.
-      ValueError: Lengths that do not fit, a negative number, or residuals smaller than the output.
+      BudgetTooSmall: No schedule fits; its `least_bytes` is the least budget that works.
+      TypeError: A size is not an integer.
+      ValueError: Lengths differ, a number is negative, or residuals are smaller than the output.
 
     Examples:
       >>> schedule = optimal_chain(
@@ -81,7 +81,7 @@ def optimal_chain(
     least_bytes, choose = _least_peak(costs.forward, sizes)
     if budget < least_bytes:
         raise BudgetTooSmall(budget, least_bytes)
-    # What is beyond keeping everything is of no use, and would make the units coarser.
+    # A budget beyond keeping everything is useless, and would make the units coarser.
     room, unit_bytes, sizes = _in_units(min(budget, sizes.keep_all()), sizes)
     program = _Program(costs.forward, sizes, room)
     if program.is_feasible:
@@ -95,8 +95,8 @@ def optimal_chain(
 class _Sizes:
     """Sizes of a chain, and the room that one step of the recurrence needs.
 
-    As in the paper, the input of a run of blocks is on the account of whoever holds it, and the
-    gradient of the run's output is held all the time.
+    As in the paper, the room for a run of blocks does not include the run's input, and always
+    includes the gradient of its output.
     """
 
     carry: tuple[int, ...]
@@ -107,15 +107,14 @@ class _Sizes:
         return len(self.residual)
 
     def sweep(self, start: int, stop: int) -> int:
-        """Returns the room for running all but the last block of a run, which every way needs."""
+        """Returns the room for running all but the last block of a run; any schedule does this."""
         pairs = map(operator.add, self.carry[start + 1 : stop - 1], self.carry[start + 2 : stop])
         return self.carry[stop] + max(itertools.chain((self.carry[start + 1],), pairs))
 
     def record(self, block: int) -> int:
         """Returns the room for reversing a recorded block.
 
-        Recording it, beside the gradient of the run's output, takes no more than what the blocks
-        behind it take, which hold that gradient too.
+        Recording the block needs no more room than the later blocks of its run.
         """
         return self.residual[block] + self.carry[block + 1]
 
@@ -126,7 +125,7 @@ class _Sizes:
 
 
 def _in_units(budget: int, sizes: _Sizes) -> tuple[int, int, _Sizes]:
-    """Returns the budget in units, the bytes that were rounded to (1: none), the sizes in units."""
+    """Returns the budget in units, the bytes rounded to (1 if exact), and the sizes in units."""
     divisor = math.gcd(*sizes.carry[1:], *sizes.residual) or 1
     is_exact = budget // divisor <= MAX_UNITS
     unit = divisor if is_exact else -(-budget // MAX_UNITS)
@@ -137,10 +136,10 @@ def _in_units(budget: int, sizes: _Sizes) -> tuple[int, int, _Sizes]:
 
 
 def _least_peak(forward: Sequence[float], sizes: _Sizes) -> tuple[int, Choose]:
-    """Returns the least peak of any persistent schedule, in bytes, and how to split to reach it.
+    """Returns the least peak of any persistent schedule, in bytes, and the splits that reach it.
 
-    The recurrence of the paper with a peak in place of a cost: no table over memory is needed.
-    Of the ways that reach the least peak of a run the one with the least forward cost is taken.
+    This is the paper's recurrence with a peak in place of a cost, so it needs no table over memory.
+    Among the splits with the least peak of a run, the cheapest is taken.
     """
     ran = tuple(itertools.accumulate(forward, initial=0))
     best: dict[tuple[int, int], tuple[int, float, int]] = {
@@ -172,8 +171,8 @@ def _runs(num_blocks: int):
 class _Program:
     """The dynamic program: for every run of blocks, a row of least extra costs by units of room.
 
-    Rows are lists that `map` runs through, since a loop written out would take several times as
-    long. Costs are floats: whole numbers are exact up to 2^53.
+    Rows are lists for `map`, because a loop in Python takes several times as long. Costs are
+    floats: whole numbers are exact up to 2^53.
     """
 
     def __init__(self, forward: Sequence[float], sizes: _Sizes, room: int):
@@ -182,7 +181,7 @@ class _Program:
         kinds = {}
         blocks = zip(forward, sizes.carry[1:], sizes.residual, strict=True)
         self.kinds = tuple(kinds.setdefault(block, len(kinds)) for block in blocks)
-        self.rows, self.paid, self.behind = {}, {}, {}  # run -> row; what it stands for: see _add
+        self.rows, self.paid, self.behind = {}, {}, {}  # run -> the three rows that `_add` adds
         self.shared = {}
         for block in range(sizes.num_blocks):
             self._add(block, block + 1)
@@ -194,7 +193,7 @@ class _Program:
         return self.rows[0, self.sizes.num_blocks][self.room] < math.inf
 
     def choose(self, start: int, stop: int, room: int) -> tuple[int, int]:
-        """Returns the best split and the room right of it, as `unfold` asks for them."""
+        """Returns the best split of a run and the room right of it, for `unfold`."""
         record = self._record_row(start, stop)[room], start
         splits = (
             (self.behind[split, stop][room] + self.paid[start, split][room], split)
@@ -205,10 +204,10 @@ class _Program:
         return split, room - taken
 
     def _add(self, start: int, stop: int):
-        """Adds the row of a run, the row with the run's own forward cost added (for a sweep that
-        passes it first), and the row in what room is left beside its kept input.
+        """Adds three rows of a run: its costs; its costs plus its forward cost, for a sweep that
+        passes it first; its costs in the room that is left beside its kept input.
 
-        Runs of equal blocks share them: a stack of L equal blocks has L rows, not L^2 / 2.
+        Runs of equal blocks share rows: a stack of L equal blocks has L rows, not L^2 / 2.
         """
         run, kept = self.kinds[start:stop], self.sizes.carry[start]
         if run not in self.shared:
@@ -222,7 +221,7 @@ class _Program:
 
     def _row(self, start: int, stop: int) -> list[float]:
         record = self._record_row(start, stop)
-        # From where recording costs nothing on, nothing else has to be looked at.
+        # With so much room that recording costs nothing extra, no split can be better.
         free = record.index(0.0) if record[-1] == 0.0 else len(record)
         if stop - start == 1:
             return record
@@ -234,7 +233,7 @@ class _Program:
         return [math.inf] * least + list(map(min, *ways)) + record[free:]
 
     def _record_row(self, start: int, stop: int) -> list[float]:
-        """Returns the costs of recording the first block and doing the best with the others."""
+        """Returns the costs of recording the first block and treating the others optimally."""
         taken, least = self.sizes.residual[start], self.sizes.record(start)
         after = [0.0] * (self.room + 1) if stop - start == 1 else self.rows[start + 1, stop]
         row = _shifted(after, taken)
@@ -242,6 +241,6 @@ class _Program:
 
 
 def _shifted(row: list[float], units: int) -> list[float]:
-    """Returns the row as seen with `units` more room, of which so many are taken."""
+    """Returns a row moved right by `units`: the costs by room if `units` of it are taken."""
     units = min(units, len(row))
     return [math.inf] * units + row[: len(row) - units]

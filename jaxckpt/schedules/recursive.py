@@ -1,9 +1,9 @@
 """Divide and conquer: the walk that `binomial` and `optimal_chain` share, and textbook halving.
 
 Every persistent schedule is a tree (Griewank and Walther 2000, section 2; Beaumont et al. 2019,
-section 4): to reverse a run of blocks from its input, either record the first block and go on
-behind it, or advance to a split, reverse what lies right of it, come back and reverse the left.
-Halving always splits in the middle; with as many slots `binomial` never needs more forwards.
+section 4). To reverse a run of blocks from its input, either record the first block and go on with
+the rest, or advance to a split, reverse the right part, come back and reverse the left part.
+Halving always splits in the middle; with equally many slots, `binomial` needs no more forwards.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,20 +11,23 @@ from collections.abc import Callable, Iterator
 from jaxckpt.schedules.actions import Action, Advance, Free, Load, Record, Reverse, Store, whole
 from jaxckpt.schedules.schedule import Schedule
 
-# (start, stop, room) -> (split, room right of it): what to do with blocks start..stop-1, at least
-# two, given an algorithm's measure of the room left. A split equal to `start` records that block.
+# (start, stop, room) -> (split, room of the right part): how to reverse blocks start..stop-1, at
+# least two; `room` is the algorithm's own measure. A split equal to `start` records that block.
 Choose = Callable[[int, int, int], tuple[int, int]]
 
 
 def recursive(num_blocks: int) -> Schedule:
     """Returns textbook halving: the right half is always reversed in the sweep that reached it.
 
-    `(L / 2) log2 L` extra forwards and `log2 L` slots when L is a power of two; for any other L
-    the left half is the smaller one, since it is what a sweep runs again.
+    It has `(L / 2) log2 L` extra forwards and `log2 L` slots if L is a power of two. For other L
+    the left half is the smaller one, because the left half is recomputed.
+
+    Args:
+      num_blocks: The number of blocks, L.
 
     Raises:
       TypeError: `num_blocks` is not an integer.
-      ValueError: It is less than 1.
+      ValueError: `num_blocks` is less than 1.
 
     Examples:
       >>> recursive(32).extra_forwards    # 32 / 2 * log2(32)
@@ -38,27 +41,26 @@ def recursive(num_blocks: int) -> Schedule:
 def unfold(num_blocks: int, choose: Choose, room: int) -> tuple[Action, ...]:
     """Returns the actions of the tree that `choose` describes, walked from its root.
 
-    A carry is stored when a run is split for the first time and freed when it has been loaded for
-    the last; slots in use are always 0, 1, .. with increasing carries, so a sweep stores at
-    increasing positions into increasing slots.
+    A carry is stored at the first split of its run and freed at its last load. Slots in use are
+    always 0, 1, .. with increasing carries, so a sweep fills slots in order.
 
     Args:
-      num_blocks: Number of blocks, L.
-      choose: Where to split a run of at least two blocks.
+      num_blocks: The number of blocks, L.
+      choose: Chooses the split of a run of at least two blocks.
       room: The room that `choose` gets for the whole stack; left parts inherit it.
     """
     actions: list[Action] = []
     for action in _walk(num_blocks, choose, room):
         last = actions[-1] if actions else None
         if isinstance(action, Record) and isinstance(last, Record):
-            actions[-1] = Record(last.start, action.stop)  # one run of blocks, one action
+            actions[-1] = Record(last.start, action.stop)  # consecutive records are one action
         else:
             actions.append(action)
     return tuple(actions)
 
 
 def _walk(num_blocks: int, choose: Choose, room: int) -> Iterator[Action]:
-    # A stack of our own: runs nest as deeply as there are blocks, Python's calls do not.
+    # An explicit stack: runs may nest as deeply as there are blocks, too deep for Python's calls.
     pending: list[tuple[int, int, int, bool] | Reverse] = [(0, num_blocks, room, False)]
     slots_in_use = 0
     while pending:

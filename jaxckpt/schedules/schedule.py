@@ -1,8 +1,7 @@
 """`Schedule`: actions as frozen data, and the simulator that replays, refuses and counts them.
 
-The simulator's time is linear in the number of actions and blocks. Bytes are those of the model
-below, which is the one that `optimal_chain` plans with; what the compiler makes of it is for
-`measure` to say.
+The simulator's time is linear in the number of actions and blocks. It counts bytes by the model in
+`simulate`, which `optimal_chain` plans with; `measure` tells the bytes of a compiled program.
 """
 
 import dataclasses
@@ -17,19 +16,19 @@ from jaxckpt.schedules.actions import Action, Advance, Free, Load, Record, Rever
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChainCosts:
-    """What each block of a chain costs; sequences are turned into tuples.
+    """Costs and sizes of each block of a chain; sequences are turned into tuples.
 
     Attributes:
-      forward: Cost of each block's forward pass (any unit, such as seconds), L numbers.
-      backward: Cost of each block's backward pass, the same unit, L numbers.
-      carry_bytes: Bytes of each carry, L + 1 integers: the chain's input, each block's output.
-        The gradient of a carry weighs what the carry weighs.
-      residual_bytes: Bytes of each block's residuals, L integers; its output is part of them.
+      forward: The cost of each block's forward pass, L numbers in any unit, such as seconds.
+      backward: The cost of each block's backward pass, L numbers in the same unit.
+      carry_bytes: The bytes of the chain's input and of each block's output, L + 1 integers. The
+        gradient of a carry has the carry's size.
+      residual_bytes: The bytes of each block's residuals, with its output, L integers.
 
     Raises:
-      TypeError: A byte size that is not an integer.
-      ValueError: Lengths that do not fit, a negative or non-finite number, or residuals smaller
-        than the output that they include.
+      TypeError: A size is not an integer.
+      ValueError: Lengths differ, a number is negative or not finite, or residuals are smaller than
+        the output that they include.
     """
 
     forward: tuple[float, ...]
@@ -78,21 +77,21 @@ class ChainCosts:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Which carries of a stack are kept, and in which order its blocks are run again.
+    """The carries of a stack that are kept, and the order in which its blocks are recomputed.
 
-    Hashable; schedules of other names are equal where the rest is.
+    Hashable; equality ignores the name.
 
     Attributes:
-      num_blocks: Number of blocks, L.
-      actions: What is done, in order; any iterable is turned into a tuple.
+      num_blocks: The number of blocks, L.
+      actions: The actions in order; any iterable is turned into a tuple.
       name: The call that made it, for `str`.
-      costs: Costs and sizes of the blocks, where they are known; then `extra_forward_cost`,
-        `total_cost` and `peak_bytes` are numbers, else None.
-      unit_bytes: The size that a planner rounded all bytes to; 1 where nothing was rounded.
+      costs: The costs and sizes of the blocks; None if unknown, and then `extra_forward_cost`,
+        `total_cost` and `peak_bytes` are None too.
+      unit_bytes: The size that a planner rounded all bytes to; 1 if nothing was rounded.
 
     Raises:
-      TypeError: `num_blocks` is no integer, or an action is not one of this module.
-      ValueError: No block, or `costs` of another number of blocks.
+      TypeError: `num_blocks` is no integer, or an action is none of the six.
+      ValueError: There are no blocks, or `costs` are of another number of blocks.
     """
 
     num_blocks: int
@@ -115,34 +114,34 @@ class Schedule:
 
     @functools.cached_property
     def counts(self) -> "Counts":
-        """What `simulate` counts, replayed once; raises `IllegalSchedule` where it does."""
+        """The counts of `simulate`, replayed once; raises `IllegalSchedule` as it does."""
         return simulate(self)
 
     @property
     def peak_slots(self) -> int:
-        """The most slots in use at once; the stack's input counts where it is stored."""
+        """The most slots in use at once; the stack's input counts if it is stored."""
         return self.counts.peak_slots
 
     @property
     def extra_forwards(self) -> int:
-        """Blocks advanced and recorded beyond L: REVOLVE's count of forward steps run again."""
+        """Blocks advanced and recorded beyond L: REVOLVE's count of recomputed forward steps."""
         return self.counts.extra_forwards
 
     @property
     def extra_forward_cost(self) -> float | None:
-        """The same, each block weighed by its forward cost."""
+        """The extra forwards, each block weighed by its forward cost; None without costs."""
         return self.counts.extra_forward_cost
 
     @property
     def total_cost(self) -> float | None:
-        """Cost of one forward and backward pass of every block, and of the forwards run again."""
+        """The cost of all forward, recomputed and backward passes; None without costs."""
         if self.costs is None or self.extra_forward_cost is None:
             return None
         return sum(self.costs.forward) + sum(self.costs.backward) + self.extra_forward_cost
 
     @property
     def peak_bytes(self) -> int | None:
-        """The most bytes held at once; `simulate` says what is counted."""
+        """The most bytes held at once, by the model of `simulate`; None without costs."""
         return self.counts.peak_bytes
 
     def __str__(self) -> str:
@@ -158,16 +157,16 @@ def _plural(count: int, word: str) -> str:
 
 
 class IllegalSchedule(ValueError):
-    """A schedule that cannot be run: which action, what is wrong, and the state it met."""
+    """A schedule cannot be run: the action, its fault, and the state before it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What a legal schedule does.
+    """The counts of a legal schedule.
 
     Attributes:
-      advanced: Blocks run without keeping residuals, each run counted.
-      recorded: Blocks run with their residuals kept: L.
+      advanced: How many times blocks are run without keeping residuals.
+      recorded: How many times blocks are run with their residuals kept: L.
       extra_forwards: `advanced + recorded - L`.
       peak_slots: The most slots in use at once.
       peak_residual_blocks: The most blocks whose residuals are held at once.
@@ -194,26 +193,25 @@ def simulate(schedule: Schedule, *, costs: ChainCosts | None = None) -> Counts:
     """Replays a schedule action by action and returns its counts.
 
     With costs, bytes are counted by the model of Beaumont et al. 2019 ("Optimal checkpointing for
-    heterogeneous chains", section 3 and equation 1, without their overheads). Held at any time:
+    heterogeneous chains", section 3 and equation 1, without their overheads). At any time it holds:
 
     - the residuals of every recorded block;
-    - the carry in every slot, and the input of every recorded block until that block is reversed
-      (its backward pass reads it), once where a slot holds it too;
+    - the carry in every slot, and the input of every recorded block until its reversal; a carry
+      that is both counts once;
     - the current carry, once, while some later action reads it;
     - the gradient of the output of the last block not yet reversed, from the start on.
 
-    A forward step holds its output too (a recorded step has it among its residuals). The chain's
-    input and its gradient never count, nor does a carry that the residuals of a recorded block
-    hold as their output. In a backward step the gradient of the block's input takes the place of
-    that of its output: the two are not held at once.
+    A forward step also holds its output, which a recorded step has among its residuals. The chain's
+    input and its gradient never count, nor does a carry that is the output of a recorded block. In
+    a backward step the gradient of the block's input replaces the gradient of its output.
 
     Args:
-      schedule: What to replay.
+      schedule: The schedule to replay.
       costs: Costs and sizes of the blocks, in place of `schedule.costs`.
 
     Raises:
-      IllegalSchedule: An action is illegal where it stands, blocks are left to reverse at the end,
-        or slots are left in use.
+      IllegalSchedule: An action is illegal in its place, or blocks are left to reverse or slots in
+        use at the end.
       ValueError: `costs` are of another number of blocks.
 
     Examples:
@@ -260,7 +258,7 @@ def _extra_cost(costs: ChainCosts, evaluations: tuple[int, ...]) -> float:
 
 
 def _reads_current_later(actions: tuple[Action, ...]) -> list[bool]:
-    """Returns, per action, whether one after it reads the current carry that it leaves."""
+    """Returns, for each action, whether a later action reads the current carry after it."""
     reads, result = False, []
     for action in reversed(actions):
         result.append(reads)
@@ -272,7 +270,7 @@ def _reads_current_later(actions: tuple[Action, ...]) -> list[bool]:
 
 
 class _Machine:
-    """The state that actions work on, and the counts on the way."""
+    """The state that actions change, and the counts so far."""
 
     def __init__(self, num_blocks: int):
         self.num_blocks = num_blocks
@@ -282,11 +280,11 @@ class _Machine:
         self.next_reverse = num_blocks - 1
         self.advanced = self.recorded = self.loads = self.stores = 0
         self.peak_slots = self.peak_residual_blocks = self.residual_blocks = 0
-        # Differences between neighbours, so that a long Advance costs no more than a short one.
+        # Differences between neighbours: a long Advance takes no more time than a short one.
         self.evaluation_steps = [0] * (num_blocks + 1)
 
     def problem(self, action: Action) -> str | None:
-        """Returns what makes `action` illegal now, or None."""
+        """Returns the reason why `action` is illegal now; None if it is legal."""
         match action:
             case Store(slot) if slot in self.slots:
                 return f"slot {slot} already holds carry {self.slots[slot]}"
@@ -352,7 +350,7 @@ class _Machine:
 
 
 class _Bytes:
-    """Bytes held along the way; runs each action before the machine does."""
+    """The bytes held; counts each action before the machine runs it."""
 
     def __init__(self, machine: _Machine, costs: ChainCosts):
         self.machine = machine
@@ -363,7 +361,7 @@ class _Bytes:
         self.pairs = [before + after for before, after in itertools.pairwise(self.carry_bytes)]
 
     def run(self, action: Action, is_read_later: bool):
-        """Counts one legal action: the peak while it runs, and behind it."""
+        """Counts one legal action: the peak while it runs, and the bytes after it."""
         current = self.machine.current
         gradient = self._gradient(self.machine.next_reverse + 1)
         match action:
@@ -375,7 +373,7 @@ class _Bytes:
                 self._keep(self.machine.slots[slot], -1)
             case Advance(start, stop):
                 step = self._beside(start) + self.carry_bytes[start + 1]
-                # A slice's maximum is one call, however many blocks are run.
+                # The maximum of a slice is one call, however many blocks are run.
                 step = max(step, max(self.pairs[start + 1 : stop], default=0))
                 self._reach(step + gradient)
                 current = stop
@@ -384,7 +382,7 @@ class _Bytes:
                     self._record(block, True)
                     self._reach(gradient)
                 current = stop
-            case Reverse(block):  # holds no more than what the action before it left
+            case Reverse(block):  # holds no more than the action before it
                 self._record(block, False)
                 gradient = self._gradient(block)
         self._reach(gradient + is_read_later * self._beside(current))
@@ -399,7 +397,7 @@ class _Bytes:
         return carry == 0 or self.recorded[carry - 1]
 
     def _beside(self, carry: int) -> int:
-        """Returns the bytes of the current carry beside what is held already."""
+        """Returns the bytes of the current carry; 0 if it is counted already."""
         is_held = self.in_slots[carry] or self.recorded[carry] or self._is_free(carry)
         return 0 if is_held else self.carry_bytes[carry]
 
@@ -413,7 +411,7 @@ class _Bytes:
         self.held += self._weight(carry) - before
 
     def _record(self, block: int, value: bool):
-        # The block's input is held from now on, its output is among its residuals.
+        # A recorded block holds its input; its output is among its residuals.
         before = self._weight(block) + self._weight(block + 1)
         self.recorded[block] = value
         self.held += self._weight(block) + self._weight(block + 1) - before

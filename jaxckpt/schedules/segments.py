@@ -1,14 +1,14 @@
 """Schedules of segments: uniform ones, and two levels of them.
 
-`uniform` keeps the inputs of n runs of blocks and records each run when its turn comes. With
-carries of `a` bytes and residuals of `R` bytes a block the peak is about `(n - 1) a + ceil(L / n) R
-+ a`, which is least near `n = sqrt(L R / a)`, and one more forward of the recomputed blocks is all
-it costs (Chen et al. 2016, "Training deep nets with sublinear memory cost", section 4.1). It is not
-optimal at any budget; `optimal_chain` is.
+`uniform` keeps the inputs of n runs of blocks, the segments, and records each segment at its turn.
+With carries of `a` bytes and residuals of `R` bytes per block, the peak is about `(n - 1) a +
+ceil(L / n) R + a`, which is least near `n = sqrt(L R / a)`. It recomputes each block at most once
+(Chen et al. 2016, "Training deep nets with sublinear memory cost", section 4.1). It is not optimal
+under a budget; `optimal_chain` is.
 
-`two_level` keeps the block inputs of the live segment too, so that no more than one block's
-residuals are ever live. With about sqrt(L) segments of sqrt(L) blocks this is the classic
-O(sqrt L) method of the same section, for blocks whose residuals are much larger than their inputs.
+`two_level` keeps the block inputs of the live segment too, so that only one block's residuals are
+live. With about sqrt(L) segments of sqrt(L) blocks this is the classic O(sqrt L) method of the same
+section, for blocks whose residuals are much larger than their inputs.
 """
 
 import itertools
@@ -19,14 +19,22 @@ from jaxckpt.schedules.schedule import Schedule
 
 
 def segment_sizes(num_blocks: int, segments: int) -> tuple[int, ...]:
-    """Returns the sizes of `segments` runs of blocks: at most one apart, the larger ones last.
+    """Returns the sizes of segments, which differ by at most one, larger sizes last.
 
-    The last segment is kept from the forward pass, so a larger last one recomputes less at the
-    same peak.
+    The last segment is kept from the forward pass, so if it is a larger one, less is recomputed at
+    the same peak.
+
+    Args:
+      num_blocks: The number of blocks, L.
+      segments: The number of segments, from 1 to L.
 
     Raises:
-      TypeError: A number that is not an integer.
-      ValueError: No block, no segment, or more segments than blocks.
+      TypeError: A number is not an integer.
+      ValueError: There are no blocks, no segments, or more segments than blocks.
+
+    Examples:
+      >>> segment_sizes(28, segments=5)
+      (5, 5, 6, 6, 6)
     """
     num_blocks = whole("num_blocks", num_blocks, least=1)
     segments = whole("segments", segments, least=1, most=num_blocks)
@@ -38,14 +46,14 @@ def uniform(num_blocks: int, segments: int, *, keep_last: bool = True) -> Schedu
     """Returns the schedule with `segments` segments, each recorded once.
 
     Args:
-      num_blocks: Number of blocks, L.
-      segments: Number of segments, n, from 1 to L; sizes are those of `segment_sizes`.
-      keep_last: Whether the last segment's residuals are kept from the forward pass: then
-        L - k_n extra forwards (k_n the last size) and n - 1 slots, else L and n.
+      num_blocks: The number of blocks, L.
+      segments: The number of segments, n, from 1 to L; see `segment_sizes` for their sizes.
+      keep_last: Whether the last segment's residuals are kept from the forward pass. If so, there
+        are L - k_n extra forwards (k_n is the last size) and n - 1 slots, else L and n.
 
     Raises:
-      TypeError: A number that is not an integer.
-      ValueError: No block, no segment, or more segments than blocks.
+      TypeError: A number is not an integer.
+      ValueError: There are no blocks, no segments, or more segments than blocks.
 
     Examples:
       >>> print(uniform(28, segments=5))
@@ -82,11 +90,11 @@ def two_level(num_blocks: int, segments: int | None = None) -> Schedule:
     k_1..k_n, `extra_forwards` is 2L - n - k_n.
 
     Args:
-      num_blocks: L.
-      segments: n; the least whole number not below sqrt(L) by default.
+      num_blocks: The number of blocks, L.
+      segments: The number of segments, n; by default sqrt(L), rounded up.
 
     Raises:
-      ValueError: Numbers that are not positive, or more segments than blocks.
+      ValueError: A number is not positive, or there are more segments than blocks.
     """
     segments = math.isqrt(num_blocks - 1) + 1 if segments is None else segments
     sizes = segment_sizes(num_blocks, segments)
@@ -94,10 +102,10 @@ def two_level(num_blocks: int, segments: int | None = None) -> Schedule:
     actions: list[Action] = []
     for slot, (start, size) in enumerate(zip(starts[:-1], sizes[:-1], strict=True)):
         actions += [Store(slot=slot), Advance(start=start, stop=start + size)]
-    # Above the slots of the segments' inputs are those of the last segment's block inputs.
+    # Slots 0..n-2 hold the segments' inputs, the next slots the last segment's block inputs.
     actions += _segment(starts[-1], num_blocks, segments - 1)
     for slot in reversed(range(segments - 1)):
-        # The first block's input is the segment's, which stays where it is.
+        # The first block's input is the segment's input, which is in a slot already.
         actions += _segment(starts[slot], starts[slot] + sizes[slot], slot, stored=True)
     return Schedule(num_blocks=num_blocks, actions=tuple(actions))
 
@@ -106,10 +114,10 @@ def _segment(start: int, stop: int, slot: int, stored: bool = False) -> list[Act
     """Returns a pass over blocks `start..stop` that keeps their inputs, and their reversal.
 
     Args:
-      start: First block.
+      start: The first block.
       stop: One past the last block.
-      slot: Where the first block's input is kept; the others follow.
-      stored: Whether it is there already and not yet loaded.
+      slot: The slot of the first block's input; the other inputs take the next slots.
+      stored: Whether the first block's input is in its slot already and not yet loaded.
     """
     actions: list[Action] = [Load(slot=slot)] if stored else []
     for index in range(start, stop - 1):

@@ -1,1 +1,1 @@
-"""Chips to compile for, present or not."""
+"""Chips to compile for, present or absent: their figures, links and names."""

@@ -3,28 +3,28 @@
 A new chip is one row of `CHIPS`: its figures, its TPU slices or its GPU's architecture, and what
 JAX calls it.
 
-Every figure is of ONE JAX DEVICE, since that is what a compiled step's memory is of. A JAX device
-is a chip, but for TPU v2, v3 and tpu7x, whose chips are two devices: there a vendor's figure of a
+Every figure is of ONE JAX DEVICE, because a compiled step's memory is per device. A JAX device is a
+chip, except for TPU v2, v3 and tpu7x, whose chips are two devices; there a vendor's figure of a
 chip is halved. (v4 and v5p join their two cores into one device.)
 
-`usable_bytes` is what a program may fill:
+`usable_bytes` is the memory that a program may fill:
 
-- TPU: what libtpu's compiler names as available where a program does not fit (libtpu 0.0.42);
-- NVIDIA: three quarters of `memory_bytes`, as JAX preallocates by default
-  (`XLA_PYTHON_CLIENT_MEM_FRACTION=0.75`). `memory_bytes` is what the driver of one such board said
+- TPU: the memory that libtpu's compiler names when a program does not fit (libtpu 0.0.42);
+- NVIDIA: three quarters of `memory_bytes`, which JAX preallocates by default
+  (`XLA_PYTHON_CLIENT_MEM_FRACTION=0.75`). `memory_bytes` is the figure of one board's driver
   (OpenXLA's target_config specs; deviceQuery for t4, l4 and rtx4090); boards and drivers differ
   by a few percent.
 
 `bf16_flops_per_second` are dense matrix products, without structured sparsity, at full clock: a
-bound, not what a step reaches. `host_bytes_per_second` is one direction.
+bound that no step reaches. `host_bytes_per_second` is one direction.
 
-`interconnect_bytes_per_second` is what a device sends to its neighbors in a ring: on a TPU over the
-two links of one axis of its torus, on a GPU over NVLink, or over PCIe where it has none.
-`network_bytes_per_second` is what it sends to another host.
+`interconnect_bytes_per_second` is the rate to neighbors in a ring: on a TPU over the two links of
+one axis of its torus, on a GPU over NVLink, or over PCIe if it has no NVLink.
+`network_bytes_per_second` is the rate to another host.
 
 `slices` are the TPU slices that Google Cloud rents out: Cloud's number, the topology, JAX devices.
-The number after the dash counts chips for v5e and v6e, and TensorCores for the rest: `v5p-8` is
-four chips. `tpu7x-8` is four chips too, and eight JAX devices. libtpu accepts every topology here
+Cloud's number counts chips for v5e and v6e, and TensorCores for all others: `v5p-8` is four chips.
+`tpu7x-8` is four chips too, and eight JAX devices. libtpu accepts every topology here
 (checked against libtpu 0.0.42 and 0.0.50; 0.0.23 knows no tpu7x).
 """
 
@@ -34,7 +34,7 @@ import math
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Slice:
-    """One slice: `number` is Cloud's, `topology` the chips' grid, `num_devices` JAX's."""
+    """A TPU slice: Cloud's number, the grid of chips (`topology`), the number of JAX devices."""
 
     number: int
     topology: str
@@ -43,14 +43,14 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What XLA's compiler asks of an NVIDIA GPU, beside its memory.
+    """The figures of an NVIDIA GPU that XLA's compiler asks for, beside its memory.
 
     Attributes:
       capability: NVIDIA's number of its architecture, `(9, 0)`.
-      multiprocessors: How many it has.
-      float32_units: Of one multiprocessor.
-      clock_ghz: At full clock.
-      l2_bytes: Its second cache.
+      multiprocessors: The number of multiprocessors.
+      float32_units: The float32 units of one multiprocessor.
+      clock_ghz: The full clock, in GHz.
+      l2_bytes: The size of the L2 cache.
     """
 
     capability: tuple[int, int]
@@ -65,21 +65,22 @@ class Chip:
     """One kind of accelerator; figures are of one JAX device of it.
 
     Attributes:
-      name: Its word in a target.
+      name: The chip's word in a target.
       backend: `"tpu"` or `"cuda"`.
-      devices_per_chip: JAX devices that a chip is.
-      memory_bytes: What the device has.
-      usable_bytes: What a program may fill.
-      bf16_flops_per_second: Dense matrix products with bfloat16 inputs.
-      memory_bytes_per_second: Device memory.
-      host_bytes_per_second: The link to the host, one direction.
-      interconnect_bytes_per_second: To neighbors, one direction.
-      network_bytes_per_second: To other hosts, one direction; 0 where the interconnect goes there.
-      source: Where the figures are from.
-      kinds: What JAX calls such a device (`device_kind`). Boards with other memory or clocks (H100
+      devices_per_chip: The number of JAX devices of one chip.
+      memory_bytes: The memory of the device.
+      usable_bytes: The memory that a program may fill.
+      bf16_flops_per_second: FLOPs per second of dense matrix products with bfloat16 inputs.
+      memory_bytes_per_second: The rate of device memory.
+      host_bytes_per_second: The rate of the link to the host, one direction.
+      interconnect_bytes_per_second: The rate to neighbors, one direction.
+      network_bytes_per_second: The rate to other hosts, one direction; 0 if the interconnect
+        reaches them.
+      source: The source of the figures.
+      kinds: JAX's names of such a device (`device_kind`). Boards with other memory or clocks (H100
         PCIe, NVL, laptops, MIG slices) have other kinds.
-      slices: TPU: the slices there are, smallest first.
-      gpu: NVIDIA: what its compiler asks beside this.
+      slices: The slices of a TPU, smallest first; empty for a GPU.
+      gpu: Further figures of an NVIDIA GPU; None for a TPU.
     """
 
     name: str
@@ -98,7 +99,7 @@ class Chip:
     gpu: Gpu | None = None
 
     def __repr__(self) -> str:
-        return f"<Chip {self.name}>"  # a target's repr is read, the table is not
+        return f"<Chip {self.name}>"  # the whole row would drown a target's repr
 
 
 _GIB, _MIB = 1 << 30, 1 << 20
@@ -126,17 +127,17 @@ def tpu(
     """Returns a TPU from its vendor's figures of a CHIP.
 
     Args:
-      name: Its word in a target.
-      gibibytes: Memory of a chip.
-      usable_gib: What libtpu lets a program fill of one DEVICE.
-      tflops: In bfloat16.
-      gb_per_second: Of its memory.
-      links: GB/s of all its links, both directions, and the axes of its torus.
+      name: The chip's word in a target.
+      gibibytes: The memory of a chip, in GiB.
+      usable_gib: The memory that libtpu lets a program fill of one DEVICE, in GiB.
+      tflops: TFLOP/s in bfloat16.
+      gb_per_second: The rate of its memory, in GB/s.
+      links: GB/s of all its links, both directions, and the number of axes of its torus.
       topologies: Grids of chips that are rented out.
-      number: What a chip counts in Cloud's names of slices.
-      kinds: What JAX calls one of its devices.
-      source: Where the figures are from.
-      devices: JAX devices of a chip.
+      number: What one chip counts in Cloud's names of slices.
+      kinds: JAX's names of one of its devices.
+      source: The source of the figures.
+      devices: The number of JAX devices of a chip.
     """
     both_ways, axes = links
     chips = {topology: math.prod(map(int, topology.split("x"))) for topology in topologies}
@@ -175,17 +176,17 @@ def nvidia(
     """Returns an NVIDIA GPU from its data sheet.
 
     Args:
-      name: Its word in a target.
-      memory_bytes: What its driver says.
-      tflops: In bfloat16, dense.
-      gb_per_second: Of its memory.
+      name: The chip's word in a target.
+      memory_bytes: The memory that its driver reports.
+      tflops: TFLOP/s in bfloat16, dense.
+      gb_per_second: The rate of its memory, in GB/s.
       pcie: GB/s of its link to the host, one direction.
-      nvlink: GB/s, both directions; 0 where GPUs talk over PCIe.
-      network: Gbit/s of the card that each GPU of NVIDIA's own machine (DGX) has; 0 for GPUs that
-        only talk within one host.
-      gpu: What its compiler asks.
-      kinds: What JAX calls it, the usual name first.
-      source: Where the figures are from.
+      nvlink: GB/s of NVLink, both directions; 0 if GPUs talk over PCIe.
+      network: Gbit/s of the network card of each GPU in NVIDIA's own machine (DGX); 0 for GPUs
+        that only talk within one host.
+      gpu: Further figures that XLA's compiler asks for.
+      kinds: JAX's names of it, the usual name first.
+      source: The source of the figures.
     """
     return Chip(
         name=name,
@@ -205,9 +206,9 @@ def nvidia(
 
 _PCIE = {3: 15.75, 4: 31.5, 5: 63.0}  # GB/s of x16, one direction, after the line code
 
-# Links of v2 and v3: four of 496 and 656 Gbit/s one direction (Jouppi et al. 2020, A
-# domain-specific supercomputer for training deep neural networks); of the other TPUs: Google
-# Cloud's pages of each. NVLink and network cards: DGX A100, H100, H200 and B200 datasheets.
+# v2 and v3 have four links of 496 and 656 Gbit/s, one direction (Jouppi et al. 2020, A
+# domain-specific supercomputer for training deep neural networks). Links of the other TPUs are from
+# Google Cloud's pages. NVLink and network cards: DGX A100, H100, H200 and B200 datasheets.
 _ALL = (
     tpu(
         "v2",
@@ -262,7 +263,7 @@ _ALL = (
     tpu(
         "v5p",
         gibibytes=96,
-        usable_gib=95.74,  # 95 GiB are documented, and libtpu's compiler has 95.74 for programs
+        usable_gib=95.74,  # 95 GiB are documented, but libtpu's compiler allows 95.74
         tflops=459,
         gb_per_second=2765,
         links=(1200, 3),

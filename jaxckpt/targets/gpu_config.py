@@ -1,13 +1,13 @@
-"""XLA's `target_config` of an NVIDIA GPU: what its compiler would ask the device.
+"""XLA's `target_config` of an NVIDIA GPU: the figures its compiler needs for an absent device.
 
-The text is a `GpuTargetConfigProto`. What GPUs of one architecture share stands here, what is a
-chip's own in its row of `chips.py`; figures are those of OpenXLA's target_config specs and of
-NVIDIA's compute capability tables.
+The text is a `GpuTargetConfigProto`. Figures of an architecture are here, figures of a chip in its
+row of `chips.py`. They are from OpenXLA's target_config specs and NVIDIA's compute capability
+tables.
 """
 
 from jaxckpt.targets.chips import Chip
 
-# Compute capability -> (shared memory of a multiprocessor, most of it one block can have, threads).
+# Compute capability -> (shared memory of a multiprocessor, its most for one block, threads).
 _ARCHITECTURES = {
     (7, 5): (65536, 65536, 1024),
     (8, 0): (167936, 166912, 2048),

@@ -1,7 +1,7 @@
 """The links of a device: to other devices, and to its host's memory. Standard library only.
 
-`Links` says what a device sends to others in a second, `HostLink` what copies to and from the host
-cost a computation.
+`Links` has the rates between devices, `HostLink` the time that copies to and from the host add to a
+computation.
 """
 
 import dataclasses
@@ -10,19 +10,18 @@ import math
 from jaxckpt.targets.chips import Chip
 from jaxckpt.targets.target import HOST_GPUS
 
-# What collectives of large arrays reach of a link's data sheet; as for the rates of `roofline.py`,
-# nobody has measured another share here.
+# The share of a link's data sheet that collectives of large arrays reach: assumed, not measured.
 _SHARE = 0.8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Links:
-    """Links of one device.
+    """The links of one device.
 
     Attributes:
-      bytes_per_second: To devices near it.
-      near: Devices that are near one another, in the order of their numbers; 0 for all.
-      far_bytes_per_second: To others.
+      bytes_per_second: The rate to near devices.
+      near: How many devices with consecutive numbers are near one another; 0 for all.
+      far_bytes_per_second: The rate to other devices.
     """
 
     bytes_per_second: float
@@ -30,16 +29,16 @@ class Links:
     far_bytes_per_second: float = math.inf
 
     def rate(self, group: tuple[int, ...]) -> float:
-        """Returns the rate of devices that send around a ring: the rate of its slowest link."""
+        """Returns the rate of a group of devices in a ring, which is its slowest link's."""
         if self.near and len({device // self.near for device in group}) > 1:
             return min(self.bytes_per_second, self.far_bytes_per_second)
         return self.bytes_per_second
 
 
 def links_of(chip: Chip) -> Links:
-    """Returns what one device of a chip reaches of its data sheet.
+    """Returns the links of one device of a chip, at the rates that programs reach.
 
-    A TPU slice is one network. GPUs of one host are near, in the order that JAX numbers them.
+    All devices of a TPU slice are near. GPUs of one host are near; JAX numbers them consecutively.
     """
     near = _SHARE * chip.interconnect_bytes_per_second
     if not chip.network_bytes_per_second:
@@ -50,15 +49,14 @@ def links_of(chip: Chip) -> Links:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HostLink:
-    """A link, and whether a step goes on while it copies.
+    """A device's link to its host, and whether copies overlap the computation.
 
-    On NVIDIA GPUs it does not: Qwen3-0.6B's step at 8 x 1024 tokens takes as much longer under
-    `offload:q,k,v` than under `names:q,k,v` as its copies take alone (`benchmarks.xla_options
-    --plan`), with XLA's latency-hiding scheduler too. On TPUs it is taken to, which nobody has
-    timed.
+    On NVIDIA GPUs they do not: Qwen3-0.6B's step at 8 x 1024 tokens is slower under `offload:q,k,v`
+    than under `names:q,k,v` by the full time of its copies (`benchmarks.xla_options --plan`), even
+    with XLA's latency-hiding scheduler. On TPUs they are assumed to overlap; nobody has timed it.
 
     Attributes:
-      bytes_per_second: One direction.
+      bytes_per_second: The rate in one direction.
       overlaps: Whether copies run beside the computation.
     """
 
@@ -66,6 +64,6 @@ class HostLink:
     overlaps: bool = True
 
     def seconds(self, work_seconds: float, moved_bytes: float) -> float:
-        """Returns what a computation takes that moves bytes over the link, one after another."""
+        """Returns the seconds of a computation that moves bytes over the link in one direction."""
         copies = moved_bytes / self.bytes_per_second
         return max(work_seconds, copies) if self.overlaps else work_seconds + copies

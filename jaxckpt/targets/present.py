@@ -1,8 +1,8 @@
-"""The chip of this process: which one it is, and what a program may fill of its memory.
+"""The chip of this process: which chip it is, and how much of its memory a program may fill.
 
-`chip_of_device` compares a device's kind with those of the chip table, whole: an L40S is no L4, and
-a T400 no T4. A kind that is not in the table has no chip, whatever it resembles. JAX is imported
-for the chip of this process alone.
+`chip_of_device` looks up a device's kind in the chip table by the whole name: an L40S is no L4, and
+a T400 no T4. A kind that is not in the table has no chip. JAX is imported only for the chip of this
+process.
 """
 
 from jaxckpt.targets.chips import CHIPS, Chip
@@ -18,13 +18,13 @@ def chip_of_device(device_kind: str) -> Chip | None:
       >>> chip_of_device("cpu") is None
       True
     """
-    bare = lambda kind: kind.removeprefix("NVIDIA ")  # which older drivers leave out
+    bare = lambda kind: kind.removeprefix("NVIDIA ")  # older drivers leave this word out
     found = (c for c in CHIPS.values() if bare(device_kind) in map(bare, c.kinds))
     return next(found, None)
 
 
 def chip_of(target: Target) -> Chip | None:
-    """Returns a target's chip, this process's for `local`; None if it is not known."""
+    """Returns a target's chip (this process's chip for `local`); None if it is unknown."""
     if target.backend != "local":
         return target.chip
     import jax
@@ -33,12 +33,12 @@ def chip_of(target: Target) -> Chip | None:
 
 
 def usable_bytes(target: Target) -> int | None:
-    """Returns what a program may fill of one device of a target; None if the backend is silent."""
+    """Returns the bytes that a program may fill of a target's device; None if unknown."""
     if target.backend != "local":
         return target.usable_bytes
     import jax
 
     try:
         return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    except (RuntimeError, NotImplementedError):  # a backend without statistics
+    except (RuntimeError, NotImplementedError):  # the backend has no statistics
         return None

@@ -3,9 +3,9 @@
     parse_target("v5e-4").topology      # 'v5e:2x2'
     parse_target("a100-80g-8").num_devices
 
-A target is `local`, a TPU slice by its Google Cloud name (`v5e-1`, `v5p-8`, `tpu7x-8`: `chips.py`
-says what the number counts) or an NVIDIA GPU, with their number if there are several (`h100`,
-`h100-8`; hosts have eight, so more are `h100-16`). A step's memory is that of one of its devices.
+A target is `local`, a TPU slice by its Google Cloud name (`v5e-1`, `v5p-8`, `tpu7x-8`; `chips.py`
+says what the number counts), or one or more NVIDIA GPUs (`h100`, `h100-8`; hosts have eight, so the
+next is `h100-16`). A step's memory is per device.
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ class TargetError(UserError, ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-    """Where a step is to run.
+    """The chip, or chips, that a step is compiled for.
 
     Attributes:
-      name: What was given: `v5e-4`.
+      name: The text that names it: `v5e-4`.
       backend: `"local"` (the backend of this process), `"tpu"` or `"cuda"`.
       chip: The chip's figures; None for `local`.
-      num_devices: JAX devices that a program may spread over.
-      topology: TPU: libtpu's name of the slice, `v5e:2x2`.
+      num_devices: The number of JAX devices that a program may spread over.
+      topology: libtpu's name of a TPU slice, `v5e:2x2`; None for other targets.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Target:
 
     @property
     def usable_bytes(self) -> int | None:
-        """What a program may fill of one device; None for `local`."""
+        """The bytes that a program may fill of one device; None for `local`."""
         return None if self.chip is None else self.chip.usable_bytes
 
     @property
@@ -61,7 +61,7 @@ def parse_target(text: "str | Target") -> Target:
     """Returns the target that a text names.
 
     Raises:
-      TargetError: There is no such chip, or no such slice of it.
+      TargetError: The chip is unknown, or has no such slice.
 
     Example:
       >>> parse_target("v5p-8").num_devices, parse_target("h100").chip.bf16_flops_per_second
@@ -91,7 +91,7 @@ def names() -> tuple[str, ...]:
 
 
 def _examples() -> str:
-    """Returns one target of each chip, the smallest."""
+    """Returns the smallest target of each chip, as text."""
     small = [f"{c.name}-{c.slices[0].number}" if c.slices else c.name for c in CHIPS.values()]
     return ", ".join(["local", *small])
 

@@ -26,8 +26,8 @@ class Moving:
 
     Attributes:
       params: Their positions among the parameters.
-      carry: Positions of the first carry's leaves whose gradients the caller asks for. A block
-        differentiates its whole carry all the same.
+      carry: Positions of the first carry's leaves whose gradients the caller asks for. Every block
+        differentiates its whole carry.
       consts: Their positions among the consts.
       outputs: Positions of the block's outputs that have gradients; None for all inexact outputs.
     """

@@ -173,7 +173,7 @@ def _transpose(cotangents, *args, count: int, backward: Callable, avals):
 
 
 def _with_types(grads: Sequence, avals: Sequence) -> list:
-    """Returns the gradients with every `ad.Zero` made anew with its type in `avals`."""
+    """Returns the gradients; every `ad.Zero` gets its type in `avals`."""
     pairs = zip(grads, avals, strict=True)
     return [ad.Zero(aval) if isinstance(g, ad.Zero) else g for g, aval in pairs]
 
@@ -257,7 +257,7 @@ batching.primitive_batchers[_REVERSE_ONLY] = lambda args, dims, **static: (
 )
 
 
-# `_REVERSED` has no batching rule: reverse mode batches arguments and gradients, but never a
+# Batching `_REVERSED` is refused: reverse mode batches arguments and gradients, but never a
 # tangent that waits to be transposed.
 _REVERSED = core.Primitive("jaxckpt_reversed")
 _REVERSED.def_abstract_eval(lambda x, **_: x)

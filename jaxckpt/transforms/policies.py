@@ -78,7 +78,7 @@ class GivenPolicy:
 
 
 def plan_and_policy(remat: Any) -> tuple[Plan, GivenPolicy | None]:
-    """Returns the plan that `remat=` asks for, and the user's policy, or None if it is a plan.
+    """Returns the plan that `remat=` asks for, and the user's policy; None if it is a plan.
 
     Raises:
       PlanError: `remat` is neither text nor a plan nor a policy, or does not parse.

@@ -135,7 +135,7 @@ def looped(
     check_rerun(traced, remat, given)
     if isinstance(remat, Plan):
         check_policies(remat, lambda asked: value_names.offered(traced.call, asked, *traced.inputs))
-    # Leaves that every block hands on unchanged become consts: kept once, not with every carry.
+    # Leaves that every block returns unchanged become consts: kept once, not with every carry.
     leaves, tree = jax.tree.flatten(carry)
     held = [leaf for place, leaf in enumerate(leaves) if place not in traced.changed]
     changed = [leaves[place] for place in traced.changed]

@@ -160,7 +160,7 @@ class Loops(Blocks):
         return lax.scan(body, state, steps, length=stop, unroll=unroll)[0]
 
     def _sweep_to_host(self, params, consts, state, stop: int):
-        """Does the same on the host: a trip stores one carry and runs the blocks to the next store.
+        """Like `_sweep_to_slots`, but a trip stores one carry and runs up to the next store.
 
         Only kept carries go over the link. Trips differ in their number of blocks, so these are
         not unrolled.
