@@ -494,7 +494,7 @@ def _check_alike(layers: list, traced: list[core.ClosedJaxpr]):
     raise ValueError(
         f"{'; '.join(found[:3]) or f'layers[0] and layers[{place}] compute differently'}; "
         "linen.run takes equal layers, which may differ in numbers (random draws, a rate) outside "
-        "of what nn.remat, nn.scan and the like do inside a layer"
+        "of what nn.remat, nn.scan and nn.jit do inside a layer"
     )
 
 
