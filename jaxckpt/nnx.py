@@ -1,15 +1,20 @@
-"""Flax NNX adapter: from a module class to a stack of its blocks under any plan.
+"""Flax NNX adapters: a module class in, a rematerialized stack out; or a list of modules as it is.
 
     self.layers = jaxckpt.nnx.Stack(Block, 28, remat="sqrt", rngs=rngs)
     x = self.layers(x, mask, deterministic=True)
 
+    x = jaxckpt.nnx.run(self.layers, x, mask, remat="sqrt")      # self.layers is a list
+
 A `Stack` is an NNX module like any other (`nnx.jit`, `nnx.grad`, `nnx.Optimizer`, `nnx.state`,
 `eval()`), and its state does not depend on the plan. A block has only parameters and random
-streams; batch statistics, caches and sown values are refused.
+streams; batch statistics, caches and sown values are refused. A list keeps what it has: its layers'
+parameters, their metadata, random streams and other state.
 """
 
+import collections
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +25,11 @@ from flax.nnx import spmd
 from jax.core import Tracer
 
 from jaxckpt.plans import Plan, PlanError
+from jaxckpt.plans.errors import shown
+from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms.arguments import apart, check_class, part, put
 from jaxckpt.transforms.checks import check_carry
+from jaxckpt.transforms.layers import check_alike, check_layers, run_rows
 from jaxckpt.transforms.policies import plan_and_policy
 from jaxckpt.transforms.scan import scan
 from jaxckpt.transforms.traced_block import first_block
@@ -317,3 +325,211 @@ def _check_state(block: nn.Module):
         f"the block keeps state in {', '.join(found)} ({', '.join(kinds)}), which a stack of "
         f"checkpointed blocks does not carry; {'; '.join(cures)}"
     )
+
+
+# What a call may be handed beside arrays and Python values, and a list of layers may share.
+_NODES = (nn.Module, nn.Rngs, nn.RngStream, nn.Variable)
+# Attributes that Flax keeps for itself.
+_FLAX = ("_pytree__", "_object__")
+
+
+def run(
+    layers: Sequence[nn.Module],
+    carry,
+    *args,
+    out: int | str | Callable | None = None,
+    each: Mapping[str, Any] | None = None,
+    ignore: str | Sequence[str] = (),
+    remat: str | Plan | Schedule | Callable = "sqrt",
+    unroll: int = 1,
+    **named,
+):
+    """Runs a list of equal NNX modules as it is, checkpointed by a plan.
+
+    The layers stay what they are: paths of parameters, metadata, random streams. A call draws and
+    changes what a Python loop over the list would, once: counters of dropout, batch statistics.
+
+    Args:
+      layers: An `nnx.List` or a Python list of modules of one class, of equal shapes and equal
+        Python values.
+      carry: The first layer's input; `layer(carry, *args, **named, **each_i)` returns its like, or
+        has it where `out` says.
+      *args: Handed to every layer. Arrays get gradients, Python values and None stay what they
+        are, and modules and `nnx.Rngs` are shared by the layers.
+      out: Where the carry is in what a layer returns: an index, a key, or a function. The rest of a
+        tuple or dict comes back stacked, `[L, ...]`.
+      each: What differs from layer to layer beside the layer, by keyword, `[L, ...]`.
+      ignore: Names of attributes that may differ between equal layers, such as `"layer_idx"`;
+        every layer is run with the first one's.
+      remat: A plan or its text, a schedule for L blocks, or a policy of `jax.checkpoint`.
+      unroll: Layers unrolled in one trip of the loop. With L or more there is no loop and no copy
+        of the parameters, where `out` is None.
+      **named: As `args`, by keyword.
+
+    Returns:
+      The last layer's carry; with `out`, what a layer returns, its rest stacked.
+
+    Raises:
+      PlanError: As `jaxckpt.scan_blocks`.
+      ValueError: No layers, no modules, layers that differ (what differs is named), an `out` that
+        is not there, a layer that changes its carry or makes variables when it is called.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxckpt
+      >>> from flax import nnx
+      >>> rngs = nnx.Rngs(0)
+      >>> layers = nnx.List([nnx.Linear(8, 8, rngs=rngs) for _ in range(6)])
+      >>> loss = lambda layers: jaxckpt.nnx.run(layers, jnp.ones([4, 8]), remat="log").sum()
+      >>> nnx.grad(loss)(layers)[5]["kernel"].shape
+      (8, 8)
+    """
+    layers, each = check_layers(layers, each, "nnx.run takes a list of NNX modules first, then")
+    for place, layer in enumerate(layers):
+        if not isinstance(layer, nn.Module):
+            raise ValueError(
+                f"nnx.run takes NNX modules, and layers[{place}] is {shown(layer)}; jaxckpt.run "
+                "takes pytrees and jaxckpt.linen.run takes Linen modules"
+            )
+    check_alike(layers, ignore, _attributes)
+    leaves, tree = jax.tree.flatten((args, named), is_leaf=lambda x: isinstance(x, _NODES))
+    at = [place for place, leaf in enumerate(leaves) if isinstance(leaf, _NODES)]
+    wholes = [[layer, *(leaves[place] for place in at)] for layer in layers]
+    states = [_flat_state(whole) for whole in wholes]
+    graph, first = nn.split(wholes[0])[0], states[0]
+    for place, state in enumerate(states):
+        if [path for path, _ in state] != [path for path, _ in first]:
+            raise ValueError(
+                f"layers[0] and layers[{place}] share different parts; nnx.run takes equal layers"
+            )
+
+    def call(carry, values: list, each_i):
+        """Returns a layer's carry, the rest of its result, and its variables' values."""
+        layer, *nodes = whole = nn.merge(graph, _with_values(first, dict(enumerate(values))))
+        given, before = list(leaves), nn.split(whole)[0]
+        for place, node in zip(at, nodes, strict=True):
+            given[place] = node
+        args, named = jax.tree.unflatten(tree, given)
+        carry, rest = part(layer(carry, *args, **named, **each_i), out)
+        after = _flat_state(whole)
+        _check_made(first, after, before == nn.split(whole)[0])
+        return carry, rest, _values(after)
+
+    rows = [_values(state) for state in states]
+    shared, own = _changed(call, carry, rows[0], each, wholes)
+
+    def step(state, row, each_i):
+        carry, held = state
+        values = [held.get(place, value) for place, value in enumerate(row)]
+        carry, rest, after = call(carry, values, each_i)
+        held, made = ({place: after[place] for place in places} for places in (shared, own))
+        return (carry, held), (rest, made)
+
+    held = {place: rows[0][place] for place in shared}
+    made = run_rows(
+        step,
+        (carry, held),
+        rows,
+        each,
+        has_rest=out is not None,
+        remat=remat,
+        unroll=unroll,
+    )
+    (carry, held), (rest, changed) = made
+    if held or changed:  # a call that changes nothing can be made anywhere
+        for i, (whole, state) in enumerate(zip(wholes, states, strict=True)):
+            mine = jax.tree.map(lambda x, i=i: x[i], changed)
+            nn.update(whole, _with_values(state, held | mine))
+    return put(carry, rest, out)
+
+
+def _changed(call: Callable, carry, row: list, each, wholes: list) -> tuple[list[int], list[int]]:
+    """Returns which variables a layer changes when it is called; its carry is checked on the way.
+
+    Args:
+      call: `call(carry, values, each_i)`, which returns values too, among others.
+      carry: The first layer's input.
+      row: The first layer's values.
+      each: What differs from layer to layer beside.
+      wholes: Every layer, with what all are handed.
+
+    Returns:
+      The places of the variables that all layers share, and the places of those that each layer
+      has for itself.
+
+    Raises:
+      ValueError: The carry changes, or some of the layers share what they change.
+    """
+    found = []
+
+    def look(carry, row, each_i):
+        carry, _, after = call(carry, row, each_i)
+        found.extend(
+            place
+            for place, (old, new) in enumerate(zip(row, after, strict=True))
+            if [*map(id, old)] != [*map(id, new)]
+        )
+        return carry
+
+    check_carry(carry, jax.eval_shape(look, carry, row, first_block(each)))
+    variables = [
+        {path: node for path, node in nn.iter_graph(whole) if _is_variable(node)}
+        for whole in wholes
+    ]
+    owners = collections.Counter(id(node) for one in variables for node in one.values())
+    paths = [path for path, _ in _flat_state(wholes[0])]
+    shared, own = [], []
+    for place in found:
+        nodes = [one[paths[place]] for one in variables]
+        if all(node is nodes[0] for node in nodes):
+            shared.append(place)
+        elif any(owners[id(node)] > 1 for node in nodes):
+            name = ".".join(map(str, paths[place][1:]))
+            raise ValueError(
+                f"some of the layers share {name}, which changes when they are called; it may "
+                "belong to one layer, or to all of them"
+            )
+        else:
+            own.append(place)
+    return shared, own
+
+
+def _flat_state(whole: list) -> list[tuple]:
+    """Returns the paths and variables of a list of modules."""
+    return list(nn.to_flat_state(nn.state(whole)))
+
+
+def _values(state: list[tuple]) -> list[list[jax.Array]]:
+    return [jax.tree.leaves(variable) for _, variable in state]
+
+
+def _with_values(state: list[tuple], values: Mapping[int, list]):
+    """Returns the variables at some places of a flat state with other values, as a state."""
+    made = [
+        (state[place][0], jax.tree.unflatten(jax.tree.structure(state[place][1]), leaves))
+        for place, leaves in values.items()
+    ]
+    return nn.from_flat_state(made)
+
+
+def _check_made(before: list[tuple], after: list[tuple], same_graph: bool):
+    """Raises `ValueError` if a call made variables, or changed other attributes."""
+    known = {path for path, _ in before}
+    made = [".".join(map(str, path[1:])) for path, _ in after if path not in known]
+    if made or not same_graph:
+        raise ValueError(
+            f"a layer {'makes ' + ', '.join(made) if made else 'changes an attribute'} when it is "
+            "called, which a loop of layers does not keep; return it beside the carry (out=0 has "
+            "it stacked), or make an nnx.Variable for it before"
+        )
+
+
+def _attributes(value) -> dict | None:
+    """Returns what two equal layers have in common: a node's attributes, a variable's metadata."""
+    if isinstance(value, nn.Variable):
+        return {**value.get_metadata(), "value": jax.tree.leaves(value)[0]}
+    if isinstance(value, Mapping):
+        return dict(value)
+    attributes = getattr(value, "__dict__", {})
+    if not any(name.startswith(_FLAX) for name in attributes):
+        return None
+    return {name: one for name, one in attributes.items() if not name.startswith(_FLAX)}

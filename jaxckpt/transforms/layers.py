@@ -72,52 +72,137 @@ def run(
       >>> len(eqx.filter_grad(loss)(layers))
       6
     """
-    if not hasattr(layers, "__iter__") or isinstance(layers, Mapping | jax.Array | np.ndarray):
-        raise ValueError(
-            f"run takes a list of layers first, then apply and the carry; got {shown(layers)} "
-            "(jaxckpt.scan_blocks takes stacked parameters)"
-        )
-    layers, each = list(layers), dict(each or {})
+    layers, each = check_layers(layers, each, "run takes a list of layers first, then apply and")
     if not callable(apply):
         raise ValueError(f"apply is a function apply(layer, carry, *consts), not {shown(apply)}")
     check_consts(consts)
+    check_alike(layers, ignore)
+    first, merge = apart(layers[0])
+
+    def step(carry, arrays, each_i):
+        return part(apply(merge(arrays), carry, *consts, **each_i), out)
+
+    rows = [first, *(apart(layer)[0] for layer in layers[1:])]
+    made = run_rows(step, carry, rows, each, has_rest=out is not None, remat=remat, unroll=unroll)
+    return put(*made, out)
+
+
+def run_rows(
+    step: Callable,
+    carry,
+    rows: Sequence[Any],
+    each: dict[str, Any],
+    *,
+    has_rest: bool,
+    remat: str | Plan | Schedule | Callable,
+    unroll: int,
+) -> tuple[Any, Any]:
+    """Returns `(carry, ys)` of a step for every row; what every kind of list is run by.
+
+    Args:
+      step: `step(carry, row, each_i) -> (carry, y)`.
+      carry: The first step's.
+      rows: A pytree of arrays for each layer, all of one structure. An array that is the same
+        object in every row is not copied.
+      each: What differs from layer to layer beside the row, `[L, ...]`.
+      has_rest: Whether the ys are worth a loop even if all is unrolled: without a loop, what the
+        carry is kept with grows by them.
+      remat: As for `run`.
+      unroll: The same.
+    """
+    check_unroll(unroll)
+    if unroll >= len(rows) and not has_rest:
+
+        def block(state, i):
+            carry, ys = state
+            carry, y = step(carry, rows[i], jax.tree.map(lambda x: x[i], each))
+            return carry, [*ys, y]
+
+        blocks = [lambda state, i=i: block(state, i) for i in range(len(rows))]
+        carry, ys = chain(blocks, (carry, []), remat=remat)
+        return carry, jax.tree.map(_stack, *ys)
+    structure = jax.tree.structure(rows[0])
+    columns = list(zip(*map(jax.tree.leaves, rows), strict=True))
+    own = [i for i, column in enumerate(columns) if any(x is not column[0] for x in column)]
+
+    def apply(carry, row):
+        leaves = [column[0] for column in columns]
+        for place, leaf in zip(own, row["own"], strict=True):
+            leaves[place] = leaf
+        return step(carry, jax.tree.unflatten(structure, leaves), row["each"])
+
+    xs = {"own": [_stack(*columns[i]) for i in own], "each": each}
+    return scan(apply, carry, xs, len(rows), unroll=unroll, remat=remat)
+
+
+def _stack(*leaves):
+    return jnp.stack(leaves)
+
+
+def check_layers(layers, each, order: str) -> tuple[list, dict[str, Any]]:
+    """Returns the layers and what differs between them beside, checked.
+
+    Args:
+      layers: What the user gave for a list of layers.
+      each: What the user gave for it.
+      order: The beginning of a sentence on what comes first, which ends with the carry.
+
+    Raises:
+      ValueError: No list, an empty one, or an `each` of another length.
+    """
+    if not hasattr(layers, "__iter__") or isinstance(layers, Mapping | jax.Array | np.ndarray):
+        raise ValueError(
+            f"{order} the carry; got {shown(layers)} (jaxckpt.scan_blocks takes stacked parameters)"
+        )
+    layers, each = list(layers), dict(each or {})
     if not layers:
         raise ValueError("layers is an empty list; run needs at least one layer")
-    _check_alike(layers, (ignore,) if isinstance(ignore, str) else tuple(ignore))
-    check_unroll(unroll)
     for name, values in each.items():
         found = stack_length(values, f"each[{name!r}]")
         if found != len(layers):
             raise ValueError(f"each[{name!r}] has {found} rows, there are {len(layers)} layers")
-    first, merge = apart(layers[0])
-    arrays = [first, *(apart(layer)[0] for layer in layers[1:])]
-
-    def step(carry, row):
-        result = apply(merge(row["layer"]), carry, *consts, **row["each"])
-        return part(result, out)
-
-    if unroll >= len(layers) and out is None:
-        row = lambda i: {"layer": arrays[i], "each": jax.tree.map(lambda x: x[i], each)}
-        blocks = [lambda x, i=i: step(x, row(i))[0] for i in range(len(layers))]
-        return chain(blocks, carry, remat=remat)
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *arrays)
-    rows = {"layer": stacked, "each": each}
-    return put(*scan(step, carry, rows, len(layers), unroll=unroll, remat=remat), out)
+    return layers, each
 
 
-def _check_alike(layers: list, ignore: tuple[str, ...]):
-    """Raises `ValueError` that names the first difference between two layers."""
+def check_alike(
+    layers: list,
+    ignore: str | Sequence[str],
+    attributes: Callable[[Any], dict | None] | None = None,
+):
+    """Raises `ValueError` naming the first thing that differs between two layers.
+
+    Args:
+      layers: At least one.
+      ignore: Names of attributes that may differ.
+      attributes: Returns the attributes of a node, and None for what is none; by default those of
+        a pytree.
+    """
+    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    for text, name in differences(layers, attributes or attributes_of):
+        if name not in ignore:
+            advice = f" (ignore={name!r} where it makes no difference)" if name else ""
+            raise ValueError(
+                f"{text}; run takes equal layers{advice}, jaxckpt.chain takes layers that differ"
+            )
+
+
+def differences(
+    layers: list, attributes: Callable[[Any], dict | None]
+) -> Iterator[tuple[str, str]]:
+    """Yields what differs between the first layer and another: a clause, an attribute's name.
+
+    Args:
+      layers: At least one.
+      attributes: As for `check_alike`.
+    """
     for place, layer in enumerate(layers[1:], start=1):
-        for path, name, first, other in _differences(layers[0], layer):
-            if name not in ignore:
-                advice = f" (ignore={name!r} where it makes no difference)" if name else ""
-                raise ValueError(
-                    f"layers[0]{path} is {first} and layers[{place}]{path} is {other}; run takes "
-                    f"equal layers{advice}, jaxckpt.chain takes layers that differ"
-                )
+        for path, name, first, other in _differences(layers[0], layer, attributes):
+            yield f"layers[0]{path} is {first} and layers[{place}]{path} is {other}", name
 
 
-def _differences(first, other, path: str = "", name: str = "") -> Iterator[tuple]:
+def _differences(
+    first, other, attributes: Callable, path: str = "", name: str = ""
+) -> Iterator[tuple]:
     """Yields `(path, name, first, other)` for each difference, with both values as short text.
 
     The name is empty if a value is an array: arrays are stacked, so `ignore` cannot apply.
@@ -128,19 +213,18 @@ def _differences(first, other, path: str = "", name: str = "") -> Iterator[tuple
     elif _is_array(first):
         if (first.shape, first.dtype) != (other.shape, other.dtype):
             yield path, name, shown(first), shown(other)
-    elif isinstance(first, Mapping) or _is_object(first):
-        is_map = isinstance(first, Mapping)
-        mine, its = (dict(one) if is_map else vars(one) for one in (first, other))
+    elif (mine := attributes(first)) is not None:
+        is_map, its = isinstance(first, Mapping), attributes(other)
         for key in dict.fromkeys((*mine, *its)):
             inner = f"{path}[{key!r}]" if is_map else f"{path}.{key}"
             if key in mine and key in its:
-                yield from _differences(mine[key], its[key], inner, str(key))
+                yield from _differences(mine[key], its[key], attributes, inner, str(key))
             else:
                 there = "there" if key in mine else "missing"
                 yield inner, str(key), there, "missing" if key in mine else "there"
     elif isinstance(first, list | tuple) and len(first) == len(other):
         for place, pair in enumerate(zip(first, other, strict=True)):
-            yield from _differences(*pair, f"{path}[{place}]", name)
+            yield from _differences(*pair, attributes, f"{path}[{place}]", name)
     elif first is not other and not _equal(first, other):
         yield path, name, shown(first), shown(other)
 
@@ -149,10 +233,13 @@ def _is_array(value) -> bool:
     return isinstance(value, jax.Array | np.ndarray | np.generic)
 
 
-def _is_object(value) -> bool:
-    """Whether a value is a node with attributes: a module, a dataclass."""
+def attributes_of(value) -> dict | None:
+    """Returns the attributes of a node, of a module or a dataclass, or the items of a mapping."""
+    if isinstance(value, Mapping):
+        return dict(value)
     is_node = not jax.tree_util.all_leaves([value]) or dataclasses.is_dataclass(value)
-    return is_node and hasattr(value, "__dict__") and not isinstance(value, type)
+    is_object = is_node and hasattr(value, "__dict__") and not isinstance(value, type)
+    return vars(value) if is_object else None
 
 
 def _equal(first, other) -> bool:

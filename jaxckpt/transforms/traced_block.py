@@ -152,14 +152,18 @@ class TracedBlock:
 
     @functools.cached_property
     def _key(self) -> tuple:
-        text = _ADDRESS.sub("", str(self.jaxpr))
-        return text, tuple(self.jaxpr.in_avals), self.counts, self.out_tree
+        return text_of(self.jaxpr), tuple(self.jaxpr.in_avals), self.counts, self.out_tree
 
     def __hash__(self) -> int:
         return hash(self._key)
 
     def __eq__(self, other) -> bool:
         return isinstance(other, TracedBlock) and self._key == other._key
+
+
+def text_of(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> str:
+    """Returns a jaxpr's text, equal for all that compute the same of their inputs and consts."""
+    return _ADDRESS.sub("", str(jaxpr))
 
 
 def identity(block: Callable) -> Hashable:

@@ -1,0 +1,78 @@
+"""Programs that differ in numbers alone become one, the numbers among its inputs.
+
+    program, rows = one_program(jaxprs)
+
+The layers of a Linen list are such programs: each folds a number of its own, made of its path, into
+the key that it is given for dropout. One loop runs them all, a row of numbers for each layer.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from jax.extend import core
+
+from jaxckpt.transforms.traced_block import text_of
+from jaxckpt.transforms.value_names import is_var
+
+
+def unlike(programs: Sequence[core.ClosedJaxpr]) -> int | None:
+    """Returns the first program that differs from program 0 in more than numbers, or None."""
+    first, *others = (_shown(_opened(program)[0]) for program in programs)
+    return next((place for place, other in enumerate(others, start=1) if other != first), None)
+
+
+def one_program(programs: Sequence[core.ClosedJaxpr]) -> tuple[core.ClosedJaxpr, list[list]]:
+    """Returns one program for all, and each program's consts and numbers, which come last.
+
+    Numbers that are equal in all programs stay where they are.
+
+    Args:
+      programs: At least one; all alike, by `unlike`.
+    """
+    numbers = [_opened(program)[1] for program in programs]
+    places = {i for i, same in enumerate(zip(*numbers, strict=True)) if len({*map(_key, same)}) > 1}
+    opened = [_opened(program, places) for program in programs]
+    rows = [[*one.consts, *own] for one, (_, own) in zip(programs, opened, strict=True)]
+    return core.ClosedJaxpr(opened[0][0], ()), rows
+
+
+def _opened(
+    program: core.ClosedJaxpr, places: set[int] | None = None
+) -> tuple[core.Jaxpr, list[np.ndarray]]:
+    """Returns a program whose consts and numbers are inputs, after the others, and the numbers.
+
+    Args:
+      program: Any.
+      places: Which of the numbers, counted as the program has them; None for all.
+    """
+    jaxpr, made, numbers, count = program.jaxpr, [], [], itertools.count()
+
+    def as_input(atom):
+        if is_var(atom):
+            return atom
+        place = next(count)
+        if places is not None and place not in places:
+            return atom
+        made.append(core.Var(atom.aval))
+        numbers.append(np.asarray(atom.val, atom.aval.dtype))
+        return made[-1]
+
+    equations = [one.replace(invars=[as_input(atom) for atom in one.invars]) for one in jaxpr.eqns]
+    outputs = [as_input(atom) for atom in jaxpr.outvars]
+    opened = jaxpr.replace(
+        constvars=[],
+        invars=[*jaxpr.invars, *jaxpr.constvars, *made],
+        eqns=equations,
+        outvars=outputs,
+        debug_info=jaxpr.debug_info.with_unknown_names(),
+    )
+    return opened, numbers
+
+
+def _shown(jaxpr: core.Jaxpr) -> tuple:
+    return text_of(jaxpr), tuple(var.aval for var in jaxpr.invars)
+
+
+def _key(number: np.ndarray) -> bytes:
+    return number.tobytes()

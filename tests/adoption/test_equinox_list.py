@@ -1,0 +1,66 @@
+"""An Equinox encoder: a list of modules, one example under `jax.vmap`, a key for every layer."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+import jaxckpt
+from tests.adoption.cases import changed_lines, check
+
+L, WIDTH, HEADS = 6, 32, 4
+X = jax.random.normal(jax.random.key(0), (8, 32, WIDTH))
+MASK = jnp.tril(jnp.ones([32, 32], bool))
+KEYS = jax.random.split(jax.random.key(1), len(X))
+
+
+class Layer(eqx.Module):
+    attention: eqx.nn.MultiheadAttention
+    norm: eqx.nn.LayerNorm
+    mlp: eqx.nn.MLP
+    dropout: eqx.nn.Dropout
+
+    def __init__(self, key):
+        keys = jax.random.split(key)
+        self.attention = eqx.nn.MultiheadAttention(HEADS, WIDTH, dropout_p=0.1, key=keys[0])
+        self.norm = eqx.nn.LayerNorm(WIDTH)
+        self.mlp = eqx.nn.MLP(WIDTH, WIDTH, 4 * WIDTH, 1, jax.nn.gelu, key=keys[1])
+        self.dropout = eqx.nn.Dropout(0.1)
+
+    def __call__(self, x, mask, *, key, inference=False):
+        keys = jax.random.split(key)
+        y = jax.vmap(self.norm)(x)
+        x = x + self.attention(y, y, y, mask=mask, key=keys[0], inference=inference)
+        return x + self.dropout(jax.vmap(self.mlp)(x), key=keys[1], inference=inference)
+
+
+class Encoder(eqx.Module):
+    layers: list[Layer]
+
+    def __call__(self, x, mask, key):
+        keys = jax.random.split(key, len(self.layers))
+        for layer, layer_key in zip(self.layers, keys, strict=True):
+            x = layer(x, mask, key=layer_key)
+        return x
+
+
+class Adopted(Encoder):
+    def __call__(self, x, mask, key):
+        keys = jax.random.split(key, len(self.layers))
+        apply = lambda layer, x, mask, key: layer(x, mask, key=key)
+        x = jaxckpt.run(self.layers, apply, x, mask, each={"key": keys}, remat="full")
+        return x
+
+
+def test_weights_and_masks_are_the_models():
+    assert changed_lines(Encoder.__call__, Adopted.__call__) <= 3
+    layers = [Layer(key) for key in jax.random.split(jax.random.key(2), L)]
+    arrays, static = eqx.partition(layers, eqx.is_array)
+
+    def loss_of(kind):
+        def loss(arrays, x):
+            encoder = kind(eqx.combine(arrays, static))
+            return jnp.square(jax.vmap(lambda x, key: encoder(x, MASK, key))(x, KEYS)).mean()
+
+        return loss
+
+    check(loss_of(Encoder), loss_of(Adopted), arrays, X)
