@@ -58,6 +58,7 @@ def test_some_gradients_are_those_of_none(plan, wanted):
     chex.assert_trees_all_close(got, want, rtol=2e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_frozen_weights_cost_no_products(plan):
     flops = lambda plan, wanted: count_flops(jax.make_jaxpr(gradient(plan, wanted))(*inputs()))

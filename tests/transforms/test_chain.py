@@ -58,6 +58,7 @@ def test_equals_none(plan):
     assert relative_error(run(plan), run("none")) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_recomputes():
     """The twin: products run again by each plan."""
     weights, x = parameters(), jnp.ones((4, SIZES[0]))

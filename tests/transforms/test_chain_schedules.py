@@ -130,6 +130,7 @@ def residual_bytes(plan) -> int:
     )
 
 
+@pytest.mark.slow
 def test_less_is_kept_under_a_smaller_budget():
     kept = [residual_bytes(planned(budget)) for budget in BUDGETS]
     assert kept == sorted(kept) and kept[0] < kept[-1] / 2

@@ -66,6 +66,7 @@ def rows_by_name(run, plan: str) -> dict:
     return {r.name: r for r in jaxckpt.explain(run, row, x, plan=plan).rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "inside",
     [

@@ -65,6 +65,7 @@ def test_unrolled_plan_equals_none_at_the_same_unroll(plan, unroll, expected):
     check(cases.run(7, plan, unroll=unroll), expected(7, unroll), tolerance=1e-6)
 
 
+@pytest.mark.slow
 def test_without_jit(expected):
     params, carry, scale = cases.dropout_stack(5)
     fn = cases.value_and_grads(cases.dropout_block, params, carry, scale, remat="binomial:2")
@@ -73,6 +74,7 @@ def test_without_jit(expected):
     check(got, expected(5), tolerance=1e-6)
 
 
+@pytest.mark.slow
 def test_dropout_matters():
     """The masks differ between blocks and from no dropout, or the tests above show nothing."""
     params, carry, scale = cases.dropout_stack(4)

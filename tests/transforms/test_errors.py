@@ -114,6 +114,7 @@ def chain_of(w, remat, nested=False):
 SCAN = lambda f: lambda w: jax.lax.scan(lambda c, _: (c + f(w), None), 0.0, None, length=2)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [loss_of, chain_of])
 @pytest.mark.parametrize(
     "derivative",
@@ -150,6 +151,7 @@ def test_derivatives_that_a_schedule_lacks_name_the_plan_that_has_them(loss, der
         jax.block_until_ready(derivative(lambda w: loss(w, "sqrt", nested=True)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["uniform:3", "sqrt", "log", "binomial:2", "3xsqrt/log"])
 @pytest.mark.parametrize("loss", [loss_of, chain_of])
 def test_forward_over_reverse(loss, plan):
@@ -201,6 +203,7 @@ def test_effects_that_may_happen_again():
         assert run(prints, plan).shape == W.shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["dots", "uniform:2+dots", "names:product", "4xnone/dots"])
 def test_complex_values_cannot_be_kept_by_policies(plan):
     bent = lambda x, w: jnp.tanh(jaxckpt.tag(x @ w, "product"))

@@ -105,6 +105,7 @@ def without_remat(framework):
     return value_and_grads(framework, "none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_gradients_equal_none(framework, plan):
@@ -113,6 +114,7 @@ def test_gradients_equal_none(framework, plan):
     assert relative_error(got, want) <= 1e-6
 
 
+@pytest.mark.slow
 def test_an_equinox_stack_equals_the_loop_of_its_modules():
     blocks = equinox_blocks()
     arrays, static = eqx.partition(blocks, eqx.is_array)
@@ -135,6 +137,7 @@ def promised(plan: str) -> int:
     return NUM_BLOCKS + stack_schedule_of(stage).extra_forwards
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ("none", "full", "uniform:2", "sqrt", "log", "binomial:1"))
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_blocks_are_evaluated_as_often_as_the_plan_says(framework, plan):

@@ -103,6 +103,7 @@ def weight(run, args) -> int:
     return sum(x.size for x in jax.tree.leaves(kept))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dots", "host", "own"])
 def test_gradients_are_those_under_jax(name):
     policy = POLICIES[name]
@@ -161,6 +162,7 @@ def chain_of(remat, params, carry, scale):
     )
 
 
+@pytest.mark.slow
 def test_a_chain():
     """Unrolled, so that no residual is of two blocks."""
     policy = keeps_tanh
@@ -193,6 +195,7 @@ def test_a_loop_with_outputs():
     assert weight(ours("full"), [x]) < weight(ours(policy), [x]) < weight(ours("none"), [x])
 
 
+@pytest.mark.slow
 def test_under_vmap():
     policy = JAXS.save_only_these_names("hidden")
     params, carry, scale = cases.dropout_stack(LENGTH)
@@ -239,6 +242,7 @@ def linen_saved(model):
     return weight(run, (params, x)), jax.jit(jax.grad(lambda p: run(p, x).sum()))(params)
 
 
+@pytest.mark.slow
 def test_linen():
     policy = keeps_tanh
     ours, grads = linen_saved(jaxckpt.linen.remat(Layer, policy)())
@@ -252,6 +256,7 @@ def test_linen():
     chex.assert_trees_all_close(grads, stack("none")[1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_nnx():
     class Block(nnx.Module):
         def __init__(self, rngs):

@@ -68,6 +68,7 @@ def gradients(run):
     return eqx.filter_jit(eqx.filter_value_and_grad(loss))((LAYERS, X, jnp.float32(0.7)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_list_of_equinox_layers(plan):
     """Loss and gradients of the list itself, with dropout, flags and an output a layer."""
@@ -97,6 +98,7 @@ def test_layers_are_run_again():
     assert counts == {"none": L, "full": 2 * L, "uniform:2": 2 * L - 3}
 
 
+@pytest.mark.slow
 def test_unrolled_layers_are_not_copied():
     wide = [Layer(i, jax.random.key(i), width=4096) for i in range(L)]
     arrays, static = eqx.partition(wide, eqx.is_array)
