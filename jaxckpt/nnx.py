@@ -532,4 +532,7 @@ def _attributes(value) -> dict | None:
     attributes = getattr(value, "__dict__", {})
     if not any(name.startswith(_FLAX) for name in attributes):
         return None
-    return {name: one for name, one in attributes.items() if not name.startswith(_FLAX)}
+    # Flax 0.11 keeps initializers, made anew for every layer; a call has no use for them.
+    is_init = lambda name: name.endswith("_init") and callable(attributes[name])
+    names = [name for name in attributes if not name.startswith(_FLAX) and not is_init(name)]
+    return {name: attributes[name] for name in names}

@@ -44,7 +44,7 @@ class Layer(nnx.Module):
 
 class Model(nnx.Module):
     def __init__(self, rngs):
-        self.layers = nnx.List([Layer(rngs=rngs) for _ in range(L)])
+        self.layers = getattr(nnx, "List", list)([Layer(rngs=rngs) for _ in range(L)])
 
     def __call__(self, x, positions, cache, mask):
         new_cache = None if cache is None else {}

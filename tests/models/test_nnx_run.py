@@ -36,7 +36,7 @@ class Layer(nnx.Module):
 class Model(nnx.Module):
     def __init__(self, run, **options):
         rngs = nnx.Rngs(0, dropout=1)
-        self.layers = nnx.List([Layer(i, rngs=rngs, **options) for i in range(L)])
+        self.layers = getattr(nnx, "List", list)([Layer(i, rngs=rngs, **options) for i in range(L)])
         self.run = run
 
     def __call__(self, x, scale):
