@@ -51,6 +51,7 @@ class Adopted(Encoder):
         return x
 
 
+@pytest.mark.slow
 def test_weights_and_masks_are_the_models():
     assert changed_lines(Encoder.__call__, Adopted.__call__) <= 3
     layers = [Layer(key) for key in jax.random.split(jax.random.key(2), L)]

@@ -56,6 +56,7 @@ class Adopted(Model):
         return self.head(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deterministic", (True, False))
 def test_weights_and_masks_are_the_models(deterministic):
     assert changed_lines(Model.__call__, Adopted.__call__) <= 3

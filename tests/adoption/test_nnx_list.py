@@ -70,6 +70,7 @@ class Adopted(Model):
         return new_cache, x
 
 
+@pytest.mark.slow
 def test_weights_metadata_and_masks_are_the_models():
     assert changed_lines(Model.__call__, Adopted.__call__) <= 3
     auto = (jax.sharding.AxisType.Auto,)

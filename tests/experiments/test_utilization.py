@@ -34,6 +34,7 @@ def by_hand(length: int) -> int:
     return 2 * length * (6 * (3 * BLOCK + HEAD) + 12 * 3 * 4 * 32 * length)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", LENGTHS)
 def test_what_the_model_needs_is_the_papers_count(length):
     assert flops_of(seq_len=length).model == by_hand(length)

@@ -57,6 +57,7 @@ def test_all_options_together(problem):
     chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 7, 12, 13])
 def test_a_smaller_last_chunk(length, monkeypatch):
     monkeypatch.setattr(chunks, "_SMALL_BYTES", 0)
@@ -67,6 +68,7 @@ def test_a_smaller_last_chunk(length, monkeypatch):
     assert relative_error(got, want) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_cotangents_scale():
     x, w, targets = inputs()
     for factor in (3.0, -0.25, 0.0):
@@ -78,6 +80,7 @@ def test_cotangents_scale():
         assert relative_error(got, jax.tree.map(lambda y, f=factor: f * y, want)) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_loss_between_layers():
     """The cotangent is a traced value, and x and w come from one another."""
     x, w, targets = inputs()
@@ -90,6 +93,7 @@ def test_a_loss_between_layers():
     assert relative_error(got, jax.grad(lambda v: run(plain_linear_cross_entropy, v))(v)) < 1e-5
 
 
+@pytest.mark.slow
 def test_accumulation_in_a_scan():
     """Parts of a batch with sums and counts give the mean over the counted tokens of all."""
     x, w, targets = inputs((4, 6))
@@ -112,6 +116,7 @@ def test_accumulation_in_a_scan():
     assert relative_error(got, want) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_under_vmap():
     x, w, targets = inputs()
     ws = jnp.stack([w, 2 * w, -w])
@@ -137,6 +142,7 @@ def test_no_tokens_is_zero(tokens):
     assert loss == 0 and not jnp.any(grad_w) and grad_x.shape == x.shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [-1, VOCAB, 120])
 def test_a_target_that_does_not_exist_is_not_silent(wrong):
     x, w, targets = inputs()
@@ -146,6 +152,7 @@ def test_a_target_that_does_not_exist_is_not_silent(wrong):
     assert all_finite(pair(x, w, targets, 8, ignore_index=wrong))
 
 
+@pytest.mark.slow
 def test_bf16_is_as_near_to_float32_as_the_plain_version():
     """Against float32 on the same inputs: each gradient is off by less than its last bit.
 
@@ -174,6 +181,7 @@ def test_float32_weights_under_a_bf16_computation_keep_float32_gradients():
     assert relative_error(kept, rounded.astype(jnp.float32)) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_tokens", [None, 2])
 def test_inside_shard_map(chunk_tokens):
     """Its sums vary over the mesh as the tokens do; weights that do not get a summed gradient."""

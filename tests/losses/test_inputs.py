@@ -86,7 +86,7 @@ def test_shards_that_do_not_divide(shards, message):
         ({"targets": "uint8"}, {"ignore_index": -100}, "-100 is no uint8, .* valid: 0 to 255"),
         ({"targets": "float32"}, {}, "targets are float32; valid: an integer dtype"),
         ({"targets": (3,)}, {}, r"targets are \[3\]; valid: \[2, 12\], as x"),
-        ({"x": "float16"}, {}, "x is float16; valid: bfloat16, float32, float64"),
+        ({"x": "int32"}, {}, "x is int32; valid: float16, bfloat16, float32, float64"),
         ({"x": (8,)}, {}, r"x is \[8\]; valid: \[..., tokens, D\]"),
         ({"w": "int32"}, {}, r"w is int32\[8, 50\]; valid: floating, two axes, layout DV"),
         ({"w": (9, 50)}, {}, r"w is \[9, 50\] with layout 'DV', but D is 8, the last axis of x$"),

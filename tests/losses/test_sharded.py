@@ -104,6 +104,7 @@ def test_gradients_are_those_of_one_device(cases):
         assert case["error"] <= 1e-6, name
 
 
+@pytest.mark.slow
 def test_shards_sum_the_weights_gradient_once(cases):
     """The twin is the same call without `token_shards`: a gradient of w is sent every chunk."""
     for name in ("tokens, shards", "flat, shards", "explicit: tokens, shards"):
@@ -129,6 +130,7 @@ def test_a_sharded_vocabulary_sends_no_logits(cases):
     assert sum(sent) <= 32 * 32 + 3 * 32 + 1
 
 
+@pytest.mark.slow
 def test_gradients_keep_the_shardings(cases):
     for kind in ("", "explicit: "):
         assert "data" in cases[kind + "both, shards"]["x_sharding"]

@@ -64,6 +64,7 @@ def test_values_and_gradients_are_those_of_jax(kind, segment_ids, interpreted):
     assert relative_error(run(attend, *other), want) > 1e-2, "documents matter"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 5, 128, 200])
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_a_last_chunk_may_be_shorter(size, is_packed):
@@ -146,6 +147,7 @@ ERRORS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, dtype, sizes, message", ERRORS)
 def test_what_a_kernel_does_not_take(kind, dtype, sizes, message):
     shape = (1, sizes.get("size", 256), 2, sizes.get("head_dim", 16))

@@ -43,6 +43,7 @@ def casts_of_weights(jaxpr) -> int:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_no_loop_casts_a_weight(plan):
     fn, args, _ = step(plan)

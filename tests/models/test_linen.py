@@ -45,6 +45,7 @@ def loss(variables, plan, deterministic=False):
     return Model(plan).apply(variables, X, deterministic=deterministic, rngs=rngs).sum()
 
 
+@pytest.mark.slow
 def test_tree_is_the_same_for_every_plan():
     trees = [Model(plan).init(RNGS, X) for plan in ("none", "full", "sqrt", "2xdots/log")]
     for tree in trees[1:]:
@@ -53,6 +54,7 @@ def test_tree_is_the_same_for_every_plan():
     assert shapes["layers"]["Dense_0"] == {"kernel": (5, 6, 12), "bias": (5, 12)}
 
 
+@pytest.mark.slow
 def test_blocks_start_from_different_parameters():
     kernel = Model("full").init(RNGS, X)["params"]["layers"]["Dense_0"]["kernel"]
     assert float(jnp.abs(kernel[0] - kernel[1]).max()) > 0.01
@@ -328,6 +330,7 @@ class SharesLoop(nn.Module):
         return x.sum()
 
 
+@pytest.mark.slow
 def test_a_checkpointed_class_is_seen_with_all_that_it_shares():
     """The tags are those of the module that is called, with its parent's modules and streams."""
     keys = {"params": jax.random.key(0), "noise": jax.random.key(1)}
@@ -342,6 +345,7 @@ def test_a_checkpointed_class_is_seen_with_all_that_it_shares():
         run("names:hiden")
 
 
+@pytest.mark.slow
 def test_a_stack_of_blocks_that_would_share_is_refused():
     class Around(nn.Module):
         template: bool
@@ -359,6 +363,7 @@ def test_a_stack_of_blocks_that_would_share_is_refused():
     assert params["layers"]["shared"]["kernel"].shape == (3, 6, 6)
 
 
+@pytest.mark.slow
 def test_one_key_serves_every_stream():
     """As in Linen: a stream without a key of its own is drawn from the parameters' key."""
     stack = jaxckpt.linen.Stack(functools.partial(Shares, nn.Dense(6)), 3, remat="log")

@@ -87,6 +87,7 @@ def gradients(model, variables, **named):
     return run(variables["params"], jnp.full(WIDTH, 0.7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_list_equals_its_loop(plan):
     """Loss, gradients, batch statistics, what is sown; masks of dropout and of another stream."""
@@ -114,6 +115,7 @@ class Masks(nn.Module):
         return x, x[0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", (jax.random.key(1), jax.random.PRNGKey(1)))
 @pytest.mark.parametrize("twice", (True, False))
 def test_masks_are_bit_equal(twice, key):
@@ -124,6 +126,7 @@ def test_masks_are_bit_equal(twice, key):
     assert len(jnp.unique(run("sqrt")[0])) > 1
 
 
+@pytest.mark.slow
 def test_numbers_may_differ():
     rates = tuple(0.1 * i for i in range(1, L + 1))
     variables = Model().init(RNGS, X, 0.7)
@@ -137,6 +140,7 @@ def test_without_dropout_and_rngs():
     assert relative_error(run("full"), run(None)) <= 1e-6
 
 
+@pytest.mark.slow
 def test_layers_are_run_again():
     counts = {}
     variables = Model().init(RNGS, X, 0.7)
@@ -175,6 +179,7 @@ class Shared(nn.Module):
         return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unroll", (1, L))
 def test_a_shared_module_and_each(unroll):
     variables = Shared().init(RNGS, X)

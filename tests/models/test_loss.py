@@ -63,6 +63,7 @@ def test_the_parameter_tree_is_that_of_qwen3(config):
     assert {name(path): leaf.shape for path, leaf in leaves} == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"chunk_tokens": 32}, {"z_loss": 1e-2}])
 @pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
 def test_loss_and_gradients_are_those_of_logits(config, options):
@@ -76,6 +77,7 @@ def test_loss_and_gradients_are_those_of_logits(config, options):
     assert relative_error(got, other) > 1e-4, "the comparison sees the weight of z"
 
 
+@pytest.mark.slow
 def test_in_bf16_the_logits_are_summed_in_float32():
     config = dataclasses.replace(TIED, dtype="bf16")
     params = parameters(config)
