@@ -3,6 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import pytest
 
 import jaxckpt
 from tests.adoption.cases import changed_lines, check
