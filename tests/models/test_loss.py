@@ -105,6 +105,7 @@ def sizes_over_vocabulary(compiled, vocab_size: int) -> set[int]:
     return {math.prod(shape) for shape in axes if vocab_size in shape}
 
 
+@pytest.mark.slow
 def test_a_step_has_no_array_of_tokens_times_vocabulary():
     model = dataclasses.replace(TIED, vocab_size=509)  # a prime: no other axis has it
     weights, tokens = 509 * 16, 4 * 64
@@ -153,6 +154,7 @@ def test_accumulation_and_chunks_change_no_gradient(changes):
     assert abs(norms(train_config())[0][0] - want[0][0]) > 1e-3, "z_loss reaches the step"
 
 
+@pytest.mark.slow
 def test_validation_is_the_cross_entropy_alone():
     params = parameters(TIED)
     for changes in ({}, {"z_loss": 1.0}, {"loss_chunk_tokens": 8}):

@@ -41,6 +41,7 @@ def found():
     return run((WHOLE, "log", False), ("data=4,fsdp=2", "full", True), moved=True)
 
 
+@pytest.mark.slow
 def test_loss_and_gradients_are_those_of_one_device(found):
     assert found["cases"][0]["error"] <= 3e-6
 
@@ -54,6 +55,7 @@ def test_no_parameter_is_gathered_outside_of_its_block(found):
     assert max(bad["outside"] + bad["inside"]) > LARGEST_MATRIX
 
 
+@pytest.mark.slow
 def test_checkpoints_move_between_meshes(found):
     assert found["moved"] == [0.0, 0.0]
 

@@ -83,11 +83,13 @@ def without_remat():
     return outcomes(Model("none"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_values_and_gradients_with_dropout_equal_none(plan, without_remat):
     assert relative_error(outcomes(Model(plan)), without_remat) <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ("none", "full", "log"))
 def test_a_stack_equals_the_loop_of_its_blocks(plan):
     """So every block draws the masks it draws by itself, in the first call and in the second."""
@@ -159,11 +161,13 @@ def evaluations(plan):
     return counter.total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", EVALUATIONS)
 def test_plans_recompute(plan):
     assert evaluations(plan) == EVALUATIONS[plan]
 
 
+@pytest.mark.slow
 def test_the_twin_sees_a_remat_that_does_nothing(monkeypatch):
     from jaxckpt.transforms import stack_executor
 
@@ -183,6 +187,7 @@ def test_state_is_the_same_for_every_plan():
     assert {x.shape[0] for x in everything} == {NUM_BLOCKS}
 
 
+@pytest.mark.slow
 def test_training_step_under_jit():
     """An optimizer in `nnx.jit`: the same losses for every plan, compiled once."""
     traces = []
@@ -227,6 +232,7 @@ def test_split_and_merge_and_plan_assigned_later():
     assert abstract.layers.blocks.up.kernel.shape == (NUM_BLOCKS, WIDTH, 12)
 
 
+@pytest.mark.slow
 def test_attention_and_plain_arrays_in_a_block():
     class Attention(nnx.Module):
         def __init__(self, *, rngs):
@@ -258,6 +264,7 @@ def test_attention_and_plain_arrays_in_a_block():
     assert relative_error(*results) <= tolerance
 
 
+@pytest.mark.slow
 def test_a_module_that_all_blocks_share_gets_gradients():
     class Block(nnx.Module):
         def __init__(self, *, rngs):
@@ -305,6 +312,7 @@ def stack_rows(*leaves):
     return jnp.stack(leaves)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ("none", "sqrt"))
 @pytest.mark.parametrize("pure", (True, False))
 def test_weights_with_partition_metadata_move_in_and_out(pure, plan):

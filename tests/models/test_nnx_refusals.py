@@ -143,6 +143,7 @@ def test_an_instance_is_no_class():
         jaxckpt.nnx.Stack(3, Mlp, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_plan_errors():
     make = functools.partial(jaxckpt.nnx.Stack, Mlp, rngs=nnx.Rngs(0))
     for num_blocks, plan, message in (

@@ -87,12 +87,14 @@ def of_the_loop():
         return outcomes(loop)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_list_equals_its_loop(plan, of_the_loop):
     """Loss, gradients, batch statistics and counters of dropout, in two calls."""
     assert relative_error(outcomes(ours(plan)), of_the_loop) <= 1e-5
 
 
+@pytest.mark.slow
 def test_the_masks_are_the_lists_own():
     model, other = Model(ours("sqrt")), Model(loop)
     for _ in range(2):
@@ -110,6 +112,7 @@ def test_metadata_and_paths_stay():
     assert grads["layers"][3]["up"]["kernel"].shape == (WIDTH, 2 * WIDTH)
 
 
+@pytest.mark.slow
 def test_layers_are_run_again():
     counts = {}
     for plan in ("none", "full", "uniform:2"):
@@ -133,6 +136,7 @@ class Noise(nnx.Module):
         return x * gain + rngs.noise.normal(x.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unroll", (1, L))
 @pytest.mark.parametrize("held", (True, False))
 def test_streams_and_parts_that_layers_share(held, unroll):

@@ -61,6 +61,7 @@ def test_packed_equals_alone_under_every_plan(plan):
     assert relative_error(got, expected()) < 2e-5
 
 
+@pytest.mark.slow
 def test_documents_that_see_each_other_do_not():
     got = jax.jit(jax.value_and_grad(functools.partial(packed, separate=False)))(parameters())
     assert relative_error(got, expected()) > 1e-3

@@ -57,6 +57,7 @@ def test_a_mesh_of_more_devices_than_there_are():
         make_mesh(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["none", "attention", "full"])
 @pytest.mark.parametrize("mesh", ["fsdp=4", "data=2,tensor=2"])
 def test_a_flash_kernel_is_run_on_each_devices_own_part(mesh, plan):
