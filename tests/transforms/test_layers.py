@@ -81,6 +81,7 @@ def test_a_list_of_equinox_layers(plan):
     assert found <= 1e-5
 
 
+@pytest.mark.slow
 def test_layers_are_run_again():
     """The twin: how often a layer runs, and what the products of a gradient cost."""
     counts = {}

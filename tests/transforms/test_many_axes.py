@@ -34,6 +34,7 @@ def chain(w, x, plan, block=block):
     return jaxckpt.chain(blocks, x, remat=plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("run", [stack, chain])
 def test_a_gradient_outside_vmap_keeps_none_for_each_example(run, plan):
@@ -52,6 +53,7 @@ def test_a_gradient_outside_vmap_keeps_none_for_each_example(run, plan):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_two_batches(plan):
     """Weights of a batch of their own, inside and outside; the batch stands where it stands."""
@@ -65,6 +67,7 @@ def test_two_batches(plan):
     assert relative_error(*(jax.jit(jax.grad(loss(p)))(ws) for p in (plan, "none"))) <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_named_axis_in_the_block(plan):
     def mean(x, w):
@@ -173,6 +176,7 @@ print("ok")
 """
 
 
+@pytest.mark.slow
 def test_shard_map_and_explicit_axes():
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", EIGHT_DEVICES],

@@ -57,6 +57,7 @@ def promised(num_blocks: int, plan: str) -> int:
     return total
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(plans())
 def test_gradients_with_dropout_equal_none(case):
@@ -68,6 +69,7 @@ def test_gradients_with_dropout_equal_none(case):
     assert cases.relative_error(scale, want_scale) <= 1e-6
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(plans())
 def test_blocks_run_as_often_as_the_schedules_say(case):

@@ -180,6 +180,7 @@ def check(program: Program):
 SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 
 
+@pytest.mark.slow
 @settings(max_examples=12, **SETTINGS)
 @given(programs())
 def test_some_programs(program):

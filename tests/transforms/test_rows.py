@@ -53,6 +53,7 @@ def test_rows_do_not_wait_for_the_backward_pass(target, monkeypatch):
     assert inside < temp_bytes(target) - 0.4 * WEIGHTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [lambda w: w.T, lambda w: w.astype(jnp.bfloat16).T])
 def test_recorded_blocks_keep_no_form_of_a_weight(form, monkeypatch):
     def both(x, w):
@@ -104,6 +105,7 @@ def test_a_second_stage_copies_no_parameters(monkeypatch):
     assert temp_bytes("3xfull/full+names:k") > 1.5 * one
 
 
+@pytest.mark.slow
 def test_gradients_and_tangents_are_those_of_a_loop():
     keys = jax.random.split(jax.random.key(0), 2)
     w = 0.05 * jax.random.normal(keys[0], (BLOCKS, 16, 16))

@@ -66,6 +66,7 @@ def gradients(scan, length: int, loss: str):
     return jax.jit(jax.grad(fn, argnums=(0, 1, 2), has_aux=True))(W, H, xs["x"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize(("length", "reverse"), [(1, False), (8, True), (9, False)])
 def test_values_and_gradients_are_those_of_lax_scan(plan, length, reverse):
@@ -83,6 +84,7 @@ def test_values_and_gradients_are_those_of_lax_scan(plan, length, reverse):
     assert relative_error(as_floats(found), as_floats(expected)) <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 def test_each_loss(loss):
     plain = lambda f, init, xs: lax.scan(f, init, xs, reverse=True)
