@@ -1,6 +1,7 @@
 """Any plan over any depth: gradients of `none`, and the evaluations that its schedules promise."""
 
 import jax
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
