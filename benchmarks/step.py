@@ -77,7 +77,7 @@ def step(
 
     Args:
       output: JSON file to write, and to go on with.
-      group: Run the cases of one shape alone, or those that show a plan's gain.
+      group: Run the cases of one shape alone, or the cases of the README's table.
       tiny: Run our side of a tiny model, on any device, to try the script.
     """
     here, found = gpu(), kept(output) or {}

@@ -92,7 +92,7 @@ class _App(App):
       with_rare: Whether help shows rare flags.
     """
 
-    # `--help` and `--version` are made as apps of the same class, so nothing can be asked for here.
+    # cyclopts makes `--help` and `--version` as apps of this class too, without arguments.
     word, with_rare = "", False
 
     def assemble_argument_collection(self, **options) -> ArgumentCollection:

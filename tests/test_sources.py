@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize(
     "path, machinery",
     [
-        ("/home/me/work/train.py", False),
+        ("/home/me/code/train.py", False),
         ("/home/me/jaxckpt/jaxckpt/models/transformer.py", False),
         ("/home/me/jaxckpt/experiments/training/step.py", False),
         ("/env/lib/python3.11/site-packages/jaxckpt/models/loss.py", False),
@@ -33,13 +33,13 @@ def test_what_called_machinery_is_shown(path, machinery):
 
 def test_a_path_is_shown_as_it_is_found_from_here(monkeypatch, tmp_path):
     (tmp_path / "work").mkdir()
-    (tmp_path / "work/mine.py").write_text("")
+    (tmp_path / "code/mine.py").write_text("")
     monkeypatch.chdir(tmp_path)
-    assert shown(f"{tmp_path}/work/mine.py:3") == "work/mine.py:3"
+    assert shown(f"{tmp_path}/code/mine.py:3") == "code/mine.py:3"
     monkeypatch.chdir(ROOT)
-    assert shown(f"{tmp_path}/work/mine.py:3") == f"{tmp_path}/work/mine.py:3"
-    (tmp_path / "work/mine.py").unlink()
-    assert shown(f"{tmp_path}/work/mine.py:3") == ""
+    assert shown(f"{tmp_path}/code/mine.py:3") == f"{tmp_path}/code/mine.py:3"
+    (tmp_path / "code/mine.py").unlink()
+    assert shown(f"{tmp_path}/code/mine.py:3") == ""
     assert shown("") == ""
 
 
