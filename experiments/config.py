@@ -364,7 +364,7 @@ def load_toml(path: Path) -> dict[str, Any]:
 
 
 def _other_files(path: Path) -> str:
-    """Returns the nearest guess and the configuration files there are, for a path without a file."""
+    """Returns the nearest guess and the list of configuration files, for a missing one."""
     folders = dict.fromkeys(one for one in (path.parent, Path("configs")) if one.is_dir())
     files = [file for folder in folders for file in sorted(folder.glob("*.toml"))]
     names = {str(file): file.stem for file in files if file.name != "pyproject.toml"}

@@ -32,7 +32,7 @@ def test_what_called_machinery_is_shown(path, machinery):
 
 
 def test_a_path_is_shown_as_it_is_found_from_here(monkeypatch, tmp_path):
-    (tmp_path / "work").mkdir()
+    (tmp_path / "code").mkdir()
     (tmp_path / "code/mine.py").write_text("")
     monkeypatch.chdir(tmp_path)
     assert shown(f"{tmp_path}/code/mine.py:3") == "code/mine.py:3"
