@@ -28,7 +28,7 @@ def filled(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
     """Returns a page with its tables made anew.
 
     Raises:
-      ValueError: A table that nobody makes, or one that is begun and not ended.
+      ValueError: A table has an unknown name, or has no end.
     """
 
     def made(match: re.Match) -> str:
@@ -53,7 +53,7 @@ def stale(docs: Path = DOCS) -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes the pages, or with `--check` only names those that are out of date."""
+    """Writes the pages, or with `--check` only names the pages that are out of date."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pages", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args(argv).check

@@ -16,9 +16,6 @@ Exits with 1 if a bound fails. Needs the `planner` extra.
 
 import time
 from pathlib import Path
-from typing import Annotated
-
-from cyclopts import Parameter
 
 from benchmarks import cases
 from benchmarks.record import Record, finish, kept, rows_of
@@ -40,10 +37,10 @@ SHAPES: dict[str, cases.Case] = {
 def rivals(
     *,
     output: Path | None = None,
-    shape: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    shape: tuple[str, ...] = (),
     budgets: int = 5,
     minutes: float | None = None,
-    tiny: Annotated[bool, Parameter(negative=())] = False,
+    tiny: bool = False,
 ):
     """Time the planner's answers beside fixed plans; exit with 1 if a bound fails.
 
@@ -76,7 +73,7 @@ def rivals(
 
 
 def _measure(record: Record, name: str, case: cases.Case, seconds: float | None):
-    """Measures a shape within so many seconds, and saves what is known of it as it comes."""
+    """Measures a shape within some seconds, and saves each row of it as it comes."""
     # What decides a row beside the GPU.
     sources = cache.digest_of_sources({"benchmarks"})[:16]
     made = {"case": case, "gpu": gpu(), "sources": sources}

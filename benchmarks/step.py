@@ -11,9 +11,7 @@ Needs the `peer` extra for PyTorch's side. Exits with 1 if a bound fails.
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from cyclopts import Parameter
+from typing import Any, Literal
 
 from benchmarks import cases
 from benchmarks.cases import KEPT, LONG, SHORT
@@ -71,7 +69,7 @@ def step(
     *,
     output: Path | None = None,
     group: Literal["short", "long", "gain"] | None = None,
-    tiny: Annotated[bool, Parameter(negative=())] = False,
+    tiny: bool = False,
 ):
     """Time the step beside PyTorch's; exit with 1 if a bound fails.
 

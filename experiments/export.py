@@ -28,7 +28,7 @@ from jaxckpt.models.config import ModelError, TransformerConfig
 from jaxckpt.plans.errors import nearest
 
 _DTYPES = {"bf16": "bfloat16", "f32": "float32"}
-# What lies beside weights and is the same after training.
+# Files that lie beside weights and do not change by training.
 _COPIED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
@@ -54,18 +54,21 @@ def export(
     try:
         with _whole(out) as folder, _parameters(run, step) as read:
             (folder / CONFIG_JSON).write_text(json.dumps(content, indent=2) + "\n")
-            copied = _copy_beside(source.init, folder)
+            beside: Any = source.init
+            copied = [name for name in _COPIED if beside and (beside / name).is_file()]
+            for name in copied:
+                shutil.copyfile(beside / name, folder / name)
             tensors = _tensors(source.model, read, _DTYPES[dtype])
             written = write_shards(folder, tensors, largest_bytes=int(shard_gb * 1e9))
     except OSError as error:
         raise RunError(f"cannot write {out}: {reason(error)}") from None
-    beside = ", ".join(copied) or "no tokenizer: the run started with none"
-    print(f"step {step} of {run} is in {out}: {written} in {dtype}; {beside}")
+    others = ", ".join(copied) or "no tokenizer: the run started with none"
+    print(f"step {step} of {run} is in {out}: {written} in {dtype}; {others}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Source:
-    """What a run's configuration says: its model, and the folder that it started from."""
+    """A run's model, and the folder that the run started from."""
 
     model: TransformerConfig
     init: Path | None
@@ -94,17 +97,14 @@ def _read_run(run: Path) -> _Source:
     if not (run / CONFIG).is_file():
         raise ConfigError(f"{str(run)!r} holds no run of experiments.train: no {CONFIG} in it")
     flags = load_toml(run / CONFIG)
-    fields = {
-        field.name: field.name.replace("_", "-") for field in dataclasses.fields(TransformerConfig)
-    }
+    names = {field.name for field in dataclasses.fields(TransformerConfig)}
+    given = {flag.replace("-", "_"): value for flag, value in flags.items()}
     try:
-        model = TransformerConfig(
-            **{name: flags[flag] for name, flag in fields.items() if flag in flags}
-        )
+        model = TransformerConfig(**{name: given[name] for name in names & given.keys()})
     except ModelError as error:
         raise ConfigError(f"{run / CONFIG}: {error}") from None
-    init = flags.get("init")
-    return _Source(model=model, init=None if init is None else Path(init), seq_len=flags["seq-len"])
+    init = Path(given["init"]) if "init" in given else None
+    return _Source(model=model, init=init, seq_len=given["seq_len"])
 
 
 def _choose_step(run: Path, step: int | None) -> int:
@@ -138,15 +138,6 @@ def _whole(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def _copy_beside(init: Path | None, folder: Path) -> list[str]:
-    if init is None:
-        return []
-    found = [name for name in _COPIED if (init / name).is_file()]
-    for name in found:
-        shutil.copyfile(init / name, folder / name)
-    return found
 
 
 @contextlib.contextmanager

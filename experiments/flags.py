@@ -57,23 +57,12 @@ PLAN_NAMES = ("--plan", "--remat")  # of one flag
 
 
 def is_used(flag: str, command: str) -> bool:
-    """Whether a command has a use for a setting of a run.
-
-    Args:
-      flag: Without dashes, such as `save-every`.
-      command: The last part of its module's name, such as `fit`.
-    """
+    """Whether a command, such as `fit`, has a use for a run's setting, such as `save-every`."""
     return command not in _SETTINGS or command in USED_BY.get(flag, _SETTINGS)
 
 
 def arranged(found: ArgumentCollection, command: str, *, with_rare: bool) -> ArgumentCollection:
-    """Returns a command's arguments as the table says: used, named, ordered and shown.
-
-    Args:
-      found: As its signature and its docstrings say.
-      command: The last part of its module's name.
-      with_rare: Whether help shows the rare ones.
-    """
+    """Returns a command's arguments as the table says: used, named, ordered and shown."""
     place = {flag: n for n, flag in enumerate(flag for row in PANELS.values() for flag in row)}
     panels = {
         flag: Group(title, sort_key=number)
@@ -86,6 +75,8 @@ def arranged(found: ArgumentCollection, command: str, *, with_rare: bool) -> Arg
             continue
         flag = "plan" if _is_plan(argument) else _flag(argument)
         changes: dict[str, Any] = {"show_default": _default(argument.field_info.default)}
+        if argument.field_info.default is not True:
+            changes["negative"] = ()  # only a flag that is on by default has a form --no-flag
         if argument.parameter.help:
             changes["help"] = _plain(argument.parameter.help, place)
         if command in _SETTINGS and argument.keys and not is_used(flag, command):

@@ -14,9 +14,7 @@ KEY = "F forward  R recompute  B backward  - carry held  = residuals held  | the
 def draw(line: Timeline, width: int | None = None) -> str:
     """Returns the picture, its key, counts and policies, as lines of ASCII text.
 
-    Args:
-      line: What is drawn.
-      width: Columns that a line may have; None for a file, which is as wide as it need be.
+    `width` is the number of columns of a line; without it a line is as wide as it needs to be.
     """
     digits = len(str(line.plan.bound_count - 1))
     # The block's number, a blank, and the bar of the loss take columns, too.

@@ -7,7 +7,7 @@ from pathlib import Path
 from experiments import files
 from experiments.config import ConfigError
 from experiments.reporting.points import Point, PointError, point_of_row, point_of_run
-from experiments.sweeping.rows import ROWS
+from experiments.sweeping.running import ROWS
 from experiments.training.record import METRICS
 from jaxckpt.plans.errors import nearest
 
@@ -16,7 +16,7 @@ CURE = "python -m experiments.sweep -o sweeps/small makes some"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Found:
-    """What was read.
+    """The rows that were read.
 
     Attributes:
       points: Rows that can be shown.

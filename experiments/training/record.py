@@ -14,8 +14,6 @@ import tomli_w
 
 from experiments import files
 from experiments.config import ConfigError, RunError, TrainConfig
-from experiments.provenance import versions
-from jaxckpt.compatibility import install
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.toml"
@@ -23,14 +21,9 @@ CONFIG = "config.toml"
 
 @contextlib.contextmanager
 def run_folder(config: TrainConfig, *, is_first: bool) -> Iterator[Path]:
-    """A context with the folder that a run writes to, in which no other process writes there.
+    """A context with the absolute path of a run's folder, in which no other process writes there.
 
-    Args:
-      config: Of the run.
-      is_first: Whether this process is the one that writes, of several.
-
-    Yields:
-      The folder, absolute.
+    Of several processes only the first one, which writes, locks the folder.
 
     Raises:
       ConfigError: It holds a run already, holds none to resume, is somebody else's, or cannot be
@@ -56,18 +49,9 @@ def run_folder(config: TrainConfig, *, is_first: bool) -> Iterator[Path]:
 
 
 def check_tensorboard():
-    """Raises unless TensorBoard files can be written.
-
-    Raises:
-      ConfigError: The package that writes them is not installed.
-    """
-    try:
-        # To import it is the check.
-        import tensorboardX  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ConfigError(
-            f"--tensorboard needs the package tensorboardX: {install('tensorboard')}"
-        ) from None
+    """Raises `ConfigError` unless the package that writes TensorBoard files is installed."""
+    why = "--tensorboard needs the package tensorboardX"
+    files.import_extra("tensorboardX", why, "tensorboard")
 
 
 class Record:
@@ -81,7 +65,7 @@ class Record:
     def __init__(
         self, folder: Path, config: TrainConfig, header: dict[str, Any], resumed: int | None
     ):
-        """Writes the configuration as run and an object that begins the run.
+        """Writes the configuration as run, and the object that begins the run.
 
         Args:
           folder: From `run_folder`.
@@ -94,7 +78,7 @@ class Record:
         """
         self.path = folder / METRICS
         self.validations: dict[int, float] = {}
-        row = {"versions": versions(), "platform": platform.platform(), **header}
+        row = {"versions": files.versions(), "platform": platform.platform(), **header}
         row["date"] = time.strftime("%Y-%m-%d")
         try:
             files.write_whole(folder / CONFIG, tomli_w.dumps(config.to_dict()))
@@ -112,12 +96,9 @@ class Record:
         self.write(row)
 
     def write(self, row: dict[str, Any]):
-        """Appends one object; numbers that JSON cannot hold become null.
-
-        Raises:
-          RunError: The disk is full, say.
-        """
-        row = {key: None if _is_not_finite(value) else value for key, value in row.items()}
+        """Appends one object, with null for infinities and NaN; raises `RunError` if it cannot."""
+        is_finite = lambda value: not isinstance(value, float) or math.isfinite(value)
+        row = {key: value if is_finite(value) else None for key, value in row.items()}
         try:
             line = json.dumps(row, allow_nan=False).encode() + b"\n"
             while line:
@@ -131,7 +112,7 @@ class Record:
 
 
 class Unrecorded:
-    """The record of a process that leaves it to the first one; `validations` are the same."""
+    """The record of a process that is not the first: it has `validations`, and writes nothing."""
 
     def __init__(self, folder: Path, resumed: int | None):
         self.path = folder / METRICS
@@ -160,7 +141,3 @@ def _rows_until(path: Path, step: int) -> list[str]:
 def _validations(lines: list[str]) -> dict[int, float]:
     rows = map(json.loads, lines)
     return {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
-
-
-def _is_not_finite(value: object) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
