@@ -12,19 +12,16 @@ build fills its pages by `filled` too.
 
 import argparse
 import re
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from benchmarks import tables
-from benchmarks.tables import ROOT
+from benchmarks.tables import ROOT, TABLES
 from jaxckpt.plans.errors import nearest
 
 DOCS = ROOT / "docs"
-TABLES = tables.TABLES
 _TABLE = re.compile(r"<!-- table: (?P<name>\S+) -->\n(?P<old>.*?)<!-- end table -->", re.DOTALL)
 
 
-def filled(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
+def filled(text: str) -> str:
     """Returns a page with its tables made anew.
 
     Raises:
@@ -33,11 +30,10 @@ def filled(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
 
     def made(match: re.Match) -> str:
         name = match["name"]
-        if name not in tables:
-            raise ValueError(
-                f"no table {name!r}{nearest(name, tables)}; valid: {', '.join(tables)}"
-            )
-        return f"<!-- table: {name} -->\n\n{tables[name]()}\n\n<!-- end table -->"
+        if name not in TABLES:
+            valid = ", ".join(TABLES)
+            raise ValueError(f"no table {name!r}{nearest(name, TABLES)}; valid: {valid}")
+        return f"<!-- table: {name} -->\n\n{TABLES[name]()}\n\n<!-- end table -->"
 
     if text.count("<!-- table: ") != text.count("<!-- end table -->"):
         raise ValueError(

@@ -81,6 +81,7 @@ def _field(text: str, name: str) -> int:
     return int(found[1]) if found else 0
 
 
+_MOST_BUFFERS = 20
 _ASSIGNMENT = "-buffer-assignment.txt"
 _TOTAL = re.compile(r"Total bytes(?: used)?: (\d+)")
 _ALLOCATION = re.compile(r"allocation (\d+):.*?size (\d+)(.*)")
@@ -164,7 +165,7 @@ class _Value(NamedTuple):
     shape: str
 
 
-def read_buffers(folder: Path, most: int = 20) -> tuple[Buffer, ...]:
+def read_buffers(folder: Path) -> tuple[Buffer, ...]:
     """Returns the largest buffers of the largest program that was dumped, largest first."""
     stem = _largest(folder)
     if stem is None:
@@ -180,7 +181,7 @@ def read_buffers(folder: Path, most: int = 20) -> tuple[Buffer, ...]:
     program = _read(f"{stem}.txt")
     metadata = {found["name"]: found["text"] for found in _METADATA.finditer(program)}
     lines, buffers = SourceLines(program), []
-    for value in _disjoint(values, most):
+    for value in _disjoint(values):
         text = _description(value, every, metadata)
         operation = re.search(r'op_name="([^"]*)"', text)
         assert operation is not None, text  # every description has one
@@ -264,12 +265,12 @@ def _peak(live_range: str) -> str:
     return found[1] if found else ""
 
 
-def _disjoint(values: list[_Value], most: int) -> list[_Value]:
+def _disjoint(values: list[_Value]) -> list[_Value]:
     """Returns the largest values that share no memory; of equal values, loop copies come last."""
     chosen: list[_Value] = []
     ends = lambda value: value.offset + value.size
     for value in sorted(values, key=lambda v: (-v.size, v.phi, v.allocation, v.offset)):
-        if len(chosen) == most:
+        if len(chosen) == _MOST_BUFFERS:
             break
         beside = (other for other in chosen if other.allocation == value.allocation)
         if all(ends(value) <= other.offset or ends(other) <= value.offset for other in beside):

@@ -70,10 +70,9 @@ class Flat:
     steps: tuple[Step, ...]
     outputs: tuple[Value, ...]
 
-    def live_steps(self, outputs: Sequence[Value] | None = None) -> list[Step]:
-        """Returns the steps that some outputs (default: all) or an effect depend on, in order."""
-        needed = set(self.outputs if outputs is None else outputs)
-        live = []
+    def live_steps(self) -> list[Step]:
+        """Returns the steps that the outputs or an effect depend on, in order."""
+        needed, live = set(self.outputs), []
         for step in reversed(self.steps):
             if step.equation.effects or not needed.isdisjoint(step.outputs):
                 live.append(step)

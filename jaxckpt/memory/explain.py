@@ -22,7 +22,7 @@ from jaxckpt.transforms.checks import check_policies
 from jaxckpt.transforms.policies import plan_and_policy
 from jaxckpt.transforms.traced_block import trace_block
 
-_MIB = 2**20
+_MIB, _LONGEST_CHAIN = 2**20, 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -297,7 +297,7 @@ def _name(trace: Trace, largest: Value, invented: str | None) -> str:
     return invented or largest.step.name
 
 
-def _chain(trace: Trace, value: Value, longest: int = 3) -> str:
+def _chain(trace: Trace, value: Value) -> str:
     """Returns the steps that compute `value` from the carry, last step first, without casts."""
     names = []
     while value.step is not None:
@@ -309,6 +309,6 @@ def _chain(trace: Trace, value: Value, longest: int = 3) -> str:
         value = max(value.step.inputs, key=rank)
     if value in trace.labels:
         names.append(trace.labels[value])
-    if len(names) > longest + 2:
-        names[longest:-1] = [f"{len(names) - longest - 1} more"]
+    if len(names) > _LONGEST_CHAIN + 2:
+        names[_LONGEST_CHAIN:-1] = [f"{len(names) - _LONGEST_CHAIN - 1} more"]
     return " < ".join(names)
