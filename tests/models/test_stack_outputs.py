@@ -91,6 +91,7 @@ def test_a_key_a_function_and_a_last_place():
     assert jnp.array_equal(run("tuple", -2)[1], made["x"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_nnx(plan):
     def run(plan, seed=0):
