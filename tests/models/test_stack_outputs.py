@@ -63,6 +63,7 @@ def test_linen(plan):
     assert relative_error(weights[0], by_hand) <= 1e-6
 
 
+@pytest.mark.slow
 def test_blocks_with_outputs_are_run_again():
     counts = {}
     for plan in ("none", "full", "uniform:2"):
