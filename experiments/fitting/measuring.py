@@ -93,14 +93,17 @@ class _Compiler:
 
     def measure(self, config: TrainConfig, target: str, what: str = "") -> MemoryReport:
         """Returns the memory of a configuration's step; `what` tells it from others of the row."""
-        if not _is_local(target):
+        with self.here if _is_local(target) else contextlib.nullcontext():
             self.compiling(what)
-            return measure_entry(entry_of(config, target), target)
-        from jaxckpt.memory.measure import compile_step
+            return _measure(config, target)
 
-        with self.here:
-            self.compiling(what)
-            return compile_step(build(config, target))[1]
+
+def _measure(config: TrainConfig, target: str) -> MemoryReport:
+    if not _is_local(target):
+        return measure_entry(entry_of(config, target), target)
+    from jaxckpt.memory.measure import compile_step
+
+    return compile_step(build(config, target))[1]
 
 
 def _is_local(target: str) -> bool:
