@@ -40,9 +40,8 @@ def executor(
       write_docs: Put the table of `temp` into docs/theory.md.
     """
     if write_docs and (part not in (None, "temp") or quick):
-        raise ConfigError(
-            "--write-docs writes the whole table of temp; valid: --part temp, no --quick"
-        )
+        valid = "--part temp, no --quick"
+        raise ConfigError(f"--write-docs writes the whole table of temp; valid: {valid}")
     _prepare()
     terminal = console(160)
     record = origin("executor", device()) | {"quick": quick, "parts": {}}  # imports JAX

@@ -41,8 +41,14 @@ _SHAPES = {  # blocks, width, heads, width of the MLP, tied embeddings
 def model_of(size: str) -> TransformerConfig:
     """Returns Qwen3's published shape of a size, such as `"8B"`."""
     num_blocks, d_model, num_heads, d_ff, tied = _SHAPES[size]
-    changes = {"num_blocks": num_blocks, "d_model": d_model, "num_heads": num_heads}
-    return dataclasses.replace(QWEN3, **changes, d_ff=d_ff, tied_embeddings=tied)
+    return dataclasses.replace(
+        QWEN3,
+        num_blocks=num_blocks,
+        d_model=d_model,
+        num_heads=num_heads,
+        d_ff=d_ff,
+        tied_embeddings=tied,
+    )
 
 
 def mesh_of(target: str) -> str | None:
@@ -54,9 +60,14 @@ def mesh_of(target: str) -> str | None:
 
 def config_of(size: str, target: str, plan: str) -> TrainConfig:
     """Returns the configuration of a row."""
-    sizes = {"seq_len": SEQ_LEN, "batch_size": parse_target(target).num_devices}
-    asked = {"mesh": mesh_of(target), "remat": plan, "budget": "auto"}
-    return TrainConfig(model=model_of(size), **sizes, **asked)
+    return TrainConfig(
+        model=model_of(size),
+        mesh=mesh_of(target),
+        seq_len=SEQ_LEN,
+        batch_size=parse_target(target).num_devices,
+        remat=plan,
+        budget="auto",
+    )
 
 
 def scaling(

@@ -115,15 +115,16 @@ def _cases(flags: SweepFlags, settings: SweepSettings) -> list[Case]:
     plans = [plan for plan in flags.plan or PLANS if not (plan == "auto" and settings.budget)]
     asked = [(plan, None) for plan in plans]
     asked += [("auto", budget) for budget in settings.budget]
-    found = [
-        Case(
-            config=settings.with_plan(plan, budget, num_blocks=depth),
-            target=target,
-            run_steps=flags.run_steps,
-        )
-        for target in flags.target
-        for depth in flags.depth or _usual_depths(plans, settings.model.num_blocks)
+    depths = flags.depth or _usual_depths(plans, settings.model.num_blocks)
+    configs = [
+        settings.with_plan(plan, budget, num_blocks=depth)
+        for depth in depths
         for plan, budget in asked
+    ]
+    found = [
+        Case(config=config, target=target, run_steps=flags.run_steps)
+        for target in flags.target
+        for config in configs
     ]
     for case in found:
         _ = case.config.plan  # raises PlanError

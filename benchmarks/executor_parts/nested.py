@@ -63,20 +63,13 @@ def measure(plan: str, shape: Shape) -> list[Row]:
         rival = executor if stack is ours else compiled(stack, block, args)
         ours_seconds, rival_seconds = paired_seconds(executor, rival, args, shape.pairs)
         ratios = [a / b for a, b in zip(ours_seconds, rival_seconds, strict=True)]
-        rows.append(
-            {
-                "plan": plan,
-                "rival": name,
-                "executor_evaluations": sum(evaluations.count(ours, shape.blocks)),
-                "rival_evaluations": sum(evaluations.count(stack, shape.blocks)),
-                "executor_temp_bytes": stacks.temp_bytes(executor),
-                "rival_temp_bytes": stacks.temp_bytes(rival),
-                "executor_seconds": statistics.median(ours_seconds),
-                "rival_seconds": statistics.median(rival_seconds),
-                "ratio": statistics.median(ratios),
-                "ratios": ratios,
-            }
-        )
+        row: Row = {"plan": plan, "rival": name}
+        sides = (("executor", ours, executor, ours_seconds), ("rival", stack, rival, rival_seconds))
+        for who, run, executable, seconds in sides:
+            row[f"{who}_evaluations"] = sum(evaluations.count(run, shape.blocks))
+            row[f"{who}_temp_bytes"] = stacks.temp_bytes(executable)
+            row[f"{who}_seconds"] = statistics.median(seconds)
+        rows.append(row | {"ratio": statistics.median(ratios), "ratios": ratios})
     return rows
 
 

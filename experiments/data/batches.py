@@ -77,9 +77,8 @@ def in_batches(rows: np.ndarray, batch_size: int) -> tuple[np.ndarray, ...]:
 
 def _check_window(tokens: np.ndarray, seq_len: int):
     if len(tokens) < seq_len + 1:
-        raise DataError(
-            f"{len(tokens)} tokens hold no window: seq_len {seq_len} needs {seq_len + 1}"
-        )
+        given, needed = len(tokens), seq_len + 1
+        raise DataError(f"{given} tokens hold no window: seq_len {seq_len} needs {needed}")
 
 
 def _windows(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> np.ndarray:

@@ -206,8 +206,14 @@ def _from_tokens(
 
 
 def _whole(name: str, tokens: np.ndarray, sha256: str, largest: int, tokenizer) -> Corpus:
-    made = {"train": tokens, "validation": tokens[:0], "sha256": sha256, "name": name}
-    return Corpus(**made, largest_token=largest, tokenizer=tokenizer)
+    return Corpus(
+        train=tokens,
+        validation=tokens[:0],
+        sha256=sha256,
+        name=name,
+        largest_token=largest,
+        tokenizer=tokenizer,
+    )
 
 
 def _cut_by_position(corpus: Corpus, starts: np.ndarray | None) -> Corpus:

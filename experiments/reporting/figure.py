@@ -36,12 +36,9 @@ def draw(groups: Sequence[Group], lines: Sequence[Line], title: str):
 def _styles(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
     """Returns a colour, a mark and a dash for each plan, for all panels."""
     plans = dict.fromkeys(point.plan for group in groups for point in group.points)
+    looks = {"color": plotting.CYCLE, "marker": _MARKS, "linestyle": _DASHES}
     return {
-        plan: {
-            "color": plotting.CYCLE[number % len(plotting.CYCLE)],
-            "marker": _MARKS[number % len(_MARKS)],
-            "linestyle": _DASHES[number % len(_DASHES)],
-        }
+        plan: {name: look[number % len(look)] for name, look in looks.items()}
         for number, plan in enumerate(plans)
     }
 

@@ -179,15 +179,12 @@ def _buffers(row: Mapping[str, Any]) -> tuple[Buffer, ...]:
     listed = row.get("buffers", [])
     if not isinstance(listed, list | tuple) or not all(isinstance(one, dict) for one in listed):
         raise PointError("buffers is no list of objects")
-    found = [
-        Buffer(
-            size_bytes=_number(one, "size_bytes", least=0, whole=True),
-            shape=_text(one, "shape", ""),
-            operation=_text(one, "operation", ""),
-            source="/".join(_text(one, "source", "").split("/")[-2:]),
-        )
-        for one in listed
-    ]
+    found = []
+    for one in listed:
+        size = _number(one, "size_bytes", least=0, whole=True)
+        texts = {name: _text(one, name, "") for name in ("shape", "operation", "source")}
+        texts["source"] = "/".join(texts["source"].split("/")[-2:])
+        found.append(Buffer(size_bytes=size, **texts))
     found.sort(key=lambda one: one.size_bytes, reverse=True)
     return tuple(found[:_SHOWN_BUFFERS])
 

@@ -207,13 +207,9 @@ def _run_module(module: str, flags: list[str], processes: Processes):
     """Runs a command of this package; raises `RowError` with its last line if it fails."""
     path = os.pathsep.join(filter(None, [str(files.ROOT), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryFile("w+") as said:
-        code = processes.run(
-            [sys.executable, "-m", module, *flags],
-            env={**os.environ, "PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=said,
-        )
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": said}
+        command = [sys.executable, "-m", module, *flags]
+        code = processes.run(command, env={**os.environ, "PYTHONPATH": path}, **streams)
         if code:
             said.seek(0)
             text = said.read()

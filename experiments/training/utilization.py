@@ -9,6 +9,7 @@ mask hides, and in packed rows pairs of two documents.
 import dataclasses
 
 import jax
+from jax.tree_util import tree_leaves_with_path
 
 from experiments.config import TrainConfig
 from experiments.training.step import split
@@ -51,12 +52,9 @@ def model_flops(config: TrainConfig, params) -> int:
     parameter has no gradient and takes 4.
     """
     model = config.model
+    multiplied = ("kernel", "embedding") if model.tied_embeddings else ("kernel",)
     trainable, frozen = (
-        sum(
-            leaf.size
-            for path, leaf in jax.tree_util.tree_leaves_with_path(part)
-            if path[-1].key == "kernel" or (path[-1].key == "embedding" and model.tied_embeddings)
-        )
+        sum(x.size for path, x in tree_leaves_with_path(part) if path[-1].key in multiplied)
         for part in split(params, config.trainable)
     )
     attention = 12 * model.num_blocks * model.num_heads * model.head_dim * config.seq_len

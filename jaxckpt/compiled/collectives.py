@@ -287,8 +287,15 @@ class _Reader:
         is_scattered = len(around) < 10 and "dynamic-slice(%all-reduce" in around[-1]
         if kind == "all-reduce" and is_scattered:
             kind, size = "reduce-scatter", size // len(group)
-        found = {"kind": kind, "result_bytes": size, "shapes": shapes, "group": group}
-        return Collective(**found, trips=trips, loops=loops, op_name=op_name(line))
+        return Collective(
+            kind=kind,
+            result_bytes=size,
+            shapes=shapes,
+            group=group,
+            trips=trips,
+            loops=loops,
+            op_name=op_name(line),
+        )
 
 
 def _identity(one: Collective, line: str) -> tuple:

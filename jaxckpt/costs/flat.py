@@ -93,8 +93,9 @@ def flatten(
     constants = [Value(var.aval, constant=c) for var, c in zip(body.constvars, known, strict=True)]
     steps = []
     outputs = _inline(body, constants, inputs, (), steps)
-    made = {"steps": tuple(steps), "outputs": tuple(outputs)}
-    return Flat(inputs=inputs, constants=tuple(constants), **made)
+    return Flat(
+        inputs=inputs, constants=tuple(constants), steps=tuple(steps), outputs=tuple(outputs)
+    )
 
 
 def bodies(step: Step) -> Iterator[Flat]:

@@ -105,9 +105,9 @@ class MeshShape:
                 f"mesh {self}: data times fsdp is {self.batch_parts}, which does not divide "
                 f"batch_size {batch_size}{part}; valid: {_divisors(rows)}"
             )
-        parts = {"num_kv_heads": config.num_kv_heads, "d_ff": config.d_ff}
+        heads, vocab_size = config.num_kv_heads, config.vocab_size
         self._divides("fsdp", d_model=config.d_model)
-        self._divides("tensor", **parts, vocab_size=config.vocab_size)
+        self._divides("tensor", num_kv_heads=heads, d_ff=config.d_ff, vocab_size=vocab_size)
 
     def check_devices(self, count: int, of: str):
         """Raises `MeshError` unless the mesh has `count` devices; `of` says whose they are."""

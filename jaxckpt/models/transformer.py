@@ -53,8 +53,9 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embed(config.vocab_size, config.d_model, embedding_init=_INIT)
         block = functools.partial(Block, config=config, layout=layout)
         dtype = _dtype(config)  # a block uses all its parameters in this dtype
-        how = {"remat": self.remat, "unroll": self.unroll, "dtype": dtype}
-        self.layers = Stack(block, config.num_blocks, **how)
+        self.layers = Stack(
+            block, config.num_blocks, remat=self.remat, unroll=self.unroll, dtype=dtype
+        )
         self.norm = RMSNorm(config)
         if not config.tied_embeddings:
             self.lm_head = _dense(config, config.vocab_size)
