@@ -7,9 +7,9 @@ what `none` needs, and for each what the planner answers within it, with a block
 At each budget it has to be as fast as the best fixed plan that fits, and at some budget of each
 shape faster than the best of MaxText's.
 
-A shape is one process, in which all programs take turns on one state. What is known is written
-before timing and after each round; a shape that is whole is not measured again on the same GPU.
-With `JAX_COMPILATION_CACHE_DIR` set, what was compiled before is not compiled again either.
+A shape is one process, in which all programs take turns on one state. Its row is written before
+timing and after each round; a whole shape is not measured again on the same GPU. With
+`JAX_COMPILATION_CACHE_DIR` set, no program is compiled twice.
 
 Exits with 1 if a bound fails. Needs the `planner` extra.
 """

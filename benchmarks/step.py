@@ -2,8 +2,8 @@
 
     python -m benchmarks.step --output docs/measured/step_h200.json
 
-Every case runs in a fresh process on the same GPU, one after another; a case that the output holds
-already, of the same GPU, is not run again, so a run cut short is resumed by the same command.
+Every case runs in a fresh process on one GPU, one after another. A case that the output already has
+from this GPU is not run again, so the same command resumes a run that was cut short.
 Memory is the most that the allocator held; of PyTorch's, what it reserved is written down too.
 Needs the `peer` extra for PyTorch's side. Exits with 1 if a bound fails.
 """

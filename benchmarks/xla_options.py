@@ -5,8 +5,8 @@
 Qwen3-0.6B's step at 8 x 1024 under a plan (that of `benchmarks.step`), each option in a fresh
 process on top of what a run gets anyway (`experiments/training/compilation.py`). The step without
 one is timed again after every few options: its spread is what a gain has to exceed. An option that
-this XLA does not know is a row with an error. A row that the output has of the same GPU is not run
-again.
+this XLA does not know is a row with an error. A row that the output already has from this GPU is
+not run again.
 """
 
 import os

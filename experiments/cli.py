@@ -1,8 +1,8 @@
-"""What every command line here shares: flags over a TOML file over defaults, errors in one line.
+"""What all command lines share: flags over a TOML file over defaults, errors in one line.
 
 A refused command line prints one plain line on stderr, exits with code 2, and has not imported JAX.
-What is refused is a `UserError`; any other error is a fault of the program, with its traceback and
-code 1. `--debug` shows where a line comes from, too.
+A user's mistake is a `UserError`; any other error is a fault of the program, with its traceback and
+code 1. `--debug` shows the traceback of a mistake too.
 """
 
 import contextlib

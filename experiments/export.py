@@ -44,21 +44,21 @@ def export(
     shard_gb: Annotated[float, Parameter(help="Largest size of a file, in 1e9 bytes.")] = 5.0,
 ):
     """Write a run's weights as safetensors, with config.json and the tokenizer it started with."""
-    source = _read_run(run)
+    model, init, seq_len = _read_run(run)
     step = _choose_step(run, step)
     if not shard_gb > 0:
         raise ConfigError(f"shard-gb is {shard_gb}; it is above 0, such as 5")
     _check_out(out)
     import_safetensors()
-    content = source.config_json(_DTYPES[dtype])
+    content = _config_json(model, init, seq_len, _DTYPES[dtype])
     try:
         with _whole(out) as folder, _parameters(run, step) as read:
             (folder / CONFIG_JSON).write_text(json.dumps(content, indent=2) + "\n")
-            beside: Any = source.init
+            beside: Any = init
             copied = [name for name in _COPIED if beside and (beside / name).is_file()]
             for name in copied:
                 shutil.copyfile(beside / name, folder / name)
-            tensors = _tensors(source.model, read, _DTYPES[dtype])
+            tensors = _tensors(model, read, _DTYPES[dtype])
             written = write_shards(folder, tensors, largest_bytes=int(shard_gb * 1e9))
     except OSError as error:
         raise RunError(f"cannot write {out}: {reason(error)}") from None
@@ -66,28 +66,23 @@ def export(
     print(f"step {step} of {run} is in {out}: {written} in {dtype}; {others}")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Source:
-    """A run's model, and the folder that the run started from."""
-
-    model: TransformerConfig
-    init: Path | None
-    seq_len: int
-
-    def config_json(self, dtype: str) -> dict[str, Any]:
-        """Returns the new `config.json`: of the folder that the run started from, or its own."""
-        try:
-            own = qwen3.config_json(self.model, dtype=dtype, max_positions=self.seq_len)
-        except ModelError as error:
-            raise ConfigError(f"the run's model is no Qwen3: {error}") from None
-        if self.init is None:
-            return own
-        if qwen3.shape(read_shape(self.init)) != qwen3.shape(self.model):
-            raise ConfigError(f"{self.init} is no longer the model that the run started from")
-        return {**own, **read_json(self.init / CONFIG_JSON), "torch_dtype": dtype, "dtype": dtype}
+def _config_json(
+    model: TransformerConfig, init: Path | None, seq_len: int, dtype: str
+) -> dict[str, Any]:
+    """Returns the new `config.json`: of the folder that the run started from, or its own."""
+    try:
+        own = qwen3.config_json(model, dtype=dtype, max_positions=seq_len)
+    except ModelError as error:
+        raise ConfigError(f"the run's model is no Qwen3: {error}") from None
+    if init is None:
+        return own
+    if qwen3.shape(read_shape(init)) != qwen3.shape(model):
+        raise ConfigError(f"{init} is no longer the model that the run started from")
+    return {**own, **read_json(init / CONFIG_JSON), "torch_dtype": dtype, "dtype": dtype}
 
 
-def _read_run(run: Path) -> _Source:
+def _read_run(run: Path) -> tuple[TransformerConfig, Path | None, int]:
+    """Returns a run's model, the folder that it started from, and its tokens per sequence."""
     if not run.is_dir():
         names = [path.name for path in run.parent.glob("*") if path.is_dir()]
         raise ConfigError(
@@ -103,8 +98,7 @@ def _read_run(run: Path) -> _Source:
         model = TransformerConfig(**{name: given[name] for name in names & given.keys()})
     except ModelError as error:
         raise ConfigError(f"{run / CONFIG}: {error}") from None
-    init = Path(given["init"]) if "init" in given else None
-    return _Source(model=model, init=init, seq_len=given["seq_len"])
+    return model, Path(given["init"]) if "init" in given else None, given["seq_len"]
 
 
 def _choose_step(run: Path, step: int | None) -> int:

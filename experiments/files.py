@@ -9,7 +9,6 @@ numbers of the others. `commit` and `versions` are what a record says of its ori
 """
 
 import contextlib
-import dataclasses
 import errno
 import importlib.metadata
 import itertools
@@ -45,7 +44,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.
 
 
 def check_output(path: Path, suffixes: tuple[str, ...], mark: str = MARK):
-    """Raises unless a file of a known form can be written, over nobody else's.
+    """Raises unless a file of a known form can be written without replacing somebody else's.
 
     Args:
       path: The file.
@@ -249,16 +248,11 @@ def reason(error: OSError | ValueError) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Lines:
-    """The JSON objects of a file in order, and the numbers of its broken lines, from 1."""
+def read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """Returns the objects of a JSON Lines file, and the numbers of its broken lines, from 1.
 
-    rows: tuple[dict[str, Any], ...]
-    broken: tuple[int, ...]
-
-
-def read(path: Path) -> Lines:
-    """Returns the objects of a JSON Lines file and its broken lines; empty lines are skipped."""
+    Empty lines are skipped. Raises `OSError` if the file cannot be read.
+    """
     rows, broken = [], []
     text = path.read_text(encoding="utf-8", errors="replace")
     for number, line in enumerate(text.split("\n"), start=1):
@@ -272,7 +266,7 @@ def read(path: Path) -> Lines:
             rows.append(row)
         else:
             broken.append(number)
-    return Lines(rows=tuple(rows), broken=tuple(broken))
+    return rows, broken
 
 
 def _refuse(constant: str):

@@ -1,4 +1,4 @@
-"""What every figure here shares: matplotlib when it is there, and colours."""
+"""What all figures share: matplotlib, if it is installed, and colours."""
 
 import io
 from pathlib import Path

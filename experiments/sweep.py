@@ -5,8 +5,8 @@ python -m experiments.sweep --config configs/qwen3_0p6b.toml --target h100 --pla
   --budget 20GiB -o sweeps/qwen3
 python -m experiments.report sweeps/small -o report.html
 
-Every row runs in a process of its own, so that its memory is its own. The same command goes on
-where a sweep was stopped: rows that are done are kept, rows that failed are tried again.
+Every row runs in a process of its own, so that it measures its own memory. The same command goes on
+with a sweep that was stopped: finished rows are kept, failed rows are tried again.
 """
 
 import dataclasses

@@ -1,8 +1,7 @@
 """The process of one shape of `benchmarks.rivals`: compiles, plans, and times all in turns.
 
-`python -m benchmarks.rivals_parts.process CASE SECONDS` prints what it knows as a line of
-JSON, again and again: after compiling, and after each round of timing. A line with `says` alone is
-about progress.
+`python -m benchmarks.rivals_parts.process CASE SECONDS` prints the shape's row as a line of JSON
+after compiling and after each round of timing. A line with `says` alone is about progress.
 
 A shape takes about 25 compilations: three anchors of the planner and its leanest plan, a dozen
 fixed plans, two more a budget. Where time is short, fixed plans are compiled for half of it and

@@ -2,9 +2,9 @@
 
 The rows are in `rows.jsonl`, one JSON object a line; a row is on disk before the next one runs.
 
-A row on `local` is a short run of `experiments.train`, so whatever a run can do, a row can; a plan
-that the planner is to choose is chosen in another process before, so that the row's memory is its
-own. A row for an absent chip is compiled as `experiments.fit` does it, and has no losses.
+A row on `local` is a short run of `experiments.train`. A plan `auto` is chosen in another process
+before, so that the row measures its own memory. A row for an absent chip is compiled as
+`experiments.fit` does it, and has no losses.
 """
 
 import contextlib
@@ -71,7 +71,7 @@ class Rows:
         self._rows: dict[str, dict[str, Any]] = {}
         try:
             if self.path.exists():
-                self._rows = {str(row.get("key")): row for row in files.read(self.path).rows}
+                self._rows = {str(row.get("key")): row for row in files.read(self.path)[0]}
                 write_whole(self.path, "".join(map(_line, self._rows.values())))
         except OSError as error:
             raise RunError(f"cannot write to {folder}: {reason(error)}") from None
@@ -138,7 +138,8 @@ def _run_here(case: Case, folder: Path, processes: Processes) -> dict[str, Any]:
         while is_locked(out) and not processes.stopped:
             time.sleep(_RETRY_SECONDS)
         _run_module("experiments.train", flags, processes)
-    return chosen | row_of_run(files.read(out / METRICS).rows) | {"run": out.name}
+    record, _ = files.read(out / METRICS)
+    return chosen | row_of_run(record) | {"run": out.name}
 
 
 def row_of_run(record: Sequence[dict[str, Any]]) -> dict[str, Any]:

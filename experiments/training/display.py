@@ -83,7 +83,7 @@ class Display:
     def __rich_console__(self, console, options):
         """Yields the live line: as many of its parts, from the left, as the terminal has room for.
 
-        Parts stand in the order of their worth: step, bar, time left, loss, and so on.
+        The most useful parts come first: step, bar, time left, loss, and so on.
         """
         count, parts = self._count(), [part for part in self._parts if part]
         bar = 20 if options.max_width >= _WIDE else 10

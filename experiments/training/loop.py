@@ -29,7 +29,7 @@ from experiments.training.compilation import keep_compiled
 from experiments.training.display import Display, duration, next_commands, shown_path
 from experiments.training.mesh import abstract_state, batch_sharding, make_mesh, put_whole
 from experiments.training.plan_checks import against_none, explained
-from experiments.training.record import Record, Unrecorded
+from experiments.training.record import Record
 from experiments.training.step import TrainState, init_state, make_validation_step, resolve_model
 from experiments.training.stopping import StopRequest
 from experiments.training.utilization import StepFlops, step_flops
@@ -101,10 +101,8 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path) -> int | None:
         header |= {"planned_for": planned_for}
         if resumed is None and is_first():
             checkpoints.remove_all()
-        record = Unrecorded(folder, resumed)
-        if is_first():
-            record = Record(folder, config, header, resumed)
-        with contextlib.closing(record):
+        own_header = header if is_first() else None
+        with contextlib.closing(Record(folder, config, own_header, resumed)) as record:
             with display.waiting("reading the validation data"):
                 training = _Training(
                     config, planned_for, corpus, step, report, flops, record, checkpoints, display

@@ -63,40 +63,43 @@ class Record:
     """
 
     def __init__(
-        self, folder: Path, config: TrainConfig, header: dict[str, Any], resumed: int | None
+        self, folder: Path, config: TrainConfig, header: dict[str, Any] | None, resumed: int | None
     ):
         """Writes the configuration as run, and the object that begins the run.
 
         Args:
           folder: From `run_folder`.
           config: The configuration as run.
-          header: What that object says beside versions and platform.
+          header: What that object says beside versions and platform; None in a process that is
+            not the first one, and then nothing is written.
           resumed: The step that the run goes on from; rows of later steps are cut off.
 
         Raises:
           RunError: The folder cannot be written.
         """
-        self.path = folder / METRICS
-        self.validations: dict[int, float] = {}
-        row = {"versions": files.versions(), "platform": platform.platform(), **header}
-        row["date"] = time.strftime("%Y-%m-%d")
+        self.path, self._file = folder / METRICS, None
         try:
+            lines = [] if resumed is None else _rows_until(self.path, resumed)
+            rows = map(json.loads, lines)
+            self.validations: dict[int, float] = {
+                row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row
+            }
+            if header is None:
+                return
             files.write_whole(folder / CONFIG, tomli_w.dumps(config.to_dict()))
-            if resumed is None:
-                files.write_whole(self.path, "")
-            else:
-                lines = _rows_until(self.path, resumed)
-                self.validations = _validations(lines)
-                files.write_whole(self.path, "".join(lines))
-                row["resumed_from_step"] = resumed
+            files.write_whole(self.path, "".join(lines))
             # Without a buffer nothing is left to write, and to fail, when it is closed.
             self._file = self.path.open("ab", buffering=0)
         except OSError as error:
             raise RunError(f"cannot write to {folder}: {files.reason(error)}") from None
-        self.write(row)
+        row = {"versions": files.versions(), "platform": platform.platform(), **header}
+        row["date"] = time.strftime("%Y-%m-%d")
+        self.write(row if resumed is None else row | {"resumed_from_step": resumed})
 
     def write(self, row: dict[str, Any]):
         """Appends one object, with null for infinities and NaN; raises `RunError` if it cannot."""
+        if self._file is None:
+            return
         is_finite = lambda value: not isinstance(value, float) or math.isfinite(value)
         row = {key: value if is_finite(value) else None for key, value in row.items()}
         try:
@@ -108,21 +111,8 @@ class Record:
 
     def close(self):
         """Closes the file."""
-        self._file.close()
-
-
-class Unrecorded:
-    """The record of a process that is not the first: it has `validations`, and writes nothing."""
-
-    def __init__(self, folder: Path, resumed: int | None):
-        self.path = folder / METRICS
-        self.validations = {} if resumed is None else _validations(_rows_until(self.path, resumed))
-
-    def write(self, row: dict[str, Any]):
-        """Writes nothing."""
-
-    def close(self):
-        """Closes nothing."""
+        if self._file is not None:
+            self._file.close()
 
 
 def _rows_until(path: Path, step: int) -> list[str]:
@@ -136,8 +126,3 @@ def _rows_until(path: Path, step: int) -> list[str]:
         if row.get("step", row.get("resumed_from_step", 0)) <= step:
             kept.append(line if line.endswith("\n") else line + "\n")
     return kept
-
-
-def _validations(lines: list[str]) -> dict[int, float]:
-    rows = map(json.loads, lines)
-    return {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
