@@ -8,6 +8,7 @@ from typing import Any
 from experiments.config import OptimizerConfig, TrainConfig
 from experiments.sweeping.case import LOCAL, Case, about, settings_of
 from experiments.sweeping.running import row_of_run
+from jaxckpt.compiled.buffers import Buffer
 from jaxckpt.models.config import TransformerConfig
 from jaxckpt.plans import Plan, PlanError
 
@@ -16,16 +17,6 @@ _SHOWN_BUFFERS = 12
 
 class PointError(ValueError):
     """A row that cannot be shown: what it lacks."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Buffer:
-    """One of the largest values at the peak."""
-
-    size_bytes: int
-    shape: str
-    operation: str
-    source: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
