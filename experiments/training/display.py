@@ -70,12 +70,10 @@ class Display:
         self._first = self._first or (row["step"], now)
         self._parts = (_left(row["step"], self._steps, self._first, now), *_metrics(row))
         self.done = row["step"]
-        if not self.console.is_terminal and self._is_tenth():
+        # Without a terminal: the first step, the last, and ten between them.
+        is_shown = self.done in (1, self._steps) or self.done % max(1, self._steps // 10) == 0
+        if not self.console.is_terminal and is_shown:
             self.print("  ".join([self._count(), *filter(None, self._parts)]))
-
-    def _is_tenth(self) -> bool:
-        """Whether this is the first step, the last, or ends a tenth part of the run."""
-        return self.done in (1, self._steps) or self.done % max(1, self._steps // 10) == 0
 
     def _count(self) -> str:
         return f"step {self.done}/{self._steps}"
