@@ -156,8 +156,8 @@ def _inline(jaxpr: core.Jaxpr, constants, inputs, calls, steps: list) -> list[Va
             default = platforms.index(None) if None in platforms else -1
             called, values = equation.params["branches"][default], values[1:]
         elif equation.primitive.name in jaxprs.CALLS:
-            called = next(jaxprs.subjaxprs(equation))
-            called = called if hasattr(called, "jaxpr") else core.ClosedJaxpr(called, ())
+            inner = next(jaxprs.subjaxprs(equation))
+            called = inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
         if called is not None:
             pairs = zip(called.jaxpr.constvars, called.consts, strict=True)
             inner = [Value(var.aval, constant=constant) for var, constant in pairs]

@@ -41,7 +41,7 @@ def single_stage(plan: str | Plan) -> Stage:
             f"plan {str(plan)!r} treats blocks in {len(plan.stages)} ways; "
             f"ask for one stage, such as {str(plan.stages[0])!r}"
         )
-    (stage,) = plan.stages
+    stage = next(iter(plan.stages))
     if stage.schedule == "auto":
         raise PlanError("auto names no plan yet; ask for one, such as 'full'")
     return stage
