@@ -141,9 +141,9 @@ def _number(value: float | None, form: str, factor: float = 1) -> str:
 
 
 def _findings(rows: Sequence[FitRow], largest: str | None):
-    """Yields each row with each of its findings.
+    """Yields each row with each of its findings, and what was not understood of XLA's texts.
 
-    These include the comparison with `none`, and what was not understood of the compiler's texts.
+    The comparison with `none` comes last, one finding for all plans that save nothing.
     """
     is_none = lambda row: all(stage.schedule == "none" for stage in row.config.plan.stages)
     nones = [row.measured for row in rows if is_none(row)]
@@ -151,6 +151,11 @@ def _findings(rows: Sequence[FitRow], largest: str | None):
         yield from ((row, finding) for finding in row.measured.findings)
         if not row.measured.understood.is_enough:
             yield row, str(row.measured.understood)
-        if nones and not largest:
-            found = peak_not_below_none(row.config.remat, row.measured, nones[0])
-            yield from ((row, str(finding)) for finding in found)
+    if nones and not largest:
+        compared = (
+            (row, peak_not_below_none(row.config.remat, row.measured, nones[0])) for row in rows
+        )
+        idle = [(row, *found) for row, found in compared if found]
+        for row, finding in idle[:1]:
+            others = ", ".join(other.config.remat for other, _ in idle[1:])
+            yield row, f"{finding}{others and f'; the same holds for {others}'}"
