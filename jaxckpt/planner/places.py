@@ -24,6 +24,7 @@ from jaxckpt.transforms import jaxprs, tags
 from jaxckpt.transforms.custom_gradient import inexact
 from jaxckpt.transforms.observers import StackCall
 from jaxckpt.transforms.policies import GivenPolicy
+from jaxckpt.transforms.value_names import is_var
 
 _MARK = "jaxckpt.stack."
 
@@ -81,9 +82,12 @@ class Finder:
             remat=str(call.remat),
             plan=_plan_of(call),
         )
-        # A leaf that has a gradient is marked, if there is one: an integer may go unread, and its
-        # mark with it. A stack without a carry computes nothing.
-        place = next(iter(inexact(call.carry)), 0)
+        # A leaf that has a gradient and is read is marked, if there is one: an unread leaf's mark is
+        # dropped with it. A stack without a carry computes nothing.
+        read = {v for e in call.block.jaxpr.jaxpr.eqns for v in e.invars if is_var(v)}
+        variables = call.block.jaxpr.jaxpr.invars
+        moving = inexact(call.carry)
+        place = next((n for n in moving if variables[n] in read), next(iter(moving), 0))
         marked = tags.tag_reserved(call.carry[place : place + 1], f"{_MARK}{len(self._calls)}")
         self._calls.append(made)
         return [*call.carry[:place], *marked, *call.carry[place + 1 :]]
@@ -127,7 +131,8 @@ def _plan_of(call: StackCall) -> Plan | None:
     """Returns the bound plan of a call; None for a schedule or the user's own policy."""
     if isinstance(call.remat, Schedule | GivenPolicy):
         return None
-    return as_plan(call.remat).bind(call.num_blocks)
+    plan = as_plan(call.remat)
+    return plan if plan.graph else plan.bind(call.num_blocks)
 
 
 def _forward(steps: Sequence[Step]) -> Step | None:

@@ -97,6 +97,13 @@ def subjaxprs(equation: core.JaxprEqn) -> Iterator[core.ClosedJaxpr | core.Jaxpr
                 yield item
 
 
+def places_arrays(equation: core.JaxprEqn) -> bool:
+    """Returns whether a `jit` gives its arguments or results shardings of their own."""
+    kinds = ("in_shardings", "out_shardings")
+    found = [one for kind in kinds for one in equation.params.get(kind) or ()]
+    return any("Unspecified" not in type(one).__name__ for one in found)
+
+
 _PREFIX = "jaxckpt_trips_"
 _PATTERN = re.compile(_PREFIX + r"([0-9]+)_of_([0-9]+)")
 _OF_LOOP = re.compile(_PATTERN.pattern + "/while$")

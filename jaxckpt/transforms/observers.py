@@ -25,7 +25,9 @@ from jaxckpt.transforms.traced_block import TracedBlock
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StackCall:
-    """One call of `scan_blocks`; its arrays may be tracers of the caller.
+    """One call of `scan_blocks` or `checkpoint`; its arrays may be tracers of the caller.
+
+    The function of `checkpoint` is a stack of one block without parameters, which returns anything.
 
     Attributes:
       block: The traced block, without the carry's leaves that it returns unchanged.
@@ -64,6 +66,11 @@ def observed(observer: Observer | None) -> Iterator[None]:
             yield
     finally:
         _OBSERVER.reset(token)
+
+
+def is_observed() -> bool:
+    """Returns whether an observer watches."""
+    return _OBSERVER.get() is not None
 
 
 def tell(call: StackCall) -> list:
