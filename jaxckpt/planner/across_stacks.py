@@ -17,17 +17,21 @@ optimum. If more than `MOST` are left, near equals are dropped too.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from jaxckpt.costs.roofline import Rates
 from jaxckpt.planner.across_blocks import Draft, Piece, draft, drafts, run_of
-from jaxckpt.planner.kinds import Forward, Kind, find_kinds, forward_cost
+from jaxckpt.planner.graphs import Region, region_drafts
+from jaxckpt.planner.kinds import Forward, Kind, find_kinds, forward_cost, plain_kinds
 from jaxckpt.planner.stacks import Stack
 from jaxckpt.targets.links import HostLink
 
 MOST = 160
+# A graph's plan must save this share of the time of a plan in words that needs no more memory.
+WORDS_GAIN = 0.05
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,7 @@ class Part:
       forward: The cost of one forward run of a block.
       turns: The number of stacks, which are reversed one after another.
       begins_together: Whether the stacks' kept arrays exist before any stack has run.
+      graphs: The drafts of the graph of a function under `checkpoint`; empty for stacks.
     """
 
     name: str = ""
@@ -51,10 +56,14 @@ class Part:
     forward: Forward
     turns: int = 1
     begins_together: bool = False
+    graphs: tuple[Draft, ...] = ()
 
     @classmethod
     def of(cls, name: str, stacks: Sequence[Stack], rates: Rates, host_bytes: float) -> "Part":
         """Costs the blocks of equally long stacks, which may keep `host_bytes` on the host."""
+        regions = [stack.region for stack in stacks]
+        if None not in regions:
+            return cls._of_regions(name, stacks, rates)
         kinds, plain = find_kinds(stacks, rates, host_bytes)
         return cls(
             name=name,
@@ -64,6 +73,36 @@ class Part:
             forward=forward_cost(stacks, rates),
             turns=len(stacks),
         )
+
+    @classmethod
+    def _of_regions(cls, name: str, stacks: Sequence[Stack], rates: Rates) -> "Part":
+        """Costs functions under `checkpoint`; only equal ones have plans of their graph."""
+        regions = [Region(stack.region, rates) for stack in stacks if stack.region is not None]
+        held_bytes = sum(region.held_bytes for region in regions)
+        largest = max(atom.held_bytes for region in regions for atom in region.atoms)
+        kinds = plain_kinds(stacks, rates, held_bytes, largest)
+        part = cls(
+            name=name,
+            num_blocks=1,
+            kinds=kinds,
+            plain=kinds,
+            forward=forward_cost(stacks, rates),
+            turns=len(stacks),
+        )
+        if len({region.opened.graph for region in regions}) > 1:
+            return part
+        none, full = (draft([run_of(part.kind(word), 1)]) for word in ("none", "full"))
+        plain_drafts = [draft([run_of(kind, 1)]) for kind in kinds]
+        graphs = (
+            one
+            for one in region_drafts(regions[0], none, full, len(stacks))
+            if not any(
+                plain.worst_bytes <= one.worst_bytes
+                and plain.seconds <= (1 + WORDS_GAIN) * one.seconds
+                for plain in plain_drafts
+            )
+        )
+        return dataclasses.replace(part, graphs=tuple(graphs))
 
     def kind(self, schedule: str) -> Kind:
         """Returns the kind `none` or `full`."""
@@ -85,7 +124,8 @@ class Part:
 
     def drafts(self, link: HostLink | None) -> Iterator[Draft]:
         """Yields every draft of the part; without a link, none moves carries to the host."""
-        return map(self._in_turns, drafts(self.kinds, self.forward, self.num_blocks, link))
+        made = drafts(self.kinds, self.forward, self.num_blocks, link)
+        return map(self._in_turns, itertools.chain(made, self.graphs))
 
     def plain_drafts(self) -> list[Draft]:
         """Returns one draft for each plain kind."""

@@ -21,6 +21,7 @@ from jaxckpt.planner.inside_block import Graph, Passes, lean_proposals, offload_
 from jaxckpt.planner.stacks import Stack
 from jaxckpt.plans import Plan, PlanError, Policy, Stage
 from jaxckpt.transforms.block_vjp import Moving, differentiate
+from jaxckpt.transforms.region import run_region
 from jaxckpt.transforms.scan import scan
 
 
@@ -134,6 +135,8 @@ def with_copies(
 
 def _run(stack: Stack, stage: Stage, carry, params, consts, unroll: int = 1):
     plan = Plan(stages=(dataclasses.replace(stage, count=None),))
+    if stack.region is not None:
+        return run_region(stack.region, plan, carry)
     num_carry = len(stack.carry)
 
     def step(carry, params_i):
@@ -193,6 +196,34 @@ PLAIN = ("none", "full", "dots", "dots_no_batch", "attention")
 # Keeping more must save this share of a block's time; less is below the model's precision.
 _LEAST_GAIN = 0.001
 _LOG = logging.getLogger(__name__)
+
+
+def plain_kinds(
+    stacks: Sequence[Stack], rates: Rates, held_bytes: float, part_bytes: float
+) -> tuple[Kind, ...]:
+    """Returns the kinds of functions under `checkpoint` that a user could write, `PLAIN`.
+
+    Args:
+      stacks: The functions.
+      rates: The rates of the chip.
+      held_bytes: What XLA holds of all of them if nothing runs again.
+      part_bytes: What it holds of their largest part. If hardly anything runs again, only this is
+        made again at once; if all runs again, all is held.
+    """
+    none = kind_cost(stacks, Stage(schedule="none"), rates)
+    none = dataclasses.replace(none, kept_bytes=min(held_bytes, none.kept_bytes), live_bytes=0.0)
+    found = []
+    for text in PLAIN[1:]:
+        found += _costed(stacks, Plan.parse(text).stages[0], rates, none)
+    full = found[0]
+
+    def live(kind: Kind) -> float:
+        again = (kind.seconds - none.seconds) / max(full.seconds - none.seconds, 1e-30)
+        share = min(max(again, 0.0), 1.0)
+        return share * held_bytes + (1 - share) * part_bytes
+
+    held = [dataclasses.replace(kind, live_bytes=live(kind)) for kind in found[1:]]
+    return (none, dataclasses.replace(full, live_bytes=held_bytes), *held)
 
 
 def find_kinds(

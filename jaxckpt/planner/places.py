@@ -78,12 +78,18 @@ class Finder:
     def __call__(self, call: StackCall):
         """Records one call of `scan_blocks`; returns its carry with a mark."""
         made = Call(
-            stack=Stack.of(call.block, call.params, call.num_blocks, unroll=call.unroll),
+            stack=Stack.of(
+                call.block,
+                call.params,
+                call.num_blocks,
+                unroll=call.unroll,
+                is_region=call.is_region,
+            ),
             remat=str(call.remat),
             plan=_plan_of(call),
         )
-        # A leaf that has a gradient and is read is marked, if there is one: an unread leaf's mark is
-        # dropped with it. A stack without a carry computes nothing.
+        # A leaf that has a gradient and is read is marked, if there is one: the mark of an unread
+        # leaf is dropped with it. A stack without a carry computes nothing.
         read = {v for e in call.block.jaxpr.jaxpr.eqns for v in e.invars if is_var(v)}
         variables = call.block.jaxpr.jaxpr.invars
         moving = inexact(call.carry)

@@ -68,7 +68,7 @@ class Problem:
     def of(
         cls,
         steps: Steps,
-        num_blocks: int | Mapping[str, int],
+        num_blocks: int | Mapping[str, int] | None,
         rates: Rates,
         block=None,
         *,
@@ -79,7 +79,7 @@ class Problem:
 
         Args:
           steps: Returns, traces and compiles the step of a plan.
-          num_blocks: The number of blocks of each stack, L, or a number by name.
+          num_blocks: The number of blocks of each stack, L, or a number by name; None to find it.
           rates: The rates of all devices together.
           block: `(block, params_i, carry, *consts)`, or one by name; None to trace for stacks.
           host_bytes: The most bytes that a plan may keep on the host.
@@ -219,7 +219,7 @@ class Problem:
             keeps=tuple(
                 f"{name}: {text}" if name else text
                 for part, (name, one) in zip(self.parts, own, strict=True)
-                for text in (keeps_text(stage, part.kinds) for stage in one.stages)
+                for text in one.keeps or [keeps_text(stage, part.kinds) for stage in one.stages]
             ),
             why=why(candidates[place - 1] if place else None, budget),
             num_compiles=len(self.steps.compiled),

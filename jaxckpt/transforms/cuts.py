@@ -88,6 +88,15 @@ class Opened:
         found.update(dict.fromkeys(filter(is_var, self.jaxpr.outvars), self.num_steps))
         return found
 
+    @functools.cached_property
+    def dependent(self) -> frozenset:
+        """The variables that depend on an input."""
+        found = set(self.jaxpr.invars)
+        for equation in self.jaxpr.eqns:
+            if any(is_var(atom) and atom in found for atom in equation.invars):
+                found.update(equation.outvars)
+        return frozenset(found)
+
     def segment(self, start: int, stop: int) -> Segment:
         """Returns the segment of steps `start..stop-1`."""
         steps = self.jaxpr.eqns[start:stop]

@@ -36,6 +36,7 @@ class StackCall:
       remat: The plan, schedule or policy that was asked for.
       num_blocks: The number of blocks, L.
       unroll: Blocks unrolled in one trip.
+      is_region: Whether it is a function under `checkpoint`.
     """
 
     block: TracedBlock
@@ -44,6 +45,7 @@ class StackCall:
     remat: str | Plan | Schedule | GivenPolicy
     num_blocks: int
     unroll: int
+    is_region: bool = False
 
 
 # Returns the carry to go on with: the call's own, marked or not.

@@ -3,10 +3,10 @@
     stage = jaxckpt.checkpoint(stage, remat="dots")
     y = stage(params, x, train=True)
 
-What a region keeps is `none`, `full` or policies: what one block can follow. Or a plan of its graph,
-`graph:.../14xnone/30xfull+names:@conv.2/...`, which `jaxckpt.fit` makes: the function is cut into
-segments (`cuts.py`), and each keeps all, its inputs, or named values. Schedules are for several
-blocks (`scan_blocks`, `run`, `chain`, `scan`).
+What a region keeps is `none`, `full` or policies: what one block can follow. `jaxckpt.fit` makes
+plans of its graph, `graph:.../14xnone/30xfull+names:@conv.2/...`: the function is cut into segments
+(`cuts.py`), and each keeps all, its inputs, or named values too. Schedules are for several blocks
+(`scan_blocks`, `run`, `chain`, `scan`).
 """
 
 import dataclasses
@@ -116,17 +116,36 @@ def checkpointed(
                 remat=asked,
                 num_blocks=1,
                 unroll=1,
+                is_region=True,
             )
         )
-        if plan.graph:
-            made = _run_graph(traced, plan, leaves, prevent_cse)
-        elif _is_none(plan):
-            made = core.jaxpr_as_fun(traced.jaxpr)(*leaves)
-        else:
-            made = _run_one(traced, plan, given, leaves, prevent_cse)
+        made = run_region(block, plan, leaves, given, prevent_cse)
         return jax.tree.unflatten(traced.out_tree, made)
 
     return region
+
+
+def run_region(
+    block: TracedBlock,
+    plan: Plan,
+    leaves: Sequence,
+    given: GivenPolicy | None = None,
+    prevent_cse: bool = True,
+) -> list:
+    """Returns the leaves of a function's result under a plan of one function.
+
+    Args:
+      block: The function, whose leaves are all its carry.
+      plan: `none`, `full` with policies, or a plan of its graph.
+      leaves: The function's leaves.
+      given: The user's own policy, which replaces the plan's.
+      prevent_cse: As in `jax.checkpoint`.
+    """
+    if plan.graph:
+        return _run_graph(block, plan, leaves, prevent_cse)
+    if _is_none(plan):
+        return core.jaxpr_as_fun(block.jaxpr)(*leaves)
+    return _run_one(block, plan, given, leaves, prevent_cse)
 
 
 def _run_one(
@@ -142,8 +161,8 @@ def _run_one(
     policies = plan.stages[0].policies
     call = value_names.resolved(block.call, policies)
     checkpoint = Remat(policies=policies, given=given)
-    run = checkpoint(lambda carry, consts: call(carry, [], consts), prevent_cse=prevent_cse)
-    return run(leaves[: block.counts[0]], leaves[block.counts[0] :])
+    run = checkpoint(lambda carry, _: call(carry, [], []), prevent_cse=prevent_cse)
+    return run(leaves, None)
 
 
 def _run_graph(block: TracedBlock, plan: Plan, leaves: Sequence, prevent_cse: bool) -> list:
@@ -158,11 +177,11 @@ def _run_graph(block: TracedBlock, plan: Plan, leaves: Sequence, prevent_cse: bo
             calls.append(lambda values, call=call: call(*values))
             continue
         run = functools.partial(_run_one, segment.block, own, None, prevent_cse=prevent_cse)
-        calls.append(functools.partial(_named, run, place, plan))
+        calls.append(functools.partial(_explained, run, place, plan))
     return opened.run(segments, calls, leaves)
 
 
-def _named(run: Callable, place: int, plan: Plan, values: Sequence) -> list:
+def _explained(run: Callable, place: int, plan: Plan, values: Sequence) -> list:
     """Returns what a segment makes; its `PlanError` names the plan and the segment."""
     try:
         return run(values)
