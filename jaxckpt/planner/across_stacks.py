@@ -80,13 +80,15 @@ class Part:
         regions = [Region(stack.region, rates) for stack in stacks if stack.region is not None]
         held_bytes = sum(region.held_bytes for region in regions)
         largest = max(atom.held_bytes for region in regions for atom in region.atoms)
-        kinds = plain_kinds(stacks, rates, held_bytes, largest)
+        forward = forward_cost(stacks, rates)
+        sizes = {"held_bytes": held_bytes, "part_bytes": largest}
+        kinds = plain_kinds(stacks, rates, forward, **sizes)
         part = cls(
             name=name,
             num_blocks=1,
             kinds=kinds,
             plain=kinds,
-            forward=forward_cost(stacks, rates),
+            forward=forward,
             turns=len(stacks),
         )
         if len({region.opened.graph for region in regions}) > 1:

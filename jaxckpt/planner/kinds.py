@@ -199,23 +199,37 @@ _LOG = logging.getLogger(__name__)
 
 
 def plain_kinds(
-    stacks: Sequence[Stack], rates: Rates, held_bytes: float, part_bytes: float
+    stacks: Sequence[Stack],
+    rates: Rates,
+    forward: Forward,
+    *,
+    held_bytes: float,
+    part_bytes: float,
 ) -> tuple[Kind, ...]:
     """Returns the kinds of functions under `checkpoint` that a user could write, `PLAIN`.
 
     Args:
       stacks: The functions.
       rates: The rates of the chip.
+      forward: Their forward passes.
       held_bytes: What XLA holds of all of them if nothing runs again.
       part_bytes: What it holds of their largest part. If hardly anything runs again, only this is
         made again at once; if all runs again, all is held.
     """
     none = kind_cost(stacks, Stage(schedule="none"), rates)
-    none = dataclasses.replace(none, kept_bytes=min(held_bytes, none.kept_bytes), live_bytes=0.0)
     found = []
     for text in PLAIN[1:]:
         found += _costed(stacks, Plan.parse(text).stages[0], rates, none)
     full = found[0]
+    # As JAX traces it, `none` writes and reads every residual. XLA holds fewer, so it is not slower
+    # than what is left of `full` without its second forward pass.
+    least = full.seconds - forward.seconds
+    none = dataclasses.replace(
+        none,
+        kept_bytes=min(held_bytes, none.kept_bytes),
+        live_bytes=0.0,
+        seconds=min(none.seconds, max(least, none.seconds / 2)),
+    )
 
     def live(kind: Kind) -> float:
         again = (kind.seconds - none.seconds) / max(full.seconds - none.seconds, 1e-30)

@@ -22,8 +22,10 @@ from jaxckpt.plans import Plan, PlanError, as_plan
 from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms import jaxprs, tags
 from jaxckpt.transforms.custom_gradient import inexact
+from jaxckpt.transforms.cuts import Opened
 from jaxckpt.transforms.observers import StackCall
 from jaxckpt.transforms.policies import GivenPolicy
+from jaxckpt.transforms.traced_block import TracedBlock
 from jaxckpt.transforms.value_names import is_var
 
 _MARK = "jaxckpt.stack."
@@ -76,7 +78,16 @@ class Finder:
         self._calls: list[Call] = []
 
     def __call__(self, call: StackCall):
-        """Records one call of `scan_blocks`; returns its carry with a mark."""
+        """Records one call; returns its carry with a mark.
+
+        Raises:
+          ValueError: A function under `checkpoint` computes nothing of its arguments.
+        """
+        if call.is_region and not _computes(call.block):
+            raise ValueError(
+                "nothing that a function under jaxckpt.checkpoint returns is computed from its "
+                "arguments or from what it closes over, so there is nothing to plan"
+            )
         made = Call(
             stack=Stack.of(
                 call.block,
@@ -131,6 +142,13 @@ class Finder:
         if step.name == jaxprs.COND:  # only one branch runs: the branch with most places is taken
             inner = [max(inner, key=lambda phases: len(list(places(phases))))]
         return list(itertools.chain(*inner)) or None
+
+
+def _computes(block: TracedBlock) -> bool:
+    """Whether some result of a function is made from its inputs."""
+    opened = Opened.of(block.jaxpr)
+    made = opened.dependent.difference(opened.jaxpr.invars)
+    return any(is_var(out) and out in made for out in opened.jaxpr.outvars)
 
 
 def _plan_of(call: StackCall) -> Plan | None:

@@ -304,12 +304,6 @@ def _check_alike(stacks: Sequence[Stack]):
             "as num_blocks={'encoder': 12, 'head': 1} (1 for a function under jaxckpt.checkpoint): "
             "step_for then gets plans by name"
         )
-    for stack in stacks:
-        if stack.region is not None and not stack.region.jaxpr.eqns:
-            raise ValueError(
-                "a function under jaxckpt.checkpoint computes nothing of its arguments: there is "
-                "nothing to plan"
-            )
 
 
 def _ignored(name: str, full: Trace, none: Trace, *, is_given: bool) -> str:
