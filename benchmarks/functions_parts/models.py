@@ -222,9 +222,7 @@ def resnet(params, inputs, key, wrap):
         return jax.nn.relu(y + skip), made
 
     x = _normed(_conv(inputs["image"], params["in"], 2), (0, 1, 2), **params["norm"])
-    x = lax.reduce_window(
-        jax.nn.relu(x), -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "SAME"
-    )
+    x = lax.reduce_window(jax.nn.relu(x), -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")
     statistics = []
     for n, p in enumerate(params["blocks"]):
         stride = 2 if n and "skip" in p else 1

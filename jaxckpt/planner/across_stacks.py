@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from jaxckpt.costs.roofline import Rates
-from jaxckpt.planner.across_blocks import Draft, Piece, draft, drafts, run_of
+from jaxckpt.planner.across_blocks import Draft, Piece, draft, drafts, run_of, schedules
 from jaxckpt.planner.graphs import Region, region_drafts
 from jaxckpt.planner.kinds import Forward, Kind, find_kinds, forward_cost, plain_kinds
 from jaxckpt.planner.stacks import Stack
@@ -46,7 +46,9 @@ class Part:
       forward: The cost of one forward run of a block.
       turns: The number of stacks, which are reversed one after another.
       begins_together: Whether the stacks' kept arrays exist before any stack has run.
-      graphs: The drafts of the graph of a function under `checkpoint`; empty for stacks.
+      graphs: The drafts of a function's graph, or of a chain's blocks; empty for stacks.
+      is_stack: Whether blocks are equal. Those of a chain are not: figures by kind are their means,
+        so its plain drafts treat all of them in one way.
     """
 
     name: str = ""
@@ -57,6 +59,7 @@ class Part:
     turns: int = 1
     begins_together: bool = False
     graphs: tuple[Draft, ...] = ()
+    is_stack: bool = True
 
     @classmethod
     def of(cls, name: str, stacks: Sequence[Stack], rates: Rates, host_bytes: float) -> "Part":
@@ -76,25 +79,34 @@ class Part:
 
     @classmethod
     def _of_regions(cls, name: str, stacks: Sequence[Stack], rates: Rates) -> "Part":
-        """Costs functions under `checkpoint`; only equal ones have plans of their graph."""
-        regions = [Region(stack.region, rates) for stack in stacks if stack.region is not None]
+        """Costs functions under `checkpoint`, or chains; only equal ones have drafts of their own."""
+        given = [(stack.region, stack.ends) for stack in stacks if stack.region is not None]
+        regions = [Region(region, rates, ends) for region, ends in given]
         held_bytes = sum(region.held_bytes for region in regions)
         largest = max(atom.held_bytes for region in regions for atom in region.atoms)
+        count, is_chain = stacks[0].num_blocks, bool(stacks[0].ends)
         forward = forward_cost(stacks, rates)
-        sizes = {"held_bytes": held_bytes, "part_bytes": largest}
-        kinds = plain_kinds(stacks, rates, forward, **sizes)
+        kinds = plain_kinds(
+            stacks,
+            rates,
+            forward,
+            kept_bytes=held_bytes / count,
+            live_bytes=largest if is_chain else held_bytes,
+            part_bytes=0.0 if is_chain else largest,
+        )
         part = cls(
             name=name,
-            num_blocks=1,
+            num_blocks=count,
             kinds=kinds,
             plain=kinds,
             forward=forward,
             turns=len(stacks),
+            is_stack=False,
         )
         if len({region.opened.graph for region in regions}) > 1:
             return part
-        none, full = (draft([run_of(part.kind(word), 1)]) for word in ("none", "full"))
-        plain_drafts = [draft([run_of(kind, 1)]) for kind in kinds]
+        none, full = (draft([run_of(part.kind(word), count)]) for word in ("none", "full"))
+        plain_drafts = [draft([run_of(kind, count)]) for kind in kinds]
         graphs = (
             one
             for one in region_drafts(regions[0], none, full, len(stacks))
@@ -126,8 +138,16 @@ class Part:
 
     def drafts(self, link: HostLink | None) -> Iterator[Draft]:
         """Yields every draft of the part; without a link, none moves carries to the host."""
-        made = drafts(self.kinds, self.forward, self.num_blocks, link)
-        return map(self._in_turns, itertools.chain(made, self.graphs))
+        if self.is_stack:
+            made = drafts(self.kinds, self.forward, self.num_blocks, link)
+        else:
+            alike = (draft([run_of(kind, self.num_blocks)]) for kind in self.kinds)
+            made = itertools.chain(alike, self.graphs)
+            if self.num_blocks > 1:
+                plain = (self.kind("none"), self.kind("full"))
+                pieces = schedules(plain, self.forward, self.num_blocks)
+                made = itertools.chain(made, (draft([piece]) for piece in pieces))
+        return map(self._in_turns, made)
 
     def plain_drafts(self) -> list[Draft]:
         """Returns one draft for each plain kind."""

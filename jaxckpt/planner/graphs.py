@@ -1,10 +1,11 @@
-"""Plans of one function's graph: where it is cut, and what each segment keeps.
+"""Plans of one function's graph, or of a chain's blocks: what each segment keeps.
 
     drafts = graph_drafts(region, rates)        # fastest first, one for each of a few peaks
 
 The function's steps (`transforms/cuts.py`) are cut where few bytes are alive, into at most `_MOST`
 atoms. For each atom the program of `inside_block.py` gives the sets of values that are worth
-keeping. A plan is a list of segments, each a run of atoms: `none`, or run again but for its sets.
+keeping. A plan is a list of segments, each a run of atoms: `none`, or run again but for its sets. Of a chain the blocks
+are the atoms, each a segment of its own.
 
 A segment that starts at atom s and ends before atom t keeps, until it is reversed, the values that
 later atoms read and the values of its sets. Its reversal holds besides what it makes again. So
@@ -69,6 +70,9 @@ class Point:
     kept_bytes: float = 0.0
     seconds: float = 0.0
     flops: float = 0.0
+
+
+_NOTHING = (Point(),)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,6 +150,8 @@ def _crossing(opened: Opened, at: Sequence[int]) -> np.ndarray:
 
 
 def _figures(block: TracedBlock, rates: Rates) -> Figures:
+    if not block.jaxpr.eqns:  # a block of a chain may only hand on
+        return Figures(held_bytes=0.0, seconds=0.0, last=_NOTHING, inner=_NOTHING, names=Counter())
     carry, _, _ = block.inputs
     stack = Stack(call=block.call, carry=carry, params=[], consts=[], num_blocks=1)
     graph = Graph.of(stack, rates, with_results=True)
@@ -162,7 +168,7 @@ def _figures(block: TracedBlock, rates: Rates) -> Figures:
 def _points(graph: Graph) -> tuple[Point, ...]:
     """Returns the sets that no other beats, from most kept bytes to none."""
     if not graph.steps:
-        return (Point(),)
+        return _NOTHING
     program, found = Program(graph), []
     flops = np.array([float(step_flops(step)) for step in graph.steps])
     most = room = program.all_bytes
@@ -202,11 +208,15 @@ class Treatment:
 
 
 class Region:
-    """A function cut into atoms, each costed; equal atoms are costed once."""
+    """A function cut into atoms, each costed; equal atoms are costed once.
 
-    def __init__(self, block: TracedBlock, rates: Rates):
+    The atoms of a chain are its blocks, and each is a segment: a plan of blocks cannot join them.
+    """
+
+    def __init__(self, block: TracedBlock, rates: Rates, ends: tuple[int, ...] = ()):
         self.opened = Opened.of(block.jaxpr)
-        self.cuts = cuts(self.opened) if self.opened.num_steps else (0,)
+        self.is_chain = bool(ends)
+        self.cuts = ends or cuts(self.opened)
         self.atoms: list[Figures] = []
         known: dict[tuple, Figures] = {}
         for start, stop in itertools.pairwise(self.cuts):
@@ -259,7 +269,7 @@ class Region:
         """Returns the stages of a plan; neighbors that are `none` are one stage."""
         stages = []
         for start, stop, way in found.segments:
-            count = self.cuts[stop] - self.cuts[start]
+            count = stop - start if self.is_chain else self.cuts[stop] - self.cuts[start]
             if not way.is_again:
                 if stages and stages[-1].schedule == "none":
                     count += stages.pop().bound_count
@@ -270,7 +280,11 @@ class Region:
                 point = (way.last if atom == stop - 1 else way.inner)[atom]
                 policies += [_shifted(policy, seen) for policy in point.policies]
                 seen.update(self.atoms[atom].names)
-            stages.append(Stage(count=count, schedule="full", policies=tuple(policies)))
+            stage = Stage(count=count, schedule="full", policies=tuple(policies))
+            if self.is_chain and stages and stages[-1].policies == stage.policies:
+                if stages[-1].schedule == "full":
+                    stage = dataclasses.replace(stage, count=count + stages.pop().bound_count)
+            stages.append(stage)
         return tuple(stages)
 
     def rows(self, found: "Found") -> tuple[str, ...]:
@@ -283,11 +297,17 @@ class Region:
                 row = (False, before[1], stop, before[3] + kept, 0.0)
             rows.append(row)
         texts = []
-        for (_, start, stop, kept, seconds), stage in zip(rows, self.stages(found), strict=True):
+        for _, start, stop, kept, seconds in rows:
+            one = dataclasses.replace(found, segments=self._within(found, start, stop))
+            (stage,) = self.stages(one)
             lines = self._lines(self.cuts[start], self.cuts[stop])
             again = f", {seconds * 1e3:.3f} ms again" if stage.schedule == "full" else ""
             texts.append(f"{stage}: {iec(int(kept))}{again}{lines}")
         return tuple(texts)
+
+    def _within(self, found: "Found", start: int, stop: int) -> tuple:
+        """Returns the segments of a plan between two atoms."""
+        return tuple(one for one in found.segments if start <= one[0] and one[1] <= stop)
 
     def _lines(self, start: int, stop: int) -> str:
         steps = (Step(equation=e, inputs=()) for e in self.opened.jaxpr.eqns[start:stop])
@@ -348,7 +368,7 @@ class _Runs:
         self._kept, self._live, self._seconds, self._flops = np.full((4, *shape), np.inf)
         for n, way in enumerate(ways):
             for stop in range(1, count + 1):
-                start = np.arange(stop)
+                first = stop - 1 if region.is_chain else 0
                 if not way.is_again:  # longer runs are several runs of one atom
                     self._kept[n, stop - 1, stop] = held_[stop - 1]
                     self._live[n, stop - 1, stop] = held_[stop - 1] + alive[stop]
@@ -364,10 +384,11 @@ class _Runs:
                 share = np.clip(seconds / np.maximum(whole, 1e-30), 0.0, 1.0)
                 made = share * total + (1 - share) * largest
                 out = np.cumsum(crossing[:stop, stop][::-1])[::-1]
-                self._kept[n, start, stop] = kept + out
-                self._live[n, start, stop] = kept + made + alive[stop]
-                self._seconds[n, start, stop] = seconds
-                self._flops[n, start, stop] = flops
+                here = slice(first, stop)
+                self._kept[n, here, stop] = (kept + out)[here]
+                self._live[n, here, stop] = (kept + made + alive[stop])[here]
+                self._seconds[n, here, stop] = seconds[here]
+                self._flops[n, here, stop] = flops[here]
         before = np.concatenate([[0.0], np.cumsum(held_)])
         self.most = float(max(before[n + 1] + alive[n + 1] for n in range(count)))
         self.least = self._least()
@@ -459,7 +480,7 @@ def region_drafts(region: Region, none: Draft, full: Draft, turns: int) -> Itera
         seen.add(stages)
         yield Draft(
             stages=stages,
-            graph=region.opened.graph,
+            graph="" if region.is_chain else region.opened.graph,
             keeps=region.rows(found),
             kept_bytes=turns * found.kept_bytes,
             worst_bytes=turns * found.worst_bytes,

@@ -21,6 +21,7 @@ from jaxckpt.planner.inside_block import Graph, Passes, lean_proposals, offload_
 from jaxckpt.planner.stacks import Stack
 from jaxckpt.plans import Plan, PlanError, Policy, Stage
 from jaxckpt.transforms.block_vjp import Moving, differentiate
+from jaxckpt.transforms.cuts import Opened
 from jaxckpt.transforms.region import run_region
 from jaxckpt.transforms.scan import scan
 
@@ -136,7 +137,7 @@ def with_copies(
 def _run(stack: Stack, stage: Stage, carry, params, consts, unroll: int = 1):
     plan = Plan(stages=(dataclasses.replace(stage, count=None),))
     if stack.region is not None:
-        return run_region(stack.region, plan, carry)
+        return run_region(stack.region, _plan_of_ends(stack, stage) if stack.ends else plan, carry)
     num_carry = len(stack.carry)
 
     def step(carry, params_i):
@@ -145,6 +146,14 @@ def _run(stack: Stack, stage: Stage, carry, params, consts, unroll: int = 1):
 
     carry, ys = scan(step, carry, params, stack.num_blocks, unroll=unroll, remat=plan)
     return [*carry, *ys]
+
+
+def _plan_of_ends(stack: Stack, stage: Stage) -> Plan:
+    """Returns the plan of a chain's function that treats each of its blocks by a stage."""
+    assert stack.region is not None
+    sizes = (stop - start for start, stop in itertools.pairwise(stack.ends) if stop > start)
+    stages = tuple(dataclasses.replace(stage, count=size) for size in sizes)
+    return Plan(stages=stages, graph=Opened.of(stack.region.jaxpr).graph)
 
 
 def _unroll(stack: Stack, stage: Stage) -> int:
@@ -203,18 +212,19 @@ def plain_kinds(
     rates: Rates,
     forward: Forward,
     *,
-    held_bytes: float,
+    kept_bytes: float,
+    live_bytes: float,
     part_bytes: float,
 ) -> tuple[Kind, ...]:
-    """Returns the kinds of functions under `checkpoint` that a user could write, `PLAIN`.
+    """Returns the kinds of functions under `checkpoint`, or of chains, that a user could write.
 
     Args:
-      stacks: The functions.
+      stacks: The functions or chains.
       rates: The rates of the chip.
       forward: Their forward passes.
-      held_bytes: What XLA holds of all of them if nothing runs again.
-      part_bytes: What it holds of their largest part. If hardly anything runs again, only this is
-        made again at once; if all runs again, all is held.
+      kept_bytes: What XLA holds of one block of each if nothing runs again.
+      live_bytes: What a reversal holds if all of it runs again.
+      part_bytes: What it holds if hardly anything runs again.
     """
     none = kind_cost(stacks, Stage(schedule="none"), rates)
     found = []
@@ -226,7 +236,7 @@ def plain_kinds(
     least = full.seconds - forward.seconds
     none = dataclasses.replace(
         none,
-        kept_bytes=min(held_bytes, none.kept_bytes),
+        kept_bytes=min(kept_bytes, none.kept_bytes),
         live_bytes=0.0,
         seconds=min(none.seconds, max(least, none.seconds / 2)),
     )
@@ -234,10 +244,10 @@ def plain_kinds(
     def live(kind: Kind) -> float:
         again = (kind.seconds - none.seconds) / max(full.seconds - none.seconds, 1e-30)
         share = min(max(again, 0.0), 1.0)
-        return share * held_bytes + (1 - share) * part_bytes
+        return share * live_bytes + (1 - share) * part_bytes
 
     held = [dataclasses.replace(kind, live_bytes=live(kind)) for kind in found[1:]]
-    return (none, dataclasses.replace(full, live_bytes=held_bytes), *held)
+    return (none, dataclasses.replace(full, live_bytes=live_bytes), *held)
 
 
 def find_kinds(

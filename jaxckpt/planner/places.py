@@ -95,6 +95,7 @@ class Finder:
                 call.num_blocks,
                 unroll=call.unroll,
                 is_region=call.is_region,
+                ends=call.ends,
             ),
             remat=str(call.remat),
             plan=_plan_of(call),

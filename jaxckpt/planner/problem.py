@@ -135,7 +135,7 @@ class Problem:
     def _with_stages(self) -> "Problem":
         """Returns the problem fitted to the peak of a plan of several stages, too."""
         (part,) = self.parts
-        if part.num_blocks < (_LEAST_FOR_STAGES if part.turns == 1 else 2):
+        if not part.is_stack or part.num_blocks < (_LEAST_FOR_STAGES if part.turns == 1 else 2):
             return self
         half = part.num_blocks // 2
         stages = run_of(part.kind("full"), half), run_of(part.kind("none"), part.num_blocks - half)

@@ -10,6 +10,7 @@ from jaxckpt.plans.plan_set import PlanSet, plan_json, plan_of_json
 from jaxckpt.units import iec
 
 _SHOWN = 3
+_LONGEST = 60  # letters of a plan in the table of candidates
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,7 +191,7 @@ class FitResult:
             mark = ">" if one is self.chosen else " "
             lines.append(
                 f"  {mark} {seconds_text(one.seconds):>10}  {iec(one.predicted_bytes):>11} "
-                f"predicted  {compiled:>12}  {one.plan}"
+                f"predicted  {compiled:>12}  {_short(one.plan)}"
             )
         return lines
 
@@ -261,6 +262,12 @@ def _asked(plan: Plan | PlanSet) -> str:
     if isinstance(plan, PlanSet):
         return "\n".join(f"{name}: {one}" for name, one in plan.items())
     return f"--remat={plan}"
+
+
+def _short(plan: Plan | PlanSet) -> str:
+    """Returns a plan for a table; a graph's plan is shown by its beginning."""
+    text = str(plan)
+    return text if len(text) <= _LONGEST or isinstance(plan, PlanSet) else f"{text[:_LONGEST]}..."
 
 
 def _largest(report: MemoryReport) -> str:

@@ -63,6 +63,31 @@ class Opened:
         names = closed.jaxpr.debug_info.with_unknown_names()
         return cls(jaxpr=closed.jaxpr.replace(eqns=steps, outvars=outvars, debug_info=names))
 
+    @classmethod
+    def of_chain(cls, blocks: Sequence[TracedBlock]) -> tuple["Opened", tuple[int, ...]]:
+        """Returns different blocks one after another as one function, and where each one ends.
+
+        Args:
+          blocks: Blocks without parameters; the output of each is the next one's carry.
+
+        Returns:
+          The function of the first carry's leaves and then of each block's consts; the number of
+          steps before the first block (0), before the second, and so on to all.
+        """
+        steps: list[core.JaxprEqn] = []
+        values: list = [core.Var(aval) for aval in blocks[0].inputs[0]]
+        invars, ends = list(values), [0]
+        for block in blocks:
+            inner = block.jaxpr.jaxpr
+            own = [core.Var(aval) for aval in block.inputs[2]]
+            invars += own
+            values = _open(inner, dict(zip(inner.invars, [*values, *own], strict=True)), steps)
+            ends.append(len(steps))
+        first = blocks[0].jaxpr.jaxpr
+        jaxpr = first.replace(invars=invars, outvars=values, eqns=steps)
+        names = jaxpr.debug_info.with_unknown_names()
+        return cls(jaxpr=jaxpr.replace(debug_info=names)), tuple(ends)
+
     @property
     def num_steps(self) -> int:
         """The number of steps."""
