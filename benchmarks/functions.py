@@ -1,13 +1,13 @@
 """Any function under a byte budget: seven models that are no stack, planned, compiled and timed.
 
-    python -m benchmarks.functions --target v5e-1 --target h100 --output FILE    # absent chips
-    python -m benchmarks.functions --limit 60 --output FILE                      # the chip that is here
+    python -m benchmarks.functions --target v5e-1 --target h100 --output FILE   # absent chips
+    python -m benchmarks.functions --limit 60 --output FILE                     # the present chip
 
-For each model (U-Net, graph network, ResNet-50, MLP-Mixer, Fourier neural operator, encoder-decoder,
-a plain loop of GPT's layers) and target: budgets spread evenly from what `none` needs to the least
-that works, and for each what the planner answers, beside what an owner would place by hand. Time is
-real on an accelerator of this process, the roofline's elsewhere. A model is one process with a time
-limit. Rows are written as they finish, and a run cut short goes on by the same command.
+For each model (U-Net, graph network, ResNet-50, MLP-Mixer, Fourier neural operator,
+encoder-decoder, a plain loop of GPT's layers) and target: budgets spread evenly from what `none`
+needs to the least that works, and for each what the planner answers, beside what an owner would
+place by hand. Time is real on an accelerator of this process, the roofline's elsewhere. A model is
+one process with a time limit. Rows are written as they finish, and a run cut short goes on by the same command.
 
 Exits with 1 if a bound fails.
 """

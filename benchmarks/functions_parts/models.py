@@ -1,9 +1,8 @@
 """Seven models that are no stack of equal blocks, in plain JAX: what `benchmarks.functions` plans.
 
-A model is a function `run(params, inputs, key, wrap)`; `wrap(stage)` is what its owner would place by
-hand around each stage, `jax.checkpoint` or nothing. Convolutions and products run in bfloat16, or in
-float32 for the check of gradients. `SIZES` has two sizes of each: that of the benchmark, and a small
-one for a CPU.
+A model is a function `run(params, inputs, key, wrap)`; `wrap(stage)` is what its owner would place
+by hand around each stage, `jax.checkpoint` or nothing. Convolutions and products run in the dtype
+of the inputs. `MODELS` has two sizes of each: that of the benchmark, and a small one for a CPU.
 """
 
 import dataclasses
@@ -70,6 +69,7 @@ def _dropped(x, key, rate: float):
 
 
 def unet_params(key, size: Size):
+    """Returns two convolutions, their norms and a skip for each stage down and up."""
     widths, made = size["widths"], {"down": [], "up": []}
     keys = iter(_keys(key, 8 * len(widths) + 2))
 
@@ -91,6 +91,8 @@ def unet_params(key, size: Size):
 
 
 def unet(params, inputs, key, wrap):
+    """Returns an image from an image; each stage down is read again by one stage up."""
+
     def stage(p, x):
         h = _conv(jax.nn.silu(_group_norm(x, p["norms"][0])), p["convs"][0])
         h = _conv(jax.nn.silu(_group_norm(h, p["norms"][1])), p["convs"][1])
@@ -108,6 +110,7 @@ def unet(params, inputs, key, wrap):
 
 
 def image(size: Size, dtype):
+    """Returns a batch of images."""
     shape = (size["batch"], size["side"], size["side"], 3)
     return {"image": jnp.ones(shape, dtype)}
 
@@ -125,6 +128,7 @@ def _mlp(p, x):
 
 
 def graph_params(key, size: Size):
+    """Returns the weights of the encoder, the processor's rounds and the decoder."""
     width, channels = size["width"], size["channels"]
     keys = _keys(key, 2 * size["rounds"] + 7)
     layer = lambda a, b: {
@@ -142,6 +146,8 @@ def graph_params(key, size: Size):
 
 
 def graph_network(params, inputs, key, wrap):
+    """Returns the grid's values after two steps of encoder, message passing and decoder."""
+
     def passed(p, nodes, others, edges, senders, receivers):
         sent = jnp.concatenate([edges, nodes[senders], others[receivers]], axis=-1)
         edges = edges + _mlp(p["edge"], sent)
@@ -165,6 +171,7 @@ def graph_network(params, inputs, key, wrap):
 
 
 def mesh_graph(size: Size, dtype):
+    """Returns values on a grid, and the edges from grid to mesh and inside the mesh."""
     grid, mesh = size["grid"], size["mesh"]
     place = jnp.arange(grid)
     near = jnp.concatenate([jnp.arange(mesh)] * 6)
@@ -184,6 +191,7 @@ def mesh_graph(size: Size, dtype):
 
 
 def resnet_params(key, size: Size):
+    """Returns bottlenecks of three convolutions."""
     keys = iter(_keys(key, 4 * sum(size["depths"]) + 2))
     width, made, before = size["width"], [], size["width"]
     for level, depth in enumerate(size["depths"]):
@@ -205,6 +213,8 @@ def resnet_params(key, size: Size):
 
 
 def resnet(params, inputs, key, wrap):
+    """Returns features and the running statistics of every BatchNorm."""
+
     def batch_norm(x, p, running):
         y = x.astype(jnp.float32)
         found = (y.mean((0, 1, 2)), y.var((0, 1, 2)))
@@ -236,6 +246,7 @@ def resnet(params, inputs, key, wrap):
 
 
 def mixer_params(key, size: Size):
+    """Returns the weights of token and channel mixing for each layer."""
     width, tokens = size["width"], (size["side"] // size["patch"]) ** 2
     keys = iter(_keys(key, 4 * size["depth"] + 1))
     layer = lambda: {
@@ -248,6 +259,8 @@ def mixer_params(key, size: Size):
 
 
 def mixer(params, inputs, key, wrap):
+    """Returns the features of each patch."""
+
     def mlp(x, weights):
         return _dot(jax.nn.gelu(_dot(x, weights[0])), weights[1])
 
@@ -268,6 +281,7 @@ def mixer(params, inputs, key, wrap):
 
 
 def fourier_params(key, size: Size):
+    """Returns complex weights as pairs of real ones, and a skip for each layer."""
     width, modes = size["width"], size["modes"]
     keys = iter(_keys(key, 3 * size["depth"] + 1))
     layers = [
@@ -282,6 +296,8 @@ def fourier_params(key, size: Size):
 
 
 def fourier(params, inputs, key, wrap):
+    """Returns a field from a field; each layer multiplies its lowest modes."""
+
     def layer(p, x):
         side, modes = x.shape[1], p["real"].shape[0]
         waves = jnp.fft.rfft2(x.astype(jnp.float32), axes=(1, 2))[:, :modes, :modes]
@@ -335,6 +351,7 @@ def _layer(p, x, other, key, heads: int, is_causal: bool, rate: float):
 
 
 def t5_params(key, size: Size):
+    """Returns the layers of an encoder and of a decoder."""
     keys = iter(_keys(key, 32 * size["depth"]))
     width = size["width"]
     encoder = [_layer_params(keys, width, False) for _ in range(size["depth"])]
@@ -342,6 +359,7 @@ def t5_params(key, size: Size):
 
 
 def t5(params, inputs, key, wrap, heads: int):
+    """Returns the decoder's features; every layer of it reads the encoder's result."""
     x, y = inputs["source"], inputs["made"]
     for n, p in enumerate(params["encoder"]):
         layer = functools.partial(_layer, heads=heads, is_causal=False, rate=0.1)
@@ -353,16 +371,19 @@ def t5(params, inputs, key, wrap, heads: int):
 
 
 def tokens(size: Size, dtype):
+    """Returns embedded tokens."""
     shape = (size["batch"], size["length"], size["width"])
     return {"source": jnp.ones(shape, dtype), "made": jnp.ones(shape, dtype)}
 
 
 def gpt_params(key, size: Size):
+    """Returns the layers of a decoder."""
     keys = iter(_keys(key, 16 * size["depth"]))
     return {"layers": [_layer_params(keys, size["width"], False) for _ in range(size["depth"])]}
 
 
 def gpt(params, inputs, key, wrap, heads: int):
+    """Returns a decoder's features."""
     x = inputs["made"]
     for n, p in enumerate(params["layers"]):
         layer = functools.partial(_layer, heads=heads, is_causal=True, rate=0.1)

@@ -1,8 +1,8 @@
 """The process of one model of `benchmarks.functions`: budgets from what `none` needs to the least.
 
-`python -m benchmarks.functions_parts.process CASE DONE` prints a row as a line of JSON as soon as it
-is known, but for the places of budgets that are done. The process ends itself when its time is up,
-also inside a compiler; what is compiled is kept on disk by program.
+`python -m benchmarks.functions_parts.process CASE DONE` prints a row as a line of JSON as soon as
+it is known, but for the places of budgets that are done. The process ends itself when its time is
+up, also inside a compiler; what is compiled is kept on disk by program.
 """
 
 import functools

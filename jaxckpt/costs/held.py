@@ -1,8 +1,8 @@
 """Which values XLA holds for a backward pass, where JAX names more.
 
-`jax.vjp` keeps every value that a derivative reads. XLA fuses: an elementwise value is made again in
-the kernel that reads it, from values that are held anyway. So a U-Net whose residuals weigh 16.6 GiB
-holds 2.9 GiB on an H200. The rule here, for one function without loops around it:
+`jax.vjp` keeps every value that a derivative reads. XLA fuses: an elementwise value is made again
+in the kernel that reads it, from values that are held anyway. So a U-Net whose residuals weigh
+16.6 GiB holds 2.9 GiB on an H200. The rule here, for one function without loops around it:
 
 - products, convolutions, reductions, kernels and loops are held as they are;
 - an elementwise value is held by its sources, if those that are not held yet weigh hardly more than

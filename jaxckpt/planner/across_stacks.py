@@ -79,7 +79,7 @@ class Part:
 
     @classmethod
     def _of_regions(cls, name: str, stacks: Sequence[Stack], rates: Rates) -> "Part":
-        """Costs functions under `checkpoint`, or chains; only equal ones have drafts of their own."""
+        """Costs functions under `checkpoint`, or chains; equal ones have drafts of their own."""
         given = [(stack.region, stack.ends) for stack in stacks if stack.region is not None]
         regions = [Region(region, rates, ends) for region, ends in given]
         held_bytes = sum(region.held_bytes for region in regions)

@@ -1,12 +1,13 @@
 """`fit`: from a budget in bytes to the fastest training step that fits.
 
-    result = jaxckpt.fit(step_for, num_blocks=28, target="v5e-1", budget="15GiB")
+    result = jaxckpt.fit(step_for, target="v5e-1", budget="15GiB")
     print(result)                # --remat=..., its compiled peak, why nothing faster fits
 
-`step_for(plan)` returns the step as a function and its (abstract) arguments. Its stacks, and its
-functions under `jaxckpt.checkpoint` (`graphs.py`), are found by tracing (`places.py`), kinds of blocks are costed (`kinds.py`), drafts are put together
-(`across_blocks.py`, `across_stacks.py`), and a few are compiled (`search.py`). A plan is returned
-only if the compiled peak of its step is within the budget.
+`step_for(plan)` returns the step as a function and its (abstract) arguments. Its stacks, chains and
+functions under `jaxckpt.checkpoint` are found by tracing (`places.py`). Kinds of blocks are costed
+(`kinds.py`), drafts are put together (`across_blocks.py`, `across_stacks.py`; of functions and
+chains, `graphs.py`), and a few are compiled (`search.py`). A plan is returned only if the compiled
+peak of its step is within the budget.
 
 Stacks that are given by name get a plan each (`problem.py`).
 

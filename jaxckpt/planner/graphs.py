@@ -4,17 +4,17 @@
 
 The function's steps (`transforms/cuts.py`) are cut where few bytes are alive, into at most `_MOST`
 atoms. For each atom the program of `inside_block.py` gives the sets of values that are worth
-keeping. A plan is a list of segments, each a run of atoms: `none`, or run again but for its sets. Of a chain the blocks
-are the atoms, each a segment of its own.
+keeping. A plan is a list of segments, each a run of atoms: `none`, or run again but for its sets.
+Of a chain the blocks are the atoms, each a segment of its own.
 
 A segment that starts at atom s and ends before atom t keeps, until it is reversed, the values that
 later atoms read and the values of its sets. Its reversal holds besides what it makes again. So
 
     peak = max over segments of (kept by segments before it + held by its reversal + alive(t))
 
-where alive(t) stands for the gradients of the values at the cut. Of all plans within a peak, dynamic
-programming over the cuts finds the plan that runs the fewest seconds again, for a few peaks from
-that of `none` down to the least.
+where alive(t) stands for the gradients of the values at the cut. Of all plans within a peak,
+dynamic programming over the cuts finds the plan that runs the fewest seconds again, for a few peaks
+from that of `none` down to the least.
 
 Bytes are what XLA will hold (`costs/held.py`), as far as a jaxpr tells. Where every value that a
 segment makes again comes from near by, XLA makes it when it is needed; where the whole segment runs
@@ -45,7 +45,7 @@ from jaxckpt.plans import Policy, Stage, words
 from jaxckpt.transforms import jaxprs
 from jaxckpt.transforms.cuts import Opened
 from jaxckpt.transforms.traced_block import TracedBlock, text_of
-from jaxckpt.transforms.value_names import counts, is_var
+from jaxckpt.transforms.value_names import counts
 from jaxckpt.units import iec
 
 _MOST = 48  # atoms
@@ -267,7 +267,8 @@ class Region:
 
     def stages(self, found: "Found") -> tuple[Stage, ...]:
         """Returns the stages of a plan; neighbors that are `none` are one stage."""
-        stages = []
+        stages: list[Stage] = []
+        stage_of = lambda stage: dataclasses.replace(stage, count=None)
         for start, stop, way in found.segments:
             count = stop - start if self.is_chain else self.cuts[stop] - self.cuts[start]
             if not way.is_again:
@@ -281,9 +282,8 @@ class Region:
                 policies += [_shifted(policy, seen) for policy in point.policies]
                 seen.update(self.atoms[atom].names)
             stage = Stage(count=count, schedule="full", policies=tuple(policies))
-            if self.is_chain and stages and stages[-1].policies == stage.policies:
-                if stages[-1].schedule == "full":
-                    stage = dataclasses.replace(stage, count=count + stages.pop().bound_count)
+            if self.is_chain and stages and stage_of(stages[-1]) == stage_of(stage):
+                stage = dataclasses.replace(stage, count=count + stages.pop().bound_count)
             stages.append(stage)
         return tuple(stages)
 
@@ -475,7 +475,7 @@ def region_drafts(region: Region, none: Draft, full: Draft, turns: int) -> Itera
     seen = set()
     for found in region.plans():
         stages = region.stages(found)
-        if stages in seen or len(stages) == 1 and not stages[0].policies:  # words say it
+        if stages in seen or (len(stages) == 1 and not stages[0].policies):  # words say it
             continue
         seen.add(stages)
         yield Draft(

@@ -300,8 +300,8 @@ def _check_alike(stacks: Sequence[Stack]):
     if len(kinds) > 1:
         texts = ("a function" if is_region else f"a stack of {n}" for is_region, n in kinds)
         raise ValueError(
-            f"one plan is followed by {', '.join(texts)}; give each a plan of its own by name, such "
-            "as num_blocks={'encoder': 12, 'head': 1} (1 for a function under jaxckpt.checkpoint): "
+            f"one plan is followed by {', '.join(texts)}; give each a plan of its own by name, "
+            "such as num_blocks={'encoder': 12, 'head': 1} (1 for a function under jaxckpt.checkpoint): "
             "step_for then gets plans by name"
         )
 
@@ -324,6 +324,6 @@ def _ignored(name: str, full: Trace, none: Trace, *, is_given: bool) -> str:
     if is_same_program(full, none):
         return f"step_for ignores its plan: {same}"
     return (
-        "the step runs no scan_blocks, jaxckpt Stack or jaxckpt.checkpoint while it is traced; give "
-        "the block as block=(block, params_i, carry, *consts)"
+        "the step runs no scan_blocks, jaxckpt Stack or jaxckpt.checkpoint while it is traced; "
+        "give the block as block=(block, params_i, carry, *consts)"
     )

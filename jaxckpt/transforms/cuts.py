@@ -126,8 +126,8 @@ class Opened:
         """Returns the segment of steps `start..stop-1`."""
         steps = self.jaxpr.eqns[start:stop]
         made = {var for step in steps for var in step.outvars}
-        read = dict.fromkeys(var for step in steps for var in step.invars if is_var(var))
-        inputs = tuple(var for var in read if var not in made)
+        read = dict.fromkeys(v for step in steps for v in step.invars if is_var(v))
+        inputs = tuple(v for v in read if isinstance(v, core.Var) and v not in made)
         last = self.last_reads
         outputs = tuple(var for step in steps for var in step.outvars if last.get(var, -1) >= stop)
         jaxpr = self.jaxpr.replace(invars=list(inputs), outvars=list(outputs), eqns=steps)
