@@ -7,7 +7,8 @@ For each model (U-Net, graph network, ResNet-50, MLP-Mixer, Fourier neural opera
 encoder-decoder, a plain loop of GPT's layers) and target: budgets spread evenly from what `none`
 needs to the least that works, and for each what the planner answers, beside what an owner would
 place by hand. Time is real on an accelerator of this process, the roofline's elsewhere. A model is
-one process with a time limit. Rows are written as they finish, and a run cut short goes on by the same command.
+one process with a time limit. Rows are written as they finish, and a run cut short goes on by the
+same command.
 
 Exits with 1 if a bound fails.
 """

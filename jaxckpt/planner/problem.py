@@ -235,13 +235,37 @@ class Problem:
 
 def _on_one(part: Part, spread: Spread, clock: Calibration | None, rates: Rates) -> Part:
     """Returns a part with the figures of one device, and with measured seconds if clocked."""
-    none, full, forward = part.kind("none"), part.kind("full"), part.forward
+    none, full, forward, traced = part.kind("none"), part.kind("full"), part.forward, part
     part = part.changed(lambda kind: spread.kind(kind, none, full))
     if clock is not None:
         known: dict[str, Any] = {"none": part.kind("none"), "forward": forward, "rates": rates}
         part = part.changed(lambda kind: clock.kind(kind, **known))
         forward = clock.forward(forward)
-    return dataclasses.replace(part, forward=spread.forward(forward))
+    part = dataclasses.replace(part, forward=spread.forward(forward))
+    return dataclasses.replace(part, graphs=tuple(_like_kinds(traced, part)))
+
+
+def _like_kinds(traced: Part, part: Part) -> Iterator[Draft]:
+    """Yields the drafts of functions, changed as their part's `none` and `full` were.
+
+    Args:
+      traced: The part as traced.
+      part: The part with changed kinds.
+    """
+    (none, full), (own_none, own_full) = (
+        [run_of(one.kind(word), one.num_blocks) for word in ("none", "full")]
+        for one in (traced, part)
+    )
+    again = full.seconds - none.seconds
+    slope = (own_full.seconds - own_none.seconds) / again if again > 0 else 1.0
+    share = own_none.kept_bytes / none.kept_bytes if none.kept_bytes else 1.0
+    for draft in part.graphs:
+        yield dataclasses.replace(
+            draft,
+            kept_bytes=share * draft.kept_bytes,
+            worst_bytes=share * draft.worst_bytes,
+            seconds=own_none.seconds + slope * (draft.seconds - none.seconds),
+        )
 
 
 def link_of(rates: Rates, num_devices: int) -> HostLink:

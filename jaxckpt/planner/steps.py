@@ -301,8 +301,8 @@ def _check_alike(stacks: Sequence[Stack]):
         texts = ("a function" if is_region else f"a stack of {n}" for is_region, n in kinds)
         raise ValueError(
             f"one plan is followed by {', '.join(texts)}; give each a plan of its own by name, "
-            "such as num_blocks={'encoder': 12, 'head': 1} (1 for a function under jaxckpt.checkpoint): "
-            "step_for then gets plans by name"
+            "such as num_blocks={'encoder': 12, 'head': 1} (1 for a function under "
+            "jaxckpt.checkpoint): step_for then gets plans by name"
         )
 
 
