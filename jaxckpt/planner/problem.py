@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from jaxckpt.compiled.report import MemoryReport
+from jaxckpt.costs.flat import Step, where
 from jaxckpt.costs.flops import count_flops
 from jaxckpt.costs.roofline import Rates, estimate
 from jaxckpt.planner.across_blocks import Draft, run_of
@@ -32,6 +33,7 @@ from jaxckpt.planner.steps import Steps, everywhere, find_stacks
 from jaxckpt.plans import Stage
 from jaxckpt.plans.plan_set import PlanSet
 from jaxckpt.targets.links import HostLink
+from jaxckpt.transforms import jaxprs
 from jaxckpt.units import iec
 
 _LEAST_FOR_STAGES = 4  # fewer blocks are hardly ever worth two stages
@@ -223,6 +225,7 @@ class Problem:
             ),
             why=why(candidates[place - 1] if place else None, budget),
             num_compiles=len(self.steps.compiled),
+            notes=tuple(notes(self.steps.trace(chosen.plan).jaxpr)),
         )
 
     def infeasible(self, budget: int) -> BudgetError:
@@ -266,6 +269,15 @@ def _like_kinds(traced: Part, part: Part) -> Iterator[Draft]:
             worst_bytes=share * draft.worst_bytes,
             seconds=own_none.seconds + slope * (draft.seconds - none.seconds),
         )
+
+
+def notes(jaxpr) -> Iterator[str]:
+    """Yields what the figures of a step do not know: how often its `while` loops run."""
+    loops = filter(jaxprs.is_unknown, jaxprs.equations(jaxpr))
+    lines = dict.fromkeys(where(Step(equation=loop, inputs=())) for loop in loops)
+    for line in lines:
+        place = f" at {line}" if line else ""
+        yield f"the while loop{place} counts as one trip: nobody knows how often it runs"
 
 
 def link_of(rates: Rates, num_devices: int) -> HostLink:

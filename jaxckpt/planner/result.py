@@ -96,6 +96,7 @@ class FitResult:
       offload: Whether values may be moved to the host on the target, and why, as text; empty if no
         host budget was given.
       left_out: Plans under which the step does not run, each with its error, as text.
+      notes: What the figures do not know, as text.
     """
 
     plan: Plan | PlanSet
@@ -110,6 +111,7 @@ class FitResult:
     clock: str = "the roofline"
     offload: str = ""
     left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def table(self) -> tuple[Candidate, ...]:
@@ -131,6 +133,7 @@ class FitResult:
             "clock": self.clock,
             "offload": self.offload,
             "left_out": list(self.left_out),
+            "notes": list(self.notes),
         }
 
     @classmethod
@@ -148,6 +151,7 @@ class FitResult:
             "chosen": candidates[values["chosen"]],
             "keeps": tuple(values["keeps"]),
             "left_out": tuple(values["left_out"]),
+            "notes": tuple(values["notes"]),
         }
         return cls(**(values | made))
 
@@ -168,6 +172,7 @@ class FitResult:
             *self._of_host(),
             f"  why        {self.why}",
             *(f"  left out   {text}" for text in self.left_out),
+            *(f"  note       {text}" for text in self.notes),
         ]
         lines += [] if report.understood.is_all else [f"  read       {report.understood}"]
         return "\n".join(lines)

@@ -120,6 +120,13 @@ def mean_trips(equation: core.JaxprEqn) -> fractions.Fraction:
     return fractions.Fraction(*map(int, found[-1])) if found else fractions.Fraction(1)
 
 
+def is_unknown(equation: core.JaxprEqn) -> bool:
+    """Returns whether an equation is a `while` whose trips nobody knows."""
+    if equation.primitive.name != WHILE:
+        return False
+    return _PATTERN.search(str(equation.source_info.name_stack)) is None
+
+
 def says_trips(op_name: str) -> bool:
     """Returns whether a compiled loop was made inside `trips`, by its operation's name."""
     return any(_PREFIX in part for part in op_name.split("/")[-2:])

@@ -11,6 +11,7 @@ import jaxckpt
 from jaxckpt.costs.flops import count_flops
 from jaxckpt.planner.across_stacks import Part
 from jaxckpt.planner.graphs import Region, alive_bytes
+from jaxckpt.planner.problem import notes
 from jaxckpt.planner.steps import Steps, find_stacks
 from jaxckpt.plans import Plan
 from jaxckpt.targets.target import LOCAL
@@ -73,6 +74,7 @@ def test_a_function_is_found_and_cut_where_little_is_alive():
     assert mean(region.cuts[1:-1]) < mean(range(1, region.opened.num_steps))
 
 
+@pytest.mark.slow
 def test_drafts_run_again_what_they_say():
     """The twin of equal gradients: the products that each plan runs again, counted in the step."""
     none, drafts = flops_of("none"), part().graphs
@@ -142,6 +144,16 @@ def test_fit_finds_functions_and_stacks_without_a_number(tmp_path, monkeypatch):
         jaxckpt.fit(step_for, budget=1000)
     least = jaxckpt.fit(step_for, budget=caught.value.least_bytes)
     assert least.report.peak_bytes == caught.value.least_bytes
+
+
+def test_loops_of_unknown_length_are_said():
+    def loops(x):
+        many = jax.lax.while_loop(lambda x: x.sum() < 3, lambda x: x + 1, x)
+        return jax.lax.fori_loop(0, 3, lambda _, x: x * 2, many)
+
+    (note,) = notes(jax.make_jaxpr(loops)(jnp.zeros(3)))
+    assert note.startswith("the while loop at test_graphs.py:") and "one trip" in note
+    assert not list(notes(jax.make_jaxpr(jnp.sin)(1.0)))
 
 
 SIZES = (32, 64, 32, 8, 128, 32)
