@@ -191,3 +191,21 @@ def test_a_chain_is_planned_block_by_block():
         assert not draft.graph and sum(s.bound_count for s in draft.stages) == len(SIZES) - 1
         own = found.num_blocks * found.kind("none").flops
         assert flops(draft.plan) - none == pytest.approx(draft.flops - own), str(draft.plan)
+
+
+@pytest.mark.slow
+def test_a_function_and_a_stack_share_a_budget(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXCKPT_CACHE", str(tmp_path))
+
+    def both(plans):
+        def loss(params, x, key):
+            x = jaxckpt.checkpoint(unet, remat=plans["unet"])(params, x, key)
+            rows = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["down"])
+            block = lambda x, p: jnp.tanh(x @ p["a"]) @ p["b"]
+            return jaxckpt.scan_blocks(block, rows, x, remat=plans["stack"]).sum()
+
+        return jax.grad(loss), jax.eval_shape(arguments)
+
+    result = jaxckpt.fit(both, num_blocks={"unet": 1, "stack": DEPTH}, budget="1GiB")
+    assert set(result.plan) == {"unet", "stack"}
+    assert result.report.peak_bytes <= result.budget_bytes
