@@ -106,20 +106,17 @@ def checkpointed(
 
         arrays = as_arrays(arrays)
         traced, consts = trace_block(call, arrays, ())
-        block = dataclasses.replace(traced, counts=(len(arrays) + len(consts), 0, 0))
-        asked = given or plan
-        leaves = observers.tell(
-            StackCall(
-                block=block,
-                params=[],
-                carry=[*arrays, *consts],
-                remat=asked,
-                num_blocks=1,
-                unroll=1,
-                is_region=True,
-            )
+        leaves = [*arrays, *consts]
+        told = StackCall(
+            block=dataclasses.replace(traced, counts=(len(leaves), 0, 0)),
+            params=[],
+            carry=leaves,
+            remat=given or plan,
+            num_blocks=1,
+            unroll=1,
+            is_region=True,
         )
-        made = run_region(block, plan, leaves, given, prevent_cse)
+        made = run_region(traced, plan, observers.tell(told), given, prevent_cse)
         return jax.tree.unflatten(traced.out_tree, made)
 
     return region
@@ -135,9 +132,9 @@ def run_region(
     """Returns the leaves of a function's result under a plan of one function.
 
     Args:
-      block: The function, whose leaves are all its carry.
+      block: The function, a block without parameters.
       plan: `none`, `full` with policies, or a plan of its graph.
-      leaves: The function's leaves.
+      leaves: The leaves of its carry, then of its consts.
       given: The user's own policy, which replaces the plan's.
       prevent_cse: As in `jax.checkpoint`.
     """
@@ -161,8 +158,8 @@ def _run_one(
     policies = plan.stages[0].policies
     call = value_names.resolved(block.call, policies)
     checkpoint = Remat(policies=policies, given=given)
-    run = checkpoint(lambda carry, _: call(carry, [], []), prevent_cse=prevent_cse)
-    return run(leaves, None)
+    run = checkpoint(lambda carry, consts: call(carry, [], consts), prevent_cse=prevent_cse)
+    return run(leaves[: block.counts[0]], leaves[block.counts[0] :])
 
 
 def _run_graph(block: TracedBlock, plan: Plan, leaves: Sequence, prevent_cse: bool) -> list:
