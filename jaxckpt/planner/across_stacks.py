@@ -93,6 +93,7 @@ class Part:
             kept_bytes=held_bytes / count,
             live_bytes=largest if is_chain else held_bytes,
             part_bytes=0.0 if is_chain else largest,
+            has_kernel=any(region.has_kernel for region in regions),
         )
         part = cls(
             name=name,

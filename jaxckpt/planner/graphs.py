@@ -232,6 +232,12 @@ class Region:
         """What XLA holds of the function if nothing runs again."""
         return sum(atom.held_bytes for atom in self.atoms)
 
+    @property
+    def has_kernel(self) -> bool:
+        """Whether the function runs an attention kernel whose residuals can be kept."""
+        points = itertools.chain(*(atom.last for atom in self.atoms))
+        return any(policy.kind == "attention" for point in points for policy in point.policies)
+
     def treatments(self) -> list[Treatment]:
         """Returns `none`, nothing kept, and sets at some prices of a byte."""
         slopes = sorted(
@@ -398,7 +404,7 @@ class _Runs:
         low, high = 0.0, self.most
         while self.solve(high) is None:
             high *= 2
-        for _ in range(20):
+        for _ in range(12):
             middle = (low + high) / 2
             low, high = (low, middle) if self.solve(middle) is not None else (middle, high)
         return high

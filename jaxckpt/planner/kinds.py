@@ -215,8 +215,9 @@ def plain_kinds(
     kept_bytes: float,
     live_bytes: float,
     part_bytes: float,
+    has_kernel: bool,
 ) -> tuple[Kind, ...]:
-    """Returns the kinds of functions under `checkpoint`, or of chains, that a user could write.
+    """Returns the kinds of functions under `checkpoint`, or of chains, that a user would try first.
 
     Args:
       stacks: The functions or chains.
@@ -225,10 +226,11 @@ def plain_kinds(
       kept_bytes: What XLA holds of one block of each if nothing runs again.
       live_bytes: What a reversal holds if all of it runs again.
       part_bytes: What it holds if hardly anything runs again.
+      has_kernel: Whether one of them runs an attention kernel.
     """
     none = kind_cost(stacks, Stage(schedule="none"), rates)
     found = []
-    for text in PLAIN[1:]:
+    for text in ("full", "dots", *["attention"] * has_kernel):  # each trace takes seconds
         found += _costed(stacks, Plan.parse(text).stages[0], rates, none)
     full = found[0]
     # As JAX traces it, `none` writes and reads every residual. XLA holds fewer, so it is not slower
