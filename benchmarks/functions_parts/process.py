@@ -66,9 +66,9 @@ def rows(case: Case, done: Sequence[int]) -> Iterator[dict[str, Any]]:
     rungs = problem.ladder()
     planned = time.perf_counter() - started - sum(spent)
     equations = len(steps.trace(Plan.parse("none")).jaxpr.jaxpr.eqns)
-    hand = {name: _by_hand(case, name, target, rates, is_here) for name in _BY_HAND}
+    hand = {name: _by_hand(case, name, steps, target, rates) for name in _BY_HAND}
     top, least = hand["none"]["bytes"], _least_bytes(problem, rungs)
-    exact = _gradients(case, "none") if is_here else None
+    exact = _gradients(case, "none") if is_here and case["tiny"] else None
     yield {"place": -1, "hand": hand, "planned": planned, "least": least, "equations": equations}
     for place, budget in enumerate(map(int, np.linspace(top, least, case["budgets"]))):
         if place in done:
@@ -95,11 +95,14 @@ def _least_bytes(problem: Problem, rungs) -> int:
         return error.least_bytes
 
 
-def _by_hand(case: Case, name: str, target, rates, is_here: bool) -> dict[str, Any]:
-    fn, args = step_for(case, name)
-    report = jaxckpt.measure(fn, *args, target=target)
+def _by_hand(case: Case, name: str, steps: Steps, target, rates) -> dict[str, Any]:
+    if name == "stages":
+        fn, args = step_for(case, name)
+        report = jaxckpt.measure(fn, *args, target=target)
+    else:
+        report = steps.report(Plan.parse(name))
     made = {"bytes": report.peak_bytes, "temp": report.temp_bytes}
-    return made | _time_of(case, name, rates, is_here)
+    return made | _time_of(case, name, rates, case["target"] == "local")
 
 
 def _time_of(case: Case, plan: Any, rates, is_here: bool) -> dict[str, float]:
