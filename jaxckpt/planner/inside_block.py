@@ -130,7 +130,8 @@ class Graph:
             trace = Trace(block, *given)
         residuals = [r.origin for r in trace.residuals if r.origin.step is not None]
         results = trace.results if with_results else ()
-        steps = trace.flat.live_steps([*trace.flat.outputs, *results])
+        asked = (*trace.flat.outputs, *results)
+        steps = dataclasses.replace(trace.flat, outputs=asked).live_steps()
         made = (origin_of(value) for value in results)
         return cls(
             steps=tuple(steps),

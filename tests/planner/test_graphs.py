@@ -14,6 +14,7 @@ from jaxckpt.planner.graphs import Region, alive_bytes
 from jaxckpt.planner.problem import notes
 from jaxckpt.planner.steps import Steps, find_stacks
 from jaxckpt.plans import Plan
+from jaxckpt.plans.plan_set import PlanSet
 from jaxckpt.targets.target import LOCAL
 from tests.planner.steps import CHIP
 from tests.transforms.cases import relative_error
@@ -207,5 +208,5 @@ def test_a_function_and_a_stack_share_a_budget(tmp_path, monkeypatch):
         return jax.grad(loss), jax.eval_shape(arguments)
 
     result = jaxckpt.fit(both, num_blocks={"unet": 1, "stack": DEPTH}, budget="1GiB")
-    assert set(result.plan) == {"unet", "stack"}
+    assert isinstance(result.plan, PlanSet) and set(result.plan) == {"unet", "stack"}
     assert result.report.peak_bytes <= result.budget_bytes
