@@ -261,7 +261,7 @@ def remat(
     stage = plan.stages[0]
     if stage.offloads_carry:
         raise PlanError("offload:carry needs the blocks' inputs; linen.Stack takes it")
-    if stage.schedule == "none":
+    if stage.schedule == "none" and not plan.graph:
         return block
     static = [static_argnums] if isinstance(static_argnums, int) else static_argnums
     made: Any = lift_transform(

@@ -18,7 +18,8 @@ import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = (
-    *("coming_from", "glossary", "index", "layers", "loops", "peak", "planner", "start"),
+    *("any_function", "coming_from", "glossary", "index", "layers", "loops", "peak", "planner"),
+    "start",
     *("troubleshooting", "your_own_model"),
     *(f"api/{path.stem}" for path in sorted(DOCS.glob("api/*.md"))),
 )

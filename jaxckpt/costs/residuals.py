@@ -121,6 +121,7 @@ class Trace:
     Attributes:
       flat: The forward pass; its outputs are the leaves that the backward pass reads.
       residuals: The leaves that the block makes, each once.
+      results: The leaves of the block's output.
       shared: The leaves that are parameters, consts or closed over, each once: they are read again,
         not saved.
       carry: The values of the block's input, except leaves that it returns unchanged.
@@ -138,9 +139,12 @@ class Trace:
         `handed_on` has the positions of the carry's leaves that the block returns unchanged, so
         that all blocks share them.
         """
-        leaves_of = lambda *args: jax.tree.leaves(jax.vjp(block, *args)[1])
         args = (carry, params_i, *consts)
-        self.flat = flatten(jax.make_jaxpr(leaves_of)(*args))
+        trace = jax.make_jaxpr(lambda *args: jax.vjp(block, *args)[::-1], return_shape=True)
+        jaxpr, (reverse, _) = trace(*args)
+        both, count = flatten(jaxpr), len(jax.tree.leaves(reverse))
+        self.flat = dataclasses.replace(both, outputs=both.outputs[:count])
+        self.results = both.outputs[count:]
         inputs = enumerate(self.flat.inputs[: len(jax.tree.leaves(carry))])
         self.carry = [value for place, value in inputs if place not in handed_on]
         self.labels = dict(_labels(self.flat, args))
