@@ -14,9 +14,6 @@ Exits with 1 if a bound fails.
 """
 
 from pathlib import Path
-from typing import Annotated
-
-from cyclopts import Parameter
 
 from benchmarks.functions_parts.bounds import check, table
 from benchmarks.record import Record, finish, kept, rows_of
@@ -27,17 +24,16 @@ from jaxckpt.compiled import cache
 from jaxckpt.targets.target import parse_target
 
 MODELS = ("unet", "graph", "resnet", "mixer", "fourier", "t5", "gpt")
-_ONE_OR_MORE = Parameter(negative="")
 
 
 def functions(
     *,
     output: Path | None = None,
-    model: Annotated[tuple[str, ...], _ONE_OR_MORE] = (),
-    target: Annotated[tuple[str, ...], _ONE_OR_MORE] = ("local",),
+    model: tuple[str, ...] = (),
+    target: tuple[str, ...] = ("local",),
     budgets: int = 5,
     limit: int = 3600,
-    tiny: Annotated[bool, Parameter(negative=())] = False,
+    tiny: bool = False,
 ):
     """Plan any function for many budgets and check what is promised; exit with 1 if a bound fails.
 
