@@ -32,7 +32,17 @@ from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms import policies, programs, rows
 from jaxckpt.transforms.arguments import apart, check_class, part, put
 from jaxckpt.transforms.checks import check_carry
-from jaxckpt.transforms.layers import attributes_of, check_layers, differences, run_rows
+from jaxckpt.transforms.layers import (
+    KINDS,
+    attributes_of,
+    check_layers,
+    differences,
+    grouped,
+    in_order,
+    run_rows,
+    single,
+    stacked,
+)
 from jaxckpt.transforms.region import checkpointed, plan_of_one
 from jaxckpt.transforms.scan import scan
 from jaxckpt.transforms.traced_block import first_block
@@ -325,15 +335,16 @@ def run(
     unroll: int = 1,
     **named,
 ):
-    """Runs a list of equal Linen modules as it is, checkpointed by a plan.
+    """Runs a list of Linen modules as it is, checkpointed by a plan that counts them.
 
     The list is one that `setup()` made, and the parameter tree stays a list's (`blocks_0`,
     `blocks_1`, ...). Random streams are the list's own too: every layer draws the dropout masks
     that it draws in a Python loop. What the layers sow, and batch statistics, come back once.
 
     Args:
-      layers: Bound modules. They may differ in numbers, such as a rate, and in nothing else that
-        they compute with. Each is traced once, as in a loop; one of them is compiled.
+      layers: Bound modules, of one kind or of several with at least two layers of each. Within a
+        kind they may differ in numbers, such as a rate, and in nothing else that they compute with.
+        Each is traced once, as in a loop; one of each kind is compiled.
       carry: The first layer's input; `layer(carry, *args, **named, **each_i)` returns its like, or
         has it where `out` says.
       *args: Handed to every layer. Arrays get gradients; Python values, such as `True`, and None
@@ -372,30 +383,41 @@ def run(
             each_i = jax.tree.map(lambda x, i=i: x[i], each)
             carry, rest = part(layer(carry, *args, **named, **each_i), out)
             rests.append(rest)
-        return put(carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *rests), out)
+        return put(carry, stacked(rests), out)
 
     traced = [_trace(layer, out, carry, first_block(each), args, named) for layer in layers]
-    _check_alike(layers, [one.program for one in traced])
-    check_carry(carry, traced[0].made[0])
-    program, numbers = programs.one_program([one.program for one in traced])
-    call, tree = core.jaxpr_as_fun(program), jax.tree.structure(traced[0].made)
+    order = _kinds_of(layers, [one.program for one in traced])
     # One array for all layers, so that it is not stacked.
     arrays, _ = apart((args, named))
 
-    def step(carry, row, each_i):
-        inputs, numbers = row
-        flat = call(*inputs, *jax.tree.leaves((carry, each_i)), *arrays, *numbers)
-        carry, rest, changed = jax.tree.unflatten(tree, flat)
-        return carry, (rest, changed)
+    def step_of(program: core.ClosedJaxpr, made) -> Callable:
+        check_carry(carry, made[0])
+        call, tree = core.jaxpr_as_fun(program), jax.tree.structure(made)
 
-    inputs = [(one.inputs, row) for one, row in zip(traced, numbers, strict=True)]
-    carry, (rest, changed) = run_rows(
-        step, carry, inputs, each, has_rest=out is not None, remat=remat, unroll=unroll
+        def step(carry, row, each_i):
+            inputs, numbers = row
+            flat = call(*inputs, *jax.tree.leaves((carry, each_i)), *arrays, *numbers)
+            carry, rest, changed = jax.tree.unflatten(tree, flat)
+            return carry, (rest, changed)
+
+        return step
+
+    steps, inputs = [], [()] * len(layers)
+    for kind in range(max(order) + 1):
+        mine = {i: one for i, one in enumerate(traced) if order[i] == kind}
+        program, numbers = programs.one_program([one.program for one in mine.values()])
+        steps.append(step_of(program, next(iter(mine.values())).made))
+        for (i, one), row in zip(mine.items(), numbers, strict=True):
+            inputs[i] = (one.inputs, row)
+    has_rest = out is not None
+    carry, ys = run_rows(
+        steps, carry, inputs, each, order, has_rest=has_rest, remat=remat, unroll=unroll
     )
-    if changed:
-        for i, one in enumerate(traced):
-            one.publish([leaf[i] for leaf in changed])
-    return put(carry, rest, out)
+    for i, one in enumerate(traced):
+        kind = order[i]
+        if changed := ys[kind][1]:
+            one.publish([leaf[order[:i].count(kind)] for leaf in changed])
+    return put(carry, in_order([rest for rest, _ in ys], order), out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -479,17 +501,24 @@ def _changed(before, after) -> tuple[Callable, list]:
     return with_changed, changed
 
 
-def _check_alike(layers: list, traced: list[core.ClosedJaxpr]):
-    """Raises `ValueError` naming what differs, if layers compute differently."""
-    place = programs.unlike(traced)
+def _kinds_of(layers: list, traced: list[core.ClosedJaxpr]) -> tuple[int, ...]:
+    """Returns the kind of each layer; layers of a kind compute the same but for numbers.
+
+    Raises:
+      ValueError: A kind has one layer only, and there are others; what differs is named.
+    """
+    computed = [programs.without_numbers(program) for program in traced]
+    order = grouped(len(layers), lambda i, k: computed[i] == computed[k])
+    place = single(order)
     if place is None:
-        return
+        return order
+    place = place or 1
     pair = [layers[0]] * place + [layers[place]]
-    found = [text for text, _ in differences(pair, _attributes)]
+    found = [text for text, _ in differences(pair, _attributes, place)]
     raise ValueError(
-        f"{'; '.join(found[:3]) or f'layers[0] and layers[{place}] compute differently'}; "
-        "linen.run takes equal layers, which may differ in numbers (random draws, a rate) outside "
-        "of what nn.remat, nn.scan and nn.jit do inside a layer"
+        f"{'; '.join(found[:3]) or f'layers[0] and layers[{place}] compute differently'}; linen."
+        f"{KINDS}, which may differ in numbers (random draws, a rate) outside of what nn.remat, "
+        "nn.scan and nn.jit do inside a layer"
     )
 
 

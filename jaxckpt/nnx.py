@@ -29,7 +29,14 @@ from jaxckpt.plans.errors import shown
 from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms.arguments import apart, check_class, part, put
 from jaxckpt.transforms.checks import check_carry
-from jaxckpt.transforms.layers import check_alike, check_layers, run_rows
+from jaxckpt.transforms.layers import (
+    KINDS,
+    check_layers,
+    first_places,
+    in_order,
+    kinds_of,
+    run_rows,
+)
 from jaxckpt.transforms.policies import plan_and_policy
 from jaxckpt.transforms.scan import scan
 from jaxckpt.transforms.traced_block import first_block
@@ -344,14 +351,14 @@ def run(
     unroll: int = 1,
     **named,
 ):
-    """Runs a list of equal NNX modules as it is, checkpointed by a plan.
+    """Runs a list of NNX modules as it is, checkpointed by a plan that counts them.
 
     The layers stay what they are: paths of parameters, metadata, random streams. A call draws and
     changes what a Python loop over the list would, once: counters of dropout, batch statistics.
 
     Args:
-      layers: An `nnx.List` or a Python list of modules of one class, of equal shapes and equal
-        Python values.
+      layers: An `nnx.List` or a Python list of modules, of one kind or of several with at least two
+        layers of each. Within a kind all have one class, equal shapes and equal Python values.
       carry: The first layer's input; `layer(carry, *args, **named, **each_i)` returns its like, or
         has it where `out` says.
       *args: Handed to every layer. Arrays get gradients, Python values and None stay what they
@@ -359,8 +366,8 @@ def run(
       out: Where the carry is in what a layer returns: an index, a key, or a function. The rest of a
         tuple or dict comes back stacked, `[L, ...]`.
       each: What differs from layer to layer beside the layer, by keyword, `[L, ...]`.
-      ignore: Names of attributes that may differ between equal layers, such as `"layer_idx"`;
-        every layer is run with the first one's.
+      ignore: Names of attributes that may differ within a kind, such as `"layer_idx"`; every layer
+        runs with the value of the first of its kind.
       remat: A plan or its text, a schedule for L blocks, or a policy of `jax.checkpoint`.
       unroll: Layers unrolled in one trip of the loop. With L or more there is no loop and no copy
         of the parameters, where `out` is None.
@@ -390,74 +397,78 @@ def run(
                 f"nnx.run takes NNX modules, and layers[{place}] is {shown(layer)}; jaxckpt.run "
                 "takes pytrees and jaxckpt.linen.run takes Linen modules"
             )
-    check_alike(layers, ignore, _attributes)
+    order = kinds_of(layers, ignore, _attributes)
     leaves, tree = jax.tree.flatten((args, named), is_leaf=lambda x: isinstance(x, _NODES))
     at = [place for place, leaf in enumerate(leaves) if isinstance(leaf, _NODES)]
     wholes = [[layer, *(leaves[place] for place in at)] for layer in layers]
     states = [_flat_state(whole) for whole in wholes]
-    graph, first = nn.split(wholes[0])[0], states[0]
-    for place, state in enumerate(states):
-        if [path for path, _ in state] != [path for path, _ in first]:
-            raise ValueError(
-                f"layers[0] and layers[{place}] share different parts; nnx.run takes equal layers"
-            )
-
-    def call(carry, values: list, each_i):
-        """Returns a layer's carry, the rest of its result, and its variables' values."""
-        layer, *nodes = whole = nn.merge(graph, _with_values(first, dict(enumerate(values))))
-        given, before = list(leaves), nn.split(whole)[0]
-        for place, node in zip(at, nodes, strict=True):
-            given[place] = node
-        args, named = jax.tree.unflatten(tree, given)
-        carry, rest = part(layer(carry, *args, **named, **each_i), out)
-        after = _flat_state(whole)
-        _check_made(first, after, before == nn.split(whole)[0])
-        return carry, rest, _values(after)
-
+    for i, (state, kind) in enumerate(zip(states, order, strict=True)):
+        k = order.index(kind)
+        if [path for path, _ in state] != [path for path, _ in states[k]]:
+            raise ValueError(f"layers[{k}] and layers[{i}] share different parts; nnx.{KINDS}")
     rows = [_values(state) for state in states]
-    shared, own = _changed(call, carry, rows[0], each, wholes)
+    firsts = first_places(order)
 
-    def step(state, row, each_i):
-        carry, held = state
-        values = [held.get(place, value) for place, value in enumerate(row)]
-        carry, rest, after = call(carry, values, each_i)
-        held, made = ({place: after[place] for place in places} for places in (shared, own))
-        return (carry, held), (rest, made)
+    def call_of(k: int) -> Callable:
+        graph, first = nn.split(wholes[k])[0], states[k]
 
-    held = {place: rows[0][place] for place in shared}
-    made = run_rows(
-        step,
-        (carry, held),
-        rows,
-        each,
-        has_rest=out is not None,
-        remat=remat,
-        unroll=unroll,
+        def call(carry, values: list, each_i):
+            """Returns a layer's carry, the rest of its result, and its variables' values."""
+            layer, *nodes = whole = nn.merge(graph, _with_values(first, dict(enumerate(values))))
+            given, before = list(leaves), nn.split(whole)[0]
+            for place, node in zip(at, nodes, strict=True):
+                given[place] = node
+            args, named = jax.tree.unflatten(tree, given)
+            carry, rest = part(layer(carry, *args, **named, **each_i), out)
+            after = _flat_state(whole)
+            _check_made(first, after, before == nn.split(whole)[0])
+            return carry, rest, _values(after)
+
+        return call
+
+    calls = [call_of(k) for k in firsts]
+    changed = [_changed(call, carry, rows[k], each) for call, k in zip(calls, firsts, strict=True)]
+    shared, own = _owned(changed, wholes, states, order)
+
+    def step_of(kind: int) -> Callable:
+        def step(state, row, each_i):
+            carry, held = state
+            values = [held.get(shared[kind].get(at), value) for at, value in enumerate(row)]
+            carry, rest, after = calls[kind](carry, values, each_i)
+            held = held | {name: after[at] for at, name in shared[kind].items()}
+            return (carry, held), (rest, {at: after[at] for at in own[kind]})
+
+        return step
+
+    held = {
+        name: rows[k][at]
+        for k, names in zip(firsts, shared, strict=True)
+        for at, name in names.items()
+    }
+    steps, has_rest = list(map(step_of, range(len(calls)))), out is not None
+    (carry, held), ys = run_rows(
+        steps, (carry, held), rows, each, order, has_rest=has_rest, remat=remat, unroll=unroll
     )
-    (carry, held), (rest, changed) = made
-    if held or changed:  # a call that changes nothing can be made anywhere
-        for i, (whole, state) in enumerate(zip(wholes, states, strict=True)):
-            mine = jax.tree.map(lambda x, i=i: x[i], changed)
-            nn.update(whole, _with_values(state, held | mine))
-    return put(carry, rest, out)
+    for i, (whole, state, kind) in enumerate(zip(wholes, states, order, strict=True)):
+        row = order[:i].count(kind)
+        mine = jax.tree.map(lambda x, row=row: x[row], ys[kind][1])
+        mine |= {at: held[name] for at, name in shared[kind].items()}
+        if mine:  # a call that changes nothing can be made anywhere
+            nn.update(whole, _with_values(state, mine))
+    return put(carry, in_order([rest for rest, _ in ys], order), out)
 
 
-def _changed(call: Callable, carry, row: list, each, wholes: list) -> tuple[list[int], list[int]]:
-    """Returns which variables a layer changes when it is called; its carry is checked on the way.
+def _changed(call: Callable, carry, row: list, each) -> list[int]:
+    """Returns the places of the variables that a layer changes when it is called.
 
     Args:
-      call: `call(carry, values, each_i)`, which returns values too, among others.
-      carry: The first layer's input.
-      row: The first layer's values.
+      call: `call(carry, values, each_i)`, which returns a carry, a rest and the values.
+      carry: The layer's input.
+      row: The layer's values.
       each: What differs from layer to layer beside.
-      wholes: Every layer, with what all are handed.
-
-    Returns:
-      The places of the variables that all layers share, and the places of those that each layer
-      has for itself.
 
     Raises:
-      ValueError: The carry changes, or some of the layers share what they change.
+      ValueError: The carry changes.
     """
     found = []
 
@@ -471,25 +482,54 @@ def _changed(call: Callable, carry, row: list, each, wholes: list) -> tuple[list
         return carry
 
     check_carry(carry, jax.eval_shape(look, carry, row, first_block(each)))
-    variables = [
-        {path: node for path, node in nn.iter_graph(whole) if _is_variable(node)}
-        for whole in wholes
+    return found
+
+
+def _owned(
+    changed: list[list[int]], wholes: list, states: list[list], order: Sequence[int]
+) -> tuple[list[dict[int, str]], list[list[int]]]:
+    """Returns which of the variables that change are shared, and which belong to one layer.
+
+    Args:
+      changed: For each kind of layer, the places of the variables that it changes.
+      wholes: Every layer, with what all are handed.
+      states: The flat state of each.
+      order: The kind of each layer.
+
+    Returns:
+      For each kind, a name for each place of a variable that layers share: the same name for the
+      same variable. And for each kind, the places of those that belong to one layer.
+
+    Raises:
+      ValueError: Some layers of a kind share a variable that changes, and others do not.
+    """
+    ids = []
+    for whole, state in zip(wholes, states, strict=True):
+        nodes = {path: node for path, node in nn.iter_graph(whole) if _is_variable(node)}
+        ids.append([id(nodes[path]) for path, _ in state])
+    users = collections.Counter(one for row in ids for one in row)
+    columns = [
+        list(zip(*(row for row, one in zip(ids, order, strict=True) if one == kind), strict=True))
+        for kind in range(len(changed))
     ]
-    owners = collections.Counter(id(node) for one in variables for node in one.values())
-    paths = [path for path, _ in _flat_state(wholes[0])]
+    is_one = lambda column: len(set(column)) == 1
+    names: dict[int, str] = {}
+    for of_kind, places in zip(columns, changed, strict=True):
+        for place in places:
+            if is_one(of_kind[place]):
+                names.setdefault(of_kind[place][0], str(len(names)))
     shared, own = [], []
-    for place in found:
-        nodes = [one[paths[place]] for one in variables]
-        if all(node is nodes[0] for node in nodes):
-            shared.append(place)
-        elif any(owners[id(node)] > 1 for node in nodes):
-            name = ".".join(map(str, paths[place][1:]))
-            raise ValueError(
-                f"some of the layers share {name}, which changes when they are called; it may "
-                "belong to one layer, or to all of them"
-            )
-        else:
-            own.append(place)
+    for kind, (of_kind, places) in enumerate(zip(columns, changed, strict=True)):
+        shared.append({at: names[c[0]] for at, c in enumerate(of_kind) if c[0] in names})
+        own.append([place for place in places if place not in shared[-1]])
+        for at, column in enumerate(of_kind):
+            is_split = at in own[-1] and any(users[one] > 1 for one in column)
+            if is_split or (not is_one(column) and not names.keys().isdisjoint(column)):
+                path, _ = states[order.index(kind)][at]
+                raise ValueError(
+                    f"some of the layers share {'.'.join(map(str, path[1:]))}, which changes when "
+                    "they are called; it may belong to one layer, or to all of a kind"
+                )
     return shared, own
 
 

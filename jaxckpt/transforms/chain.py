@@ -84,7 +84,7 @@ def chain(
         consts.append(consts_i)
         shape = one.out
     if isinstance(remat, Plan):
-        check_policies(remat, lambda asked: _tags_of(traced, asked))
+        check_policies(remat, lambda asked: tags_of(traced, asked))
     identities = tuple(map(identity, blocks))
     program = once_compiled(_run, identities, tuple(traced), plan, given, nested)
     out = program(jax.tree.leaves(carry), consts)
@@ -118,7 +118,7 @@ def _run(
     return carry
 
 
-def _tags_of(blocks: Sequence[TracedBlock], policies: Sequence[Policy]) -> tags.Tags:
+def tags_of(blocks: Sequence[TracedBlock], policies: Sequence[Policy]) -> tags.Tags:
     """Returns the tags that at least one of the blocks has."""
     found = [value_names.offered(block.call, policies, *block.inputs) for block in blocks]
     names = lambda kind: dict.fromkeys(name for tags in found for name in getattr(tags, kind))

@@ -149,11 +149,21 @@ def run_stage(
       NotImplementedError: The schedule is `auto`, which a planner must replace first, or one that
         nested `jax.checkpoint` cannot express, such as `binomial`.
     """
-    cuts, leaf = _CUTS.get(stage.schedule, _not_nested)(stage)
-    if given is not None:
-        leaf = Remat(given=given)
+    cuts, leaf = _cuts_of(stage, given)
     outer = Remat(policies=_OFFLOAD_CARRY if stage.offloads_carry else ())
     return _run(blocks, apply, carry, cuts, leaf, outer)
+
+
+def remat_of(stage: Stage, given: GivenPolicy | None = None) -> Remat | None:
+    """Returns how each block of a stage without segments is checkpointed; None if it is not."""
+    cuts, leaf = _cuts_of(stage, given)
+    assert not cuts, stage
+    return leaf
+
+
+def _cuts_of(stage: Stage, given: GivenPolicy | None):
+    cuts, leaf = _CUTS.get(stage.schedule, _not_nested)(stage)
+    return cuts, leaf if given is None else Remat(given=given)
 
 
 def _run(blocks, apply, carry, cuts: Sequence[Cut], leaf: Remat | None, outer: Remat):
