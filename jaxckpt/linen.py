@@ -7,11 +7,15 @@
 
     x = jaxckpt.linen.run(self.blocks, x, mask, remat="sqrt")  # a list that setup() made
 
+    with jaxckpt.linen.remat_of(Block, "dots"):              # a model whose code stays as it is
+        x = model.apply(variables, x)
+
 The parameter tree does not depend on the plan, so a checkpoint written under one plan loads under
 any other. A stack's blocks with state beside parameters (batch statistics, caches) are refused; a
 list keeps what it has.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -24,10 +28,11 @@ from flax import linen as nn
 from flax.core import DenyList, Scope, lift
 from flax.core.scope import intersect_filters
 from flax.linen.transforms import lift_direct_transform, lift_transform
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core
 
 from jaxckpt.plans import Plan, PlanError
-from jaxckpt.plans.errors import shown
+from jaxckpt.plans.errors import nearest, shown
 from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms import policies, programs, rows
 from jaxckpt.transforms.arguments import apart, check_class, part, put
@@ -267,11 +272,8 @@ def remat(
         return functools.partial(made, *block.args, **block.keywords)
     if not (inspect.isclass(block) and issubclass(block, nn.Module)):
         raise ValueError(f"linen.remat takes a Linen module class, not {block!r}")
-    plan, given = plan_of_one(plan, "linen.remat wraps one", "linen.Stack takes every plan")
-    stage = plan.stages[0]
-    if stage.offloads_carry:
-        raise PlanError("offload:carry needs the blocks' inputs; linen.Stack takes it")
-    if stage.schedule == "none":
+    plan, given = _plan_of_one(plan, "linen.remat wraps one")
+    if plan.stages[0].schedule == "none":
         return block
     static = [static_argnums] if isinstance(static_argnums, int) else static_argnums
     made: Any = lift_transform(
@@ -286,6 +288,95 @@ def remat(
     made.__name__, made.__qualname__ = block.__name__, block.__qualname__
     made.__doc__ = block.__doc__
     return made
+
+
+def _plan_of_one(plan, taker: str) -> tuple[Plan, policies.GivenPolicy | None]:
+    plan, given = plan_of_one(plan, taker, "linen.Stack takes every plan")
+    if plan.stages[0].offloads_carry:
+        raise PlanError("offload:carry needs the blocks' inputs; linen.Stack takes it")
+    return plan, given
+
+
+# Classes, plans and methods that `remat_of` has wrapped a call of: a step under `jax.jit` calls its
+# modules in its first call only.
+_WRAPPED: set[tuple] = set()
+
+
+@contextlib.contextmanager
+def remat_of(
+    block: type[nn.Module],
+    plan: str | Plan | Callable,
+    *,
+    methods: Sequence[str] = ("__call__",),
+    prevent_cse: bool = True,
+) -> Iterator[None]:
+    """A context in which each call of a module class is checkpointed, wherever its code is.
+
+    For a model of an installed package: nothing of it is edited or copied, and parameters keep
+    their names. A call inside of another call of the class is not wrapped again. A function under
+    `jax.jit` keeps what it was traced with; write the context inside of it or around it.
+
+    Args:
+      block: The class; calls of its subclasses are checkpointed too.
+      plan: A plan for one block: `none`, `full` or policies, such as `"dots"`. Or a policy of
+        `jax.checkpoint`.
+      methods: Names of the methods that are checkpointed.
+      prevent_cse: As in `jax.checkpoint`; False inside a loop.
+
+    Raises:
+      PlanError: The plan is for several blocks; or, at a call, a name matches nothing in the block.
+      ValueError: `block` is no class of Linen modules, it has no such method, or no module of the
+        class was called.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxckpt
+      >>> model, x = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(8)]), jnp.ones([4, 8])
+      >>> params = model.init(jax.random.key(0), x)
+      >>> def loss(params):
+      ...     with jaxckpt.linen.remat_of(nn.Dense, "full"):
+      ...         return model.apply(params, x).sum()
+      >>> jax.grad(loss)(params)["params"]["layers_0"]["kernel"].shape
+      (8, 8)
+    """
+    if not (inspect.isclass(block) and issubclass(block, nn.Module)):
+        raise ValueError(f"linen.remat_of takes a Linen module class, not {shown(block)}")
+    for name in methods:
+        if not callable(getattr(block, name, None)):
+            raise ValueError(f"{block.__name__} has no method {name!r}")
+    plan, given = _plan_of_one(plan, "linen.remat_of wraps one")
+    key = (block, str(given or plan), tuple(methods))
+    inside, called = [], {}
+
+    def intercept(next_fun, args, named, context):
+        module, method = context.module, context.method_name
+        called[type(module).__name__] = None
+        if not isinstance(module, block) or method not in methods or inside:
+            return next_fun(*args, **named)
+        _WRAPPED.add(key)
+        if plan.stages[0].schedule == "none":
+            return next_fun(*args, **named)
+
+        def call(module, *args, **named):
+            inside.append(module)
+            try:
+                return getattr(module, method)(*args, **named)
+            finally:
+                inside.pop()
+
+        options = {"plan": plan, "given": given, "prevent_cse": prevent_cse, "static": set()}
+        wrap = functools.partial(_checkpoint, **options)
+        run = lambda fn, scopes, *args, **named: wrap(fn)(scopes, *args, **named)
+        return lift_direct_transform(run, (call,), module, *args, **named)
+
+    # In the key of JAX's caches, so that what was traced outside is traced again inside.
+    with nn.intercept_methods(intercept), set_xla_metadata(jaxckpt_remat_of=repr(key)):
+        yield
+    if key not in _WRAPPED:
+        guess = nearest(block.__name__, called)
+        seen = f"; called were {', '.join(called)}{guess}" if called else ""
+        raise ValueError(
+            f"no {block.__name__} was called under linen.remat_of, so nothing is checkpointed{seen}"
+        )
 
 
 def _checkpoint(
