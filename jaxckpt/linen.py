@@ -11,8 +11,8 @@
         x = model.apply(variables, x)
 
 The parameter tree does not depend on the plan, so a checkpoint written under one plan loads under
-any other. A stack's blocks with state beside parameters (batch statistics, caches) are refused; a
-list keeps what it has.
+any other. A stack refuses blocks that change state beside their parameters (batch statistics, sown
+values), unless `carry=` names its collection; a list keeps what it has.
 """
 
 import contextlib
@@ -56,10 +56,11 @@ _PARAMS = "params"
 
 # Advice on state, by its collection.
 _CURES = {
-    "batch_stats": "use a layer without state (LayerNorm or GroupNorm instead of BatchNorm)",
+    "batch_stats": "give the stack carry=('batch_stats',), or use a layer without state (LayerNorm "
+    "or GroupNorm)",
     "cache": "decode with a loop over blocks, which needs no gradients and so no checkpointing",
-    "intermediates": "return what is sown beside the carry (out=0 has it stacked), or leave "
-    "'intermediates' out of mutable=",
+    "intermediates": "give the stack carry=('intermediates',), return what is sown beside the "
+    "carry (out=0 has it stacked), or leave 'intermediates' out of mutable=",
 }
 
 
@@ -82,6 +83,9 @@ class Stack(nn.Module):
       out: The place of the carry in a block's result: an index, a key, or a function. The rest of a
         tuple or dict, such as hidden states or a router's loss, comes back stacked, `[L, ...]`.
         None if the result is the carry.
+      carry: Collections of variables that blocks may change, such as `("batch_stats",)`, or what
+        they sow, `("intermediates",)`. Every block has a row of its own, `[L, ...]`, and changes it
+        once, however often it is run again.
 
     Example:
       >>> import flax.linen as nn, functools, jax, jax.numpy as jnp, jaxckpt
@@ -99,6 +103,7 @@ class Stack(nn.Module):
     unroll: int = 1
     dtype: Any = None
     out: int | str | Callable | None = None
+    carry: str | Sequence[str] = ()
 
     def __post_init__(self):
         check_class(self.block, nn.Module, "linen.Stack")
@@ -122,8 +127,8 @@ class Stack(nn.Module):
 
         Raises:
           PlanError: The plan does not parse, does not fit L blocks, or names what no block has.
-          ValueError: A block has state beside its parameters, sows values that the caller asks for,
-            holds a module from outside the stack, or changes its carry.
+          ValueError: A block changes state that `self.carry` does not name, sows values that the
+            caller asks for, holds a module from outside the stack, or changes its carry.
         """
         block = self.block(parent=None)
         _check_unshared(block, consts, named)
@@ -131,41 +136,53 @@ class Stack(nn.Module):
         # `make_rng` takes the stream `params` for a stream that the caller gave no key for.
         keys = {name: jax.random.split(self.make_rng(name), self.num_blocks) for name in scope.rngs}
         arrays, merge = apart((consts, named))
+        kept = (self.carry,) if isinstance(self.carry, str) else tuple(self.carry)
         if self.is_initializing():
-            self._init_params(lambda keys: block.init(keys, carry, *consts, **named), keys)
+            self._init_rows(block, kept, keys, carry, *consts, **named)
 
         cast = functools.partial(in_dtype, dtype=self.dtype)
-        params = nn.meta.unbox(dict(self.variables.get(_PARAMS, {})))
+        state = nn.meta.unbox({name: dict(one) for name, one in self.variables.items() if one})
+        params = state.pop(_PARAMS, {})
         if not rows.reads_inside(self.remat, self.unroll):
             params, cast = cast(params), lambda params: params
         mutable = intersect_filters(scope.mutable, DenyList(_PARAMS))
 
         def apply(carry, block_i):
             # `bind`, not `apply`, so that a caller's capture_intermediates reaches the block.
-            variables = {_PARAMS: cast(block_i["params"])}
+            variables = {_PARAMS: cast(block_i["params"]), **block_i["state"]}
             bound = block.bind(variables, rngs=block_i["keys"], mutable=mutable)
             consts, named = merge(arrays)
-            result = bound(carry, *consts, **named)
-            _check_state(bound.variables)
-            return part(result, self.out)
+            carry, rest = part(bound(carry, *consts, **named), self.out)
+            after = {name: bound.variables[name] for name in bound.variables if name != _PARAMS}
+            return carry, (rest, _kept(block_i["state"], after, kept))
 
         # The index gives a length to blocks that have neither parameters nor keys.
-        blocks = {"params": params, "keys": keys, "index": jnp.arange(self.num_blocks)}
-        made = scan(apply, carry, blocks, remat=self.remat, unroll=self.unroll)
-        return put(*made, self.out)
+        index = jnp.arange(self.num_blocks)
+        blocks = {"params": params, "state": state, "keys": keys, "index": index}
+        options = {"remat": self.remat, "unroll": self.unroll}
+        carry, (rest, changed) = scan(apply, carry, blocks, **options)
+        for name, values in changed.items():
+            self._put(name, values)
+        return put(carry, rest, self.out)
 
-    def _init_params(self, init: Callable, keys: dict[str, jax.Array]):
-        """Draws each block's parameters from its own keys and stores them stacked."""
+    def _init_rows(self, block: nn.Module, kept: Sequence[str], keys, *args, **named):
+        """Draws each block's variables from its own keys and stores them stacked."""
 
         def init_one(keys):
-            variables = init(keys)
-            _check_state(variables)
-            return variables.get(_PARAMS, {})
+            variables = block.init(keys, *args, **named)
+            state = {name: one for name, one in variables.items() if name != _PARAMS and one}
+            if not state.keys() <= set(kept):
+                _, after = block.apply(variables, *args, rngs=keys, mutable=list(state), **named)
+                _kept(state, after, kept)
+            return variables
 
         stacked = jax.vmap(init_one)(keys)
-        stacked = nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: "blocks"})
-        for name, value in stacked.items():
-            self.put_variable(_PARAMS, name, value)
+        for name, values in stacked.items():
+            self._put(name, nn.meta.add_axis(values, 0, {nn.PARTITION_NAME: "blocks"}))
+
+    def _put(self, collection: str, values: Mapping):
+        for name, value in values.items():
+            self.put_variable(collection, name, value)
 
 
 def _check_unshared(block: nn.Module, consts, named):
@@ -197,18 +214,32 @@ def _fields(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield field.name, getattr(module, field.name)
 
 
-def _check_state(variables):
-    """Raises `ValueError` if a block has variables beside its parameters."""
-    state = {name: kept for name, kept in variables.items() if name != _PARAMS and kept}
-    if not state:
-        return
+def _kept(before, after, kept: Sequence[str]) -> dict:
+    """Returns the collections that a block changed, of those that its stack keeps.
+
+    Args:
+      before: The block's variables beside its parameters.
+      after: The same after its call.
+      kept: Names of collections.
+
+    Raises:
+      ValueError: The block changed a variable of another collection.
+    """
+    given = dict(jax.tree_util.tree_leaves_with_path(before))
+    found = jax.tree_util.tree_leaves_with_path(after)
+    changed = [path for path, leaf in found if leaf is not given.get(path)]
+    names = dict.fromkeys(path[0].key for path in changed)
+    refused = [name for name in names if name not in kept]
+    if not refused:
+        return {name: after[name] for name in names}
     paths = [
         jax.tree_util.keystr(path, simple=True, separator=".")
-        for path, _ in jax.tree_util.tree_leaves_with_path(state)
+        for path in changed
+        if path[0].key in refused
     ]
     if len(paths) > 3:
         paths[3:] = [f"{len(paths) - 3} more"]
-    cures = dict.fromkeys(_CURES.get(name, "put it into the carry") for name in state)
+    cures = dict.fromkeys(_CURES.get(name, f"give the stack carry=({name!r},)") for name in refused)
     raise ValueError(
         f"the block keeps state in {', '.join(paths)}, which a stack of checkpointed blocks does "
         f"not carry; {'; '.join(cures)}"

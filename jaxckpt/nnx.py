@@ -6,9 +6,9 @@
     x = jaxckpt.nnx.run(self.layers, x, mask, remat="sqrt")      # self.layers is a list
 
 A `Stack` is an NNX module like any other (`nnx.jit`, `nnx.grad`, `nnx.Optimizer`, `nnx.state`,
-`eval()`), and its state does not depend on the plan. A block has only parameters and random
-streams; batch statistics, caches and sown values are refused. A list keeps what it has: its layers'
-parameters, their metadata, random streams and other state.
+`eval()`), and its state does not depend on the plan. Blocks that change variables beside their
+random streams are refused, unless `carry=` names the variables' class, such as `nnx.BatchStat`. A
+list keeps what it has: its layers' parameters, their metadata, random streams and other state.
 """
 
 import collections
@@ -49,11 +49,12 @@ _STACKED = "jaxckpt_stacked"
 
 # Advice on state, by the name of its class.
 _CURES = {
-    "BatchStat": "use a layer without state (LayerNorm or GroupNorm instead of BatchNorm)",
+    "BatchStat": "give the stack carry=nnx.BatchStat, call eval() for fixed averages, or use a "
+    "layer without state (LayerNorm or GroupNorm)",
     "Cache": "decode with a loop over blocks, which needs no gradients and so no checkpointing",
     "Intermediate": "return what is sown beside the carry (out=0 has it stacked)",
 }
-_CURE = "put it into the carry, make it an nnx.Param if it is learned, or a plain array if fixed"
+_CURE = "give the stack carry= with its class, or put it into the carry"
 
 
 class Stack(nn.Module):
@@ -69,6 +70,7 @@ class Stack(nn.Module):
       remat: A plan or its text, or a policy of `jax.checkpoint`.
       unroll: Blocks unrolled in one trip of a loop.
       out: The place of the carry in a block's result; None if the result is the carry.
+      carry: The classes of variables that a block may change.
 
     Example:
       >>> import functools, jax, jax.numpy as jnp, jaxckpt
@@ -88,6 +90,7 @@ class Stack(nn.Module):
         remat: str | Plan | Callable = "full",
         unroll: int = 1,
         out: int | str | Callable | None = None,
+        carry: type[nn.Variable] | Sequence[type[nn.Variable]] = (),
         rngs: nn.Rngs,
     ):
         """Makes the blocks.
@@ -99,11 +102,13 @@ class Stack(nn.Module):
           unroll: Blocks unrolled in one trip of a loop.
           out: The place of the carry in a block's result: an index, a key, or a function. The rest
             of a tuple or dict comes back stacked, `[L, ...]`. None if the result is the carry.
+          carry: A class of variables that a block may change, such as `nnx.BatchStat`, or several.
+            A block changes its own once a call, however often it is run again.
           rngs: The random streams; each is split into one key per block.
 
         Raises:
           PlanError: The plan does not parse or does not fit L blocks.
-          ValueError: A block has state beside parameters and random streams.
+          ValueError: Blocks would share a variable, or `carry` is no class of variables.
         """
         check_class(block, nn.Module, "nnx.Stack", takes_functions=True)
         if isinstance(num_blocks, bool) or not isinstance(num_blocks, int):
@@ -113,6 +118,12 @@ class Stack(nn.Module):
         self.remat = remat
         self.unroll = unroll
         self.out = out
+        self.carry = tuple(carry) if isinstance(carry, tuple | list) else (carry,)
+        for kind in self.carry:
+            if not (isinstance(kind, type) and issubclass(kind, nn.Variable)):
+                raise ValueError(
+                    f"carry is a class of nnx.Variable, such as nnx.BatchStat, not {shown(kind)}"
+                )
         self.blocks = _make_blocks(block, _split(rngs, num_blocks), num_blocks)
 
     def __call__(self, carry, *consts, **named):
@@ -131,28 +142,33 @@ class Stack(nn.Module):
 
         Raises:
           PlanError: The plan does not parse, does not fit L blocks, or names what no block has.
-          ValueError: A block changes its carry, or keeps or changes state beside parameters and
-            random streams; or `unroll` is no positive whole number.
+          ValueError: A block changes its carry, or variables beside random streams that
+            `self.carry` does not name; or `unroll` is no positive whole number.
         """
-        _check_state(self.blocks)
         graph, counts, rest = nn.split(self.blocks, nn.RngCount, ...)
         # The index gives a length to blocks that have neither parameters nor keys.
         rows = {"counts": counts, "rest": rest, "index": jnp.arange(self.num_blocks)}
         rows["keys"], named = _split_keys(consts, named, self.num_blocks)
         arrays, merge = apart((consts, named))
-        run = functools.partial(_run_block, graph, merge, self.out)
+        run = functools.partial(_run_block, graph, merge, self.out, self.carry)
         drawn = _drawn_streams(run, carry, rows, arrays)
 
         def apply(carry, row):
-            carry, rest, draws = run(carry, row, arrays)
-            return carry, (rest, {i: draws[i] for i in drawn})
+            carry, rest, draws, changed = run(carry, row, arrays)
+            return carry, (rest, {i: draws[i] for i in drawn}, changed)
 
-        carry, (rest, draws) = scan(apply, carry, rows, remat=self.remat, unroll=self.unroll)
+        options = {"remat": self.remat, "unroll": self.unroll}
+        carry, (rest, draws, changed) = scan(apply, carry, rows, **options)
         if drawn:  # without draws nothing is written, so the call may be under any transform
             leaves, tree = jax.tree.flatten(counts)
             most = {i: number.max() for i, number in draws.items()}
             leaves = [leaf + most.get(i, 0) for i, leaf in enumerate(leaves)]
             nn.update(self.blocks, jax.tree.unflatten(tree, leaves))
+        if changed:
+            state = _flat_state(self.blocks)
+            places = [place for place, (path, _) in enumerate(state) if _name(path) in changed]
+            values = {place: changed[_name(state[place][0])] for place in places}
+            nn.update(self.blocks, _with_values(state, values))
         return put(carry, rest, self.out)
 
 
@@ -188,7 +204,6 @@ def _make_blocks(
 
     def make_one(keys):
         made = block(rngs=nn.Rngs(**keys))
-        _check_state(made)
         graph, state = nn.split(made)
         _check_arrays(made, state)
         graphs.append(graph)
@@ -223,15 +238,17 @@ def _is_variable(x) -> bool:
     return isinstance(x, nn.Variable)
 
 
-def _run_block(graph, merge: Callable, out, carry, row, arrays):
-    """Returns one block's carry, the rest of its result, and each stream's number of draws.
+def _run_block(graph, merge: Callable, out, kept: Sequence[type], carry, row, arrays):
+    """Returns one block's carry, the rest of its result, its draws, and what it changed.
 
-    The number is None for a stream that the block did not draw from.
+    Draws are a number for each stream, None for a stream that the block did not draw from. What it
+    changed are the leaves of variables by path.
 
     Args:
       graph: The stacked blocks' graph definition.
       merge: From the call's arrays to all its arguments, from `apart`.
       out: The place of the carry in the block's result.
+      kept: The classes of variables that a block may change.
       carry: The block's input.
       row: The block's state, keys and index.
       arrays: The arrays among the call's arguments.
@@ -245,12 +262,11 @@ def _run_block(graph, merge: Callable, out, carry, row, arrays):
     graph, _, before = nn.split(block, nn.RngCount, ...)
     before = _arrays(before)
     carry, rest = part(block(carry, *consts, **named), out)
-    _check_state(block)
     graph_after, counts, after = nn.split(block, nn.RngCount, ...)
-    _check_unchanged(before, _arrays(after), graph == graph_after)
+    changed = _kept(before, after, graph == graph_after, kept)
     pairs = zip(jax.tree.leaves(row["counts"]), jax.tree.leaves(counts), strict=True)
     # The count of a stream without draws is still the same object.
-    return carry, rest, [None if new is old else new - old for old, new in pairs]
+    return carry, rest, [None if new is old else new - old for old, new in pairs], changed
 
 
 def _drawn_streams(run: Callable, carry, rows, arrays) -> list[int]:
@@ -258,7 +274,7 @@ def _drawn_streams(run: Callable, carry, rows, arrays) -> list[int]:
     drawn = []
 
     def call(carry, row, *arrays):
-        carry, _, draws = run(carry, row, arrays)
+        carry, _, draws, _ = run(carry, row, arrays)
         drawn[:] = [i for i, count in enumerate(draws) if count is not None]
         return carry
 
@@ -268,24 +284,48 @@ def _drawn_streams(run: Callable, carry, rows, arrays) -> list[int]:
 
 def _arrays(state) -> dict[str, list[jax.Array]]:
     """Returns the arrays of a state by their paths."""
-    return {
-        ".".join(map(str, path)): jax.tree.leaves(variable)
-        for path, variable in nn.to_flat_state(state)
+    return {_name(path): jax.tree.leaves(variable) for path, variable in nn.to_flat_state(state)}
+
+
+def _name(path: Sequence) -> str:
+    return ".".join(map(str, path))
+
+
+def _kept(before: dict, after, same_graph: bool, kept: Sequence[type]) -> dict[str, list]:
+    """Returns the leaves of the variables that a call changed, by path.
+
+    Args:
+      before: The arrays of the block's variables, by path.
+      after: The block's state after the call.
+      same_graph: Whether the block's attributes are what they were.
+      kept: The classes of variables that a block may change.
+
+    Raises:
+      ValueError: The call changed other variables, made variables, or changed attributes.
+    """
+    changed = {
+        _name(path): variable
+        for path, variable in nn.to_flat_state(after)
+        if [*map(id, jax.tree.leaves(variable))] != [*map(id, before.get(_name(path), ()))]
     }
-
-
-def _check_unchanged(before: dict, after: dict, same_graph: bool):
-    """Raises `ValueError` if a call changed arrays or attributes of its block."""
-    changed = [
-        path
-        for path, leaves in after.items()
-        if [*map(id, leaves)] != [*map(id, before.get(path, ()))]
-    ]
-    if changed or not same_graph:
+    refused = {
+        path: type(variable).__name__
+        for path, variable in changed.items()
+        if path not in before or not isinstance(variable, tuple(kept))
+    }
+    if not refused and same_graph:
+        return {path: jax.tree.leaves(variable) for path, variable in changed.items()}
+    if not refused:
         raise ValueError(
-            f"the block changes {', '.join(changed) or 'an attribute'} when it is called, which a "
-            "stack of checkpointed blocks does not keep; put it into the carry"
+            "the block changes an attribute when it is called, which a stack of checkpointed "
+            "blocks does not keep; put it into the carry"
         )
+    kinds = sorted(set(refused.values()))
+    cures = dict.fromkeys(_CURES.get(kind, _CURE) for kind in kinds)
+    raise ValueError(
+        f"the block changes {', '.join(refused)} ({', '.join(kinds)}) when it is called, which a "
+        f"stack of checkpointed blocks does not keep; {'; '.join(cures)}"
+    )
 
 
 def _check_unshared(block: Callable[..., nn.Module], keys):
@@ -314,24 +354,6 @@ def _check_arrays(block: nn.Module, state):
                     f"Flax takes the array {where} of the block for a static attribute, which "
                     f"differs from block to block here; write self.{name} = nnx.data(array)"
                 )
-
-
-def _check_state(block: nn.Module):
-    """Raises `ValueError` if a block has variables that are neither parameters nor random."""
-    _, _, others, _ = nn.split(block, (nn.Param, nn.RngState), nn.Variable, ...)
-    found = {
-        ".".join(map(str, path)): type(variable).__name__
-        for path, variable in nn.to_flat_state(others)
-        if jax.tree.leaves(variable)  # `nnx.capture` gives every module an empty variable
-    }
-    if not found:
-        return
-    kinds = sorted(set(found.values()))
-    cures = dict.fromkeys(_CURES.get(kind, _CURE) for kind in kinds)
-    raise ValueError(
-        f"the block keeps state in {', '.join(found)} ({', '.join(kinds)}), which a stack of "
-        f"checkpointed blocks does not carry; {'; '.join(cures)}"
-    )
 
 
 # What a call may be handed beside arrays and Python values, and a list of layers may share.
