@@ -28,7 +28,6 @@ from flax import linen as nn
 from flax.core import DenyList, Scope, lift
 from flax.core.scope import intersect_filters
 from flax.linen.transforms import lift_direct_transform, lift_transform
-from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core
 
 from jaxckpt.plans import Plan, PlanError
@@ -48,7 +47,7 @@ from jaxckpt.transforms.layers import (
     single,
     stacked,
 )
-from jaxckpt.transforms.region import checkpointed, plan_of_one
+from jaxckpt.transforms.region import checkpointed, plan_of_one, told_once
 from jaxckpt.transforms.scan import scan
 from jaxckpt.transforms.traced_block import first_block
 
@@ -328,11 +327,6 @@ def _plan_of_one(plan, taker: str) -> tuple[Plan, policies.GivenPolicy | None]:
     return plan, given
 
 
-# Classes, plans and methods that `remat_of` has wrapped a call of: a step under `jax.jit` calls its
-# modules in its first call only.
-_WRAPPED: set[tuple] = set()
-
-
 @contextlib.contextmanager
 def remat_of(
     block: type[nn.Module],
@@ -371,11 +365,7 @@ def remat_of(
     """
     if not (inspect.isclass(block) and issubclass(block, nn.Module)):
         raise ValueError(f"linen.remat_of takes a Linen module class, not {shown(block)}")
-    for name in methods:
-        if not callable(getattr(block, name, None)):
-            raise ValueError(f"{block.__name__} has no method {name!r}")
     plan, given = _plan_of_one(plan, "linen.remat_of wraps one")
-    key = (block, str(given or plan), tuple(methods))
     inside, called = [], {}
 
     def intercept(next_fun, args, named, context):
@@ -383,7 +373,7 @@ def remat_of(
         called[type(module).__name__] = None
         if not isinstance(module, block) or method not in methods or inside:
             return next_fun(*args, **named)
-        _WRAPPED.add(key)
+        tell()
         if plan.stages[0].schedule == "none":
             return next_fun(*args, **named)
 
@@ -399,15 +389,14 @@ def remat_of(
         run = lambda fn, scopes, *args, **named: wrap(fn)(scopes, *args, **named)
         return lift_direct_transform(run, (call,), module, *args, **named)
 
-    # In the key of JAX's caches, so that what was traced outside is traced again inside.
-    with nn.intercept_methods(intercept), set_xla_metadata(jaxckpt_remat_of=repr(key)):
+    def seen() -> str:
+        return f"; called were {', '.join(called)}{nearest(block.__name__, called)}" * bool(called)
+
+    with (
+        told_once(block, methods, given or plan, "linen.remat_of", seen) as tell,
+        nn.intercept_methods(intercept),
+    ):
         yield
-    if key not in _WRAPPED:
-        guess = nearest(block.__name__, called)
-        seen = f"; called were {', '.join(called)}{guess}" if called else ""
-        raise ValueError(
-            f"no {block.__name__} was called under linen.remat_of, so nothing is checkpointed{seen}"
-        )
 
 
 def _checkpoint(

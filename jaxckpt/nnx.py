@@ -38,6 +38,7 @@ from jaxckpt.transforms.layers import (
     run_rows,
 )
 from jaxckpt.transforms.policies import plan_and_policy
+from jaxckpt.transforms.region import checkpointed, plan_of_one, replaced
 from jaxckpt.transforms.scan import scan
 from jaxckpt.transforms.traced_block import first_block
 
@@ -431,24 +432,14 @@ def run(
     rows = [_values(state) for state in states]
     firsts = first_places(order)
 
-    def call_of(k: int) -> Callable:
-        graph, first = nn.split(wholes[k])[0], states[k]
+    def use(nodes: list, carry, each_i):
+        layer, given = nodes[0], list(leaves)
+        for place, node in zip(at, nodes[1:], strict=True):
+            given[place] = node
+        args, named = jax.tree.unflatten(tree, given)
+        return part(layer(carry, *args, **named, **each_i), out)
 
-        def call(carry, values: list, each_i):
-            """Returns a layer's carry, the rest of its result, and its variables' values."""
-            layer, *nodes = whole = nn.merge(graph, _with_values(first, dict(enumerate(values))))
-            given, before = list(leaves), nn.split(whole)[0]
-            for place, node in zip(at, nodes, strict=True):
-                given[place] = node
-            args, named = jax.tree.unflatten(tree, given)
-            carry, rest = part(layer(carry, *args, **named, **each_i), out)
-            after = _flat_state(whole)
-            _check_made(first, after, before == nn.split(whole)[0])
-            return carry, rest, _values(after)
-
-        return call
-
-    calls = [call_of(k) for k in firsts]
+    calls = [_pure(wholes[k], use) for k in firsts]
     changed = [_changed(call, carry, rows[k], each) for call, k in zip(calls, firsts, strict=True)]
     shared, own = _owned(changed, wholes, states, order)
 
@@ -456,7 +447,7 @@ def run(
         def step(state, row, each_i):
             carry, held = state
             values = [held.get(shared[kind].get(at), value) for at, value in enumerate(row)]
-            carry, rest, after = calls[kind](carry, values, each_i)
+            (carry, rest), after = calls[kind](values, carry, each_i)
             held = held | {name: after[at] for at, name in shared[kind].items()}
             return (carry, held), (rest, {at: after[at] for at in own[kind]})
 
@@ -484,7 +475,7 @@ def _changed(call: Callable, carry, row: list, each) -> list[int]:
     """Returns the places of the variables that a layer changes when it is called.
 
     Args:
-      call: `call(carry, values, each_i)`, which returns a carry, a rest and the values.
+      call: `call(values, carry, each_i)`, which returns a pair with the carry, and the values.
       carry: The layer's input.
       row: The layer's values.
       each: What differs from layer to layer beside.
@@ -495,16 +486,107 @@ def _changed(call: Callable, carry, row: list, each) -> list[int]:
     found = []
 
     def look(carry, row, each_i):
-        carry, _, after = call(carry, row, each_i)
-        found.extend(
-            place
-            for place, (old, new) in enumerate(zip(row, after, strict=True))
-            if [*map(id, old)] != [*map(id, new)]
-        )
+        (carry, _), after = call(row, carry, each_i)
+        found.extend(_replaced(row, after))
         return carry
 
     check_carry(carry, jax.eval_shape(look, carry, row, first_block(each)))
     return found
+
+
+def _replaced(before: list[list], after: list[list]) -> list[int]:
+    """Returns the places of the variables whose arrays are others than before."""
+    pairs = enumerate(zip(before, after, strict=True))
+    return [place for place, (old, new) in pairs if [*map(id, old)] != [*map(id, new)]]
+
+
+def _pure(nodes: list, use: Callable) -> Callable:
+    """Returns `pure(values, *inputs)`: what `use(nodes, *inputs)` returns, and the values after it.
+
+    Args:
+      nodes: Modules and other nodes; `values` are those of their variables.
+      use: Calls them.
+    """
+    graph, state = nn.split(nodes)[0], _flat_state(nodes)
+
+    def pure(values: list, *inputs):
+        made = nn.merge(graph, _with_values(state, dict(enumerate(values))))
+        before = nn.split(made)[0]
+        result = use(made, *inputs)
+        after = _flat_state(made)
+        _check_made(state, after, before == nn.split(made)[0])
+        return result, _values(after)
+
+    return pure
+
+
+def remat_of(
+    block: type[nn.Module],
+    plan: str | Plan | Callable,
+    *,
+    methods: Sequence[str] = ("__call__",),
+    prevent_cse: bool = True,
+):
+    """A context in which each call of an NNX class is checkpointed, wherever its code is.
+
+    As `jaxckpt.remat_of`. What a call changes, such as counters of dropout and batch statistics, is
+    changed once.
+
+    Args:
+      block: The class.
+      plan: `none`, `full`, or policies such as `"dots"`; or a policy of `jax.checkpoint`.
+      methods: Names of the methods that are checkpointed.
+      prevent_cse: As in `jax.checkpoint`; False inside a loop.
+
+    Raises:
+      PlanError: A plan for several blocks; or, at a call, a name that matches nothing in the block.
+      ValueError: `block` is no class of NNX modules, it has no such method, or no module of the
+        class was called; or a call makes variables.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxckpt
+      >>> from flax import nnx
+      >>> rngs = nnx.Rngs(0)
+      >>> model = nnx.Sequential(nnx.Linear(8, 8, rngs=rngs), jnp.tanh)
+      >>> def loss(model):
+      ...     with jaxckpt.nnx.remat_of(nnx.Linear, "full"):
+      ...         return model(jnp.ones([4, 8])).sum()
+      >>> nnx.grad(loss)(model)["layers"][0]["kernel"].shape
+      (8, 8)
+    """
+    if not (isinstance(block, type) and issubclass(block, nn.Module)):
+        raise ValueError(f"nnx.remat_of takes a class of NNX modules, not {shown(block)}")
+    bound, given = plan_of_one(plan, "nnx.remat_of wraps one", "nnx.Stack takes every plan")
+
+    def wrap(method: Callable) -> Callable:
+        def call(*args, **named):
+            leaves, tree = jax.tree.flatten((args, named), is_leaf=lambda x: isinstance(x, _NODES))
+            at = [place for place, leaf in enumerate(leaves) if isinstance(leaf, _NODES)]
+            nodes, changed = [leaves[place] for place in at], []
+            others = [None if isinstance(leaf, _NODES) else leaf for leaf in leaves]
+
+            def use(nodes: list, others: list):
+                given = [
+                    leaf if place not in at else nodes[at.index(place)]
+                    for place, leaf in enumerate(others)
+                ]
+                args, named = jax.tree.unflatten(tree, given)
+                return method(*args, **named)
+
+            def pure(values: list, others: list):
+                result, after = _pure(nodes, use)(values, others)
+                changed[:] = _replaced(values, after)
+                return result, [after[place] for place in changed]
+
+            state = _flat_state(nodes)
+            result, after = checkpointed(pure, bound, given, prevent_cse)(_values(state), others)
+            if changed:
+                nn.update(nodes, _with_values(state, dict(zip(changed, after, strict=True))))
+            return result
+
+        return call
+
+    return replaced(block, methods, wrap, bound, given, "nnx.remat_of")
 
 
 def _owned(
@@ -580,8 +662,8 @@ def _check_made(before: list[tuple], after: list[tuple], same_graph: bool):
     if made or not same_graph:
         raise ValueError(
             f"a layer {'makes ' + ', '.join(made) if made else 'changes an attribute'} when it is "
-            "called, which a loop of layers does not keep; return it beside the carry (out=0 has "
-            "it stacked), or make an nnx.Variable for it before"
+            "called, which checkpointing does not keep; return it beside the carry (out=0 has it "
+            "stacked), or make an nnx.Variable for it before"
         )
 
 
