@@ -386,14 +386,7 @@ def run(
         has it where `out` says.
       *args: Handed to every layer. Arrays get gradients, Python values and None stay what they
         are, and modules and `nnx.Rngs` are shared by the layers.
-      out: Where the carry is in what a layer returns: an index, a key, or a function. The rest of a
-        tuple or dict comes back stacked, `[L, ...]`.
-      each: What differs from layer to layer beside the layer, by keyword, `[L, ...]`.
-      ignore: Names of attributes that may differ within a kind, such as `"layer_idx"`; every layer
-        runs with the value of the first of its kind.
-      remat: A plan or its text, a schedule for L blocks, or a policy of `jax.checkpoint`.
-      unroll: Layers unrolled in one trip of the loop. With L or more there is no loop and no copy
-        of the parameters, where `out` is None.
+      out, each, ignore, remat, unroll: As for `jaxckpt.run`.
       **named: As `args`, by keyword.
 
     Returns:

@@ -114,7 +114,7 @@ def told_once(block: type, methods: Sequence[str], plan, taker: str, seen: Calla
       methods: Names of the methods that are wrapped.
       plan: The plan, or the user's policy.
       taker: The name of the user's call, for errors.
-      seen: Returns a clause about what was called instead.
+      seen: Returns a clause about what was called instead; empty if it knows of nothing.
 
     Raises:
       ValueError: `block` has no such method, or none was called.
@@ -122,13 +122,14 @@ def told_once(block: type, methods: Sequence[str], plan, taker: str, seen: Calla
     for name in methods:
         if not callable(getattr(block, name, None)):
             raise ValueError(f"{block.__name__} has no method {name!r}")
-    key = (block, str(plan), tuple(methods))
+    key, found = (block, str(plan), tuple(methods)), []
     # In the key of JAX's caches, so that what was traced outside is traced again inside.
     with set_xla_metadata(jaxckpt_remat_of=repr(key)):
-        yield lambda: _WRAPPED.add(key)
-    if key not in _WRAPPED:
+        yield lambda: found.append(_WRAPPED.add(key))
+    others = seen()
+    if not found and (others or key not in _WRAPPED):
         raise ValueError(
-            f"no {block.__name__} was called under {taker}, so nothing is checkpointed{seen()}"
+            f"no {block.__name__} was called under {taker}, so nothing is checkpointed{others}"
         )
 
 

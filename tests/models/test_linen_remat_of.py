@@ -107,6 +107,18 @@ def test_blocks_are_run_again():
     assert counts == {None: L, "none": L, "full": 2 * L}
 
 
+def test_a_class_that_was_called_once_is_missed_where_it_is_not():
+    dense, other = nn.Dense(WIDTH), nn.Sequential([jnp.tanh])
+    variables = dense.init(jax.random.key(0), X)
+    with jaxckpt.linen.remat_of(nn.Dense, "full"):
+        dense.apply(variables, X)
+    with (
+        pytest.raises(ValueError, match=r"no Dense was called .*; called were Sequential"),
+        jaxckpt.linen.remat_of(nn.Dense, "full"),
+    ):
+        other.apply({}, X)
+
+
 def test_around_a_jitted_step():
     """What was traced before is traced again, and a second step is not an error."""
     model = nn.Sequential([nn.Dense(WIDTH), jnp.tanh, nn.Dense(WIDTH)])

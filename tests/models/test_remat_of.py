@@ -134,7 +134,7 @@ def test_an_inherited_method_is_taken_off_again():
         (jaxckpt.remat_of, Block, "sqrt", {}, "speaks of several blocks, remat_of wraps one"),
         (jaxckpt.remat_of, jnp.tanh, "full", {}, "remat_of takes a class, not tanh"),
         (jaxckpt.remat_of, Block, "full", {"methods": ("f",)}, "Block has no method 'f'"),
-        (jaxckpt.remat_of, Block, "full", {}, "no Block was called under remat_of, so nothing is"),
+        (jaxckpt.remat_of, eqx.nn.GRUCell, "full", {}, "no GRUCell was called under remat_of, so"),
         (jaxckpt.nnx.remat_of, Block, "full", {}, "nnx.remat_of takes a class of NNX modules, not"),
         (jaxckpt.nnx.remat_of, nnx.LSTMCell, "full", {}, "no LSTMCell was called under nnx.remat"),
     ],
