@@ -377,7 +377,10 @@ def _other_files(path: Path) -> str:
 def _flags(table: dict[str, Any], owner: type, place: str):
     """Yields `(flag, value)` of every key, those of nested tables too."""
     hints = typing.get_type_hints(owner)
+    if {"plan", "remat"} <= table.keys():
+        raise ConfigError(f"{place} sets plan and remat, which are one setting; keep one of them")
     for key, value in table.items():
+        key = "remat" if key == "plan" else key  # as --plan and --remat are one flag
         if key not in hints:
             raise ConfigError(
                 f"{place} has an unknown key {key!r}{nearest(key, hints)}; "

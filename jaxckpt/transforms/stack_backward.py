@@ -128,7 +128,6 @@ class _Rows:
         table, counts = self.blocks.table, loop.counts
         num_rows = len(table.rows["load"])
         moves = self._cut(table.moves)
-        steps = {name: jnp.asarray(column) for name, column in table.steps.items()}
         row = {name: column[0] for name, column in rows.items()}
         slots, rest = state[0], tuple(state[1:])
 
@@ -139,24 +138,17 @@ class _Rows:
             carry = self._sweep(carry, start, stop, counts and counts.move, told)
             return carry, self.blocks.store(slots, moves["slot"][index], carry)
 
-        def step(index, state):
-            carry, slots = state
-            stack = self.blocks
-            carry = stack.next(self.params, self.consts, carry, steps["block"][index])
-            carry = carry[: stack.num_carry]
-            return carry, self.blocks.store(slots, steps["slot"][index], carry)
-
         carry = self.blocks.load(slots, row["load"])
-        state = (carry, slots)
-        by_block = counts is None and self.num_steps is None and self.blocks.moves_by_block
-        if table.num_moves and by_block:
-            blocks, told = (row["first_step"], row["last_step"]), (table.blocks_moved, num_rows)
-            carry, slots = run_loop(*blocks, None, step, state, told)
-        elif table.num_moves:
-            blocks, told = (row["first_move"], row["last_move"]), (table.num_moves, num_rows)
-            carry, slots = run_loop(*blocks, counts and counts.moves, move, state, told)
-        told = (table.blocks_advanced, num_rows)
-        carry = self._sweep(carry, row["advance"], row["record"], counts and counts.advance, told)
+        if counts is None and self.num_steps is None and self.blocks.moves_by_block:
+            carry, slots = self._run_steps(row, carry, slots)
+        else:
+            if table.num_moves:
+                moved, told = (row["first_move"], row["last_move"]), (table.num_moves, num_rows)
+                count = counts and counts.moves
+                carry, slots = run_loop(*moved, count, move, (carry, slots), told)
+            told = (table.blocks_advanced, num_rows)
+            last = (row["record"], counts and counts.advance)
+            carry = self._sweep(carry, row["advance"], *last, told)
         if self.num_steps is not None:
             reverse = lambda: tuple(self._reverse(counts, carry, row, rest))
             return slots, *lax.cond(row["record"] < row["stop"], reverse, lambda: rest)
@@ -172,6 +164,22 @@ class _Rows:
         rows["next"] = jnp.roll(rows["load"], -1)
         (_, rest), _ = lax.scan(body, (carry, rest), rows)
         return slots, *rest
+
+    def _run_steps(self, row, carry, slots):
+        """Runs all blocks of a row that it does not record by one loop, which stores every carry.
+
+        One loop asks a GPU's host once a block and once a row; a loop for each move asks more.
+        """
+        table, stack = self.blocks.table, self.blocks
+        steps = {name: jnp.asarray(column) for name, column in table.steps.items()}
+
+        def step(index, state):
+            carry = stack.next(self.params, self.consts, state[0], steps["block"][index])
+            carry = carry[: stack.num_carry]
+            return carry, stack.store(state[1], steps["slot"][index], carry)
+
+        told = (table.blocks_moved + table.blocks_advanced, len(table.rows["load"]))
+        return run_loop(row["first_step"], row["last_step"], None, step, (carry, slots), told)
 
     def _sweep(self, carry, *blocks) -> list:
         return self.blocks.sweep(self.params, self.consts, carry, *blocks)

@@ -41,6 +41,7 @@ PRODUCTS |= {"full+offload:hidden": 1, "full+offload:carry": 2}
 SAVES_DOTS = jax.checkpoint_policies.dots_saveable
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [*PRODUCTS, SAVES_DOTS])
 @pytest.mark.parametrize("is_jitted", [True, False])
 def test_gradients_are_those_of_the_function(remat, is_jitted):
