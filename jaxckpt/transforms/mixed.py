@@ -5,10 +5,10 @@
 `order[i]` is the kind of layer i, such as `(0, 0, 0, 0, 0, 1) * 4 + (0, 0)`.
 
 Under `none`, `full` and policies a loop runs one period in each trip. Every layer of the period is
-a checkpointed block of its own, so one layer's residuals are live at a time. Layers before and
-after the periods are not in the loop. Under a schedule the executor's loops run one layer in each
-trip, and `lax.switch` chooses its kind. So the program grows with the period or with the number of
-kinds, and not with the number of layers.
+a checkpointed block of its own, so one layer's residuals are live at a time; equal ones in a row
+are an inner loop. Layers before and after the periods are not in the loop. Under a schedule the
+executor's loops run one layer in each trip, and `lax.switch` chooses its kind. So the program grows
+with the period or with the number of kinds, and not with the number of layers.
 """
 
 import itertools
@@ -230,27 +230,41 @@ class _Layers:
         return carry, _joined(made)
 
     def _loop(self, carry, first: int, period: int, trips: int, remat) -> tuple[list, list]:
-        layers = range(first, first + period * trips)
-        kinds = [self.order[i] for i in layers[:period]]
-        items = [self._stacked(layers[place::period]) for place in range(period)]
-        # XLA unrolls a loop of one trip. In a longer one, barriers keep the recomputation of one
-        # layer behind the reversal of the layer after it.
-        wrap = lambda apply: (
-            apply if remat is None else remat(apply, prevent_cse=period > 1 or trips == 1)
-        )
+        kinds = self.order[first : first + period]
+        # Layers of one kind in a row are a loop of their own, which keeps the recomputation of each
+        # apart without barriers. Without recomputation it would only copy residuals once more.
+        sizes = [len(list(run)) for _, run in itertools.groupby(kinds)]
+        sizes = sizes if remat is not None else [1] * period
+        starts = [sum(sizes[:n]) for n in range(len(sizes))]
+        items = [
+            self._stacked(range(first, first + period * trips), start, size, period)
+            for start, size in zip(starts, sizes, strict=True)
+        ]
 
-        def apply(kind: int) -> Callable:
-            def run(carry, item):
+        def run_of(start: int, size: int) -> Callable:
+            kind = kinds[start]
+
+            def apply(carry, item):
                 out = self.calls[kind](carry, [*item[0], *item[1]], self.consts[kind])
                 return out[: len(carry)], out[len(carry) :]
 
-            return wrap(run)
+            # XLA unrolls a loop of one trip.
+            alone = size == 1 and (period > 1 or trips == 1)
+            one = apply if remat is None else remat(apply, prevent_cse=alone)
+            if size > 1:
+                return lambda carry, items: lax.scan(one, carry, items, size)
 
-        applied = [apply(kind) for kind in kinds]
+            def only(carry, items):
+                carry, ys = one(carry, jax.tree.map(lambda x: x[0], items))
+                return carry, [y[None] for y in ys]
+
+            return only
+
+        runs = [run_of(start, size) for start, size in zip(starts, sizes, strict=True)]
 
         def body(carry, items):
             made = []
-            for run, item in zip(applied, items, strict=True):
+            for run, item in zip(runs, items, strict=True):
                 carry, ys = run(carry, item)
                 made.append(ys)
             return carry, made
@@ -258,15 +272,28 @@ class _Layers:
         carry, made = lax.scan(body, carry, items, trips)
         ys: list = [None] * len(self.calls)
         for kind in set(kinds):
-            mine = [made[place] for place in range(period) if kinds[place] == kind]
-            merge = lambda *leaves: jnp.stack(leaves, 1).reshape(-1, *leaves[0].shape[1:])
-            ys[kind] = mine[0] if len(mine) == 1 else list(map(merge, *mine))
+            mine = [ys for ys, start in zip(made, starts, strict=True) if kinds[start] == kind]
+            merge = lambda *runs: jnp.concatenate(runs, 1).reshape(-1, *runs[0].shape[2:])
+            ys[kind] = list(map(merge, *mine))
         return carry, ys
 
-    def _stacked(self, layers: range) -> tuple[list, list]:
-        """Returns the stacked rows of layers of one kind, and what differs beside them."""
-        rows = [jnp.stack(leaves) for leaves in zip(*(self.rows[i] for i in layers), strict=True)]
-        return rows, [x[layers.start : layers.stop : layers.step] for x in self.each]
+    def _stacked(self, layers: range, start: int, size: int, period: int) -> tuple[list, list]:
+        """Returns rows `[trips, size, ...]` of some layers of each period, and what differs beside.
+
+        Args:
+          layers: The layers of all periods.
+          start: The first of the layers, counted in its period.
+          size: The number of layers in a period; they are of one kind.
+          period: The number of all layers in a period.
+        """
+        mine = [i for i in layers if start <= (i - layers.start) % period < start + size]
+        rows = [x.reshape(-1, size, *x.shape[1:]) for x in self._stacked_rows(mine)]
+        each = [x[layers.start : layers.stop] for x in self.each]
+        each = [x.reshape(-1, period, *x.shape[1:])[:, start : start + size] for x in each]
+        return rows, each
+
+    def _stacked_rows(self, layers: Sequence[int]) -> list:
+        return [jnp.stack(leaves) for leaves in zip(*(self.rows[i] for i in layers), strict=True)]
 
     def scheduled(self, carry: list, layers: range, stage, how: How) -> tuple[list, list]:
         """Runs layers by the executor.
@@ -280,7 +307,7 @@ class _Layers:
         order = self.order[layers.start : layers.stop]
         kinds = sorted(set(order))
         stacks = [
-            self._stacked_kind([i for i in layers if self.order[i] == kind]) for kind in kinds
+            self._stacked_rows([i for i in layers if self.order[i] == kind]) for kind in kinds
         ]
         rows_of = [
             tuple(order[:i].count(kind) if one == kind else -1 for i, one in enumerate(order))
@@ -326,9 +353,6 @@ class _Layers:
         for kind, avals in zip(kinds, types, strict=True):
             ys[kind] = list(itertools.islice(rest, len(avals)))
         return out[: len(carry)], ys
-
-    def _stacked_kind(self, layers: Sequence[int]) -> list:
-        return [jnp.stack(leaves) for leaves in zip(*(self.rows[i] for i in layers), strict=True)]
 
 
 def _repeated(rows_of: Sequence[tuple], counts: Sequence[int]) -> tuple:

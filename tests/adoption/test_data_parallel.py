@@ -30,8 +30,8 @@ def layer(params, x, key):
 
 
 def model(layers, x, remat):
-    for params, key in zip(layers, KEYS, strict=True):
-        x = layer(params, x, key)
+    for i, params in enumerate(layers):
+        x = layer(params, x, KEYS[i])
     return jax.lax.pmean(jnp.square(x).mean(), "batch")
 
 

@@ -59,8 +59,8 @@ class Experts:
 
 def model(layers, x, remat):
     loss = 0.0
-    for layer, key in zip(layers, KEYS, strict=True):
-        x, balance = layer(x, key)
+    for i, layer in enumerate(layers):
+        x, balance = layer(x, KEYS[i])
         loss += balance
     return x, loss
 
