@@ -508,7 +508,8 @@ def run(
 
         return step
 
-    steps, inputs = [], [()] * len(layers)
+    steps: list[Callable] = []
+    inputs: list[Any] = [None] * len(layers)
     for kind in range(max(order) + 1):
         mine = {i: one for i, one in enumerate(traced) if order[i] == kind}
         program, numbers = programs.one_program([one.program for one in mine.values()])

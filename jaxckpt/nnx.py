@@ -119,7 +119,9 @@ class Stack(nn.Module):
         self.remat = remat
         self.unroll = unroll
         self.out = out
-        self.carry = tuple(carry) if isinstance(carry, tuple | list) else (carry,)
+        self.carry: tuple[type, ...] = (
+            tuple(carry) if isinstance(carry, tuple | list) else (carry,)  # pyright: ignore
+        )
         for kind in self.carry:
             if not (isinstance(kind, type) and issubclass(kind, nn.Variable)):
                 raise ValueError(
@@ -630,8 +632,8 @@ def _owned(
     return shared, own
 
 
-def _flat_state(whole: list) -> list[tuple]:
-    """Returns the paths and variables of a list of modules."""
+def _flat_state(whole: list | nn.Module) -> list[tuple]:
+    """Returns the paths and variables of a module, or of a list of modules."""
     return list(nn.to_flat_state(nn.state(whole)))
 
 

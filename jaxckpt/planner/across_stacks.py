@@ -24,7 +24,7 @@ import numpy as np
 from jaxckpt.costs.roofline import Rates
 from jaxckpt.planner.across_blocks import Draft, Piece, draft, drafts, run_of
 from jaxckpt.planner.kinds import Forward, Kind, find_kinds, forward_cost
-from jaxckpt.planner.stacks import Stack
+from jaxckpt.planner.stacks import Stack, in_place
 from jaxckpt.targets.links import HostLink
 
 MOST = 160
@@ -55,13 +55,13 @@ class Part:
     @classmethod
     def of(cls, name: str, stacks: Sequence[Stack], rates: Rates, host_bytes: float) -> "Part":
         """Costs the blocks of equally long stacks, which may keep `host_bytes` on the host."""
-        kinds, plain = find_kinds(stacks, rates, host_bytes)
+        kinds, plain = in_place(stacks, lambda: find_kinds(stacks, rates, host_bytes))
         return cls(
             name=name,
             num_blocks=stacks[0].num_blocks,
             kinds=kinds,
             plain=plain,
-            forward=forward_cost(stacks, rates),
+            forward=in_place(stacks, lambda: forward_cost(stacks, rates)),
             turns=len(stacks),
         )
 

@@ -77,7 +77,7 @@ class Finder:
     def __call__(self, call: StackCall):
         """Records one call of `scan_blocks`; returns its carry with a mark."""
         made = Call(
-            stack=Stack.of(call.block, call.params, call.num_blocks, unroll=call.unroll),
+            stack=Stack.of(call.block, call.params, call.num_blocks, call.unroll, call.mesh),
             remat=str(call.remat),
             plan=_plan_of(call),
         )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh
 
 from jaxckpt.transforms.traced_block import (
     TracedBlock,
@@ -30,6 +31,7 @@ class Stack:
       consts: Leaves that all blocks share, with arrays that the block closed over.
       num_blocks: The number of blocks, L.
       unroll: Blocks unrolled in one trip of its loop.
+      mesh: The mesh around it; its Manual axes are those of a `jax.shard_map`.
     """
 
     call: Callable
@@ -38,6 +40,7 @@ class Stack:
     consts: list[Any]
     num_blocks: int
     unroll: int = 1
+    mesh: AbstractMesh | None = None
 
     @property
     def params_i(self) -> list[Any]:
@@ -61,7 +64,14 @@ class Stack:
         return (self.num_blocks, text(self.carry), text(self.params), text(self.consts))
 
     @classmethod
-    def of(cls, block: TracedBlock, params, num_blocks: int, unroll: int = 1) -> "Stack":
+    def of(
+        cls,
+        block: TracedBlock,
+        params,
+        num_blocks: int,
+        unroll: int = 1,
+        mesh: AbstractMesh | None = None,
+    ) -> "Stack":
         """Returns the stack of a block; `params` are leaves `[L, ...]`, arrays or abstract."""
         carry, _, consts = block.inputs
         return cls(
@@ -71,7 +81,25 @@ class Stack:
             consts=consts,
             num_blocks=num_blocks,
             unroll=unroll,
+            mesh=mesh,
         )
+
+
+def in_place(stacks: Sequence[Stack], fn: Callable[[], Any]):
+    """Returns `fn()`, called where the named axes of the stacks' blocks are known.
+
+    Blocks that ran inside of a `jax.shard_map` can be traced again only inside of one.
+    """
+    meshes = [stack.mesh for stack in stacks if stack.mesh is not None and stack.mesh.manual_axes]
+    if not meshes:
+        return fn()
+    mesh, found = meshes[0], []
+    outside = AbstractMesh(mesh.axis_sizes, mesh.axis_names)
+    inside = lambda: (found.append(fn()), ())[1]
+    names = set(mesh.manual_axes)
+    mapped = jax.shard_map(inside, mesh=outside, in_specs=(), out_specs=(), axis_names=names)
+    jax.eval_shape(mapped)
+    return found[0]
 
 
 def given_stack(block: Sequence, num_blocks: int, name: str = "block") -> Stack:

@@ -321,10 +321,6 @@ class _Layers:
         reads = [[list(unique).index(id(x)) for x in self.consts[kind]] for kind in kinds]
         lead, counts = 1 + len(each), list(map(len, stacks))
         types = [self.types[kind] for kind in kinds]
-        places = Places(
-            params=(None,) * lead + _repeated(rows_of, counts),
-            ys=_repeated(rows_of, list(map(len, types))),
-        )
 
         def branch(place: int) -> Callable:
             start = lead + sum(counts[:place])
@@ -340,6 +336,11 @@ class _Layers:
             return run
 
         branches = [branch(place) for place in range(len(kinds))]
+        places = Places(
+            kinds=tuple(branches),
+            params=(None,) * lead + _repeated(rows_of, counts),
+            ys=_repeated(rows_of, list(map(len, types))),
+        )
 
         def call(carry, params_i, consts):
             return lax.switch(params_i[0], branches, carry, params_i, consts)

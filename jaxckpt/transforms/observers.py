@@ -15,7 +15,9 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 from jax.experimental.xla_metadata import set_xla_metadata
+from jax.sharding import AbstractMesh
 
 from jaxckpt.plans import Plan
 from jaxckpt.schedules.schedule import Schedule
@@ -34,6 +36,7 @@ class StackCall:
       remat: The plan, schedule or policy that was asked for.
       num_blocks: The number of blocks, L.
       unroll: Blocks unrolled in one trip.
+      mesh: The mesh around the call; its Manual axes are those of a `jax.shard_map`.
     """
 
     block: TracedBlock
@@ -42,6 +45,7 @@ class StackCall:
     remat: str | Plan | Schedule | GivenPolicy
     num_blocks: int
     unroll: int
+    mesh: AbstractMesh = dataclasses.field(default_factory=jax.sharding.get_abstract_mesh)
 
 
 # Returns the carry to go on with: the call's own, marked or not.

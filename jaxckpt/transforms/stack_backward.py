@@ -13,7 +13,7 @@ from jax import lax
 from jax.interpreters import ad
 
 from jaxckpt.transforms import rows as slots_of
-from jaxckpt.transforms.block_vjp import Moving, differentiate
+from jaxckpt.transforms.block_vjp import Moving
 from jaxckpt.transforms.custom_gradient import inexact, instantiated, pick
 from jaxckpt.transforms.rows import row_major
 from jaxckpt.transforms.stack_blocks import Blocks, run_loop
@@ -190,7 +190,8 @@ class _Rows:
         stack = self.blocks
         if not stack.table.records:
             params_i = stack.params_of(self.params, row["record"])
-            _, reverse = differentiate(stack.call, carry, params_i, self.consts, self.moving)
+            args = (carry, params_i, self.consts, self.moving)
+            reverse = lambda grads: stack.reverse(*args, grads)
             return kept, *self._accumulated(reverse, row["record"], *grads)
         recorder = stack.recorder_of(self.moving)
         num_rows = len(stack.table.rows["load"])

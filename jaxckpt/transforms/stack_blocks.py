@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from jaxckpt.transforms import rows as slots_of
-from jaxckpt.transforms.block_vjp import Moving, Recorder
+from jaxckpt.transforms.block_vjp import Moving, Recorder, differentiate
 from jaxckpt.transforms.jaxprs import trips
 from jaxckpt.transforms.rows import row_major
 from jaxckpt.transforms.tables import Table
@@ -48,11 +48,13 @@ class Places:
     """The rows of blocks in stacks that hold the blocks of one kind only.
 
     Attributes:
+      kinds: A call for each kind; the first of a block's parameters says which is its own.
       params: For each leaf of the parameters, the row of every block in it, -1 for a block that has
         none; or None, if all L blocks have a row each, in their order.
       ys: The same for each leaf that blocks return beside their carry.
     """
 
+    kinds: tuple[Callable, ...]
     params: tuple[tuple[int, ...] | None, ...]
     ys: tuple[tuple[int, ...] | None, ...]
 
@@ -114,6 +116,23 @@ class Blocks:
     def next(self, params, consts, carry, index) -> list:
         """Runs block `index`; returns its carry and ys."""
         return self.call(carry, self.params_of(params, index), consts)
+
+    def reverse(self, carry, params_i, consts, moving: Moving, grads) -> tuple:
+        """Runs a block and reverses it at once; takes and returns what `differentiate` does.
+
+        Of several kinds, only the residuals of the block's own exist: it is reversed in its branch.
+        """
+
+        def reversed_by(call: Callable) -> Callable:
+            def run(carry, params_i, consts, grads):
+                return differentiate(call, carry, params_i, consts, moving)[1](grads)
+
+            return run
+
+        if self.places is None:
+            return reversed_by(self.call)(carry, params_i, consts, grads)
+        branches = list(map(reversed_by, self.places.kinds))
+        return lax.switch(params_i[0], branches, carry, params_i, consts, grads)
 
     def params_of(self, params, index) -> list:
         """Returns block `index`'s row of the parameters; any row of another kind's leaves."""

@@ -128,9 +128,12 @@ class Loops(Blocks):
         consts = [moved(x, dim, 0) for x, dim in zip(consts, dims_of[2], strict=True)]
         first = lambda dims: [None if dim is None else 0 for dim in dims]
         in_axes = ([0] * len(carry), first(dims_of[0]), first(dims_of[2]))
-        call = batched_call(self.call, in_axes, axis)
+        batched = lambda call: batched_call(call, in_axes, axis)
+        places = self.places
+        if places is not None:
+            places = dataclasses.replace(places, kinds=tuple(map(batched, places.kinds)))
         args = (params, carry, consts)
-        return Loops.of(call, self.table, self.how, args, self.places), args
+        return Loops.of(batched(self.call), self.table, self.how, args, places), args
 
     def run(self, params, carry, consts) -> list:
         """Returns the output."""

@@ -4,6 +4,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxckpt
 from jaxckpt.transforms.jaxprs import equations
@@ -190,6 +192,35 @@ def test_unrolled_layers_and_vmap():
 
     found, want = (jax.jit(jax.grad(loss(run)))(layers) for run in (ours("log"), loop))
     assert relative_error(found, want) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit))
+def test_under_shard_map_and_on_an_explicit_mesh(kind):
+    layers = layers_of("abab")
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(kind,))
+
+    def mean(layer, x, key):
+        x, y = layer(jax.lax.pmean(x, "d"), key)
+        return x * (1 + jax.lax.axis_index("d")), y
+
+    def loss(plan):
+        keys = jax.random.split(jax.random.key(1), len(layers))
+        options = {"each": {"key": keys}, "out": 0, "remat": plan}
+        run = lambda layers, x: jaxckpt.run(layers, mean, x, **options)
+        specs = {"in_specs": (P(), P("d")), "out_specs": (P("d"), P())}
+        inner = lambda layers, x: (lambda x, y: (x, jax.lax.pmean(y, "d")))(*run(layers, x))
+        mapped = jax.shard_map(inner, mesh=mesh, **specs)
+        x = jax.device_put(X, NamedSharding(mesh, P("d")))
+        return lambda layers: sum(jnp.sin(made).sum() for made in mapped(layers, x))
+
+    plain = lambda layers: sum(
+        jnp.sin(made).sum() for made in loop(layers, X, jax.random.split(jax.random.key(1), 4))
+    )
+    with jax.set_mesh(mesh):
+        want = jax.jit(jax.grad(plain))(layers)
+        for plan in ("full", "sqrt", "uniform:2"):
+            assert relative_error(jax.jit(jax.grad(loss(plan)))(layers), want) <= 1e-5
 
 
 @pytest.mark.parametrize(
