@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 from jaxckpt.transforms.traced_block import (
     TracedBlock,
@@ -94,9 +94,13 @@ def in_place(stacks: Sequence[Stack], fn: Callable[[], Any]):
     if not meshes:
         return fn()
     mesh, found = meshes[0], []
-    outside = AbstractMesh(mesh.axis_sizes, mesh.axis_names)
-    inside = lambda: (found.append(fn()), ())[1]
     names = set(mesh.manual_axes)
+    outside = mesh.update_axis_types(dict.fromkeys(names, AxisType.Auto))
+
+    def inside() -> tuple:
+        found.append(fn())
+        return ()
+
     mapped = jax.shard_map(inside, mesh=outside, in_specs=(), out_specs=(), axis_names=names)
     jax.eval_shape(mapped)
     return found[0]

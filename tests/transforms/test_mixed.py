@@ -205,9 +205,10 @@ def test_under_shard_map_and_on_an_explicit_mesh(kind):
         return x * (1 + jax.lax.axis_index("d")), y
 
     def loss(plan):
-        keys = jax.random.split(jax.random.key(1), len(layers))
-        options = {"each": {"key": keys}, "out": 0, "remat": plan}
-        run = lambda layers, x: jaxckpt.run(layers, mean, x, **options)
+        def run(layers, x):
+            keys = jax.random.split(jax.random.key(1), len(layers))
+            return jaxckpt.run(layers, mean, x, each={"key": keys}, out=0, remat=plan)
+
         specs = {"in_specs": (P(), P("d")), "out_specs": (P("d"), P())}
         inner = lambda layers, x: (lambda x, y: (x, jax.lax.pmean(y, "d")))(*run(layers, x))
         mapped = jax.shard_map(inner, mesh=mesh, **specs)
