@@ -79,7 +79,7 @@ def chain(
     traced, consts, shape = [], [], carry
     for block in blocks:
         one, consts_i = trace_block(lambda carry, _, block=block: block(carry), shape)
-        check_rerun(one, remat, given)
+        check_rerun(one, remat, given, nested)
         traced.append(one)
         consts.append(consts_i)
         shape = one.out
