@@ -225,16 +225,18 @@ class _Layers:
         order, made = self.order[layers.start : layers.stop], []
         for first, period, trips in loops_of(order, unroll):
             first += layers.start
-            carry, ys = self._loop(carry, first, period, trips, remat)
+            carry, ys = self._loop(carry, first, period, trips, remat, in_row=unroll == 1)
             made.append(ys)
         return carry, _joined(made)
 
-    def _loop(self, carry, first: int, period: int, trips: int, remat) -> tuple[list, list]:
+    def _loop(
+        self, carry, first: int, period: int, trips: int, remat, *, in_row: bool
+    ) -> tuple[list, list]:
         kinds = self.order[first : first + period]
         # Layers of one kind in a row are a loop of their own, which keeps the recomputation of each
         # apart without barriers. Without recomputation it would only copy residuals once more.
         sizes = [len(list(run)) for _, run in itertools.groupby(kinds)]
-        sizes = sizes if remat is not None else [1] * period
+        sizes = sizes if in_row and remat is not None else [1] * period
         starts = [sum(sizes[:n]) for n in range(len(sizes))]
         items = [
             self._stacked(range(first, first + period * trips), start, size, period)

@@ -152,6 +152,16 @@ def test_programs_grow_with_the_period_and_not_with_the_depth(plan):
     assert products(8) == products(4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("order", "few", "many"), [("aaabbb", 1, 3), ("abababab", 2, 4)])
+def test_unrolled_layers_are_in_the_program(order, few, many):
+    def products(unroll):
+        jaxpr = jax.make_jaxpr(loss_of(ours("full", unroll=unroll)))(layers_of(order), X, 0.9)
+        return sum(one.primitive.name == "dot_general" for one in equations(jaxpr))
+
+    assert products(many) == many // few * products(few)
+
+
 def test_the_loops_own_program_grows():
     """The twin: a loop over the list."""
     layers = layers_of("ab" * 8)
