@@ -73,7 +73,7 @@ def test_weights_and_masks_are_the_models():
     assert counts[0] == counts[1]
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_fit():
     def loss_under(plan):
         model = Adopted(nnx.Rngs(0))

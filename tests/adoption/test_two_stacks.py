@@ -86,7 +86,7 @@ def test_weights_and_masks_are_the_models():
     check(loss_of(Model()), loss_of(Model(Adopted)), variables, X, Y, well_below=0.45)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_fit():
     """Both stacks follow one plan."""
     variables = Model().init(DROPOUT | {"params": jax.random.key(3)}, X, Y)
