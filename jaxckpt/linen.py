@@ -116,7 +116,7 @@ class Stack(nn.Module):
 
         Args:
           carry: The first block's input, any pytree of arrays; `block(carry, *consts, **named)`
-            returns a carry of the same structure, shapes and dtypes.
+            returns a carry with this structure, these shapes and these dtypes.
           *consts: Handed to every block. Arrays get gradients; Python values, such as `True`, stay
             Python values.
           **named: Keyword arguments for every block, such as `deterministic=True`.
@@ -303,7 +303,7 @@ def remat(
     if not (inspect.isclass(block) and issubclass(block, nn.Module)):
         raise ValueError(f"linen.remat takes a Linen module class, not {block!r}")
     plan, given = _plan_of_one(plan, "linen.remat wraps one")
-    if plan.stages[0].schedule == "none":
+    if plan.stages[0].schedule == "none" and not plan.graph:
         return block
     static = [static_argnums] if isinstance(static_argnums, int) else static_argnums
     made: Any = lift_transform(
@@ -374,7 +374,7 @@ def remat_of(
         if not isinstance(module, block) or method not in methods or inside:
             return next_fun(*args, **named)
         tell()
-        if plan.stages[0].schedule == "none":
+        if plan.stages[0].schedule == "none" and not plan.graph:
             return next_fun(*args, **named)
 
         def call(module, *args, **named):

@@ -134,7 +134,7 @@ class Stack(nn.Module):
 
         Args:
           carry: The first block's input, any pytree of arrays; `block(carry, *consts, **named)`
-            returns a carry of the same structure, shapes and dtypes.
+            returns a carry with this structure, these shapes and these dtypes.
           *consts: Handed to every block. Arrays get gradients; Python values, such as `True`, stay
             Python values.
           **named: Keyword arguments for every block, such as `deterministic=True`. The streams of

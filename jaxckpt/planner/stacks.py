@@ -31,6 +31,9 @@ class Stack:
       consts: Leaves that all blocks share, with arrays that the block closed over.
       num_blocks: The number of blocks, L.
       unroll: Blocks unrolled in one trip of its loop.
+      region: The function under `checkpoint`, a stack of one block without parameters, or a chain;
+        else None.
+      ends: Of a chain, the steps of the region before each block, and all of them.
       mesh: The mesh around it; its Manual axes are those of a `jax.shard_map`.
     """
 
@@ -40,6 +43,8 @@ class Stack:
     consts: list[Any]
     num_blocks: int
     unroll: int = 1
+    region: TracedBlock | None = None
+    ends: tuple[int, ...] = ()
     mesh: AbstractMesh | None = None
 
     @property
@@ -70,6 +75,8 @@ class Stack:
         params,
         num_blocks: int,
         unroll: int = 1,
+        is_region: bool = False,
+        ends: tuple[int, ...] = (),
         mesh: AbstractMesh | None = None,
     ) -> "Stack":
         """Returns the stack of a block; `params` are leaves `[L, ...]`, arrays or abstract."""
@@ -81,6 +88,8 @@ class Stack:
             consts=consts,
             num_blocks=num_blocks,
             unroll=unroll,
+            region=block if is_region else None,
+            ends=ends,
             mesh=mesh,
         )
 

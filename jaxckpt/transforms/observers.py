@@ -27,7 +27,10 @@ from jaxckpt.transforms.traced_block import TracedBlock
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StackCall:
-    """One call of `scan_blocks`; its arrays may be tracers of the caller.
+    """One call of `scan_blocks`, `checkpoint` or `chain`; its arrays may be the caller's tracers.
+
+    The function of `checkpoint` is a stack of one block without parameters, which returns anything.
+    A chain is such a function too, of as many blocks as it has.
 
     Attributes:
       block: The traced block, without the carry's leaves that it returns unchanged.
@@ -36,6 +39,8 @@ class StackCall:
       remat: The plan, schedule or policy that was asked for.
       num_blocks: The number of blocks, L.
       unroll: Blocks unrolled in one trip.
+      is_region: Whether it is a function under `checkpoint`, or a chain.
+      ends: Of a chain, the steps of its function (`cuts.Opened`) before each block, and all.
       mesh: The mesh around the call; its Manual axes are those of a `jax.shard_map`.
     """
 
@@ -45,6 +50,8 @@ class StackCall:
     remat: str | Plan | Schedule | GivenPolicy
     num_blocks: int
     unroll: int
+    is_region: bool = False
+    ends: tuple[int, ...] = ()
     mesh: AbstractMesh = dataclasses.field(default_factory=jax.sharding.get_abstract_mesh)
 
 
@@ -68,6 +75,11 @@ def observed(observer: Observer | None) -> Iterator[None]:
             yield
     finally:
         _OBSERVER.reset(token)
+
+
+def is_observed() -> bool:
+    """Returns whether an observer watches."""
+    return _OBSERVER.get() is not None
 
 
 def tell(call: StackCall) -> list:
