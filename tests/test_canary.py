@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import pallas
+from jax.experimental import checkify, pallas
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxckpt.compiled.buffers import read_buffers, read_totals, read_understood
@@ -242,6 +242,7 @@ PROBES = {
     "convert_element_type": ("CAST", lambda x: x.astype(jnp.bfloat16)),
     "copy": ("COPIES", lambda x: jnp.array(x, copy=True)),
     "optimization_barrier": ("BARRIER", lax.optimization_barrier),
+    "check": ("CHECK", lambda x: checkify.check(x[0, 0] > 0, "negative")),
     "sharding_constraint": (
         "PLACEMENTS",
         lambda x: lax.with_sharding_constraint(x, NamedSharding(MESH, CUT)),

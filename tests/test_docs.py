@@ -19,8 +19,7 @@ import pytest
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = (
     *("any_function", "coming_from", "glossary", "index", "layers", "loops", "peak", "planner"),
-    "start",
-    *("troubleshooting", "your_own_model"),
+    *("start", "state", "troubleshooting", "which_call", "your_own_model"),
     *(f"api/{path.stem}" for path in sorted(DOCS.glob("api/*.md"))),
 )
 _HEAVY = (pytest.param("many_chips", marks=pytest.mark.heavy),)
