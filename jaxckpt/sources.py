@@ -9,7 +9,7 @@ from pathlib import Path
 
 _INSTALLED = "/site-packages/"
 _OURS = "/jaxckpt/"
-_MACHINERY = ("transforms/", "costs/", "compiled/", "memory/", "planner/", "linen.py", "nnx.py")
+_MACHINERY = ("transforms/", "costs/", "compiled/", "memory/", "planner/", "linen/", "nnx/")
 _STANDARD = ("functools.py", "contextlib.py")
 _ROOT = Path(__file__).parents[1]
 

@@ -52,7 +52,7 @@ def test_no_loop_casts_a_weight(plan):
 
 def test_without_the_stacks_dtype_the_loops_cast(monkeypatch):
     """The twin: each of the seven weights is cast forward, again, and its gradient back."""
-    monkeypatch.setattr(jaxckpt.linen, "in_dtype", lambda params, dtype: params)
+    monkeypatch.setattr(jaxckpt.linen.stack, "in_dtype", lambda params, dtype: params)
     fn, args, _ = step("full")
     assert casts_of_weights(jax.make_jaxpr(fn)(*args)) >= 14
 

@@ -1,0 +1,239 @@
+"""`run`: a list of Linen modules as it is, under a plan that counts them.
+
+    x = jaxckpt.linen.run(self.blocks, x, mask, remat="sqrt")  # a list that setup() made
+
+Every layer is traced once as a function of its variables and keys. Layers whose programs are equal
+but for numbers are of one kind, and one program of each kind runs for all of its layers. The list
+keeps its parameter tree, its random streams and its state.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax.core import lift
+from flax.linen.transforms import lift_direct_transform
+from jax.extend import core
+
+from jaxckpt.linen.stack import fields
+from jaxckpt.plans import Plan
+from jaxckpt.plans.errors import shown
+from jaxckpt.schedules.schedule import Schedule
+from jaxckpt.transforms import programs
+from jaxckpt.transforms.arguments import apart, part, put
+from jaxckpt.transforms.checks import check_carry
+from jaxckpt.transforms.layers import (
+    KINDS,
+    attributes_of,
+    check_layers,
+    differences,
+    grouped,
+    in_order,
+    run_rows,
+    single,
+    stacked,
+)
+from jaxckpt.transforms.traced_block import first_block
+
+
+def run(
+    layers: Sequence[nn.Module],
+    carry,
+    *args,
+    out: int | str | Callable | None = None,
+    each: Mapping[str, Any] | None = None,
+    remat: str | Plan | Schedule | Callable = "sqrt",
+    unroll: int = 1,
+    **named,
+):
+    """Runs a list of Linen modules as it is, checkpointed by a plan that counts them.
+
+    The list is one that `setup()` made, and the parameter tree stays a list's (`blocks_0`,
+    `blocks_1`, ...). Random streams are the list's own too: every layer draws the dropout masks
+    that it draws in a Python loop. What the layers sow, and batch statistics, come back once.
+
+    Args:
+      layers: Bound modules, of one kind or of several with at least two layers of each. Within a
+        kind they may differ in numbers, such as a rate, and in nothing else that they compute with.
+        Each is traced once, as in a loop; one of each kind is compiled.
+      carry: The first layer's input; `layer(carry, *args, **named, **each_i)` returns its like, or
+        has it where `out` says.
+      *args: Handed to every layer. Arrays get gradients; Python values, such as `True`, and None
+        stay what they are.
+      out, each, remat, unroll: As for `jaxckpt.run`.
+      **named: As `args`, by keyword, such as `deterministic=True`.
+
+    Returns:
+      The last layer's carry; with `out`, what a layer returns, its rest stacked.
+
+    Raises:
+      PlanError: As `jaxckpt.scan_blocks`.
+      ValueError: No layers, modules that are not bound, layers that differ (what differs is named),
+        an `out` that is not there, or a layer that changes its carry.
+    """
+    layers, each = check_layers(layers, each, "linen.run takes a list of Linen modules first, then")
+    for place, layer in enumerate(layers):
+        if not isinstance(layer, nn.Module):
+            raise ValueError(
+                f"linen.run takes Linen modules, and layers[{place}] is {shown(layer)}; "
+                "jaxckpt.run takes pytrees and jaxckpt.nnx.run takes NNX modules"
+            )
+        if layer.scope is None:
+            raise ValueError(
+                f"layers[{place}] is not bound; call linen.run in a method of the module whose "
+                "setup() made the list"
+            )
+    if layers[0].is_initializing():
+        rests = []
+        for i, layer in enumerate(layers):
+            each_i = jax.tree.map(lambda x, i=i: x[i], each)
+            carry, rest = part(layer(carry, *args, **named, **each_i), out)
+            rests.append(rest)
+        return put(carry, stacked(rests), out)
+
+    traced = [_trace(layer, out, carry, first_block(each), args, named) for layer in layers]
+    order = _kinds_of(layers, [one.program for one in traced])
+    # One array for all layers, so that it is not stacked.
+    arrays, _ = apart((args, named))
+
+    def step_of(program: core.ClosedJaxpr, made) -> Callable:
+        check_carry(carry, made[0])
+        call, tree = core.jaxpr_as_fun(program), jax.tree.structure(made)
+
+        def step(carry, row, each_i):
+            inputs, numbers = row
+            flat = call(*inputs, *jax.tree.leaves((carry, each_i)), *arrays, *numbers)
+            carry, rest, changed = jax.tree.unflatten(tree, flat)
+            return carry, (rest, changed)
+
+        return step
+
+    steps: list[Callable] = []
+    inputs: list[Any] = [None] * len(layers)
+    for kind in range(max(order) + 1):
+        mine = {i: one for i, one in enumerate(traced) if order[i] == kind}
+        program, numbers = programs.one_program([one.program for one in mine.values()])
+        steps.append(step_of(program, next(iter(mine.values())).made))
+        for (i, one), row in zip(mine.items(), numbers, strict=True):
+            inputs[i] = (one.inputs, row)
+    has_rest = out is not None
+    carry, ys = run_rows(
+        steps, carry, inputs, each, order, has_rest=has_rest, remat=remat, unroll=unroll
+    )
+    for i, one in enumerate(traced):
+        kind = order[i]
+        if changed := ys[kind][1]:
+            one.publish([leaf[order[:i].count(kind)] for leaf in changed])
+    return put(carry, in_order([rest for rest, _ in ys], order), out)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Layer:
+    """A bound module that was traced once.
+
+    Attributes:
+      program: From `inputs`, the carry, `each_i` and the call's arrays to the leaves of `made`.
+      inputs: The leaves of the module's variables and keys.
+      made: The carry, the rest of the result and the variables that changed, abstract.
+      publish: Stores those variables in the module's scope.
+    """
+
+    program: core.ClosedJaxpr
+    inputs: list
+    made: Any
+    publish: Callable[[list], None]
+
+
+def _trace(layer: nn.Module, out, carry, each_i, args, named) -> _Layer:
+    """Returns a bound module, traced as a function of its variables and keys."""
+    found = []
+
+    def record(fn, scopes, carry, each_i, args, named):
+        arrays, merge = apart((args, named))
+
+        def inner(scopes_of, repack, variables, rngs):
+            kept = []
+
+            def pure(variables, rngs, carry, each_i, arrays):
+                inside = scopes_of(variables, rngs)
+                args, named = merge(arrays)
+                carry, rest = part(fn(inside, carry, *args, **named, **each_i), out)
+                with_changed, changed = _changed(variables, repack(inside))
+                kept.append(with_changed)
+                return carry, rest, changed
+
+            trace = jax.make_jaxpr(pure, return_shape=True)
+            program, made = trace(variables, rngs, carry, each_i, arrays)
+
+            def publish(changed: list):
+                state = kept[-1](variables, changed)
+                lift.pack(lambda *_: (None, state), (True,), (True,), (True,))(scopes)
+
+            inputs = jax.tree.leaves((variables, rngs))
+            found.append(_Layer(program=program, inputs=inputs, made=made, publish=publish))
+            return None, ()
+
+        return lift.pack(inner, (True,), (True,), (True,), name="run")(scopes)
+
+    def call_layer(layer, carry, *args, **named):
+        return layer(carry, *args, **named)
+
+    lift_direct_transform(record, (call_layer,), layer, carry, each_i, args, named)
+    return found[0]
+
+
+def _changed(before, after) -> tuple[Callable, list]:
+    """Returns the leaves of a module's variables that a call changed or made.
+
+    Args:
+      before: The variables.
+      after: Those that may be written, after the call.
+
+    Returns:
+      A function that returns `after` with other leaves, from other variables and what changed of
+      them; and the leaves that changed.
+    """
+    given = dict(jax.tree_util.tree_leaves_with_path(before))
+    paths, tree = jax.tree_util.tree_flatten_with_path(after)
+    same = [leaf is given.get(path) for path, leaf in paths]
+
+    def with_changed(before, changed: list):
+        given, made = dict(jax.tree_util.tree_leaves_with_path(before)), iter(changed)
+        pairs = zip(same, paths, strict=True)
+        return jax.tree.unflatten(
+            tree, [given[path] if kept else next(made) for kept, (path, _) in pairs]
+        )
+
+    changed = [leaf for kept, (_, leaf) in zip(same, paths, strict=True) if not kept]
+    return with_changed, changed
+
+
+def _kinds_of(layers: list, traced: list[core.ClosedJaxpr]) -> tuple[int, ...]:
+    """Returns the kind of each layer; layers of a kind compute the same but for numbers.
+
+    Raises:
+      ValueError: A kind has one layer only, and there are others; what differs is named.
+    """
+    computed = [programs.without_numbers(program) for program in traced]
+    order = grouped(len(layers), lambda i, k: computed[i] == computed[k])
+    place = single(order)
+    if place is None:
+        return order
+    place = place or 1
+    pair = [layers[0]] * place + [layers[place]]
+    found = [text for text, _ in differences(pair, _attributes, place)]
+    raise ValueError(
+        f"{'; '.join(found[:3]) or f'layers[0] and layers[{place}] compute differently'}; linen."
+        f"{KINDS}, which may differ in numbers (random draws, a rate) outside of what nn.remat, "
+        "nn.scan and nn.jit do inside a layer"
+    )
+
+
+def _attributes(value) -> dict | None:
+    """Returns what two equal layers have in common: a module's fields and variables."""
+    if isinstance(value, nn.Module):
+        variables = {} if value.scope is None else {"variables": value.variables}
+        return dict(fields(value)) | variables
+    return attributes_of(value)
