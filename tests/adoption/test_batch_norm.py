@@ -57,13 +57,19 @@ def loss_of(model, variables):
     return loss
 
 
+def pair():
+    """Returns the losses of both models under `full`, and their arguments."""
+    variables = Model().init(jax.random.key(1), X, False)
+    losses = [loss_of(model, variables) for model in (Model(), Adopted())]
+    return *losses, variables["params"], X
+
+
 @pytest.mark.slow
 def test_weights_and_statistics_are_the_models():
     assert changed_lines(Model.__call__, Adopted.__call__) <= 3
     variables = Model().init(jax.random.key(1), X, False)
-    losses = [loss_of(model, variables) for model in (Model(), Adopted())]
     # Each stage's first block is not in its list, and keeps its residuals.
-    check(*losses, variables["params"], X, well_below=0.6)
+    check(*pair(), well_below=0.6)
     new = [
         jax.jit(lambda v, m=m: m.apply(v, X, True, mutable=["batch_stats"])[1])(variables)
         for m in (Model(), Adopted())

@@ -65,6 +65,12 @@ def loss_of(model, deterministic):
     return loss
 
 
+def pair():
+    """Returns the losses of both models under `full`, and their arguments."""
+    losses = [loss_of(model, False) for model in (Model(), Adopted())]
+    return *losses, Model().init(jax.random.key(2), X, MASK), X
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("deterministic", (True, False))
 def test_weights_and_masks_are_the_models(deterministic):
