@@ -25,7 +25,7 @@ PANELS = {
     "Model": (
         *("num-blocks", "d-model", "num-heads", "num-kv-heads", "head-dim", "d-ff"),
         *("vocab-size", "dtype", "attention", "dropout", "qk-norm", "tied-embeddings"),
-        *("rope-theta", "norm-eps"),
+        *("rope-theta", "norm-eps", "mlp-tiles"),
     ),
     "Optimizer": (
         *("optimizer", "learning-rate", "warmup-steps", "decay-steps", "weight-decay"),
@@ -41,6 +41,7 @@ PANELS = {
 RARE = frozenset({
     *("loss-chunk-tokens", "unroll", "calibrate", "compile-cache", "parallel"),
     *("vocab-size", "attention", "qk-norm", "tied-embeddings", "rope-theta", "norm-eps"),
+    "mlp-tiles",
     *("decay-steps", "weight-decay", "clip-norm", "beta1", "beta2", "z-loss"),
     *("end-token", "token-dtype", "keep", "validation-batches", "max-skipped", "join-seconds"),
 })  # fmt: skip

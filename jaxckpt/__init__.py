@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # the names that `__getattr__` finds, for editors and type ch
     from jaxckpt.transforms.scan import scan as scan
     from jaxckpt.transforms.stack import scan_blocks as scan_blocks
     from jaxckpt.transforms.tags import tag as tag
+    from jaxckpt.transforms.tiles import tiled as tiled
     from jaxckpt.transforms.while_loop import while_loop as while_loop
 
 # Public name -> module that defines it; a name that the module lacks is the module itself.
@@ -59,6 +60,7 @@ _PUBLIC = {
     "scan_blocks": "jaxckpt.transforms.stack",
     "schedules": "jaxckpt.schedules",
     "tag": "jaxckpt.transforms.tags",
+    "tiled": "jaxckpt.transforms.tiles",
     "while_loop": "jaxckpt.transforms.while_loop",
 }
 
