@@ -35,6 +35,7 @@ from jaxckpt.transforms.checks import check_carry
 from jaxckpt.transforms.layers import attributes_of, check_layers, differences, run_rows
 from jaxckpt.transforms.region import checkpointed, plan_of_one
 from jaxckpt.transforms.scan import scan
+from jaxckpt.transforms.stack_update import is_attached
 from jaxckpt.transforms.traced_block import first_block
 
 _PARAMS = "params"
@@ -121,7 +122,8 @@ class Stack(nn.Module):
 
         cast = functools.partial(in_dtype, dtype=self.dtype)
         params = nn.meta.unbox(dict(self.variables.get(_PARAMS, {})))
-        if not rows.reads_inside(self.remat, self.unroll):
+        # What is updated in the backward pass is handed over as it is; a copy could not be.
+        if not rows.reads_inside(self.remat, self.unroll) and not is_attached(params):
             params, cast = cast(params), lambda params: params
         mutable = intersect_filters(scope.mutable, DenyList(_PARAMS))
 

@@ -6,7 +6,7 @@ reverses its own blocks. Rows that are alike are trips of one loop; see `tables.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 from jax import lax
@@ -30,6 +30,40 @@ def backward(blocks: Blocks, residuals, grads, num_steps=None) -> list:
       grads: Gradients of the output's inexact leaves; `ad.Zero` for an unused output.
       num_steps: The number of blocks that ran, a traced scalar of at most L; None if all L ran.
     """
+    params, consts, slots, _, moving = residuals
+    grad_params = [jnp.zeros_like(params[i]) for i in moving.params]
+    grad_consts = [jnp.zeros_like(consts[i]) for i in moving.consts]
+    made = (grad_params, grad_consts)
+    grad_carry, made = reversed_stage(blocks, residuals, grads, made, num_steps)
+    of_place = dict(zip(inexact(slots), grad_carry, strict=True))
+    return [*made[0], *(of_place[i] for i in moving.carry), *made[1]]
+
+
+class Update(Protocol):
+    """What becomes of a block's gradients once they are whole."""
+
+    def params(self, made) -> list:
+        """Returns the stack's parameters as they are now, leaves `[L, ...]`."""
+        ...
+
+    def write(self, made, place, grads: list):
+        """Returns `made` after the block at row `place` of the stack has its gradients."""
+        ...
+
+
+def reversed_stage(
+    blocks: Blocks, residuals, grads, made: tuple, num_steps=None, update: Update | None = None
+) -> tuple[list, tuple]:
+    """Returns the gradients of a stage's carry, and `made` with what its blocks add.
+
+    Args:
+      blocks: The stage.
+      residuals: What `Loops.forward` returned for the backward pass.
+      grads: Gradients of the output's inexact leaves; `ad.Zero` for an unused output.
+      made: What the backward pass makes of the parameters, and the gradients of the consts.
+      num_steps: The number of blocks that ran; None if all L ran.
+      update: Takes a block's gradients instead of an array for all of them; None for gradients.
+    """
     params, consts, slots, kept, moving = residuals
     places = inexact(slots)
     grad_carry, of_ys = instantiated(grads[: len(places)]), grads[len(places) :]
@@ -50,10 +84,9 @@ def backward(blocks: Blocks, residuals, grads, num_steps=None) -> list:
         moving=moving,
         grad_ys=grad_ys,
         num_steps=num_steps,
+        update=update,
     )
-    grad_params = [jnp.zeros_like(params[i]) for i in moving.params]
-    grad_consts = [jnp.zeros_like(consts[i]) for i in moving.consts]
-    state = (slots, kept, grad_carry, grad_params, grad_consts)
+    state = (slots, kept, grad_carry, *made)
     if num_steps is not None:
         state = back.run_until(state)
     else:
@@ -64,9 +97,8 @@ def backward(blocks: Blocks, residuals, grads, num_steps=None) -> list:
             loops = blocks.table.without_counts
         for loop in loops:
             state = back.run(loop, state)
-    _, _, grad_carry, grad_params, grad_consts = state
-    of_place = dict(zip(places, grad_carry, strict=True))
-    return [*grad_params, *(of_place[i] for i in moving.carry), *grad_consts]
+    _, _, grad_carry, *made = state
+    return grad_carry, tuple(made)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,6 +112,7 @@ class _Rows:
       moving: The leaves that are differentiated.
       grad_ys: For each y among `moving.outputs`, a function from a row to the y's gradient there.
       num_steps: The number of blocks that ran; None if all L ran.
+      update: Takes a block's gradients; None to write them into the stacked ones.
     """
 
     blocks: Blocks
@@ -88,6 +121,11 @@ class _Rows:
     moving: Moving
     grad_ys: tuple
     num_steps: Any = None
+    update: Update | None = None
+
+    def read(self, made) -> list:
+        """Returns the parameters: a loop that updates them has to read its own."""
+        return self.params if self.update is None else self.update.params(made)
 
     def run_until(self, state):
         """Runs the rows of the blocks that ran, all of them by one loop that reads its bounds."""
@@ -128,18 +166,19 @@ class _Rows:
         steps = {name: jnp.asarray(column) for name, column in table.steps.items()}
         row = {name: column[0] for name, column in rows.items()}
         slots, rest = state[0], tuple(state[1:])
+        params = self.read(rest[2])
 
         def move(index, state):
             carry, slots = state
             start, stop = moves["start"][index], moves["stop"][index]
             told = (table.blocks_moved, table.num_moves)
-            carry = self._sweep(carry, start, stop, counts and counts.move, told)
+            carry = self._sweep(params, carry, start, stop, counts and counts.move, told)
             return carry, self.blocks.store(slots, moves["slot"][index], carry)
 
         def step(index, state):
             carry, slots = state
             stack = self.blocks
-            carry = stack.next(self.params, self.consts, carry, steps["block"][index])
+            carry = stack.next(params, self.consts, carry, steps["block"][index])
             carry = carry[: stack.num_carry]
             return carry, self.blocks.store(slots, steps["slot"][index], carry)
 
@@ -153,7 +192,8 @@ class _Rows:
             blocks, told = (row["first_move"], row["last_move"]), (table.num_moves, num_rows)
             carry, slots = run_loop(*blocks, counts and counts.moves, move, state, told)
         told = (table.blocks_advanced, num_rows)
-        carry = self._sweep(carry, row["advance"], row["record"], counts and counts.advance, told)
+        count = counts and counts.advance
+        carry = self._sweep(params, carry, row["advance"], row["record"], count, told)
         if self.num_steps is not None:
             reverse = lambda: tuple(self._reverse(counts, carry, row, rest))
             return slots, *lax.cond(row["record"] < row["stop"], reverse, lambda: rest)
@@ -170,15 +210,15 @@ class _Rows:
         (_, rest), _ = lax.scan(body, (carry, rest), rows)
         return slots, *rest
 
-    def _sweep(self, carry, *blocks) -> list:
-        return self.blocks.sweep(self.params, self.consts, carry, *blocks)
+    def _sweep(self, params, carry, *blocks) -> list:
+        return self.blocks.sweep(params, self.consts, carry, *blocks)
 
     def _reverse(self, counts: Counts | None, carry, row, state):
         """Records and reverses the blocks of one row."""
         kept, *grads = state
-        stack = self.blocks
+        stack, params = self.blocks, self.read(state[2])
         if not stack.table.records:
-            params_i = slots_of.row(self.params, stack.at(row["record"]))
+            params_i = slots_of.row(params, stack.at(row["record"]))
             _, reverse = differentiate(stack.call, carry, params_i, self.consts, self.moving)
             return kept, *self._accumulated(reverse, row["record"], *grads)
         recorder = stack.recorder_of(self.moving)
@@ -186,13 +226,13 @@ class _Rows:
         first = int(stack.table.rows["record"][0]) if stack.table.keeps_last else stack.length
         blocks = (row["record"], row["again"], row["stop"], counts and counts.again)
         (carry, _), kept = stack.record(
-            recorder, self.params, self.consts, (carry, []), kept, *blocks, (first, num_rows)
+            recorder, params, self.consts, (carry, []), kept, *blocks, (first, num_rows)
         )
 
         def reverse_block(count, grads):
             index = row["stop"] - 1 - count
             residuals = row_major(slots_of.row(kept, index - row["record"]))
-            params_i = slots_of.row(self.params, stack.at(index))
+            params_i = slots_of.row(self.read(grads[1]), stack.at(index))
             reverse = recorder.reverse(residuals, params_i, self.consts)
             return self._accumulated(reverse, index, *grads)
 
@@ -200,13 +240,16 @@ class _Rows:
         count = counts and counts.reverse
         return kept, *run_loop(0, number, count, reverse_block, tuple(grads), told)
 
-    def _accumulated(self, reverse: Callable, index, grad_carry, grad_params, grad_consts):
+    def _accumulated(self, reverse: Callable, index, grad_carry, made, grad_consts):
         """Reverses one block; writes its parameters' gradients and adds up those of the consts."""
-        place = self.blocks.at(index)
-        of_ys = [read(place) for read in self.grad_ys]
+        of_ys = [read(self.blocks.place(index)) for read in self.grad_ys]
         grad_carry, of_params, of_consts = reverse([*grad_carry, *of_ys])
-        grad_params = slots_of.write(grad_params, place, of_params)
-        return grad_carry, grad_params, [a + b for a, b in zip(grad_consts, of_consts, strict=True)]
+        place = self.blocks.at(index)
+        if self.update is None:
+            made = slots_of.write(made, place, of_params)
+        else:
+            made = self.update.write(made, place, of_params)
+        return grad_carry, made, [a + b for a, b in zip(grad_consts, of_consts, strict=True)]
 
 
 def _reader(grad, aval) -> Callable:

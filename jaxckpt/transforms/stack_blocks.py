@@ -33,12 +33,15 @@ class How:
       unroll: Blocks unrolled in one trip of the forward pass; ignored if slots are on the host.
       checkpoint: Wraps a block before it is recorded; None if it is recorded as it is.
       reverse: The first block reads the last row, as in `lax.scan(..., reverse=True)`.
+      first_row: The first row of the parameters that is one of these blocks; above 0 for a stage
+        that reads the rows of the whole stack.
     """
 
     offload: bool = False
     unroll: int = 1
     checkpoint: Callable | None = None
     reverse: bool = False
+    first_row: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,7 +98,11 @@ class Blocks:
         return self.call(carry, slots_of.row(params, self.at(index)), consts)
 
     def at(self, index):
-        """Returns the row that block `index` reads and writes."""
+        """Returns the row of the parameters that block `index` reads."""
+        return self.place(index) + self.how.first_row
+
+    def place(self, index):
+        """Returns the row of the ys that block `index` writes."""
         return self.length - 1 - index if self.how.reverse else index
 
     def emit(self, params, consts, state, index):
@@ -105,7 +112,7 @@ class Blocks:
         return out[: self.num_carry], self._written(ys, out, index)
 
     def _written(self, ys, out, index) -> list:
-        return slots_of.write(ys, self.at(index), out[self.num_carry :]) if ys else ys
+        return slots_of.write(ys, self.place(index), out[self.num_carry :]) if ys else ys
 
     def record(
         self, recorder, params, consts, state, kept, base, start, stop, count=None, told=(1, 1)
