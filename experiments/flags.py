@@ -19,7 +19,15 @@ PANELS = {
         *("batch-size", "seq-len", "steps", "run-steps", "out", "resume", "json"),
     ),
     "Plan and memory": (
-        *("host-budget", "mesh", "accumulate", "explain", "loss-chunk-tokens", "unroll"),
+        *(
+            "host-budget",
+            "mesh",
+            "accumulate",
+            "update-in-backward",
+            "explain",
+            "loss-chunk-tokens",
+            "unroll",
+        ),
         *("calibrate", "compile-cache", "parallel"),
     ),
     "Model": (
@@ -29,7 +37,7 @@ PANELS = {
     ),
     "Optimizer": (
         *("optimizer", "learning-rate", "warmup-steps", "decay-steps", "weight-decay"),
-        *("clip-norm", "beta1", "beta2", "trainable", "z-loss"),
+        *("clip-norm", "beta1", "beta2", "param-dtype", "moment-dtype", "trainable", "z-loss"),
     ),
     "Data": ("pack", "end-token", "token-dtype"),
     "Run": (
@@ -41,7 +49,7 @@ PANELS = {
 RARE = frozenset({
     *("loss-chunk-tokens", "unroll", "calibrate", "compile-cache", "parallel"),
     *("vocab-size", "attention", "qk-norm", "tied-embeddings", "rope-theta", "norm-eps"),
-    "mlp-tiles",
+    *("mlp-tiles", "param-dtype", "moment-dtype"),
     *("decay-steps", "weight-decay", "clip-norm", "beta1", "beta2", "z-loss"),
     *("end-token", "token-dtype", "keep", "validation-batches", "max-skipped", "join-seconds"),
 })  # fmt: skip

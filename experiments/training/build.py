@@ -19,6 +19,7 @@ from jaxckpt.plans import Plan
 # The settings that a step is made of; the others (data, folders) are a run's.
 _OF_STEP = (
     *("model", "optimizer", "unroll", "batch_size", "accumulate", "seq_len", "seed"),
+    *("update_in_backward", "param_dtype"),
     *("steps", "loss_chunk_tokens", "z_loss", "trainable", "pack", "mesh"),
 )
 

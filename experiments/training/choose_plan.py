@@ -148,7 +148,7 @@ def check_within(
 
 # Settings that a resumed run may change and its step's memory follows; `checkpoints.identity` has
 # those that it may not.
-_OF_MEMORY = ("accumulate", "unroll", "loss_chunk_tokens")
+_OF_MEMORY = ("accumulate", "unroll", "loss_chunk_tokens", "update_in_backward")
 
 
 def settle(

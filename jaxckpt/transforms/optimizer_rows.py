@@ -84,7 +84,9 @@ class OptimizerRows:
         block, stack_tree = state_of(1, with_rest=False)
         rest, rest_tree = state_of(None, with_rest=True)
         if longer_tree != state_tree or not set(block) | set(rest) == set(whole):
-            raise ValueError(f"{_NOT_BLOCKWISE} alone; the structure of its state depends on others")
+            raise ValueError(
+                f"{_NOT_BLOCKWISE} alone; the structure of its state depends on others"
+            )
         rows = [path for path, leaf in whole.items() if leaf.shape != longer[path].shape]
         for path, leaf in block.items():
             wanted = whole[path].shape
@@ -171,9 +173,7 @@ def check_blockwise(optimizer, params, stacked: Sequence[int]):
             shape[0] = 2
         return generator.normal(size=shape).astype(np.float32)
 
-    values, *grads = (
-        [small(place, leaf) for place, leaf in enumerate(leaves)] for _ in range(3)
-    )
+    values, *grads = ([small(place, leaf) for place, leaf in enumerate(leaves)] for _ in range(3))
     cut = OptimizerRows.of(optimizer, jax.tree.unflatten(tree, values), stacked)
     spoilt = [np.full_like(g, np.nan) if n == stacked[0] else g for n, g in enumerate(grads[0])]
     spoilt[stacked[0]][0] = 1.0  # block 1 alone has no finite gradient
@@ -216,7 +216,9 @@ def _differences(cut: OptimizerRows, values: list, grads: Sequence[list]) -> dic
 
     def by_stack(values, state, grads):
         rows = [state[n] for n in cut.rows]
-        return after(values, state, grads, *cut.update_block(pick(grads), pick(values), rows, state))
+        return after(
+            values, state, grads, *cut.update_block(pick(grads), pick(values), rows, state)
+        )
 
     def after(values, state, grads, new, rows):
         rest = [n for n in range(len(values)) if n not in cut.stacked]

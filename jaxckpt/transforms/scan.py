@@ -157,9 +157,7 @@ def looped(
         if isinstance(plan, Plan):
             call = value_names.resolved(call, all_of(plan))
         groups = (jax.tree.leaves(xs), changed, [*all_consts, *held])
-        out = stack_update.run(
-            call, plan, given, *groups, updated, unroll=unroll, reverse=reverse
-        )
+        out = stack_update.run(call, plan, given, *groups, updated, unroll=unroll, reverse=reverse)
         return _put_back(traced, leaves, tree, y, out)
     static = (alone, plan, given, unroll, reverse, nested)
     program = once_compiled(_run, identities, *static)

@@ -42,8 +42,13 @@ def backward(blocks: Blocks, residuals, grads, num_steps=None) -> list:
 class Update(Protocol):
     """What becomes of a block's gradients once they are whole."""
 
-    def params(self, made) -> list:
-        """Returns the stack's parameters as they are now, leaves `[L, ...]`."""
+    def params(self, given: list, made) -> list:
+        """Returns the stack's parameters as they are now, leaves `[L, ...]`.
+
+        Args:
+          given: The parameters of the forward pass.
+          made: What the backward pass has made of them.
+        """
         ...
 
     def write(self, made, place, grads: list):
@@ -125,7 +130,7 @@ class _Rows:
 
     def read(self, made) -> list:
         """Returns the parameters: a loop that updates them has to read its own."""
-        return self.params if self.update is None else self.update.params(made)
+        return self.params if self.update is None else self.update.params(self.params, made)
 
     def run_until(self, state):
         """Runs the rows of the blocks that ran, all of them by one loop that reads its bounds."""
@@ -218,7 +223,7 @@ class _Rows:
         kept, *grads = state
         stack, params = self.blocks, self.read(state[2])
         if not stack.table.records:
-            params_i = slots_of.row(params, stack.at(row["record"]))
+            params_i = stack.row(params, row["record"])
             _, reverse = differentiate(stack.call, carry, params_i, self.consts, self.moving)
             return kept, *self._accumulated(reverse, row["record"], *grads)
         recorder = stack.recorder_of(self.moving)
@@ -232,7 +237,7 @@ class _Rows:
         def reverse_block(count, grads):
             index = row["stop"] - 1 - count
             residuals = row_major(slots_of.row(kept, index - row["record"]))
-            params_i = slots_of.row(self.read(grads[1]), stack.at(index))
+            params_i = stack.row(self.read(grads[1]), index)
             reverse = recorder.reverse(residuals, params_i, self.consts)
             return self._accumulated(reverse, index, *grads)
 

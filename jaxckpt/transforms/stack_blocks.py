@@ -35,6 +35,8 @@ class How:
       reverse: The first block reads the last row, as in `lax.scan(..., reverse=True)`.
       first_row: The first row of the parameters that is one of these blocks; above 0 for a stage
         that reads the rows of the whole stack.
+      casts_rows: A row's cast to a narrower dtype stays with the row. XLA would rather cast the
+        whole stack before a loop that only reads it: a copy of all parameters, half their size.
     """
 
     offload: bool = False
@@ -42,6 +44,7 @@ class How:
     checkpoint: Callable | None = None
     reverse: bool = False
     first_row: int = 0
+    casts_rows: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,7 +98,12 @@ class Blocks:
 
     def next(self, params, consts, carry, index) -> list:
         """Runs block `index`; returns its carry and ys."""
-        return self.call(carry, slots_of.row(params, self.at(index)), consts)
+        return self.call(carry, self.row(params, index), consts)
+
+    def row(self, params, index) -> list:
+        """Returns the parameters of block `index`."""
+        row = slots_of.row(params, self.at(index))
+        return lax.optimization_barrier(row) if self.how.casts_rows else row
 
     def at(self, index):
         """Returns the row of the parameters that block `index` reads."""
@@ -125,7 +133,7 @@ class Blocks:
 
         def body(index, state):
             (carry, ys), kept = state
-            row = slots_of.row(params, self.at(index))
+            row = self.row(params, index)
             out, residuals = recorder.record(carry, row, consts)
             kept = slots_of.write(kept, index - base, row_major(residuals))
             return (out[: self.num_carry], self._written(ys, out, index)), kept

@@ -1,9 +1,10 @@
-"""A stack whose backward pass updates each block as soon as its gradient is whole.
+"""A stack whose backward pass uses each block's gradient as soon as it is whole.
 
 The reverse loop of `stack_backward.py` has parameters and optimizer state in its carry, where it
-replaces a block's rows; there is no array for the gradients of the stack. To JAX the new rows are
-the gradients: of the parameters and of the state, both arguments of the primitive. So everything
-around the stack is differentiated as ever. `update_in_backward.py` is what users call.
+replaces a block's rows; there is no array for the gradients of the stack. Or it has sums of
+gradients there, to which it adds. To JAX the new rows are the gradients: of the parameters and of
+the state, both arguments of the primitive. So everything around the stack is differentiated as
+ever. `update_in_backward.py` and `accumulate.py` are what callers use.
 
 `attached` marks a stack's parameters while a loss is traced. `scan.looped` finds the mark by the
 identity of its arrays.
@@ -34,6 +35,7 @@ from jaxckpt.transforms.tables import make_table
 _REFUSAL = "a stack that is updated in its backward pass has one gradient; {} is refused"
 
 # `update(grads, params, rows) -> (params, rows)` of one block; all are lists of leaves `[1, ...]`.
+# Where parameters stay as they are, it is given none and returns none.
 UpdateBlock = Callable[[list, list, list], tuple[list, list]]
 
 
@@ -43,7 +45,8 @@ class Attached:
 
     Attributes:
       marks: The arrays that stand for its parameters in the loss.
-      params: The parameters; their gradients are the new ones.
+      params: The parameters. If they are replaced, their gradients are the new ones.
+      replaces: Whether parameters are replaced; else only rows are.
       rows: Leaves of the optimizer's state, `[L, ...]`; their gradients are the new ones.
       told: Float32 `[2]`; its gradient is the sum of the squares of all gradients, and whether all
         of them were finite.
@@ -54,6 +57,7 @@ class Attached:
 
     marks: list
     params: list
+    replaces: bool = True
     rows: list
     told: jax.Array
     update: UpdateBlock
@@ -148,10 +152,12 @@ def run(
         if how.offload:
             refuse_bad_offload()
         first_row = count - stop if reverse else start
-        how = dataclasses.replace(how, unroll=unroll, reverse=reverse, first_row=first_row)
+        how = dataclasses.replace(
+            how, unroll=unroll, reverse=reverse, first_row=first_row, casts_rows=True
+        )
         stages.append(Loops.of(call, make_table(schedule), how, args))
         start = stop
-    update = _Update(places=places, update=one.update, skips=one.skips)
+    update = _Update(places=places, replaces=one.replaces, update=one.update, skips=one.skips)
     walk = _Updating(stages=tuple(stages), update=update)
     return run_with_gradient(walk, *args, one.rows, one.told, refusal=_REFUSAL)
 
@@ -191,19 +197,21 @@ class _Update:
 
     Attributes:
       places: The updated parameters: their place among all, and among those of the optimizer.
+      replaces: Whether they are replaced; else only rows of the state are.
       update: The optimizer's update of a block.
       skips: Whether a block is left as it is after a gradient that is not finite.
       moving: The places of the parameters that have gradients.
     """
 
     places: dict[int, int]
+    replaces: bool
     update: UpdateBlock
     skips: bool
     moving: tuple[int, ...] = ()
 
-    def params(self, made) -> list:
+    def params(self, given: list, made) -> list:
         """Returns the parameters as they are now."""
-        return made[0]
+        return made[0] if self.replaces else given
 
     def write(self, made, place, grads: list):
         """Updates one block."""
@@ -218,6 +226,7 @@ class _Update:
         grads = [of_leaf[n][None] for n in order]
         of_block = sum(jnp.square(g.astype(jnp.float32)).sum() for g in grads)
         is_finite &= jnp.isfinite(of_block)
+        order = order if self.replaces else []
         old = ([read(params[n]) for n in order], list(map(read, rows)))
         new = self.update(grads, *old)
         if self.skips:
@@ -266,6 +275,9 @@ class _Updating:
     def forward(self, args, asked: Sequence[int]):
         """Returns the output, and the residuals for the backward pass."""
         params, carry, consts, rows, _ = args
+        moving = Moving.of(asked, params, carry, consts)
+        # Parameters come first, so that their places are their positions.
+        asked = sorted({*asked, *self.update.places})
         num_carry, made, kept = self.stages[0].num_carry, [], []
         for stage in self.stages:
             out, residuals = stage.forward((params, carry, consts), asked)
@@ -274,7 +286,6 @@ class _Updating:
             kept.append(residuals[2:])
         made = made[::-1] if self.stages[0].how.reverse else made
         ys = jax.tree.map(lambda *parts: jnp.concatenate(parts), *made)
-        moving = Moving.of(asked, params, carry, consts)
         return [*carry, *ys], (params, consts, rows, kept, moving)
 
     def backward(self, residuals, grads) -> list:
@@ -286,9 +297,9 @@ class _Updating:
         for grad in grad_carry:
             if not isinstance(grad, jax.interpreters.ad.Zero):
                 finite &= jnp.isfinite(grad).all()
-        update = dataclasses.replace(self.update, moving=moving.params)
+        update = dataclasses.replace(self.update, moving=kept[0][2].params)
         others = [jnp.zeros_like(params[n]) for n in moving.params if n not in update.places]
-        made = (params, rows, (jnp.float32(0), finite), others)
+        made = (params if update.replaces else [], rows, (jnp.float32(0), finite), others)
         state = (made, [jnp.zeros_like(consts[n]) for n in moving.consts])
         for stage, (slots, held, of_stage) in reversed(list(zip(self.stages, kept, strict=True))):
             first = stage.how.first_row
@@ -300,9 +311,9 @@ class _Updating:
             grad_carry, state = stack_backward.reversed_stage(
                 stage, given, all_grads, state, update=update
             )
-        (params, rows, (squares, finite), others), of_consts = state
+        (new, rows, (squares, finite), others), of_consts = state
         left = iter(others)
-        of_params = [params[n] if n in update.places else next(left) for n in moving.params]
+        of_params = [new[n] if n in update.places else next(left) for n in moving.params]
         of_place = dict(zip(places, grad_carry, strict=True))
         of_carry = [of_place[n] for n in moving.carry]
         told = jnp.stack([squares, finite.astype(jnp.float32)])

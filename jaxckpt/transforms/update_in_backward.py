@@ -1,6 +1,6 @@
 """`update_in_backward`: the optimizer's step inside the backward pass, block by block.
 
-    step = jaxckpt.update_in_backward(loss, optax.adamw(1e-3), blocks=lambda params: params["layers"])
+    step = jaxckpt.update_in_backward(loss, optimizer, blocks=lambda params: params["layers"])
     done = step(params, state, batch)          # jit it, with params and state donated
 
 The gradients of a stack weigh as much as its parameters, and they are all there before an optimizer
@@ -105,7 +105,7 @@ def update_in_backward(
     @functools.wraps(loss)
     def step(params, state, *args, gradient_scale=None) -> Updated:
         leaves, tree = jax.tree.flatten(params)
-        places = _places(blocks, tree)
+        places = places_of(blocks, tree)
         rest = [n for n in range(len(leaves)) if n not in places]
         cut = OptimizerRows.of(optimizer, params, places)
         if check:
@@ -121,25 +121,18 @@ def update_in_backward(
 
         def value_of(others, stack, rows, told):
             one = stack_update.Attached(
-                marks=[_mark(x) for x in stack],
+                marks=list(map(mark, stack)),
                 params=stack,
                 rows=rows,
                 told=told,
                 update=update_block,
                 skips=skip_nonfinite,
             )
-            given = dict(zip(rest, others, strict=True)) | dict(
-                zip(places, one.marks, strict=True)
+            given = dict(zip(rest, others, strict=True))
+            given |= dict(zip(places, one.marks, strict=True))
+            return value_with(
+                one, loss, jax.tree.unflatten(tree, [*map(given.get, range(len(given)))]), *args
             )
-            with stack_update.attached(one):
-                value = loss(jax.tree.unflatten(tree, [given[n] for n in sorted(given)]), *args)
-            if not one.is_used:
-                raise ValueError(
-                    "update_in_backward: the loss runs no stack over the arrays that blocks= "
-                    "returns; hand them to scan_blocks, scan or a Stack as they are (a block casts "
-                    "its own row), and not inside of jax.checkpoint or jit"
-                )
-            return value
 
         pick = lambda leaves, places: [leaves[n] for n in places]
         arguments = (pick(leaves, rest), pick(leaves, places), pick(state_leaves, cut.rows))
@@ -147,7 +140,9 @@ def update_in_backward(
         value, (grads, stack, rows, told) = run(*arguments, jnp.zeros([2], jnp.float32))
         squares = told[0] + sum(jnp.square(g.astype(jnp.float32)).sum() for g in grads)
         of_rest = dict(zip(rest, map(scaled, grads), strict=True))
-        new, shared = cut.update_rest(of_rest, dict(zip(rest, arguments[0], strict=True)), state_leaves)
+        new, shared = cut.update_rest(
+            of_rest, dict(zip(rest, arguments[0], strict=True)), state_leaves
+        )
         number = value[0] if has_aux else value
         is_finite = jnp.isfinite(squares) & (told[1] > 0) & jnp.isfinite(number)
         if skip_nonfinite:
@@ -167,7 +162,24 @@ def update_in_backward(
     return step
 
 
-def _places(blocks: Callable, tree) -> tuple[int, ...]:
+def value_with(one: stack_update.Attached, loss: Callable, *args):
+    """Returns the loss, whose stack uses its gradients as `one` says.
+
+    Raises:
+      ValueError: The loss runs no stack over the marked parameters.
+    """
+    with stack_update.attached(one):
+        value = loss(*args)
+    if not one.is_used:
+        raise ValueError(
+            "the loss runs no stack over the arrays that blocks= returns; hand them to "
+            "scan_blocks, scan or a Stack as they are (a block casts its own row), and not inside "
+            "of jax.checkpoint or jit"
+        )
+    return value
+
+
+def places_of(blocks: Callable, tree) -> tuple[int, ...]:
     """Returns the places of the stack's leaves among those of the parameters."""
     found = jax.tree.leaves(blocks(jax.tree.unflatten(tree, range(tree.num_leaves))))
     if not found or not all(type(place) is int for place in found):
@@ -179,13 +191,13 @@ def _places(blocks: Callable, tree) -> tuple[int, ...]:
 
 
 @jax.custom_vjp
-def _mark(x):
+def mark(x):
     """Returns a stack's parameter, which the loss may hand to the stack and use nowhere else."""
-    return x + 0 if x.dtype == bool else jnp.copy(x)
+    return jnp.copy(x)
 
 
 def _mark_forward(x):
-    return _mark(x.value), None
+    return mark(x.value), None
 
 
 def _mark_backward(_, grad):
@@ -198,4 +210,4 @@ def _mark_backward(_, grad):
     )
 
 
-_mark.defvjp(_mark_forward, _mark_backward, symbolic_zeros=True)
+mark.defvjp(_mark_forward, _mark_backward, symbolic_zeros=True)
