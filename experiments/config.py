@@ -287,6 +287,8 @@ class TrainConfig:
                 f"param_dtype is {self.param_dtype!r}; valid: {', '.join(_STORED)}"
                 f"{nearest(str(self.param_dtype), _STORED)}"
             )
+        if self.param_dtype != "float32" and self.mesh is not None:
+            raise ConfigError("--param-dtype=bfloat16 is for one device; leave it or --mesh out")
         if self.update_in_backward:
             self._check_update_in_backward()
         if self.end_token is not None and not (self.pack and 0 <= self.end_token < 2**32):

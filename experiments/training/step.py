@@ -329,7 +329,8 @@ def _gradients(config: TrainConfig, part_loss, params, batch, key):
         array = array.reshape(parts, -1, array.shape[-1])
         return array if layout is None else layout.parts(array)
 
-    zero = _placed(jax.tree.map(jnp.zeros_like, (jnp.zeros([]), params)), layout)
+    wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
+    zero = _placed(jax.tree.map(wide, (jnp.zeros([]), params)), layout)
     total, _ = jax.lax.scan(add_part, zero, (jnp.arange(parts), jax.tree.map(cut, batch)))
     return jax.tree.map(lambda x: x / parts, total)
 
