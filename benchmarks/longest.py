@@ -78,12 +78,10 @@ def _state_bytes(config: TrainConfig) -> float:
     """Returns the bytes of weights and optimizer state, a parameter."""
     import jax
 
-    from experiments.training.step import init_state
+    from experiments.training.step import init_state, state_bytes
 
-    state = jax.eval_shape(lambda: init_state(dataclasses.replace(config, seq_len=128)))
-    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    count = sum(x.size for x in jax.tree.leaves(state.params))
-    return (size(state.params) + size(state.optimizer)) / count
+    short = dataclasses.replace(config, seq_len=128)
+    return sum(state_bytes(jax.eval_shape(lambda: init_state(short))))
 
 
 def _shown(row: Row) -> Row:

@@ -138,6 +138,17 @@ def init_state(config: TrainConfig, params=None) -> TrainState:
     return state._replace(loss_scale=LossScale(jnp.float32(_FIRST_SCALE), zero))
 
 
+def state_bytes(state: TrainState) -> tuple[float, float]:
+    """Returns the bytes a parameter of weights and of the optimizer's state.
+
+    Args:
+      state: The state, abstract or not.
+    """
+    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    return size(state.params) / count, size(state.optimizer) / count
+
+
 def make_train_step(config: TrainConfig):
     """Returns `train_step(state, batch) -> (state, metrics)`, to be jitted with `state` donated.
 
