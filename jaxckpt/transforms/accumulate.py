@@ -51,9 +51,9 @@ def adding(loss: Callable, blocks: Callable) -> Callable:
 
         rows = [sums[n] for n in places]
         # Marks are differentiated so that a second use of the stack's parameters is found.
-        run = jax.value_and_grad(value_of, (0, 1, 2))
+        run = jax.value_and_grad(value_of, (0, 1, 2, 3))
         others = [leaves[n] for n in rest]
-        value, (grads, _, rows) = run(others, stack, rows, jnp.zeros([2], jnp.float32))
+        value, (grads, _, rows, _) = run(others, stack, rows, jnp.zeros([2], jnp.float32))
         made = dict(zip(places, rows, strict=True))
         made |= {n: sums[n] + grad for n, grad in zip(rest, grads, strict=True)}
         return value, jax.tree.unflatten(tree, [made[n] for n in range(len(leaves))])

@@ -51,6 +51,10 @@ class Update(Protocol):
         """
         ...
 
+    def with_params(self, made, params: list):
+        """Returns `made` with the parameters, unchanged, that a loop handed on."""
+        ...
+
     def write(self, made, place, grads: list):
         """Returns `made` after the block at row `place` of the stack has its gradients."""
         ...
@@ -173,32 +177,34 @@ class _Rows:
         slots, rest = state[0], tuple(state[1:])
         params = self.read(rest[2])
 
-        def move(index, state):
+        def move(index, params, state):
             carry, slots = state
             start, stop = moves["start"][index], moves["stop"][index]
             told = (table.blocks_moved, table.num_moves)
-            carry = self._sweep(params, carry, start, stop, counts and counts.move, told)
-            return carry, self.blocks.store(slots, moves["slot"][index], carry)
+            params, carry = self._sweep(params, carry, start, stop, counts and counts.move, told)
+            return params, (carry, self.blocks.store(slots, moves["slot"][index], carry))
 
-        def step(index, state):
+        def step(index, params, state):
             carry, slots = state
             stack = self.blocks
             carry = stack.next(params, self.consts, carry, steps["block"][index])
             carry = carry[: stack.num_carry]
-            return carry, self.blocks.store(slots, steps["slot"][index], carry)
+            return params, (carry, self.blocks.store(slots, steps["slot"][index], carry))
 
         carry = self.blocks.load(slots, row["load"])
         state = (carry, slots)
         by_block = counts is None and self.num_steps is None and self.blocks.moves_by_block
         if table.num_moves and by_block:
             blocks, told = (row["first_step"], row["last_step"]), (table.blocks_moved, num_rows)
-            carry, slots = run_loop(*blocks, None, step, state, told)
+            params, (carry, slots) = self.blocks.loop(params, *blocks, None, step, state, told)
         elif table.num_moves:
             blocks, told = (row["first_move"], row["last_move"]), (table.num_moves, num_rows)
-            carry, slots = run_loop(*blocks, counts and counts.moves, move, state, told)
+            bounds = (*blocks, counts and counts.moves)
+            params, (carry, slots) = self.blocks.loop(params, *bounds, move, state, told)
         told = (table.blocks_advanced, num_rows)
         count = counts and counts.advance
-        carry = self._sweep(params, carry, row["advance"], row["record"], count, told)
+        params, carry = self._sweep(params, carry, row["advance"], row["record"], count, told)
+        rest = self._with(params, rest)
         if self.num_steps is not None:
             reverse = lambda: tuple(self._reverse(counts, carry, row, rest))
             return slots, *lax.cond(row["record"] < row["stop"], reverse, lambda: rest)
@@ -215,7 +221,14 @@ class _Rows:
         (_, rest), _ = lax.scan(body, (carry, rest), rows)
         return slots, *rest
 
-    def _sweep(self, params, carry, *blocks) -> list:
+    def _with(self, params, rest: tuple) -> tuple:
+        """Returns the state of a trip with the parameters that a loop handed on."""
+        if self.update is None:
+            return rest
+        kept, grad_carry, made, grad_consts = rest
+        return kept, grad_carry, self.update.with_params(made, params), grad_consts
+
+    def _sweep(self, params, carry, *blocks) -> tuple[list, list]:
         return self.blocks.sweep(params, self.consts, carry, *blocks)
 
     def _reverse(self, counts: Counts | None, carry, row, state):
@@ -230,9 +243,10 @@ class _Rows:
         num_rows = len(stack.table.rows["load"])
         first = int(stack.table.rows["record"][0]) if stack.table.keeps_last else stack.length
         blocks = (row["record"], row["again"], row["stop"], counts and counts.again)
-        (carry, _), kept = stack.record(
+        params, ((carry, _), kept) = stack.record(
             recorder, params, self.consts, (carry, []), kept, *blocks, (first, num_rows)
         )
+        kept, *grads = self._with(params, (kept, *grads))
 
         def reverse_block(count, grads):
             index = row["stop"] - 1 - count

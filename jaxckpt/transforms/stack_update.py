@@ -153,7 +153,7 @@ def run(
             refuse_bad_offload()
         first_row = count - stop if reverse else start
         how = dataclasses.replace(
-            how, unroll=unroll, reverse=reverse, first_row=first_row, casts_rows=True
+            how, unroll=unroll, reverse=reverse, first_row=first_row, casts_rows=one.replaces
         )
         stages.append(Loops.of(call, make_table(schedule), how, args))
         start = stop
@@ -212,6 +212,10 @@ class _Update:
     def params(self, given: list, made) -> list:
         """Returns the parameters as they are now."""
         return made[0] if self.replaces else given
+
+    def with_params(self, made, params: list):
+        """Returns `made` with the parameters that a loop handed on."""
+        return (params, *made[1:]) if self.replaces else made
 
     def write(self, made, place, grads: list):
         """Updates one block."""
@@ -278,11 +282,13 @@ class _Updating:
         moving = Moving.of(asked, params, carry, consts)
         # Parameters come first, so that their places are their positions.
         asked = sorted({*asked, *self.update.places})
-        num_carry, made, kept = self.stages[0].num_carry, [], []
+        num_carry: int = self.stages[0].num_carry
+        made, kept = [], []
         for stage in self.stages:
             out, residuals = stage.forward((params, carry, consts), asked)
             carry, ys = out[:num_carry], out[num_carry:]
             made.append(ys)
+            params, *_ = residuals
             kept.append(residuals[2:])
         made = made[::-1] if self.stages[0].how.reverse else made
         ys = jax.tree.map(lambda *parts: jnp.concatenate(parts), *made)
