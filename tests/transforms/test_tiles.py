@@ -53,6 +53,7 @@ def test_what_it_closes_over_has_gradients_and_arguments_may_be_of_any_kind():
     assert relative_error(found, expected) < 1e-6
 
 
+@pytest.mark.slow
 def test_under_vmap_and_hessian_vector_products():
     tiles = jaxckpt.tiled(mlp, 3)
     wide = jnp.stack([X, 2 * X])

@@ -160,6 +160,7 @@ def test_gradients_that_are_not_finite_stop_the_update_there():
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(done.params))
 
 
+@pytest.mark.slow
 def test_gradients_of_parts_are_added_in_place():
     loss = loss_of("full")
     add = jax.jit(adding(loss, blocks=lambda params: params["blocks"]))
