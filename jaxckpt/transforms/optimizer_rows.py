@@ -143,6 +143,9 @@ class OptimizerRows:
         of_params = self._some(params)
         updates, made = self.optimizer.update(self._some(grads), given, of_params)
         made = dict(zip(self.of_rest, jax.tree.leaves(made), strict=True))
+        # Placeholders of the stack, such as those of moments that are not factored, never change.
+        kept = set(self.of_stack) - set(self.of_rest) - set(self.rows)
+        made |= {place: state[place] for place in kept}
         return jax.tree.leaves(apply_updates(of_params, updates)), made
 
     def _some(self, leaves: dict):
