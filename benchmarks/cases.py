@@ -18,9 +18,12 @@ MaxText names queries and keys after their norms and rotary positions, whose bac
 the projections again; here their products are kept, which is never slower.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal
 
-from experiments.config import TrainConfig
+from cyclopts import Parameter
+
+from experiments.config import ConfigError, TrainConfig
 from jaxckpt.models.config import TransformerConfig
 from jaxckpt.plans import Plan
 
@@ -41,6 +44,38 @@ SHORT: Case = {"batch_size": 8, "seq_len": 1024}
 LONG: Case = {"batch_size": 2, "seq_len": 16384}
 KEPT = "full+attention+names:q,k,v,mid,gate,up"
 _SETTINGS = ("batch_size", "seq_len", "unroll", "loss_chunk_tokens")
+
+
+@Parameter(name="*")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The stack of the executor's part `nested`.
+
+    Attributes:
+      tokens: `nested`: tokens in a batch.
+      width: `nested`: width of the stack, a multiple of 128.
+      blocks: `nested`: number of blocks.
+      dtype: `nested`: dtype of the computation.
+      sequence: `nested`: tokens in a sequence, `tokens` at most.
+      pairs: `nested`: timed pairs.
+    """
+
+    tokens: int = 1024
+    width: int = 256
+    blocks: int = 16
+    dtype: Literal["f32", "bf16"] = "f32"
+    sequence: int = 256
+    pairs: int = 7
+
+    def __post_init__(self):
+        if self.width % 128 or self.width < 128:
+            raise ConfigError(
+                f"--width is {self.width}; heads are of 128, so it is a multiple of that"
+            )
+        if self.blocks < 2 or min(self.pairs, self.tokens, self.sequence) < 1:
+            raise ConfigError("--blocks is at least 2; --pairs, --tokens and --sequence at least 1")
+        if self.tokens % min(self.tokens, self.sequence):
+            raise ConfigError(f"--tokens is {self.tokens}, not a multiple of --sequence")
 
 
 def tiny(case: Case) -> Case:
@@ -67,7 +102,7 @@ MAXTEXT = {
     "qkv_proj_offloaded": "full+offload:q,k,v",
     "minimal_offloaded": "full+offload:q,k,v,mid,gate,up",
 }
-# Those that a user of the grammar would try; `sqrt` is the two-level one.
+# Plans that a user of the grammar would try; `sqrt` is two-level checkpointing.
 PLAIN = ("none", "full", "full+attention", "full+dots", "full+dots_no_batch", "sqrt")
 
 

@@ -10,10 +10,9 @@ import importlib.util
 import os
 import time
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Literal, get_args
 
-from cyclopts import Parameter
-
+from benchmarks.cases import Shape
 from benchmarks.record import device, origin, write, write_section
 from benchmarks.result import Result, console
 from experiments.cli import main
@@ -21,49 +20,29 @@ from experiments.config import ConfigError
 
 Part = Literal["equality", "evaluations", "temp", "nested", "compile", "copies"]
 PARTS: tuple[str, ...] = get_args(Part)
-_Flag = Annotated[bool, Parameter(negative=())]
 
 
 def executor(
+    shape: Shape = Shape(),
     *,
     output: Path | None = None,
     part: Part | None = None,
-    quick: _Flag = False,
-    write_docs: _Flag = False,
-    tokens: int = 1024,
-    width: int = 256,
-    blocks: int = 16,
-    dtype: Literal["f32", "bf16"] = "f32",
-    sequence: int = 256,
-    pairs: int = 7,
+    quick: bool = False,
+    write_docs: bool = False,
 ):
     """Print every result of the schedule executor; exit with 1 if a bound fails.
 
     Args:
+      shape: The stack of the part `nested`.
       output: JSON file to write.
       part: Run one part alone.
       quick: Run small forms of all parts, in seconds.
       write_docs: Put the table of `temp` into docs/theory.md.
-      tokens: `nested`: tokens in a batch.
-      width: `nested`: width of the stack, a multiple of 128.
-      blocks: `nested`: number of blocks.
-      dtype: `nested`: dtype of the computation.
-      sequence: `nested`: tokens in a sequence.
-      pairs: `nested`: timed pairs.
     """
     if write_docs and (part not in (None, "temp") or quick):
-        raise ConfigError(
-            "--write-docs writes the whole table of temp; valid: --part temp, no --quick"
-        )
-    if width % 128 or width < 128:
-        raise ConfigError(f"--width is {width}; heads are of 128, so it is a multiple of that")
-    if blocks < 2 or pairs < 1 or tokens < 1 or sequence < 1:
-        raise ConfigError("--blocks is at least 2; --pairs, --tokens and --sequence at least 1")
-    if tokens % min(tokens, sequence):
-        raise ConfigError(f"--tokens is {tokens}, not a multiple of --sequence")
+        valid = "--part temp, no --quick"
+        raise ConfigError(f"--write-docs writes the whole table of temp; valid: {valid}")
     _prepare()
-    shape = {"tokens": tokens, "width": width, "blocks": blocks, "dtype": dtype}
-    shape |= {"sequence": sequence, "pairs": pairs}
     terminal = console(160)
     record = origin("executor", device()) | {"quick": quick, "parts": {}}  # imports JAX
     versions = " ".join(f"{name} {version}" for name, version in record["versions"].items())
@@ -71,7 +50,8 @@ def executor(
     failures = []
     for name in PARTS if part is None else (part,):
         start = time.perf_counter()
-        result = run_part(name, quick, shape)
+        module = importlib.import_module(f"benchmarks.executor_parts.{name}")
+        result: Result = module.run(quick, *([shape] if name == "nested" else []))
         result.print(terminal)
         seconds = round(time.perf_counter() - start, 1)
         record["parts"][name] = result.as_json() | {"seconds": seconds}
@@ -94,12 +74,6 @@ def _prepare():
     chips = any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0", "/dev/nvidia0")))
     if not chips and (is_there("libtpu") or is_there("jax_plugins")):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-
-def run_part(part: str, quick: bool, shape: dict) -> Result:
-    """Returns one part's results; `shape` is of the part `nested`."""
-    module = importlib.import_module(f"benchmarks.executor_parts.{part}")
-    return module.run(quick, **({"shape": module.Shape(**shape)} if part == "nested" else {}))
 
 
 if __name__ == "__main__":

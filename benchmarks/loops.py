@@ -10,9 +10,7 @@ that reads every output. Exits with 1 if a bound fails, and prints each that doe
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
-
-from cyclopts import Parameter
+from typing import Literal
 
 from benchmarks.record import Record, rows_of
 from benchmarks.result import Result, Row, console
@@ -32,20 +30,20 @@ METHODS = (
 
 def loops(
     *,
-    model: Annotated[tuple[Literal["rnn", "reaction"], ...], Parameter(negative=())] = MODELS,
-    length: Annotated[tuple[int, ...], Parameter(negative=())] = LENGTHS,
+    model: tuple[Literal["rnn", "reaction"], ...] = MODELS,
+    length: tuple[int, ...] = LENGTHS,
     side: int = 96,
-    method: Annotated[tuple[str, ...], Parameter(negative=())] = METHODS,
-    command_buffers: Annotated[bool, Parameter(negative=())] = False,
+    method: tuple[str, ...] = METHODS,
+    command_buffers: bool = False,
     output: Path | None = None,
 ):
     """Measure gradients of loops over time under every method; exit with 1 if a bound fails.
 
     Args:
-      model: What is run; may be given several times.
+      model: The loop's step; may be given several times.
       length: Steps; may be given several times.
-      side: Of the grid of reaction and diffusion.
-      method: What is run beside `plain`; may be given several times.
+      side: The side of the grid of `reaction`.
+      method: A method to run beside `plain`; may be given several times.
       command_buffers: Run everything a second time with XLA's graphs for loops (on a GPU).
       output: JSON file to write.
     """
@@ -57,9 +55,8 @@ def loops(
         flags = f"{os.environ.get('XLA_FLAGS', '')} {options}".strip()
         for name, steps in [(name, steps) for name in model for steps in length]:
             about = {"side": side} if name == "reaction" else {}
-            wanted = [
-                one if one != "uniform" else f"uniform:{segments_of(steps)}" for one in method
-            ]
+            equal = f"uniform:{segments_of(steps)}"
+            wanted = [equal if one == "uniform" else one for one in method]
             asked = ("loops_parts.process", name, steps, about, wanted)
             for row in rows_of(*asked, environment=os.environ | {"XLA_FLAGS": flags}):
                 rows.append({"model": name, "length": steps, **about, "options": options, **row})

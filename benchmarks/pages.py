@@ -12,32 +12,28 @@ build fills its pages by `filled` too.
 
 import argparse
 import re
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from benchmarks import tables
-from benchmarks.tables import ROOT
+from benchmarks.tables import ROOT, TABLES
 from jaxckpt.plans.errors import nearest
 
 DOCS = ROOT / "docs"
-TABLES = tables.TABLES
 _TABLE = re.compile(r"<!-- table: (?P<name>\S+) -->\n(?P<old>.*?)<!-- end table -->", re.DOTALL)
 
 
-def filled(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
+def filled(text: str) -> str:
     """Returns a page with its tables made anew.
 
     Raises:
-      ValueError: A table that nobody makes, or one that is begun and not ended.
+      ValueError: A table has an unknown name, or has no end.
     """
 
     def made(match: re.Match) -> str:
         name = match["name"]
-        if name not in tables:
-            raise ValueError(
-                f"no table {name!r}{nearest(name, tables)}; valid: {', '.join(tables)}"
-            )
-        return f"<!-- table: {name} -->\n\n{tables[name]()}\n\n<!-- end table -->"
+        if name not in TABLES:
+            valid = ", ".join(TABLES)
+            raise ValueError(f"no table {name!r}{nearest(name, TABLES)}; valid: {valid}")
+        return f"<!-- table: {name} -->\n\n{TABLES[name]()}\n\n<!-- end table -->"
 
     if text.count("<!-- table: ") != text.count("<!-- end table -->"):
         raise ValueError(
@@ -53,7 +49,7 @@ def stale(docs: Path = DOCS) -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes the pages, or with `--check` only names those that are out of date."""
+    """Writes the pages, or with `--check` only names the pages that are out of date."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pages", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args(argv).check

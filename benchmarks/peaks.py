@@ -10,9 +10,7 @@ within 2 % in the median and 5 % at worst.
 
 import statistics
 from pathlib import Path
-from typing import Annotated, Any
-
-from cyclopts import Parameter
+from typing import Any
 
 from benchmarks import cases
 from benchmarks.cases import KEPT
@@ -31,24 +29,17 @@ POINTS = (
 PRESENT, MEDIAN, WORST = 0.02, 0.02, 0.05
 
 
-# What `benchmarks.step_jax` says of a step -> its name here.
+# A name in a row of `benchmarks.step_jax` -> its name here.
 _NAMES = {"compiled_peak_bytes": "present_bytes", "estimated_seconds": "estimated"}
 _NAMES |= {name: name for name in ("runtime_bytes", "seconds", "attention", "loss", "device")}
 _NAMES |= {name: name for name in ("error", "traceback")}
-
-
-def case_of(point: tuple[str, int, int], is_tiny: bool) -> cases.Case:
-    """Returns the case of a point; a tiny one is a model for trying the script."""
-    plan, batch, size = point
-    case = {"plan": plan, "batch_size": batch, "seq_len": size}
-    return cases.tiny(case) | {"plan": plan.replace("14x", "2x")} if is_tiny else case
 
 
 def peaks(
     target: str = "h100",
     *,
     output: Path | None = None,
-    tiny: Annotated[bool, Parameter(negative=())] = False,
+    tiny: bool = False,
 ):
     """Compare compiled and real peaks; exit with 1 if a bound fails.
 
@@ -57,16 +48,19 @@ def peaks(
       output: JSON file to write.
       tiny: A small model, on any device, to try the script.
     """
-    asked = [case_of(point, tiny) for point in POINTS]
+    names = ("plan", "batch_size", "seq_len")
+    points: list[Row] = [dict(zip(names, point, strict=True)) for point in POINTS]
+    small = lambda case: cases.tiny(case) | {"plan": case["plan"].replace("14x", "2x")}
+    asked = [small(point) if tiny else point for point in points]
     configs = [cases.config_of(case, case["plan"]) for case in asked]
     absent = measure_many([(entry_of(config, target), target) for config in configs], parallel=6)
     rows: list[Row] = []
     record = Record("peaks", output, rows)
-    for point, case, one in zip(POINTS, asked, absent, strict=True):
-        row: Row = dict(zip(("plan", "batch_size", "seq_len"), point, strict=True))
-        row["absent_bytes"] = str(one) if isinstance(one, JobFailure) else one.peak_bytes
+    for point, case, one in zip(points, asked, absent, strict=True):
+        size = str(one) if isinstance(one, JobFailure) else one.peak_bytes
         *_, found = rows_of("step_jax", case)
-        rows.append(row | {here: found[name] for name, here in _NAMES.items() if name in found})
+        said = {here: found[name] for name, here in _NAMES.items() if name in found}
+        rows.append(point | {"absent_bytes": size} | said)
         print(_line(rows[-1]), flush=True)
         record.save()
     finish(check(rows))
@@ -87,9 +81,8 @@ def check(rows: list[dict[str, Any]]) -> list[str]:
     rows = [row for row in rows if row.get("runtime_bytes")]
     if not rows:
         return [*failures, "no point has a runtime peak: this needs a GPU"]
-    failures += [
-        f"{r['plan']}: {r['absent_bytes']}" for r in rows if type(r["absent_bytes"]) is str
-    ]
+    sizes = [(row["plan"], row["absent_bytes"]) for row in rows]
+    failures += [f"{plan}: {size}" for plan, size in sizes if isinstance(size, str)]
     rows = [row for row in rows if isinstance(row["absent_bytes"], int)]
     off = lambda row, name: abs(row[name] / row["runtime_bytes"] - 1)
     for row in rows:

@@ -13,9 +13,6 @@ cores a compilation.
 """
 
 from pathlib import Path
-from typing import Annotated
-
-from cyclopts import Parameter
 
 from benchmarks import cases
 from benchmarks.planner_parts.bounds import check, line, summaries
@@ -38,9 +35,9 @@ PARTS["v5e-1-8x1024"]["budgets"] = 20
 def planner(
     *,
     output: Path | None = None,
-    part: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    part: tuple[str, ...] = (),
     budgets: int | None = None,
-    tiny: Annotated[bool, Parameter(negative=())] = False,
+    tiny: bool = False,
 ):
     """Plan for many budgets and check what is promised; exit with 1 if a bound fails.
 

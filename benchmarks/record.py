@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from benchmarks.result import Result, Row, markdown
-from experiments.files import write_text
-from experiments.provenance import ROOT, commit, versions
+from experiments.files import ROOT, commit, versions, write_text
 
 
 @dataclasses.dataclass
@@ -69,13 +68,13 @@ def rows_of(
 ) -> Iterator[Row]:
     """Yields what `python -m benchmarks.MODULE` prints, a JSON object a line.
 
-    Of a process that fails the last row is its `error`, the last line that it wrote, and the whole
+    The last row of a process that fails is its `error`, the last line that it wrote, and the whole
     `traceback`.
 
     Args:
-      module: Of benchmarks.
+      module: A module of benchmarks.
       *asked: Its arguments, as JSON.
-      environment: Of the process; this one's by default.
+      environment: The environment of the process; this process's by default.
     """
     command = [sys.executable, "-m", f"benchmarks.{module}", *map(json.dumps, asked)]
     # The compilers write banners that mean nothing to file descriptor 2.
@@ -85,7 +84,7 @@ def rows_of(
             assert process.stdout is not None  # a pipe
             try:
                 yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
-            except BaseException:  # nobody reads any more
+            except BaseException:  # the reader has stopped
                 process.kill()
                 raise
         if process.returncode:
@@ -97,7 +96,7 @@ def rows_of(
 
 
 def _says_something(line: str) -> bool:
-    """Whether a line is no rule, and not what JAX adds below an error's own text."""
+    """Whether a line is neither a rule nor the note that JAX adds below an error's text."""
     return bool(line.strip(" -")) and not line.startswith("For simplicity, JAX has removed")
 
 

@@ -17,7 +17,7 @@ class Result:
     Attributes:
       title: What the table shows.
       rows: Every measurement; they go to the JSON file.
-      table: What is printed of them; `rows` where it is empty.
+      table: The printed rows; `rows` if it is empty.
       notes: Lines printed under the table: what was left out and why, known differences.
       failures: One line for each bound that does not hold.
     """
@@ -75,6 +75,10 @@ def text(value) -> str:
 def markdown(rows: Sequence[Row]) -> str:
     """Returns the rows as a Markdown table."""
     names = columns(rows)
-    lines = [names, ["---"] * len(names)]
-    lines += [[text(row.get(name, "")) for name in names] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return grid(names, [[text(row.get(name, "")) for name in names] for row in rows])
+
+
+def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns lines of cells as a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

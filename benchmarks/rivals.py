@@ -7,18 +7,15 @@ what `none` needs, and for each what the planner answers within it, with a block
 At each budget it has to be as fast as the best fixed plan that fits, and at some budget of each
 shape faster than the best of MaxText's.
 
-A shape is one process, in which all programs take turns on one state. What is known is written
-before timing and after each round; a shape that is whole is not measured again on the same GPU.
-With `JAX_COMPILATION_CACHE_DIR` set, what was compiled before is not compiled again either.
+A shape is one process, in which all programs take turns on one state. Its row is written before
+timing and after each round; a whole shape is not measured again on the same GPU. With
+`JAX_COMPILATION_CACHE_DIR` set, no program is compiled twice.
 
 Exits with 1 if a bound fails. Needs the `planner` extra.
 """
 
 import time
 from pathlib import Path
-from typing import Annotated
-
-from cyclopts import Parameter
 
 from benchmarks import cases
 from benchmarks.record import Record, finish, kept, rows_of
@@ -40,10 +37,10 @@ SHAPES: dict[str, cases.Case] = {
 def rivals(
     *,
     output: Path | None = None,
-    shape: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    shape: tuple[str, ...] = (),
     budgets: int = 5,
     minutes: float | None = None,
-    tiny: Annotated[bool, Parameter(negative=())] = False,
+    tiny: bool = False,
 ):
     """Time the planner's answers beside fixed plans; exit with 1 if a bound fails.
 
@@ -76,7 +73,7 @@ def rivals(
 
 
 def _measure(record: Record, name: str, case: cases.Case, seconds: float | None):
-    """Measures a shape within so many seconds, and saves what is known of it as it comes."""
+    """Measures a shape within some seconds, and saves each row of it as it comes."""
     # What decides a row beside the GPU.
     sources = cache.digest_of_sources({"benchmarks"})[:16]
     made = {"case": case, "gpu": gpu(), "sources": sources}

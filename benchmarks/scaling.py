@@ -4,24 +4,23 @@
     python -m benchmarks.scaling --write                 # the table in docs/scaling.md
 
 Weak scaling of Qwen3's shapes: one sequence of 4096 tokens a device, AdamW on everything. Up to 64
-TPUs, or the eight GPUs of a host, are one `fsdp` axis; what is beyond is `data`. Each answer is
-written to `docs/measured/scaling.json` at once, and what is there is not asked for again.
+TPUs, or the eight GPUs of a host, are one `fsdp` axis; more devices are the axis `data`. Each
+answer is written to `docs/measured/scaling.json` at once, and is not asked for again.
 """
 
+import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import Parameter
-
+from benchmarks.cases import QWEN3
 from benchmarks.record import HOST, origin, write_section
 from benchmarks.record import write as write_record
 from benchmarks.result import Result
 from experiments.cli import main
 from experiments.config import TrainConfig
+from experiments.files import ROOT
 from experiments.fitting.measuring import measure_all
-from experiments.provenance import ROOT
 from jaxckpt.models.config import TransformerConfig
 from jaxckpt.targets.target import parse_target
 
@@ -42,9 +41,13 @@ _SHAPES = {  # blocks, width, heads, width of the MLP, tied embeddings
 def model_of(size: str) -> TransformerConfig:
     """Returns Qwen3's published shape of a size, such as `"8B"`."""
     num_blocks, d_model, num_heads, d_ff, tied = _SHAPES[size]
-    return TransformerConfig(
-        **{"vocab_size": 151936, "num_blocks": num_blocks, "d_model": d_model, "d_ff": d_ff},
-        **{"num_heads": num_heads, "num_kv_heads": 8, "head_dim": 128, "tied_embeddings": tied},
+    return dataclasses.replace(
+        QWEN3,
+        num_blocks=num_blocks,
+        d_model=d_model,
+        num_heads=num_heads,
+        d_ff=d_ff,
+        tied_embeddings=tied,
     )
 
 
@@ -58,18 +61,22 @@ def mesh_of(target: str) -> str | None:
 def config_of(size: str, target: str, plan: str) -> TrainConfig:
     """Returns the configuration of a row."""
     return TrainConfig(
-        **{"model": model_of(size), "mesh": mesh_of(target), "seq_len": SEQ_LEN},
-        **{"batch_size": parse_target(target).num_devices, "remat": plan, "budget": "auto"},
+        model=model_of(size),
+        mesh=mesh_of(target),
+        seq_len=SEQ_LEN,
+        batch_size=parse_target(target).num_devices,
+        remat=plan,
+        budget="auto",
     )
 
 
 def scaling(
     *,
-    target: Annotated[tuple[str, ...], Parameter(negative=())] = V5E + H100,
-    model: Annotated[tuple[str, ...], Parameter(negative=())] = tuple(_SHAPES),
-    plan: Annotated[tuple[str, ...], Parameter(negative=())] = ("auto",),
+    target: tuple[str, ...] = V5E + H100,
+    model: tuple[str, ...] = tuple(_SHAPES),
+    plan: tuple[str, ...] = ("auto",),
     output: Path = OUTPUT,
-    write: Annotated[bool, Parameter(negative=())] = False,
+    write: bool = False,
 ):
     """Compile the rows that are missing; of several plans, a row is the fastest that fits."""
     record: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {"rows": []}
@@ -99,27 +106,23 @@ def _table(rows: list[dict]) -> Result:
     for size in _SHAPES:
         for place in V5E + H100:
             mine = [row for row in rows if (row["model"], row["target"]) == (size, place)]
-            best = list(_best(mine))
-            shown += best
-            missing += [] if best else [f"{size} on {place}"]
+            shown += [_best(mine)] if mine else []
+            missing += [] if mine else [f"{size} on {place}"]
     notes = [", ".join(missing)] if missing else []
     return Result(title="weak scaling", rows=shown, notes=notes)
 
 
-def _best(rows: list[dict]) -> Iterator[dict]:
-    """Yields the table's row of one model and target: the fastest plan that fits."""
-    if not rows:
-        return
+def _best(rows: list[dict]) -> dict:
+    """Returns the table's row of one model and target: the fastest plan that fits."""
     fitting = [row for row in rows if row.get("fits")]
     row = min(fitting, key=lambda row: row["step_seconds"]) if fitting else None
     gib = 2**30
     first = {"model": rows[0]["model"], "target": rows[0]["target"], "mesh": rows[0]["mesh"] or "-"}
     if row is None:
         least = min(row.get("least_bytes") or row["peak_bytes"] for row in rows)
-        yield first | {"plan": "none fits", "peak GiB": f"{least / gib:.2f}"}
-        return
+        return first | {"plan": "none fits", "peak GiB": f"{least / gib:.2f}"}
     seconds, sending = row["step_seconds"], row["collective_seconds"]
-    yield first | {
+    return first | {
         "plan": f"`{row['plan']}`",
         "peak GiB": f"{row['peak_bytes'] / gib:.2f}",
         "estimated ms": f"{1e3 * seconds:.0f}",

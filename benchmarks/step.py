@@ -2,8 +2,8 @@
 
     python -m benchmarks.step --output docs/measured/step_h200.json
 
-Every case runs in a fresh process on the same GPU, one after another; a case that the output holds
-already, of the same GPU, is not run again, so a run cut short is resumed by the same command.
+Every case runs in a fresh process on one GPU, one after another. A case that the output already has
+from this GPU is not run again, so the same command resumes a run that was cut short.
 Memory is the most that the allocator held; of PyTorch's, what it reserved is written down too.
 Needs the `peer` extra for PyTorch's side. Exits with 1 if a bound fails.
 """
@@ -11,9 +11,7 @@ Needs the `peer` extra for PyTorch's side. Exits with 1 if a bound fails.
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from cyclopts import Parameter
+from typing import Any, Literal
 
 from benchmarks import cases
 from benchmarks.cases import KEPT, LONG, SHORT
@@ -71,7 +69,7 @@ def step(
     *,
     output: Path | None = None,
     group: Literal["short", "long", "gain"] | None = None,
-    tiny: Annotated[bool, Parameter(negative=())] = False,
+    tiny: bool = False,
 ):
     """Time the step beside PyTorch's; exit with 1 if a bound fails.
 

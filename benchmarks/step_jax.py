@@ -86,7 +86,7 @@ def _profile(step, state, tokens) -> dict[str, float]:
         return by_kind(Path(folder), steps=_PROFILED)
 
 
-# The first that matches names the kind.
+# The first match names the kind.
 _KINDS = (
     ("attention forward", r"(fprop|flash_fwd|sdpa.*fwd)"),
     ("attention backward", r"(bprop|flash_bwd|sdpa.*bwd|cudnn.*(dq|dot_do))"),

@@ -25,7 +25,7 @@ import torch
 from transformers import Qwen3Config, Qwen3Model
 
 from benchmarks.cases import QWEN3
-from experiments.provenance import versions
+from experiments.files import versions
 
 _CHUNK_TOKENS = 1024
 _WARM_UP, _BLOCKS, _STEPS = 3, 5, 4
@@ -33,7 +33,7 @@ _WARM_UP, _BLOCKS, _STEPS = 3, 5, 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is run, or with `prepare` compiled alone; the shape is Qwen3-0.6B's."""
+    """A step of Qwen3-0.6B's shape; with `prepare` it is only compiled."""
 
     batch_size: int
     seq_len: int

@@ -5,8 +5,8 @@
 Qwen3-0.6B's step at 8 x 1024 under a plan (that of `benchmarks.step`), each option in a fresh
 process on top of what a run gets anyway (`experiments/training/compilation.py`). The step without
 one is timed again after every few options: its spread is what a gain has to exceed. An option that
-this XLA does not know is a row with an error. A row that the output has of the same GPU is not run
-again.
+this XLA does not know is a row with an error. A row that the output already has from this GPU is
+not run again.
 """
 
 import os
@@ -49,16 +49,16 @@ OPTIONS = (
 
 def xla_options(
     *,
-    option: Annotated[tuple[str, ...], Parameter(negative=(), allow_leading_hyphen=True)] = OPTIONS,
+    option: Annotated[tuple[str, ...], Parameter(allow_leading_hyphen=True)] = OPTIONS,
     plan: str = KEPT,
     output: Path | None = None,
-    tiny: Annotated[bool, Parameter(negative=())] = False,
+    tiny: bool = False,
 ):
     """Time the step under each option; exit with 1 if none could be timed.
 
     Args:
       option: As in `XLA_FLAGS`; may be given several times.
-      plan: Of the blocks.
+      plan: The plan of the blocks.
       output: JSON file to write, and to go on with.
       tiny: A small model, on any device, to try the script.
     """
@@ -69,9 +69,8 @@ def xla_options(
     known = {one["options"] for one in rows} - {_BASE}
     for options in _turns([one for one in option if one not in known]):
         flags = f"{os.environ.get('XLA_FLAGS', '')} {options}".strip()
-        *_, found = rows_of(
-            "step_jax", about["case"], environment=os.environ | {"XLA_FLAGS": flags}
-        )
+        environment = os.environ | {"XLA_FLAGS": flags}
+        *_, found = rows_of("step_jax", about["case"], environment=environment)
         row = {name: found[name] for name in _NAMES if name in found}
         rows.append(about | {"options": options} | row)
         print(_line(rows[-1]), flush=True)

@@ -2,8 +2,8 @@
 
 python -m experiments.claims        # writes docs/claims.md from docs/claims.md.in
 
-Needs the compilers of the absent chips for what `docs/measured/claims.json` does not hold yet. A
-run that is cut short goes on by the same command.
+Rows that `docs/measured/claims.json` does not hold yet need the compilers of the absent chips. The
+same command goes on with a run that was cut short.
 """
 
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""What every command line here shares: flags over a TOML file over defaults, errors in one line.
+"""What all command lines share: flags over a TOML file over defaults, errors in one line.
 
 A refused command line prints one plain line on stderr, exits with code 2, and has not imported JAX.
-What is refused is a `UserError`; any other error is a fault of the program, with its traceback and
-code 1. `--debug` shows where a line comes from, too.
+A user's mistake is a `UserError`; any other error is a fault of the program, with its traceback and
+code 1. `--debug` shows the traceback of a mistake too.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from cyclopts import (
     App,
@@ -25,6 +25,7 @@ from cyclopts import (
     CycloptsError,
     Group,
     MissingArgumentError,
+    Parameter,
     UnknownOptionError,
     UnusedCliTokensError,
     config,
@@ -37,23 +38,24 @@ from jaxckpt.absent import launch
 from jaxckpt.plans import Plan
 from jaxckpt.plans.errors import CUTOFF, PlanError, UserError
 
+ConfigFile = Annotated[Path | None, Parameter(help="TOML file of settings; flags win over it.")]
 _DEBUG, _HELP_ALL = "--debug", "--help-all"
 _PATIENCE_SECONDS = 0.5
 _EXAMPLES = 3  # in a command's help
 
 
 def main(command: Callable, tokens: Sequence[str] | None = None, *, package: str = "experiments"):
-    """Runs `command` with a command line, and turns what a user got wrong into one line.
+    """Runs `command` with a command line; a user's mistake becomes one line.
 
     Args:
       command: A function named like its module; its parameters are the flags, its docstring the
         help.
       tokens: The command line without the program's name; `sys.argv` by default.
-      package: Where the command's module is.
+      package: The package of the command's module.
 
     Raises:
       SystemExit: With code 2 after an error of the user's, 1 after one that ends a run, 130 or 143
-        where Ctrl-C or SIGTERM did.
+        after Ctrl-C or SIGTERM.
       Exception: A fault of the program.
     """
     given = list(sys.argv[1:] if tokens is None else tokens)
@@ -101,7 +103,7 @@ class _App(App):
         return table.arranged(found, self.word, with_rare=self.with_rare)
 
     def reason(self, error: CycloptsError) -> str:
-        """Returns what is wrong with a command line, with a guess where one is near."""
+        """Returns the fault of a command line, with the nearest guess."""
         if isinstance(error, MissingArgumentError) and error.argument is not None:
             ours = self.assemble_argument_collection(parse_docstring=True)
             argument = next(one for one in ours if one.name == error.argument.name)
@@ -147,16 +149,13 @@ def _app(command: Callable, package: str, *, with_rare: bool) -> _App:
     )
     app.word, app.with_rare = command.__name__, with_rare
     app.default(command)
-    rare = sum(map(_is_rare, app.assemble_argument_collection()))
+    arguments = app.assemble_argument_collection()
+    rare = sum(one.parse and one.parameter.show is False for one in arguments)
     lines = _examples(sys.modules[command.__module__].__doc__ or "")
     lines += [f"{_HELP_ALL} lists {rare} more flags."] if rare else []
     lines += [f"{_DEBUG} prints the traceback of an error above its line."]
     app.help_epilogue = "\n".join(lines)
     return app
-
-
-def _is_rare(argument) -> bool:
-    return argument.parse and argument.parameter.show is False
 
 
 def _spelled(argument) -> str:
@@ -172,13 +171,10 @@ def _examples(text: str) -> list[str]:
     joined = text.replace("\\\n", "")
     lines = [line for line in joined.splitlines() if line.startswith("python -m ")]
     shown = [" ".join(line.partition(" #")[0].split()) for line in lines[:_EXAMPLES]]
-    return ["Examples:", *map(_command_lines, shown), ""] if shown else []
-
-
-def _command_lines(command: str) -> str:
-    """Returns a command over as many lines as a narrow terminal needs, to be copied whole."""
-    lines = textwrap.wrap(command, 72, break_long_words=False, break_on_hyphens=False)
-    return "  " + " \\\n    ".join(lines)
+    # Over as many lines as a narrow terminal needs, to be copied whole.
+    wrap = lambda text: textwrap.wrap(text, 72, break_long_words=False, break_on_hyphens=False)
+    found = ["  " + " \\\n    ".join(wrap(command)) for command in shown]
+    return ["Examples:", *found, ""] if found else []
 
 
 class Terminated(BaseException):
@@ -189,21 +185,21 @@ class Terminated(BaseException):
 def _terminated_in_order():
     """A context that SIGTERM leaves by an exception, so that what is half-written is removed.
 
-    Whoever else has a use for the signal, around or inside, keeps it.
+    A handler of SIGTERM that somebody else has set is kept.
     """
+
+    def terminate(*_):
+        raise Terminated
+
     in_main = threading.current_thread() is threading.main_thread()
     is_free = in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     if is_free:
-        signal.signal(signal.SIGTERM, _terminate)
+        signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     finally:
         if is_free:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _terminate(*_):
-    raise Terminated
 
 
 def fail(error: Exception | str, code: int = 2):
@@ -234,13 +230,9 @@ def _expanded(value: Any, name: str) -> Any:
 
 
 def _file_flags(tokens: Sequence[str], app: _App) -> dict[str, Any]:
-    """Returns the flags that the file named by `--config` sets, over those of `--init`'s model.
+    """Returns the flags that the file named by `--config` sets, over the shape of `--init`'s model.
 
-    Settings of the file that this command has no use for, but another has, are left out.
-
-    Args:
-      tokens: The command line.
-      app: The command.
+    Settings that only other commands use are left out.
     """
     path = _value_of("--config", tokens)
     flags = {} if path is None else load_toml(expanded(Path(path), "config"))

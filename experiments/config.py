@@ -1,4 +1,4 @@
-"""The configuration of a training run: frozen data, its TOML form, and what is wrong with one.
+"""The configuration of a training run: frozen data, its TOML form, and its checks.
 
 Every field is a flag (`batch_size` is `--batch-size`); a TOML file groups them in tables:
 
@@ -11,6 +11,7 @@ Every field is a flag (`batch_size` is `--batch-size`); a TOML file groups them 
 Nothing here imports JAX.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -24,7 +25,7 @@ from cyclopts import Parameter
 
 from jaxckpt.losses.sizes import chunk_positions
 from jaxckpt.models.config import TransformerConfig
-from jaxckpt.models.mesh import MeshError, MeshShape
+from jaxckpt.models.mesh import MeshShape
 from jaxckpt.planner.budgets import given_bytes, host_bytes
 from jaxckpt.plans import Plan
 from jaxckpt.plans.errors import CUTOFF, UserError, nearest
@@ -46,7 +47,8 @@ class ConfigError(UserError, ValueError):
     """A configuration that cannot be run: one line with what is valid and the nearest guess."""
 
 
-def _at_least(config, least: int, *names: str):
+def at_least(config, least: int, *names: str):
+    """Raises `ConfigError` unless these attributes are at least `least`."""
     for name in names:
         if not getattr(config, name) >= least:
             raise ConfigError(f"{name} is {getattr(config, name)}; the least is {least}")
@@ -58,15 +60,20 @@ def _at_most(config, most: int, *names: str):
             raise ConfigError(f"{name} is {getattr(config, name)}; the most is {most}")
 
 
+@contextlib.contextmanager
+def _refusing(start: str = "", end: str = ""):
+    """A context whose `ValueError` becomes a `ConfigError`, with text before and behind its own."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{start}{error}{end}") from None
+
+
 _AnyPath = TypeVar("_AnyPath", str, Path)
 
 
 def expanded(path: _AnyPath, name: str) -> _AnyPath:
-    """Returns a path with `~` as the user's home.
-
-    Args:
-      path: As given; a string may be a glob.
-      name: What it is, for errors.
+    """Returns a path, or a glob, with `~` as the user's home; `name` says what it is, for errors.
 
     Raises:
       ConfigError: There is no home folder, or no record could hold the path's name.
@@ -134,7 +141,7 @@ class OptimizerConfig:
                 f"optimizer {self.kind!r} is not known{nearest(str(self.kind), _BETAS)}; valid: "
                 f"{', '.join(_BETAS)}"
             )
-        _at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "decay_steps")
+        at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "decay_steps")
         if self.moment_dtype not in _STORED:
             raise ConfigError(
                 f"moment_dtype is {self.moment_dtype!r}; valid: {', '.join(_STORED)}"
@@ -166,7 +173,7 @@ class OptimizerConfig:
 
 
 _PATHS = ("init", "data", "out", "compile_cache")
-# What is allowed one command once; a record that held it would allow it for ever.
+# Permissions are for one command; a record that held them would give them for ever.
 PERMISSIONS = ("overwrite", "resume")
 
 
@@ -233,12 +240,12 @@ class TrainConfig:
     init: Path | None = None
     data: str | None = None
     token_dtype: Literal["uint16", "uint32"] = "uint16"
-    pack: Annotated[bool, Parameter(negative="")] = False
+    pack: bool = False
     end_token: int | None = None
     remat: str = "sqrt"
     budget: str | None = None
     host_budget: str | None = None
-    calibrate: Annotated[bool, Parameter(negative="")] = False
+    calibrate: bool = False
     unroll: int = 0
     mesh: str | None = None
     steps: int = 150
@@ -249,29 +256,29 @@ class TrainConfig:
     seq_len: int = 128
     loss_chunk_tokens: int = 0
     z_loss: float = 0.0
-    trainable: Annotated[tuple[str, ...], Parameter(negative="")] = ()
+    trainable: tuple[str, ...] = ()
     seed: int = 0
     validate_every: int = 0
     validation_batches: int = 8
     out: Path | None = None
-    overwrite: Annotated[bool, Parameter(negative="")] = False
-    resume: Annotated[bool, Parameter(negative="")] = False
+    overwrite: bool = False
+    resume: bool = False
     save_every: int = 0
     keep: int = 3
     max_skipped: int = 10
-    explain: Annotated[bool, Parameter(negative="")] = False
-    sample: Annotated[bool, Parameter(negative="")] = False
-    tensorboard: Annotated[bool, Parameter(negative="")] = False
+    explain: bool = False
+    sample: bool = False
+    tensorboard: bool = False
     compile_cache: Path | None = None
 
     def __post_init__(self):
         for name in _PATHS:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, expanded(value, name))
-        _at_least(self, 1, "steps", "batch_size", "seq_len", "validation_batches")
-        _at_least(self, 1, "accumulate", "keep", "max_skipped")
-        _at_least(self, 0, "unroll", "validate_every", "seed", "save_every")
-        _at_least(self, 0, "loss_chunk_tokens", "z_loss")
+        at_least(self, 1, "steps", "batch_size", "seq_len", "validation_batches")
+        at_least(self, 1, "accumulate", "keep", "max_skipped")
+        at_least(self, 0, "unroll", "validate_every", "seed", "save_every")
+        at_least(self, 0, "loss_chunk_tokens", "z_loss")
         _at_most(self, 2**32 - 1, "seed")  # JAX's keys see no more of it
         _at_most(self, 2**31 - 1, "steps", "batch_size", "seq_len")
         if self.batch_size % self.accumulate:
@@ -280,8 +287,9 @@ class TrainConfig:
                 f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}; "
                 f"valid: {', '.join(map(str, parts))}"
             )
-        if self.mesh is not None:
-            self._check_mesh()
+        with _refusing():
+            if self.mesh_shape is not None:
+                self.mesh_shape.check(self.model, self.batch_size, self.accumulate)
         if self.param_dtype not in _STORED:
             raise ConfigError(
                 f"param_dtype is {self.param_dtype!r}; valid: {', '.join(_STORED)}"
@@ -297,22 +305,16 @@ class TrainConfig:
             )
         if self.loss_chunk_tokens:
             rows = self.batch_size // self.accumulate
-            try:
+            with _refusing("loss_"):
                 chunk_positions((rows, self.seq_len), self.loss_chunk_tokens)
-            except ValueError as error:
-                raise ConfigError(f"loss_{error}") from None
         if self.resume and self.overwrite:
             raise ConfigError("--resume goes on with a run, --overwrite replaces it; name one")
         if self.budget is not None and self.budget != "auto":
-            try:
+            with _refusing(end="; auto is all that the device can use"):
                 given_bytes(self.budget)
-            except ValueError as error:
-                raise ConfigError(f"{error}; auto is all that the device can use") from None
         if self.host_budget is not None:
-            try:
+            with _refusing():
                 host_bytes(self.host_budget)
-            except ValueError as error:
-                raise ConfigError(str(error)) from None
         if self.is_auto and self.budget is None:
             raise ConfigError(
                 "plan 'auto' needs a budget: --budget=auto is all that the device can use, "
@@ -332,13 +334,6 @@ class TrainConfig:
                 "--update-in-backward cannot skip a step whose gradients overflow, as float16 "
                 "needs; use --dtype=bfloat16 or float32, or leave it out"
             )
-
-    def _check_mesh(self):
-        try:
-            if self.mesh_shape is not None:
-                self.mesh_shape.check(self.model, self.batch_size, self.accumulate)
-        except MeshError as error:
-            raise ConfigError(str(error)) from None
 
     @property
     def mesh_shape(self) -> MeshShape | None:
@@ -414,9 +409,12 @@ def _other_files(path: Path) -> str:
 
 
 def _flags(table: dict[str, Any], owner: type, place: str):
-    """Yields `(flag, value)` of every key, those of nested tables too."""
+    """Yields `(flag, value)` of every key, in nested tables too."""
     hints = typing.get_type_hints(owner)
+    if {"plan", "remat"} <= table.keys():
+        raise ConfigError(f"{place} sets plan and remat, which are one setting; keep one of them")
     for key, value in table.items():
+        key = "remat" if key == "plan" else key  # as --plan and --remat are one flag
         if key not in hints:
             raise ConfigError(
                 f"{place} has an unknown key {key!r}{nearest(key, hints)}; "

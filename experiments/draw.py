@@ -14,8 +14,7 @@ from cyclopts import Parameter
 from experiments import files, plotting
 from experiments.cli import main
 from experiments.config import ConfigError
-from experiments.drawing import text
-from experiments.drawing.timeline import timeline
+from experiments.drawing.timeline import as_text, timeline
 from jaxckpt.plans import Plan
 
 _BLOCKS = 32
@@ -41,9 +40,9 @@ def draw(
     line = timeline(parsed.bind(blocks or parsed.num_blocks or _BLOCKS))
     if out is None:
         columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        print(text.draw(line, columns))
+        print(as_text(line, columns))
     elif out.suffix.lower() == ".txt":
-        files.write_text(out, f"{text.draw(line)}\n\n{files.MARK}\n")
+        files.write_text(out, f"{as_text(line)}\n\n{files.MARK}\n")
     else:
         from experiments.drawing import figure
 

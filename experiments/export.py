@@ -28,7 +28,7 @@ from jaxckpt.models.config import ModelError, TransformerConfig
 from jaxckpt.plans.errors import nearest
 
 _DTYPES = {"bf16": "bfloat16", "f32": "float32"}
-# What lies beside weights and is the same after training.
+# Files that lie beside weights and do not change by training.
 _COPIED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
@@ -44,47 +44,45 @@ def export(
     shard_gb: Annotated[float, Parameter(help="Largest size of a file, in 1e9 bytes.")] = 5.0,
 ):
     """Write a run's weights as safetensors, with config.json and the tokenizer it started with."""
-    source = _read_run(run)
+    model, init, seq_len = _read_run(run)
     step = _choose_step(run, step)
     if not shard_gb > 0:
         raise ConfigError(f"shard-gb is {shard_gb}; it is above 0, such as 5")
     _check_out(out)
     import_safetensors()
-    content = source.config_json(_DTYPES[dtype])
+    content = _config_json(model, init, seq_len, _DTYPES[dtype])
     try:
         with _whole(out) as folder, _parameters(run, step) as read:
             (folder / CONFIG_JSON).write_text(json.dumps(content, indent=2) + "\n")
-            copied = _copy_beside(source.init, folder)
-            tensors = _tensors(source.model, read, _DTYPES[dtype])
+            beside: Any = init
+            copied = [name for name in _COPIED if beside and (beside / name).is_file()]
+            for name in copied:
+                shutil.copyfile(beside / name, folder / name)
+            tensors = _tensors(model, read, _DTYPES[dtype])
             written = write_shards(folder, tensors, largest_bytes=int(shard_gb * 1e9))
     except OSError as error:
         raise RunError(f"cannot write {out}: {reason(error)}") from None
-    beside = ", ".join(copied) or "no tokenizer: the run started with none"
-    print(f"step {step} of {run} is in {out}: {written} in {dtype}; {beside}")
+    others = ", ".join(copied) or "no tokenizer: the run started with none"
+    print(f"step {step} of {run} is in {out}: {written} in {dtype}; {others}")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Source:
-    """What a run's configuration says: its model, and the folder that it started from."""
-
-    model: TransformerConfig
-    init: Path | None
-    seq_len: int
-
-    def config_json(self, dtype: str) -> dict[str, Any]:
-        """Returns the new `config.json`: of the folder that the run started from, or its own."""
-        try:
-            own = qwen3.config_json(self.model, dtype=dtype, max_positions=self.seq_len)
-        except ModelError as error:
-            raise ConfigError(f"the run's model is no Qwen3: {error}") from None
-        if self.init is None:
-            return own
-        if qwen3.shape(read_shape(self.init)) != qwen3.shape(self.model):
-            raise ConfigError(f"{self.init} is no longer the model that the run started from")
-        return {**own, **read_json(self.init / CONFIG_JSON), "torch_dtype": dtype, "dtype": dtype}
+def _config_json(
+    model: TransformerConfig, init: Path | None, seq_len: int, dtype: str
+) -> dict[str, Any]:
+    """Returns the new `config.json`: of the folder that the run started from, or its own."""
+    try:
+        own = qwen3.config_json(model, dtype=dtype, max_positions=seq_len)
+    except ModelError as error:
+        raise ConfigError(f"the run's model is no Qwen3: {error}") from None
+    if init is None:
+        return own
+    if qwen3.shape(read_shape(init)) != qwen3.shape(model):
+        raise ConfigError(f"{init} is no longer the model that the run started from")
+    return {**own, **read_json(init / CONFIG_JSON), "torch_dtype": dtype, "dtype": dtype}
 
 
-def _read_run(run: Path) -> _Source:
+def _read_run(run: Path) -> tuple[TransformerConfig, Path | None, int]:
+    """Returns a run's model, the folder that it started from, and its tokens per sequence."""
     if not run.is_dir():
         names = [path.name for path in run.parent.glob("*") if path.is_dir()]
         raise ConfigError(
@@ -94,17 +92,13 @@ def _read_run(run: Path) -> _Source:
     if not (run / CONFIG).is_file():
         raise ConfigError(f"{str(run)!r} holds no run of experiments.train: no {CONFIG} in it")
     flags = load_toml(run / CONFIG)
-    fields = {
-        field.name: field.name.replace("_", "-") for field in dataclasses.fields(TransformerConfig)
-    }
+    names = {field.name for field in dataclasses.fields(TransformerConfig)}
+    given = {flag.replace("-", "_"): value for flag, value in flags.items()}
     try:
-        model = TransformerConfig(
-            **{name: flags[flag] for name, flag in fields.items() if flag in flags}
-        )
+        model = TransformerConfig(**{name: given[name] for name in names & given.keys()})
     except ModelError as error:
         raise ConfigError(f"{run / CONFIG}: {error}") from None
-    init = flags.get("init")
-    return _Source(model=model, init=None if init is None else Path(init), seq_len=flags["seq-len"])
+    return model, Path(given["init"]) if "init" in given else None, given["seq_len"]
 
 
 def _choose_step(run: Path, step: int | None) -> int:
@@ -138,15 +132,6 @@ def _whole(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def _copy_beside(init: Path | None, folder: Path) -> list[str]:
-    if init is None:
-        return []
-    found = [name for name in _COPIED if (init / name).is_file()]
-    for name in found:
-        shutil.copyfile(init / name, folder / name)
-    return found
 
 
 @contextlib.contextmanager

@@ -1,26 +1,29 @@
-"""Files and folders that commands write: whole or not at all, and never over anybody else's.
+"""Files and folders that commands write: whole or not at all, and never over somebody else's.
 
 A file says inside who wrote it. So does a folder, by a file of its own in it, which is also what a
 process locks while it writes there: the system lets go of the lock when the process ends, however
 it ends. What does not say so is somebody else's, whatever its name. No JAX import.
 
-Of JSON Lines that a killed process may have torn, `read` returns what can be read and says which
-lines cannot.
+A killed process may have torn a line of a JSON Lines file: `read` returns the whole lines and the
+numbers of the others. `commit` and `versions` are what a record says of its origin.
 """
 
 import contextlib
-import dataclasses
 import errno
+import importlib.metadata
 import itertools
 import json
 import os
+import platform
 import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.config import ConfigError
+from jaxckpt.compatibility import install
 from jaxckpt.compiled.cache import write_whole
 from jaxckpt.plans.errors import nearest
 
@@ -29,6 +32,9 @@ try:
 except ImportError:  # not every system has it
     fcntl = None
 
+ROOT = Path(__file__).parent.parent
+# The packages that decide a run's numbers.
+PACKAGES = ("jaxckpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # In the metadata of a PNG as in a comment of HTML: nothing that either would escape.
 MARK = "Written by a command of jaxckpt, which may replace it"
 MARK_FILE = ".jaxckpt"
@@ -38,15 +44,15 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.
 
 
 def check_output(path: Path, suffixes: tuple[str, ...], mark: str = MARK):
-    """Raises unless a file can be written there, in a form that is known, over nobody else's.
+    """Raises unless a file of a known form can be written without replacing somebody else's.
 
     Args:
       path: The file.
-      suffixes: Endings that are known; empty for any.
+      suffixes: The known endings; empty for any.
       mark: Text near the start or the end of a file that may be replaced; empty for any file.
 
     Raises:
-      ConfigError: Another ending, no such folder, or something there that is not a command's own.
+      ConfigError: Another ending, no such folder, or a file that no command wrote.
     """
     name = str(path)
     if suffixes and path.suffix.lower() not in suffixes:
@@ -81,11 +87,7 @@ def _has(path: Path, mark: str) -> bool:
 
 
 def write_text(path: Path, text: str):
-    """Writes a text file, the whole of it or nothing.
-
-    Raises:
-      ConfigError: It cannot be written.
-    """
+    """Writes a text file, the whole of it or nothing; raises `ConfigError` if it cannot."""
     try:
         write_whole(path, text)
     except OSError as error:
@@ -94,23 +96,21 @@ def write_text(path: Path, text: str):
 
 @contextlib.contextmanager
 def own_folder(folder: Path, command: str, record: str, *, is_new: bool = False) -> Iterator[Path]:
-    """A context in which this process alone writes to a folder, made if it is missing.
+    """A context in which this process alone writes to a folder; yields its absolute path.
 
-    What was made is removed again if nothing has been added to it by the end, also what an earlier
-    process made that was killed before it added something.
+    The folder is made if it is missing. A folder that this process made, or an earlier process that
+    was killed, is removed at the end if nothing was added to it.
 
     Args:
-      folder: Absent, empty, or made by the same command before.
+      folder: A folder that is absent, empty, or made by `command`.
       command: Such as `experiments.train`.
-      record: Name of the file of JSON objects that the command keeps there: in folders from before
-        there were marks, its first line tells whose they are.
+      record: The name of the file of JSON objects that the command keeps in the folder. The first
+        line of this file tells whose folder it is where it has no mark.
       is_new: Take the first free name of `folder`, `folder-2`, ... instead.
 
-    Yields:
-      The folder's absolute path.
-
     Raises:
-      ConfigError: It is somebody else's, another process is writing to it, or it cannot be made.
+      ConfigError: The folder is somebody else's, another process is writing to it, or it cannot be
+        made.
     """
     folder, made = folder.absolute(), []
     try:
@@ -179,16 +179,16 @@ def _make(folder: Path, is_new: bool, made: list[Path]) -> Path:
 
 
 def _remove(made: list[Path]):
-    """Removes folders that are empty."""
     with contextlib.suppress(OSError):  # another process has put something into one
         for path in made:
             path.rmdir()
 
 
 def remove_left(folder: Path, command: str):
-    """Removes a folder of `own_folder` that a process left which has ended.
+    """Removes a folder of `own_folder` that an ended process left.
 
-    Where it is somebody else's, or the system cannot say whether the process has ended, it stays.
+    The folder stays if it is somebody else's, or if the system cannot say whether the process has
+    ended.
     """
     with contextlib.suppress(OSError), (folder / MARK_FILE).open("rb+") as mark:
         if fcntl is not None and mark.read().startswith(_line_of(command)):
@@ -233,19 +233,14 @@ def _lock_file(number: int, folder: Path):
 def is_locked(folder: Path) -> bool:
     """Whether a process is writing to a folder that a command made."""
     try:
-        number = os.open(folder / MARK_FILE, os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        if fcntl is not None:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
+        with (folder / MARK_FILE).open("rb+") as mark:
+            if fcntl is not None:
+                fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:
-        return False
-    finally:
-        os.close(number)
+    except OSError:  # no such file, or no locks
+        pass
+    return False
 
 
 def reason(error: OSError | ValueError) -> str:
@@ -253,24 +248,10 @@ def reason(error: OSError | ValueError) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Lines:
-    """What a file holds.
+def read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """Returns the objects of a JSON Lines file, and the numbers of its broken lines, from 1.
 
-    Attributes:
-      rows: The objects, in order.
-      broken: Numbers of the lines that are no JSON object, from 1.
-    """
-
-    rows: tuple[dict[str, Any], ...]
-    broken: tuple[int, ...]
-
-
-def read(path: Path) -> Lines:
-    """Returns the objects of a file, and which lines are none; empty lines are skipped.
-
-    Raises:
-      OSError: It cannot be read.
+    Empty lines are skipped. Raises `OSError` if the file cannot be read.
     """
     rows, broken = [], []
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -278,7 +259,6 @@ def read(path: Path) -> Lines:
         if not line.strip():
             continue
         try:
-            # NaN and Infinity are no JSON, and a browser would not read them.
             row = json.loads(line, parse_constant=_refuse)
         except (ValueError, RecursionError):
             row = None
@@ -286,8 +266,36 @@ def read(path: Path) -> Lines:
             rows.append(row)
         else:
             broken.append(number)
-    return Lines(rows=tuple(rows), broken=tuple(broken))
+    return rows, broken
 
 
 def _refuse(constant: str):
+    """Refuses NaN and Infinity, which are no JSON and which a browser would not read."""
     raise ValueError(f"{constant} is not JSON")
+
+
+def import_extra(module: str, why: str, extra: str) -> Any:
+    """Returns a module of an extra; raises `ConfigError`, which begins with `why`, without it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ConfigError(f"{why}: {install(extra)}") from None
+
+
+def commit() -> str:
+    """Returns the checkout's commit; "unknown" outside of a checkout."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Returns the versions of Python and of the packages that are installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found

@@ -12,14 +12,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from cyclopts import Parameter
 
 from experiments import files
-from experiments.cli import fail, main
-from experiments.config import ConfigError, TrainConfig, expanded
-from experiments.provenance import versions
+from experiments.cli import ConfigFile, fail, main
+from experiments.config import ConfigError, TrainConfig, at_least, expanded
+from experiments.files import versions
 from jaxckpt.plans import PlanError
 from jaxckpt.targets.target import LOCAL
 
@@ -31,7 +31,7 @@ PLANS += ("attention", "full", "sqrt", "log")
 @Parameter(name="*")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitFlags:
-    """What is asked about a configuration.
+    """Targets, plans and sizes to compile a configuration for.
 
     Attributes:
       target: local for the chip of this machine, or one you do not have (v5e-1, h100, ...);
@@ -43,15 +43,14 @@ class FitFlags:
       parallel: Compilations at once, each in a process of its own.
     """
 
-    target: Annotated[tuple[str, ...], Parameter(negative="")] = ("local",)
-    plan: Annotated[tuple[str, ...], Parameter(negative="")] = ()
+    target: tuple[str, ...] = ("local",)
+    plan: tuple[str, ...] = ()
     max: Literal["batch-size", "seq-len"] | None = None
     json: Path | None = None
     parallel: int = 2
 
     def __post_init__(self):
-        if self.parallel < 1:
-            raise ConfigError(f"parallel is {self.parallel}; the least is 1")
+        at_least(self, 1, "parallel")
         if self.json is not None:
             object.__setattr__(self, "json", expanded(self.json, "json"))
             files.check_output(self.json, ())
@@ -61,9 +60,7 @@ def fit(
     flags: FitFlags = FitFlags(),
     settings: TrainConfig = TrainConfig(),
     *,
-    config: Annotated[
-        Path | None, Parameter(help="TOML file of settings; flags win over it.")
-    ] = None,
+    config: ConfigFile = None,
 ):
     """Compile the train step under plans and for targets; print which fit and how fast they are."""
     del config  # read before the other flags were parsed; see experiments.cli
@@ -93,7 +90,13 @@ def fit(
     if len(failed) < len(rows) or len(rows) > 1:
         table.show(rows, settings, flags.max)
     if settings.explain:
-        _explain([row for row in rows if row not in failed])
+        from experiments.training.build import build
+        from experiments.training.plan_checks import explained
+
+        shown = [row for row in rows if row not in failed]
+        for row in (row for row in shown if row.target == shown[0].target):
+            for text in explained(build(row.config, row.target)):
+                print(f"\n{text}")
     if flags.json is not None:
         command = shlex.join(["python", "-m", "experiments.fit", *sys.argv[1:]])
         content = {"origin": files.MARK, "schema": 1, "command": command}
@@ -109,7 +112,7 @@ def fit(
 
 
 def _failure(failed: Sequence, count: int) -> str:
-    """Returns what is said at the end of rows that came to nothing; a lone one says why itself."""
+    """Returns the last line about failed rows; a single row says itself why it failed."""
     if count == 1:
         only = failed[0]
         place = "" if only.infeasible else f"{only.config.remat} on {only.target}: "
@@ -125,26 +128,13 @@ def _failure(failed: Sequence, count: int) -> str:
 
 def _cases(settings: TrainConfig, flags: FitFlags) -> list[tuple[TrainConfig, str]]:
     """Returns each plan's configuration with each target, checked before anything compiles."""
-    found = []
-    plans = flags.plan or PLANS
-    for target in flags.target:
-        for plan in plans:
-            config = dataclasses.replace(settings, remat=plan)
-            config.plan  # noqa: B018  raises PlanError
-            found.append((config, target))
+    configs = [dataclasses.replace(settings, remat=plan) for plan in flags.plan or PLANS]
+    for config in configs:
+        _ = config.plan  # raises PlanError
+    found = [(config, target) for target in flags.target for config in configs]
     if len(set(found)) < len(found):
         raise PlanError("a plan or a target is given twice")
     return found
-
-
-def _explain(rows: Sequence):
-    """Prints a table of one block's residuals for each stage of each plan."""
-    from experiments.training.build import build
-    from experiments.training.plan_checks import explained
-
-    for row in (row for row in rows if row.target == rows[0].target):
-        for text in explained(build(row.config, row.target)):
-            print(f"\n{text}")
 
 
 if __name__ == "__main__":

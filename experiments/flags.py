@@ -1,8 +1,9 @@
 """The table of flags: which commands use a flag, and where help shows it. No JAX import.
 
-A flag is a parameter of a command, so its type and its text stand where it is declared. Here stands
-what one command's flags say beside another's: `--plan` and `--remat` are one flag everywhere, a
-flag that a command has no use for is refused, and rare flags are shown by `--help-all` alone.
+A flag is a parameter of a command, so its type and its text stand where it is declared. This table
+is about all commands together: `--plan` and `--remat` are one flag, a flag that a command does not
+use is refused, only a flag that is on by default has a form `--no-`, and rare flags are shown by
+`--help-all` alone.
 """
 
 import re
@@ -53,7 +54,7 @@ RARE = frozenset({
     *("decay-steps", "weight-decay", "clip-norm", "beta1", "beta2", "z-loss"),
     *("end-token", "token-dtype", "keep", "validation-batches", "max-skipped", "join-seconds"),
 })  # fmt: skip
-# Who uses a setting of a run that is not for all of `train`, `fit` and `sweep`.
+# The users of settings that not all of `train`, `fit` and `sweep` use.
 _TRAIN, _RUNS, _STEPS = ("train",), ("train", "sweep"), ("train", "fit")
 USED_BY = {
     **dict.fromkeys(("data", "token-dtype", "end-token", "validate-every", "max-skipped"), _RUNS),
@@ -66,23 +67,12 @@ PLAN_NAMES = ("--plan", "--remat")  # of one flag
 
 
 def is_used(flag: str, command: str) -> bool:
-    """Whether a command has a use for a setting of a run.
-
-    Args:
-      flag: Without dashes, such as `save-every`.
-      command: The last part of its module's name, such as `fit`.
-    """
+    """Whether a command, such as `fit`, has a use for a run's setting, such as `save-every`."""
     return command not in _SETTINGS or command in USED_BY.get(flag, _SETTINGS)
 
 
 def arranged(found: ArgumentCollection, command: str, *, with_rare: bool) -> ArgumentCollection:
-    """Returns a command's arguments as the table says: used, named, ordered and shown.
-
-    Args:
-      found: As its signature and its docstrings say.
-      command: The last part of its module's name.
-      with_rare: Whether help shows the rare ones.
-    """
+    """Returns a command's arguments as the table says: used, named, ordered and shown."""
     place = {flag: n for n, flag in enumerate(flag for row in PANELS.values() for flag in row)}
     panels = {
         flag: Group(title, sort_key=number)
@@ -95,12 +85,14 @@ def arranged(found: ArgumentCollection, command: str, *, with_rare: bool) -> Arg
             continue
         flag = "plan" if _is_plan(argument) else _flag(argument)
         changes: dict[str, Any] = {"show_default": _default(argument.field_info.default)}
+        if argument.field_info.default is not True:
+            changes["negative"] = ()  # only a flag that is on by default has a form --no-flag
         if argument.parameter.help:
             changes["help"] = _plain(argument.parameter.help, place)
         if command in _SETTINGS and argument.keys and not is_used(flag, command):
             changes["parse"] = False
         if flag == "plan":
-            # Who has plans of its own has no use for a run's single one.
+            # A command that compares plans does not use a run's single plan.
             is_single = argument.field_info.name == "remat"
             changes |= {"parse": own_plan or not is_single, "name": PLAN_NAMES}
         if flag in panels and command in _SETTINGS:

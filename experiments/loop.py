@@ -67,12 +67,9 @@ def loop(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """Something to train.
+    """Something to train: first weights, `loss(weights, key, scan)`, and Adam's rate.
 
-    Attributes:
-      weights: Where it starts.
-      loss: `loss(weights, key, scan)`, a scalar; `scan` is `lax.scan` or its like.
-      rate: Adam's.
+    `scan` is `lax.scan` or a function like it.
     """
 
     weights: Any
@@ -126,9 +123,8 @@ def diffusion(length: int) -> Task:
         return scan(step, rod, None, length)[1]
 
     wanted = simulate(0.4, lax.scan)
-    loss = lambda weights, key, scan: (
-        1e3 * ((simulate(weights["speed"], scan) - wanted) ** 2).mean()
-    )
+    error = lambda speed, scan: ((simulate(speed, scan) - wanted) ** 2).mean()
+    loss = lambda weights, key, scan: 1e3 * error(weights["speed"], scan)
     return Task(weights={"speed": jnp.float32(0.1)}, loss=loss, rate=1e-2)
 
 
@@ -183,7 +179,6 @@ def nested(f, init, xs=None, length: int = 0):
 
 
 def _figure(task: str, plan: Plan, lengths: list[int]):
-    """Returns memory against the number of steps."""
     import jax
     from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]  an extra
 

@@ -1,11 +1,10 @@
-"""What every figure here shares: matplotlib when it is there, and colours."""
+"""What all figures share: matplotlib, if it is installed, and colours."""
 
 import io
 from pathlib import Path
 
 from experiments import files
 from experiments.config import ConfigError
-from jaxckpt.compatibility import install
 
 # The colours of Okabe and Ito (2008), told apart with every kind of colour blindness.
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -15,26 +14,15 @@ FIGURES = (".svg", ".png")
 
 
 def import_matplotlib():
-    """Returns `matplotlib`, drawing to files alone.
-
-    Raises:
-      ConfigError: It is not installed.
-    """
-    try:
-        import matplotlib  # pyright: ignore[reportMissingImports]  an extra
-    except ImportError:
-        raise ConfigError(f"figures need matplotlib: {install('plot')}") from None
+    """Returns `matplotlib`, drawing to files alone; raises `ConfigError` without it."""
+    matplotlib = files.import_extra("matplotlib", "figures need matplotlib", "plot")
     # Text of an SVG stays text, and the same figure is the same file.
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "jaxckpt"})
     return matplotlib
 
 
 def save(figure, path: Path):
-    """Writes a figure as PNG or SVG, the whole of it or nothing.
-
-    Raises:
-      ConfigError: It cannot be written.
-    """
+    """Writes a whole figure as PNG or SVG, or nothing; raises `ConfigError` if it cannot."""
     kind = path.suffix.lower().removeprefix(".")
     metadata = {"Date": None, "Creator": files.MARK} if kind == "svg" else {"Software": files.MARK}
     drawn = io.BytesIO()

@@ -20,7 +20,7 @@ from experiments.training.display import waiting
 def report(
     runs: Annotated[
         tuple[Path, ...],
-        Parameter(help="Folders of sweeps and of runs, or folders of those.", negative=""),
+        Parameter(help="Folders of sweeps and of runs, or folders of those."),
     ] = (),
     *,
     out: Annotated[Path, Parameter(name=("--out", "-o"), help="HTML file to write.")],

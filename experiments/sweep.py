@@ -5,8 +5,8 @@ python -m experiments.sweep --config configs/qwen3_0p6b.toml --target h100 --pla
   --budget 20GiB -o sweeps/qwen3
 python -m experiments.report sweeps/small -o report.html
 
-Every row runs in a process of its own, so that its memory is its own. The same command goes on
-where a sweep was stopped: rows that are done are kept, rows that failed are tried again.
+Every row runs in a process of its own, so that it measures its own memory. The same command goes on
+with a sweep that was stopped: finished rows are kept, failed rows are tried again.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from experiments.cli import main
-from experiments.config import ConfigError, TrainConfig, absolute
+from experiments.cli import ConfigFile, main
+from experiments.config import ConfigError, TrainConfig, absolute, at_least
 from experiments.files import own_folder
 from experiments.sweeping.case import LOCAL, Case
-from experiments.sweeping.rows import ROWS
+from experiments.sweeping.running import ROWS, run_all
 from jaxckpt.plans import Plan, PlanError
 
 # Each is a way of spending memory that fits any stack, from the largest to the smallest.
@@ -32,7 +32,7 @@ PLANS = ("none", "dots_no_batch", "attention", "full", "sqrt", "log")
 @Parameter(name="*")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepFlags:
-    """What is swept.
+    """The rows of a sweep: plans, depths and targets.
 
     Attributes:
       plan: A checkpointing plan; repeat the flag for more. By default none, dots_no_batch,
@@ -43,14 +43,13 @@ class SweepFlags:
       run_steps: Training steps of each plan on local.
     """
 
-    plan: Annotated[tuple[str, ...], Parameter(negative="")] = ()
-    depth: Annotated[tuple[int, ...], Parameter(negative="")] = ()
-    target: Annotated[tuple[str, ...], Parameter(negative="")] = (LOCAL,)
+    plan: tuple[str, ...] = ()
+    depth: tuple[int, ...] = ()
+    target: tuple[str, ...] = (LOCAL,)
     run_steps: int = 10
 
     def __post_init__(self):
-        if self.run_steps < 1:
-            raise ConfigError(f"run_steps is {self.run_steps}; the least is 1")
+        at_least(self, 1, "run_steps")
         for depth in self.depth:
             if depth < 1:
                 raise ConfigError(f"depth is {depth}; the least is 1")
@@ -59,14 +58,14 @@ class SweepFlags:
 @Parameter(name="*")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepSettings(TrainConfig):
-    """The settings that all rows share: those of a run, but for what is swept or a run's alone.
+    """The settings that all rows share: a run's settings without its depth, plan and folder.
 
     Attributes:
       budget: Memory limit per device, e.g. 15GiB; repeat the flag for more. Each adds a row of plan
         auto.
     """
 
-    budget: Annotated[tuple[str, ...], Parameter(negative="")] = ()
+    budget: tuple[str, ...] = ()
     remat: str = "none"
 
     def __post_init__(self):
@@ -91,14 +90,12 @@ def sweep(
     settings: SweepSettings = SweepSettings(),
     *,
     folder: Annotated[Path, Parameter(name=("--folder", "-o"), help="Folder for the rows.")],
-    config: Annotated[
-        Path | None, Parameter(help="TOML file of settings; flags win over it.")
-    ] = None,
+    config: ConfigFile = None,
 ):
     """Run a row for each plan, depth and target; rows that a folder holds already are kept."""
     del config  # read before the other flags were parsed; see experiments.cli
     from experiments.fitting.measuring import check_targets
-    from experiments.training.corpus import corpus_of
+    from experiments.train import corpus_of
     from experiments.training.display import waiting
 
     cases = _cases(flags, settings)
@@ -108,8 +105,6 @@ def sweep(
             # What would be wrong with every run is said before the first.
             with waiting("reading the data"):
                 corpus_of(settings.with_plan("none"))
-        from experiments.sweeping.running import run_all
-
         command = shlex.join(["python", "-m", "experiments.sweep", *sys.argv[1:]])
         run_all(cases, folder, command=command)
 
@@ -120,15 +115,16 @@ def _cases(flags: SweepFlags, settings: SweepSettings) -> list[Case]:
     plans = [plan for plan in flags.plan or PLANS if not (plan == "auto" and settings.budget)]
     asked = [(plan, None) for plan in plans]
     asked += [("auto", budget) for budget in settings.budget]
-    found = [
-        Case(
-            config=settings.with_plan(plan, budget, num_blocks=depth),
-            target=target,
-            run_steps=flags.run_steps,
-        )
-        for target in flags.target
-        for depth in flags.depth or _usual_depths(plans, settings.model.num_blocks)
+    depths = flags.depth or _usual_depths(plans, settings.model.num_blocks)
+    configs = [
+        settings.with_plan(plan, budget, num_blocks=depth)
+        for depth in depths
         for plan, budget in asked
+    ]
+    found = [
+        Case(config=config, target=target, run_steps=flags.run_steps)
+        for target in flags.target
+        for config in configs
     ]
     for case in found:
         _ = case.config.plan  # raises PlanError

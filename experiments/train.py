@@ -5,28 +5,22 @@ python -m experiments.train --config configs/small.toml --steps 50 --remat=unifo
 python -m experiments.train --init Qwen3-0.6B --data notes/ --remat=attention --steps 50
 """
 
-from pathlib import Path
-from typing import Annotated
-
-from cyclopts import Parameter
-
-from experiments.cli import main
+from experiments.cli import ConfigFile, main
 from experiments.config import TrainConfig
+from experiments.data import check_corpus, check_grain, load_corpus
 from experiments.processes.flags import ProcessFlags
 from experiments.processes.join import joined
+from experiments.weights.load import check_init, end_token
 
 
 def train(
     settings: TrainConfig = TrainConfig(),
     processes: ProcessFlags = ProcessFlags(),
     *,
-    config: Annotated[
-        Path | None, Parameter(help="TOML file of settings; flags win over it.")
-    ] = None,
+    config: ConfigFile = None,
 ):
     """Train a Transformer under a checkpointing plan, and say what memory a step takes."""
     from experiments.training.choose_plan import check_calibrated
-    from experiments.training.corpus import corpus_of
     from experiments.training.display import waiting
     from experiments.training.record import check_tensorboard, run_folder
 
@@ -44,7 +38,30 @@ def train(
 
             stopped_by = run(settings, corpus, folder)
     if stopped_by is not None:
-        raise SystemExit(128 + stopped_by)  # it is not done, and what comes after it shall know
+        raise SystemExit(128 + stopped_by)  # not done: a script that goes on after it has to know
+
+
+def corpus_of(config: TrainConfig):
+    """Returns a run's corpus, read with the tokenizer of its weights, and checked.
+
+    Raises:
+      ConfigError: Weights are missing or do not fit the model.
+      DataError: A corpus is missing, too short, or has tokens that the model lacks; or packing
+        lacks grain.
+    """
+    tokenizer = check_init(config)
+    if config.pack:
+        check_grain()
+    corpus = load_corpus(
+        config.data,
+        token_dtype=config.token_dtype,
+        tokenizer=tokenizer,
+        pack=config.pack,
+        end_token=end_token(config),
+        vocab_size=config.model.vocab_size,
+    )
+    check_corpus(corpus, seq_len=config.seq_len, vocab_size=config.model.vocab_size)
+    return corpus
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ class Stack(nn.Module):
 
         Args:
           carry: The first block's input, any pytree of arrays; `block(carry, *consts, **named)`
-            returns a carry of the same structure, shapes and dtypes.
+            returns a carry with this structure, these shapes and these dtypes.
           *consts: Handed to every block. Arrays get gradients; Python values, such as `True`, stay
             Python values.
           **named: Keyword arguments for every block, such as `deterministic=True`.
@@ -263,7 +263,7 @@ def remat(
     stage = plan.stages[0]
     if stage.offloads_carry:
         raise PlanError("offload:carry needs the blocks' inputs; linen.Stack takes it")
-    if stage.schedule == "none":
+    if stage.schedule == "none" and not plan.graph:
         return block
     static = [static_argnums] if isinstance(static_argnums, int) else static_argnums
     made: Any = lift_transform(

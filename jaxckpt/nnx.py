@@ -113,7 +113,7 @@ class Stack(nn.Module):
 
         Args:
           carry: The first block's input, any pytree of arrays; `block(carry, *consts, **named)`
-            returns a carry of the same structure, shapes and dtypes.
+            returns a carry with this structure, these shapes and these dtypes.
           *consts: Handed to every block. Arrays get gradients; Python values, such as `True`, stay
             Python values.
           **named: Keyword arguments for every block, such as `deterministic=True`. The streams of
@@ -453,8 +453,8 @@ def _changed(call: Callable, carry, row: list, each, wholes: list) -> tuple[list
       wholes: Every layer, with what all are handed.
 
     Returns:
-      The places of the variables that all layers share, and the places of those that each layer
-      has for itself.
+      The places of the variables that all layers share, and the places of the variables of which
+      each layer has its own.
 
     Raises:
       ValueError: The carry changes, or some of the layers share what they change.

@@ -34,6 +34,7 @@ def test_the_documented_table_names_the_command_that_made_it():
     assert "| NO |" not in table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "part",
     [
@@ -153,6 +154,7 @@ def test_the_process_of_a_part_is_there(module):
     assert any(f'"{module}"' in text for text in sources)
 
 
+@pytest.mark.slow
 def test_a_tiny_step_is_timed(capfd):
     """What `step`, `xla_options` and `peaks` are handed by its process."""
     case = cases.tiny(cases.SHORT) | {"plan": "full"}

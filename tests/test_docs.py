@@ -18,11 +18,13 @@ import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = (
-    *("coming_from", "glossary", "layers", "loops", "peak", "planner", "start"),
+    *("any_function", "coming_from", "glossary", "index", "layers", "loops", "peak", "planner"),
+    "start",
     *("troubleshooting", "your_own_model"),
     *(f"api/{path.stem}" for path in sorted(DOCS.glob("api/*.md"))),
 )
 _HEAVY = (pytest.param("many_chips", marks=pytest.mark.heavy),)
+_QUICK = ("api/plans", "api/schedules", "glossary", "index", "peak")
 # Numbers that pages show were printed by this JAX.
 PRINTED_BY = "0.10.2"
 _BLOCK = re.compile(
@@ -79,7 +81,13 @@ def run(text: str, path: Path, module: types.ModuleType):
         assert not found, f"{path.name}:{code.count(chr(10))}: {found}"
 
 
-@pytest.mark.parametrize("page", [*PAGES, *_HEAVY])
+@pytest.mark.parametrize(
+    "page",
+    [
+        *(one if one in _QUICK else pytest.param(one, marks=pytest.mark.slow) for one in PAGES),
+        *_HEAVY,
+    ],
+)
 def test_page_runs(page, monkeypatch):
     path = DOCS / f"{page}.md"
     text = path.read_text()

@@ -190,10 +190,10 @@ def test_an_adapter_is_a_file():
 
 
 def test_contributing_says_where_things_are():
-    """Ten questions, each with a file that says in its first line what it is for."""
+    """Ten questions and more, each with a file that says in its first line what it is for."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     answers = re.findall(r"^\| .+\? \| `(.+)` \|$", text, re.MULTILINE)
-    assert len(answers) == 10
+    assert len(answers) >= 10
     for name in answers:
         assert ast.get_docstring(ast.parse((ROOT / name).read_text())), name
     for name in re.findall(r"`((?:jaxckpt|tests|experiments)/[\w./]+)`", text):

@@ -8,6 +8,7 @@ from benchmarks import loops, tables
 from experiments.cli import main
 
 
+@pytest.mark.slow
 def test_a_small_run_leaves_its_rows(tmp_path, capsys):
     output = tmp_path / "loops.json"
     flags = ["--length=20", "--side=8", "--method=sqrt", "--method=uniform", "--method=binomial:16"]

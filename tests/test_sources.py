@@ -51,6 +51,7 @@ def test_another_checkouts_file_is_shown_as_this_ones(monkeypatch, tmp_path):
     assert shown(f"/somewhere/else/{line}") == ""
 
 
+@pytest.mark.slow
 def test_a_default_run_names_lines_of_the_model():
     from experiments.config import TrainConfig
     from experiments.training.build import build

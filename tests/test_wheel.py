@@ -53,6 +53,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(site):
     ]
 
 
+@pytest.mark.slow
 def test_the_wheel_trains(site, tmp_path):
     code = (
         "import jax, jax.numpy as jnp, jaxckpt\n"

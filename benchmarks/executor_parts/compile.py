@@ -13,7 +13,7 @@ from benchmarks.result import Result, Row
 
 PLANS = ("sqrt", "log", "binomial:8", "uniform:4")
 SHORT, LONG = 16, 1024
-SHAPE = nested.Shape(tokens=32, width=128, blocks=1, sequence=16)
+SHAPE = nested.Shape(tokens=32, width=128, blocks=2, sequence=16)
 RATIO = 1.3
 
 

@@ -16,6 +16,7 @@ from benchmarks.result import Result, Row
 
 PLANS = ("sqrt", "log", "binomial:4", "uniform:4")
 NUM_BLOCKS, WIDTH, BATCH = 32, 512, 8
+WEIGHT_BYTES = 4 * NUM_BLOCKS * WIDTH**2
 BLOCKS_ALLOWED = 4  # weights of one block, its gradient, and what a matmul packs of them
 
 
@@ -25,16 +26,11 @@ def run(quick: bool = False) -> Result:
     rows = [measure(plan, step) for plan in plans for step in (False, True)]
     rows += [measure(plan, False, nested=True) for plan in plans if plan in ("sqrt", "uniform:4")]
     return Result(
-        title=f"copies: MiB of temporaries beside {weight_bytes() >> 20} MiB of stacked weights",
+        title=f"copies: MiB of temporaries beside {WEIGHT_BYTES >> 20} MiB of stacked weights",
         rows=rows,
         table=[table_row(row) for row in rows],
         failures=check(rows),
     )
-
-
-def weight_bytes() -> int:
-    """Returns the bytes of the stacked weights."""
-    return 4 * NUM_BLOCKS * WIDTH**2
 
 
 def measure(plan: str, step: bool, nested: bool = False) -> Row:
@@ -60,7 +56,7 @@ def measure(plan: str, step: bool, nested: bool = False) -> Row:
         "run by": "nested" if nested else "executor",
         "gradients": "inside a step" if step else "outputs",
         "temp_bytes": stacks.temp_bytes(compiled),
-        "allowed_bytes": None if nested else allowed + (weight_bytes() if step else 0),
+        "allowed_bytes": None if nested else allowed + (WEIGHT_BYTES if step else 0),
         "copies": None if nested else count_copies(compiled.as_text() or ""),
     }
 
@@ -74,9 +70,9 @@ def count_copies(module: str) -> int:
 def table_row(row: Row) -> Row:
     """Returns the row with sizes in MiB."""
     mib = lambda size: None if size is None else f"{size / 2**20:.2f}"
-    sizes = {"temp": mib(row["temp_bytes"]), "at most": mib(row["allowed_bytes"])}
-    names = ("plan", "run by", "gradients")
-    return {**{name: row[name] for name in names}, **sizes, "copies": row["copies"]}
+    shown = {name: row[name] for name in ("plan", "run by", "gradients")}
+    shown |= {"temp": mib(row["temp_bytes"]), "at most": mib(row["allowed_bytes"])}
+    return shown | {"copies": row["copies"]}
 
 
 def check(rows: list[Row]) -> list[str]:

@@ -4,6 +4,7 @@ Under a loss the last block is run in the forward pass and recorded in the backw
 evaluation beyond the schedule's. `uniform` and `every` keep the last segment and have none.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -34,10 +35,7 @@ def measure(num_blocks: int) -> Iterator[Row]:
     for plan in (*others, *(f"binomial:{c}" for c in range(1, num_blocks))):
         schedule = stacks.schedule(plan, num_blocks)
         want = list(schedule.counts.evaluations)
-        stack = lambda block, params, carry, plan=plan: jaxckpt.scan_blocks(
-            block, params, carry, remat=plan
-        )
-        counted = count(stack, num_blocks)
+        counted = count(functools.partial(jaxckpt.scan_blocks, remat=plan), num_blocks)
         yield {
             "L": num_blocks,
             "plan": plan,
@@ -83,12 +81,11 @@ def summary(rows: list[Row]) -> Iterator[Row]:
         groups.setdefault((row["L"], row["plan"].partition(":")[0]), []).append(row)
     for (num_blocks, schedule), cases in groups.items():
         as_expected = [r["evaluated"] == r["expected"] and r["each_block"] for r in cases]
-        extremes = sorted(row["evaluated"] for row in cases)
         yield {
             "L": num_blocks,
             "schedule": schedule,
             "plans": len(cases),
-            "fewest": extremes[0],
-            "most": extremes[-1],
+            "fewest": min(row["evaluated"] for row in cases),
+            "most": max(row["evaluated"] for row in cases),
             "as the schedule says": f"{sum(as_expected)} of {len(cases)}",
         }

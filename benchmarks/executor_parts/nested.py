@@ -8,7 +8,7 @@ segment more; the table counts them. The executor against itself shows how much 
 chance.
 """
 
-import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -19,24 +19,13 @@ import jax.numpy as jnp
 from jax import lax
 
 import jaxckpt
+from benchmarks.cases import Shape
 from benchmarks.executor_parts import evaluations, stacks
 from benchmarks.result import Result, Row
 from jaxckpt.models.config import TransformerConfig
 from jaxckpt.models.transformer import Block, rotary_table
 
 RATIO = 1.02  # of times on an accelerator; a shared CPU's differ by as much from run to run
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Shape:
-    """Sizes of the stack, as the command line has them; a sequence has `tokens` at most."""
-
-    tokens: int = 1024
-    width: int = 256
-    blocks: int = 16
-    dtype: str = "f32"
-    sequence: int = 256
-    pairs: int = 7
 
 
 QUICK = Shape(tokens=32, width=128, blocks=4, sequence=16, pairs=2)
@@ -61,13 +50,11 @@ def run(quick: bool = False, shape: Shape | None = None) -> Result:
 
 def measure(plan: str, shape: Shape) -> list[Row]:
     """Returns a row for each rival under a plan."""
-    ours = lambda block, params, x: jaxckpt.scan_blocks(block, params, x, remat=plan)
+    ours = functools.partial(jaxckpt.scan_blocks, remat=plan)
     rivals = {
         "itself": ours,
-        "nested=True": lambda block, params, x: jaxckpt.scan_blocks(
-            block, params, x, remat=plan, nested=True
-        ),
-        "by hand": lambda block, params, x: two_level(block, params, x, plan),
+        "nested=True": functools.partial(ours, nested=True),
+        "by hand": functools.partial(two_level, plan=plan),
     }
     block, args = transformer(shape)
     executor = compiled(ours, block, args)
@@ -76,20 +63,13 @@ def measure(plan: str, shape: Shape) -> list[Row]:
         rival = executor if stack is ours else compiled(stack, block, args)
         ours_seconds, rival_seconds = paired_seconds(executor, rival, args, shape.pairs)
         ratios = [a / b for a, b in zip(ours_seconds, rival_seconds, strict=True)]
-        rows.append(
-            {
-                "plan": plan,
-                "rival": name,
-                "executor_evaluations": sum(evaluations.count(ours, shape.blocks)),
-                "rival_evaluations": sum(evaluations.count(stack, shape.blocks)),
-                "executor_temp_bytes": stacks.temp_bytes(executor),
-                "rival_temp_bytes": stacks.temp_bytes(rival),
-                "executor_seconds": statistics.median(ours_seconds),
-                "rival_seconds": statistics.median(rival_seconds),
-                "ratio": statistics.median(ratios),
-                "ratios": ratios,
-            }
-        )
+        row: Row = {"plan": plan, "rival": name}
+        sides = (("executor", ours, executor, ours_seconds), ("rival", stack, rival, rival_seconds))
+        for who, run, executable, seconds in sides:
+            row[f"{who}_evaluations"] = sum(evaluations.count(run, shape.blocks))
+            row[f"{who}_temp_bytes"] = stacks.temp_bytes(executable)
+            row[f"{who}_seconds"] = statistics.median(seconds)
+        rows.append(row | {"ratio": statistics.median(ratios), "ratios": ratios})
     return rows
 
 
@@ -121,7 +101,6 @@ def two_level(block: Callable, params, carry, plan: str):
 
 def transformer(shape: Shape):
     """Returns `(block, (params, x))`: one Transformer block as a function, and its stack."""
-    dtype: Any = shape.dtype  # the configuration checks it
     config = TransformerConfig(
         num_blocks=shape.blocks,
         d_model=shape.width,
@@ -129,7 +108,7 @@ def transformer(shape: Shape):
         num_kv_heads=shape.width // 128,
         head_dim=128,
         d_ff=3 * shape.width,
-        dtype=dtype,
+        dtype=shape.dtype,
     )
     sequence = min(shape.sequence, shape.tokens)
     module, rotary = Block(config), rotary_table(sequence, config.head_dim, config.rope_theta)
@@ -148,22 +127,19 @@ def compiled(stack: Callable, block: Callable, args):
 
 def paired_seconds(first, second, args, pairs: int) -> tuple[list[float], list[float]]:
     """Returns the seconds of both, run in turns after a warm-up; every other pair is swapped."""
-    times: dict[int, list[float]] = {0: [], 1: []}
-    executables = (first, second)
+    timed: list[tuple[Any, list[float]]] = [(first, []), (second, [])]
     for number in range(pairs + 1):
-        for which in (0, 1) if number % 2 else (1, 0):
+        for executable, seconds in timed if number % 2 else reversed(timed):
             start = time.perf_counter()
-            jax.block_until_ready(executables[which](*args))
+            jax.block_until_ready(executable(*args))
             if number:
-                times[which].append(time.perf_counter() - start)
-    return times[0], times[1]
+                seconds.append(time.perf_counter() - start)
+    return timed[0][1], timed[1][1]
 
 
 def table_row(row: Row) -> Row:
     """Returns the row with sizes in MiB and times in milliseconds, the executor's first."""
-    both = lambda name, form: " / ".join(
-        form(row[f"{who}_{name}"]) for who in ("executor", "rival")
-    )
+    both = lambda name, form: f"{form(row[f'executor_{name}'])} / {form(row[f'rival_{name}'])}"
     return {
         "plan": row["plan"],
         "rival": row["rival"],

@@ -101,28 +101,15 @@ def fit(rows: list[Row]) -> list[Row]:
             name, function, least, most = _FITS[plan]
             value = function(*map(np.array, zip(*points, strict=True)))
             passed = least <= value <= most
-            fits.append(
-                {"target": target, "plan": plan, "fitted": name, "value": value}
-                | {"bound": _bound(least, most), "passed": passed}
-            )
+            bound = f"at most {most:g}" if least == -math.inf else f"{least:g} to {most:g}"
+            row = {"target": target, "plan": plan, "fitted": name, "value": value}
+            fits.append(row | {"bound": bound, "passed": passed})
     return fits
 
 
-def _bound(least: float, most: float) -> str:
-    return f"at most {most:g}" if least == -math.inf else f"{least:g} to {most:g}"
-
-
-def _slope(lengths, carries) -> float:
-    return float(np.polyfit(lengths, carries, 1)[0])
-
-
-def _log_log_slope(lengths, carries) -> float:
-    return float(np.polyfit(np.log(lengths), np.log(carries), 1)[0])
-
-
-def _a_doubling(lengths, carries) -> float:
-    return float(np.max(np.diff(carries) / np.diff(np.log2(lengths))))
-
+_slope = lambda lengths, carries: float(np.polyfit(lengths, carries, 1)[0])
+_log_log_slope = lambda lengths, carries: _slope(np.log(lengths), np.log(carries))
+_a_doubling = lambda lengths, carries: float(np.max(np.diff(carries) / np.diff(np.log2(lengths))))
 
 # Plan -> the fitted number's name, how it is fitted, and its least and largest value.
 _FITS = {

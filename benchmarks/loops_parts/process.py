@@ -57,7 +57,7 @@ def rnn(length: int) -> tuple[Callable, Any, Any, Any]:
 
 
 def reaction(length: int, side: int) -> tuple[Callable, Any, Any, Any]:
-    """Returns the same of a Gray-Scott step on a grid of two fields, float32."""
+    """Returns `(step(weights), weights, init, xs)` of a Gray-Scott step on a grid, float32."""
     weights = {"feed": jnp.float32(0.04), "kill": jnp.float32(0.06), "rate": jnp.float32(0.2)}
 
     def spread(x):
@@ -83,33 +83,27 @@ MODELS = {"rnn": rnn, "reaction": reaction}
 
 
 def equinox(checkpoints: int | None) -> Scan:
-    """Returns Equinox's checkpointed loop, of some states or of as many as it takes by itself."""
+    """Returns Equinox's checkpointed loop with a number of states; None leaves it to Equinox."""
     from equinox.internal import scan
 
     return functools.partial(scan, kind="checkpointed", checkpoints=checkpoints)
 
 
-def ours(plan: str) -> Scan:
-    """Returns `jaxckpt.scan` under a plan."""
-    return lambda f, init, xs: jaxckpt.scan(f, init, xs, remat=plan)
-
-
 def methods(length: int) -> dict[str, Scan]:
-    """Returns every method by its name; those of Equinox fail where it is not installed."""
-    plain = lambda f, init, xs: lax.scan(f, init, xs)
+    """Returns every method by its name; Equinox's methods fail where it is not installed."""
     found = {
-        "plain": plain,
+        "plain": lax.scan,
         "checkpointed step": lambda f, init, xs: lax.scan(jax.checkpoint(f), init, xs),
         "nested by hand": nested,
         "equinox, 16 states": equinox(16),
         "equinox": equinox(None),
     }
     plans = ("sqrt", f"uniform:{segments_of(length)}", "log", "binomial:16", "binomial:32")
-    return found | {plan: ours(plan) for plan in plans}
+    return found | {plan: functools.partial(jaxckpt.scan, remat=plan) for plan in plans}
 
 
 def evaluations(method: str, length: int) -> int | None:
-    """Returns how many steps run in all under a plan of ours; None for another's method."""
+    """Returns how many steps run in all; None for Equinox's methods."""
     if method in ("plain", "checkpointed step"):
         return length * (1 + (method != "plain"))
     if method == "nested by hand":

@@ -26,7 +26,7 @@ def summaries(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def figures(rows: Sequence[Row]) -> Iterator[dict[str, str]]:
-    """Yields the same, each figure as text by its name, and which bounds do not hold."""
+    """Yields the figures of each part as text, and the bounds that do not hold."""
     for part, mine in _parts(rows):
         off = [_off(row) for row in mine]
         yield {
@@ -51,7 +51,6 @@ def line(row: Row) -> str:
 
 
 def _parts(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
-    """Yields the rows of each part, the largest budget first."""
     for part in dict.fromkeys(row["part"] for row in rows):
         mine = [row for row in rows if row["part"] == part]
         yield part, sorted(mine, key=lambda row: -row["budget_bytes"])
@@ -69,10 +68,6 @@ def _failures(rows: Sequence[Row]) -> Iterator[str]:
         fixed = row["fixed_recomputed_flops"]
         if fixed is not None and row["recomputed_flops"] > fixed:
             yield f"{at}: recomputes more than {row['fixed_plan']}, which fits"
-    yield from _failures_together(rows)
-
-
-def _failures_together(rows: Sequence[Row]) -> Iterator[str]:
     for more, less in itertools.pairwise(rows):
         if less["compiled_bytes"] > more["compiled_bytes"]:
             yield f"the peak grows as the budget shrinks to {_gib(less['budget_bytes'])}"

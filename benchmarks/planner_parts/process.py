@@ -30,7 +30,7 @@ _NONE = Plan.parse("none")
 
 
 def rows(case: Case, done: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a case but for places that are done, the largest budget first."""
+    """Yields the rows of a case, the largest budget first, without the places that are done."""
     spent: list[float] = []
     steps = _steps_of(case, spent)
     started = time.perf_counter()
@@ -38,9 +38,8 @@ def rows(case: Case, done: Sequence[int]) -> Iterator[dict[str, Any]]:
     problem = Problem.of(steps, config_of(case, "none").model.num_blocks, rates, None)
     rungs = problem.ladder()
     traced = time.perf_counter() - started - sum(spent)
-    budgets = np.linspace(
-        steps.report(_NONE).peak_bytes, least_bytes(problem, rungs), case["budgets"]
-    )
+    most, least = steps.report(_NONE).peak_bytes, least_bytes(problem, rungs)
+    budgets = np.linspace(most, least, case["budgets"])
     for place, budget in enumerate(map(int, budgets)):
         if place in done:
             continue
@@ -67,7 +66,7 @@ def least_bytes(problem: Problem, rungs) -> int:
 
 
 def _fixed(steps: Steps, budget: int) -> dict[str, Any]:
-    """Returns the fixed plan of the device alone within the budget that recomputes least."""
+    """Returns the fixed plan without offloads within the budget that recomputes least."""
     on_device = (Plan.parse(text) for text in fixed() if "offload" not in text)
     plans = sorted(on_device, key=lambda plan: count_flops(steps.trace(plan).jaxpr))
     for plan in plans:
@@ -79,7 +78,7 @@ def _fixed(steps: Steps, budget: int) -> dict[str, Any]:
 
 
 def _steps_of(case: Case, spent: list[float]) -> Steps:
-    """Returns the steps of a case under plans; what compiling each took is put into `spent`."""
+    """Returns the steps of a case under plans; the seconds of compiling are added to `spent`."""
     target = parse_target(case["target"])
     topology = get_topology(target)
     built = lambda plan: build(config_of(case, str(plan)), case["target"])

@@ -1,4 +1,4 @@
-"""What the planner's answers are held against, on rows of `process`: fixed plans that fit."""
+"""The planner's answers beside the fixed plans that fit, and the bounds, on rows of `process`."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -43,9 +43,7 @@ def failures(row: Row) -> Iterator[str]:
 
 def compared(row: Row) -> list[Row]:
     """Returns a line of the table for each budget, the largest first; empty before timing."""
-    if not row.get("rounds"):
-        return []
-    return [_compared(one, row["plans"]) for one in row["budgets"]]
+    return [_compared(one, row["plans"]) for one in row["budgets"]] if row.get("rounds") else []
 
 
 def result(shape: str, row: Row) -> Result:
@@ -74,15 +72,16 @@ def _compared(budget: Row, plans: Mapping[str, Row]) -> Row:
     fixed, fixed_seconds = _fastest(fits)
     maxtext, maxtext_seconds = _fastest(theirs)
     share = lambda a, b: None if a is None or b is None else a / b
+    ms = lambda seconds: None if seconds is None else 1e3 * seconds
     return {
         "budget GiB": _gib(budget["budget_bytes"]),
         "plan": budget.get("plan"),
-        "ms": _ms(ours),
+        "ms": ms(ours),
         "best fixed": fixed,
-        "its ms": _ms(fixed_seconds),
+        "its ms": ms(fixed_seconds),
         "of best fixed": share(ours, fixed_seconds),
         "best of MaxText": None if maxtext is None else theirs[maxtext]["maxtext"][0],
-        "MaxText ms": _ms(maxtext_seconds),
+        "MaxText ms": ms(maxtext_seconds),
         "gain": share(maxtext_seconds, ours),
     }
 
@@ -90,10 +89,6 @@ def _compared(budget: Row, plans: Mapping[str, Row]) -> Row:
 def _fastest(plans: Mapping[str, Row]) -> tuple[str | None, float | None]:
     plan = min(plans, key=lambda name: plans[name]["seconds"], default=None)
     return plan, None if plan is None else plans[plan]["seconds"]
-
-
-def _ms(seconds: float | None) -> float | None:
-    return None if seconds is None else 1e3 * seconds
 
 
 def _gib(size: int) -> float:

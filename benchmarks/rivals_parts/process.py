@@ -1,8 +1,7 @@
 """The process of one shape of `benchmarks.rivals`: compiles, plans, and times all in turns.
 
-`python -m benchmarks.rivals_parts.process CASE SECONDS` prints what it knows as a line of
-JSON, again and again: after compiling, and after each round of timing. A line with `says` alone is
-about progress.
+`python -m benchmarks.rivals_parts.process CASE SECONDS` prints the shape's row as a line of JSON
+after compiling and after each round of timing. A line with `says` alone is about progress.
 
 A shape takes about 25 compilations: three anchors of the planner and its leanest plan, a dozen
 fixed plans, two more a budget. Where time is short, fixed plans are compiled for half of it and
@@ -42,14 +41,7 @@ Row = dict[str, Any]
 
 
 class Shape:
-    """One shape, and what is known of it.
-
-    Attributes:
-      programs: Of its step.
-      plans: What is known by plan.
-      budgets: The planner's answers.
-      left_out: What there was no time for.
-    """
+    """One shape: its programs, the rows of plans, the planner's answers, and what had no time."""
 
     def __init__(self, case: Case, seconds: float | None):
         self._case, self._seconds = case, seconds
@@ -62,7 +54,7 @@ class Shape:
         self.left_out: list[str] = []
 
     def run(self) -> Iterator[Row]:
-        """Yields what is known, more each time."""
+        """Yields the shape's row, with more in it each time."""
         yield from self._compile_fixed()
         yield from self._plan()
         yield self._known({})
@@ -75,16 +67,16 @@ class Shape:
         plans = list(fixed().items())
         yield from self._fixed(*plans[0])  # alone: it finds the kernels that all others take
         with ThreadPoolExecutor(_THREADS) as pool:
-            compiling = pool.map(lambda asked: list(self._fixed(*asked)), plans[1:])
-            for found in compiling:
+            for found in pool.map(lambda asked: list(self._fixed(*asked)), plans[1:]):
                 yield from found
 
     def _fixed(self, plan: str, names: Sequence[str]) -> Iterator[Row]:
         if not self._has_time(_FIXED_SHARE):
             self.left_out.append(f"the fixed plan {plan}")
             return
-        self.plans[plan] = {"is_fixed": True, "maxtext": names} | self._compiled(plan)
-        yield self._says(plan)
+        found = self.plans[plan] = {"is_fixed": True, "maxtext": names} | self._compiled(plan)
+        what = iec(found["peak_bytes"]) if "peak_bytes" in found else found["error"]
+        yield {"says": f"{plan}: {what}, {time.monotonic() - self._started:.0f} s"}
 
     def _plan(self) -> Iterator[Row]:
         """Asks the planner, for each budget as if it were the only one."""
@@ -143,18 +135,13 @@ class Shape:
         about |= {"seconds": time.monotonic() - self._started, "left_out": self.left_out}
         return about | {"is_whole": False, "budgets": self.budgets, "plans": plans}
 
-    def _says(self, plan: str) -> Row:
-        found = self.plans[plan]
-        what = iec(found["peak_bytes"]) if "peak_bytes" in found else found["error"]
-        return {"says": f"{plan}: {what}, {time.monotonic() - self._started:.0f} s"}
-
     def _time(self, share: float) -> float | None:
         return None if self._seconds is None else self._started + share * self._seconds
 
     def _has_time(self, share: float, compiles: int = 1) -> bool:
         until = self._time(share)
-        needed = compiles * self.programs.slowest_seconds
-        return until is None or time.monotonic() + needed <= until
+        slowest = max((program.seconds for program in self.programs.made), default=0.0)
+        return until is None or time.monotonic() + compiles * slowest <= until
 
 
 if __name__ == "__main__":

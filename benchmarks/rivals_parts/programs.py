@@ -1,13 +1,12 @@
-"""The programs of one step under many plans, each compiled once and kept to be run.
+"""The programs of one step under many plans: each compiled once, and all timed in turns.
 
-Plans whose steps are the same program, such as `dots` and `dots_no_batch` of blocks whose attention
-is one kernel, share it. What cannot be compiled is a program with an error.
+Plans whose steps are one program, such as `dots` and `dots_no_batch` of blocks whose attention is
+one kernel, share it. A plan that cannot be compiled has a program with an error.
 
-Many programs of one step, timed in turns on one state that goes through all of them.
-
-A round is one turn of each program, every other round in reverse order, so that a chip that warms
-up or slows down does so for all alike. A turn begins with a step that is not timed: it waits for
-what the program before it left, and loads the kernels. The first round is not timed at all.
+All programs run on one state that goes from each to the next. A round is one turn of each program,
+every other round in reverse order, so that a chip that warms up or slows down does so for all
+alike. A turn begins with a step that is not timed: it waits for the work of the program before it,
+and loads the kernels. The first round is not timed at all.
 """
 
 import dataclasses
@@ -33,11 +32,11 @@ class Program:
     """A compiled step.
 
     Attributes:
-      plan: The first plan that it is the step of.
-      compiled: To be called with state and batch; None after an error.
-      report: The compiler's, likewise.
-      seconds: What building and compiling took.
-      failure: Why the row has no report.
+      plan: The first plan whose step it is.
+      compiled: A function of state and batch; None after an error.
+      report: The compiler's report; None after an error.
+      seconds: The seconds of building and compiling it.
+      failure: The error.
     """
 
     plan: str
@@ -47,7 +46,7 @@ class Program:
     failure: Exception | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Returns what is known before it is run, as JSON values."""
+        """Returns the compiler's figures, or the error, as JSON values."""
         if self.report is None:
             return failed(self.failure)
         names = ("peak_bytes", "host_bytes", "recomputed_flops", "estimated_seconds")
@@ -56,11 +55,10 @@ class Program:
 
 
 class Programs:
-    """Compiles a configuration's step under plans, as a run of that plan would.
+    """Compiles a configuration's step under plans, as a run of each plan would.
 
     Attributes:
-      steps: For the planner; their reports are those of the programs.
-      made: Every program that was compiled.
+      steps: The planner's view of the programs.
     """
 
     def __init__(self, config: TrainConfig):
@@ -74,29 +72,22 @@ class Programs:
         """Every program, in the order of compiling."""
         return list(self._by_text.values())
 
-    @property
-    def slowest_seconds(self) -> float:
-        """What compiling took at most."""
-        return max((program.seconds for program in self.made), default=0.0)
-
     def of(self, plan: str) -> Program:
         """Returns the program of a plan."""
-        if plan not in self._by_plan:
-            self._by_plan[plan] = self._made(plan)
-        return self._by_plan[plan]
-
-    def _made(self, plan: str) -> Program:
+        if plan in self._by_plan:
+            return self._by_plan[plan]
         started, text = time.perf_counter(), None
         try:
             text = program_text(self.steps.trace(Plan.parse(plan)).jaxpr)
             if text in self._by_text:
-                return self._by_text[text]
+                return self._by_plan.setdefault(plan, self._by_text[text])
             compiled, report = compile_step(self._built(Plan.parse(plan)))
             found: dict[str, Any] = {"compiled": compiled, "report": report}
         except (ValueError, RuntimeError) as error:
             found = {"failure": error}
         made = Program(plan=plan, seconds=time.perf_counter() - started, **found)
-        return made if text is None else self._by_text.setdefault(text, made)
+        made = made if text is None else self._by_text.setdefault(text, made)
+        return self._by_plan.setdefault(plan, made)
 
     def _built(self, plan: Plan) -> BuiltStep:
         return build(dataclasses.replace(self._config, remat=str(plan)), "local")
@@ -115,16 +106,15 @@ def failed(error: Exception | None) -> dict[str, str]:
     return {"error": lines[0], "traceback": "".join(traceback.format_exception(error))}
 
 
-Seconds = dict[Program, list[float]]
 _LEAST_ROUNDS = 3
 
 
 class Turns:
-    """Takes turns.
+    """Runs programs in turns.
 
     Attributes:
-      seconds: A step's, by program, one entry a round.
-      errors: Of programs that failed when they were run; they have no more turns.
+      seconds: The seconds of a step, by program, one entry a round.
+      errors: The errors of programs that failed in a turn; they have no more turns.
     """
 
     def __init__(self, programs: Sequence[Program], make_state: Callable[[], Any], tokens):
@@ -132,15 +122,15 @@ class Turns:
         self._programs = list(programs)
         self._make_state, self._tokens = make_state, tokens
         self._state: Any = make_state()
-        self.seconds: Seconds = {program: [] for program in programs}
+        self.seconds: dict[Program, list[float]] = {program: [] for program in programs}
         self.errors: dict[Program, Exception] = {}
 
     def rounds(self, count: int, steps: int, until: float | None = None) -> Iterator[int]:
-        """Yields the number of rounds so far after each.
+        """Yields the number of finished rounds after each.
 
         Args:
-          count: How many.
-          steps: Timed in a turn.
+          count: The number of rounds.
+          steps: The timed steps of a turn.
           until: Time of `time.monotonic` after which no round begins; a few are run anyway.
         """
         self._round(steps=1)
@@ -168,13 +158,11 @@ class Turns:
             self._state = self._make_state()
 
     def _turn(self, program: Program, steps: int) -> float:
-        self._step(program)
-        jax.block_until_ready(self._state)
-        started = time.perf_counter()
-        for _ in range(steps):
-            self._step(program)
+        started = 0.0
+        for number in range(steps + 1):
+            self._state, _ = program.compiled(self._state, self._tokens)
+            if number == 0:  # not timed
+                jax.block_until_ready(self._state)
+                started = time.perf_counter()
         jax.block_until_ready(self._state)
         return (time.perf_counter() - started) / steps
-
-    def _step(self, program: Program):
-        self._state, _ = program.compiled(self._state, self._tokens)

@@ -33,8 +33,8 @@ class Case:
 
     Attributes:
       name: What the page calls it; unique.
-      config: What is compiled; its plan may be `auto`.
-      target: For what.
+      config: The configuration of the step; its plan may be `auto`.
+      target: The chip.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Case:
 
     @property
     def key(self) -> str:
-        """Equal for the same step on the same target, whoever compiles it."""
+        """A digest that is equal for equal steps on equal targets."""
         # Flags, so that a new setting that nobody uses changes nothing.
         asked = [flags_of(self.config), self.target]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
@@ -79,6 +79,5 @@ def _case(name: str, target: str, file: str, **changes) -> Case:
     # All plans in the same loop, so that nothing but the plan differs between them.
     values["unroll"] = 1
     values["trainable"] = tuple(values.get("trainable", ()))
-    return Case(
-        name=name, target=target, config=TrainConfig(model=TransformerConfig(**model), **values)
-    )
+    config = TrainConfig(model=TransformerConfig(**model), **values)
+    return Case(name=name, target=target, config=config)

@@ -1,4 +1,4 @@
-"""What claims are held against, by the names that `docs/claims.md.in` uses."""
+"""The evidence for and against claims, by the names that `docs/claims.md.in` uses."""
 
 import dataclasses
 import json
@@ -42,10 +42,10 @@ class Evidence:
     def case(self, name: str) -> Any:
         """Returns the memory report of a case, its plan, and what follows from the report.
 
-        `again` is the FLOPs run again, as a share of those without remat.
+        `again` is the FLOPs run again, as a share of the FLOPs without remat.
 
         Raises:
-          MissingRow: It is not compiled yet.
+          MissingRow: The case is not compiled yet.
         """
         row = _found(self.rows, name)
         report = SimpleNamespace(**row["report"], plan=row["plan"])
@@ -54,7 +54,7 @@ class Evidence:
         return report
 
     def of(self, plan: str, chip: str = LARGE_CHIP, model: str = EXAMPLE) -> Any:
-        """Returns the same of a model under a plan."""
+        """Returns what `case` returns for a model under a plan."""
         return self.case(plan_case(model, chip, plan).name)
 
     def check(self, name: str) -> Any:
@@ -75,12 +75,9 @@ class Evidence:
 
         `none` holds L R + a, `full` (L - 1) a + R + a, so the difference is (L - 1) (R - a).
         """
-        difference = (
-            self.of("none", chip, model).peak_bytes - self.of("full", chip, model).peak_bytes
-        )
-        return self.input_bytes(model) + difference / (
-            self.config(model, chip).model.num_blocks - 1
-        )
+        none, full = (self.of(plan, chip, model).peak_bytes for plan in ("none", "full"))
+        blocks = self.config(model, chip).model.num_blocks
+        return self.input_bytes(model) + (none - full) / (blocks - 1)
 
     def reruns(self, plan: str) -> int:
         """Returns the blocks that the example runs again under a plan of one stage."""
@@ -107,7 +104,7 @@ class Evidence:
         raise ConfigError(f"peaks_h100.json has no time of {plan}, 8 x 1024")
 
     def fastest_seconds(self) -> float:
-        """Returns the seconds of the fastest of those steps."""
+        """Returns the measured seconds of the fastest plan, at eight sequences."""
         return min(row["seconds"] for row in self.times if row["batch_size"] == 8)
 
 
@@ -125,19 +122,8 @@ def gather(rows: Mapping[str, Any], checks: Mapping[str, Any]) -> Evidence:
     return Evidence(rows=rows, checks=checks, times=tuple(times), stacks=tuple(stacks))
 
 
-def gb(size: float) -> str:
-    """Returns bytes in 1e9, as the claims count them."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
-def gib(size: float) -> str:
-    """Returns bytes in GiB."""
-    return f"{size / 2**30:.2f} GiB"
-
-
-def percent(share: float) -> str:
-    """Returns a share as text."""
-    return f"{100 * share:.1f} %"
-
-
+gib = lambda size: f"{size / 2**30:.2f} GiB"
+percent = lambda share: f"{100 * share:.1f} %"
+# Claims count in units of 1e9 bytes.
+gb = lambda size: f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 FORMATS = {"gb": gb, "gib": gib, "percent": percent, "log2": math.log2}

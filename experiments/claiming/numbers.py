@@ -7,9 +7,8 @@ from typing import Any
 
 from experiments.claiming.cases import PACKAGES, Case
 from experiments.config import ConfigError
-from experiments.files import write_text
+from experiments.files import commit, versions, write_text
 from experiments.fitting.measuring import check_targets, measure_all
-from experiments.provenance import commit, versions
 from jaxckpt.units import iec
 
 _KEPT_BUFFERS = 5
@@ -19,7 +18,7 @@ _COMMAND = "python -m experiments.claims"
 def kept(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the rows and checks that a file holds; nothing is compiled."""
     found = _read(path)
-    return found.get("rows", {}), found.get("checks", {})
+    return found["rows"], found["checks"]
 
 
 def compiled(cases: Sequence[Case], path: Path, say: Callable[[str], None]) -> dict[str, Any]:
@@ -27,9 +26,9 @@ def compiled(cases: Sequence[Case], path: Path, say: Callable[[str], None]) -> d
 
     Raises:
       ConfigError: The file holds something else, or a case failed.
-      Unavailable: Something is missing, and its compiler is not installed.
+      Unavailable: The compiler for a missing row is not installed.
     """
-    rows = _read(path).get("rows", {})
+    rows = _read(path)["rows"]
     missing = [case for case in cases if rows.get(case.name, {}).get("key") != case.key]
     check_targets(sorted({case.target for case in missing}))
     failed = []
@@ -56,8 +55,8 @@ def compiled(cases: Sequence[Case], path: Path, say: Callable[[str], None]) -> d
 
 
 def checked(path: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Returns what `checks.run` returned; it is run where the file has nothing of it."""
-    held = _read(path).get("checks", {})
+    """Returns what `checks.run` returned; it is run if the file does not hold it."""
+    held = _read(path)["checks"]
     if not held:
         from experiments.claiming import checks  # it imports JAX
 
@@ -69,7 +68,7 @@ def checked(path: Path, say: Callable[[str], None]) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.exists():
-        return {}
+        return {"rows": {}, "checks": {}}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["command"] != _COMMAND:  # somebody else's, which is not to be written over
@@ -88,7 +87,7 @@ def _write(path: Path, changes: dict[str, Any]):
 
 def _row(case: Case, row) -> dict[str, Any]:
     report = row.report.as_json()
-    # Where a file lies on the machine that compiled is nobody's business.
+    # The folders of the machine that compiled stay private.
     report["buffers"] = [
         one | {"source": "/".join(one["source"].split("/")[-2:])}
         for one in report["buffers"][:_KEPT_BUFFERS]

@@ -42,7 +42,11 @@ def names_of(evidence: Evidence) -> dict[str, Any]:
         "qwen": evidence.config(QWEN).model,
         "blocks": evidence.config().model.num_blocks,
         "auto_budget": given_bytes(AUTO_BUDGET),
-        "tables": _tables(evidence),
+        "tables": "\n\n".join(
+            "\n".join(_table(evidence, model, chip))
+            for model in (EXAMPLE, QWEN)
+            for chip in (SMALL_CHIP, LARGE_CHIP)
+        ),
         "origins": _origins(evidence.rows),
     }
 
@@ -60,17 +64,8 @@ def _paragraph(text: str, names: dict[str, Any]) -> str:
     if not text.startswith("**"):
         return eval(f'f"""{text}"""', names)
     verdicts = (line.partition("** if ") for line in text.splitlines())
-    return next(
-        says.removesuffix("**") + "**"
-        for says, _, test in verdicts
-        if not test or eval(test, names)
-    )
-
-
-def _tables(evidence: Evidence) -> str:
-    """Returns the table of every plan on each model and chip."""
-    pairs = [(model, chip) for model in (EXAMPLE, QWEN) for chip in (SMALL_CHIP, LARGE_CHIP)]
-    return "\n\n".join("\n".join(_table(evidence, model, chip)) for model, chip in pairs)
+    holds = lambda test: not test or eval(test, names)
+    return next(f"{says.removesuffix('**')}**" for says, _, test in verdicts if holds(test))
 
 
 def _table(evidence: Evidence, model: str, chip: str) -> Iterator[str]:

@@ -8,16 +8,3 @@ from experiments.data.packed import (
     check_grain,
     packed_validation_batches,
 )
-
-__all__ = [
-    "Batches",
-    "Corpus",
-    "DataError",
-    "PackedBatches",
-    "PackedRows",
-    "check_corpus",
-    "check_grain",
-    "load_corpus",
-    "packed_validation_batches",
-    "validation_batches",
-]

@@ -18,7 +18,7 @@ class Batches:
       tokens: One-dimensional integers, perhaps a memory map.
       batch_size: Rows of a batch.
       seq_len: Tokens a row is trained on; a row has one more, its last target.
-      seed: Of the order; any whole number (seeds 2^64 apart are the same).
+      seed: The seed of the order, any whole number (seeds 2^64 apart give one order).
 
     Raises:
       DataError: The tokens do not hold a single window.
@@ -43,17 +43,16 @@ class Batches:
 def validation_batches(
     tokens: np.ndarray, *, batch_size: int, seq_len: int, max_batches: int
 ) -> tuple[np.ndarray, ...]:
-    """Returns fixed, evenly spaced windows that do not overlap, the same in every run.
+    """Returns fixed, evenly spaced windows that do not overlap, equal in every run.
 
     Args:
       tokens: One-dimensional integers with at least `seq_len + 1` entries.
       batch_size: Rows of a batch.
       seq_len: Tokens of a row, beside its last target.
-      max_batches: The most batches; fewer where the text has fewer separate windows.
+      max_batches: The most batches; fewer if the text has fewer separate windows.
 
     Returns:
-      At least one int32 array `[batch_size, seq_len + 1]`. Rows that the last one has too many are
-      -1 throughout, and are no windows.
+      At least one int32 array `[batch_size, seq_len + 1]`. Rows of -1 fill up the last batch.
 
     Raises:
       DataError: The tokens do not hold a single window.
@@ -65,7 +64,7 @@ def validation_batches(
 
 
 def spread(last: int, count: int) -> np.ndarray:
-    """Returns `count` whole numbers from 0 to `last`, as evenly as they can be; 0 alone for one."""
+    """Returns `count` whole numbers from 0 to `last`, as even as possible; 0 for a count of 1."""
     return np.arange(count) * last // max(1, count - 1)
 
 
@@ -78,9 +77,8 @@ def in_batches(rows: np.ndarray, batch_size: int) -> tuple[np.ndarray, ...]:
 
 def _check_window(tokens: np.ndarray, seq_len: int):
     if len(tokens) < seq_len + 1:
-        raise DataError(
-            f"{len(tokens)} tokens hold no window: seq_len {seq_len} needs {seq_len + 1}"
-        )
+        given, needed = len(tokens), seq_len + 1
+        raise DataError(f"{given} tokens hold no window: seq_len {seq_len} needs {needed}")
 
 
 def _windows(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> np.ndarray:
@@ -90,18 +88,21 @@ def _windows(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> np.ndarray
 def _mix(numbers: np.ndarray, seed: int) -> np.ndarray:
     """Returns a well-mixed uint64 of each number and the seed (SplitMix64, Steele et al. 2014).
 
-    The seed is mixed by itself first, so that seeds next to each other give unrelated orders.
+    The seed is mixed by itself first, so that neighboring seeds give unrelated orders.
     """
-    return _finalize((numbers + _offset(seed)) * np.uint64(0x9E3779B97F4A7C15))
+    return _finalize((numbers + _offset(seed)) * _GOLDEN)
 
 
 def mix_seed(seed: int) -> int:
-    """Returns a seed below 2^32 that has nothing to do with the seeds next to it."""
+    """Returns a seed below 2^32 that is unrelated to those of neighboring seeds."""
     return int(_offset(seed)[0] >> np.uint64(32))
 
 
 def _offset(seed: int) -> np.ndarray:
-    return _finalize(np.array([(seed + 1) % 2**64], np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    return _finalize(np.array([(seed + 1) % 2**64], np.uint64) * _GOLDEN)
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _finalize(z: np.ndarray) -> np.ndarray:

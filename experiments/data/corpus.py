@@ -37,16 +37,15 @@ class Corpus:
 
     Attributes:
       train: One-dimensional integers: bytes, or a memory map of a token file.
-      validation: The same, from other files or a later part.
-      sha256: Hash of the text: names, boundaries, order and contents; and of the tokenizer.
+      validation: Tokens of other files or of a later part.
+      sha256: Hash of the text (names, boundaries, order, contents) and of the tokenizer.
       name: What it was made from.
       num_files: Files read.
-      skipped_files: Files left out because they are hidden, empty or not text, and links to what
-        was found already.
+      skipped_files: Files left out: hidden, empty or binary ones, and links to files found already.
       largest_token: The largest token id.
       tokenizer: What turns text into these tokens and back; None for bytes.
-      train_starts: Of a packed corpus, where its documents begin in `train`.
-      validation_starts: The same in `validation`.
+      train_starts: The first token of each document in `train`; None without packing.
+      validation_starts: The first token of each document in `validation`; None without packing.
       is_cut_by_size: Whether every tenth file or document was more than the others together, so
         that the last tenth of the tokens is for validation instead.
     """
@@ -103,13 +102,10 @@ def load_corpus(
       path: A text file, a folder, a glob, or a `.npy` or `.bin` token file; None is the source
         text of Python's standard library.
       token_dtype: The numbers of a `.bin` file, `"uint16"` or `"uint32"`.
-      tokenizer: What makes tokens of text. A token file's are its own, but it decodes them.
-      pack: Whether documents are kept apart; JSON Lines are read as documents then.
+      tokenizer: What makes tokens of text; it only decodes the tokens of a token file.
+      pack: Whether documents are kept apart; then JSON Lines are read as documents.
       end_token: The token that ends a document of a packed corpus, if there is one.
-      vocab_size: Of the model; a `.bin` file's numbers are wide enough for it.
-
-    Returns:
-      The corpus; tokens of a token file or of a tokenizer stay in a memory map.
+      vocab_size: The model's; a `.bin` file's numbers are wide enough for it.
 
     Raises:
       DataError: Nothing readable there, or not what it is taken for.
@@ -140,11 +136,7 @@ def load_corpus(
 
 
 def check_corpus(corpus: Corpus, *, seq_len: int, vocab_size: int):
-    """Raises unless both parts hold a window with a target and every token is in the vocabulary.
-
-    Raises:
-      DataError: Too short, nothing to predict, or a token that the model has no embedding for.
-    """
+    """Raises `DataError` unless both parts hold a window with a target, of the model's tokens."""
     for part in ("train", "validation"):
         found, starts = len(getattr(corpus, part)), getattr(corpus, f"{part}_starts")
         if found < seq_len + 1:
@@ -180,14 +172,8 @@ def _from_texts(
         found = how.of(files, sha256)
     except DataError as error:
         raise DataError(f"--data {name!r}: {error}") from None
-    corpus = Corpus(
-        train=found.tokens,
-        validation=found.tokens[:0],
-        sha256=_packed_hash(sha256, end_token) if pack else sha256,
-        name=name,
-        largest_token=found.largest,
-        tokenizer=tokenizer,
-    )
+    sha256 = _packed_hash(sha256, end_token) if pack else sha256
+    corpus = _whole(name, found.tokens, sha256, found.largest, tokenizer)
     size, held_out = len(found.tokens), found.held_out
     if held_out == size and len(found.starts) > 1:
         held_out = int(found.starts[-1])  # fewer than ten: the last one
@@ -207,7 +193,6 @@ def _from_tokens(
     pack: bool,
     end_token: int | None,
 ) -> Corpus:
-    """Returns the corpus of a token file."""
     sha256, largest = scan(tokens)
     starts = starts_in(tokens, end_token) if pack else None
     is_whole = starts is not None and len(starts) == 1
@@ -216,15 +201,19 @@ def _from_tokens(
             f"the end token {end_token} is nowhere in {name!r}, so no document ends; --end-token "
             "names the one that does"
         )
-    corpus = Corpus(
+    sha256 = _packed_hash(sha256, end_token) if pack else sha256
+    return _cut_by_position(_whole(name, tokens, sha256, largest, tokenizer), starts)
+
+
+def _whole(name: str, tokens: np.ndarray, sha256: str, largest: int, tokenizer) -> Corpus:
+    return Corpus(
         train=tokens,
         validation=tokens[:0],
-        sha256=_packed_hash(sha256, end_token) if pack else sha256,
+        sha256=sha256,
         name=name,
         largest_token=largest,
         tokenizer=tokenizer,
     )
-    return _cut_by_position(corpus, starts)
 
 
 def _cut_by_position(corpus: Corpus, starts: np.ndarray | None) -> Corpus:

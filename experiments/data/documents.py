@@ -26,8 +26,8 @@ class Document(NamedTuple):
 
     Attributes:
       place: Where it comes from, for people.
-      content: Its text as a stream of bytes, to be read before the next document is asked for; or
-        the tokens that were given.
+      content: A text as a stream of bytes, which is read before the next document is asked for; or
+        an array of tokens.
     """
 
     place: str
@@ -35,10 +35,10 @@ class Document(NamedTuple):
 
 
 def read_documents(files: Iterable[TextFile]) -> Iterator[Document]:
-    """Yields every document of some files, also the empty ones.
+    """Yields every document of some files, empty ones too.
 
     Raises:
-      DataError: Lines that are no documents, by file and number; a file that cannot be read.
+      DataError: A line that is no document, or a file that cannot be read.
     """
     for file in files:
         try:
@@ -90,10 +90,7 @@ def _content(value: object) -> BinaryIO | np.ndarray:
             raise ValueError(f"text is {type(value['text']).__name__}, not a string")
         return io.BytesIO(value["text"].encode())
     tokens = value["tokens"]
-    if not isinstance(tokens, list) or not all(_is_token(item) for item in tokens):
+    is_token = lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**32
+    if not isinstance(tokens, list) or not all(map(is_token, tokens)):
         raise ValueError("tokens are no list of whole numbers from 0 to 2^32 - 1")
     return np.array(tokens, np.uint32)
-
-
-def _is_token(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32

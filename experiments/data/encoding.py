@@ -35,7 +35,7 @@ FOLDS = 10
 # parallel.
 _BATCH_BYTES = 1 << 18
 _BATCH_ITEMS = 1 << 10
-_VERSION = 1  # of what is kept
+_VERSION = 1  # of the kept files
 _OWNER = "experiments.data"  # of a folder that tokens are written to
 _INDEX = ("starts", "held_out", "largest")
 # What reading a file raises that is not whole.
@@ -45,13 +45,13 @@ _NONE = np.zeros(0, np.uint8)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """Documents one after another, those for validation last.
+    """Documents one after another; the documents for validation come last.
 
     Attributes:
-      tokens: Their tokens, one-dimensional, in the smallest type that has all there can be.
-      starts: Where each document begins, int64; documents without tokens are left out.
-      held_out: Where those for validation begin; the number of tokens where there are fewer than
-        ten documents.
+      tokens: Their tokens, one-dimensional, in the smallest type that holds every token id.
+      starts: The first token of each document, int64; documents without tokens are left out.
+      held_out: The first token for validation; the number of tokens if there are fewer than ten
+        documents.
       largest: The largest token.
     """
 
@@ -68,8 +68,7 @@ class Encoding:
     Attributes:
       tokenizer: What makes tokens of text; None for bytes.
       ending: Put at the end of a text.
-      end_token: Put behind a text's tokens; None for none. Tokens that are given as tokens stay as
-        they are.
+      end_token: Put behind a text's tokens; None for none. A document of tokens stays as it is.
     """
 
     tokenizer: Tokenizer | None
@@ -79,13 +78,11 @@ class Encoding:
     def of(self, files: Sequence[TextFile], sha256: str) -> Encoded:
         """Returns the tokens of every document of some files.
 
-        Args:
-          files: What to read.
-          sha256: Of their names and contents, and of the tokenizer.
+        `sha256` is a hash of the files' names and contents, and of the tokenizer.
 
         Raises:
-          DataError: No document, lines that are none, text that is not UTF-8, no room for the
-            tokens.
+          DataError: No document, a line that is no document, text that is not UTF-8, or no room
+            for the tokens.
         """
         if self.tokenizer is None:
             kept = io.BytesIO()
@@ -96,7 +93,7 @@ class Encoding:
         return _kept(key, lambda *parts: self._write(files, *parts))
 
     def _write(self, files: Sequence[TextFile], kept: BinaryIO, held: BinaryIO) -> dict[str, Any]:
-        """Writes tokens to `kept`, `held` is for those of the meantime; returns the index."""
+        """Writes tokens to `kept`, by way of `held` for validation; returns the index."""
         codec = _Bytes() if self.tokenizer is None else self.tokenizer
         largest = max(codec.largest_token, self.end_token or 0)
         if any(file.is_json_lines for file in files):
@@ -136,7 +133,7 @@ class _End(NamedTuple):
 
 
 class _Bytes:
-    """What a tokenizer is, for bytes."""
+    """The interface of a tokenizer, for bytes."""
 
     largest_token = 255
 
@@ -179,7 +176,7 @@ class _Writer:
             self._documents, self._is_empty = self._documents + 1, True
 
     def index(self) -> dict[str, Any]:
-        """Returns what is known of the tokens, once all are in the first stream."""
+        """Moves all tokens to the first stream, and returns their index."""
         kept, held = self._streams
         held.seek(0)
         shutil.copyfileobj(held, kept)
@@ -220,8 +217,8 @@ def _progress(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
 def _kept(key: str, write: Callable[[BinaryIO, BinaryIO], dict[str, Any]]) -> Encoded:
     """Returns kept tokens; without them, keeps and returns what `write` writes.
 
-    Files appear whole, by the renaming of a folder. What a killed process left of one is removed.
-    Where none can be kept, a temporary one is used, and gone as soon as it is open.
+    A folder appears whole, by renaming. A part that a killed process left is removed. Where nothing
+    can be kept, a temporary folder is used, which is removed as soon as the file is open.
     """
     home = cache.folder()
     with contextlib.ExitStack() as stack:

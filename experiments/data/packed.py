@@ -27,7 +27,7 @@ class PackedRows:
 
     Attributes:
       tokens: One-dimensional integers, perhaps a memory map.
-      starts: Where each document begins, sorted; the first is 0.
+      starts: The first token of each document, sorted, from 0.
       seq_len: Tokens a row is trained on.
 
     Raises:
@@ -59,12 +59,7 @@ class PackedRows:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackedBatches:
-    """Packed rows in an order that every epoch has anew.
-
-    Attributes:
-      rows: The rows.
-      batch_size: Rows of a batch.
-      seed: Of the order; any whole number.
+    """Packed rows in an order that differs in every epoch; `seed` is any whole number.
 
     Raises:
       DataError: Grain is not installed.
@@ -101,12 +96,9 @@ class PackedBatches:
 def packed_validation_batches(
     rows: PackedRows, *, batch_size: int, max_batches: int
 ) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-    """Returns fixed, evenly spaced rows, each once, the same in every run.
+    """Returns fixed, evenly spaced rows, each once, equal in every run.
 
-    Args:
-      rows: The rows.
-      batch_size: Rows of a batch; the last batch is filled up with rows of -1.
-      max_batches: The most batches.
+    The last batch is filled up with rows of -1.
     """
     chosen = spread(len(rows) - 1, min(max_batches * batch_size, len(rows)))
     found = _stacked(rows[row] for row in chosen)
@@ -115,11 +107,7 @@ def packed_validation_batches(
 
 
 def check_grain():
-    """Raises unless Grain is installed; to import it would import JAX.
-
-    Raises:
-      DataError: It is not.
-    """
+    """Raises `DataError` unless Grain is installed; to import it would import JAX."""
     if importlib.util.find_spec("grain") is None:
         raise DataError(f"--pack needs the package grain: {install('train')}")
 

@@ -1,7 +1,7 @@
 """Files of text: the standard library's sources, a file, a folder or a glob.
 
-What a file is, its content says: its first 8 KiB tell text from a binary, so a huge binary in a
-folder costs one short read, and its first lines tell JSON Lines from other text.
+A file's first 8 KiB tell text from a binary, so a huge binary in a folder costs one short read. Its
+first lines tell JSON Lines from other text.
 
 A link to a folder is followed; a folder that was read already, such as one that holds the link, is
 left out and counted.
@@ -48,7 +48,7 @@ class TextFile:
       name: Its path below the folder that was given, with slashes.
       path: Where it is.
       is_json_lines: Whether each of its lines is a JSON object.
-      stamp: Its size in bytes, and when it was last written to, as they were found.
+      stamp: Its size in bytes and the time of its last change, when it was found.
     """
 
     name: str
@@ -60,11 +60,7 @@ class TextFile:
         object.__setattr__(self, "stamp", self._stamp())
 
     def check_unchanged(self):
-        """Raises where the file is not what it was found to be.
-
-        Raises:
-          DataError: It was written to.
-        """
+        """Raises `DataError` if the file was written to since it was found."""
         if self._stamp() != self.stamp:
             raise DataError(f"{self.name} changed while it was read")
 
@@ -93,10 +89,8 @@ def standard_library() -> list[TextFile]:
 def token_format(path: Path) -> str | None:
     """Returns `"npy"` or `"bin"` for a file of tokens, None for any other.
 
-    A NumPy file is told by its first bytes under any name; bare numbers have their name alone.
-
-    Raises:
-      DataError: It cannot be read.
+    A NumPy file is known by its first bytes, whatever its name; bare numbers are known by their
+    name. Raises `DataError` if the file cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -111,8 +105,8 @@ def find_files(where: str) -> tuple[list[Path], Path, int]:
     """Returns the files that `where` names, the folder that names them, and how many are left out.
 
     Args:
-      where: A file, a folder (searched through) or a glob. Left out are hidden files, what is no
-        file, and links to what was found already; a hidden folder counts as one.
+      where: A file, a folder (searched through) or a glob. Left out are hidden files, pipes and
+        other special files, and links to files found already; a hidden folder counts as one.
 
     Raises:
       DataError: Nothing there, or a folder that cannot be listed.
@@ -132,7 +126,7 @@ def find_files(where: str) -> tuple[list[Path], Path, int]:
         missing, names = _first_missing(path)
     except OSError as error:
         raise DataError(f"cannot read {error.filename or where!r}: {error.strerror}") from None
-    except RuntimeError as error:  # nobody's home
+    except RuntimeError as error:  # no such user
         raise DataError(f"--data {where!r}: {error}") from None
     raise DataError(
         f"--data {where!r}: no such file or folder{nearest(missing.name, names)}; valid: a text "

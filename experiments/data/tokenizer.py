@@ -32,8 +32,8 @@ class Piece(NamedTuple):
 
     Attributes:
       text: Both; bytes where there is no tokenizer.
-      skipped: Tokens of the text before it.
-      num_bytes: Of the part.
+      skipped: The number of tokens of the text before the part.
+      num_bytes: The bytes of the part.
     """
 
     text: Any
@@ -42,9 +42,7 @@ class Piece(NamedTuple):
 
 
 class Tokenizer:
-    """What a `tokenizer.json` says.
-
-    What its last use left in the file is off: truncation, padding, and dropout of merges.
+    """A `tokenizer.json`, without truncation, padding, and dropout of merges.
 
     Attributes:
       path: The file.
@@ -87,8 +85,8 @@ class Tokenizer:
         """Yields a text's pieces, a few 10,000 bytes each; line ends stay as they are.
 
         Args:
-          document: Of text. A byte order mark at its beginning is no part of it.
-          ending: What is put at the end of a text that is not empty.
+          document: A document of text. A byte order mark at its beginning is no part of it.
+          ending: Bytes that end every text that is not empty.
 
         Raises:
           DataError: It is not UTF-8, by place and byte.
@@ -152,12 +150,9 @@ class Tokenizer:
         return None
 
     def _inside(self, before: Piece, text: bytearray) -> tuple[int, Piece, bool]:
-        """Returns where to cut a text without lines and words, what is before the rest, and whether
-        the tokens stay those of the whole.
+        """Cuts a text without lines and words; whole tokens begin where it begins, after `before`.
 
-        Args:
-          before: What is before the text.
-          text: Whole tokens begin where it begins.
+        Returns the cut, the piece before the rest, and whether no token differs from the whole's.
         """
         around = before.text + text.decode(errors="ignore")
         found = self._tokenizer.encode(around, add_special_tokens=False)
@@ -172,11 +167,8 @@ class Tokenizer:
             for context in (around[:end][-_CONTEXT_BYTES:], ""):
                 known = self._ids(context)
                 if self._ids(context + around[end:]) == known + rest:
-                    return (
-                        _num_bytes(around[len(before.text) : end]),
-                        Piece(context, len(known)),
-                        True,
-                    )
+                    inside = _num_bytes(around[len(before.text) : end])
+                    return inside, Piece(context, len(known)), True
         return _num_bytes(around[len(before.text) : most]), Piece(""), False
 
     def _is_apart(self, text: bytearray, cut: int) -> bool:

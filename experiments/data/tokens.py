@@ -18,9 +18,9 @@ def map_tokens(path: Path, token_dtype: str | None, vocab_size: int | None = Non
     """Returns a token file as a read-only, one-dimensional memory map.
 
     Args:
-      path: A NumPy file, or one of bare numbers.
-      token_dtype: `"uint16"` or `"uint32"`, what bare numbers are; None for a NumPy file.
-      vocab_size: Of the model, where it is known.
+      path: A NumPy file, or a file of bare numbers.
+      token_dtype: The dtype of bare numbers, `"uint16"` or `"uint32"`; None for a NumPy file.
+      vocab_size: The model's, if it is known.
 
     Raises:
       DataError: Empty, torn, not one-dimensional uint16 or uint32, or bare numbers that are not

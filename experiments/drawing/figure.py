@@ -8,19 +8,12 @@ from experiments.drawing import timeline as t
 from experiments.drawing.timeline import Timeline
 
 # Runs are told apart by lightness too: blue is dark, orange light, green between the two.
-_COLOURS = {
-    t.CARRY: "#D9D9D9",
-    t.RESIDUALS: "#9C9C9C",
-    t.FORWARD: plotting.BLUE,
-    t.RECOMPUTE: plotting.ORANGE,
-    t.BACKWARD: plotting.GREEN,
-}
-_LABELS = {
-    t.FORWARD: "forward",
-    t.RECOMPUTE: "recomputed",
-    t.BACKWARD: "backward",
-    t.CARRY: "carry held",
-    t.RESIDUALS: "residuals held",
+_STYLES = {
+    t.FORWARD: ("forward", plotting.BLUE),
+    t.RECOMPUTE: ("recomputed", plotting.ORANGE),
+    t.BACKWARD: ("backward", plotting.GREEN),
+    t.CARRY: ("carry held", "#D9D9D9"),
+    t.RESIDUALS: ("residuals held", "#9C9C9C"),
 }
 _WIDTH_INCHES = 11
 
@@ -31,7 +24,8 @@ def draw(line: Timeline):
     from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]  an extra
 
     blocks = line.plan.bound_count
-    notes = _notes(line)
+    texts = (t.counts(line), *t.policy_words(line.plan))
+    notes = [part for text in texts for part in textwrap.wrap(text, width=150)]
     height = min(9.0, 2.2 + 0.14 * blocks) + 0.2 * len(notes)
     figure = Figure(figsize=(_WIDTH_INCHES, height), layout="constrained")
     axes = figure.add_subplot()
@@ -57,32 +51,14 @@ def _add_spans(axes, spans, kind: str):
     from matplotlib.collections import PolyCollection  # pyright: ignore[reportMissingImports]  an extra
 
     half = 0.5 if kind in (t.CARRY, t.RESIDUALS) else 0.45
-    corners = [
-        (
-            (one.start, one.block - half),
-            (one.start, one.block + half),
-            (one.stop, one.block + half),
-            (one.stop, one.block - half),
-        )
-        for one in spans
-    ]
-    axes.add_collection(PolyCollection(corners, facecolors=_COLOURS[kind], linewidths=0))
+    around = ((0, -half), (0, half), (1, half), (1, -half))
+    corners = [[((one.start, one.stop)[end], one.block + y) for end, y in around] for one in spans]
+    axes.add_collection(PolyCollection(corners, facecolors=_STYLES[kind][1], linewidths=0))
 
 
 def _add_legend(axes):
     from matplotlib.patches import Patch  # pyright: ignore[reportMissingImports]  an extra
 
-    patches = [Patch(facecolor=_COLOURS[kind], label=text) for kind, text in _LABELS.items()]
-    axes.legend(
-        handles=patches,
-        loc="lower right",
-        bbox_to_anchor=(1.0, 1.01),
-        ncols=len(patches),
-        frameon=False,
-        fontsize=9,
-    )
-
-
-def _notes(line: Timeline) -> list[str]:
-    texts = (t.counts(line), *t.policy_words(line.plan))
-    return [part for text in texts for part in textwrap.wrap(text, width=150)]
+    patches = [Patch(facecolor=colour, label=text) for text, colour in _STYLES.values()]
+    place = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.01), "ncols": len(patches)}
+    axes.legend(handles=patches, frameon=False, fontsize=9, **place)

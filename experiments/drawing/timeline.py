@@ -3,9 +3,11 @@
 It is what one step runs under a loss: the forward parts of all stages in order, then their backward
 parts from the last stage to the first. A block's forward pass takes one unit of time, its backward
 pass two. Policies say what a block keeps inside and are not drawn: `policy_words` says them.
+`as_text` draws a timeline as text, `figure.py` as a figure.
 """
 
 import dataclasses
+import textwrap
 from collections.abc import Iterator
 
 from experiments.config import ConfigError
@@ -27,10 +29,10 @@ class Span:
     """One block over a stretch of time.
 
     Attributes:
-      block: Its number; of a carry, the block that it is the input of.
+      block: Its number; the number of the block that reads it for a carry.
       start: When it begins.
       stop: When it ends.
-      kind: `FORWARD`, `RECOMPUTE` or `BACKWARD` of a run, `CARRY` or `RESIDUALS` of what is held.
+      kind: `FORWARD`, `RECOMPUTE` or `BACKWARD` for a run, `CARRY` or `RESIDUALS` for a held value.
     """
 
     block: int
@@ -48,8 +50,8 @@ class Timeline:
       runs: Blocks that run, in order.
       held: Carries and residuals that wait for the backward pass.
       loss_time: When the forward pass is over.
-      extra_forwards: Block forwards run again, the count of every stage's schedule added up.
-      peak_slots: The most slots in use at once, those of all stages together.
+      extra_forwards: Block forwards run again, the sum over the stages' schedules.
+      peak_slots: The most slots in use at once, over all stages together.
     """
 
     plan: Plan
@@ -92,16 +94,19 @@ def timeline(plan: Plan) -> Timeline:
 
 
 def _replay(plan: Plan, schedules: list[Schedule]) -> Timeline:
-    recorder, parts, offset = _Recorder(plan.bound_count), [], 0
+    recorder, later, offset = _Recorder(plan.bound_count), [], 0
     for schedule in schedules:
-        stage_recorder = _StageRecorder(recorder, offset)
-        forward, backward = _split(schedule)
-        stage_recorder.run(forward)
-        parts.append((stage_recorder, backward))
+        actions = list(schedule.actions)
+        loss = next(i for i, action in enumerate(actions) if isinstance(action, Load | Record))
+        # A load comes back from the loss; a segment that is recorded first is kept through it.
+        loss += isinstance(actions[loss], Record)
+        stage = _Stage(recorder, offset)
+        stage.run(actions[:loss])
+        later.append((stage, actions[loss:]))
         offset += schedule.num_blocks
     loss_time = recorder.now
-    for stage_recorder, backward in reversed(parts):
-        stage_recorder.run(backward)
+    for stage, actions in reversed(later):
+        stage.run(actions)
     return Timeline(
         plan=plan,
         runs=tuple(recorder.runs),
@@ -113,7 +118,7 @@ def _replay(plan: Plan, schedules: list[Schedule]) -> Timeline:
 
 
 def _schedule(stage: Stage) -> Schedule:
-    """Returns a stage's schedule, those of `none` and `full` too."""
+    """Returns the schedule of any stage, also of `none` and `full`."""
     if stage.schedule == "none":
         return uniform(stage.bound_count, 1)
     if stage.schedule == "full":
@@ -121,15 +126,6 @@ def _schedule(stage: Stage) -> Schedule:
     schedule = stack_schedule_of(stage)
     assert schedule is not None, stage
     return schedule
-
-
-def _split(schedule: Schedule) -> tuple[list, list]:
-    """Returns a schedule's actions before the loss, and those behind it."""
-    actions = list(schedule.actions)
-    place = next(i for i, action in enumerate(actions) if isinstance(action, Load | Record))
-    # A load comes back from the loss; a segment that is recorded first is kept through it.
-    place += isinstance(actions[place], Record)
-    return actions[:place], actions[place:]
 
 
 class _Recorder:
@@ -143,27 +139,16 @@ class _Recorder:
         self.slots_in_use = self.peak_slots = 0
 
     def run(self, block: int, kind: str, time: int):
-        """Lets a block run."""
         self.runs.append(Span(block=block, start=self.now, stop=self.now + time, kind=kind))
         self.now += time
-
-    def evaluate(self, block: int):
-        """Lets a block run forward, for the first time or again."""
-        self.run(block, RECOMPUTE if self.seen[block] else FORWARD, 1)
-        self.seen[block] = True
 
     def hold(self, block: int, since: int, kind: str):
         """Notes what was held until now."""
         if self.now > since:
             self.held.append(Span(block=block, start=since, stop=self.now, kind=kind))
 
-    def use_slots(self, count: int):
-        """Counts slots taken (1) or given back (-1)."""
-        self.slots_in_use += count
-        self.peak_slots = max(self.peak_slots, self.slots_in_use)
 
-
-class _StageRecorder:
+class _Stage:
     """Replays one stage's actions at its place in the stack."""
 
     def __init__(self, recorder: _Recorder, offset: int):
@@ -179,15 +164,17 @@ class _StageRecorder:
             match action:
                 case Store(slot):
                     self.slots[slot] = self.current, recorder.now
-                    recorder.use_slots(1)
+                    recorder.slots_in_use += 1
+                    recorder.peak_slots = max(recorder.peak_slots, recorder.slots_in_use)
                 case Load(slot):
                     self.current = self.slots[slot][0]
                 case Free(slot):
                     recorder.hold(*self.slots.pop(slot), CARRY)
-                    recorder.use_slots(-1)
+                    recorder.slots_in_use -= 1
                 case Advance(start, stop) | Record(start, stop):
                     for block in range(self.offset + start, self.offset + stop):
-                        recorder.evaluate(block)
+                        recorder.run(block, RECOMPUTE if recorder.seen[block] else FORWARD, 1)
+                        recorder.seen[block] = True
                         if isinstance(action, Record):
                             self.recorded[block] = recorder.now
                     self.current = self.offset + stop
@@ -214,12 +201,18 @@ def counts(line: Timeline) -> str:
 
 
 def policy_words(plan: Plan) -> Iterator[str]:
-    """Yields a sentence for each stage that has policies."""
+    """Yields a sentence for each stage that has policies, which pictures do not draw."""
     first = 0
     for stage in plan.stages:
         if stage.policies:
-            kept = "; ".join(_policy_text(policy) for policy in stage.policies)
-            yield f"blocks {first} to {first + stage.bound_count - 1}: {kept}{_rest(stage)}"
+            kept = "; ".join(map(_policy_text, stage.policies))
+            rest = ""  # what happens to the values that no policy keeps
+            if stage.inner_policies and stage.schedule == "full":
+                rest = "; a recompute runs the rest of the block"
+            elif stage.inner_policies:
+                rest = "; the rest of a recorded block is run once more in its backward pass, "
+                rest += "not drawn"
+            yield f"blocks {first} to {first + stage.bound_count - 1}: {kept}{rest}"
         first += stage.bound_count
 
 
@@ -230,10 +223,40 @@ def _policy_text(policy: Policy) -> str:
     return f"{policy.kind}{names}: {words.POLICIES[policy.kind].meaning}"
 
 
-def _rest(stage: Stage) -> str:
-    """Returns what happens to the values that no policy keeps."""
-    if not stage.inner_policies:
-        return ""
-    if stage.schedule == "full":
-        return "; a recompute runs the rest of the block"
-    return "; the rest of a recorded block is run once more in its backward pass, not drawn"
+# Long and deep pictures are drawn to scale.
+_SIGNS = {CARRY: "-", RESIDUALS: "=", FORWARD: "F", RECOMPUTE: "R", BACKWARD: "B"}
+_RANK = {sign: rank for rank, sign in enumerate(" " + "".join(_SIGNS.values()))}
+_MOST_COLUMNS, _MOST_ROWS = 200, 64
+KEY = "F forward  R recompute  B backward  - carry held  = residuals held  | the loss"
+
+
+def as_text(line: Timeline, width: int | None = None) -> str:
+    """Returns the picture, its key, counts and policies, as lines of ASCII text.
+
+    `width` is the number of columns of a line; without it a line is as wide as it needs to be.
+    """
+    digits = len(str(line.plan.bound_count - 1))
+    # The block's number, a blank, and the bar of the loss take columns, too.
+    most = _MOST_COLUMNS if width is None else max(1, min(_MOST_COLUMNS, width - digits - 2))
+    per_column = -(-line.end // most)
+    per_row = -(-line.plan.bound_count // _MOST_ROWS)
+    columns, rows = -(-line.end // per_column), -(-line.plan.bound_count // per_row)
+    grid = [[" "] * columns for _ in range(rows)]
+    for span in (*line.held, *line.runs):
+        row = grid[span.block // per_row]
+        for column in range(span.start // per_column, (span.stop - 1) // per_column + 1):
+            row[column] = max(row[column], _SIGNS[span.kind], key=_RANK.__getitem__)
+    loss_column = line.loss_time // per_column
+    lines = []
+    for number in reversed(range(rows)):
+        left, right = grid[number][:loss_column], grid[number][loss_column:]
+        text = f"{number * per_row:>{digits}} {''.join(left)}|{''.join(right)}"
+        lines.append(text.rstrip())
+    notes = [KEY]
+    if max(per_column, per_row) > 1:
+        units = f"{per_column} unit{'s' * (per_column > 1)} of time"
+        notes.append(f"a column is {units}, a row {per_row} block{'s' * (per_row > 1)}")
+    notes += [counts(line), *policy_words(line.plan)]
+    if width is not None:
+        notes = [part for note in notes for part in textwrap.wrap(note, width)]
+    return "\n".join([title(line), *lines, *notes])

@@ -1,7 +1,4 @@
-"""Measuring configurations for targets, several at once, with a word on what is compiled now.
-
-With `--max` the largest size whose peak fits is found with few compilations.
-"""
+"""Measuring configurations for targets, several at once, and the largest size that fits."""
 
 import contextlib
 import dataclasses
@@ -26,7 +23,7 @@ _SEQUENCE_UNIT = 128
 
 
 def check_targets(targets: Sequence[str], mesh: MeshShape | None = None):
-    """Raises for a target that does not exist, is no such mesh, or has no compiler installed.
+    """Raises for a target that does not exist, has no compiler, or has other devices than the mesh.
 
     Raises:
       TargetError, MeshError, Unavailable: In one line, before anything is compiled.
@@ -49,8 +46,8 @@ def measure_all(
 
     Args:
       cases: Configurations and targets.
-      largest: `"batch-size"` or `"seq-len"` to find the largest that fits; None for what is given.
-      parallel: Compilations at once. Those for `local` are made one after another, in this process.
+      largest: `"batch-size"` or `"seq-len"` to find the largest that fits; None for the given size.
+      parallel: Compilations at once. This process compiles for `local`, one after another.
       done: Called with each row as it is done, by the thread that made it.
     """
     here = threading.Lock()  # JAX's tracing of one step does not gain from another's beside it
@@ -128,7 +125,6 @@ def _row(config: TrainConfig, target: str, largest: str | None, compiler: _Compi
 
 
 def _auto_row(row: FitRow, chosen: FitResult) -> FitRow:
-    """Returns the row of the plan that was chosen for `row`'s configuration."""
     config = dataclasses.replace(row.config, remat=str(chosen.plan))
     return dataclasses.replace(row, config=config, report=chosen.report, auto=chosen)
 
@@ -162,8 +158,8 @@ def _largest_row(row: FitRow, largest: str, compiler: _Compiler) -> FitRow:
 def _largest_auto(sized: Callable[[int], FitRow], start: int, compiler: _Compiler) -> FitRow:
     """Returns the row of the largest size that some plan fits, with the fastest plan that does.
 
-    A size is feasible if the plan of the least peak fits. That plan is asked for once, the largest
-    size is looked for under it, and then the planner itself is asked at that size and the next.
+    The largest size is looked for under the plan of the least peak; then the planner itself is
+    asked at that size and at the next one.
     """
     least = _least_plan(sized(start), compiler)
 
@@ -180,9 +176,13 @@ def _largest_auto(sized: Callable[[int], FitRow], start: int, compiler: _Compile
             return None
 
     count, chosen = grown(plan, largest_that_fits(peak, start=start))
-    if chosen is None:
-        return _row_of_nothing(sized(1), compiler)
-    return _auto_row(sized(count), chosen)
+    if chosen is not None:
+        return _auto_row(sized(count), chosen)
+    # No plan fits the least size: its row has the plan that comes nearest.
+    row = sized(1)
+    config = dataclasses.replace(row.config, remat=_least_plan(row, compiler))
+    report = compiler.measure(config, row.target)
+    return dataclasses.replace(row, config=config, report=report, size=0)
 
 
 def _least_plan(row: FitRow, compiler: _Compiler) -> str:
@@ -191,13 +191,6 @@ def _least_plan(row: FitRow, compiler: _Compiler) -> str:
         return str(compiler.choose(row.config, row.target, budget=1).plan)
     except BudgetError as error:
         return str(error.plan)
-
-
-def _row_of_nothing(row: FitRow, compiler: _Compiler) -> FitRow:
-    """Returns the row of a size that no plan fits, under the plan that comes nearest."""
-    config = dataclasses.replace(row.config, remat=_least_plan(row, compiler))
-    report = compiler.measure(config, row.target)
-    return dataclasses.replace(row, config=config, report=report, size=0)
 
 
 Answer = TypeVar("Answer")
@@ -213,8 +206,8 @@ def largest_that_fits(peak: Callable[[int], tuple[int, int | None]], *, start: i
     next size does not. A peak that falls as the size grows is not looked for.
 
     Args:
-      peak: Of a size, `(peak_bytes, usable_bytes)`.
-      start: Where to begin.
+      peak: Returns `(peak_bytes, usable_bytes)` of a size.
+      start: The first size to try.
 
     Raises:
       ConfigError: What the device can use is not known.
@@ -238,11 +231,9 @@ def largest_that_fits(peak: Callable[[int], tuple[int, int | None]], *, start: i
 
 
 def grown(plan: Callable[[int], Answer | None], count: int) -> tuple[int, Answer | None]:
-    """Returns the largest size for which there is an answer, and the answer.
+    """Returns the largest size for which `plan` has an answer, and the answer.
 
-    Args:
-      plan: Returns what is found for a size, or None.
-      count: Where to begin: a size that is likely to be the largest; 0 if none is likely.
+    `count` is where to begin: a size that is likely to be the largest; 0 if none is likely.
     """
     found, last = None, count
     while last > 0 and (found := plan(last)) is None:
@@ -255,7 +246,7 @@ def grown(plan: Callable[[int], Answer | None], count: int) -> tuple[int, Answer
 
 
 def _next(seen: dict[int, int], usable: int, fits: int, fails: int | None) -> int:
-    """Returns a size between the largest that fits and the least that does not, both left out."""
+    """Returns a size between the largest that fits and the least that does not."""
     guess = _on_the_line(seen, usable)
     if guess is None:
         guess = 2 * fits if fails is None else fails // 2

@@ -16,14 +16,14 @@ class FitRow:
     """One plan on one target.
 
     Attributes:
-      config: What was compiled; with the plan that was chosen, where it was `auto`.
-      target: For what.
-      report: Its memory; None where it came to nothing.
-      failure: Why it did.
+      config: What was compiled; if its plan was `auto`, with the chosen plan.
+      target: The chip that it was compiled for.
+      report: Its memory; None after a failure.
+      failure: The error of a row without a report.
       size: With `--max`, the largest size that fits, 0 if none does.
-      budget_bytes: What the step may need, where that was given.
-      host_budget_bytes: What it may have on the host, where that was given.
-      auto: What the planner chose and why, where the plan was `auto`.
+      budget_bytes: The budget of the device, if one was given.
+      host_budget_bytes: The budget of the host, if one was given.
+      auto: The planner's answer, if the plan was `auto`.
     """
 
     config: TrainConfig
@@ -37,7 +37,7 @@ class FitRow:
 
     @property
     def error(self) -> str | None:
-        """Why the row came to nothing, in one line; None if it did not."""
+        """The failure in one line; None without a failure."""
         if self.failure is None:
             return None
         return " ".join(str(self.failure).split()) or type(self.failure).__name__
@@ -49,42 +49,36 @@ class FitRow:
 
     @property
     def is_refused(self) -> bool:
-        """Whether the user can mend the failure; any other is a fault of the program."""
+        """Whether the user can mend the failure; if not, the program has a fault."""
         return isinstance(self.failure, UserError)
 
     @property
     def infeasible(self) -> BudgetError | None:
-        """The least budget and its plan, where no plan fits."""
+        """The error with the least budget and its plan, if no plan fits."""
         return self.failure if isinstance(self.failure, BudgetError) else None
 
     @property
     def measured(self) -> MemoryReport:
-        """The memory of a row that came to something."""
+        """The memory of a row without a failure."""
         assert self.report is not None, self.error
         return self.report
 
     @property
     def limit_bytes(self) -> int | None:
-        """What the step may need: the budget, or what the device can use; None if unknown."""
+        """The step's most bytes: the budget, or what the device can use; None if unknown."""
         return self.measured.usable_bytes if self.budget_bytes is None else self.budget_bytes
 
     @property
     def left_bytes(self) -> int | None:
-        """What is left of that at the peak, negative if it does not fit; None if unknown."""
+        """The bytes that the peak leaves of the limit, negative above it; None if unknown."""
         return None if self.limit_bytes is None else self.limit_bytes - self.measured.peak_bytes
 
     @property
     def fits(self) -> bool | None:
-        """Whether the step fits, the device and the host; None if nobody knows."""
+        """Whether the step fits the device and the host; None if the limit is unknown."""
         if self.host_budget_bytes is not None and self.measured.host_bytes > self.host_budget_bytes:
             return False
         return None if self.left_bytes is None else self.left_bytes >= 0
-
-    @property
-    def recomputed(self) -> float | None:
-        """FLOPs run again, as a share of those without remat."""
-        again, flops = self.measured.recomputed_flops, self.measured.flops
-        return None if again is None or flops is None else again / (flops - again)
 
     @property
     def summary(self) -> str:
@@ -117,19 +111,11 @@ class FitRow:
             chosen = self.auto.as_json()
             del chosen["report"]  # the row has it
             found["auto"] = chosen
+        names = ("peak_bytes", "host_bytes", "usable_bytes", "flops", "recomputed_flops")
+        names += ("collective_bytes", "collective_seconds", "compile_seconds", "source")
+        found |= {name: getattr(report, name) for name in (*names, "jax_version")}
+        found |= {"fits": self.fits, "step_seconds": report.estimated_seconds}
         return found | {
-            "peak_bytes": report.peak_bytes,
-            "host_bytes": report.host_bytes,
-            "usable_bytes": report.usable_bytes,
-            "fits": self.fits,
-            "flops": report.flops,
-            "recomputed_flops": report.recomputed_flops,
-            "step_seconds": report.estimated_seconds,
-            "collective_bytes": report.collective_bytes,
-            "collective_seconds": report.collective_seconds,
-            "compile_seconds": report.compile_seconds,
             "findings": list(report.findings),
             "understood": dataclasses.asdict(report.understood),
-            "source": report.source,
-            "jax_version": report.jax_version,
         }

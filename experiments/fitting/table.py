@@ -44,12 +44,12 @@ def show(rows: Sequence[FitRow], settings: TrainConfig, largest: str | None = No
 
 
 def ranked(rows: Sequence[FitRow]) -> list[FitRow]:
-    """Returns the rows by estimated time, where that is not known by what is run again."""
+    """Returns the rows by estimated time; without an estimate by recomputed FLOPs."""
 
     def cost(row: FitRow):
         report = row.measured
         seconds = _NEVER if report.estimated_seconds is None else report.estimated_seconds
-        return seconds, row.recomputed or 0.0, report.peak_bytes
+        return seconds, report.recomputed_share or 0.0, report.peak_bytes
 
     return sorted(rows, key=cost)
 
@@ -78,7 +78,6 @@ def _title(row: FitRow, settings: TrainConfig, largest: str | None) -> str:
 
 
 def _usable(row: FitRow) -> str:
-    """Returns what a program may fill, and of what, as text."""
     target = parse_target(row.target)
     text = f"{iec(row.measured.usable_bytes or 0)} usable per device"
     if target.chip is None or target.backend != "cuda":
@@ -100,8 +99,8 @@ def _table(rows: Sequence[FitRow], largest: str | None) -> Table:
             iec(row.measured.host_bytes) * bool(row.measured.host_bytes) for row in rows
         ],
         "left": [_bytes(row.left_bytes) for row in rows],
-        "recomputed": [_number(row.recomputed, "{:.1f} %", 100) for row in rows],
-        "est. ms": [_number(_milliseconds(row), "{:,.4g}") for row in rows],
+        "recomputed": [_number(row.measured.recomputed_share, "{:.1f} %", 100) for row in rows],
+        "est. ms": [_number(row.measured.estimated_seconds, "{:,.4g}", 1e3) for row in rows],
         "against fastest": [_beside(row, fastest) * (not largest) for row in rows],
         "sending ms": [_number(row.measured.collective_seconds, "{:,.1f}", 1e3) for row in rows],
     }
@@ -125,14 +124,9 @@ def _verdict(row: FitRow, *, is_chosen: bool) -> str:
     return f"[{'green' if row.fits else 'red'}]{text}[/]"
 
 
-def _milliseconds(row: FitRow) -> float | None:
-    seconds = row.measured.estimated_seconds
-    return None if seconds is None else 1e3 * seconds
-
-
 def _beside(row: FitRow, fastest: FitRow) -> str:
     """Returns how much longer a step takes than the fastest that fits; empty if unknown."""
-    seconds, least = _milliseconds(row), _milliseconds(fastest)
+    seconds, least = row.measured.estimated_seconds, fastest.measured.estimated_seconds
     if not seconds or not least or row is fastest:
         return ""
     return f"{100 * (seconds / least - 1):+.1f} %"
@@ -147,9 +141,9 @@ def _number(value: float | None, form: str, factor: float = 1) -> str:
 
 
 def _findings(rows: Sequence[FitRow], largest: str | None):
-    """Yields each row with each of its findings, the comparison with `none` included.
+    """Yields each row with each of its findings, and what was not understood of XLA's texts.
 
-    What was not understood of the compiler's texts is one of them.
+    The comparison with `none` comes last, one finding for all plans that save nothing.
     """
     is_none = lambda row: all(stage.schedule == "none" for stage in row.config.plan.stages)
     nones = [row.measured for row in rows if is_none(row)]
@@ -157,6 +151,11 @@ def _findings(rows: Sequence[FitRow], largest: str | None):
         yield from ((row, finding) for finding in row.measured.findings)
         if not row.measured.understood.is_enough:
             yield row, str(row.measured.understood)
-        if nones and not largest:
-            found = peak_not_below_none(row.config.remat, row.measured, nones[0])
-            yield from ((row, str(finding)) for finding in found)
+    if nones and not largest:
+        compared = (
+            (row, peak_not_below_none(row.config.remat, row.measured, nones[0])) for row in rows
+        )
+        idle = [(row, *found) for row, found in compared if found]
+        for row, finding in idle[:1]:
+            others = ", ".join(other.config.remat for other, _ in idle[1:])
+            yield row, f"{finding}{others and f'; the same holds for {others}'}"

@@ -1,7 +1,7 @@
 """What is shown while `experiments.fit` compiles: each row as it is done, and what runs now.
 
-On a terminal a live line for every row that is worked on says what is compiled and for how long;
-the last line counts the rows and says how much time is left. Elsewhere there are the rows alone.
+A terminal has a live line for every row at work, with what is compiled and for how long; the last
+line counts the rows and says how much time is left. Elsewhere only finished rows are shown.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ class Waiting:
 
     @contextlib.contextmanager
     def row(self, name: str) -> Iterator[Callable[[str], None]]:
-        """A context of a row that is worked on; yields what takes the name of each compilation."""
+        """A context of a row at work; yields a function that takes the name of each compilation."""
 
         def compiling(what: str):
             label = f"compiling {name}: {what}" if what else f"compiling {name}"

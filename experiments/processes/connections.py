@@ -20,7 +20,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from experiments.config import ConfigError
@@ -31,11 +31,11 @@ _GO = "go"
 
 
 def call_roll(flags: ProcessFlags, digest: str) -> dict[int, socket.socket]:
-    """Returns once all processes have said that they are there, with the same digest.
+    """Returns once all processes have said that they are there, with one digest.
 
     Returns:
-      Connections by the number of the process at the other end: the first one's to all others, and
-      each other's to the first.
+      Connections by the number of the process at the other end: process 0 has one to each other
+      process, and each other process has one to process 0.
 
     Raises:
       ConfigError: Some did not come in time, two have one number, or they do not agree.
@@ -61,36 +61,28 @@ def _lead(flags: ProcessFlags, word: dict, deadline: float) -> tuple[str, dict[i
             try:
                 connection, _ = listener.accept()
             except TimeoutError:
-                answer = _missing(flags, present)
+                gone = [number for number in range(1, flags.processes) if number not in present]
+                answer = (
+                    f"process{'es' * (len(gone) > 1)} {', '.join(map(str, gone))} of "
+                    f"{flags.processes} {_not_come(flags)}"
+                )
                 break
             theirs = _read(connection)
-            if theirs is None:  # whoever that was
-                connection.close()
-                continue
-            answer = _disagreement(word, theirs, present)
-            if answer is not None:
+            if theirs is not None:
+                answer = _disagreement(word, theirs, present)
+                if answer is None:
+                    present[theirs["process"]] = connection
+                    continue
                 _tell(connection, answer)
-                connection.close()
-            else:
-                present[theirs["process"]] = connection
-    answer = answer or _GO
+            connection.close()  # a stranger's, or of a process that disagrees
     for connection in present.values():
-        _tell(connection, answer)
-    return answer, present
+        _tell(connection, answer or _GO)
+    return answer or _GO, present
 
 
 def _tell(connection: socket.socket, answer: str):
     with contextlib.suppress(OSError):  # who is gone is found out later
         connection.sendall(answer.encode() + b"\n")
-
-
-def _missing(flags: ProcessFlags, present) -> str:
-    gone = [number for number in range(1, flags.processes) if number not in present]
-    noun = "process" if len(gone) == 1 else "processes"
-    return (
-        f"{noun} {', '.join(map(str, gone))} of {flags.processes} did not come to "
-        f"{flags.coordinator} within {flags.join_seconds:g} s"
-    )
 
 
 def _disagreement(mine: dict, theirs: dict, present) -> str | None:
@@ -123,7 +115,7 @@ def _follow(
     flags: ProcessFlags, word: dict, deadline: float
 ) -> tuple[str, dict[int, socket.socket]]:
     """Tells the first process who this is, and returns what it answers."""
-    for left in _until(deadline):
+    while (left := deadline - time.monotonic()) > 0:
         try:
             connection = socket.create_connection(flags.address, timeout=left)
             connection.sendall(json.dumps(word).encode() + b"\n")
@@ -136,21 +128,15 @@ def _follow(
         except OSError:  # not there yet, or gone again
             pass
         time.sleep(_RETRY_SECONDS)
-    gone = (
-        f"process 0 of {flags.processes} did not come to {flags.coordinator} within "
-        f"{flags.join_seconds:g} s"
-    )
-    return gone, {}
+    return f"process 0 of {flags.processes} {_not_come(flags)}", {}
 
 
-def _until(deadline: float) -> Iterator[float]:
-    """Yields the seconds that are left, as long as there are any."""
-    while (left := deadline - time.monotonic()) > 0:
-        yield left
+def _not_come(flags: ProcessFlags) -> str:
+    return f"did not come to {flags.coordinator} within {flags.join_seconds:g} s"
 
 
 def _read(connection: socket.socket) -> dict | None:
-    """Returns what a process says of itself; None from who is none."""
+    """Returns what a process says of itself; None from a stranger."""
     connection.settimeout(5.0)
     try:
         found = json.loads(_line(connection))
@@ -170,7 +156,7 @@ def _line(connection: socket.socket) -> str:
     return text.decode(errors="replace").strip()
 
 
-# A process that ends for a reason of its own says so first, as all do that find the same error.
+# Time for a process to end by an error of its own, and to print it.
 _GRACE_SECONDS = 5.0
 _DONE = b"done\n"
 
@@ -178,18 +164,16 @@ _DONE = b"done\n"
 class Lifelines:
     """Watches connections to other processes; a context manager.
 
-    A context that is left by an exception lets go of the connections without a word: the others
-    end as well.
+    An exception that leaves the context closes the connections without a word, which ends the other
+    processes too.
     """
 
     def __init__(
         self, connections: Mapping[int, socket.socket], grace_seconds: float = _GRACE_SECONDS
     ):
-        """Takes connections over.
+        """Takes connections over, by the number of the process at the other end.
 
-        Args:
-          connections: By the number of the process at the other end.
-          grace_seconds: How long this process may still end by itself after another has ended.
+        After the end of another process, this one may end by itself for `grace_seconds`.
         """
         self._connections = connections
         self._grace_seconds = grace_seconds
@@ -208,7 +192,7 @@ class Lifelines:
                 connection.shutdown(socket.SHUT_WR)
 
     def listen(self):
-        """Waits as long as it takes to hear that another process has ended, which ends this one."""
+        """Waits long enough to hear that another process has ended, which ends this one."""
         time.sleep(self._grace_seconds + 1)
 
     def _watch(self):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from experiments.config import ConfigError, TrainConfig
+from experiments.config import ConfigError, TrainConfig, at_least
 
 
 @Parameter(name="*")
@@ -26,8 +26,7 @@ class ProcessFlags:
     join_seconds: float = 300.0
 
     def __post_init__(self):
-        if self.processes < 1:
-            raise ConfigError(f"processes is {self.processes}; the least is 1")
+        at_least(self, 1, "processes")
         if not self.join_seconds > 0:
             raise ConfigError(f"join_seconds is {self.join_seconds}; it is above 0")
         if self.processes == 1:
@@ -42,7 +41,7 @@ class ProcessFlags:
                 f"process_id is {self.process_id}; of {self.processes} processes it is 0 to "
                 f"{self.processes - 1}"
             )
-        self.address  # noqa: B018  raises where it is none
+        _ = self.address  # raises if it is no address
 
     @property
     def address(self) -> tuple[str, int]:
@@ -53,11 +52,7 @@ class ProcessFlags:
         return host.strip("[]"), int(port)
 
     def check(self, config: TrainConfig):
-        """Raises for settings that several processes cannot share.
-
-        Raises:
-          ConfigError: Naming the flag.
-        """
+        """Raises `ConfigError` for a setting that several processes cannot share."""
         if self.processes == 1:
             return
         if config.mesh is None:

@@ -3,8 +3,8 @@
     python -m experiments.train ... --coordinator host:1234 --processes 2 --process-id 0
     python -m experiments.train ... --coordinator host:1234 --processes 2 --process-id 1
 
-They call the roll (`connections.py`) before JAX is imported or anything is written; the connections
-that were made for it stay, so that the end of one is known to all (`connections.py`).
+They call the roll (`connections.py`) before JAX is imported or anything is written. The connections
+of the roll call stay, so that the end of one process is known to all.
 """
 
 import atexit
@@ -27,10 +27,10 @@ from jaxckpt.plans.errors import UserError
 def joined(flags: ProcessFlags, config: TrainConfig, corpus_sha256: str):
     """A context in which all processes are there and JAX's distributed system is up.
 
-    Of one process it is any context.
+    With one process it does nothing.
 
     Raises:
-      ConfigError: Some do not come, or not all run the same.
+      ConfigError: Some processes do not come, or not all run the same.
     """
     if flags.processes == 1:
         yield
@@ -88,7 +88,7 @@ def is_first() -> bool:
 
 
 class SharedFlag:
-    """A flag that is set once it is set in any process; all ask in the same order, nobody waits."""
+    """A flag that is set once it is set in any process; all ask in one order, without waiting."""
 
     def __init__(self):
         self._asked: Any = False
@@ -96,27 +96,18 @@ class SharedFlag:
     def anywhere(self, is_set_here: bool) -> bool:
         """Returns whether the flag is set in any process.
 
-        With several processes it is the answer to the question before this one, the same in all.
-        The devices have it when they are done with what was dispatched before that question.
-
-        Args:
-          is_set_here: Whether it is set in this process.
+        With several processes it answers the question before this one, alike in all processes. The
+        devices know that answer when they are done with the work dispatched before that question.
         """
         import jax
+        import numpy as np
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
         if jax.process_count() == 1:
             return is_set_here
-        answer, self._asked = self._asked, _any_of_us(is_set_here)
+        devices = np.asarray(jax.devices())
+        where = NamedSharding(Mesh(devices, "all"), PartitionSpec("all"))
+        flag = np.array([is_set_here])
+        flags = jax.make_array_from_callback(devices.shape, where, lambda _: flag)
+        answer, self._asked = self._asked, jax.numpy.any(flags)  # on all devices, not waited for
         return bool(answer)
-
-
-def _any_of_us(flag: bool):
-    """Returns a scalar on all devices, without waiting: whether a flag is set in any process."""
-    import jax
-    import numpy as np
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-    devices = np.asarray(jax.devices())
-    where = NamedSharding(Mesh(devices, "all"), PartitionSpec("all"))
-    flags = jax.make_array_from_callback(devices.shape, where, lambda _: np.array([flag]))
-    return jax.numpy.any(flags)

@@ -34,14 +34,11 @@ def draw(groups: Sequence[Group], lines: Sequence[Line], title: str):
 
 
 def _styles(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
-    """Returns a colour, a mark and a dash for each plan, the same in every panel."""
+    """Returns a colour, a mark and a dash for each plan, for all panels."""
     plans = dict.fromkeys(point.plan for group in groups for point in group.points)
+    looks = {"color": plotting.CYCLE, "marker": _MARKS, "linestyle": _DASHES}
     return {
-        plan: {
-            "color": plotting.CYCLE[number % len(plotting.CYCLE)],
-            "marker": _MARKS[number % len(_MARKS)],
-            "linestyle": _DASHES[number % len(_DASHES)],
-        }
+        plan: {name: look[number % len(look)] for name, look in looks.items()}
         for number, plan in enumerate(plans)
     }
 
@@ -49,25 +46,19 @@ def _styles(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
 def _draw_time(axes, group: Group, styles):
     front = [group.points[place] for place in group.frontier]
     if front:
-        axes.step(
-            [point.peak_bytes / 2**30 for point in front],
-            [1e3 * (point.step_seconds or 0.0) for point in front],
-            where="post",
-            color="#767676",
-            linestyle=":",
-        )
+        peaks = [point.peak_bytes / 2**30 for point in front]
+        times = [1e3 * (point.step_seconds or 0.0) for point in front]
+        axes.step(peaks, times, where="post", color="#767676", linestyle=":")
     for point in group.points:
         if point.step_seconds is not None:
             at = point.peak_bytes / 2**30, 1e3 * point.step_seconds
-            axes.plot(*at, markersize=8, label=point.plan, **styles[point.plan] | _UNJOINED)
+            style = styles[point.plan] | {"linestyle": "none"}
+            axes.plot(*at, markersize=8, label=point.plan, **style)
     sources = sorted({point.seconds_source for point in group.points})
     axes.set_xlabel("compiled peak, GiB")
     axes.set_ylabel(f"step time, ms ({', '.join(sources)})")
     axes.set_title("memory against time, dotted: the frontier", fontsize=10)
     _add_legend(axes)
-
-
-_UNJOINED = {"linestyle": "none"}
 
 
 def _draw_depth(axes, lines: Sequence[Line], styles):
@@ -90,7 +81,7 @@ def _draw_losses(axes, group: Group, styles):
     runs = [point for point in group.points if point.losses]
     for number, point in enumerate(runs):
         steps = range(1, len(point.losses) + 1)
-        # Curves that lie on each other are seen as the lower one being wider.
+        # Equal curves lie on one another; the lower one is wider, so that both are seen.
         style = styles[point.plan] | {"marker": None, "linestyle": "-"}
         width = 1.5 + 1.2 * (len(runs) - 1 - number)
         losses = [float("nan") if loss is None else loss for loss in point.losses]

@@ -1,7 +1,8 @@
-"""Points that may be compared, and what follows from them: frontier, slopes, loss differences."""
+"""Groups of comparable points, with their frontier, slopes and loss differences."""
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Sequence
 
 from experiments.reporting.points import Point
@@ -9,14 +10,14 @@ from experiments.reporting.points import Point
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-    """Points of one depth on one target with the same settings, a plan each.
+    """Points of one depth on one target with equal settings, one for each plan.
 
     Attributes:
-      name: What it is called.
+      name: The text above its table.
       family: Its name without the depth: groups of a family differ in depth alone.
       points: By peak, the smallest first.
       frontier: Places in `points` of the plans that no other plan beats in both memory and time.
-      ties: For each point, the places of the others whose step times lie within its noise.
+      ties: For each point, the places of other points whose step times lie within its noise.
       loss_difference: The largest difference of a step's loss between two plans, relative to the
         loss; None with fewer than two curves.
     """
@@ -35,12 +36,13 @@ class Line:
 
     Attributes:
       plan: The plan.
-      family: The groups that it runs through.
+      family: The family of its groups.
       depths: Numbers of blocks, ascending.
       peaks: Peak bytes at each.
       temps: Temporary bytes at each; empty if one is unknown.
-      peak_slope: Of the logarithms, fitted by least squares; 1 is linear, 0.5 a square root.
-      temp_slope: Of the temporaries; None where they are unknown or zero.
+      peak_slope: The slope of log peak over log depth, by least squares; 1 is linear, 0.5 a square
+        root.
+      temp_slope: The slope of the temporaries; None if they are unknown or zero.
     """
 
     plan: str
@@ -81,31 +83,30 @@ def _group(family: str, depth: int, points: list[Point]) -> Group:
 
 
 def frontier(points: Sequence[Point]) -> tuple[int, ...]:
-    """Returns the places of the points that are faster than all of no larger peak.
+    """Returns the places of the points that are faster than every point with no larger peak.
 
-    Args:
-      points: By peak, the smallest first; those without a time are never on it.
+    `points` are sorted by peak, the smallest first. A point without a time is left out.
     """
-    found, fastest, timed = [], math.inf, [p for p in enumerate(points) if p[1].step_seconds]
-    for place, point in sorted(timed, key=lambda one: (one[1].peak_bytes, one[1].step_seconds)):
-        if point.step_seconds is not None and point.step_seconds < fastest:
+    found, fastest = [], math.inf
+    timed = [(p.peak_bytes, p.step_seconds, n) for n, p in enumerate(points) if p.step_seconds]
+    for _, seconds, place in sorted(timed):
+        if seconds < fastest:
             found.append(place)
-            fastest = point.step_seconds
+            fastest = seconds
     return tuple(found)
 
 
 def ties(points: Sequence[Point]) -> tuple[tuple[int, ...], ...]:
-    """Returns for each point the places of the others that are as fast, as far as one can tell.
+    """Returns for each point the places of other points that are as fast, as far as one can tell.
 
-    Two are told apart if the middle halves of their step times do not meet.
+    Two points tie if the middle halves of their step times overlap.
     """
 
     def meet(one: Point, other: Point) -> bool:
         if one is other or one.step_spread is None or other.step_spread is None:
             return False
-        return max(one.step_spread[0], other.step_spread[0]) <= min(
-            one.step_spread[1], other.step_spread[1]
-        )
+        lows, highs = zip(one.step_spread, other.step_spread, strict=True)
+        return max(lows) <= min(highs)
 
     return tuple(
         tuple(place for place, other in enumerate(points) if meet(one, other)) for one in points
@@ -157,8 +158,5 @@ def _line(family: str, plan: str, points: list[Point]) -> Line:
 
 def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
     """Returns the slope of log y over log x by least squares; all numbers are above 0."""
-    logs_x, logs_y = [math.log(x) for x in xs], [math.log(y) for y in ys]
-    mean_x, mean_y = sum(logs_x) / len(xs), sum(logs_y) / len(ys)
-    spread = sum((x - mean_x) ** 2 for x in logs_x)
-    pairs = zip(logs_x, logs_y, strict=True)
-    return sum((x - mean_x) * (y - mean_y) for x, y in pairs) / spread
+    logs = ([math.log(value) for value in values] for values in (xs, ys))
+    return statistics.linear_regression(*logs).slope

@@ -1,4 +1,4 @@
-"""One row as the report needs it, made from what a file says; what is wrong with it is said."""
+"""A row of a file as a `Point` of the report; a row that cannot be shown is a `PointError`."""
 
 import dataclasses
 import math
@@ -8,6 +8,7 @@ from typing import Any
 from experiments.config import OptimizerConfig, TrainConfig
 from experiments.sweeping.case import LOCAL, Case, about, settings_of
 from experiments.sweeping.running import row_of_run
+from jaxckpt.compiled.buffers import Buffer
 from jaxckpt.models.config import TransformerConfig
 from jaxckpt.plans import Plan, PlanError
 
@@ -19,38 +20,24 @@ class PointError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Buffer:
-    """One of the largest values at the peak."""
-
-    size_bytes: int
-    shape: str
-    operation: str
-    source: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Point:
-    """A plan at a depth on a target, as it is shown.
+    """A plan at a depth on a target, as it is shown; an unknown text is "", a number None.
 
     Attributes:
       plan: As people write it; the count of a lone stage is left out.
-      depth: Number of blocks.
-      target: The chip it was compiled for, or `"local"`.
-      device: What that is.
-      settings: The flags that it shares with the rows it may be compared to.
-      about: Model, batch and optimizer in words; "" if unknown.
-      date: When it was measured or compiled; "" if unknown.
-      peak_bytes: Compiled.
-      temp_bytes: Of them temporaries; None if unknown.
-      runtime_bytes: The most that the runtime held; None where it does not say.
-      step_seconds: The median; None if unknown.
-      step_spread: The quartiles, between which half of the steps lie; None if unknown.
+      target: The chip it was compiled for, or `"local"`; `device` is the device's own name.
+      settings: The flags that it shares with comparable rows.
+      about: Model, batch and optimizer in words.
+      peak_bytes: The compiled peak; `temp_bytes` of it are temporaries.
+      runtime_bytes: The most that the runtime held.
+      step_seconds: The median.
+      step_spread: The quartiles, between which half of the steps lie.
       seconds_source: `"measured"` or `"roofline"`.
-      recomputed: FLOPs run again, as a share of those without remat; None if unknown.
-      losses: Of every step; empty where nothing ran.
+      recomputed: FLOPs run again, as a share of the FLOPs without remat.
+      losses: The loss of every step; empty without steps.
       buffers: The largest values at the peak, largest first.
       command: The command line that repeats it.
-      origin: Versions, commit, and what of XLA's text was not understood, as text.
+      origin: Versions, commit, and the part of XLA's text that was not understood.
     """
 
     plan: str
@@ -74,11 +61,7 @@ class Point:
 
 
 def point_of_row(row: Mapping[str, Any]) -> Point:
-    """Returns the point of a row of a sweep.
-
-    Raises:
-      PointError: A value that is missing, or of another kind than it should be.
-    """
+    """Returns the point of a row of a sweep; raises `PointError` for a missing or wrong value."""
     depth = _number(row, "depth", least=1, whole=True)
     return Point(
         plan=_plan(_text(row, "plan"), depth),
@@ -122,7 +105,7 @@ def point_of_run(record: list[dict[str, Any]]) -> Point:
 
 
 def _config(values: Mapping[str, Any]) -> TrainConfig:
-    """Returns the configuration of a record, less what later versions know alone."""
+    """Returns the configuration of a record, without fields that only later versions know."""
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     kept = {name: value for name, value in values.items() if name in known}
     for name in ("out", "overwrite", "resume", "compile_cache", "keep", "tensorboard", "sample"):
@@ -161,14 +144,12 @@ def _number(row, name: str, *, least: float, whole: bool = False, optional: bool
 
 
 def _spread(row: Mapping[str, Any]) -> tuple[float, float] | None:
-    ends = row.get("step_seconds_spread")
-    if ends is None:
+    name = "step_seconds_spread"
+    if (ends := row.get(name)) is None:
         return None
     if not isinstance(ends, list | tuple) or len(ends) != 2:
-        raise PointError(f"step_seconds_spread is {ends!r}; two numbers are needed")
-    low, high = (
-        _number({"step_seconds_spread": end}, "step_seconds_spread", least=0) for end in ends
-    )
+        raise PointError(f"{name} is {ends!r}; two numbers are needed")
+    low, high = (_number({name: end}, name, least=0) for end in ends)
     return low, high
 
 
@@ -189,15 +170,12 @@ def _buffers(row: Mapping[str, Any]) -> tuple[Buffer, ...]:
     listed = row.get("buffers", [])
     if not isinstance(listed, list | tuple) or not all(isinstance(one, dict) for one in listed):
         raise PointError("buffers is no list of objects")
-    found = [
-        Buffer(
-            size_bytes=_number(one, "size_bytes", least=0, whole=True),
-            shape=_text(one, "shape", ""),
-            operation=_text(one, "operation", ""),
-            source="/".join(_text(one, "source", "").split("/")[-2:]),
-        )
-        for one in listed
-    ]
+    found = []
+    for one in listed:
+        size = _number(one, "size_bytes", least=0, whole=True)
+        texts = {name: _text(one, name, "") for name in ("shape", "operation", "source")}
+        texts["source"] = "/".join(texts["source"].split("/")[-2:])
+        found.append(Buffer(size_bytes=size, **texts))
     found.sort(key=lambda one: one.size_bytes, reverse=True)
     return tuple(found[:_SHOWN_BUFFERS])
 

@@ -7,16 +7,16 @@ from pathlib import Path
 from experiments import files
 from experiments.config import ConfigError
 from experiments.reporting.points import Point, PointError, point_of_row, point_of_run
-from experiments.sweeping.rows import ROWS
+from experiments.sweeping.running import ROWS
 from experiments.training.record import METRICS
 from jaxckpt.plans.errors import nearest
 
 CURE = "python -m experiments.sweep -o sweeps/small makes some"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass
 class Found:
-    """What was read.
+    """The rows that were read.
 
     Attributes:
       points: Rows that can be shown.
@@ -24,9 +24,9 @@ class Found:
       skipped: A line for each file or row that cannot be shown, and why.
     """
 
-    points: tuple[Point, ...]
-    failed: tuple[tuple[str, str], ...]
-    skipped: tuple[str, ...]
+    points: list[Point] = dataclasses.field(default_factory=list)
+    failed: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    skipped: list[str] = dataclasses.field(default_factory=list)
 
 
 def read_all(paths: Sequence[Path]) -> Found:
@@ -39,20 +39,18 @@ def read_all(paths: Sequence[Path]) -> Found:
     Raises:
       ConfigError: There is no such path, or nothing in any of them can be shown.
     """
-    points: list[Point] = []
-    failed: list[tuple[str, str]] = []
-    skipped: list[str] = []
+    found = Found()
     for path in paths:
         files = list(_files(path))
         if not files:
-            skipped.append(f"{path} holds no rows of a sweep and no run")
+            found.skipped.append(f"{path} holds no rows of a sweep and no run")
         for file in files:
-            _read(file, points, failed, skipped)
-    if not points:
-        reasons = "; ".join(skipped[:3] or [f"all {len(failed)} rows failed"])
-        more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+            _read(file, found)
+    if not found.points:
+        reasons = "; ".join(found.skipped[:3] or [f"all {len(found.failed)} rows failed"])
+        more = f"; and {len(found.skipped) - 3} more" if len(found.skipped) > 3 else ""
         raise ConfigError(f"nothing to show: {reasons}{more}; {CURE}")
-    return Found(points=tuple(points), failed=tuple(failed), skipped=tuple(skipped))
+    return found
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -75,35 +73,35 @@ def _files(path: Path) -> Iterator[Path]:
             return
 
 
-def _read(file: Path, points: list[Point], failed: list, skipped: list[str]):
+def _read(file: Path, found: Found):
     try:
-        lines = files.read(file)
+        rows, broken = files.read(file)
     except OSError as error:
-        skipped.append(f"{file}: {error.strerror}")
+        found.skipped.append(f"{file}: {error.strerror}")
         return
-    if lines.broken:
-        numbers = ", ".join(map(str, lines.broken[:5])) + ", ..." * (len(lines.broken) > 5)
-        which = f"line {numbers} is" if len(lines.broken) == 1 else f"lines {numbers} are"
-        skipped.append(f"{file}: {which} no JSON object ({len(lines.broken)} skipped)")
-    if not lines.rows:
-        skipped.append(f"{file} is empty" if not lines.broken else f"{file} has no other line")
-    elif file.name == ROWS or "key" in lines.rows[0]:
-        _read_sweep(file, lines.rows, points, failed, skipped)
+    if broken:
+        numbers = ", ".join(map(str, broken[:5])) + ", ..." * (len(broken) > 5)
+        which = f"line {numbers} is" if len(broken) == 1 else f"lines {numbers} are"
+        found.skipped.append(f"{file}: {which} no JSON object ({len(broken)} skipped)")
+    if not rows:
+        found.skipped.append(f"{file} has no other line" if broken else f"{file} is empty")
+    elif file.name == ROWS or "key" in rows[0]:
+        _read_sweep(file, rows, found)
     else:
         try:
-            points.append(point_of_run(list(lines.rows)))
+            found.points.append(point_of_run(rows))
         except PointError as error:
-            skipped.append(f"{file}: {error}")
+            found.skipped.append(f"{file}: {error}")
 
 
-def _read_sweep(file: Path, rows, points: list[Point], failed: list, skipped: list[str]):
+def _read_sweep(file: Path, rows: list[dict], found: Found):
     latest = {str(row.get("key", number)): row for number, row in enumerate(rows)}
     for number, row in enumerate(latest.values(), start=1):
         if "error" in row:
             what = ", ".join(str(row.get(name)) for name in ("plan", "depth", "target"))
-            failed.append((what, str(row["error"])))
+            found.failed.append((what, str(row["error"])))
             continue
         try:
-            points.append(point_of_row(row))
+            found.points.append(point_of_row(row))
         except PointError as error:
-            skipped.append(f"{file}: row {number}: {error}")
+            found.skipped.append(f"{file}: row {number}: {error}")

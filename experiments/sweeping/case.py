@@ -9,8 +9,8 @@ import shlex
 from pathlib import Path
 
 from experiments.config import PERMISSIONS, OptimizerConfig, TrainConfig, flag_of
+from experiments.files import versions
 from experiments.flags import is_used
-from experiments.training.record import versions
 from jaxckpt.models.config import TransformerConfig
 
 LOCAL = "local"
@@ -25,7 +25,7 @@ class Case:
     """A plan on a target at a depth.
 
     Attributes:
-      config: The whole configuration; its `steps` are those of the learning rate's schedule.
+      config: The whole configuration; its `steps` are the length of the learning rate's schedule.
       target: `"local"`, or a chip that need not be there.
       run_steps: Steps that a row on `local` trains.
     """
@@ -57,21 +57,16 @@ class Case:
     def training_flags(self, compile_cache: Path) -> list[str]:
         """Returns the flags of `experiments.train` for this row's own run.
 
-        Args:
-          compile_cache: An empty folder: what is read from a cache names no buffers.
+        `compile_cache` is an empty folder: a program from a cache names no buffers.
         """
         decay = self.config.optimizer.decay_steps or self.config.steps
         optimizer = dataclasses.replace(self.config.optimizer, decay_steps=decay)
         changes = {"optimizer": optimizer, "validation_batches": 1, "compile_cache": compile_cache}
         return flags_of(dataclasses.replace(self.config, steps=self.run_steps, **changes))
 
-    def settings(self) -> str:
-        """Returns what rows must share to be compared: all flags but plan, budget and depth."""
-        return settings_of(self.config)
-
     def command(self) -> str:
-        """Returns what a user types to train so, or to ask for the same compilation."""
-        # The plan is always said; what is left of the configuration has the default one.
+        """Returns the command that trains this row, or compiles it for an absent chip."""
+        # The plan is always written out; the other flags are of the default plan.
         plan, rest = self.config.remat, dataclasses.replace(self.config, remat=TrainConfig().remat)
         flags = [f"--target={self.target}", f"--plan={plan}"]
         program = "fit"
@@ -91,7 +86,7 @@ def about(config: TrainConfig) -> str:
 
 
 def settings_of(config: TrainConfig) -> str:
-    """Returns the flags of a configuration, those of its plan, depth and folders left out."""
+    """Returns the flags of a configuration, without its plan, depth and folders."""
     usual = TrainConfig()
     changes = {name: getattr(usual, name) for name in (*_NOT_OF_ROW, "remat", "budget")}
     changes |= {name: getattr(usual, name) for name in _OF_RECORD}
@@ -104,7 +99,7 @@ def flags_of(config: TrainConfig, command: str = "train") -> list[str]:
 
     Args:
       config: The configuration.
-      command: Who is to take them, such as `fit`; what it has no use for is left out.
+      command: The command that takes the flags, such as `fit`.
     """
     found: list[str] = []
     for owner, values, usual in (

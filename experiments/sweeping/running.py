@@ -1,8 +1,10 @@
 """Running a sweep's cases, one after another, under a progress bar; stopped and resumed at will.
 
-A row on `local` is a short run of `experiments.train`, so whatever a run can do, a row can; a plan
-that the planner is to choose is chosen in another process before, so that the row's memory is its
-own. A row for an absent chip is compiled as `experiments.fit` does it, and has no losses.
+The rows are in `rows.jsonl`, one JSON object a line; a row is on disk before the next one runs.
+
+A row on `local` is a short run of `experiments.train`. A plan `auto` is chosen in another process
+before, so that the row measures its own memory. A row for an absent chip is compiled as
+`experiments.fit` does it, and has no losses.
 """
 
 import contextlib
@@ -27,15 +29,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from experiments import files
 from experiments.config import RunError
-from experiments.files import is_locked
-from experiments.provenance import commit
-from experiments.sweeping.case import LOCAL, Case, about, flags_of
-from experiments.sweeping.rows import Rows
-from experiments.training.record import METRICS, versions
+from experiments.files import commit, is_locked, reason, versions, write_whole
+from experiments.sweeping.case import LOCAL, Case, about, flags_of, settings_of
+from experiments.training.record import METRICS
 from jaxckpt.absent.launch import Processes
 from jaxckpt.units import iec
 
-_ROOT = Path(__file__).parents[2]
+ROWS = "rows.jsonl"
 # The first step waits for what the runtime sets up once.
 _WARM_UP = 1
 _LEAST_TIMES = 4  # that have quartiles
@@ -54,22 +54,64 @@ class RowError(RuntimeError):
         self.traceback = traceback
 
 
+class Rows:
+    """The rows of a sweep by key; a later row of a key replaces an earlier one.
+
+    Attributes:
+      path: The file.
+    """
+
+    def __init__(self, folder: Path):
+        """Reads what the folder holds; a line that a killed sweep tore is cut off.
+
+        Raises:
+          RunError: The folder cannot be read or written.
+        """
+        self.path = folder / ROWS
+        self._rows: dict[str, dict[str, Any]] = {}
+        try:
+            if self.path.exists():
+                self._rows = {str(row.get("key")): row for row in files.read(self.path)[0]}
+                write_whole(self.path, "".join(map(_line, self._rows.values())))
+        except OSError as error:
+            raise RunError(f"cannot write to {folder}: {reason(error)}") from None
+
+    def done(self, key: str) -> bool:
+        """Whether there is a row with this key that did not fail."""
+        return "error" not in self._rows.get(key, {"error": "missing"})
+
+    def add(self, row: dict[str, Any]):
+        """Appends a row; it is on disk when this returns. Raises `RunError` if it cannot be."""
+        self._rows[row["key"]] = row
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_line(row))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise RunError(f"cannot write {self.path}: {reason(error)}") from None
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
 def run_case(
     case: Case, folder: Path, origin: dict[str, Any], processes: Processes
 ) -> dict[str, Any]:
-    """Returns the row of a case, also where it fails.
+    """Returns the row of a case; a failed case has a row with an error.
 
     Args:
       case: What to run.
-      folder: Of the sweep; a row on `local` leaves its run there.
-      origin: What every row says of the sweep: its command and commit.
-      processes: Those of the sweep, which may end them.
+      folder: The sweep's folder; a row on `local` leaves its run there.
+      origin: The sweep's command and commit, a part of every row.
+      processes: The sweep's processes, which may end them.
     """
     started = time.perf_counter()
     row = {"key": case.key, "asked": case.config.remat, "plan": case.config.remat}
     row |= {"target": case.target, "depth": case.depth, "budget": case.config.budget}
     row |= {"versions": versions(), "platform": platform.platform(), **origin}
-    row |= {"train_command": case.command(), "settings": case.settings()}
+    row |= {"train_command": case.command(), "settings": settings_of(case.config)}
     row |= {"about": about(case.config), "date": time.strftime("%Y-%m-%d")}
     try:
         row |= _run_here(case, folder, processes) if case.target == LOCAL else _compile(case)
@@ -81,7 +123,11 @@ def run_case(
 def _run_here(case: Case, folder: Path, processes: Processes) -> dict[str, Any]:
     chosen = {}
     if case.config.is_auto:
-        plan = _chosen_here(case, processes)
+        with tempfile.TemporaryDirectory(prefix="jaxckpt-") as scratch:
+            answer = Path(scratch) / "rows.json"
+            flags = [*flags_of(case.config, "fit"), f"--json={answer}"]
+            _run_module("experiments.fit", flags, processes)
+            plan = json.loads(answer.read_text())["rows"][0]["plan"]
         config = dataclasses.replace(case.config, remat=plan, budget=None, calibrate=False)
         case = dataclasses.replace(case, config=config)
         chosen = {"plan": plan, "train_command": case.command()}
@@ -92,22 +138,12 @@ def _run_here(case: Case, folder: Path, processes: Processes) -> dict[str, Any]:
         while is_locked(out) and not processes.stopped:
             time.sleep(_RETRY_SECONDS)
         _run_module("experiments.train", flags, processes)
-    return chosen | row_of_run(files.read(out / METRICS).rows) | {"run": out.name}
-
-
-def _chosen_here(case: Case, processes: Processes) -> str:
-    with tempfile.TemporaryDirectory(prefix="jaxckpt-") as scratch:
-        answer = Path(scratch) / "rows.json"
-        flags = [*flags_of(case.config, "fit"), f"--json={answer}"]
-        _run_module("experiments.fit", flags, processes)
-        return json.loads(answer.read_text())["rows"][0]["plan"]
+    record, _ = files.read(out / METRICS)
+    return chosen | row_of_run(record) | {"run": out.name}
 
 
 def row_of_run(record: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns what the record of a run says, as a row does.
-
-    Args:
-      record: The lines of its `metrics.jsonl`: objects that begin or go on with a run, and steps.
+    """Returns the row of a run from the lines of its `metrics.jsonl`.
 
     Raises:
       KeyError, IndexError: There is no step in it, or it is not a record.
@@ -136,7 +172,7 @@ def row_of_run(record: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _middle_half(times: Sequence[float]) -> list[float] | None:
-    """Returns the quartiles that half of the times lie between; None of too few."""
+    """Returns the quartiles, between which half of the times lie; None for too few times."""
     if len(times) < _LEAST_TIMES:
         return None
     low, _, high = statistics.quantiles(times, method="inclusive")
@@ -154,41 +190,27 @@ def _compile(case: Case) -> dict[str, Any]:
     if row.auto is not None:
         chosen = dataclasses.replace(case.config, remat=row.config.remat, budget=None)
         found["train_command"] = dataclasses.replace(case, config=chosen).command()
+    values, names = report.as_json(), ("peak_bytes", "temp_bytes", "usable_bytes", "host_bytes")
+    names += ("flops", "recomputed_flops", "compile_seconds", "buffers", "understood")
     return found | {
         "backend": "absent",
-        "peak_bytes": report.peak_bytes,
-        "temp_bytes": report.temp_bytes,
         "runtime_peak_bytes": None,
-        "usable_bytes": report.usable_bytes,
-        "host_bytes": report.host_bytes,
         "step_seconds": report.estimated_seconds,
         "step_seconds_spread": None,
         "step_seconds_source": "roofline",
         "losses": [],
-        "flops": report.flops,
-        "recomputed_flops": report.recomputed_flops,
-        "compile_seconds": report.compile_seconds,
         "memory_source": report.source,
-        "buffers": [dataclasses.asdict(one) for one in report.buffers],
-        "understood": dataclasses.asdict(report.understood),
+        **{name: values[name] for name in names},
     }
 
 
 def _run_module(module: str, flags: list[str], processes: Processes):
-    """Runs a command of this package to its end.
-
-    Raises:
-      RowError: It failed; the last line that it said, and the text's end.
-    """
-    path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+    """Runs a command of this package; raises `RowError` with its last line if it fails."""
+    path = os.pathsep.join(filter(None, [str(files.ROOT), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryFile("w+") as said:
-        code = processes.run(
-            [sys.executable, "-m", module, *flags],
-            env={**os.environ, "PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=said,
-        )
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": said}
+        command = [sys.executable, "-m", module, *flags]
+        code = processes.run(command, env={**os.environ, "PYTHONPATH": path}, **streams)
         if code:
             said.seek(0)
             text = said.read()

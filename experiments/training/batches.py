@@ -18,7 +18,7 @@ from experiments.data import (
 
 
 def training_batches(config: TrainConfig, corpus: Corpus) -> Batches | PackedBatches:
-    """Returns what has the batch of every step; packed, it is tokens and segment ids."""
+    """Returns the batches of a run: tokens, or with `pack` pairs of tokens and segment ids."""
     sizes = {"batch_size": config.batch_size, "seed": config.seed}
     if not config.pack:
         return Batches(tokens=corpus.train, seq_len=config.seq_len, **sizes)
@@ -27,9 +27,9 @@ def training_batches(config: TrainConfig, corpus: Corpus) -> Batches | PackedBat
 
 
 def put_batch(batches: Batches | PackedBatches, step: int, where: jax.sharding.Sharding | None):
-    """Returns the batch of a step on its devices; each process reads the rows of its own ones.
+    """Returns the batch of a step on its devices; each process reads its own devices' rows.
 
-    It does not wait for what they do meanwhile. A batch is the same however many processes read it.
+    It does not wait for the devices. A batch is the same however many processes read it.
 
     Args:
       batches: From `training_batches`.
@@ -38,11 +38,9 @@ def put_batch(batches: Batches | PackedBatches, step: int, where: jax.sharding.S
     """
     if where is None:
         return jax.device_put(batches.at(step))
+    is_packed = isinstance(batches, PackedBatches)
     rows: Any = functools.cache(lambda start, stop: batches.at(step, start, stop))
-    shape = (
-        batches.batch_size,
-        (batches.rows if isinstance(batches, PackedBatches) else batches).seq_len + 1,
-    )
+    shape = (batches.batch_size, (batches.rows if is_packed else batches).seq_len + 1)
 
     def part(place: int | None):
         def read(index) -> Any:
@@ -52,7 +50,7 @@ def put_batch(batches: Batches | PackedBatches, step: int, where: jax.sharding.S
 
         return jax.make_array_from_callback(shape, where, read)
 
-    return (part(0), part(1)) if _is_packed(batches) else part(None)
+    return (part(0), part(1)) if is_packed else part(None)
 
 
 def _packed_rows(tokens: np.ndarray, starts: np.ndarray | None, config: TrainConfig) -> PackedRows:
@@ -60,12 +58,8 @@ def _packed_rows(tokens: np.ndarray, starts: np.ndarray | None, config: TrainCon
     return PackedRows(tokens=tokens, starts=starts, seq_len=config.seq_len)
 
 
-def _is_packed(batches: Batches | PackedBatches) -> bool:
-    return isinstance(batches, PackedBatches)
-
-
 def held_out_batches(config: TrainConfig, corpus: Corpus) -> tuple:
-    """Returns the validation batches, the same in every run."""
+    """Returns the validation batches, equal in every run."""
     sizes = {"batch_size": config.batch_size, "max_batches": config.validation_batches}
     if not config.pack:
         return validation_batches(corpus.validation, seq_len=config.seq_len, **sizes)

@@ -2,7 +2,7 @@
 
     report = measure_entry(entry_of(config, "v5e-1"), "v5e-1")
 
-What is compiled is the whole step that trains: optimizer, donation, accumulation, loss head.
+It is the whole step that trains: optimizer, donation, accumulation, loss head.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ def entry_of(config: TrainConfig, target: str) -> Entry:
 
 
 def plan_entry(config: TrainConfig, target: str) -> Entry:
-    """Returns the same without its plan, which the planner puts in."""
+    """Returns the entry of a configuration's step without its plan, which the planner adds."""
     settings = config.to_dict()
     arguments = {"settings": {name: settings.get(name) for name in _OF_STEP}, "target": target}
     return Entry(function="experiments.training.build:built_step", arguments=arguments)
@@ -88,12 +88,12 @@ def build(config: TrainConfig, target: str):
 def abstract_block(config: TrainConfig, params):
     """Returns `(block, params_i, x, *consts)` of the model's stack for one part of a batch.
 
-    It is the block that the stack runs, so that untagged values are counted alike: parameters are
-    cast outside of it or inside, as the plan has it. On a mesh it has one device's sequences, and
-    all of the heads and widths that `tensor` cuts.
+    It is the block that the stack runs, so that untagged values are counted alike: the plan decides
+    whether parameters are cast outside of it or inside. On a mesh it has one device's sequences,
+    and all of the heads and widths that `tensor` cuts.
 
     Args:
-      config: Resolved for its target.
+      config: A configuration that is resolved for its target.
       params: The model's parameters, arrays or abstract.
     """
     import jax

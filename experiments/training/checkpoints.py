@@ -20,8 +20,7 @@ import jax
 import numpy as np
 
 from experiments.config import ConfigError, RunError, TrainConfig
-from experiments.files import reason
-from experiments.provenance import versions
+from experiments.files import reason, versions
 from experiments.training.step import TrainState
 
 FOLDER = "checkpoints"
@@ -51,7 +50,7 @@ class Checkpoints:
     def save(self, state: TrainState, about: dict[str, Any]):
         """Starts to save `state`; it is copied to the host before this returns.
 
-        A save still going on is waited for: none is left out.
+        A save that is still going on is waited for, so every save is written.
 
         Raises:
           RunError: The save before this one failed, or this one cannot start.
@@ -66,21 +65,14 @@ class Checkpoints:
         self._do("save", step, save, step, state)
 
     def wait(self):
-        """Waits until everything is on disk.
-
-        Raises:
-          RunError: It cannot be written.
-        """
+        """Waits until everything is on disk; raises `RunError` if it cannot be written."""
         if self._opened is not None:
             self._do("save", None, self._opened.wait)
 
     def check_own(self):
-        """Raises where a folder is named like a step but was not saved by a run.
+        """Raises `ConfigError` for a folder that is named like a step and was not saved by a run.
 
         Orbax would take it for a checkpoint of this run, and remove it as an old one.
-
-        Raises:
-          ConfigError: Naming the folder.
         """
         for path in self._steps():
             try:
@@ -95,7 +87,7 @@ class Checkpoints:
                 )
 
     def remove_all(self):
-        """Removes the checkpoints of the run that this one replaces; `check_own` comes before.
+        """Removes the checkpoints of the run that this one replaces, after `check_own`.
 
         Raises:
           RunError: One cannot be removed.
@@ -107,17 +99,13 @@ class Checkpoints:
                 raise RunError(f"cannot remove {path}: {reason(error)}") from None
 
     def _steps(self) -> list[Path]:
-        """Returns what is named like a checkpoint."""
+        """Returns the folders that are named like checkpoints."""
         if not self.folder.is_dir():
             return []
         return [path for path in self.folder.iterdir() if path.name.isdecimal()]
 
     def about(self, step: int) -> dict[str, Any]:
-        """Returns the JSON saved with a step.
-
-        Raises:
-          ConfigError: It is missing or cannot be read.
-        """
+        """Returns the JSON saved with a step; raises `ConfigError` if it cannot be read."""
         try:
             found = self._checkpointer.metadata(step).custom_metadata
         except Exception as error:  # Orbax and TensorStore raise many types for a torn file
@@ -131,16 +119,13 @@ class Checkpoints:
 
         Args:
           step: From `latest`.
-          like: The abstract state; its shardings say where the arrays go, whatever the mesh that
-            they were saved on. By default they go to this process's first device.
+          like: The abstract state. Its shardings place the arrays, whatever mesh they were saved
+            on; arrays without a sharding go to this process's first device.
 
         Raises:
           ConfigError: The checkpoint cannot be read or holds other arrays.
         """
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), like
-        )
+        placed = lambda x: _on_first_device(x) if x.sharding is None else x
         try:
             # A run may switch to updates in the backward pass, or back: these keep a norm.
             saved: Any = self._checkpointer.metadata(step).metadata
@@ -149,7 +134,8 @@ class Checkpoints:
             norm = None
             if has_norm:
                 norm = jax.ShapeDtypeStruct((), "float32", sharding=scalar.sharding)
-            found = self._checkpointer.load(step, like._replace(gradient_norm=norm))
+            wanted = jax.tree.map(placed, like._replace(gradient_norm=norm))
+            found = self._checkpointer.load(step, wanted)
         except Exception as error:  # see `about`
             raise self._unreadable(step, error) from error
         if asked is None or has_norm:
@@ -160,20 +146,15 @@ class Checkpoints:
         """Returns one parameter of a step; no other is read.
 
         Args:
-          step: Of a complete checkpoint.
+          step: The step of a complete checkpoint.
           path: Such as `("layers", "mlp", "up_proj", "kernel")`.
 
         Raises:
           ConfigError: The checkpoint cannot be read or has no such parameter.
         """
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         wanted = tuple(jax.tree_util.DictKey(name) for name in ("params", *path))
-
-        def like(place, leaf):
-            if place != wanted:
-                return ...  # Orbax reads nothing for it
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
-
+        # Orbax reads nothing for `...`.
+        like = lambda place, leaf: _on_first_device(leaf) if place == wanted else ...
         try:
             saved = self._checkpointer.metadata(step).metadata
             tree = self._checkpointer.load(step, jax.tree_util.tree_map_with_path(like, saved))
@@ -198,7 +179,7 @@ class Checkpoints:
         return self._opened
 
     def _open(self, *, writing: bool):
-        # Orbax logs with tracebacks what is raised here anyway.
+        # Orbax logs tracebacks of errors that are raised here anyway.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         from orbax.checkpoint import v1  # slow to import, and most runs never save
 
@@ -224,6 +205,11 @@ class Checkpoints:
         )
 
 
+def _on_first_device(leaf) -> jax.ShapeDtypeStruct:
+    where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+
 def _literal(folder: Path) -> Any:
     """Returns a path of Orbax's kind whose own name is never taken for a pattern.
 
@@ -242,7 +228,7 @@ def _literal(folder: Path) -> Any:
 def about_run(
     config: TrainConfig, corpus_sha256: str, step: int, planned_for: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Returns what a checkpoint says of itself; `planned_for` is of a plan that was chosen."""
+    """Returns the JSON of a checkpoint; `planned_for` says what its plan was chosen for."""
     return {
         "planned_for": planned_for,
         "config": config.to_dict(),
@@ -254,12 +240,12 @@ def about_run(
 
 
 def check_same_run(config: TrainConfig, corpus_sha256: str, about: dict[str, Any]) -> list[str]:
-    """Raises unless a run may go on from a checkpoint; returns what is not as it was, in lines.
+    """Raises unless a run may go on from a checkpoint; returns a line for each setting that follows
+    another one and has changed.
 
-    Plan, unrolling, accumulation, mesh, processes and what concerns folders and validation may
-    differ: the arithmetic of a step does not depend on them. So may what only follows another
-    setting: the learning rate's decay follows the steps, unless `decay_steps` is set. All else has
-    to be the same.
+    The arithmetic of a step does not depend on plan, unrolling, accumulation, mesh, processes,
+    folders and validation, so these may differ. The learning rate's decay may differ where it
+    follows the steps, that is without `decay_steps`. All other settings have to be the same.
 
     Raises:
       ConfigError: Naming every difference.

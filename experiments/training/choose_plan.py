@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from experiments.config import ConfigError, TrainConfig
-from experiments.provenance import versions
+from experiments.files import versions
 from experiments.training.build import build, plan_entry
 from experiments.training.display import Display
 from jaxckpt.compiled.report import MemoryReport
@@ -37,7 +37,7 @@ def choose(
     """Returns the fastest plan for a configuration's step within its budget.
 
     Args:
-      config: Its plan is not read.
+      config: The configuration; its plan is not read.
       target: `"local"`, or a chip that need not be there.
       budget: In bytes; by default the configuration's.
       progress: As for `jaxckpt.fit`.
@@ -52,39 +52,11 @@ def choose(
         check_asked(num_blocks)
     except ImportError as error:
         raise ConfigError(f"plan 'auto': {error}") from None
-    budgets: dict[str, Any] = {"budget": budget, "host_budget": host_limit_bytes(config) or 0}
-    budgets["progress"] = progress
-    if parse_target(target).backend == "local":
-        return _choose_here(config, {**budgets, "calibrate": config.calibrate})
-    entry = plan_entry(config, target)
-    return fit_entry(entry, num_blocks=num_blocks, target=target, **budgets)
-
-
-def check_calibrated(config: TrainConfig, plans: Sequence[Plan], targets: Sequence[str]):
-    """Raises where a block cannot be timed for `auto`.
-
-    Args:
-      config: Says whether it is to be.
-      plans: Those asked for.
-      targets: Those asked for.
-
-    Raises:
-      ConfigError: No plan is `auto`, or a target is not here.
-    """
-    if not config.calibrate:
-        return
-    if not any(stage.schedule == "auto" for plan in plans for stage in plan.stages):
-        raise ConfigError("--calibrate times a block for the planner: it is of plan 'auto' alone")
-    away = [target for target in targets if parse_target(target).backend != "local"]
-    if away:
-        raise ConfigError(f"--calibrate times a block on this machine's chip; {away[0]} is not it")
-
-
-def _choose_here(config: TrainConfig, asked: Mapping[str, Any]) -> FitResult:
-    """Returns the answer for this process's device, of steps compiled as they are run.
-
-    Their reports have times and findings, as those of other plans.
-    """
+    asked: dict[str, Any] = {"budget": budget, "host_budget": host_limit_bytes(config) or 0}
+    asked["progress"] = progress
+    if parse_target(target).backend != "local":
+        entry = plan_entry(config, target)
+        return fit_entry(entry, num_blocks=num_blocks, target=target, **asked)
     from jaxckpt.memory.measure import compile_step
     from jaxckpt.planner.fit import solve
     from jaxckpt.planner.steps import Steps
@@ -92,12 +64,24 @@ def _choose_here(config: TrainConfig, asked: Mapping[str, Any]) -> FitResult:
     built = lambda plan: build(dataclasses.replace(config, remat=str(plan)), "local")
 
     def report_of(plan: Plan) -> MemoryReport:
+        """Compiles a step as it is run, so that its report has time and findings too."""
         step = built(plan)
         options = {"donated": step.donate_argnums, "xla": dict(step.compiler_options)}
         return steps.kept(plan, lambda: compile_step(step)[1], options=options)
 
     steps = Steps.of_built(built, LOCAL, report_of)
-    return solve(steps, config.model.num_blocks, target=LOCAL, **asked)
+    return solve(steps, num_blocks, target=LOCAL, calibrate=config.calibrate, **asked)
+
+
+def check_calibrated(config: TrainConfig, plans: Sequence[Plan], targets: Sequence[str]):
+    """Raises `ConfigError` if `calibrate` has no plan `auto`, or a target that is not here."""
+    if not config.calibrate:
+        return
+    if not any(stage.schedule == "auto" for plan in plans for stage in plan.stages):
+        raise ConfigError("--calibrate times a block for the planner: it is of plan 'auto' alone")
+    away = [target for target in targets if parse_target(target).backend != "local"]
+    if away:
+        raise ConfigError(f"--calibrate times a block on this machine's chip; {away[0]} is not it")
 
 
 def limit_bytes(config: TrainConfig, target: str) -> int | None:
@@ -132,11 +116,7 @@ def excess(limit: int | None, target: str) -> str | None:
 def check_within(
     config: TrainConfig, report: MemoryReport, limit: int | None, host_limit: int | None
 ):
-    """Raises for a step that needs more than its budget, of the device or of the host.
-
-    Raises:
-      ConfigError: It does.
-    """
+    """Raises `ConfigError` for a step that needs more than a budget of the device or the host."""
     needs = ((report.peak_bytes, limit, ""), (report.host_bytes, host_limit, "host "))
     for size, most, where in needs:
         if most is not None and size > most:
@@ -146,8 +126,8 @@ def check_within(
             )
 
 
-# Settings that a resumed run may change and its step's memory follows; `checkpoints.identity` has
-# those that it may not.
+# Settings that change a step's memory and that a resumed run may change; it may not change those
+# of `checkpoints.identity`.
 _OF_MEMORY = ("accumulate", "unroll", "loss_chunk_tokens", "update_in_backward")
 
 
@@ -159,14 +139,14 @@ def settle(
 ) -> tuple[TrainConfig, dict[str, Any] | None]:
     """Returns a run's configuration with the plan that `auto` stands for on this device.
 
-    A run that goes on keeps its plan if budget, device, versions and what else the memory of its
-    step follows are as they were; else it is planned anew. The budget has done its work then: the
-    configuration that is returned repeats the run without the planner.
+    A resumed run keeps its plan if its budget, device, versions and settings of memory are as they
+    were; else it is planned anew. The returned configuration has no budget, so that it repeats the
+    run without the planner.
 
     Args:
-      config: Of the run.
+      config: The run's configuration.
       limit: Its budget in bytes.
-      about: What the checkpoint says of itself that the run goes on from, if it does.
+      about: The JSON of the checkpoint that the run goes on from; None for a new run.
       display: Shows what is compiled.
 
     Returns:
@@ -202,11 +182,9 @@ def settle(
 
 
 def _occasion(config: TrainConfig, limit: int) -> dict[str, Any]:
-    """Returns what a plan is chosen for on this process's device."""
     import jax
 
-    found = {name: getattr(config, name) for name in _OF_MEMORY}
+    found = {name: getattr(config, name) for name in (*_OF_MEMORY, "calibrate")}
     found |= {"budget_bytes": limit, "host_budget_bytes": host_limit_bytes(config)}
-    found |= {"calibrate": config.calibrate}
     found |= {"device": jax.devices()[0].device_kind}
     return found | {name: versions()[name] for name in ("jax", "jaxlib")}

@@ -1,7 +1,6 @@
 """How a step is compiled on each kind of chip: unrolled blocks, XLA's options, the folder of steps.
 
-Each is kept for a gain measured in pairs on that kind of chip; one that nobody has measured on is
-compiled plainly.
+Each choice was measured in pairs on its kind of chip. Other chips get the plain compilation.
 """
 
 import os
@@ -25,12 +24,7 @@ def choose_unroll(plan: Plan, platform: str, num_devices: int = 1) -> tuple[int,
     """Returns the blocks to unroll in one trip of the stack's loop, and a line that says why.
 
     A loop copies each residual it keeps into a stacked buffer, zeroed before, and out of it again.
-    Unrolled blocks do not; they take longer to compile.
-
-    Args:
-      plan: Bound to the number of blocks.
-      platform: `"cpu"`, `"gpu"` or `"tpu"`.
-      num_devices: Devices that the step is spread over.
+    Unrolled blocks do not; they take longer to compile. `platform` is `"cpu"`, `"gpu"` or `"tpu"`.
     """
     kept = [stage for stage in plan.stages if stage.schedule in _KEEPING]
     if platform != "gpu":
@@ -56,11 +50,9 @@ def compiler_options(platform: str) -> dict[str, int]:
 
 
 def keep_compiled(folder: Path | None, say: Callable[[str], object]):
-    """Has JAX keep compiled steps on disk, where there is a place for them.
+    """Has JAX keep compiled steps in a folder, by default in the cache folder.
 
-    Args:
-      folder: For the steps; None for one in the home folder.
-      say: Takes a warning, if there is no such place.
+    Without a folder that can be written, `say` gets a warning.
     """
     import jax  # a command that compiles elsewhere alone does without it
 

@@ -46,7 +46,7 @@ class Display:
         self.end_steps()
 
     def end_steps(self):
-        """Leaves the live line as it is; what is printed from now on stands below it."""
+        """Leaves the live line as it is; later lines stand below it."""
         self._live.stop()
 
     def print(self, text: str, *, whole: bool = False):
@@ -65,22 +65,15 @@ class Display:
         return waiting(text, self.console)
 
     def step(self, row: dict[str, Any]):
-        """Shows a finished step.
-
-        Args:
-          row: As in metrics.jsonl: `step`, `loss`, `step_seconds`, `tokens_per_second`; where they
-            are known `mfu`, `hfu` and `peak_bytes_in_use`.
-        """
+        """Shows a finished step: a row of metrics.jsonl."""
         now = time.perf_counter()
         self._first = self._first or (row["step"], now)
         self._parts = (_left(row["step"], self._steps, self._first, now), *_metrics(row))
         self.done = row["step"]
-        if not self.console.is_terminal and self._is_tenth():
+        # Without a terminal: the first step, the last, and ten between them.
+        is_shown = self.done in (1, self._steps) or self.done % max(1, self._steps // 10) == 0
+        if not self.console.is_terminal and is_shown:
             self.print("  ".join([self._count(), *filter(None, self._parts)]))
-
-    def _is_tenth(self) -> bool:
-        """Whether this is the first step, the last, or ends a tenth part of the run."""
-        return self.done in (1, self._steps) or self.done % max(1, self._steps // 10) == 0
 
     def _count(self) -> str:
         return f"step {self.done}/{self._steps}"
@@ -88,7 +81,7 @@ class Display:
     def __rich_console__(self, console, options):
         """Yields the live line: as many of its parts, from the left, as the terminal has room for.
 
-        Parts stand in the order of their worth: step, bar, time left, loss, and so on.
+        The most useful parts come first: step, bar, time left, loss, and so on.
         """
         count, parts = self._count(), [part for part in self._parts if part]
         bar = 20 if options.max_width >= _WIDE else 10
@@ -129,7 +122,7 @@ def fitting(parts: Sequence[str], room: int) -> list[str]:
 
 
 def _left(step: int, steps: int, first: tuple[int, float], now: float) -> str:
-    """Returns the time left as text; after a single step nobody knows it, and it is empty."""
+    """Returns the time left as text; empty after a single step."""
     done = step - first[0]
     if not done:
         return ""
@@ -137,10 +130,10 @@ def _left(step: int, steps: int, first: tuple[int, float], now: float) -> str:
 
 
 def next_commands(folder: Path, steps: int, *, saved: bool) -> Iterator[str]:
-    """Yields what can be done with a run that is over, a command a line.
+    """Yields the commands that a finished run invites, a line each.
 
     Args:
-      folder: Of the run.
+      folder: The run's folder.
       steps: How many it took.
       saved: Whether the folder holds a checkpoint.
     """

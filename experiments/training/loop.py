@@ -21,21 +21,15 @@ import jax
 from experiments.config import ConfigError, RunError, TrainConfig
 from experiments.data import Corpus
 from experiments.processes.join import SharedFlag, is_first
+from experiments.training import choose_plan
 from experiments.training.batches import held_out_batches, put_batch, training_batches
 from experiments.training.build import build
 from experiments.training.checkpoints import Checkpoints, about_run, check_same_run
-from experiments.training.choose_plan import (
-    check_within,
-    excess,
-    host_limit_bytes,
-    limit_bytes,
-    settle,
-)
 from experiments.training.compilation import keep_compiled
 from experiments.training.display import Display, duration, next_commands, shown_path
 from experiments.training.mesh import abstract_state, batch_sharding, make_mesh, put_whole
 from experiments.training.plan_checks import against_none, explained
-from experiments.training.record import Record, Unrecorded
+from experiments.training.record import Record
 from experiments.training.step import (
     TrainState,
     init_state,
@@ -58,15 +52,10 @@ _MOST_TIMED, _TIMED_SHARE = 10, 20  # steps that time the device: one in 20, at 
 
 
 def run(config: TrainConfig, corpus: Corpus, folder: Path) -> int | None:
-    """Trains as `config` says and writes the record to `folder`.
+    """Trains as `config` says and writes the record to `folder`, which is from `run_folder`.
 
     Nothing is written before the step has compiled, so a plan that does not fit the model leaves
     no folder behind.
-
-    Args:
-      config: Of the run.
-      corpus: What it trains on.
-      folder: From `run_folder`.
 
     Returns:
       The number of the signal that stopped the run; None if it came to its end.
@@ -83,9 +72,10 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path) -> int | None:
     keep_compiled(config.compile_cache, display.print)
     display.print(f"data    {corpus.summary}")
     display.print(f"plan    {config.remat} on {config.model.num_blocks} blocks")
-    limit, host_limit = limit_bytes(config, "local"), host_limit_bytes(config)
-    if excess(limit, "local"):
-        display.print(f"warning: {excess(limit, 'local')}")
+    limit = choose_plan.limit_bytes(config, "local")
+    host_limit = choose_plan.host_limit_bytes(config)
+    if too_much := choose_plan.excess(limit, "local"):
+        display.print(f"warning: {too_much}")
     with display.waiting("starting the device"):
         resolve_model(config)  # what the chip does not have is refused before anything is planned
     with contextlib.closing(Checkpoints(folder, config.keep)) as checkpoints:
@@ -95,13 +85,13 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path) -> int | None:
             for line in changed:
                 display.print(line)
         checkpoints.check_own()
-        config, planned_for = settle(config, limit, about, display)
+        config, planned_for = choose_plan.settle(config, limit, about, display)
         here, choices = resolve_model(config)
         for choice in choices:
             display.print(f"model   {choice}")
         with display.waiting("compiling the step"):
             step, report, flops, compile_seconds, gain = _compile(here, display)
-        check_within(config, report, limit, host_limit)
+        choose_plan.check_within(config, report, limit, host_limit)
         with display.waiting("making the first state"):
             state = _first_state(checkpoints, resumed, here)
         display.print(str(report))
@@ -123,7 +113,8 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path) -> int | None:
         )
         if resumed is None and is_first():
             checkpoints.remove_all()
-        with contextlib.closing(_record(folder, config, header, resumed)) as record:
+        own_header = header if is_first() else None
+        with contextlib.closing(Record(folder, config, own_header, resumed)) as record:
             with display.waiting("reading the validation data"):
                 training = _Training(
                     config, planned_for, corpus, step, report, flops, record, checkpoints, display
@@ -137,12 +128,6 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path) -> int | None:
             for line in next_commands(shown_path(folder), config.steps, saved=saved):
                 display.print(line, whole=True)
         return stopped_by
-
-
-def _record(folder: Path, config: TrainConfig, header, resumed: int | None):
-    if is_first():
-        return Record(folder, config, header, resumed)
-    return Unrecorded(folder, resumed)
 
 
 def _find_checkpoint(
@@ -161,23 +146,20 @@ def _find_checkpoint(
 
 
 def _first_state(checkpoints: Checkpoints, resumed: int | None, config: TrainConfig) -> TrainState:
-    make = functools.partial(init_state, config)
     like = abstract_state(config, make_mesh(config))
     if resumed is not None:
         return checkpoints.load(resumed, like)
-    where = {} if config.mesh is None else {"out_shardings": jax.tree.map(_sharding, like)}
+    options: dict[str, Any] = {}
+    if config.mesh is not None:
+        options["out_shardings"] = jax.tree.map(lambda leaf: leaf.sharding, like)
+    make = functools.partial(init_state, config)
     if config.init is None:
-        return jax.jit(make, **where)()
-    params = load_params(config.init, like.params)
-    return jax.jit(make, donate_argnums=0, **where)(params)
-
-
-def _sharding(leaf):
-    return leaf.sharding
+        return jax.jit(make, **options)()
+    return jax.jit(make, donate_argnums=0, **options)(load_params(config.init, like.params))
 
 
 def _compile(config: TrainConfig, display: Display):
-    """Returns the compiled step, its report and FLOPs, the seconds it took, and what is gained."""
+    """Returns the compiled step, its report and FLOPs, the seconds it took, and the plan's gain."""
     started = time.perf_counter()
     built = build(config, "local")
     step, report = compile_step(built)
@@ -210,9 +192,7 @@ def _header(
         "model_flops": flops.model,
         "hardware_flops": flops.hardware,
         "peak_flops_per_second": peak_flops_per_second(config),
-        "findings": list(report.findings),
-        "buffers": [dataclasses.asdict(one) for one in report.buffers],
-        "understood": dataclasses.asdict(report.understood),
+        **{name: report.as_json()[name] for name in ("findings", "buffers", "understood")},
         "compile_seconds": compile_seconds,
         "device": device.device_kind,
         "devices": 1 if config.mesh_shape is None else config.mesh_shape.size,
@@ -343,13 +323,12 @@ class _Training:
     def _sample(self, state: TrainState):
         from experiments.training.sample import sample_text
 
-        prompt = self.corpus.validation[: self.config.seq_len]
-        tokenizer = self.corpus.tokenizer
+        tokenizer, prompt = self.corpus.tokenizer, self.corpus.validation[: self.config.seq_len]
         text = sample_text(self.config, state.params, prompt, _SAMPLED_TOKENS, tokenizer)
         self.display.print(f"--- the model goes on after the bar ---\n{text}")
 
     def _time_device(self, state: TrainState, batch):
-        """Records how long the run's steps took, over what the device alone takes for as many.
+        """Records the mean time of the run's steps, and its ratio to the device's time of a step.
 
         The device is timed by steps that follow each other and are not read. They use `state` up,
         so they come last, and are no steps of the run.
@@ -364,8 +343,8 @@ class _Training:
         jax.block_until_ready(state)
         seconds = (time.perf_counter() - started) / timed
         over = statistics.fmean(self.seconds[_WARM_UP:]) / seconds
-        row = {"step": self.config.steps, "device_step_seconds": seconds, "wall_over_device": over}
-        self._write(row)
+        of_device = {"device_step_seconds": seconds, "wall_over_device": over}
+        self._write({"step": self.config.steps, **of_device})
 
     def _write(self, row: dict[str, Any]):
         self.record.write(row)

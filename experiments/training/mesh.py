@@ -56,7 +56,7 @@ def abstract_state(config: TrainConfig, mesh: Mesh | None = None) -> TrainState:
     """Returns the shapes of a run's state, with shardings if it has a mesh.
 
     Args:
-      config: With a model that `resolve_model` has resolved.
+      config: A configuration whose model is resolved.
       mesh: From `make_mesh`; an abstract one where the devices are absent.
     """
     state = jax.eval_shape(functools.partial(init_state, config))

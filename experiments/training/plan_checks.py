@@ -49,9 +49,8 @@ def _gain(step: BuiltStep, report: MemoryReport, none_bytes: int, how: str) -> s
     assert step.plan is not None  # as `build` makes a step
     share = 100 * report.peak_bytes / none_bytes
     text = f"none needs {iec(none_bytes)}{how}: {_text_of(step.plan)} keeps {share:.0f} % of it"
-    if report.recomputed_flops and report.flops is not None:
-        share = report.recomputed_flops / (report.flops - report.recomputed_flops)
-        text += f" and recomputes {100 * share:.1f} % of the FLOPs"
+    if again := report.recomputed_share:
+        text += f" and recomputes {100 * again:.1f} % of the FLOPs"
     return text
 
 

@@ -14,8 +14,6 @@ import tomli_w
 
 from experiments import files
 from experiments.config import ConfigError, RunError, TrainConfig
-from experiments.provenance import versions
-from jaxckpt.compatibility import install
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.toml"
@@ -23,14 +21,9 @@ CONFIG = "config.toml"
 
 @contextlib.contextmanager
 def run_folder(config: TrainConfig, *, is_first: bool) -> Iterator[Path]:
-    """A context with the folder that a run writes to, in which no other process writes there.
+    """A context with the absolute path of a run's folder, in which no other process writes there.
 
-    Args:
-      config: Of the run.
-      is_first: Whether this process is the one that writes, of several.
-
-    Yields:
-      The folder, absolute.
+    Of several processes only the first one, which writes, locks the folder.
 
     Raises:
       ConfigError: It holds a run already, holds none to resume, is somebody else's, or cannot be
@@ -56,18 +49,9 @@ def run_folder(config: TrainConfig, *, is_first: bool) -> Iterator[Path]:
 
 
 def check_tensorboard():
-    """Raises unless TensorBoard files can be written.
-
-    Raises:
-      ConfigError: The package that writes them is not installed.
-    """
-    try:
-        # To import it is the check.
-        import tensorboardX  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ConfigError(
-            f"--tensorboard needs the package tensorboardX: {install('tensorboard')}"
-        ) from None
+    """Raises `ConfigError` unless the package that writes TensorBoard files is installed."""
+    why = "--tensorboard needs the package tensorboardX"
+    files.import_extra("tensorboardX", why, "tensorboard")
 
 
 class Record:
@@ -79,45 +63,45 @@ class Record:
     """
 
     def __init__(
-        self, folder: Path, config: TrainConfig, header: dict[str, Any], resumed: int | None
+        self, folder: Path, config: TrainConfig, header: dict[str, Any] | None, resumed: int | None
     ):
-        """Writes the configuration as run and an object that begins the run.
+        """Writes the configuration as run, and the object that begins the run.
 
         Args:
           folder: From `run_folder`.
           config: The configuration as run.
-          header: What that object says beside versions and platform.
+          header: What that object says beside versions and platform; None in a process that is
+            not the first one, and then nothing is written.
           resumed: The step that the run goes on from; rows of later steps are cut off.
 
         Raises:
           RunError: The folder cannot be written.
         """
-        self.path = folder / METRICS
-        self.validations: dict[int, float] = {}
-        row = {"versions": versions(), "platform": platform.platform(), **header}
-        row["date"] = time.strftime("%Y-%m-%d")
+        self.path, self._file = folder / METRICS, None
         try:
+            lines = [] if resumed is None else _rows_until(self.path, resumed)
+            rows = map(json.loads, lines)
+            self.validations: dict[int, float] = {
+                row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row
+            }
+            if header is None:
+                return
             files.write_whole(folder / CONFIG, tomli_w.dumps(config.to_dict()))
-            if resumed is None:
-                files.write_whole(self.path, "")
-            else:
-                lines = _rows_until(self.path, resumed)
-                self.validations = _validations(lines)
-                files.write_whole(self.path, "".join(lines))
-                row["resumed_from_step"] = resumed
+            files.write_whole(self.path, "".join(lines))
             # Without a buffer nothing is left to write, and to fail, when it is closed.
             self._file = self.path.open("ab", buffering=0)
         except OSError as error:
             raise RunError(f"cannot write to {folder}: {files.reason(error)}") from None
-        self.write(row)
+        row = {"versions": files.versions(), "platform": platform.platform(), **header}
+        row["date"] = time.strftime("%Y-%m-%d")
+        self.write(row if resumed is None else row | {"resumed_from_step": resumed})
 
     def write(self, row: dict[str, Any]):
-        """Appends one object; numbers that JSON cannot hold become null.
-
-        Raises:
-          RunError: The disk is full, say.
-        """
-        row = {key: None if _is_not_finite(value) else value for key, value in row.items()}
+        """Appends one object, with null for infinities and NaN; raises `RunError` if it cannot."""
+        if self._file is None:
+            return
+        is_finite = lambda value: not isinstance(value, float) or math.isfinite(value)
+        row = {key: value if is_finite(value) else None for key, value in row.items()}
         try:
             line = json.dumps(row, allow_nan=False).encode() + b"\n"
             while line:
@@ -127,21 +111,8 @@ class Record:
 
     def close(self):
         """Closes the file."""
-        self._file.close()
-
-
-class Unrecorded:
-    """The record of a process that leaves it to the first one; `validations` are the same."""
-
-    def __init__(self, folder: Path, resumed: int | None):
-        self.path = folder / METRICS
-        self.validations = {} if resumed is None else _validations(_rows_until(self.path, resumed))
-
-    def write(self, row: dict[str, Any]):
-        """Writes nothing."""
-
-    def close(self):
-        """Closes nothing."""
+        if self._file is not None:
+            self._file.close()
 
 
 def _rows_until(path: Path, step: int) -> list[str]:
@@ -155,12 +126,3 @@ def _rows_until(path: Path, step: int) -> list[str]:
         if row.get("step", row.get("resumed_from_step", 0)) <= step:
             kept.append(line if line.endswith("\n") else line + "\n")
     return kept
-
-
-def _validations(lines: list[str]) -> dict[int, float]:
-    rows = map(json.loads, lines)
-    return {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
-
-
-def _is_not_finite(value: object) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)

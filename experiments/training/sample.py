@@ -18,16 +18,10 @@ def sample_text(
     length: int,
     tokenizer: Tokenizer | None = None,
 ) -> str:
-    """Returns the prompt's end and `length` sampled tokens as text.
+    """Returns the end of a prompt and `length` sampled tokens as text.
 
-    Each token runs the whole window again: simple, and fast enough for a few lines.
-
-    Args:
-      config: Of the run.
-      params: The model's parameters.
-      prompt: Token ids `[seq_len]` to continue.
-      length: Tokens to draw.
-      tokenizer: What makes text of tokens; without one, tokens below 256 are bytes.
+    Each token runs the whole window again: simple, and fast enough for a few lines. Without a
+    tokenizer, tokens below 256 are bytes.
     """
     model = Transformer(config.model, remat="none")
 
@@ -54,6 +48,5 @@ def _text(tokens: np.ndarray, config: TrainConfig, tokenizer: Tokenizer | None) 
 
 
 def _printable(text: str) -> str:
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
+    is_shown = lambda c: c.isprintable() or c in "\n\t"
+    return "".join(c if is_shown(c) else "\N{REPLACEMENT CHARACTER}" for c in text)

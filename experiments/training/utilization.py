@@ -9,6 +9,7 @@ mask hides, and in packed rows pairs of two documents.
 import dataclasses
 
 import jax
+from jax.tree_util import tree_leaves_with_path
 
 from experiments.config import TrainConfig
 from experiments.training.step import split
@@ -22,19 +23,14 @@ class StepFlops:
 
     Attributes:
       model: What the model needs.
-      hardware: What is run.
+      hardware: What the devices run.
     """
 
     model: int
     hardware: int
 
     def utilization(self, seconds: float, peak_flops: float | None) -> dict[str, float]:
-        """Returns the shares of the devices' peak that a step reaches; empty for an unknown one.
-
-        Args:
-          seconds: Of the step.
-          peak_flops: Of its devices, a second.
-        """
+        """Returns `mfu` and `hfu`; empty if the devices' peak, in FLOPs a second, is unknown."""
         if peak_flops is None:
             return {}
         count = {"mfu": self.model, "hfu": self.hardware}
@@ -42,12 +38,7 @@ class StepFlops:
 
 
 def step_flops(config: TrainConfig, built: BuiltStep) -> StepFlops:
-    """Returns the FLOPs of a configuration's step.
-
-    Args:
-      config: Of the run.
-      built: The same as a step, from `build`.
-    """
+    """Returns the FLOPs of a configuration's step, which `build` has made."""
     jaxpr = jax.jit(built.fn, donate_argnums=built.donate_argnums).trace(*built.args).jaxpr
     params = built.args[0].params
     return StepFlops(model=model_flops(config, params), hardware=count_flops(jaxpr, masked=True))
@@ -59,18 +50,11 @@ def model_flops(config: TrainConfig, params) -> int:
     A token takes `6 N + 12 L H Q T`: N parameters in matrix products (no scales, and of embeddings
     only a table that is the head too), L blocks of H heads of size Q, and T tokens a row. A frozen
     parameter has no gradient and takes 4.
-
-    Args:
-      config: Of the run.
-      params: The model's parameters, arrays or abstract.
     """
     model = config.model
+    multiplied = ("kernel", "embedding") if model.tied_embeddings else ("kernel",)
     trainable, frozen = (
-        sum(
-            leaf.size
-            for path, leaf in jax.tree_util.tree_leaves_with_path(part)
-            if path[-1].key == "kernel" or (path[-1].key == "embedding" and model.tied_embeddings)
-        )
+        sum(x.size for path, x in tree_leaves_with_path(part) if path[-1].key in multiplied)
         for part in split(params, config.trainable)
     )
     attention = 12 * model.num_blocks * model.num_heads * model.head_dim * config.seq_len

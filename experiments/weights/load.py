@@ -1,8 +1,8 @@
 """Weights to start from: `--init DIR`, a folder as Hugging Face's transformers saves a Qwen3.
 
 `config.json` gives the model's shape, the safetensors files its parameters, and `tokenizer.json`,
-where there is one, turns text into tokens. Only `load_params` needs JAX: whatever is wrong with a
-folder is found before.
+if it is there, turns text into tokens. Only `load_params` needs JAX: a fault of a folder is found
+before JAX is imported.
 """
 
 import itertools
@@ -44,21 +44,13 @@ def read_shape(folder: Path) -> TransformerConfig:
 
 
 def shape_flags(folder: Path) -> dict[str, Any]:
-    """Returns the flags that a folder's `config.json` stands for, as `{"d-model": 1024, ...}`.
-
-    Raises:
-      ConfigError: As `read_shape`.
-    """
+    """Returns the flags of a folder's `config.json`, as `{"d-model": 1024, ...}`."""
     fields = qwen3.shape(read_shape(folder))
     return {name.replace("_", "-"): value for name, value in fields.items()}
 
 
 def check_shape(config: TrainConfig):
-    """Raises if a run's model differs from the model of the folder that it starts from.
-
-    Raises:
-      ConfigError: Naming every field that differs.
-    """
+    """Raises `ConfigError` if a run's model differs from the model that it starts from."""
     if config.init is None:
         return
     given, found = map(qwen3.shape, (config.model, read_shape(config.init)))
@@ -77,9 +69,10 @@ def check_shape(config: TrainConfig):
 def check_init(config: TrainConfig) -> Tokenizer | None:
     """Returns the tokenizer of the folder that a run starts from, if there is one.
 
+    Of a resumed run only shape and tokenizer are checked.
+
     Raises:
-      ConfigError: Nothing can start from that folder; of a run that is resumed, only shape and
-        tokenizer are looked at.
+      ConfigError: Nothing can start from that folder.
     """
     if config.init is None:
         return None
@@ -108,7 +101,7 @@ def end_token(config: TrainConfig) -> int | None:
 
 
 def check_weights(folder: Path, model: TransformerConfig):
-    """Raises unless a folder's tensors are those of a model.
+    """Raises unless a folder's tensors fit a model.
 
     Raises:
       ConfigError: Naming every tensor that is missing, that the model has no use for, or that has
@@ -143,7 +136,7 @@ def _grouped(names: list[str], key):
 
 
 def _check_tied(shards: Shards, folder: Path):
-    """Raises unless a head that is saved beside tied embeddings is the same numbers."""
+    """Raises unless a head that is saved beside tied embeddings equals them."""
     rows = shards.shapes[qwen3.EMBEDDING][0]
     same = shards.shapes[qwen3.HEAD] == shards.shapes[qwen3.EMBEDDING] and all(
         np.array_equal(
@@ -163,12 +156,8 @@ def load_params(folder: Path, like):
     """Returns the parameters of a folder that `check_weights` has passed.
 
     One parameter at a time is made on the host and handed to the device: a tensor is read from its
-    memory-mapped file into its row of the stack.
-
-    Args:
-      folder: The folder.
-      like: The abstract parameters: their dtypes may differ from the files'; where they have
-        shardings, so have the parameters.
+    memory-mapped file into its row of the stack. `like` is the abstract parameters, whose dtypes
+    and shardings the parameters get.
     """
     import jax
     from flax import traverse_util

@@ -1,20 +1,21 @@
 """Safetensors files of one model: a single file, or shards that an index lists.
 
 Reading: tensors stay in the files until one is asked for; the files are memory-mapped. Writing: one
-file, or shards and an index of what is where. No JAX.
+file, or shards and an index of the tensors' files. No JAX.
 """
 
+import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import ml_dtypes  # noqa: F401  with it NumPy knows bfloat16, with JAX or without
 import numpy as np
 
 from experiments.config import ConfigError
-from jaxckpt.compatibility import install
+from experiments.files import import_extra
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -68,18 +69,8 @@ def _open(path: Path):
 
 
 def import_safetensors():
-    """Returns the module.
-
-    Raises:
-      ConfigError: It is not installed.
-    """
-    try:
-        import safetensors
-    except ImportError:
-        raise ConfigError(
-            f"weights need the package safetensors: {install('experiments')}"
-        ) from None
-    return safetensors
+    """Returns the module `safetensors`; raises `ConfigError` without it."""
+    return import_extra("safetensors", "weights need the package safetensors", "experiments")
 
 
 def _files_of(folder: Path) -> list[Path]:
@@ -88,15 +79,12 @@ def _files_of(folder: Path) -> list[Path]:
     index = folder / INDEX
     if not index.is_file():
         raise ConfigError(f"{folder} holds no {SINGLE} and no {INDEX}{_other_weights(folder)}")
-    weight_map = read_json(index).get("weight_map")
-    names = sorted(set(weight_map.values())) if _is_text_map(weight_map) else []
+    weight_map: Any = read_json(index).get("weight_map")
+    is_map = isinstance(weight_map, dict) and all(isinstance(x, str) for x in weight_map.values())
+    names = sorted(set(weight_map.values())) if is_map else []
     if not names or any(Path(name).name != name for name in names):
         raise ConfigError(f"{index} has no weight_map from tensors to files beside it")
     return [folder / name for name in names]
-
-
-def _is_text_map(value: object) -> TypeGuard[dict[str, str]]:
-    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
 
 
 def _other_weights(folder: Path) -> str:
@@ -141,19 +129,13 @@ def listed(names: Iterable[str]) -> str:
 
 
 def _numbers(numbers: list[int]) -> str:
+    """Returns ascending numbers as text: `5`, or `{0-2,5}`."""
     if len(numbers) == 1:
         return str(numbers[0])
-    return "{" + ",".join(_ranges(numbers)) + "}"
-
-
-def _ranges(numbers: list[int]) -> Iterator[str]:
-    start = last = numbers[0]
-    for number in [*numbers[1:], None]:
-        if number == last + 1:
-            last = number
-            continue
-        yield str(start) if start == last else f"{start}-{last}"
-        start = last = number
+    # Numbers of one run are equal after their places are taken from them.
+    runs = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    ends = [[number for _, number in run] for _, run in runs]
+    return "{" + ",".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in ends) + "}"
 
 
 # Readers of the format ask which library's layout of tensors it is; NumPy's is PyTorch's.
@@ -168,7 +150,7 @@ def write_shards(
     Args:
       folder: Where to; it is there and holds none yet.
       tensors: Names and contiguous arrays; one file's worth is in memory at a time.
-      largest_bytes: Of a file; a larger tensor has one of its own.
+      largest_bytes: The most bytes of a file; a larger tensor has a file of its own.
 
     Raises:
       OSError: The disk is full, say.
@@ -189,7 +171,6 @@ def write_shards(
 
 
 def _write(folder: Path, index: int, tensors: dict[str, np.ndarray]) -> dict[str, int]:
-    """Writes one file; returns the bytes of each tensor in it."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 

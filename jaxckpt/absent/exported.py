@@ -115,7 +115,7 @@ def trace(jitted, args: Sequence[Any]):
 
 def has_nnx(args: Sequence[Any]) -> bool:
     """Returns whether NNX modules, variables or optimizers are among the arguments."""
-    nnx: Any = sys.modules.get("flax.nnx")  # imported by whoever made such an argument
+    nnx: Any = sys.modules.get("flax.nnx")  # imported by the maker of such an argument
     if nnx is None:
         return False
     is_nnx = lambda x: isinstance(x, nnx.Pytree | nnx.Variable)
@@ -173,41 +173,32 @@ def describe(shardings: Sequence[Any]) -> dict[str, Any]:
     Raises:
       PlacementError: The shardings are over several meshes.
     """
-    named = [sharding for sharding in shardings if isinstance(sharding, NamedSharding)]
-    meshes = {tuple(sharding.mesh.shape.items()) for sharding in named}
+    meshes, arguments = set(), []
+    for sharding in shardings:
+        spec = None
+        if isinstance(sharding, NamedSharding):
+            meshes.add(tuple(sharding.mesh.shape.items()))
+            spec = [list(entry) if isinstance(entry, tuple) else entry for entry in sharding.spec]
+            for entry in spec:
+                if not isinstance(entry, str | list | None):
+                    raise PlacementError(
+                        f"partition spec entry {entry!r} cannot be compiled for an absent target"
+                    )
+        kind = getattr(sharding, "memory_kind", None)
+        # Backends name memory kinds differently; only pinned_host is on CPU, GPU and TPU alike.
+        kind = kind if kind == "pinned_host" else None
+        arguments.append({"spec": spec, "memory_kind": kind})
     if len(meshes) > 1:
         found = " and ".join(str(dict(mesh)) for mesh in sorted(meshes))
         raise PlacementError(f"arguments are sharded over {found}; one mesh can be compiled for")
     mesh = [list(axis) for axis in meshes.pop()] if meshes else []
-    return {"mesh": mesh, "arguments": [_describe_one(sharding) for sharding in shardings]}
-
-
-def _describe_one(sharding: Any) -> dict[str, Any]:
-    is_named = isinstance(sharding, NamedSharding)
-    spec = [_entry(entry) for entry in sharding.spec] if is_named else None
-    kind = getattr(sharding, "memory_kind", None)
-    # Backends name memory kinds differently; only pinned_host is the same on CPU, GPU and TPU.
-    return {"spec": spec, "memory_kind": kind if kind == "pinned_host" else None}
-
-
-def _entry(entry: Any) -> Any:
-    if entry is None or isinstance(entry, str):
-        return entry
-    if isinstance(entry, tuple):
-        return list(entry)
-    raise PlacementError(f"partition spec entry {entry!r} cannot be compiled for an absent target")
+    return {"mesh": mesh, "arguments": arguments}
 
 
 def rebuild(described: dict[str, Any], topology, target: Target, num_devices: int = 1) -> list:
-    """Returns the shardings that `describe` described, on the devices of a topology.
+    """Returns the shardings that `describe` described, on the devices of the target's topology.
 
-    Without a mesh, one device stands for all: each holds the same arrays.
-
-    Args:
-      described: The result of `describe`.
-      topology: JAX's topology of the target.
-      target: The target, for error texts.
-      num_devices: The number of devices that the program was traced for; 1 if it names none.
+    Without a mesh, one device stands for all `num_devices` that the program was traced for.
 
     Raises:
       PlacementError: The mesh does not have the target's number of devices.
@@ -217,14 +208,6 @@ def rebuild(described: dict[str, Any], topology, target: Target, num_devices: in
         device = topology.devices[0]
         single = lambda kind: SingleDeviceSharding(device, memory_kind=kind)
         return [single(one["memory_kind"]) for one in described["arguments"]]
-    mesh = _mesh(axes, topology, target)
-    return [
-        NamedSharding(mesh, _spec(one["spec"]), memory_kind=one["memory_kind"])
-        for one in described["arguments"]
-    ]
-
-
-def _mesh(axes: list, topology, target: Target):
     names, sizes = zip(*axes, strict=True)
     count = math.prod(sizes)
     if count != target.num_devices:
@@ -235,10 +218,10 @@ def _mesh(axes: list, topology, target: Target):
         )
     # Made as for present devices: a mesh's axis may be several axes of a torus, or part of one.
     types = (AxisType.Auto,) * len(names)
-    return jax.make_mesh(sizes, names, axis_types=types, devices=topology.devices)
-
-
-def _spec(entries: list | None) -> PartitionSpec:
-    if entries is None:
-        return PartitionSpec()
-    return PartitionSpec(*(tuple(e) if isinstance(e, list) else e for e in entries))
+    mesh = jax.make_mesh(sizes, names, axis_types=types, devices=topology.devices)
+    entry = lambda names: tuple(names) if isinstance(names, list) else names
+    spec = lambda entries: PartitionSpec(*map(entry, entries or ()))
+    return [
+        NamedSharding(mesh, spec(one["spec"]), memory_kind=one["memory_kind"])
+        for one in described["arguments"]
+    ]

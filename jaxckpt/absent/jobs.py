@@ -15,7 +15,7 @@ Needed: libtpu for TPUs (`pip install 'jaxckpt[tpu]'`), JAX's CUDA plugin for NV
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxckpt.absent import launch
 from jaxckpt.compiled import cache
@@ -58,8 +58,7 @@ class Entry:
         return {"function": self.function, "arguments": dict(self.arguments)}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class JobFailure:
+class JobFailure(NamedTuple):
     """A job of `measure_many` that failed, and its error."""
 
     entry: Entry
@@ -86,12 +85,9 @@ def measure_entry(entry: Entry, target: str | Target) -> MemoryReport:
 
 
 def entry_key(entry: Entry, target: Target, **asked: Any) -> str:
-    """Returns the name under which answers on an entry's step are kept; it depends on its sources.
+    """Returns the name under which answers on an entry's step are kept.
 
-    Args:
-      entry: The entry.
-      target: An absent target.
-      **asked: JSON values that the answer depends on too.
+    It depends on the entry's sources, the target and `asked`, JSON values.
 
     Raises:
       ValueError: The entry's package is not installed.
@@ -114,11 +110,7 @@ def measure_program(
 ) -> MemoryReport:
     """Returns the memory of an exported program, compiled for an absent target.
 
-    Args:
-      program: `exported.Traveler.program`.
-      target: An absent target.
-      digest: `exported.Traveler.digest()`, a part of the report's name on disk.
-      **job: The traveler's other fields, as JSON values.
+    The program, its `digest` and the fields of `job` are of an `exported.Traveler`.
 
     Raises:
       Unavailable: The target's compiler is not installed.

@@ -150,21 +150,20 @@ def in_parallel(
     """
     if parallel < 1:
         raise ValueError(f"parallel is {parallel}; at least 1 process compiles")
-    processes, answers = Processes(), {}
+    processes = Processes()
     places: dict[Future[Answer], int] = {}
     pool = ThreadPoolExecutor(parallel, THREADS, _PROCESSES.set, initargs=(processes,))
     try:
         places |= {pool.submit(work, item): place for place, item in enumerate(items)}
         for future in as_completed(places):
-            place = places[future]
-            answers[place] = future.result()
+            answer = future.result()
             if progress is not None:
-                progress(place, answers[place])
+                progress(places[future], answer)
     finally:  # interrupted, or `progress` raised: leave no process behind
         pool.shutdown(wait=False, cancel_futures=True)
         processes.stop()
         wait(places, _ENDING_SECONDS)
-    return [answers[place] for place in range(len(items))]
+    return [future.result() for future in places]
 
 
 def check_available(target: Target):
@@ -183,12 +182,9 @@ def _is_there(module: str) -> bool:
 
 
 def run(job: Mapping[str, Any], program: bytes, target: Target) -> MemoryReport:
-    """Compiles a job in a fresh process.
+    """Compiles a job, JSON values that `memory/worker.py` reads, in a fresh process.
 
-    Args:
-      job: The JSON values that `memory/worker.py` reads.
-      program: An exported program; empty for a job with an entry.
-      target: The absent target.
+    `program` is an exported program; it is empty for a job with an entry.
 
     Raises:
       WorkerError: The job failed, or the process died.

@@ -16,6 +16,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from jaxckpt.sources import is_machinery
 
@@ -80,6 +81,7 @@ def _field(text: str, name: str) -> int:
     return int(found[1]) if found else 0
 
 
+_MOST_BUFFERS = 20
 _ASSIGNMENT = "-buffer-assignment.txt"
 _TOTAL = re.compile(r"Total bytes(?: used)?: (\d+)")
 _ALLOCATION = re.compile(r"allocation (\d+):.*?size (\d+)(.*)")
@@ -148,13 +150,12 @@ class Totals:
     """Bytes of the device's main memory; `total_bytes` is what the whole program needs."""
 
     total_bytes: int
-    argument_bytes: int
-    output_bytes: int
-    alias_bytes: int
+    argument_bytes: int = 0
+    output_bytes: int = 0
+    alias_bytes: int = 0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Value:
+class _Value(NamedTuple):
     allocation: int
     name: str
     index: str
@@ -164,7 +165,7 @@ class _Value:
     shape: str
 
 
-def read_buffers(folder: Path, most: int = 20) -> tuple[Buffer, ...]:
+def read_buffers(folder: Path) -> tuple[Buffer, ...]:
     """Returns the largest buffers of the largest program that was dumped, largest first."""
     stem = _largest(folder)
     if stem is None:
@@ -179,9 +180,20 @@ def read_buffers(folder: Path, most: int = 20) -> tuple[Buffer, ...]:
     values = [v for v in every if (v.name, v.index) in alive] or every
     program = _read(f"{stem}.txt")
     metadata = {found["name"]: found["text"] for found in _METADATA.finditer(program)}
-    lines = SourceLines(program)
-    describe = lambda value: _description(value, every, metadata)
-    return tuple(_buffer(v, describe(v), lines) for v in _disjoint(values, most))
+    lines, buffers = SourceLines(program), []
+    for value in _disjoint(values):
+        text = _description(value, every, metadata)
+        operation = re.search(r'op_name="([^"]*)"', text)
+        assert operation is not None, text  # every description has one
+        buffers.append(
+            Buffer(
+                size_bytes=value.size,
+                shape=_LAYOUT.sub("", value.shape),
+                operation=operation[1].replace("\\'", "'"),
+                source=lines.of(text),
+            )
+        )
+    return tuple(buffers)
 
 
 def read_totals(folder: Path) -> Totals | None:
@@ -215,16 +227,13 @@ def read_understood(folder: Path) -> Understood:
     )
     # The first line is a title. Older versions write uses and positions after a blank line.
     lines = assignment.partition("\n\n")[0].splitlines()[1:]
-    found = Understood(sum(map(_is_read, lines)), max(1, len(lines)))
+    is_read = lambda line: (_ALLOCATION.match(line) or _VALUE.match(line)) is not None
+    found = Understood(sum(map(is_read, lines)), max(1, len(lines)))
     if live_range:
         found += Understood(int(_peak(live_range) != ""), 1)
     named = sum('op_name="' in line for line in program.splitlines())
     found += Understood(sum('op_name="' in text for _, text in _METADATA.findall(program)), named)
     return found + SourceLines(program).understood
-
-
-def _is_read(line: str) -> bool:
-    return (_ALLOCATION.match(line) or _VALUE.match(line)) is not None
 
 
 def _largest(folder: Path) -> str | None:
@@ -246,15 +255,9 @@ def _values(assignment: str) -> Iterator[_Value]:
         if head := _ALLOCATION.match(line):
             allocation, is_main = int(head[1]), "color" not in head[3]
         elif is_main and (found := _VALUE.match(line)):
-            yield _Value(
-                allocation=allocation,
-                name=found["name"],
-                index=found["index"] or "",
-                phi=found["phi"] is not None,
-                size=int(found["size"]),
-                offset=int(found["offset"]),
-                shape=found["shape"],
-            )
+            name, index, phi, size, offset, shape = found.groups()
+            size, offset, phi = int(size), int(offset), phi is not None
+            yield _Value(allocation, name, index or "", phi, size, offset, shape)
 
 
 def _peak(live_range: str) -> str:
@@ -262,20 +265,17 @@ def _peak(live_range: str) -> str:
     return found[1] if found else ""
 
 
-def _disjoint(values: list[_Value], most: int) -> list[_Value]:
+def _disjoint(values: list[_Value]) -> list[_Value]:
     """Returns the largest values that share no memory; of equal values, loop copies come last."""
     chosen: list[_Value] = []
+    ends = lambda value: value.offset + value.size
     for value in sorted(values, key=lambda v: (-v.size, v.phi, v.allocation, v.offset)):
-        if len(chosen) == most:
+        if len(chosen) == _MOST_BUFFERS:
             break
-        if not any(_overlap(value, other) for other in chosen):
+        beside = (other for other in chosen if other.allocation == value.allocation)
+        if all(ends(value) <= other.offset or ends(other) <= value.offset for other in beside):
             chosen.append(value)
     return chosen
-
-
-def _overlap(a: _Value, b: _Value) -> bool:
-    same = a.allocation == b.allocation
-    return same and a.offset < b.offset + b.size and b.offset < a.offset + a.size
 
 
 def _description(value: _Value, every: list[_Value], metadata: dict[str, str]) -> str:
@@ -289,17 +289,6 @@ def _description(value: _Value, every: list[_Value], metadata: dict[str, str]) -
     texts = [metadata.get(name, "") for name in (value.name, *same)]
     texts = [text for text in texts if "op_name=" in text and _WHOLE not in text]
     return texts[0] if texts else f'op_name="{value.name}"'
-
-
-def _buffer(value: _Value, description: str, lines: SourceLines) -> Buffer:
-    operation = re.search(r'op_name="([^"]*)"', description)
-    assert operation is not None, description  # every description has one
-    return Buffer(
-        size_bytes=value.size,
-        shape=_LAYOUT.sub("", value.shape),
-        operation=operation[1].replace("\\'", "'"),
-        source=lines.of(description),
-    )
 
 
 def _read(path: str) -> str:

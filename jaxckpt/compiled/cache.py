@@ -45,9 +45,8 @@ def folder() -> Path | None:
 def key(*, environment: Mapping[str, str] | None = None, **parts: Any) -> str:
     """Returns the name of a report that depends on `parts`, installed versions and settings.
 
-    Args:
-      environment: The environment of the process that compiles; by default this process's.
-      **parts: JSON values.
+    `parts` are JSON values; settings are of the compiling process's environment, by default this
+    process's.
     """
     every = parts | {"versions": versions(), "settings": settings(environment or os.environ)}
     return hashlib.sha256(json.dumps(every, sort_keys=True).encode()).hexdigest()
@@ -108,12 +107,7 @@ def store_json(name: str, values: Any):
 def write_whole(path: Path, content: str | bytes):
     """Writes a file so that readers find the old content or the new, never a part.
 
-    Args:
-      path: The file.
-      content: The whole content; text becomes UTF-8.
-
-    Raises:
-      OSError: The file cannot be written; no part of it is left.
+    Text becomes UTF-8. Raises `OSError`, and leaves no part of the file, if it cannot be written.
     """
     part = path.absolute().with_name(f".part-{uuid.uuid4().hex}")
     try:
@@ -146,8 +140,8 @@ def digest_of_sources(packages: Iterable[str]) -> str:
     """Returns a digest of packages and of all packages without a version that they import.
 
     Nothing is imported but parents of dotted names. An import from another top-level package adds
-    all its files. An import from the same one adds the package at the same depth: a file of
-    `jaxckpt.memory` that imports `jaxckpt.plans.plan` adds `jaxckpt.plans`.
+    all its files. An import from the package's own top level adds the package at its depth: a file
+    of `jaxckpt.memory` that imports `jaxckpt.plans.plan` adds `jaxckpt.plans`.
 
     Args:
       packages: Importable names, such as `"jaxckpt"` or `"jaxckpt.memory"`.
@@ -171,15 +165,11 @@ def digest_of_sources(packages: Iterable[str]) -> str:
             for path in root.rglob("*.py") if root.is_dir() else [root]:
                 digest, imported = _read(path, path.stat().st_mtime_ns)
                 found[f"{package}/{path.relative_to(root)}"] = digest
-                todo += {_package(module, package) for module in imported}
+                for module in imported:
+                    parts = module.split(".")
+                    is_own = parts[0] == package.partition(".")[0]
+                    todo.append(".".join(parts[: package.count(".") + 1 if is_own else 1]))
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
-
-
-def _package(module: str, importer: str) -> str:
-    """Returns the package that is added for a module that a file of `importer` imports."""
-    head, *rest = module.split(".")
-    depth = importer.count(".") if head == importer.partition(".")[0] else 0
-    return ".".join([head, *rest[:depth]])
 
 
 @functools.cache

@@ -141,7 +141,6 @@ def called(line: str) -> list[str]:
 
 
 def _operands(line: str) -> list[str]:
-    """Returns the names of an instruction's operands."""
     found = INSTRUCTION.match(line)
     return re.findall(r"%([\w.\-]+)", line[found.end() :].partition(")")[0]) if found else []
 
@@ -160,8 +159,7 @@ class Collective:
     """One collective of a program.
 
     Attributes:
-      kind: `"all-gather"`, `"all-reduce"`, `"reduce-scatter"`, `"all-to-all"` or
-        `"collective-permute"`.
+      kind: A word of `_KINDS`, such as `"all-gather"`.
       result_bytes: The bytes of its result on one device.
       shapes: The shapes of its results, as `(dtype, sizes)`.
       group: The devices of the group of device 0.
@@ -183,16 +181,9 @@ class Collective:
         """The bytes that one device sends in one run of the collective."""
         size = len(self.group)
         share = (size - 1) / size
-        return (
-            self.result_bytes
-            * {
-                "all-gather": share,
-                "all-reduce": 2 * share,
-                "reduce-scatter": size - 1,
-                "all-to-all": share,
-                "collective-permute": 1,
-            }[self.kind]
-        )
+        factors = {"all-gather": share, "all-to-all": share, "all-reduce": 2 * share}
+        factors |= {"reduce-scatter": size - 1, "collective-permute": 1}
+        return self.result_bytes * factors[self.kind]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,43 +209,30 @@ class Traffic:
 
 
 def traffic(text: str, num_devices: int) -> Traffic:
-    """Returns the collectives of a compiled program.
-
-    Args:
-      text: `compiled.as_text()`.
-      num_devices: The number of devices that the program runs on.
-    """
-    reader = _Reader(Program(text), num_devices)
-    return Traffic(collectives=tuple(reader.collectives()), understood=reader.understood())
+    """Returns the collectives of `compiled.as_text()`, a program that runs on `num_devices`."""
+    program = Program(text)
+    if program.entry is None:  # no collective can be reached
+        return Traffic(collectives=(), understood=Understood(0, max(1, program.understood.of)))
+    reader, found, seen = _Reader(program, num_devices), [], set()
+    for identity, one in reader.reached(program.entry):
+        if identity is None or identity not in seen:
+            seen.add(identity)
+            found.append(one)
+    known = program.understood
+    understood = Understood(known.lines - len(reader.misread), known.of)
+    return Traffic(collectives=tuple(found), understood=understood)
 
 
 class _Reader:
-    """Reads the collectives of a program."""
+    """Reads the collectives of a program; `misread` has the lines that it cannot read."""
 
     def __init__(self, program: Program, num_devices: int):
         self._program, self._num_devices = program, num_devices
         self._known: dict[str, bool] = {}
-        self._misread: set[str] = set()
+        self.misread: set[str] = set()
 
-    def understood(self) -> Understood:
-        """Returns how much was understood; call it after `collectives`."""
-        known = self._program.understood
-        if self._program.entry is None:  # no collective can be reached
-            return Understood(0, max(1, known.of))
-        return Understood(known.lines - len(self._misread), known.of)
-
-    def collectives(self) -> Iterator[Collective]:
-        """Yields every collective that the entry reaches."""
-        if self._program.entry is None:
-            return
-        seen = set()
-        for identity, one in self._of(self._program.entry, 1.0, 0, False):
-            if identity is None or identity not in seen:
-                seen.add(identity)
-                yield one
-
-    def _of(
-        self, name: str, trips: float, loops: int, is_fused: bool
+    def reached(
+        self, name: str, trips: float = 1.0, loops: int = 0, is_fused: bool = False
     ) -> Iterator[tuple[tuple | None, Collective]]:
         """Yields a computation's collectives with an identity, once for each call that reaches it.
 
@@ -268,7 +246,7 @@ class _Reader:
             found = INSTRUCTION.match(line)
             if found is None:
                 continue
-            kind = _kind_of(found[4])
+            kind = next((k for k in _KINDS if found[4] in (k, f"{k}-start")), None)
             if kind is not None:
                 made = self._collective(kind, found[3], found[4], line, name, trips, loops)
                 yield _identity(made, line) if is_fused else None, made
@@ -277,21 +255,19 @@ class _Reader:
             inner = trips * self._program.trips(line) if is_loop else trips
             fused = is_fused or found[4] == "fusion"
             if (is_loop and not self._program.knows_loop(line)) or _is_unknown(found[4], line):
-                self._misread.add(line)
+                self.misread.add(line)
             for inside in called(line):
-                yield from self._of(inside, inner, loops + is_loop, fused)
+                yield from self.reached(inside, inner, loops + is_loop, fused)
 
     def _has_any(self, name: str) -> bool:
         """Whether a computation, or one that it calls, holds a collective."""
         if name not in self._known:
-            lines = self._program.lines.get(name, [])
-            self._known[name] = any(map(self._leads_to_one, lines))
+            self._known[name] = any(
+                ((found := INSTRUCTION.match(line)) and found[4].startswith(_SENDING))
+                or any(map(self._has_any, called(line)))
+                for line in self._program.lines.get(name, [])
+            )
         return self._known[name]
-
-    def _leads_to_one(self, line: str) -> bool:
-        found = INSTRUCTION.match(line)
-        is_one = found is not None and found[4].startswith(_SENDING)
-        return is_one or any(map(self._has_any, called(line)))
 
     def _collective(self, kind, shape: str, operation: str, line: str, name, trips, loops):
         shapes = tuple(
@@ -299,12 +275,17 @@ class _Reader:
             for dtype, sizes in _SHAPE.findall(shape)
         )
         group = first_group(line, self._num_devices)
-        if operation.endswith("-start"):
-            shapes = _results(kind, shapes)
+        if operation.endswith("-start") and kind != "all-reduce":
+            # An asynchronous collective names operands, results and others.
+            shapes = tuple(one for one in shapes if one[1])
+            shapes = shapes[len(shapes) // 2 :]
         if not (shapes and says_group(line)):
-            self._misread.add(line)
+            self.misread.add(line)
         size = sum(_nbytes(*one) for one in shapes)
-        if kind == "all-reduce" and self._is_scattered(name):
+        around = self._program.lines[name]
+        # A TPU's program writes a reduce-scatter as a fusion that slices an all-reduce.
+        is_scattered = len(around) < 10 and "dynamic-slice(%all-reduce" in around[-1]
+        if kind == "all-reduce" and is_scattered:
             kind, size = "reduce-scatter", size // len(group)
         return Collective(
             kind=kind,
@@ -315,15 +296,6 @@ class _Reader:
             loops=loops,
             op_name=op_name(line),
         )
-
-    def _is_scattered(self, name: str) -> bool:
-        """Whether a fusion slices an all-reduce: a TPU's program writes reduce-scatter this way."""
-        lines = self._program.lines[name]
-        return len(lines) < 10 and "dynamic-slice(%all-reduce" in lines[-1]
-
-
-def _kind_of(operation: str) -> str | None:
-    return next((k for k in _KINDS if operation in (k, f"{k}-start")), None)
 
 
 def _identity(one: Collective, line: str) -> tuple:
@@ -336,14 +308,6 @@ def _is_unknown(operation: str, line: str) -> bool:
     """Whether an operation sends between devices and is of no kind that is counted."""
     waits = operation.endswith(("-done", "-update"))
     return operation.startswith(_SENDING) and not waits and _TO_HOST not in line
-
-
-def _results(kind: str, shapes):
-    """Returns the results among an asynchronous collective's shapes: operands, results, others."""
-    if kind == "all-reduce":
-        return shapes
-    shapes = [one for one in shapes if one[1]]
-    return tuple(shapes[len(shapes) // 2 :])
 
 
 def _nbytes(dtype: str, sizes: tuple[int, ...]) -> int:
@@ -362,23 +326,15 @@ _PAIRS = re.compile(r"source_target_pairs=\{\{([0-9]+),([0-9]+)")
 
 
 def first_group(line: str, num_devices: int) -> tuple[int, ...]:
-    """Returns the devices of the first group of a collective.
-
-    Args:
-      line: The collective's instruction.
-      num_devices: The devices of the program; all are one group if the line names no group.
-    """
+    """Returns the devices of a collective's first group; all devices if it names none."""
     pairs = _PAIRS.search(line)
     if pairs:
         return tuple(dict.fromkeys(map(int, pairs.groups())))
-    listed = _LISTED.search(line)
-    if listed:
+    if listed := _LISTED.search(line):
         return _numbers(listed[1])
-    mesh = _MESH.search(line)
-    if mesh:
+    if mesh := _MESH.search(line):
         return _mesh_group(*mesh.groups())
-    iota = _IOTA.search(line)
-    if iota:
+    if iota := _IOTA.search(line):
         devices = _permuted(iota[2], iota[3])
         groups = _numbers(iota[1]) if iota[1] else (1, devices.size)
         return tuple(map(int, devices.reshape(groups)[0]))

@@ -28,20 +28,13 @@ from typing import Any
 
 import jax
 
-from jaxckpt.compiled.buffers import (
-    NOTHING_READ,
-    Totals,
-    Understood,
-    read_buffers,
-    read_totals,
-    read_understood,
-)
+from jaxckpt.compiled import buffers
+from jaxckpt.compiled.buffers import NOTHING_READ, Understood, read_totals
 from jaxckpt.compiled.collectives import Links, traffic
 from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.targets import present
 from jaxckpt.targets.links import links_of
 from jaxckpt.targets.target import LOCAL, Target
-from jaxckpt.units import iec
 
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = r"([\d.]+)([BKMGT]?)"
@@ -69,10 +62,6 @@ class OutOfMemory:
     available_bytes: int | None
     is_total: bool
 
-    def __str__(self) -> str:
-        word = "needs" if self.is_total else "needs more than"
-        return f"{word} {iec(self.needed_bytes)}"
-
 
 def parse(text: str) -> OutOfMemory | None:
     """Returns the sizes in an error that device memory is exhausted; None for another error.
@@ -81,19 +70,15 @@ def parse(text: str) -> OutOfMemory | None:
     """
     if "RESOURCE_EXHAUSTED" not in text:
         return None
+    nbytes = lambda number, unit: int(float(number) * _UNITS[unit])
     for wording, is_total in _WORDINGS.items():
-        found = re.search(wording, text, re.DOTALL)
-        if found:
+        if found := re.search(wording, text, re.DOTALL):
             return OutOfMemory(
-                needed_bytes=_bytes(found[1], found[2]),
-                available_bytes=_bytes(found[3], found[4]) if is_total else None,
+                needed_bytes=nbytes(found[1], found[2]),
+                available_bytes=nbytes(found[3], found[4]) if is_total else None,
                 is_total=is_total,
             )
     return None
-
-
-def _bytes(number: str, unit: str) -> int:
-    return int(float(number) * _UNITS[unit])
 
 
 _ASSIGNED = "main memory's buffer assignment"
@@ -184,14 +169,15 @@ def report_of(
     peak, rule = outside + stats.temp_size_in_bytes, "argument + output - alias + temp"
     totals = None
     if backend == "tpu":
-        totals = read_totals(dump) if dump is not None else None
+        totals = None if dump is None else read_totals(dump)
         if totals is not None and totals.total_bytes >= outside:
             peak, rule = totals.total_bytes, _ASSIGNED
         elif not host and getattr(stats, "peak_memory_in_bytes", 0):
             peak, rule = stats.peak_memory_in_bytes, "compiler's peak"
-    num_devices = _num_devices(compiled)
+    shardings = jax.tree.leaves(compiled.input_shardings)
+    num_devices = max((one.num_devices for one in shardings), default=1)
     sent = traffic(compiled.as_text(), num_devices) if num_devices > 1 else None
-    understood = NOTHING_READ if dump is None else read_understood(dump)
+    understood = NOTHING_READ if dump is None else buffers.read_understood(dump)
     understood += NOTHING_READ if sent is None else sent.understood
     if rule != _ASSIGNED and totals is not None:  # the total was less than its parts
         understood += Understood(0, 1)
@@ -208,7 +194,7 @@ def report_of(
         source=f"XLA {backend}, {rule}",
         jax_version=jax.__version__,
         usable_bytes=usable_bytes,
-        buffers=read_buffers(dump) if dump is not None else (),
+        buffers=() if dump is None else buffers.read_buffers(dump),
         understood=understood,
         compile_seconds=compile_seconds,
         num_devices=num_devices,
@@ -217,20 +203,8 @@ def report_of(
     )
 
 
-def _num_devices(compiled) -> int:
-    shardings = jax.tree.leaves(compiled.input_shardings)
-    return max((one.num_devices for one in shardings), default=1)
-
-
 def refused(
-    found: OutOfMemory,
-    *,
-    target: str,
-    dump: Path,
-    flops: int | None,
-    usable_bytes: int,
-    compile_seconds: float,
-    num_devices: int,
+    found: OutOfMemory, *, dump: Path, usable_bytes: int, target: str, **about: Any
 ) -> MemoryReport:
     """Returns the report of a program that libtpu refused for want of memory.
 
@@ -238,14 +212,12 @@ def refused(
     the refusal's own figure is taken. Its collectives are unknown.
     """
     totals = read_totals(dump)
-    sizes = totals or Totals(
-        total_bytes=found.needed_bytes, argument_bytes=0, output_bytes=0, alias_bytes=0
-    )
+    sizes = totals or buffers.Totals(total_bytes=found.needed_bytes)
     outside = sizes.argument_bytes + sizes.output_bytes - sizes.alias_bytes
     # If the text names a lower limit than the table, the text is right: it is libtpu's own limit.
     usable_bytes = min(usable_bytes, found.available_bytes or usable_bytes)
     return MemoryReport(
-        # The total is never within what is usable, or the program would not have been refused.
+        # A refused program needs more than the usable bytes.
         peak_bytes=max(sizes.total_bytes, usable_bytes + 1),
         argument_bytes=sizes.argument_bytes,
         output_bytes=sizes.output_bytes,
@@ -253,13 +225,11 @@ def refused(
         temp_bytes=max(sizes.total_bytes - outside, 0),
         host_bytes=0,
         code_bytes=0,
-        flops=flops,
         target=target,
         source=f"XLA tpu, refused, {_ASSIGNED if totals else 'its own words'}",
         jax_version=jax.__version__,
         usable_bytes=usable_bytes,
-        buffers=read_buffers(dump),
-        understood=read_understood(dump),
-        compile_seconds=compile_seconds,
-        num_devices=num_devices,
+        buffers=buffers.read_buffers(dump),
+        understood=buffers.read_understood(dump),
+        **about,
     )

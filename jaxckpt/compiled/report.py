@@ -76,6 +76,12 @@ class MemoryReport:
         """Whether the step fits the device; None if `usable_bytes` is unknown."""
         return None if self.headroom_bytes is None else self.headroom_bytes >= 0
 
+    @property
+    def recomputed_share(self) -> float | None:
+        """Recomputed FLOPs, as a share of the FLOPs without remat; None if unknown."""
+        again, flops = self.recomputed_flops, self.flops
+        return None if again is None or flops is None else again / (flops - again)
+
     def as_json(self) -> dict[str, Any]:
         """Returns the report as JSON values, from which `from_json` makes an equal one."""
         return dataclasses.asdict(self)
@@ -100,14 +106,11 @@ class MemoryReport:
         return "\n".join(lines)
 
     def _rows(self) -> list[tuple[str, str, str]]:
+        donated = f"{iec(self.alias_bytes)} in donated arguments" if self.alias_bytes else ""
         rows = [
             ("peak", iec(self.peak_bytes), "on the device at the worst moment"),
             ("arguments", iec(self.argument_bytes), ""),
-            (
-                "outputs",
-                iec(self.output_bytes),
-                f"{iec(self.alias_bytes)} in donated arguments" if self.alias_bytes else "",
-            ),
+            ("outputs", iec(self.output_bytes), donated),
             ("temporaries", iec(self.temp_bytes), "residuals, gradients, working memory"),
         ]
         rows += [("host", iec(self.host_bytes), "offloaded values")] if self.host_bytes else []
@@ -118,9 +121,9 @@ class MemoryReport:
             rows.append(("usable", iec(self.usable_bytes), note))
         if self.flops is not None:
             rows.append(("matmul FLOPs", f"{self.flops:.3e}", ""))
-        if self.recomputed_flops and self.flops is not None:
-            share = 100 * self.recomputed_flops / (self.flops - self.recomputed_flops)
-            rows.append(("recomputed", f"{share:.1f} %", "of the FLOPs without remat, once more"))
+        if share := self.recomputed_share:
+            what = "of the FLOPs without remat, once more"
+            rows.append(("recomputed", f"{100 * share:.1f} %", what))
         if self.estimated_seconds is not None:
             rows.append(("estimated", f"{1e3 * self.estimated_seconds:.1f} ms", "by the roofline"))
         if self.collective_bytes is not None:
@@ -136,17 +139,8 @@ class MemoryReport:
         largest = self.buffers[:_SHOWN_BUFFERS]
         lines = ["  largest buffers at the peak"] if largest else []
         for one in largest:
-            parts = [
-                f"{iec(one.size_bytes):>14}",
-                one.shape,
-                _short(one.operation),
-                shown(one.source),
-            ]
+            path = one.operation.split("/")  # its last parts name the operation itself
+            operation = "/".join(path if len(path) < 5 else ["...", *path[-3:]])
+            parts = [f"{iec(one.size_bytes):>14}", one.shape, operation, shown(one.source)]
             lines.append("  " + "  ".join(part for part in parts if part))
         return lines
-
-
-def _short(operation: str) -> str:
-    """Returns the last parts of a JAX operation's path, which name the operation itself."""
-    parts = operation.split("/")
-    return operation if len(parts) < 5 else "/".join(["...", *parts[-3:]])

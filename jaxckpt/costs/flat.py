@@ -70,10 +70,9 @@ class Flat:
     steps: tuple[Step, ...]
     outputs: tuple[Value, ...]
 
-    def live_steps(self, outputs: Sequence[Value] | None = None) -> list[Step]:
-        """Returns the steps that some outputs (default: all) or an effect depend on, in order."""
-        needed = set(self.outputs if outputs is None else outputs)
-        live = []
+    def live_steps(self) -> list[Step]:
+        """Returns the steps that the outputs or an effect depend on, in order."""
+        needed, live = set(self.outputs), []
         for step in reversed(self.steps):
             if step.equation.effects or not needed.isdisjoint(step.outputs):
                 live.append(step)
@@ -84,12 +83,7 @@ class Flat:
 def flatten(
     jaxpr: core.ClosedJaxpr | core.Jaxpr, inputs: Sequence[Value | None] | None = None
 ) -> Flat:
-    """Returns a jaxpr as a `Flat`.
-
-    Args:
-      jaxpr: A closed or open jaxpr.
-      inputs: For each input, the value to use; None for a new value.
-    """
+    """Returns a jaxpr as a `Flat`, with the values of `inputs`; None stands for a new value."""
     consts = jaxpr.consts if isinstance(jaxpr, core.ClosedJaxpr) else ()
     body = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
     fresh = [Value(var.aval) for var in body.invars]
@@ -111,7 +105,7 @@ def bodies(step: Step) -> Iterator[Flat]:
         shared: list[Value | None] = [None] * len(open_jaxpr.invars)
         if step.name == jaxprs.SCAN:
             # Only the loop's consts stay constant; carries and rows change from trip to trip.
-            for place in range(scan_consts(step, open_jaxpr)):
+            for place in range(_scan_consts(step, open_jaxpr)):
                 value = step.inputs[place]
                 shared[place] = Value(value.aval, constant=value.constant)
         if step.name == jaxprs.SHARD_MAP:
@@ -122,21 +116,15 @@ def bodies(step: Step) -> Iterator[Flat]:
         yield flatten(jaxpr, shared)
 
 
-def scan_consts(step: Step, body: core.Jaxpr) -> int:
-    """Returns how many of a scan's leading inputs are the same in every trip.
+def _scan_consts(step: Step, body: core.Jaxpr) -> int:
+    """Returns how many of a scan's leading inputs are equal in every trip.
 
     JAX's releases store the numbers of constants, carries and rows in different ways. Ranks work in
     all releases: only rows lose their leading axis.
     """
-    rows = sum(
-        value.aval.ndim > _aval(var).ndim
-        for value, var in zip(step.inputs, body.invars, strict=True)
-    )
-    carries = sum(
-        value.aval.ndim == _aval(var).ndim
-        for value, var in zip(step.outputs, body.outvars, strict=True)
-    )
-    return len(step.inputs) - carries - rows
+    same = lambda value, var: value.aval.ndim == _aval(var).ndim
+    rows = len(step.inputs) - sum(map(same, step.inputs, body.invars))
+    return len(step.inputs) - rows - sum(map(same, step.outputs, body.outvars))
 
 
 def _aval(var: Any) -> Any:
@@ -161,15 +149,18 @@ def _inline(jaxpr: core.Jaxpr, constants, inputs, calls, steps: list) -> list[Va
         return env[atom]
 
     for equation in jaxpr.eqns:
-        values = tuple(read(atom) for atom in equation.invars)
-        called = _called(equation)
-        if equation.params.get("branches_platforms") is not None:
-            called, values = _of_no_platform(equation), values[1:]
+        values, called = tuple(map(read, equation.invars)), None
+        platforms = equation.params.get("branches_platforms")
+        if platforms is not None:
+            # The default branch of `jax.lax.platform_dependent`; the last if it has none.
+            default = platforms.index(None) if None in platforms else -1
+            called, values = equation.params["branches"][default], values[1:]
+        elif equation.primitive.name in jaxprs.CALLS:
+            inner = next(jaxprs.subjaxprs(equation))
+            called = inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
         if called is not None:
-            inner = [
-                Value(v.aval, constant=c)
-                for v, c in zip(called.jaxpr.constvars, called.consts, strict=True)
-            ]
+            pairs = zip(called.jaxpr.constvars, called.consts, strict=True)
+            inner = [Value(var.aval, constant=constant) for var, constant in pairs]
             outputs = _inline(called.jaxpr, inner, values, (*calls, equation), steps)
         else:
             step = Step(equation=equation, inputs=values, calls=calls)
@@ -177,21 +168,6 @@ def _inline(jaxpr: core.Jaxpr, constants, inputs, calls, steps: list) -> list[Va
             steps.append(step)
         env.update(zip(equation.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
-
-
-def _of_no_platform(equation: core.JaxprEqn) -> core.ClosedJaxpr:
-    """Returns the default branch of `jax.lax.platform_dependent`; the last if it has none."""
-    platforms = equation.params["branches_platforms"]
-    default = platforms.index(None) if None in platforms else -1
-    return equation.params["branches"][default]
-
-
-def _called(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:
-    """Returns the jaxpr that a call runs; None for an equation that is no call."""
-    if equation.primitive.name not in jaxprs.CALLS:
-        return None
-    inner = next(jaxprs.subjaxprs(equation))
-    return inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
 
 
 def where(step: Step) -> str:

@@ -91,22 +91,23 @@ def _total(flat: Flat, masked: bool) -> Fraction | int:
 
 def _dot(step: Step, _) -> int:
     (contracted, _), _ = step.params["dimension_numbers"]
-    return 2 * _depth(step, contracted) * math.prod(step.outputs[0].aval.shape)
+    return _product_flops(step, contracted)
 
 
 def _ragged_dot(step: Step, _) -> int:
     """Returns the FLOPs of a ragged product, which do not depend on the sizes of its groups."""
     numbers = step.params["ragged_dot_dimension_numbers"]
     (contracted, _), _ = numbers.dot_dimension_numbers
-    flops = 2 * _depth(step, contracted) * math.prod(step.outputs[0].aval.shape)
+    flops = _product_flops(step, contracted)
     if set(numbers.lhs_ragged_dimensions) <= set(contracted):
         # The gradient of the groups: the output has all groups, but each row counts for one.
         flops //= step.inputs[2].aval.shape[-1]
     return flops
 
 
-def _depth(step: Step, axes) -> int:
-    return math.prod(step.inputs[0].aval.shape[axis] for axis in axes)
+def _product_flops(step: Step, contracted) -> int:
+    depth = math.prod(step.inputs[0].aval.shape[axis] for axis in contracted)
+    return 2 * depth * math.prod(step.outputs[0].aval.shape)
 
 
 def _conv(step: Step, _) -> int:
@@ -125,8 +126,8 @@ def _attention(products: int):
     def count(step: Step, masked: bool) -> int:
         shape = attention_shape(step)
         assert shape is not None, step.name
-        pairs = shape.rows * shape.columns
-        if _is_causal(step.params["mask_type"]) and not masked:
+        pairs, mask = shape.rows * shape.columns, step.params["mask_type"]
+        if not masked and "CAUSAL" in getattr(mask, "name", str(mask)):
             pairs //= 2
         window = step.params.get("sliding_window_length")
         if window and not masked:
@@ -134,10 +135,6 @@ def _attention(products: int):
         return products * 2 * shape.batch * shape.heads * pairs * shape.head_dim
 
     return count
-
-
-def _is_causal(mask_type) -> bool:
-    return "CAUSAL" in getattr(mask_type, "name", str(mask_type))
 
 
 def _pallas(step: Step, masked: bool) -> Fraction | int:

@@ -29,7 +29,7 @@ How rule 6 counts:
 - A link between chips is about ten times slower than memory: an H100's NVLink has 450 GB/s and its
   memory 3352, a TPU v5e's link 45 and its memory 819. An all-reduce sends its array twice.
 
-Only collectives in the jaxpr are seen, such as those of `jax.shard_map`. Collectives that XLA's
+Only collectives in the jaxpr are seen, such as `jax.shard_map`'s. Collectives that XLA's
 partitioner adds for sharded arrays are in no jaxpr.
 """
 
@@ -40,12 +40,8 @@ from jaxckpt.costs.flops import is_kernel
 from jaxckpt.transforms import jaxprs
 
 # Views of an array: nothing moves, because a product reads any layout.
-_VIEWS = frozenset(
-    (
-        *(jaxprs.BITCAST, *jaxprs.SHAPES, jaxprs.TAG, jaxprs.ROUND),
-        *(*jaxprs.COPIES, *jaxprs.PLACEMENTS),
-    )
-)
+_VIEWS = frozenset((jaxprs.BITCAST, jaxprs.TAG, jaxprs.ROUND))
+_VIEWS |= {*jaxprs.SHAPES, *jaxprs.COPIES, *jaxprs.PLACEMENTS}
 _PARTS = jaxprs.SLICES | jaxprs.JOINS
 # Rule 4: sources up to this many times as large as the value are read in its place.
 _SLACK = 1.1
@@ -72,9 +68,7 @@ class Traffic:
 def traffic(flat: Flat, stacked: int = 0) -> Traffic:
     """Returns the bytes that one run of a body moves.
 
-    Args:
-      flat: The body.
-      stacked: The number of last outputs that are rows of a loop's stacked outputs.
+    The last `stacked` outputs are rows of a loop's stacked outputs.
     """
     return _Model(flat, stacked).traffic()
 
@@ -87,7 +81,9 @@ def kind_of(step: Step) -> str:
     if is_collective(step):
         return "whole"
     if name == jaxprs.PUT:
-        return "copy" if _changes_memory(step) else "fused"
+        space = lambda value: getattr(value.aval, "memory_space", None)
+        is_moved = list(map(space, step.inputs)) != list(map(space, step.outputs))
+        return "copy" if is_moved else "fused"
     if name.startswith(jaxprs.SCATTERS):
         return "scatter"
     if name != jaxprs.ROUND and name.startswith(jaxprs.REDUCTIONS):
@@ -109,28 +105,20 @@ def is_view(step: Step) -> bool:
 
 
 def _is_elementwise(step: Step) -> bool:
-    """Whether a step has one output and its inputs have the same shape, or axes of 1 instead."""
+    """Whether a step has one output and its inputs have its shape, or axes of 1 instead."""
     if len(step.outputs) != 1:
         return False
     shape = _shape(step.outputs[0])
+    shapes = [_shape(value) for value in step.inputs if _shape(value)]
     return all(
-        not _shape(value)
-        or (
-            len(_shape(value)) == len(shape)
-            and all(size in (1, out) for size, out in zip(_shape(value), shape, strict=True))
-        )
-        for value in step.inputs
+        len(found) == len(shape)
+        and all(size in (1, out) for size, out in zip(found, shape, strict=True))
+        for found in shapes
     )
 
 
 def _shape(value: Value) -> tuple:
     return getattr(value.aval, "shape", ())
-
-
-def _changes_memory(step: Step) -> bool:
-    pairs = zip(step.inputs, step.outputs, strict=True)
-    space = lambda value: getattr(value.aval, "memory_space", None)
-    return any(space(before) != space(after) for before, after in pairs)
 
 
 class _Model:

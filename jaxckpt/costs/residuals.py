@@ -4,7 +4,7 @@
 plan and under the plan's `jax.checkpoint`, and each leaf is followed to the step that makes it.
 Equal computations have equal keys in both traces, so a residual can be looked up in the other one.
 
-A plan can name values that nobody tagged (`@dot.2`). `transforms.value_names` tags these, and the
+A plan can name values without a tag (`@dot.2`). `transforms.value_names` tags these, and the
 tags are found in the steps of the block's `jax.vjp`. A tag in a loop's body names the loop's
 stacked output.
 """
@@ -34,11 +34,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def single_stage(plan: str | Plan) -> Stage:
-    """Returns the one stage of a plan.
-
-    Raises:
-      PlanError: The plan has several stages, or is `auto`.
-    """
+    """Returns the one stage of a plan; raises `PlanError` for several stages and for `auto`."""
     plan = as_plan(plan)
     if len(plan.stages) > 1:
         raise PlanError(
@@ -54,7 +50,7 @@ def single_stage(plan: str | Plan) -> Stage:
 def check_arguments(block: Callable, params_i, carry, consts: tuple):
     """Raises `ValueError` if a block is given the whole stack, or its arguments in another order.
 
-    With the right arguments, a block returns a carry of the same type as its input.
+    With the right arguments the block's output has the structure, shapes and dtypes of its input.
     """
     if not callable(block):
         raise ValueError(f"the first argument is the block, a function, not {type(block).__name__}")
@@ -125,6 +121,7 @@ class Trace:
     Attributes:
       flat: The forward pass; its outputs are the leaves that the backward pass reads.
       residuals: The leaves that the block makes, each once.
+      results: The leaves of the block's output.
       shared: The leaves that are parameters, consts or closed over, each once: they are read again,
         not saved.
       carry: The values of the block's input, except leaves that it returns unchanged.
@@ -137,19 +134,17 @@ class Trace:
     def __init__(
         self, block: Callable, params_i, carry, consts: tuple, handed_on: Collection[int] = ()
     ):
-        """Traces a block.
+        """Traces a block, bare or under a plan's `jax.checkpoint`.
 
-        Args:
-          block: The block, bare or under a plan's `jax.checkpoint`.
-          params_i: One block's parameters.
-          carry: The block's input.
-          consts: What all blocks share.
-          handed_on: Positions of the carry's leaves that the block returns unchanged, so that all
-            blocks share them.
+        `handed_on` has the positions of the carry's leaves that the block returns unchanged, so
+        that all blocks share them.
         """
-        leaves_of = lambda *args: jax.tree.leaves(jax.vjp(block, *args)[1])
         args = (carry, params_i, *consts)
-        self.flat = flatten(jax.make_jaxpr(leaves_of)(*args))
+        trace = jax.make_jaxpr(lambda *args: jax.vjp(block, *args)[::-1], return_shape=True)
+        jaxpr, (reverse, _) = trace(*args)
+        both, count = flatten(jaxpr), len(jax.tree.leaves(reverse))
+        self.flat = dataclasses.replace(both, outputs=both.outputs[:count])
+        self.results = both.outputs[count:]
         inputs = enumerate(self.flat.inputs[: len(jax.tree.leaves(carry))])
         self.carry = [value for place, value in inputs if place not in handed_on]
         self.labels = dict(_labels(self.flat, args))
@@ -191,15 +186,9 @@ class Trace:
         if origin in self.labels and origin not in self.carry:
             self.shared.append(origin)
             return
-        space = getattr(value.aval, "memory_space", None)
-        self.residuals.append(
-            Residual(
-                value=value,
-                origin=origin,
-                key=self._key(origin),
-                is_host=space == jax.memory.Space.Host,
-            )
-        )
+        is_host = getattr(value.aval, "memory_space", None) == jax.memory.Space.Host
+        key = self._key(origin)
+        self.residuals.append(Residual(value=value, origin=origin, key=key, is_host=is_host))
 
     def _add_keys(self, step: Step):
         if is_identity(step):
@@ -222,16 +211,11 @@ class Trace:
     def _key(self, value: Value) -> tuple:
         if value in self._keys:
             return self._keys[value]
-        constant = value.constant
-        if isinstance(constant, Tracer) or _is_large_or_key(value.aval):
+        constant, is_key = value.constant, jnp.issubdtype(value.aval.dtype, jax.dtypes.extended)
+        if isinstance(constant, Tracer) or is_key or value.aval.size > 64:
             return ("constant", id(constant))
         array = np.asarray(constant)
         return ("constant", str(array.dtype), array.shape, array.tobytes())
-
-
-def _is_large_or_key(aval) -> bool:
-    """Whether a constant is compared by identity rather than by its numbers."""
-    return aval.size > 64 or jnp.issubdtype(aval.dtype, jax.dtypes.extended)
 
 
 def origin_of(value: Value) -> Value:
@@ -268,13 +252,10 @@ def _labels(flat: Flat, args) -> Iterator[tuple[Value, str]]:
     inputs = iter(flat.inputs)
     for name, tree in zip(names, args, strict=True):
         for path, _ in jax.tree_util.tree_leaves_with_path(tree):
-            yield next(inputs), "/".join([name, *map(_key_text, path)])
+            keys = jax.tree_util.keystr(path, simple=True, separator="/")
+            yield next(inputs), f"{name}/{keys}" if path else name
     for value in flat.constants:
         yield value, "a closed-over array"
-
-
-def _key_text(key) -> str:
-    return jax.tree_util.keystr((key,), simple=True)
 
 
 def _describe(step: Step) -> tuple[str, ...]:
@@ -287,9 +268,8 @@ def _describe(step: Step) -> tuple[str, ...]:
         return (str(step.params.get("name_and_src_info")),)
     if any(True for _ in jaxprs.subjaxprs(step.equation)):
         return (where(step),)
-    return tuple(
-        f"{name}={_ADDRESS.sub('', repr(value))}" for name, value in sorted(step.params.items())
-    )
+    text = lambda value: _ADDRESS.sub("", repr(value))
+    return tuple(f"{name}={text(value)}" for name, value in sorted(step.params.items()))
 
 
 def all_named(block: Callable, *, opens_remat: bool = False) -> Callable:
@@ -298,11 +278,7 @@ def all_named(block: Callable, *, opens_remat: bool = False) -> Callable:
 
 
 def values_by_name(flat: Flat) -> dict[str, tuple[Value, ...]]:
-    """Returns the values of each invented name, in the order of their steps.
-
-    Args:
-      flat: The forward pass of a block made by `all_named`.
-    """
+    """Returns the values of each invented name in a block of `all_named`, in order."""
     found: dict[str, tuple[Value, ...]] = {}
     for value, names in _names(flat).items():
         for name in names:
@@ -322,7 +298,6 @@ def names_by_key(block: Callable, params_i, carry, consts: tuple) -> dict[tuple,
 
 
 def _names(flat: Flat) -> dict[Value, list[str]]:
-    """Returns the invented names of values."""
     found: dict[Value, list[str]] = {}
     for step in flat.steps:
         if step.name == jaxprs.TAG:

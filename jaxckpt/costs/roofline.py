@@ -191,19 +191,13 @@ def _cost_of(flat: Flat, rates: Rates, stacked: int = 0) -> _Cost:
     moved = traffic(flat, stacked)
     cost = _Cost(memory_bytes=moved.memory_bytes, host_bytes=moved.host_bytes)
     for step, size in moved.kernel_bytes.items():
-        cost += _kernel_cost(step, size, rates)
+        flops = float(step_flops(step))
+        arithmetic = flops / (rates.flops_per_second * _efficiency(step))
+        seconds = max(arithmetic, size / (rates.bytes_per_second * BYTES_EFFICIENCY))
+        cost += _Cost(matmul_seconds=seconds, flops=flops, matmul_bytes=size)
     for step in moved.nested:
         cost += _nested_cost(step, rates)
     return cost
-
-
-def _kernel_cost(step: Step, size: int, rates: Rates) -> _Cost:
-    flops = float(step_flops(step))
-    seconds = max(
-        flops / (rates.flops_per_second * _efficiency(step)),
-        size / (rates.bytes_per_second * BYTES_EFFICIENCY),
-    )
-    return _Cost(matmul_seconds=seconds, flops=flops, matmul_bytes=size)
 
 
 def _efficiency(step: Step) -> float:

@@ -40,11 +40,9 @@ class Chunks:
     size: int
 
     def sweep(self, step: Callable, state):
-        """Folds a function over the chunks and returns the last state; full chunks share one loop.
+        """Folds `step(state, start, size) -> state` over the chunks, from any pytree of arrays.
 
-        Args:
-          step: `step(state, start, size) -> state`, with a chunk's first position and static size.
-          state: The first state, any pytree of arrays.
+        `start` is a chunk's first position, `size` its static size. Full chunks share one loop.
         """
         whole, rest = divmod(self.length, self.size)
         if whole == 1:

@@ -6,7 +6,7 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-from jaxckpt.plans.errors import nearest
+from jaxckpt.plans.errors import check_word
 from jaxckpt.transforms.traced_block import vary, varying_axes
 
 LAYOUTS = ("DV", "VD")
@@ -16,13 +16,7 @@ _COMPUTE_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of a linear cross entropy.
-
-    Attributes:
-      layout: The axes of the weights, `"DV"` or `"VD"`.
-      ignore_index: The target that is not counted; None to count all targets.
-      z_loss: The weight of the squared log-partition function.
-      reduction: `"mean"` over the counted tokens, or `"sum"`.
+    """Options of a linear cross entropy; see `linear.linear_cross_entropy`.
 
     Raises:
       ValueError: A word is unknown, the weight is negative or no Python number, or the index is no
@@ -53,14 +47,6 @@ class Options:
         return self.layout.index("D")
 
 
-def check_word(option: str, word, valid: tuple[str, ...]):
-    """Raises `ValueError` unless an option is one of its valid words."""
-    if word not in valid:
-        raise ValueError(
-            f"{option} is {word!r}; valid: {', '.join(valid)}{nearest(str(word), valid)}"
-        )
-
-
 def check_arrays(x, w, targets, options: Options):
     """Raises `ValueError` unless shapes and dtypes match."""
     if x.ndim < 2:
@@ -82,10 +68,7 @@ def check_arrays(x, w, targets, options: Options):
         )
     if targets.shape != x.shape[:-1]:
         raise ValueError(f"targets are {list(targets.shape)}; valid: {list(x.shape[:-1])}, as x")
-    _check_targets_dtype(targets.dtype, options.ignore_index)
-
-
-def _check_targets_dtype(dtype, ignore_index: int | None):
+    dtype, ignore_index = targets.dtype, options.ignore_index
     if not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"targets are {dtype.name}; valid: an integer dtype")
     limits = jnp.iinfo(dtype)

@@ -144,11 +144,7 @@ def _split_shards(x, targets, token_shards: int):
 class _Head:
     """A loss head without its arrays: hashable, so that equal calls compile once.
 
-    Attributes:
-      options: Layout, ignored target, z-loss and reduction.
-      chunks: The cut of the tokens into chunks.
-      sharded: Whether the first axis of `x` is the axis of shards, each with sums of its own.
-      placement: The mesh axes of arrays; None if none were given.
+    If it is `sharded`, the first axis of `x` is the axis of shards, each with sums of its own.
     """
 
     options: inputs.Options
@@ -178,11 +174,15 @@ class _Head:
             total, *grads = state
             cut = lambda array: lax.dynamic_slice_in_dim(array, start, size, axis)
             tokens = grads[0] if grads else x
-            part, *labels = (self._gathered(cut(array)) for array in (tokens, ids, weights))
+            # Sharded, then gathered: else all tokens would be gathered before a chunk is cut.
+            gather = lambda array: self._tokens(self._tokens(array), gathered=True)
+            part, *labels = (gather(cut(array)) for array in (tokens, ids, weights))
             loss, grad_logits = self._chunk(part, kernel, *labels)
             if not grads:
                 return (total + loss,)
-            part_grad = self._tokens(self._grad_x(grad_logits, kernel).astype(x.dtype))
+            width_axis = self.options.width_axis
+            part_grad = self._dot(grad_logits, kernel, [grad_logits.ndim - 1], [1 - width_axis])
+            part_grad = self._tokens(part_grad.astype(x.dtype))
             grad_x = lax.dynamic_update_slice_in_dim(tokens, part_grad, start, axis)
             grad_w = self._spread(grads[1] + self._grad_w(part, grad_logits))
             return total + loss, grad_x, grad_w
@@ -199,16 +199,10 @@ class _Head:
         lead = (self.placement.shards,) * (w.ndim - 2)
         return self.placement.weights(w, self.options.width_axis, lead)
 
-    def _tokens(self, x):
+    def _tokens(self, x, gathered: bool = False):
         if self.placement is None:
             return x
-        return self.placement.tokens(x, sharded=self.sharded, gathered=False)
-
-    def _gathered(self, x):
-        if self.placement is None:
-            return x
-        # Sharded first: otherwise all tokens would be gathered before a chunk is cut from them.
-        return self.placement.tokens(self._tokens(x), sharded=self.sharded, gathered=True)
+        return self.placement.tokens(x, sharded=self.sharded, gathered=gathered)
 
     def _weigh(self, targets, vocab_size: int, x):
         """Returns int32 ids, and weights: 0 for ignored tokens, NaN for ids that do not exist."""
@@ -239,9 +233,6 @@ class _Head:
         grad = factor * softmax - jnp.where(is_target, weights[..., None], 0)
         return loss, grad.astype(x.dtype)
 
-    def _grad_x(self, grad_logits, kernel):
-        return self._dot(grad_logits, kernel, [grad_logits.ndim - 1], [1 - self.options.width_axis])
-
     def _grad_w(self, x, grad_logits):
         """Returns the gradient of the weights in their layout, one per shard."""
         pair = (x, grad_logits) if self.options.layout == "DV" else (grad_logits, x)
@@ -251,12 +242,9 @@ class _Head:
 
     @staticmethod
     def _dot(a, b, contract_a, contract_b, batch=()):
-        return lax.dot_general(
-            a,
-            b,
-            ((contract_a, contract_b), (batch, batch)),
-            preferred_element_type=inputs.accumulator_dtype(a),
-        )
+        numbers = ((contract_a, contract_b), (batch, batch))
+        dtype = inputs.accumulator_dtype(a)
+        return lax.dot_general(a, b, numbers, preferred_element_type=dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

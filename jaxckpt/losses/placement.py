@@ -36,12 +36,9 @@ class Placement:
         return self.mesh.shape[self.shards]
 
     def weights(self, w, width_axis: int, lead: tuple[str | None, ...] = ()):
-        """Returns the weights, or their gradient, spread over the vocabulary.
+        """Returns the weights `[*lead, D, V]`, or `[*lead, V, D]`, spread over the vocabulary.
 
-        Args:
-          w: `[*lead, D, V]` or `[*lead, V, D]`.
-          width_axis: Which of the last two axes is D.
-          lead: The mesh axes of the leading axes.
+        `width_axis` is the place of D in the last two axes; `lead` has the mesh axes of the others.
         """
         axes = (None, self.vocabulary) if width_axis == 0 else (self.vocabulary, None)
         return self._constrain(w, *lead, *axes)
@@ -62,12 +59,7 @@ def explicit_as_auto(call: Callable, arrays: Sequence[jax.Array], gradients_of: 
     """Returns `call(*arrays)`, a number and gradients, with Explicit mesh axes as Auto inside.
 
     Explicit axes would need an output sharding at every product. With Auto axes the compiler
-    chooses it.
-
-    Args:
-      call: Returns `(number, gradients)`.
-      arrays: The arguments of `call`.
-      gradients_of: For each gradient, the array whose sharding it gets.
+    chooses it. Each gradient gets the sharding of its array in `gradients_of`.
     """
     meshes = [jax.typeof(array).sharding.mesh for array in arrays]
     mesh = next((mesh for mesh in meshes if not mesh.empty), jax.sharding.get_abstract_mesh())

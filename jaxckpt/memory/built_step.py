@@ -72,17 +72,15 @@ def annotate(
       compiled_text: Returns the compiled program's text, in which matrix products are counted; None
         if the backend's text does not show them. Called only for unrolled blocks.
     """
-    baseline = None
+    baseline = seconds = recomputed = None
     if step.baseline is not None:
         baseline = jax.make_jaxpr(step.baseline)(*step.args)
-    seconds = None
+        if report.flops is not None:
+            recomputed = report.flops - count_flops(baseline)
     if rates is not None:
         # A jaxpr is of all devices together. Communication is taken not to overlap computation.
         seconds = estimate(jaxpr, rates.times(report.num_devices)).seconds
         seconds += report.collective_seconds or 0.0
-    recomputed = None
-    if baseline is not None and report.flops is not None:
-        recomputed = report.flops - count_flops(baseline)
     return dataclasses.replace(
         report,
         estimated_seconds=seconds,
@@ -100,12 +98,9 @@ def _findings(step: BuiltStep, jaxpr, baseline, report, rates, compiled_text) ->
         if rates is not None:
             yield from findings.carry_slow_to_move(*step.block, plan=step.plan, rates=rates)
         if step.vocab_size:
-            yield from findings.head_sets_peak(
-                report.buffers,
-                tokens=step.tokens,
-                vocab_size=step.vocab_size,
-                stack_bytes=stack_bytes(step.plan, *step.block),
-            )
+            sizes = {"tokens": step.tokens, "vocab_size": step.vocab_size}
+            stack = stack_bytes(step.plan, *step.block)
+            yield from findings.head_sets_peak(report.buffers, **sizes, stack_bytes=stack)
     if step.unroll > 1 and baseline is not None and compiled_text is not None:
         yield from findings.undone_remat(step.plan, compiled_text(), jaxpr, baseline)
 
@@ -126,9 +121,8 @@ def stack_bytes(plan: str | Plan, block: Callable, params_i, carry, *consts) -> 
 
 def _kept_bytes(stage: Stage, block: Callable, params_i, carry, consts) -> int:
     """Returns the device bytes that a stage keeps when its last block has run."""
-    found = explain(
-        block, params_i, carry, *consts, plan=str(dataclasses.replace(stage, count=None))
-    )
+    plan = str(dataclasses.replace(stage, count=None))
+    found = explain(block, params_i, carry, *consts, plan=plan)
     assert found.saved_bytes is not None  # a plan was given
     schedule = stack_schedule_of(stage)
     if schedule is None:

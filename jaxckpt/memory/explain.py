@@ -12,24 +12,17 @@ from collections.abc import Callable, Iterable, Iterator
 
 import jax
 
+from jaxckpt.costs import residuals as traces
 from jaxckpt.costs.flat import Value, where
 from jaxckpt.costs.flops import step_flops
-from jaxckpt.costs.residuals import (
-    Residual,
-    Trace,
-    check_arguments,
-    checkpointed,
-    names_by_key,
-    single_stage,
-    slice_of,
-)
+from jaxckpt.costs.residuals import Residual, Trace, slice_of
 from jaxckpt.plans import Plan
 from jaxckpt.transforms import jaxprs, value_names
 from jaxckpt.transforms.checks import check_policies
 from jaxckpt.transforms.policies import plan_and_policy
 from jaxckpt.transforms.traced_block import trace_block
 
-_MIB = 2**20
+_MIB, _LONGEST_CHAIN = 2**20, 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,40 +97,29 @@ class Explanation:
         return None if self.plan is None else sum(row.host_bytes or 0 for row in self.rows)
 
     def __str__(self) -> str:
-        return _table(self)
-
-
-def _table(explanation: Explanation) -> str:
-    """Returns the rows, the totals and the bytes that are not listed, as text."""
-    columns = _columns(explanation)
-    lines = [[title for title, _, _ in columns]]
-    lines += [[cell(row) for _, _, cell in columns] for row in explanation.rows]
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    sides = [side for _, side, _ in columns]
-    text = ["  ".join(map(_pad, line, widths, sides)).rstrip() for line in lines]
-    return "\n".join([*text, *_totals(explanation)])
-
-
-def _pad(cell: str, width: int, side: str) -> str:
-    return f"{cell:{side}{width}}"
-
-
-def _columns(explanation: Explanation) -> list[tuple[str, str, Callable[[Row], str]]]:
-    """Returns each column's title, side and cell."""
-    blocks, plan = explanation.num_blocks, explanation.plan
-    columns = [
-        ("residual", "<", lambda row: row.name),
-        ("made at", "<", lambda row: row.source),
-        ("array", "<", _array),
-        ("MiB", ">", lambda row: _mib(row.residual_bytes)),
-    ]
-    if blocks is not None:
-        columns.append((f"x {blocks}", ">", lambda row: _mib(row.residual_bytes * blocks)))
-    columns.append(("GFLOP", ">", lambda row: f"{row.recompute_flops / 1e9:.3g}"))
-    if plan is not None:
-        columns.append((plan, "<", lambda row: row.decision))
-        columns.append(("keeps MiB", ">", lambda row: _mib(row.saved_bytes + row.host_bytes)))
-    return [*columns, ("made again from", "<", lambda row: row.recompute)]
+        rows, blocks = self.rows, self.num_blocks
+        columns = [
+            ("residual", "<", [row.name for row in rows]),
+            ("made at", "<", [row.source for row in rows]),
+            ("array", "<", [_array(row) for row in rows]),
+            ("MiB", ">", [_mib(row.residual_bytes) for row in rows]),
+        ]
+        if blocks is not None:
+            columns.append(
+                (f"x {blocks}", ">", [_mib(row.residual_bytes * blocks) for row in rows])
+            )
+        columns.append(("GFLOP", ">", [f"{row.recompute_flops / 1e9:.3g}" for row in rows]))
+        if self.plan is not None:
+            kept = [(row.saved_bytes or 0) + (row.host_bytes or 0) for row in rows]
+            columns.append((self.plan, "<", [row.decision or "" for row in rows]))
+            columns.append(("keeps MiB", ">", list(map(_mib, kept))))
+        columns.append(("made again from", "<", [row.recompute for row in rows]))
+        padded = []
+        for title, side, cells in columns:
+            width = max(map(len, [title, *cells]))
+            padded.append([f"{cell:{side}{width}}" for cell in (title, *cells)])
+        lines = ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
+        return "\n".join([*lines, *_totals(self)])
 
 
 def _array(row: Row) -> str:
@@ -171,9 +153,8 @@ def _mib(size: int) -> str:
 
 
 # Primitives that the text of `Row.recompute` leaves out.
-_SILENT = frozenset(
-    (jaxprs.TAG, jaxprs.ROUND, jaxprs.PUT, jaxprs.CAST, jaxprs.BROADCAST, *jaxprs.SHAPES)
-)
+_SILENT = frozenset((jaxprs.TAG, jaxprs.ROUND, jaxprs.PUT, jaxprs.CAST, jaxprs.BROADCAST))
+_SILENT |= {*jaxprs.SHAPES}
 
 
 def explain(
@@ -214,18 +195,19 @@ def explain(
     """
     if num_blocks is not None and (isinstance(num_blocks, bool) or num_blocks < 1):
         raise ValueError(f"num_blocks is {num_blocks}; a stack has at least 1 block")
-    check_arguments(block, params_i, carry, consts)
+    traces.check_arguments(block, params_i, carry, consts)
     changed = trace_block(block, carry, params_i, consts)[0].changed
     handed_on = set(range(len(jax.tree.leaves(carry)))).difference(changed)
     trace = Trace(block, params_i, carry, consts, handed_on)
     kept = given = None
     if plan is not None:
         plan, given = plan_and_policy(plan)
-        stage = single_stage(plan)
+        stage = traces.single_stage(plan)
         args = (carry, params_i, *consts)
         check_policies(plan, lambda asked: value_names.offered(block, asked, *args))
-        kept = Trace(checkpointed(block, stage, given), params_i, carry, consts, handed_on)
-    names = names_by_key(block, params_i, carry, consts)
+        under = traces.checkpointed(block, stage, given)
+        kept = Trace(under, params_i, carry, consts, handed_on)
+    names = traces.names_by_key(block, params_i, carry, consts)
     rows = [_row(names, *found) for found in _matched(trace, kept)]
     rows.sort(key=lambda row: -max(row.residual_bytes, row.saved_bytes or 0, row.host_bytes or 0))
     return Explanation(
@@ -241,15 +223,11 @@ def _matched(
     trace: Trace, kept: Trace | None
 ) -> Iterator[tuple[Trace, list[Residual], list[Residual] | None]]:
     """Yields `(trace, residuals, residuals under the plan)` for each row."""
-    plain = _grouped(trace)
-    if kept is None:
-        yield from ((trace, residuals, None) for residuals in plain.values())
-        return
-    under = _grouped(kept)
-    for key, residuals in plain.items():
-        yield trace, residuals, under.pop(key, [])
-    for residuals in under.values():
-        yield kept, [], residuals
+    under = None if kept is None else _grouped(kept)
+    for key, residuals in _grouped(trace).items():
+        yield trace, residuals, None if under is None else under.pop(key, [])
+    if kept is not None and under is not None:
+        yield from ((kept, [], residuals) for residuals in under.values())
 
 
 def _grouped(trace: Trace) -> dict[tuple, list[Residual]]:
@@ -268,9 +246,8 @@ def _row(
     residual = max(shown, key=lambda residual: residual.origin.nbytes)
     largest = residual.origin
     flops = sum(step_flops(step) for step in slice_of(residual.origin for residual in shown))
-    name = _name(trace, largest, names.get(residual.key))
     row = Row(
-        name=name,
+        name=_name(trace, largest, names.get(residual.key)),
         source="" if largest.step is None else where(largest.step),
         shape=tuple(largest.aval.shape),
         dtype=str(largest.aval.dtype),
@@ -320,7 +297,7 @@ def _name(trace: Trace, largest: Value, invented: str | None) -> str:
     return invented or largest.step.name
 
 
-def _chain(trace: Trace, value: Value, longest: int = 3) -> str:
+def _chain(trace: Trace, value: Value) -> str:
     """Returns the steps that compute `value` from the carry, last step first, without casts."""
     names = []
     while value.step is not None:
@@ -328,11 +305,10 @@ def _chain(trace: Trace, value: Value, longest: int = 3) -> str:
             names.append(value.step.name)
         if not value.step.inputs:
             break
-        value = max(
-            value.step.inputs, key=lambda v: (v in trace.moving, v.constant is None, v.nbytes)
-        )
+        rank = lambda value: (value in trace.moving, value.constant is None, value.nbytes)
+        value = max(value.step.inputs, key=rank)
     if value in trace.labels:
         names.append(trace.labels[value])
-    if len(names) > longest + 2:
-        names[longest:-1] = [f"{len(names) - longest - 1} more"]
+    if len(names) > _LONGEST_CHAIN + 2:
+        names[_LONGEST_CHAIN:-1] = [f"{len(names) - _LONGEST_CHAIN - 1} more"]
     return " < ".join(names)

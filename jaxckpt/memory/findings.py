@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 from jax.extend import core
@@ -28,18 +28,6 @@ from jaxckpt.transforms import jaxprs, value_names
 from jaxckpt.transforms.checks import check_policies
 from jaxckpt.transforms.traced_block import abstract
 from jaxckpt.units import iec
-
-__all__ = [
-    "Finding",
-    "carry_slow_to_move",
-    "count_products",
-    "dots_that_save_nothing",
-    "findings_of_block",
-    "head_sets_peak",
-    "peak_not_below_none",
-    "tags_that_save_nothing",
-    "undone_remat",
-]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,28 +71,24 @@ def findings_of_block(
     check_policies(plan, lambda asked: value_names.offered(block, asked, *args))
     found = []
     for stage in plan.stages:
-        found += dots_that_save_nothing(block, params_i, carry, *consts, stage=stage)
-        found += tags_that_save_nothing(block, params_i, carry, *consts, stage=stage)
+        found += _dots_that_save_nothing(block, params_i, carry, consts, stage)
+        found += _tags_that_save_nothing(block, args, stage)
     return tuple(dict.fromkeys(found))
 
 
-def dots_that_save_nothing(
-    block: Callable, params_i, carry, *consts, stage: Stage
-) -> tuple[Finding, ...]:
-    """Returns a finding if a stage has a dots policy that keeps no more arrays than `full`."""
-    found = []
+def _dots_that_save_nothing(block, params_i, carry, consts, stage: Stage) -> Iterator[Finding]:
+    """Yields a finding for each dots policy of a stage that keeps no more arrays than `full`."""
     for policy in stage.policies:
         if policy.kind not in ("dots", "dots_no_batch"):
             continue
-        kept = [
+        full, kept = (
             len(Trace(checkpointed(block, alone), params_i, carry, consts).residuals)
             for alone in (_FULL, dataclasses.replace(_FULL, policies=(policy,)))
-        ]
-        if kept[1] <= kept[0]:
+        )
+        if kept <= full:
             flat = flatten(jax.make_jaxpr(block)(carry, params_i, *consts))
             message = f"policy {policy} saves nothing: {_why_no_dots(policy, flat)}"
-            found.append(Finding(code="dots-save-nothing", message=message))
-    return tuple(found)
+            yield Finding(code="dots-save-nothing", message=message)
 
 
 def _why_no_dots(policy: Policy, flat: Flat) -> str:
@@ -120,40 +104,41 @@ def _why_no_dots(policy: Policy, flat: Flat) -> str:
     return "the backward pass needs none of the outputs that it may keep; leave it out"
 
 
-def tags_that_save_nothing(
-    block: Callable, params_i, carry, *consts, stage: Stage
-) -> tuple[Finding, ...]:
-    """Returns a finding for every name of a stage whose value spares no recomputed step."""
-    args = carry, params_i, *consts
+def _tags_that_save_nothing(block: Callable, args: tuple, stage: Stage) -> Iterator[Finding]:
+    """Yields a finding for every name of a stage whose value spares no recomputed step."""
     patterns = [policy for policy in stage.inner_policies if policy.names]
     if not patterns:
-        return ()
+        return
     tags = value_names.offered(block, patterns, *args)
     offered = (*tags.names, *tags.invented)
-    outputs = _tags_of_outputs(block, args)
+    flat = flatten(jax.make_jaxpr(block)(*args))
+    outputs = {origin_of(value) for value in flat.outputs}
+    on_outputs = {
+        step.params["name"]
+        for step in flat.steps
+        if step.name == jaxprs.TAG and origin_of(step.outputs[0]) in outputs
+    }
     num_steps = functools.cache(functools.partial(_num_steps, block, args))
-    found = []
     for policy in patterns:
+        kind = policy.kind
         for name in _matching(policy, offered):
-            if _is_useful(num_steps, stage, policy.kind, name, offered):
+            if _is_useful(num_steps, stage, kind, name, offered):
                 continue
-            found.append(_useless(policy.kind, name, is_output=name in outputs))
-    return tuple(found)
-
-
-def _useless(kind: str, name: str, is_output: bool) -> Finding:
-    if is_output:
-        message = (
-            f"{kind}:{name} does nothing: {name!r} is on the block's output, which the next block "
-            "keeps as its input anyway; leave it out, or write offload:carry to move the carries"
-        )
-        return Finding(code="tag-on-output", message=message)
-    message = (
-        f"{kind}:{name} spares no recomputation: the backward pass does not ask for {name!r}, or "
-        "makes what it is made from anyway; tag what the next operation's derivative reads, such "
-        "as the input of a nonlinearity (jaxckpt.explain lists it)"
-    )
-    return Finding(code="tag-not-needed", message=message)
+            if name in on_outputs:
+                message = (
+                    f"{kind}:{name} does nothing: {name!r} is on the block's output, which the "
+                    "next block keeps as its input anyway; leave it out, or write offload:carry to "
+                    "move the carries"
+                )
+                yield Finding(code="tag-on-output", message=message)
+            else:
+                message = (
+                    f"{kind}:{name} spares no recomputation: the backward pass does not ask for "
+                    f"{name!r}, or makes what it is made from anyway; tag what the next "
+                    "operation's derivative reads, such as the input of a nonlinearity "
+                    "(jaxckpt.explain lists it)"
+                )
+                yield Finding(code="tag-not-needed", message=message)
 
 
 def _is_useful(num_steps: Callable[[Stage], int], stage: Stage, kind: str, name: str, offered):
@@ -166,7 +151,7 @@ def _is_useful(num_steps: Callable[[Stage], int], stage: Stage, kind: str, name:
 
 
 def _exact(stage: Stage, offered, without: tuple[str, str] | None = None) -> Stage:
-    """Returns a `full` stage that keeps the same tags, spelled out, except `(kind, tag)`."""
+    """Returns a `full` stage that keeps a stage's tags, spelled out, except `(kind, tag)`."""
     policies = []
     for policy in stage.inner_policies:
         names = tuple(n for n in _matching(policy, offered) if (policy.kind, n) != without)
@@ -190,17 +175,6 @@ def _num_steps(block: Callable, args, stage: Stage) -> int:
     grads = jax.tree.map(lambda x: x.to_tangent_aval(), abstract(jax.eval_shape(fn, *args)))
     flat = flatten(jax.make_jaxpr(both)(args, grads))
     return sum(not (is_identity(step) or is_view(step)) for step in flat.live_steps())
-
-
-def _tags_of_outputs(block: Callable, args) -> set[str]:
-    """Returns the tags on the block's outputs."""
-    flat = flatten(jax.make_jaxpr(block)(*args))
-    origins = {origin_of(value) for value in flat.outputs}
-    return {
-        step.params["name"]
-        for step in flat.steps
-        if step.name == jaxprs.TAG and origin_of(step.outputs[0]) in origins
-    }
 
 
 def _all_steps(flat: Flat) -> list[Step]:
@@ -243,12 +217,9 @@ def carry_slow_to_move(
       plan: A plan or its text.
       rates: The rates of the chip.
     """
-    stages = [
-        stage
-        for stage in as_plan(plan).stages
-        if stage.offloads_carry and words.SCHEDULES[stage.schedule].makes is not None
-    ]
-    if not stages:
+    is_moved = lambda stage: stage.offloads_carry and words.SCHEDULES[stage.schedule].makes
+    stage = next(filter(is_moved, as_plan(plan).stages), None)
+    if stage is None:
         return ()
     seconds = estimate(jax.make_jaxpr(block)(carry, params_i, *consts), rates).seconds
     leaves = jax.tree.leaves(abstract(carry))
@@ -256,7 +227,7 @@ def carry_slow_to_move(
     if moved <= seconds:
         return ()
     message = (
-        f"{stages[0]} sends every carry that it keeps to the host: {1e3 * moved:.3g} ms for each, "
+        f"{stage} sends every carry that it keeps to the host: {1e3 * moved:.3g} ms for each, "
         f"where a block takes {1e3 * seconds:.3g} ms; keep them on the device, or send one of "
         "several to the host (scan segments under full+offload:carry, a schedule inside)"
     )
@@ -316,7 +287,7 @@ def undone_remat(
       none_jaxpr: The jaxpr of the step under `none`, at the same unroll.
     """
     expected, plain = count_products(jaxpr), count_products(none_jaxpr)
-    made = _num_compiled(compiled_text)
+    made = len(_PRODUCT.findall(compiled_text)) + len(_LIBRARY.findall(compiled_text))
     if expected <= plain or made > plain:
         return ()
     message = (
@@ -336,19 +307,12 @@ def count_products(jaxpr: core.ClosedJaxpr) -> int:
 
 
 def _num_products(flat: Flat) -> int:
-    return sum(
-        (step.name == jaxprs.DOT)
-        + _num_copies(step) * sum(_num_products(body) for body in bodies(step))
-        for step in flat.live_steps()
-    )
-
-
-def _num_copies(step: Step) -> int:
-    if step.name != jaxprs.SCAN:
-        return 1
-    length, unroll = step.params["length"], int(step.params["unroll"])
-    return min(length, unroll + length % unroll)
-
-
-def _num_compiled(text: str) -> int:
-    return len(_PRODUCT.findall(text)) + len(_LIBRARY.findall(text))
+    count = 0
+    for step in flat.live_steps():
+        copies = 1
+        if step.name == jaxprs.SCAN:
+            length, unroll = step.params["length"], int(step.params["unroll"])
+            copies = min(length, unroll + length % unroll)
+        inside = sum(_num_products(body) for body in bodies(step))
+        count += (step.name == jaxprs.DOT) + copies * inside
+    return count

@@ -74,18 +74,13 @@ def measure(
     target = parse_target(target)
     made, args = jitted(fn, args, donate_argnums, static_argnums)
     if target.backend == "local":
-        return _measure_here(made, args)
+        return _compile_here(exported.trace(made, args))[0]
     launch.check_available(target)
     traveler = exported.pack(made, args, target.backend)
-    return jobs.measure_program(
-        traveler.program,
-        target=target,
-        digest=traveler.digest(),
-        names=list(traveler.names),
-        donated=list(traveler.donated),
-        placement=traveler.placement,
-        flops=traveler.flops,
-    )
+    job: dict[str, Any] = {"names": list(traveler.names), "donated": list(traveler.donated)}
+    job |= {"placement": traveler.placement, "flops": traveler.flops}
+    digest = traveler.digest()
+    return jobs.measure_program(traveler.program, target=target, digest=digest, **job)
 
 
 def jitted(fn: Callable, args: tuple, donate_argnums=(), static_argnums=()) -> tuple[Any, tuple]:
@@ -105,7 +100,7 @@ def jitted(fn: Callable, args: tuple, donate_argnums=(), static_argnums=()) -> t
                 "a function of NNX modules has options of its own; give donate_argnums and "
                 "static_argnums to nnx.jit, and its result to measure"
             )
-        from flax import nnx  # already imported by whoever made the arguments
+        from flax import nnx  # already imported by the maker of the arguments
 
         jit = nnx.jit
     else:
@@ -175,17 +170,19 @@ def compile_step(step: BuiltStep):
     return compiled, annotate(step, traced.jaxpr, report, rates=rates_of(LOCAL), compiled_text=text)
 
 
-def _measure_here(made: Any, args: Sequence) -> MemoryReport:
-    report, _ = _compile_here(exported.trace(made, args))
-    return report
-
-
 def _compile_here(traced, options: Mapping[str, int | str] | None = None):
-    """Returns the report of a traced function, and its executable."""
-    lowered = traced.lower()
-    flops = count_flops(traced.jaxpr)
+    lowered, flops = traced.lower(), count_flops(traced.jaxpr)
     compiled, report = peak.compile_lowered(lowered, flops=flops, options=options)
-    return _with_buffers(report, lowered, options), compiled
+    if not getattr(jax.config, _EXECUTABLES):
+        return report, compiled
+    # A program that JAX read from its own cache dumps no buffers, so its first report's are kept.
+    name = program_key(lowered, kind="buffers", options=dict(options or {}))
+    if report.buffers:
+        cache.store(name, report)
+    elif first := cache.load(name):
+        changes = {"buffers": first.buffers, "understood": first.understood}
+        report = dataclasses.replace(report, **changes)
+    return report, compiled
 
 
 def program_key(lowered, **parts: Any) -> str:
@@ -198,20 +195,3 @@ def program_key(lowered, **parts: Any) -> str:
     """
     sources = cache.digest_of_sources({"jaxckpt"})
     return cache.key(program=lowered.as_text(), sources=sources, **cache.here(), **parts)
-
-
-def _with_buffers(report: MemoryReport, lowered, options) -> MemoryReport:
-    """Returns a report with its buffers, even if JAX read the executable from its own cache.
-
-    A program that is not compiled dumps no buffers, so its first report's buffers are kept on disk.
-    """
-    if not getattr(jax.config, _EXECUTABLES):
-        return report
-    name = program_key(lowered, kind="buffers", options=dict(options or {}))
-    if report.buffers:
-        cache.store(name, report)
-        return report
-    first = cache.load(name)
-    if first is None:
-        return report
-    return dataclasses.replace(report, buffers=first.buffers, understood=first.understood)

@@ -62,12 +62,8 @@ def _run(job: dict[str, Any], folder: Path) -> MemoryReport:
     jitted = jax.jit(_of_kept(exported, kept), donate_argnums=donated)
     args = [on_devices(exported.in_avals[at], shardings[at]) for at in sorted(kept)]
     report = _compiled(jitted.trace(*args), target, job["flops"])
-    return _named(report, [job["names"][flat] for flat in kept])
-
-
-def _named(report: MemoryReport, names: list[str]) -> MemoryReport:
-    """Returns the report with the user's names of arguments."""
-    ours = {f"arguments[{at}]": name for at, name in enumerate(names)}
+    # The buffers of arguments get the user's names.
+    ours = {f"arguments[{at}]": job["names"][flat] for at, flat in enumerate(kept)}
     rename = lambda one: dataclasses.replace(one, operation=ours.get(one.operation, one.operation))
     return dataclasses.replace(report, buffers=tuple(map(rename, report.buffers)))
 
@@ -110,11 +106,13 @@ def measure_built(step: BuiltStep, target: Target, topology) -> MemoryReport:
 def get_topology(target: Target):
     """Returns JAX's topology of an absent target."""
     if target.backend == "cuda":
+        hosts = max(1, target.num_devices // HOST_GPUS)
         return topologies.get_topology_desc(
             platform="cuda",
             topology_name=target.known_chip.name,
             target_config=target_config(target.known_chip),
-            topology=_hosts(target.num_devices),
+            # Slices x hosts per slice x GPUs per host.
+            topology=f"1x{hosts}x{target.num_devices // hosts}",
         )
     options: dict[str, Any] = {}
     assert target.topology is not None  # every TPU target has one
@@ -126,16 +124,9 @@ def get_topology(target: Target):
     return topologies.get_topology_desc(platform="tpu", topology_name=target.topology, **options)
 
 
-def _hosts(num_gpus: int) -> str:
-    """Returns JAX's name of a number of GPUs: slices x hosts per slice x GPUs per host."""
-    hosts = max(1, num_gpus // HOST_GPUS)
-    return f"1x{hosts}x{num_gpus // hosts}"
-
-
 def _compiled(
     traced, target: Target, flops: int, options: Mapping[str, int | str] | None = None
 ) -> MemoryReport:
-    """Returns the report of a traced function, compiled for the devices of its arguments."""
     lowered = traced.lower(lowering_platforms=(target.backend,))
     return peak.compile_lowered(lowered, target=target, flops=flops, options=options)[1]
 

@@ -21,7 +21,7 @@ from jaxckpt.models.chunked_attention import chunked_attention
 from jaxckpt.models.config import ModelError
 from jaxckpt.models.plain_attention import plain_attention, same_document
 from jaxckpt.models.splash import splash_attention
-from jaxckpt.plans.errors import nearest
+from jaxckpt.plans.errors import check_word
 
 
 def causal_attention(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS=None, *, kind: str = "plain"):
@@ -43,17 +43,19 @@ def causal_attention(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS=None, *, kind: str =
         `[B, S]` integers, or cuDNN is missing in the tracing process.
     """
     size, head_dim = q_BSHN.shape[1], q_BSHN.shape[-1]
-    if segment_ids_BS is not None:
-        _check_segment_ids(segment_ids_BS, q_BSHN.shape[:2])
-    sizes = {"dtype": q_BSHN.dtype.name, "head_dim": head_dim, "seq_len": size}
     packed = segment_ids_BS is not None
+    if packed:
+        ids, shape = segment_ids_BS, q_BSHN.shape[:2]
+        if ids.shape != shape or not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise ValueError(
+                f"segment_ids are {ids.dtype.name}{list(ids.shape)}; valid: integers "
+                f"{list(shape)}, one a token"
+            )
+    sizes = {"dtype": q_BSHN.dtype.name, "head_dim": head_dim, "seq_len": size}
     if kind == "auto":
-        kind, _ = device_choice.choose_attention(
-            device_choice.local_device(), packed=packed, **sizes
-        )
-    if kind not in _KERNELS:
-        valid = ("auto", *_KERNELS)
-        raise ModelError(f"attention is {kind!r}; valid: {', '.join(valid)}{nearest(kind, valid)}")
+        device = device_choice.local_device()
+        kind, _ = device_choice.choose_attention(device, packed=packed, **sizes)
+    check_word("attention", kind, ("auto", *_KERNELS), ModelError)
     refusal = device_choice.refused_sizes(kind, packed=packed, **sizes)
     if refusal:
         raise ModelError(f"attention {kind!r} {refusal}; 'plain' takes any")
@@ -85,11 +87,3 @@ _KERNELS = {
     "chunked": chunked_attention,
     "plain": plain_attention,
 }
-
-
-def _check_segment_ids(segment_ids, shape: tuple[int, ...]):
-    if segment_ids.shape != shape or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise ValueError(
-            f"segment_ids are {segment_ids.dtype.name}{list(segment_ids.shape)}; valid: integers "
-            f"{list(shape)}, one a token"
-        )

@@ -4,7 +4,7 @@ Shapes: B batch, S sequence, H query heads, K key/value heads, N head size, C qu
 
 A chunk's scores `[B, H, C, S]` are the largest array; plain attention has `[B, H, S, S]` (Rabe,
 Staats 2021, Self-attention does not need O(n^2) memory). It is for GPUs without a flash kernel,
-such as a T4. Its residuals are the same as plain attention's.
+such as a T4. Its residuals are plain attention's.
 
 Limits: masked scores are computed too, as in plain attention.
 """
@@ -78,7 +78,6 @@ def _joined(chunks, like):
 
 
 def _places(shape, segment_ids_BS) -> dict:
-    """Returns the queries' positions and documents, in chunks."""
     positions = {"positions": _cut(jnp.arange(shape[1])[None])}
     return positions if segment_ids_BS is None else positions | {"ids": _cut(segment_ids_BS)}
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from jaxckpt.plans.errors import UserError, nearest
+from jaxckpt.plans.errors import UserError, check_word
 
 _DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 ATTENTION_KINDS = ("auto", "cudnn", "splash", "chunked", "plain")
@@ -64,9 +64,11 @@ class TransformerConfig:
             if getattr(self, name) < 1:
                 raise ModelError(f"{name} is {getattr(self, name)}; the least is 1")
         if self.num_heads % self.num_kv_heads:
+            heads = self.num_heads
+            valid = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
             raise ModelError(
-                f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}; "
-                f"valid: {', '.join(str(n) for n in _divisors(self.num_heads))}"
+                f"num_kv_heads {self.num_kv_heads} does not divide num_heads {heads}; "
+                f"valid: {valid}"
             )
         if self.head_dim % 2:
             raise ModelError(
@@ -76,16 +78,5 @@ class TransformerConfig:
         if not 0 <= self.dropout < 1:
             raise ModelError(f"dropout is a rate in [0, 1), not {self.dropout}")
         object.__setattr__(self, "dtype", _DTYPES.get(self.dtype, self.dtype))
-        _check_word("dtype", self.dtype, ("auto", *_DTYPES.values()))
-        _check_word("attention", self.attention, ATTENTION_KINDS)
-
-
-def _check_word(name: str, word: str, valid: tuple[str, ...]):
-    if word not in valid:
-        raise ModelError(
-            f"{name} is {word!r}; valid: {', '.join(valid)}{nearest(str(word), valid)}"
-        )
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+        check_word("dtype", self.dtype, ("auto", *_DTYPES.values()), ModelError)
+        check_word("attention", self.attention, ATTENTION_KINDS, ModelError)

@@ -84,22 +84,19 @@ def resolve(
         kind, why = config.attention, f"attention {config.attention}: as given"
         reason = _refused_device(kind, device) or refused_sizes(kind, **sizes)
         if reason:
-            others = [
-                k for k in ATTENTION_KINDS[1:] if k != kind and not _refused_device(k, device)
-            ]
+            takes = lambda one: one != kind and not _refused_device(one, device)
+            others = list(filter(takes, ATTENTION_KINDS[1:]))
             raise ModelError(f"attention {kind!r} {reason}; valid: auto, {', '.join(others)}")
-    return Resolved(
-        config=dataclasses.replace(config, attention=kind, dtype=dtype), why=(why, dtype_why)
-    )
+    resolved = dataclasses.replace(config, attention=kind, dtype=dtype)
+    return Resolved(config=resolved, why=(why, dtype_why))
 
 
 def choose_dtype(device: Device) -> tuple[str, str]:
     """Returns the dtype that a chip computes fastest in, and a line that says why."""
-    if device.platform == "tpu":
+    capability = device.compute_capability or (0, 0)
+    if device.platform == "tpu" or capability >= _FLASH_CAPABILITY:
         return "bfloat16", f"dtype bfloat16: {device.name} multiplies in it"
-    if device.platform == "gpu" and (device.compute_capability or (0, 0)) >= _FLASH_CAPABILITY:
-        return "bfloat16", f"dtype bfloat16: {device.name} multiplies in it"
-    if device.platform == "gpu" and (device.compute_capability or (0, 0)) >= _HALF_CAPABILITY:
+    if capability >= _HALF_CAPABILITY:
         return "float16", f"dtype float16: {device.name} multiplies in it, and not in bfloat16"
     return "float32", f"dtype float32: {device.name} has no units for bfloat16"
 

@@ -91,15 +91,12 @@ class MeshShape:
         return ",".join(f"{name}={size}" for name, size in zip(AXES, self.sizes, strict=True))
 
     def check(self, config: TransformerConfig, batch_size: int, accumulate: int = 1):
-        """Raises unless a model and its batch can be sharded this way.
+        """Raises `MeshError` unless a model and its batch can be sharded this way.
 
         Args:
           config: The model's configuration.
           batch_size: The number of sequences per step.
           accumulate: The number of parts of an accumulated batch.
-
-        Raises:
-          MeshError: An axis does not divide a size; the error names the sizes that do.
         """
         rows = batch_size // accumulate
         if rows % self.batch_parts:
@@ -108,24 +105,12 @@ class MeshShape:
                 f"mesh {self}: data times fsdp is {self.batch_parts}, which does not divide "
                 f"batch_size {batch_size}{part}; valid: {_divisors(rows)}"
             )
+        heads, vocab_size = config.num_kv_heads, config.vocab_size
         self._divides("fsdp", d_model=config.d_model)
-        self._divides(
-            "tensor",
-            num_kv_heads=config.num_kv_heads,
-            d_ff=config.d_ff,
-            vocab_size=config.vocab_size,
-        )
+        self._divides("tensor", num_kv_heads=heads, d_ff=config.d_ff, vocab_size=vocab_size)
 
     def check_devices(self, count: int, of: str):
-        """Raises unless the mesh has as many devices as are given.
-
-        Args:
-          count: The number of devices.
-          of: Whose devices they are, for the message.
-
-        Raises:
-          MeshError: The mesh is larger or smaller.
-        """
+        """Raises `MeshError` unless the mesh has `count` devices; `of` says whose they are."""
         if self.size != count:
             devices = "device" if count == 1 else "devices"
             raise MeshError(f"mesh {self} is of {self.size} devices; {of} has {count} {devices}")

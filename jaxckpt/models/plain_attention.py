@@ -51,11 +51,7 @@ def _mask(size: int, segment_ids_BS):
 def forward(q_BSHN, k_BTKN, v_BTKN, mask):
     """Returns attention `[B, S, H, N]`, and the logarithms of its softmax sums `[B, K, G, S]`.
 
-    Args:
-      q_BSHN: Queries.
-      k_BTKN: Keys.
-      v_BTKN: Values.
-      mask: `[S, T]` or `[B, S, T]`, true where a query sees a key; every query sees a key.
+    `mask` is `[S, T]` or `[B, S, T]`, true where a query sees a key; every query sees a key.
     """
     scores_BKGST = _scores(q_BSHN, k_BTKN, mask)
     logsum_BKGS = jax.nn.logsumexp(scores_BKGST, axis=-1)
@@ -67,14 +63,8 @@ def forward(q_BSHN, k_BTKN, v_BTKN, mask):
 def backward(q_BSHN, k_BTKN, v_BTKN, out_BSHN, logsum_BKGS, grad_BSHN, mask):
     """Returns the gradients of queries, keys and values, in float32 or wider.
 
-    Args:
-      q_BSHN: Queries.
-      k_BTKN: Keys.
-      v_BTKN: Values.
-      out_BSHN: The attention that `forward` returned.
-      logsum_BKGS: The logarithms of softmax sums that `forward` returned.
-      grad_BSHN: The gradient of `out_BSHN`.
-      mask: The mask that `forward` got.
+    `out_BSHN`, `logsum_BKGS` and `mask` are the results and the mask of `forward`; `grad_BSHN` is
+    the gradient of `out_BSHN`.
     """
     grouped = functools.partial(_grouped, num_kv_heads=k_BTKN.shape[2])
     q_BSKGN, grad_BSKGN, out_BSKGN = map(grouped, (q_BSHN, grad_BSHN, out_BSHN))

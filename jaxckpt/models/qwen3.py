@@ -82,7 +82,7 @@ class Tensor:
     Attributes:
       name: The name in the checkpoint, such as `model.layers.3.mlp.up_proj.weight`.
       shape: The shape in the checkpoint.
-      path: The path of the parameter in the tree, such as `("layers", "mlp", "up_proj", "kernel")`.
+      path: The path of the parameter, such as `("layers", "mlp", "up_proj", "kernel")`.
       block: The row of a stacked parameter; None for a parameter outside the stack.
       transposed: Whether the checkpoint has `[out, in]` where the tree has `[in, out]`.
     """
@@ -124,7 +124,11 @@ def _block_shapes(config: TransformerConfig) -> dict[str, tuple[tuple[int, ...],
     """Returns the shape and kind of one block's parameters, by their names in the block."""
     width, hidden = config.d_model, config.d_ff
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    kernels = {
+    shapes = {
+        "input_layernorm": (width,),
+        "post_attention_layernorm": (width,),
+        "self_attn.q_norm": (config.head_dim,),
+        "self_attn.k_norm": (config.head_dim,),
         "self_attn.q_proj": (queries, width),
         "self_attn.k_proj": (keys, width),
         "self_attn.v_proj": (keys, width),
@@ -133,14 +137,7 @@ def _block_shapes(config: TransformerConfig) -> dict[str, tuple[tuple[int, ...],
         "mlp.up_proj": (hidden, width),
         "mlp.down_proj": (width, hidden),
     }
-    scales = {
-        "input_layernorm": (width,),
-        "post_attention_layernorm": (width,),
-        "self_attn.q_norm": (config.head_dim,),
-        "self_attn.k_norm": (config.head_dim,),
-    }
-    found = {name: (shape, "scale") for name, shape in scales.items()}
-    return found | {name: (shape, "kernel") for name, shape in kernels.items()}
+    return {name: (s, "scale" if len(s) == 1 else "kernel") for name, s in shapes.items()}
 
 
 def config_of(hf: Mapping[str, Any]) -> TransformerConfig:
@@ -162,9 +159,8 @@ def config_of(hf: Mapping[str, Any]) -> TransformerConfig:
         raise ModelError(f"the Transformer has no {', no '.join(asked)}")
     values = {**_OPTIONAL, **hf, "rope_theta": _rope_theta(hf)}
     names = {**_FIELDS, "rope_theta": "rope_theta"}
-    types: dict[str, Any] = {
-        field.name: field.type for field in dataclasses.fields(TransformerConfig)
-    }
+    fields = dataclasses.fields(TransformerConfig)
+    types: dict[str, Any] = {field.name: field.type for field in fields}
     missing = [name for name in names.values() if values.get(name) is None]
     if missing:
         raise ModelError(f"it has no {', no '.join(missing)}")

@@ -32,15 +32,11 @@ AXIS_TYPES = (AxisType.Auto,) * len(AXES)
 # The end of a parameter's path -> the mesh axes of its last two axes.
 _RULES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("embed_tokens", "embedding"): ("tensor", "fsdp"),
-    ("lm_head", "kernel"): ("fsdp", "tensor"),
-    ("q_proj", "kernel"): ("fsdp", "tensor"),
-    ("k_proj", "kernel"): ("fsdp", "tensor"),
-    ("v_proj", "kernel"): ("fsdp", "tensor"),
     ("o_proj", "kernel"): ("tensor", "fsdp"),
-    ("gate_proj", "kernel"): ("fsdp", "tensor"),
-    ("up_proj", "kernel"): ("fsdp", "tensor"),
     ("down_proj", "kernel"): ("tensor", "fsdp"),
 }
+_INWARD = ("lm_head", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+_RULES |= {(name, "kernel"): ("fsdp", "tensor") for name in _INWARD}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +67,7 @@ class Layout:
         return PartitionSpec(*[None] * stacked, *axes)
 
     def of_params(self, params, mesh=None):
-        """Returns a tree of shardings with the structure of a tree of parameters.
-
-        Args:
-          params: Flax's nested dictionaries of arrays, or of abstract arrays.
-          mesh: A mesh of devices with this layout's axes; by default the mesh without devices.
-        """
+        """Returns the shardings of a tree of parameters, by default without devices."""
         sharding = functools.partial(NamedSharding, self.mesh if mesh is None else mesh)
 
         def one(path, leaf):

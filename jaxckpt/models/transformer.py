@@ -53,12 +53,9 @@ class Transformer(nn.Module):
             config, layout = dataclasses.replace(config, attention="plain"), None
         self.embed_tokens = nn.Embed(config.vocab_size, config.d_model, embedding_init=_INIT)
         block = functools.partial(Block, config=config, layout=layout)
+        dtype = _dtype(config)  # a block uses all its parameters in this dtype
         self.layers = Stack(
-            block,
-            config.num_blocks,
-            remat=self.remat,
-            unroll=self.unroll,
-            dtype=_dtype(config),  # a block uses all its parameters in this dtype
+            block, config.num_blocks, remat=self.remat, unroll=self.unroll, dtype=dtype
         )
         self.norm = RMSNorm(config)
         if not config.tied_embeddings:
@@ -89,18 +86,16 @@ class Transformer(nn.Module):
     def features(self, tokens_BS, segment_ids_BS=None, *, deterministic: bool = True) -> Array:
         """Returns the input of the head, `[B, S, D]`; see `__call__` for the arguments."""
         config = self.config
+        embed = self.embed_tokens
+        if self.layout is not None and not self.is_initializing():
+            embed = functools.partial(self.layout.look_up, embed.embedding)
         # Rows are cast after the look-up, so that the table's gradient is summed in float32.
-        x_BSD = self._embed(tokens_BS).astype(_dtype(config))
+        x_BSD = embed(tokens_BS).astype(_dtype(config))
         consts = [rotary_table(tokens_BS.shape[1], config.head_dim, config.rope_theta)]
         if segment_ids_BS is not None:
             consts.append(segment_ids_BS)
         x_BSD = self.layers(x_BSD, *consts, deterministic=deterministic)
         return self.norm(x_BSD)
-
-    def _embed(self, tokens_BS):
-        if self.layout is None or self.is_initializing():
-            return self.embed_tokens(tokens_BS)
-        return self.layout.look_up(self.embed_tokens.embedding, tokens_BS)
 
 
 class Block(nn.Module):
@@ -116,13 +111,12 @@ class Block(nn.Module):
         stream = (lambda x_BSD: x_BSD) if self.layout is None else self.layout.stream
         dropout = nn.Dropout(config.dropout, deterministic=deterministic)
         x_BSD = stream(x_BSD)
-        branch_BSD = Attention(config, self.layout, name="self_attn")(
-            RMSNorm(config, name="input_layernorm")(x_BSD), rotary, segment_ids_BS
-        )
+        attention = Attention(config, self.layout, name="self_attn")
+        x_norm_BSD = RMSNorm(config, name="input_layernorm")(x_BSD)
+        branch_BSD = attention(x_norm_BSD, rotary, segment_ids_BS)
         x_BSD = tag(stream(x_BSD + dropout(branch_BSD)), "mid")
-        branch_BSD = SwiGLU(config, name="mlp")(
-            RMSNorm(config, name="post_attention_layernorm")(x_BSD)
-        )
+        x_norm_BSD = RMSNorm(config, name="post_attention_layernorm")(x_BSD)
+        branch_BSD = SwiGLU(config, name="mlp")(x_norm_BSD)
         return stream(x_BSD + dropout(branch_BSD))
 
 
@@ -218,8 +212,6 @@ def _dense(config: TransformerConfig, features: int, name: str | None = None) ->
 
 def _dtype(config: TransformerConfig) -> str:
     """Returns the dtype of the computation; an unresolved `auto` is for this process's chip."""
-    return (
-        device_choice.choose_dtype(device_choice.local_device())[0]
-        if config.dtype == "auto"
-        else config.dtype
-    )
+    if config.dtype != "auto":
+        return config.dtype
+    return device_choice.choose_dtype(device_choice.local_device())[0]

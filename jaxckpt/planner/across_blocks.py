@@ -182,6 +182,8 @@ class Draft:
       seconds: Forward, recomputation and backward.
       flops: FLOPs of forward, recomputation and backward.
       predicted_bytes: The peak of the whole step; 0 while figures are of the stacks alone.
+      graph: The digests of the function whose segments the stages are; empty for stages of blocks.
+      keeps: For each stage of a graph's plan, a text of what it keeps and runs again.
     """
 
     stages: tuple[Stage, ...]
@@ -193,6 +195,8 @@ class Draft:
     seconds: float
     flops: float
     predicted_bytes: int = 0
+    graph: str = ""
+    keeps: tuple[str, ...] = ()
 
     @property
     def plan(self) -> Plan | PlanSet:
@@ -200,14 +204,16 @@ class Draft:
         if self.by_name:
             plans: Any = {name: one.plan for name, one in self.by_name}
             return PlanSet(plans)
+        if self.graph:
+            return Plan(stages=self.stages, graph=self.graph)
         if len(self.stages) == 1:
             return Plan(stages=(dataclasses.replace(self.stages[0], count=None),))
         return Plan(stages=self.stages)
 
     @property
     def is_mixed(self) -> bool:
-        """Whether the draft has several stages."""
-        return len(self.stages) > 1
+        """Whether the draft has several stages, or several segments of a function."""
+        return len(self.stages) > 1 or bool(self.graph)
 
     @property
     def family(self) -> tuple:
@@ -217,7 +223,7 @@ class Draft:
         is_loop = all(stage.schedule in ("none", "full") for stage in self.stages)
         policies = [policy for stage in self.stages for policy in stage.policies]
         is_moving = any(policy.kind == "offload" for policy in policies)
-        return self.is_mixed, is_loop, bool(policies), is_moving
+        return self.is_mixed, is_loop, bool(policies), is_moving, bool(self.graph)
 
 
 def draft(pieces: Sequence[Piece]) -> Draft:

@@ -17,17 +17,21 @@ optimum. If more than `MOST` are left, near equals are dropped too.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from jaxckpt.costs.roofline import Rates
-from jaxckpt.planner.across_blocks import Draft, Piece, draft, drafts, run_of
-from jaxckpt.planner.kinds import Forward, Kind, find_kinds, forward_cost
+from jaxckpt.planner.across_blocks import Draft, Piece, draft, drafts, run_of, schedules
+from jaxckpt.planner.graphs import Region, region_drafts
+from jaxckpt.planner.kinds import Forward, Kind, find_kinds, forward_cost, plain_kinds
 from jaxckpt.planner.stacks import Stack
 from jaxckpt.targets.links import HostLink
 
 MOST = 160
+# A graph's plan must save this share of the time of a plan in words that needs no more memory.
+WORDS_GAIN = 0.05
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,9 @@ class Part:
       forward: The cost of one forward run of a block.
       turns: The number of stacks, which are reversed one after another.
       begins_together: Whether the stacks' kept arrays exist before any stack has run.
+      graphs: The drafts of a function's graph, or of a chain's blocks; empty for stacks.
+      is_stack: Whether blocks are equal. Those of a chain are not: figures by kind are their means,
+        so its plain drafts treat all of them in one way.
     """
 
     name: str = ""
@@ -51,10 +58,15 @@ class Part:
     forward: Forward
     turns: int = 1
     begins_together: bool = False
+    graphs: tuple[Draft, ...] = ()
+    is_stack: bool = True
 
     @classmethod
     def of(cls, name: str, stacks: Sequence[Stack], rates: Rates, host_bytes: float) -> "Part":
         """Costs the blocks of equally long stacks, which may keep `host_bytes` on the host."""
+        regions = [stack.region for stack in stacks]
+        if None not in regions:
+            return cls._of_regions(name, stacks, rates)
         kinds, plain = find_kinds(stacks, rates, host_bytes)
         return cls(
             name=name,
@@ -64,6 +76,48 @@ class Part:
             forward=forward_cost(stacks, rates),
             turns=len(stacks),
         )
+
+    @classmethod
+    def _of_regions(cls, name: str, stacks: Sequence[Stack], rates: Rates) -> "Part":
+        """Costs functions under `checkpoint`, or chains; equal ones have drafts of their own."""
+        given = [(stack.region, stack.ends) for stack in stacks if stack.region is not None]
+        regions = [Region(region, rates, ends) for region, ends in given]
+        held_bytes = sum(region.held_bytes for region in regions)
+        largest = max(atom.held_bytes for region in regions for atom in region.atoms)
+        count, is_chain = stacks[0].num_blocks, bool(stacks[0].ends)
+        forward = forward_cost(stacks, rates)
+        kinds = plain_kinds(
+            stacks,
+            rates,
+            forward,
+            kept_bytes=held_bytes / count,
+            live_bytes=largest if is_chain else held_bytes,
+            part_bytes=0.0 if is_chain else largest,
+            has_kernel=any(region.has_kernel for region in regions),
+        )
+        part = cls(
+            name=name,
+            num_blocks=count,
+            kinds=kinds,
+            plain=kinds,
+            forward=forward,
+            turns=len(stacks),
+            is_stack=False,
+        )
+        if len({region.opened.graph for region in regions}) > 1:
+            return part
+        none, full = (draft([run_of(part.kind(word), count)]) for word in ("none", "full"))
+        plain_drafts = [draft([run_of(kind, count)]) for kind in kinds]
+        graphs = (
+            one
+            for one in region_drafts(regions[0], none, full, len(stacks))
+            if not any(
+                plain.worst_bytes <= one.worst_bytes
+                and plain.seconds <= (1 + WORDS_GAIN) * one.seconds
+                for plain in plain_drafts
+            )
+        )
+        return dataclasses.replace(part, graphs=tuple(graphs))
 
     def kind(self, schedule: str) -> Kind:
         """Returns the kind `none` or `full`."""
@@ -85,7 +139,16 @@ class Part:
 
     def drafts(self, link: HostLink | None) -> Iterator[Draft]:
         """Yields every draft of the part; without a link, none moves carries to the host."""
-        return map(self._in_turns, drafts(self.kinds, self.forward, self.num_blocks, link))
+        if self.is_stack:
+            made = drafts(self.kinds, self.forward, self.num_blocks, link)
+        else:
+            alike = (draft([run_of(kind, self.num_blocks)]) for kind in self.kinds)
+            made = itertools.chain(alike, self.graphs)
+            if self.num_blocks > 1:
+                plain = (self.kind("none"), self.kind("full"))
+                pieces = schedules(plain, self.forward, self.num_blocks)
+                made = itertools.chain(made, (draft([piece]) for piece in pieces))
+        return map(self._in_turns, made)
 
     def plain_drafts(self) -> list[Draft]:
         """Returns one draft for each plain kind."""

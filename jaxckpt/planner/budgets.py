@@ -8,15 +8,17 @@ from jaxckpt.targets.target import Target
 from jaxckpt.units import iec, parse_bytes
 
 
-def check_asked(num_blocks: int | Mapping[str, int]):
+def check_asked(num_blocks: int | Mapping[str, int] | None):
     """Raises unless `num_blocks` is valid.
 
     Args:
-      num_blocks: The number of blocks of one stack, or of several stacks by name.
+      num_blocks: The number of blocks of one stack, or of several stacks by name; None to find it.
 
     Raises:
       ValueError: A number is no whole number above 0, or the mapping is empty or has bad names.
     """
+    if num_blocks is None:
+        return
     if isinstance(num_blocks, Mapping):
         if not num_blocks or not all(isinstance(name, str) and name for name in num_blocks):
             raise ValueError(

@@ -1,12 +1,13 @@
 """`fit`: from a budget in bytes to the fastest training step that fits.
 
-    result = jaxckpt.fit(step_for, num_blocks=28, target="v5e-1", budget="15GiB")
+    result = jaxckpt.fit(step_for, target="v5e-1", budget="15GiB")
     print(result)                # --remat=..., its compiled peak, why nothing faster fits
 
-`step_for(plan)` returns the step as a function and its (abstract) arguments. Its stacks are found
-by tracing (`places.py`), kinds of blocks are costed (`kinds.py`), drafts are put together
-(`across_blocks.py`, `across_stacks.py`), and a few are compiled (`search.py`). A plan is returned
-only if the compiled peak of its step is within the budget.
+`step_for(plan)` returns the step as a function and its (abstract) arguments. Its stacks, chains and
+functions under `jaxckpt.checkpoint` are found by tracing (`places.py`). Kinds of blocks are costed
+(`kinds.py`), drafts are put together (`across_blocks.py`, `across_stacks.py`; of functions and
+chains, `graphs.py`), and a few are compiled (`search.py`). A plan is returned only if the compiled
+peak of its step is within the budget.
 
 Stacks that are given by name get a plan each (`problem.py`).
 
@@ -37,7 +38,7 @@ _CALIBRATED = "the roofline, calibrated by a block timed here"
 def fit(
     step_for: Callable,
     *,
-    num_blocks: int | Mapping[str, int],
+    num_blocks: int | Mapping[str, int] | None = None,
     target: str | Target = "local",
     budget: str | int | float = "auto",
     host_budget: str | int | float = 0,
@@ -50,9 +51,10 @@ def fit(
     Args:
       step_for: `step_for(plan) -> (fn, args)`, the step under a `Plan`; or `(fn, args, options)`
         with `donate_argnums` and `static_argnums`. Arguments may be abstract.
-      num_blocks: The number of blocks of each stack that follows the plan, L. Or a number for each
-        stack by name, such as `{"encoder": 12, "decoder": 24}`: then `step_for` gets a mapping
-        from names to plans, the result has one, and all stacks share the budget.
+      num_blocks: The number of blocks of each stack that follows the plan, L; by default the number
+        that is found. Or a number for each stack by name, such as `{"encoder": 12, "head": 1}`:
+        then `step_for` gets a mapping from names to plans, the result has one, and all stacks share
+        the budget. A function under `jaxckpt.checkpoint` counts as 1.
       target: The chip: `"local"`, or an absent one, such as `"v5e-4"` or `"h100"`.
       budget: Bytes per device, such as `"15GiB"`; `"auto"` for all that the target can use.
       host_budget: Bytes of pinned host memory per device that a plan may use, such as `"32GiB"`;
@@ -101,7 +103,7 @@ def fit(
 
 def solve(
     steps: Steps,
-    num_blocks: int | Mapping[str, int],
+    num_blocks: int | Mapping[str, int] | None = None,
     *,
     target: Target,
     budget: int,

@@ -50,8 +50,9 @@ import itertools
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxckpt.costs.flat import Step, Value
@@ -107,17 +108,19 @@ class Graph:
       steps: The steps that some residual depends on, in order.
       seconds: For each step, the time of recomputing it.
       residuals: The values that the backward pass reads, except inputs of the block.
+      results: The values that the block returns, except its inputs.
       units: The values that a plan can keep.
     """
 
     steps: tuple[Step, ...]
     seconds: tuple[float, ...]
     residuals: tuple[Value, ...]
+    results: tuple[Value, ...] = ()
     units: tuple[Unit, ...]
 
     @classmethod
-    def of(cls, stack: Stack, rates: Rates) -> "Graph":
-        """Returns the graph of a stack's block."""
+    def of(cls, stack: Stack, rates: Rates, *, with_results: bool = False) -> "Graph":
+        """Returns the graph of a stack's block, with the steps of its results if they are asked."""
         block = lambda carry, params_i, consts: stack.call(carry, params_i, consts)
         given = (stack.params_i, stack.carry, (stack.consts,))
         try:
@@ -126,11 +129,15 @@ class Graph:
             _LOG.debug("values without a tag cannot be named", exc_info=True)
             trace = Trace(block, *given)
         residuals = [r.origin for r in trace.residuals if r.origin.step is not None]
-        steps = trace.flat.live_steps()
+        results = trace.results if with_results else ()
+        asked = (*trace.flat.outputs, *results)
+        steps = dataclasses.replace(trace.flat, outputs=asked).live_steps()
+        made = (origin_of(value) for value in results)
         return cls(
             steps=tuple(steps),
             seconds=tuple(_seconds(step, rates) for step in steps),
             residuals=tuple(dict.fromkeys(residuals)),
+            results=tuple(dict.fromkeys(value for value in made if value.step is not None)),
             units=tuple(_units(trace, set(steps), rates)),
         )
 
@@ -156,14 +163,14 @@ def proposals(graph: Graph) -> Iterator[tuple[Policy, ...]]:
     """Yields the sets of policies on the frontier, from most kept bytes to least."""
     if not graph.units:
         return
-    program = _Program(graph)
+    program = Program(graph)
     room = most = program.all_bytes
     for share in _SHARES:
         room = min(room, share * most)
         found = program.solve(room) if room >= 0 else None
         if found is None:
             return
-        policies, used = found
+        policies, used, _ = found
         yield policies
         most = used if share == 1 else most
         room = used - program.grain / 2
@@ -193,20 +200,34 @@ def offload_proposals(
       passes: The passes of the block.
       most_bytes: The most bytes that one block may keep on the host.
     """
-    program = _Program(graph, passes, most_bytes)
+    program = Program(graph, passes, most_bytes)
     room = program.all_bytes
     step = max(room / _MOST_POINTS, 1.0)
     while room >= 0:
         found = program.solve(room)
         if found is None:  # the block's input does not fit and cannot be moved
             return
-        policies, used = found
+        policies, used, _ = found
         if any(policy.kind == "offload" for policy in policies):
             yield policies
         room = min(used - program.grain / 2, room - step)
 
 
-class _Program:
+class Solution(NamedTuple):
+    """What the program finds: policies, the device bytes that they keep, the steps that run again.
+
+    Attributes:
+      policies: The policies.
+      used: The bytes on the device.
+      again: For each step of the graph, the share of it that runs again: 0 or 1.
+    """
+
+    policies: tuple[Policy, ...]
+    used: float
+    again: np.ndarray
+
+
+class Program:
     """The program's matrix, built once; only M changes.
 
     Columns: recomputed steps, kept units and, with `passes`, the moved input, moved units and the
@@ -275,8 +296,8 @@ class _Program:
                     rows.append((row, 0.0))
         return rows
 
-    def solve(self, room: float) -> tuple[tuple[Policy, ...], float] | None:
-        """Returns the best policies within `room` bytes on the device, and the bytes they keep.
+    def solve(self, room: float) -> Solution | None:
+        """Returns the best policies within `room` bytes on the device.
 
         None if no set of policies fits.
         """
@@ -294,7 +315,8 @@ class _Program:
         names = [name for policy in policies if policy not in kept for name in policy.names]
         if names:
             kept.append(Policy(kind="offload", names=tuple(names)))
-        return tuple(kept), float(self._device[self._chosen] @ chosen) + self._carry_bytes
+        used = float(self._device[self._chosen] @ chosen) + self._carry_bytes
+        return Solution(tuple(kept), used, found[: self._chosen.start])
 
 
 def _waits(passes: Passes, on_host: np.ndarray, seconds: np.ndarray, scale: float):
@@ -349,8 +371,12 @@ def _units(trace: Trace, live: set[Step], rates: Rates) -> Iterator[Unit]:
         values = tuple(value for value in dict.fromkeys(values) if value.step in live)
         moved = _KEEPING_SHARE * sum(value.nbytes for value in values)
         seconds = moved / (rates.bytes_per_second * BYTES_EFFICIENCY)
-        if values:
+        if values and not any(map(_is_complex, values)):  # jax.checkpoint keeps no complex value
             yield Unit(policy=policy, values=values, seconds=seconds)
+
+
+def _is_complex(value: Value) -> bool:
+    return jnp.issubdtype(value.aval.dtype, jnp.complexfloating)
 
 
 def _kept_by_attention(trace: Trace) -> list[Value]:

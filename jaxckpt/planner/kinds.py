@@ -21,6 +21,8 @@ from jaxckpt.planner.inside_block import Graph, Passes, lean_proposals, offload_
 from jaxckpt.planner.stacks import Stack
 from jaxckpt.plans import Plan, PlanError, Policy, Stage
 from jaxckpt.transforms.block_vjp import Moving, differentiate
+from jaxckpt.transforms.cuts import Opened
+from jaxckpt.transforms.region import run_region
 from jaxckpt.transforms.scan import scan
 
 
@@ -134,6 +136,8 @@ def with_copies(
 
 def _run(stack: Stack, stage: Stage, carry, params, consts, unroll: int = 1):
     plan = Plan(stages=(dataclasses.replace(stage, count=None),))
+    if stack.region is not None:
+        return run_region(stack.region, _plan_of_ends(stack, stage) if stack.ends else plan, carry)
     num_carry = len(stack.carry)
 
     def step(carry, params_i):
@@ -142,6 +146,14 @@ def _run(stack: Stack, stage: Stage, carry, params, consts, unroll: int = 1):
 
     carry, ys = scan(step, carry, params, stack.num_blocks, unroll=unroll, remat=plan)
     return [*carry, *ys]
+
+
+def _plan_of_ends(stack: Stack, stage: Stage) -> Plan:
+    """Returns the plan of a chain's function that treats each of its blocks by a stage."""
+    assert stack.region is not None
+    sizes = (stop - start for start, stop in itertools.pairwise(stack.ends) if stop > start)
+    stages = tuple(dataclasses.replace(stage, count=size) for size in sizes)
+    return Plan(stages=stages, graph=Opened.of(stack.region.jaxpr).graph)
 
 
 def _unroll(stack: Stack, stage: Stage) -> int:
@@ -193,6 +205,60 @@ PLAIN = ("none", "full", "dots", "dots_no_batch", "attention")
 # Keeping more must save this share of a block's time; less is below the model's precision.
 _LEAST_GAIN = 0.001
 _LOG = logging.getLogger(__name__)
+
+
+_LEAST_AGAIN = 0.005
+
+
+def plain_kinds(
+    stacks: Sequence[Stack],
+    rates: Rates,
+    forward: Forward,
+    *,
+    kept_bytes: float,
+    live_bytes: float,
+    part_bytes: float,
+    has_kernel: bool,
+) -> tuple[Kind, ...]:
+    """Returns the kinds of functions under `checkpoint`, or of chains, that a user would try first.
+
+    Args:
+      stacks: The functions or chains.
+      rates: The rates of the chip.
+      forward: Their forward passes.
+      kept_bytes: What XLA holds of one block of each if nothing runs again.
+      live_bytes: What a reversal holds if all of it runs again.
+      part_bytes: What it holds if hardly anything runs again.
+      has_kernel: Whether one of them runs an attention kernel.
+    """
+    none = kind_cost(stacks, Stage(schedule="none"), rates)
+    found = []
+    for text in ("full", "dots", *["attention"] * has_kernel):  # each trace takes seconds
+        found += _costed(stacks, Plan.parse(text).stages[0], rates, none)
+    full = found[0]
+    # As JAX traces it, `none` writes and reads every residual. XLA holds fewer, so it is not slower
+    # than what is left of `full` without its second forward pass.
+    least = full.seconds - forward.seconds
+    none = dataclasses.replace(
+        none,
+        kept_bytes=min(kept_bytes, none.kept_bytes),
+        live_bytes=0.0,
+        seconds=min(none.seconds, max(least, none.seconds / 2)),
+    )
+
+    def live(kind: Kind) -> float:
+        again = (kind.seconds - none.seconds) / max(full.seconds - none.seconds, 1e-30)
+        share = min(max(again, 0.0), 1.0)
+        return share * live_bytes + (1 - share) * part_bytes
+
+    # What runs again takes time, also where the roofline sees none: `none` comes first of equals.
+    least = none.seconds * (1 + _LEAST_AGAIN)
+    sizes = [live_bytes, *map(live, found[1:])]
+    others = (
+        dataclasses.replace(kind, live_bytes=size, seconds=max(kind.seconds, least))
+        for kind, size in zip(found, sizes, strict=True)
+    )
+    return (none, *others)
 
 
 def find_kinds(

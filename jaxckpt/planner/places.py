@@ -22,8 +22,11 @@ from jaxckpt.plans import Plan, PlanError, as_plan
 from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms import jaxprs, tags
 from jaxckpt.transforms.custom_gradient import inexact
+from jaxckpt.transforms.cuts import Opened
 from jaxckpt.transforms.observers import StackCall
 from jaxckpt.transforms.policies import GivenPolicy
+from jaxckpt.transforms.traced_block import TracedBlock
+from jaxckpt.transforms.value_names import is_var
 
 _MARK = "jaxckpt.stack."
 
@@ -75,15 +78,34 @@ class Finder:
         self._calls: list[Call] = []
 
     def __call__(self, call: StackCall):
-        """Records one call of `scan_blocks`; returns its carry with a mark."""
+        """Records one call; returns its carry with a mark.
+
+        Raises:
+          ValueError: A function under `checkpoint` computes nothing of its arguments.
+        """
+        if call.is_region and not _computes(call.block):
+            raise ValueError(
+                "nothing that a function under jaxckpt.checkpoint returns is computed from its "
+                "arguments or from what it closes over, so there is nothing to plan"
+            )
         made = Call(
-            stack=Stack.of(call.block, call.params, call.num_blocks, unroll=call.unroll),
+            stack=Stack.of(
+                call.block,
+                call.params,
+                call.num_blocks,
+                unroll=call.unroll,
+                is_region=call.is_region,
+                ends=call.ends,
+            ),
             remat=str(call.remat),
             plan=_plan_of(call),
         )
-        # A leaf that has a gradient is marked, if there is one: an integer may go unread, and its
-        # mark with it. A stack without a carry computes nothing.
-        place = next(iter(inexact(call.carry)), 0)
+        # A leaf that has a gradient and is read is marked, if there is one: the mark of an unread
+        # leaf is dropped with it. A stack without a carry computes nothing.
+        read = {v for e in call.block.jaxpr.jaxpr.eqns for v in e.invars if is_var(v)}
+        variables = call.block.jaxpr.jaxpr.invars
+        moving = inexact(call.carry)
+        place = next((n for n in moving if variables[n] in read), next(iter(moving), 0))
         marked = tags.tag_reserved(call.carry[place : place + 1], f"{_MARK}{len(self._calls)}")
         self._calls.append(made)
         return [*call.carry[:place], *marked, *call.carry[place + 1 :]]
@@ -123,11 +145,19 @@ class Finder:
         return list(itertools.chain(*inner)) or None
 
 
+def _computes(block: TracedBlock) -> bool:
+    """Whether some result of a function is made from its inputs."""
+    opened = Opened.of(block.jaxpr)
+    made = opened.dependent.difference(opened.jaxpr.invars)
+    return any(is_var(out) and out in made for out in opened.jaxpr.outvars)
+
+
 def _plan_of(call: StackCall) -> Plan | None:
     """Returns the bound plan of a call; None for a schedule or the user's own policy."""
     if isinstance(call.remat, Schedule | GivenPolicy):
         return None
-    return as_plan(call.remat).bind(call.num_blocks)
+    plan = as_plan(call.remat)
+    return plan if plan.graph else plan.bind(call.num_blocks)
 
 
 def _forward(steps: Sequence[Step]) -> Step | None:

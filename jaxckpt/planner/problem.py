@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from jaxckpt.compiled.report import MemoryReport
+from jaxckpt.costs.flat import Step, where
 from jaxckpt.costs.flops import count_flops
 from jaxckpt.costs.roofline import Rates, estimate
 from jaxckpt.planner.across_blocks import Draft, run_of
@@ -32,6 +33,7 @@ from jaxckpt.planner.steps import Steps, everywhere, find_stacks
 from jaxckpt.plans import Stage
 from jaxckpt.plans.plan_set import PlanSet
 from jaxckpt.targets.links import HostLink
+from jaxckpt.transforms import jaxprs
 from jaxckpt.units import iec
 
 _LEAST_FOR_STAGES = 4  # fewer blocks are hardly ever worth two stages
@@ -68,7 +70,7 @@ class Problem:
     def of(
         cls,
         steps: Steps,
-        num_blocks: int | Mapping[str, int],
+        num_blocks: int | Mapping[str, int] | None,
         rates: Rates,
         block=None,
         *,
@@ -79,7 +81,7 @@ class Problem:
 
         Args:
           steps: Returns, traces and compiles the step of a plan.
-          num_blocks: The number of blocks of each stack, L, or a number by name.
+          num_blocks: The number of blocks of each stack, L, or a number by name; None to find it.
           rates: The rates of all devices together.
           block: `(block, params_i, carry, *consts)`, or one by name; None to trace for stacks.
           host_bytes: The most bytes that a plan may keep on the host.
@@ -135,7 +137,7 @@ class Problem:
     def _with_stages(self) -> "Problem":
         """Returns the problem fitted to the peak of a plan of several stages, too."""
         (part,) = self.parts
-        if part.num_blocks < (_LEAST_FOR_STAGES if part.turns == 1 else 2):
+        if not part.is_stack or part.num_blocks < (_LEAST_FOR_STAGES if part.turns == 1 else 2):
             return self
         half = part.num_blocks // 2
         stages = run_of(part.kind("full"), half), run_of(part.kind("none"), part.num_blocks - half)
@@ -219,10 +221,11 @@ class Problem:
             keeps=tuple(
                 f"{name}: {text}" if name else text
                 for part, (name, one) in zip(self.parts, own, strict=True)
-                for text in (keeps_text(stage, part.kinds) for stage in one.stages)
+                for text in one.keeps or [keeps_text(stage, part.kinds) for stage in one.stages]
             ),
             why=why(candidates[place - 1] if place else None, budget),
             num_compiles=len(self.steps.compiled),
+            notes=tuple(notes(self.steps.trace(chosen.plan).jaxpr)),
         )
 
     def infeasible(self, budget: int) -> BudgetError:
@@ -235,13 +238,46 @@ class Problem:
 
 def _on_one(part: Part, spread: Spread, clock: Calibration | None, rates: Rates) -> Part:
     """Returns a part with the figures of one device, and with measured seconds if clocked."""
-    none, full, forward = part.kind("none"), part.kind("full"), part.forward
+    none, full, forward, traced = part.kind("none"), part.kind("full"), part.forward, part
     part = part.changed(lambda kind: spread.kind(kind, none, full))
     if clock is not None:
         known: dict[str, Any] = {"none": part.kind("none"), "forward": forward, "rates": rates}
         part = part.changed(lambda kind: clock.kind(kind, **known))
         forward = clock.forward(forward)
-    return dataclasses.replace(part, forward=spread.forward(forward))
+    part = dataclasses.replace(part, forward=spread.forward(forward))
+    return dataclasses.replace(part, graphs=tuple(_like_kinds(traced, part)))
+
+
+def _like_kinds(traced: Part, part: Part) -> Iterator[Draft]:
+    """Yields the drafts of functions, changed as their part's `none` and `full` were.
+
+    Args:
+      traced: The part as traced.
+      part: The part with changed kinds.
+    """
+    (none, full), (own_none, own_full) = (
+        [run_of(one.kind(word), one.num_blocks) for word in ("none", "full")]
+        for one in (traced, part)
+    )
+    again = full.seconds - none.seconds
+    slope = (own_full.seconds - own_none.seconds) / again if again > 0 else 1.0
+    share = own_none.kept_bytes / none.kept_bytes if none.kept_bytes else 1.0
+    for draft in part.graphs:
+        yield dataclasses.replace(
+            draft,
+            kept_bytes=share * draft.kept_bytes,
+            worst_bytes=share * draft.worst_bytes,
+            seconds=own_none.seconds + slope * (draft.seconds - none.seconds),
+        )
+
+
+def notes(jaxpr) -> Iterator[str]:
+    """Yields what the figures of a step do not know: how often its `while` loops run."""
+    loops = filter(jaxprs.is_unknown, jaxprs.equations(jaxpr))
+    lines = dict.fromkeys(where(Step(equation=loop, inputs=())) for loop in loops)
+    for line in lines:
+        place = f" at {line}" if line else ""
+        yield f"the while loop{place} counts as one trip: nobody knows how often it runs"
 
 
 def link_of(rates: Rates, num_devices: int) -> HostLink:

@@ -10,6 +10,7 @@ from jaxckpt.plans.plan_set import PlanSet, plan_json, plan_of_json
 from jaxckpt.units import iec
 
 _SHOWN = 3
+_LONGEST = 60  # letters of a plan in the table of candidates
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,7 @@ class FitResult:
       offload: Whether values may be moved to the host on the target, and why, as text; empty if no
         host budget was given.
       left_out: Plans under which the step does not run, each with its error, as text.
+      notes: What the figures do not know, as text.
     """
 
     plan: Plan | PlanSet
@@ -109,6 +111,7 @@ class FitResult:
     clock: str = "the roofline"
     offload: str = ""
     left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def table(self) -> tuple[Candidate, ...]:
@@ -130,6 +133,7 @@ class FitResult:
             "clock": self.clock,
             "offload": self.offload,
             "left_out": list(self.left_out),
+            "notes": list(self.notes),
         }
 
     @classmethod
@@ -147,6 +151,7 @@ class FitResult:
             "chosen": candidates[values["chosen"]],
             "keeps": tuple(values["keeps"]),
             "left_out": tuple(values["left_out"]),
+            "notes": tuple(values["notes"]),
         }
         return cls(**(values | made))
 
@@ -167,6 +172,7 @@ class FitResult:
             *self._of_host(),
             f"  why        {self.why}",
             *(f"  left out   {text}" for text in self.left_out),
+            *(f"  note       {text}" for text in self.notes),
         ]
         lines += [] if report.understood.is_all else [f"  read       {report.understood}"]
         return "\n".join(lines)
@@ -190,7 +196,7 @@ class FitResult:
             mark = ">" if one is self.chosen else " "
             lines.append(
                 f"  {mark} {seconds_text(one.seconds):>10}  {iec(one.predicted_bytes):>11} "
-                f"predicted  {compiled:>12}  {one.plan}"
+                f"predicted  {compiled:>12}  {_short(one.plan)}"
             )
         return lines
 
@@ -261,6 +267,12 @@ def _asked(plan: Plan | PlanSet) -> str:
     if isinstance(plan, PlanSet):
         return "\n".join(f"{name}: {one}" for name, one in plan.items())
     return f"--remat={plan}"
+
+
+def _short(plan: Plan | PlanSet) -> str:
+    """Returns a plan for a table; a graph's plan is shown by its beginning."""
+    text = str(plan)
+    return text if len(text) <= _LONGEST or isinstance(plan, PlanSet) else f"{text[:_LONGEST]}..."
 
 
 def _largest(report: MemoryReport) -> str:

@@ -8,7 +8,7 @@ best. The ladder depends on the step, never on a budget. A budget only sets how 
 so a smaller budget never gets a plan with a larger peak.
 
 Speed is the roofline's, with one rule above it: a plan never recomputes more matrix products than
-a plain plan (`none`, `full`, `dots`, ...) of the same peak or less. Seconds closer than the model's
+a plain plan (`none`, `full`, `dots`, ...) whose peak is not larger. Seconds closer than the model's
 precision count as equal; then fewer stages go first, and then the plan that keeps more.
 
 **The search** compiles a rung, reads its peak, corrects the predictions and goes on. It ends at the

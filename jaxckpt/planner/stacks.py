@@ -30,6 +30,9 @@ class Stack:
       consts: Leaves that all blocks share, with arrays that the block closed over.
       num_blocks: The number of blocks, L.
       unroll: Blocks unrolled in one trip of its loop.
+      region: The function under `checkpoint`, a stack of one block without parameters, or a chain;
+        else None.
+      ends: Of a chain, the steps of the region before each block, and all of them.
     """
 
     call: Callable
@@ -38,6 +41,8 @@ class Stack:
     consts: list[Any]
     num_blocks: int
     unroll: int = 1
+    region: TracedBlock | None = None
+    ends: tuple[int, ...] = ()
 
     @property
     def params_i(self) -> list[Any]:
@@ -61,7 +66,15 @@ class Stack:
         return (self.num_blocks, text(self.carry), text(self.params), text(self.consts))
 
     @classmethod
-    def of(cls, block: TracedBlock, params, num_blocks: int, unroll: int = 1) -> "Stack":
+    def of(
+        cls,
+        block: TracedBlock,
+        params,
+        num_blocks: int,
+        unroll: int = 1,
+        is_region: bool = False,
+        ends: tuple[int, ...] = (),
+    ) -> "Stack":
         """Returns the stack of a block; `params` are leaves `[L, ...]`, arrays or abstract."""
         carry, _, consts = block.inputs
         return cls(
@@ -71,6 +84,8 @@ class Stack:
             consts=consts,
             num_blocks=num_blocks,
             unroll=unroll,
+            region=block if is_region else None,
+            ends=ends,
         )
 
 

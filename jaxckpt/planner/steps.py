@@ -217,9 +217,11 @@ _FULL, _NONE = Plan.parse("full"), Plan.parse("none")
 
 
 def check_blocks(
-    blocks: Sequence | Mapping[str, Sequence] | None, num_blocks: int | Mapping[str, int]
+    blocks: Sequence | Mapping[str, Sequence] | None, num_blocks: int | Mapping[str, int] | None
 ):
     """Raises `ValueError` if blocks of several stacks are given, but not one for each name."""
+    if blocks is not None and num_blocks is None:
+        raise ValueError("block is given for a stack of num_blocks; give num_blocks too")
     if blocks is None or not isinstance(num_blocks, Mapping):
         return
     names = ", ".join(map(repr, num_blocks))
@@ -234,7 +236,7 @@ def check_blocks(
         raise ValueError(f"block has none for {missing[0]!r}; num_blocks has {names}")
 
 
-def everywhere(num_blocks: int | Mapping[str, int], plan: str) -> Plan | PlanSet:
+def everywhere(num_blocks: int | Mapping[str, int] | None, plan: str) -> Plan | PlanSet:
     """Returns one plan for all blocks, in the form that `step_for` takes."""
     is_named = isinstance(num_blocks, Mapping)
     return PlanSet.same(num_blocks, plan) if is_named else Plan.parse(plan)
@@ -242,14 +244,15 @@ def everywhere(num_blocks: int | Mapping[str, int], plan: str) -> Plan | PlanSet
 
 def find_stacks(
     steps: Steps,
-    num_blocks: int | Mapping[str, int],
+    num_blocks: int | Mapping[str, int] | None,
     blocks: Sequence | Mapping[str, Sequence] | None = None,
 ) -> dict[str, list[Stack]]:
     """Returns the stacks that follow each plan.
 
     Args:
       steps: Returns and traces the step of a plan.
-      num_blocks: The number of blocks of each stack, or a number by name.
+      num_blocks: The number of blocks of each stack, or a number by name; None for the number that
+        the stacks have.
       blocks: `(block, params_i, carry, *consts)`, or one by name; None to trace for stacks.
 
     Returns:
@@ -260,7 +263,7 @@ def find_stacks(
         blocks.
     """
     is_named = isinstance(num_blocks, Mapping)
-    counts = dict(num_blocks) if is_named else {"": num_blocks}
+    counts: dict[str, Any] = dict(num_blocks) if is_named else {"": num_blocks}
     given: Any = blocks if is_named or blocks is None else {"": blocks}
     full = steps.trace(everywhere(num_blocks, "full"))
     order = list(places(full.phases))
@@ -278,6 +281,9 @@ def find_stacks(
             first[name] = len(first)
         if not found[name] or (given is not None and is_same_program(full, none)):
             raise ValueError(_ignored(name, full, none, is_given=given is not None))
+        if counts[name] is None:
+            _check_alike(found[name])
+            continue
         wrong = [stack.num_blocks for stack in found[name] if stack.num_blocks != counts[name]]
         if wrong:
             what, whose = (f" of {name!r}", "its") if is_named else ("", "the")
@@ -286,6 +292,18 @@ def find_stacks(
                 f"blocks under {whose} plan"
             )
     return {name: found[name] for name in sorted(found, key=first.__getitem__)}
+
+
+def _check_alike(stacks: Sequence[Stack]):
+    """Raises `ValueError` unless one plan can speak of all stacks."""
+    kinds = dict.fromkeys((stack.region is not None, stack.num_blocks) for stack in stacks)
+    if len(kinds) > 1:
+        texts = ("a function" if is_region else f"a stack of {n}" for is_region, n in kinds)
+        raise ValueError(
+            f"one plan is followed by {', '.join(texts)}; give each a plan of its own by name, "
+            "such as num_blocks={'encoder': 12, 'head': 1} (1 for a function under "
+            "jaxckpt.checkpoint): step_for then gets plans by name"
+        )
 
 
 def _ignored(name: str, full: Trace, none: Trace, *, is_given: bool) -> str:
@@ -306,6 +324,6 @@ def _ignored(name: str, full: Trace, none: Trace, *, is_given: bool) -> str:
     if is_same_program(full, none):
         return f"step_for ignores its plan: {same}"
     return (
-        "the step runs no scan_blocks or jaxckpt Stack while it is traced; give the block as "
-        "block=(block, params_i, carry, *consts)"
+        "the step runs no scan_blocks, jaxckpt Stack or jaxckpt.checkpoint while it is traced; "
+        "give the block as block=(block, params_i, carry, *consts)"
     )

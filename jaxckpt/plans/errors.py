@@ -1,7 +1,7 @@
 """Errors that a user can correct, the nearest guess that they offer, and how they show values."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _MOST_LETTERS = 80
@@ -19,6 +19,13 @@ class UserError(Exception):
 
 class PlanError(UserError, ValueError):
     """A plan is not valid: one line with what was given, what is valid and the nearest guess."""
+
+
+def check_word(name: str, word: object, valid: Sequence[str], error=ValueError):
+    """Raises `error` for a word that is not among the valid ones, with the nearest guess."""
+    if word not in valid:
+        guess = nearest(str(word), valid)
+        raise error(f"{name} is {word!r}; valid: {', '.join(valid)}{guess}")
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

@@ -8,8 +8,14 @@ is checked when the block is traced.
 
 The grammar:
 
-    plan   := stage ("/" stage)*
+    plan   := [graph "/"] stage ("/" stage)*
     stage  := [count "x"] schedule ("+" policy)*      a bare policy is short for full+policy
+    graph  := "graph:" steps "-" values               of one function rather than of a stack
+
+A plan that begins with a graph is for one function (`jaxckpt.checkpoint`), which is cut into
+segments: each stage is a segment, its count the steps of the function in it. `none` keeps what the
+segment's gradient reads; `full` runs the segment again from its inputs, but for what its policies
+keep. `steps` and `values` are digests of the function (`transforms/cuts.py`).
 
 The parser cuts text into words. `Stage` and `Policy` check what the words mean, and the parser adds
 to their errors the place in the text.
@@ -191,18 +197,23 @@ class Plan:
 
     Attributes:
       stages: At least one; only the last may leave its count out.
+      graph: The digests of the function that the plan is for, such as `"3f9a01-c4427e"`; its stages
+        are then segments of the function. Empty for a plan of blocks.
 
     Raises:
-      PlanError: There is no stage, a count is missing before the last stage, or `auto` stands
-        beside other stages.
+      PlanError: There is no stage, a count is missing before the last stage, `auto` stands beside
+        other stages, or a segment of a function has a schedule of several blocks.
     """
 
     stages: tuple[Stage, ...]
+    graph: str = ""
 
     def __post_init__(self):
         if not self.stages:
             raise PlanError("a plan has at least one stage, such as 'sqrt'")
         text = str(self)
+        if self.graph:
+            self._check_graph()
         if len(self.stages) > 1 and any(stage.schedule == "auto" for stage in self.stages):
             raise PlanError(f"plan {text!r}: auto chooses the whole plan, so it stands alone")
         for stage in self.stages[:-1]:
@@ -222,7 +233,24 @@ class Plan:
         if not isinstance(text, str):
             _refuse_function(text)
             raise PlanError(f"a plan is parsed from text such as 'sqrt', not from {text!r}")
-        return cls(stages=parse_stages(text))
+        head, slash, _ = text.partition("/")
+        if not head.startswith(_GRAPH):
+            return cls(stages=parse_stages(text))
+        stages = parse_stages(text, len(head) + 1) if slash else ()
+        return _at(text, (0, len(head)), cls, stages=stages, graph=head.removeprefix(_GRAPH))
+
+    def _check_graph(self):
+        if not _DIGESTS.fullmatch(self.graph):
+            raise PlanError(
+                f"after {_GRAPH} stand two digests of six letters and digits, such as "
+                f"{_GRAPH}3f9a01-c4427e; jaxckpt.fit makes such plans"
+            )
+        for stage in self.stages:
+            if stage.schedule not in ("none", "full") or stage.offloads_carry:
+                raise PlanError(
+                    f"{str(stage)!r} is no segment of a function; a segment is none, full or "
+                    "policies such as names:q or dots, with the number of its steps before it"
+                )
 
     @property
     def num_blocks(self) -> int | None:
@@ -245,6 +273,11 @@ class Plan:
         """
         if num_blocks < 1:
             raise PlanError(f"a stack of {num_blocks} blocks; a plan needs at least 1")
+        if self.graph:
+            raise PlanError(
+                f"plan {str(self)!r} is for one function, which jaxckpt.checkpoint(fn, remat=) "
+                "runs; it says nothing of a list or stack of blocks"
+            )
         fixed = sum(stage.count or 0 for stage in self.stages)
         if self.num_blocks is not None:
             if fixed != num_blocks:
@@ -265,8 +298,42 @@ class Plan:
             raise PlanError(f"plan {str(self)!r} on {num_blocks} blocks: {error}") from None
         return dataclasses.replace(self, stages=(*self.stages[:-1], last))
 
+    def bind_graph(self, graph: str, num_steps: int) -> Self:
+        """Returns a graph's plan for a function, with every count a number.
+
+        Args:
+          graph: The digests of the function.
+          num_steps: The number of its steps.
+
+        Raises:
+          PlanError: The plan is for another function; the text says what differs.
+        """
+        counted = sum(stage.count or 0 for stage in self.stages)
+        is_open = self.stages[-1].count is None
+        steps, _, values = graph.partition("-")
+        of_steps, _, of_values = self.graph.partition("-")
+        if counted + is_open > num_steps or (not is_open and counted != num_steps):
+            differs = f"it has {num_steps} steps, the plan {'more than ' * is_open}{counted}"
+        elif of_steps != steps:
+            differs = (
+                "its steps are others (another function, or another release of JAX or jaxckpt, "
+                "which may count its steps in another way)"
+            )
+        elif of_values != values:
+            differs = "the steps are the same, but shapes or dtypes differ"
+        elif is_open:
+            last = dataclasses.replace(self.stages[-1], count=num_steps - counted)
+            return dataclasses.replace(self, stages=(*self.stages[:-1], last))
+        else:
+            return self
+        raise PlanError(
+            f"plan {str(self)!r} is for another function than this one ({_GRAPH}{graph}): "
+            f"{differs}; jaxckpt.fit makes a plan for it"
+        )
+
     def __str__(self) -> str:
-        return "/".join(str(stage) for stage in self.stages)
+        stages = "/".join(str(stage) for stage in self.stages)
+        return f"{_GRAPH}{self.graph}/{stages}" if self.graph else stages
 
 
 def as_plan(remat: "str | Plan") -> Plan:
@@ -326,16 +393,18 @@ def _check_disjoint(policies: tuple[Policy, ...]):
 # At most nine digits, so that no number is too long to print or to count with.
 _COUNT = re.compile(r"(-?[0-9]{1,9})x(.*)", re.DOTALL)
 _NUMBER = re.compile(r"-?[0-9]{1,9}")
+_GRAPH = "graph:"
+_DIGESTS = re.compile(r"[0-9a-f]{6}-[0-9a-f]{6}")
 
 
-def parse_stages(text: str) -> tuple[Stage, ...]:
-    """Returns the stages that a text spells.
+def parse_stages(text: str, start: int = 0) -> tuple[Stage, ...]:
+    """Returns the stages that a text spells from its letter `start` on.
 
     Raises:
       PlanError: The text is no plan; the error marks the place and names what is valid.
     """
-    stages, start = [], 0
-    for piece in text.split("/"):
+    stages = []
+    for piece in text[start:].split("/"):
         stages.append(_parse_stage(text, start, start + len(piece)))
         start += len(piece) + 1
     return tuple(stages)

@@ -114,31 +114,17 @@ def tpu(
     name: str,
     *,
     gibibytes: int,
-    usable_gib: float,
-    tflops: float,
-    gb_per_second: float,
-    links: tuple[int, int],
-    topologies: tuple[str, ...],
-    number: int,
+    usable_gib: float,  # that libtpu lets a program fill of one DEVICE
+    tflops: float,  # in bfloat16
+    gb_per_second: float,  # of its memory
+    links: tuple[int, int],  # GB/s of all links, both directions; the number of axes of its torus
+    topologies: tuple[str, ...],  # grids of chips that are rented out
+    number: int,  # what one chip counts in Cloud's names of slices
     kinds: tuple[str, ...],
     source: str,
-    devices: int = 1,
+    devices: int = 1,  # JAX devices of a chip
 ) -> Chip:
-    """Returns a TPU from its vendor's figures of a CHIP.
-
-    Args:
-      name: The chip's word in a target.
-      gibibytes: The memory of a chip, in GiB.
-      usable_gib: The memory that libtpu lets a program fill of one DEVICE, in GiB.
-      tflops: TFLOP/s in bfloat16.
-      gb_per_second: The rate of its memory, in GB/s.
-      links: GB/s of all its links, both directions, and the number of axes of its torus.
-      topologies: Grids of chips that are rented out.
-      number: What one chip counts in Cloud's names of slices.
-      kinds: JAX's names of one of its devices.
-      source: The source of the figures.
-      devices: The number of JAX devices of a chip.
-    """
+    """Returns a TPU from its vendor's figures of a CHIP."""
     both_ways, axes = links
     chips = {topology: math.prod(map(int, topology.split("x"))) for topology in topologies}
     return Chip(
@@ -163,31 +149,17 @@ def tpu(
 def nvidia(
     name: str,
     *,
-    memory_bytes: int,
-    tflops: float,
-    gb_per_second: float,
-    pcie: float,
-    nvlink: int = 0,
-    network: int = 0,
+    memory_bytes: int,  # that its driver reports
+    tflops: float,  # in bfloat16, dense
+    gb_per_second: float,  # of its memory
+    pcie: float,  # GB/s of the link to the host, one direction
+    nvlink: int = 0,  # GB/s, both directions; 0 if GPUs talk over PCIe
+    network: int = 0,  # Gbit/s of each GPU's network card in a DGX; 0 for GPUs of one host only
     gpu: Gpu,
-    kinds: tuple[str, ...],
+    kinds: tuple[str, ...],  # the usual name first
     source: str,
 ) -> Chip:
-    """Returns an NVIDIA GPU from its data sheet.
-
-    Args:
-      name: The chip's word in a target.
-      memory_bytes: The memory that its driver reports.
-      tflops: TFLOP/s in bfloat16, dense.
-      gb_per_second: The rate of its memory, in GB/s.
-      pcie: GB/s of its link to the host, one direction.
-      nvlink: GB/s of NVLink, both directions; 0 if GPUs talk over PCIe.
-      network: Gbit/s of the network card of each GPU in NVIDIA's own machine (DGX); 0 for GPUs
-        that only talk within one host.
-      gpu: Further figures that XLA's compiler asks for.
-      kinds: JAX's names of it, the usual name first.
-      source: The source of the figures.
-    """
+    """Returns an NVIDIA GPU from its data sheet."""
     return Chip(
         name=name,
         backend="cuda",
@@ -209,187 +181,63 @@ _PCIE = {3: 15.75, 4: 31.5, 5: 63.0}  # GB/s of x16, one direction, after the li
 # v2 and v3 have four links of 496 and 656 Gbit/s, one direction (Jouppi et al. 2020, A
 # domain-specific supercomputer for training deep neural networks). Links of the other TPUs are from
 # Google Cloud's pages. NVLink and network cards: DGX A100, H100, H200 and B200 datasheets.
+# A paragraph for each chip, so that chips can be compared.
+# fmt: off
 _ALL = (
-    tpu(
-        "v2",
-        gibibytes=16,
-        usable_gib=7.48,
-        tflops=46,
-        gb_per_second=700,
-        links=(496, 2),
-        topologies=("2x2", "4x4", "8x8", "8x16", "16x16"),
-        number=2,
-        kinds=("TPU v2",),
-        source="Google Cloud, TPU v2: 46 TFLOPS, 16 GiB, 700 GB/s a chip",
-        devices=2,
-    ),
-    tpu(
-        "v3",
-        gibibytes=32,
-        usable_gib=15.48,
-        tflops=123,
-        gb_per_second=900,
-        links=(656, 2),
-        topologies=("2x2", *_PLANE[2:], "16x32", "32x32"),
-        number=2,
-        kinds=("TPU v3",),
-        source="Google Cloud, TPU v3: 123 TFLOPS, 32 GiB, 900 GB/s a chip",
-        devices=2,
-    ),
-    tpu(
-        "v4",
-        gibibytes=32,
-        usable_gib=30.75,
-        tflops=275,
-        gb_per_second=1200,
-        links=(600, 3),
-        topologies=_LARGE,
-        number=2,
-        kinds=("TPU v4",),
-        source="Google Cloud, TPU v4: 275 TFLOPS, 32 GiB, 1200 GB/s",
-    ),
-    tpu(
-        "v5e",
-        gibibytes=16,
-        usable_gib=15.75,
-        tflops=197,
-        gb_per_second=819,
-        links=(400, 2),
-        topologies=("1x1", *_PLANE),
-        number=1,
-        kinds=("TPU v5 lite", "TPU v5e"),
-        source="Google Cloud, TPU v5e: 197 TFLOPS, 16 GB, 819 GB/s",
-    ),
-    tpu(
-        "v5p",
-        gibibytes=96,
-        usable_gib=95.74,  # 95 GiB are documented, but libtpu's compiler allows 95.74
-        tflops=459,
-        gb_per_second=2765,
-        links=(1200, 3),
-        topologies=(*_LARGE, "16x16x24"),
-        number=2,
-        kinds=("TPU v5", "TPU v5p"),
-        source="Google Cloud, TPU v5p: 459 TFLOPS, 95 GiB, 2765 GB/s",
-    ),
-    tpu(
-        "v6e",
-        gibibytes=32,
-        usable_gib=31.25,
-        tflops=918,
-        gb_per_second=1638,
-        links=(800, 2),
-        topologies=("1x1", *_PLANE),
-        number=1,
-        kinds=("TPU v6 lite", "TPU v6e"),
-        source="Google Cloud, TPU v6e: 918 TFLOPS, 32 GiB, 1638 GB/s",
-    ),
-    tpu(
-        "tpu7x",
-        gibibytes=192,
-        usable_gib=94.75,
-        tflops=2307,
-        gb_per_second=7380,
-        links=(1200, 3),
-        topologies=(*_LARGE, "16x16x24"),
-        number=2,
-        kinds=("TPU7x",),
+    tpu("v2", gibibytes=16, usable_gib=7.48, tflops=46, gb_per_second=700, links=(496, 2), number=2,
+        devices=2, topologies=("2x2", "4x4", "8x8", "8x16", "16x16"), kinds=("TPU v2",),
+        source="Google Cloud, TPU v2: 46 TFLOPS, 16 GiB, 700 GB/s a chip"),
+    tpu("v3", gibibytes=32, usable_gib=15.48, tflops=123, gb_per_second=900, links=(656, 2),
+        number=2, devices=2, topologies=("2x2", *_PLANE[2:], "16x32", "32x32"), kinds=("TPU v3",),
+        source="Google Cloud, TPU v3: 123 TFLOPS, 32 GiB, 900 GB/s a chip"),
+    tpu("v4", gibibytes=32, usable_gib=30.75, tflops=275, gb_per_second=1200, links=(600, 3),
+        number=2, topologies=_LARGE, kinds=("TPU v4",),
+        source="Google Cloud, TPU v4: 275 TFLOPS, 32 GiB, 1200 GB/s"),
+    tpu("v5e", gibibytes=16, usable_gib=15.75, tflops=197, gb_per_second=819, links=(400, 2),
+        number=1, topologies=("1x1", *_PLANE), kinds=("TPU v5 lite", "TPU v5e"),
+        source="Google Cloud, TPU v5e: 197 TFLOPS, 16 GB, 819 GB/s"),
+    # 95 GiB are documented for v5p, but libtpu's compiler allows 95.74.
+    tpu("v5p", gibibytes=96, usable_gib=95.74, tflops=459, gb_per_second=2765, links=(1200, 3),
+        number=2, topologies=(*_LARGE, "16x16x24"), kinds=("TPU v5", "TPU v5p"),
+        source="Google Cloud, TPU v5p: 459 TFLOPS, 95 GiB, 2765 GB/s"),
+    tpu("v6e", gibibytes=32, usable_gib=31.25, tflops=918, gb_per_second=1638, links=(800, 2),
+        number=1, topologies=("1x1", *_PLANE), kinds=("TPU v6 lite", "TPU v6e"),
+        source="Google Cloud, TPU v6e: 918 TFLOPS, 32 GiB, 1638 GB/s"),
+    tpu("tpu7x", gibibytes=192, usable_gib=94.75, tflops=2307, gb_per_second=7380, links=(1200, 3),
+        number=2, devices=2, topologies=(*_LARGE, "16x16x24"), kinds=("TPU7x",),
         source="Google Cloud, TPU7x (Ironwood): 2307 TFLOPS, 192 GiB, 7380 GB/s a chip of two "
-        "chiplets",
-        devices=2,
-    ),
-    nvidia(
-        "t4",
-        memory_bytes=15_642_329_088,
-        tflops=65,
-        gb_per_second=320,
-        pcie=_PCIE[3],
-        gpu=Gpu((7, 5), 40, 64, 1.59, 4 * _MIB),
-        kinds=("Tesla T4",),
+               "chiplets"),
+    nvidia("t4", memory_bytes=15_642_329_088, tflops=65, gb_per_second=320, pcie=_PCIE[3],
+        gpu=Gpu((7, 5), 40, 64, 1.59, 4 * _MIB), kinds=("Tesla T4",),
         source="NVIDIA T4 datasheet: 65 TFLOPS (float16; it has no bfloat16 units), 320 GB/s, "
-        "PCIe 3",
-    ),
-    nvidia(
-        "l4",
-        memory_bytes=23_612_293_120,
-        tflops=121,
-        gb_per_second=300,
-        pcie=_PCIE[4],
-        gpu=Gpu((8, 9), 58, 128, 2.04, 48 * _MIB),
-        kinds=("NVIDIA L4",),
-        source="NVIDIA L4 datasheet: 242 TFLOPS with sparsity, 24 GB, 300 GB/s, PCIe 4",
-    ),
-    nvidia(
-        "a100-40g",
-        memory_bytes=42_331_013_120,
-        tflops=312,
-        gb_per_second=1555,
-        pcie=_PCIE[4],
-        nvlink=600,
-        network=200,
-        gpu=Gpu((8, 0), 108, 64, 1.41, 40 * _MIB),
+               "PCIe 3"),
+    nvidia("l4", memory_bytes=23_612_293_120, tflops=121, gb_per_second=300, pcie=_PCIE[4],
+        gpu=Gpu((8, 9), 58, 128, 2.04, 48 * _MIB), kinds=("NVIDIA L4",),
+        source="NVIDIA L4 datasheet: 242 TFLOPS with sparsity, 24 GB, 300 GB/s, PCIe 4"),
+    nvidia("a100-40g", memory_bytes=42_331_013_120, tflops=312, gb_per_second=1555, pcie=_PCIE[4],
+        nvlink=600, network=200, gpu=Gpu((8, 0), 108, 64, 1.41, 40 * _MIB),
         kinds=("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"),
-        source="NVIDIA A100 datasheet, SXM 40GB: 312 TFLOPS, 1555 GB/s, PCIe 4",
-    ),
-    nvidia(
-        "a100-80g",
-        memory_bytes=85_100_068_864,
-        tflops=312,
-        gb_per_second=2039,
-        pcie=_PCIE[4],
-        nvlink=600,
-        network=200,
-        gpu=Gpu((8, 0), 108, 64, 1.41, 40 * _MIB),
+        source="NVIDIA A100 datasheet, SXM 40GB: 312 TFLOPS, 1555 GB/s, PCIe 4"),
+    nvidia("a100-80g", memory_bytes=85_100_068_864, tflops=312, gb_per_second=2039, pcie=_PCIE[4],
+        nvlink=600, network=200, gpu=Gpu((8, 0), 108, 64, 1.41, 40 * _MIB),
         kinds=("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"),
-        source="NVIDIA A100 datasheet, SXM 80GB: 312 TFLOPS, 2039 GB/s, PCIe 4",
-    ),
-    nvidia(
-        "rtx4090",
-        memory_bytes=25_250_627_584,
-        tflops=165.2,
-        gb_per_second=1008,
-        pcie=_PCIE[4],
-        gpu=Gpu((8, 9), 128, 128, 2.52, 72 * _MIB),
-        kinds=("NVIDIA GeForce RTX 4090",),
-        source="NVIDIA Ada GPU Architecture whitepaper: 165.2 TFLOPS with float32 sums, "
-        "1008 GB/s, PCIe 4",
-    ),
-    nvidia(
-        "h100",
-        memory_bytes=84_942_979_072,
-        tflops=989.4,
-        gb_per_second=3352,
-        pcie=_PCIE[5],
-        nvlink=900,
-        network=400,
-        gpu=Gpu((9, 0), 132, 128, 1.98, 50 * _MIB),
+        source="NVIDIA A100 datasheet, SXM 80GB: 312 TFLOPS, 2039 GB/s, PCIe 4"),
+    nvidia("rtx4090", memory_bytes=25_250_627_584, tflops=165.2, gb_per_second=1008, pcie=_PCIE[4],
+        gpu=Gpu((8, 9), 128, 128, 2.52, 72 * _MIB), kinds=("NVIDIA GeForce RTX 4090",),
+        source="NVIDIA Ada GPU Architecture whitepaper: 165.2 TFLOPS with float32 sums, 1008 "
+               "GB/s, PCIe 4"),
+    nvidia("h100", memory_bytes=84_942_979_072, tflops=989.4, gb_per_second=3352, pcie=_PCIE[5],
+        nvlink=900, network=400, gpu=Gpu((9, 0), 132, 128, 1.98, 50 * _MIB),
         kinds=("NVIDIA H100 80GB HBM3",),
-        source="NVIDIA H100 datasheet, SXM: 1979 TFLOPS with sparsity, 80 GB, 3.35 TB/s, PCIe 5",
-    ),
-    nvidia(
-        "h200",
-        memory_bytes=151_397_597_184,
-        tflops=989.4,
-        gb_per_second=4800,
-        pcie=_PCIE[5],
-        nvlink=900,
-        network=400,
-        gpu=Gpu((9, 0), 132, 128, 1.98, 50 * _MIB),
-        kinds=("NVIDIA H200",),
-        source="NVIDIA H200 datasheet, SXM: 1979 TFLOPS with sparsity, 141 GB, 4.8 TB/s, PCIe 5",
-    ),
-    nvidia(
-        "b200",
-        memory_bytes=191_514_411_008,
-        tflops=2250,
-        gb_per_second=7672,
-        pcie=_PCIE[5],
-        nvlink=1800,
-        network=400,
-        gpu=Gpu((10, 0), 148, 128, 1.965, 132_644_864),
+        source="NVIDIA H100 datasheet, SXM: 1979 TFLOPS with sparsity, 80 GB, 3.35 TB/s, PCIe 5"),
+    nvidia("h200", memory_bytes=151_397_597_184, tflops=989.4, gb_per_second=4800, pcie=_PCIE[5],
+        nvlink=900, network=400, gpu=Gpu((9, 0), 132, 128, 1.98, 50 * _MIB), kinds=("NVIDIA H200",),
+        source="NVIDIA H200 datasheet, SXM: 1979 TFLOPS with sparsity, 141 GB, 4.8 TB/s, PCIe 5"),
+    nvidia("b200", memory_bytes=191_514_411_008, tflops=2250, gb_per_second=7672, pcie=_PCIE[5],
+        nvlink=1800, network=400, gpu=Gpu((10, 0), 148, 128, 1.965, 132_644_864),
         kinds=("NVIDIA B200",),
-        source="NVIDIA HGX B200 datasheet: 4.5 PFLOPS with sparsity, 180 GB, 7.7 TB/s, PCIe 5",
-    ),
+        source="NVIDIA HGX B200 datasheet: 4.5 PFLOPS with sparsity, 180 GB, 7.7 TB/s, PCIe 5"),
 )
+# fmt: on
 
 CHIPS: dict[str, Chip] = {chip.name: chip for chip in _ALL}

@@ -23,12 +23,7 @@ def compute_capability(chip: Chip) -> tuple[int, int] | None:
 
 
 def target_config(chip: Chip, cudnn: tuple[int, int, int] = (9, 10, 0)) -> str:
-    """Returns the text proto that `get_topology_desc(target_config=)` takes for a chip.
-
-    Args:
-      chip: An NVIDIA chip of `chips.CHIPS`.
-      cudnn: The version of cuDNN that the program would run with.
-    """
+    """Returns XLA's `target_config` of an NVIDIA chip, for a program that runs with this cuDNN."""
     gpu = chip.gpu
     assert gpu is not None, chip
     capability = gpu.capability

@@ -53,7 +53,7 @@ class HostLink:
 
     On NVIDIA GPUs they do not: Qwen3-0.6B's step at 8 x 1024 tokens is slower under `offload:q,k,v`
     than under `names:q,k,v` by the full time of its copies (`benchmarks.xla_options --plan`), even
-    with XLA's latency-hiding scheduler. On TPUs they are assumed to overlap; nobody has timed it.
+    with XLA's latency-hiding scheduler. On TPUs they are assumed to overlap, which is not measured.
 
     Attributes:
       bytes_per_second: The rate in one direction.

@@ -91,7 +91,6 @@ def names() -> tuple[str, ...]:
 
 
 def _examples() -> str:
-    """Returns the smallest target of each chip, as text."""
     small = [f"{c.name}-{c.slices[0].number}" if c.slices else c.name for c in CHIPS.values()]
     return ", ".join(["local", *small])
 
@@ -109,11 +108,8 @@ def _split(text: str) -> tuple[Chip | None, str | None]:
 def _tpu(text: str, chip: Chip, number: str | None) -> Target:
     for one in chip.slices:
         if number == str(one.number):
-            topology = f"{chip.name}:{one.topology}"
-            return Target(
-                **{"name": text, "backend": "tpu", "chip": chip, "topology": topology},
-                num_devices=one.num_devices,
-            )
+            found = Target(name=text, backend="tpu", chip=chip, num_devices=one.num_devices)
+            return dataclasses.replace(found, topology=f"{chip.name}:{one.topology}")
     counts = "chips" if chip.slices[0].number == 1 else "cores, two a chip"
     valid = ", ".join(f"{chip.name}-{one.number}" for one in chip.slices)
     raise TargetError(

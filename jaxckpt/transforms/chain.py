@@ -10,12 +10,14 @@ so both take time in proportion to the number of blocks.
 from collections.abc import Callable, Sequence
 
 import jax
+from jax.extend import core
 
 from jaxckpt.plans import Plan, Policy
 from jaxckpt.schedules.schedule import Schedule
-from jaxckpt.transforms import chain_executor, stack_executor, tags, value_names
+from jaxckpt.transforms import chain_executor, observers, stack_executor, tags, value_names
 from jaxckpt.transforms import checkpointed as reference
 from jaxckpt.transforms.checks import check_policies, check_rerun, check_schedule
+from jaxckpt.transforms.cuts import Opened
 from jaxckpt.transforms.policies import GivenPolicy, all_of, plan_and_policy
 from jaxckpt.transforms.traced_block import (
     TracedBlock,
@@ -85,10 +87,34 @@ def chain(
         shape = one.out
     if isinstance(remat, Plan):
         check_policies(remat, lambda asked: _tags_of(traced, asked))
+    if observers.is_observed():
+        carry, consts = _told(traced, carry, consts, given or remat)
     identities = tuple(map(identity, blocks))
     program = once_compiled(_run, identities, tuple(traced), plan, given, nested)
     out = program(jax.tree.leaves(carry), consts)
     return jax.tree.unflatten(traced[-1].out_tree, out)
+
+
+def _told(blocks: Sequence[TracedBlock], carry, consts: Sequence[list], remat):
+    """Tells the observer of a chain; returns its carry and consts, marked or not."""
+    opened, ends = Opened.of_chain(blocks)
+    leaves, tree = jax.tree.flatten((carry, list(consts)))
+    block = TracedBlock(
+        jaxpr=core.ClosedJaxpr(opened.jaxpr, ()),
+        counts=(len(leaves), 0, 0),
+        out_tree=blocks[-1].out_tree,
+    )
+    call = observers.StackCall(
+        block=block,
+        params=[],
+        carry=leaves,
+        remat=remat,
+        num_blocks=len(blocks),
+        unroll=1,
+        is_region=True,
+        ends=ends,
+    )
+    return jax.tree.unflatten(tree, observers.tell(call))
 
 
 def _run(

@@ -97,6 +97,13 @@ def subjaxprs(equation: core.JaxprEqn) -> Iterator[core.ClosedJaxpr | core.Jaxpr
                 yield item
 
 
+def places_arrays(equation: core.JaxprEqn) -> bool:
+    """Returns whether a `jit` gives its arguments or results shardings of their own."""
+    kinds = ("in_shardings", "out_shardings")
+    found = [one for kind in kinds for one in equation.params.get(kind) or ()]
+    return any("Unspecified" not in type(one).__name__ for one in found)
+
+
 _PREFIX = "jaxckpt_trips_"
 _PATTERN = re.compile(_PREFIX + r"([0-9]+)_of_([0-9]+)")
 _OF_LOOP = re.compile(_PATTERN.pattern + "/while$")
@@ -111,6 +118,13 @@ def mean_trips(equation: core.JaxprEqn) -> fractions.Fraction:
     """Returns the mean trips of one run of a `while`; 1 if the loop was made outside `trips`."""
     found = _PATTERN.findall(str(equation.source_info.name_stack))
     return fractions.Fraction(*map(int, found[-1])) if found else fractions.Fraction(1)
+
+
+def is_unknown(equation: core.JaxprEqn) -> bool:
+    """Returns whether an equation is a `while` whose trips nobody knows."""
+    if equation.primitive.name != WHILE:
+        return False
+    return _PATTERN.search(str(equation.source_info.name_stack)) is None
 
 
 def says_trips(op_name: str) -> bool:

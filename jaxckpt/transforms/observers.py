@@ -25,7 +25,10 @@ from jaxckpt.transforms.traced_block import TracedBlock
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StackCall:
-    """One call of `scan_blocks`; its arrays may be tracers of the caller.
+    """One call of `scan_blocks`, `checkpoint` or `chain`; its arrays may be the caller's tracers.
+
+    The function of `checkpoint` is a stack of one block without parameters, which returns anything.
+    A chain is such a function too, of as many blocks as it has.
 
     Attributes:
       block: The traced block, without the carry's leaves that it returns unchanged.
@@ -34,6 +37,8 @@ class StackCall:
       remat: The plan, schedule or policy that was asked for.
       num_blocks: The number of blocks, L.
       unroll: Blocks unrolled in one trip.
+      is_region: Whether it is a function under `checkpoint`, or a chain.
+      ends: Of a chain, the steps of its function (`cuts.Opened`) before each block, and all.
     """
 
     block: TracedBlock
@@ -42,6 +47,8 @@ class StackCall:
     remat: str | Plan | Schedule | GivenPolicy
     num_blocks: int
     unroll: int
+    is_region: bool = False
+    ends: tuple[int, ...] = ()
 
 
 # Returns the carry to go on with: the call's own, marked or not.
@@ -64,6 +71,11 @@ def observed(observer: Observer | None) -> Iterator[None]:
             yield
     finally:
         _OBSERVER.reset(token)
+
+
+def is_observed() -> bool:
+    """Returns whether an observer watches."""
+    return _OBSERVER.get() is not None
 
 
 def tell(call: StackCall) -> list:

@@ -3,23 +3,29 @@
     stage = jaxckpt.checkpoint(stage, remat="dots")
     y = stage(params, x, train=True)
 
-What a region keeps is `none`, `full` or policies: what one block can follow. Schedules are for
-several blocks (`scan_blocks`, `run`, `chain`, `scan`).
+What a region keeps is `none`, `full` or policies: what one block can follow. `jaxckpt.fit` makes
+plans of its graph, `graph:.../14xnone/30xfull+names:@conv.2/...`: the function is cut into segments
+(`cuts.py`), and each keeps all, its inputs, or named values too. Schedules are for several blocks
+(`scan_blocks`, `run`, `chain`, `scan`).
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
+from jax.extend import core
 
 from jaxckpt.plans import Plan, PlanError
 from jaxckpt.plans.errors import shown
-from jaxckpt.transforms import value_names
+from jaxckpt.transforms import observers, value_names
 from jaxckpt.transforms.arguments import apart
 from jaxckpt.transforms.checkpointed import Remat
 from jaxckpt.transforms.checks import check_policies, check_rerun
+from jaxckpt.transforms.cuts import Opened
+from jaxckpt.transforms.observers import StackCall
 from jaxckpt.transforms.policies import GivenPolicy, plan_and_policy
-from jaxckpt.transforms.traced_block import as_arrays, trace_block
+from jaxckpt.transforms.traced_block import TracedBlock, as_arrays, trace_block
 
 
 def checkpoint(fn: Callable, *, remat: str | Plan | Callable = "full", prevent_cse: bool = True):
@@ -31,7 +37,8 @@ def checkpoint(fn: Callable, *, remat: str | Plan | Callable = "full", prevent_c
     Args:
       fn: A pure function of pytrees, which returns any pytree of arrays.
       remat: `none`, `full`, or policies such as `"dots"`, `"names:q,k"`, `"attention"` or
-        `"full+offload:carry"`; or a policy of `jax.checkpoint`.
+        `"full+offload:carry"`; or a plan of the function's graph, from `jaxckpt.fit`; or a policy
+        of `jax.checkpoint`.
       prevent_cse: As in `jax.checkpoint`; False inside a loop.
 
     Returns:
@@ -39,7 +46,7 @@ def checkpoint(fn: Callable, *, remat: str | Plan | Callable = "full", prevent_c
 
     Raises:
       PlanError: A plan for several blocks; when the function is called, a name that matches nothing
-        in it, or a step of it that must happen once.
+        in it, a step of it that must happen once, or a plan of another function's graph.
       ValueError: `fn` is no function.
 
     Example:
@@ -52,7 +59,11 @@ def checkpoint(fn: Callable, *, remat: str | Plan | Callable = "full", prevent_c
         raise ValueError(f"checkpoint takes a function, not {shown(fn)}")
     others = "scan_blocks, run, chain and scan take every plan"
     plan, given = plan_of_one(remat, "checkpoint takes one function", others)
-    return fn if plan.stages[0].schedule == "none" else checkpointed(fn, plan, given, prevent_cse)
+    return checkpointed(fn, plan, given, prevent_cse)
+
+
+def _is_none(plan: Plan) -> bool:
+    return not plan.graph and plan.stages[0].schedule == "none"
 
 
 def plan_of_one(remat, taker: str, others: str) -> tuple[Plan, GivenPolicy | None]:
@@ -67,6 +78,8 @@ def plan_of_one(remat, taker: str, others: str) -> tuple[Plan, GivenPolicy | Non
       PlanError: The plan speaks of several blocks.
     """
     plan, given = plan_and_policy(remat)
+    if plan.graph:
+        return plan, given
     stage = plan.stages[0]
     if len(plan.stages) > 1 or stage.count or stage.schedule not in ("none", "full"):
         raise PlanError(
@@ -79,12 +92,12 @@ def plan_of_one(remat, taker: str, others: str) -> tuple[Plan, GivenPolicy | Non
 def checkpointed(
     fn: Callable, plan: Plan, given: GivenPolicy | None = None, prevent_cse: bool = True
 ) -> Callable:
-    """Returns `fn` under `jax.checkpoint`, traced once a call, checked against its plan."""
-    policies = plan.stages[0].policies
-    checkpoint = Remat(policies=policies, given=given)
+    """Returns `fn` under a plan, traced once a call and checked; `none` calls `fn` as it is."""
 
     @functools.wraps(fn)
     def region(*args, **named):
+        if _is_none(plan) and not observers.is_observed():
+            return fn(*args, **named)
         arrays, merge = apart((args, named))
 
         def call(arrays, _):
@@ -93,10 +106,81 @@ def checkpointed(
 
         arrays = as_arrays(arrays)
         traced, consts = trace_block(call, arrays, ())
-        check_rerun(traced, plan, given)
-        check_policies(plan, lambda asked: value_names.offered(traced.call, asked, *traced.inputs))
-        block = value_names.resolved(traced.call, policies)
-        run = checkpoint(lambda arrays, consts: block(arrays, [], consts), prevent_cse=prevent_cse)
-        return jax.tree.unflatten(jax.tree.structure(traced.out), run(arrays, consts))
+        leaves = [*arrays, *consts]
+        told = StackCall(
+            block=dataclasses.replace(traced, counts=(len(leaves), 0, 0)),
+            params=[],
+            carry=leaves,
+            remat=given or plan,
+            num_blocks=1,
+            unroll=1,
+            is_region=True,
+        )
+        made = run_region(traced, plan, observers.tell(told), given, prevent_cse)
+        return jax.tree.unflatten(traced.out_tree, made)
 
     return region
+
+
+def run_region(
+    block: TracedBlock,
+    plan: Plan,
+    leaves: Sequence,
+    given: GivenPolicy | None = None,
+    prevent_cse: bool = True,
+) -> list:
+    """Returns the leaves of a function's result under a plan of one function.
+
+    Args:
+      block: The function, a block without parameters.
+      plan: `none`, `full` with policies, or a plan of its graph.
+      leaves: The leaves of its carry, then of its consts.
+      given: The user's own policy, which replaces the plan's.
+      prevent_cse: As in `jax.checkpoint`.
+    """
+    if plan.graph:
+        return _run_graph(block, plan, leaves, prevent_cse)
+    if _is_none(plan):
+        return core.jaxpr_as_fun(block.jaxpr)(*leaves)
+    return _run_one(block, plan, given, leaves, prevent_cse)
+
+
+def _run_one(
+    block: TracedBlock,
+    plan: Plan,
+    given: GivenPolicy | None,
+    leaves: Sequence,
+    prevent_cse: bool,
+) -> list:
+    """Returns the leaves of a block's result; the block is one `jax.checkpoint`."""
+    check_rerun(block, plan, given)
+    check_policies(plan, lambda asked: value_names.offered(block.call, asked, *block.inputs))
+    policies = plan.stages[0].policies
+    call = value_names.resolved(block.call, policies)
+    checkpoint = Remat(policies=policies, given=given)
+    run = checkpoint(lambda carry, consts: call(carry, [], consts), prevent_cse=prevent_cse)
+    return run(leaves[: block.counts[0]], leaves[block.counts[0] :])
+
+
+def _run_graph(block: TracedBlock, plan: Plan, leaves: Sequence, prevent_cse: bool) -> list:
+    """Returns the leaves of a block's result; the plan's segments run one after another."""
+    opened = Opened.of(block.jaxpr)
+    plan = plan.bind_graph(opened.graph, opened.num_steps)
+    segments, calls = opened.segments(plan), []
+    for place, (segment, stage) in enumerate(zip(segments, plan.stages, strict=True)):
+        own = Plan(stages=(dataclasses.replace(stage, count=None),))
+        if stage.schedule == "none":
+            call = core.jaxpr_as_fun(segment.block.jaxpr)
+            calls.append(lambda values, call=call: call(*values))
+            continue
+        run = functools.partial(_run_one, segment.block, own, None, prevent_cse=prevent_cse)
+        calls.append(functools.partial(_explained, run, place, plan))
+    return opened.run(segments, calls, leaves)
+
+
+def _explained(run: Callable, place: int, plan: Plan, values: Sequence) -> list:
+    """Returns what a segment makes; its `PlanError` names the plan and the segment."""
+    try:
+        return run(values)
+    except PlanError as error:
+        raise PlanError(f"plan {str(plan)!r}, segment {place + 1}: {error}") from None

@@ -172,7 +172,6 @@ class _Rows:
         table, counts = self.blocks.table, loop.counts
         num_rows = len(table.rows["load"])
         moves = self._cut(table.moves)
-        steps = {name: jnp.asarray(column) for name, column in table.steps.items()}
         row = {name: column[0] for name, column in rows.items()}
         slots, rest = state[0], tuple(state[1:])
         params = self.read(rest[2])
@@ -184,26 +183,19 @@ class _Rows:
             params, carry = self._sweep(params, carry, start, stop, counts and counts.move, told)
             return params, (carry, self.blocks.store(slots, moves["slot"][index], carry))
 
-        def step(index, params, state):
-            carry, slots = state
-            stack = self.blocks
-            carry = stack.next(params, self.consts, carry, steps["block"][index])
-            carry = carry[: stack.num_carry]
-            return params, (carry, self.blocks.store(slots, steps["slot"][index], carry))
-
         carry = self.blocks.load(slots, row["load"])
-        state = (carry, slots)
-        by_block = counts is None and self.num_steps is None and self.blocks.moves_by_block
-        if table.num_moves and by_block:
-            blocks, told = (row["first_step"], row["last_step"]), (table.blocks_moved, num_rows)
-            params, (carry, slots) = self.blocks.loop(params, *blocks, None, step, state, told)
-        elif table.num_moves:
-            blocks, told = (row["first_move"], row["last_move"]), (table.num_moves, num_rows)
-            bounds = (*blocks, counts and counts.moves)
-            params, (carry, slots) = self.blocks.loop(params, *bounds, move, state, told)
-        told = (table.blocks_advanced, num_rows)
-        count = counts and counts.advance
-        params, carry = self._sweep(params, carry, row["advance"], row["record"], count, told)
+        if counts is None and self.num_steps is None and self.blocks.moves_by_block:
+            params, (carry, slots) = self._run_steps(params, row, carry, slots)
+        else:
+            if table.num_moves:
+                moved, told = (row["first_move"], row["last_move"]), (table.num_moves, num_rows)
+                bounds = (*moved, counts and counts.moves)
+                params, (carry, slots) = self.blocks.loop(
+                    params, *bounds, move, (carry, slots), told
+                )
+            told = (table.blocks_advanced, num_rows)
+            last = (row["record"], counts and counts.advance)
+            params, carry = self._sweep(params, carry, row["advance"], *last, told)
         rest = self._with(params, rest)
         if self.num_steps is not None:
             reverse = lambda: tuple(self._reverse(counts, carry, row, rest))
@@ -227,6 +219,26 @@ class _Rows:
             return rest
         kept, grad_carry, made, grad_consts = rest
         return kept, grad_carry, self.update.with_params(made, params), grad_consts
+
+    def _run_steps(self, params, row, carry, slots) -> tuple[list, tuple]:
+        """Runs all blocks of a row that it does not record by one loop, which stores every carry.
+
+        One loop asks a GPU's host once a block and once a row; a loop for each move asks more.
+
+        Returns:
+          The parameters, as `Blocks.loop` does, and the carry and the slots.
+        """
+        table, stack = self.blocks.table, self.blocks
+        steps = {name: jnp.asarray(column) for name, column in table.steps.items()}
+
+        def step(index, params, state):
+            carry = stack.next(params, self.consts, state[0], steps["block"][index])
+            carry = carry[: stack.num_carry]
+            return params, (carry, stack.store(state[1], steps["slot"][index], carry))
+
+        told = (table.blocks_moved + table.blocks_advanced, len(table.rows["load"]))
+        bounds = (row["first_step"], row["last_step"], None)
+        return stack.loop(params, *bounds, step, (carry, slots), told)
 
     def _sweep(self, params, carry, *blocks) -> tuple[list, list]:
         return self.blocks.sweep(params, self.consts, carry, *blocks)

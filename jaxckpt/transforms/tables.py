@@ -18,6 +18,7 @@ from jaxckpt.schedules.schedule import Schedule
 # The columns of rows and moves whose entries are indices of blocks; `while_loop` cuts them.
 BLOCKS = frozenset(("advance", "record", "stop", "start"))
 _COLUMNS = ("first_move", "last_move", "advance", "record", "stop")
+_MOVE = ("start", "stop", "slot")
 
 # Each loop compiles a reversal of the block of its own. A schedule that needs more loops than this
 # is run by one loop, which reads all its bounds from the table.
@@ -77,13 +78,13 @@ class Table:
     """What the executor's loops read; all arrays are int32.
 
     Attributes:
-      num_slots: Slots in use, with the spare slot if the sweep needs one.
+      num_slots: Slots in use, with the spare slot if the sweep or an advance needs one.
       keeps_last: The first row's blocks are recorded in the forward pass.
       sweep_slots: `[num_blocks]`: the slot that block i's input is written to in the forward pass.
         Every trip writes, so that all trips do the same work. An input that is not kept goes to
         the slot of the next store, which overwrites it, or, after the last store, to the spare.
       rows: Columns of `[number of rows]`: `load`, `first_move`, `last_move` (exclusive),
-        `first_step`, `last_step` (exclusive), `advance`, `record`, `stop`. Blocks
+        `first_step`, `last_step` (exclusive), `free`, `advance`, `record`, `stop`. Blocks
         `advance..record` are run, blocks `record..stop` recorded and reversed.
       moves: Columns of `[number of moves]`: `start`, `stop`, `slot`.
       num_moves: Number of moves; if it is 0, the columns hold one unused entry.
@@ -180,15 +181,24 @@ class Table:
 
     @functools.cached_property
     def steps(self) -> dict[str, np.ndarray]:
-        """The moves block by block: columns `block` and `slot`, with one unused entry at the end.
+        """The blocks that rows run before they record, one by one: columns `block` and `slot`.
 
-        Each block's output goes to its move's slot, where the next block's output overwrites it.
+        A block's output goes to its move's slot, where the next block's output overwrites it; that
+        of an advance goes to a free slot. One unused entry stands at the end.
         """
-        starts, stops, slots = (self.moves[name] for name in ("start", "stop", "slot"))
+        moves = list(zip(*(self.moves[name].tolist() for name in _MOVE), strict=True))
+        names = ("first_move", "last_move", "advance", "record", "free")
+        columns = zip(*(self.rows[name].tolist() for name in names), strict=True)
+        runs = [
+            run
+            for first, last, advance, record, free in columns
+            for run in (*moves[first:last], (advance, record, free))
+        ]
+        starts, stops, slots = np.array([*runs, (0, 1, 0)], np.int32).T
         ranges = [np.arange(*pair) for pair in zip(starts, stops, strict=True)]
         return {
-            "block": np.concatenate([*ranges, [0]]).astype(np.int32),
-            "slot": np.concatenate([np.repeat(slots, stops - starts), [0]]).astype(np.int32),
+            "block": np.concatenate(ranges).astype(np.int32),
+            "slot": np.repeat(slots, stops - starts),
         }
 
     @property
@@ -231,19 +241,22 @@ def _make_table(schedule: Schedule) -> Table:
     rows = [first_row, *(_row(group) for group in groups[1:])]
     moves = [move for row in rows for move in row[1]]
     last = np.cumsum([len(row[1]) for row in rows])
-    steps = np.cumsum([0, *(stop - start for start, stop, _ in moves)])
+    steps = np.cumsum([rec - (runs[0][0] if runs else adv) for _, runs, adv, rec, _ in rows])
     columns = zip(*((load, adv, rec, stop) for load, _, adv, rec, stop in rows), strict=True)
     load, advance, record, stop = (np.array(column, np.int32) for column in columns)
+    free = _free_slots(rows)
+    needed = (free[record > advance] + 1).tolist()
     return Table(
-        num_slots=spare + int(keeps_last or spare in sweep_slots),
+        num_slots=max([spare + int(keeps_last or spare in sweep_slots), *needed]),
         keeps_last=keeps_last,
         sweep_slots=sweep_slots,
         rows={
             "load": load,
             "first_move": np.array([0, *last[:-1]], np.int32),
             "last_move": last.astype(np.int32),
-            "first_step": steps[[0, *last[:-1]]].astype(np.int32),
-            "last_step": steps[last].astype(np.int32),
+            "first_step": np.array([0, *steps[:-1]], np.int32),
+            "last_step": steps.astype(np.int32),
+            "free": free,
             "advance": advance,
             "record": record,
             "stop": stop,
@@ -251,11 +264,20 @@ def _make_table(schedule: Schedule) -> Table:
         # A table is never empty, so that it can be indexed in a loop of no trips.
         moves={
             name: np.array([move[column] for move in moves] or [0], np.int32)
-            for column, name in enumerate(("start", "stop", "slot"))
+            for column, name in enumerate(_MOVE)
         },
         num_moves=len(moves),
         largest_row=int((stop - record).max()),
     )
+
+
+def _free_slots(rows: list[tuple]) -> np.ndarray:
+    """Returns, for each row, a slot whose content no later row loads."""
+    free, live = [], set()
+    for load, moves, *_ in reversed(rows):
+        free.append(next(slot for slot in itertools.count() if slot not in live))
+        live = live.difference(slot for _, _, slot in moves) | {load}
+    return np.array(free[::-1], np.int32)
 
 
 def _groups(schedule: Schedule) -> list[list]:

@@ -70,6 +70,13 @@ def named(block: Callable, wants: Callable[[str], bool], *, opens_remat: bool = 
     return call
 
 
+def counts(jaxpr: core.ClosedJaxpr) -> Counter:
+    """Returns how many names of each word a jaxpr has: the last number of `@dot` and so on."""
+    namer = _Namer(lambda name: False, False, frozenset())
+    namer.closed(jaxpr)
+    return namer.counts
+
+
 def resolved(block: Callable, policies: Iterable[Policy]) -> Callable:
     """Returns the block with a tag on each value that the policies name by `@...`."""
     patterns = [name for policy in policies for name in policy.names if words.is_invented(name)]
@@ -98,7 +105,7 @@ class _Namer:
         self._wants = wants
         self._params = params
         self._opens_remat = opens_remat
-        self._counts = Counter()
+        self.counts = Counter()
         self._in_rule = False
 
     def closed(self, closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
@@ -167,8 +174,8 @@ class _Namer:
     def _next_tag(self, equation) -> str | None:
         """Counts an equation; returns its tag if its name is wanted."""
         word = _word(equation)
-        self._counts[word] += 1
-        name = f"{words.INVENTED}{word}.{self._counts[word]}"
+        self.counts[word] += 1
+        name = f"{words.INVENTED}{word}.{self.counts[word]}"
         return tags.of_invented(name) if self._wants(name) else None
 
     def _opened(self, jaxpr, equation, unnamed):

@@ -113,6 +113,16 @@ def test_what_no_command_knows_is_refused_by_all(command, text, tmp_path, capsys
     assert stop.value.code == 2 and str(path) in capsys.readouterr().err
 
 
+def test_a_files_plan_is_plan_or_remat_and_never_both(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "x.toml"
+    path.write_text('plan = "full"')
+    assert taken(train, f"--config={path}", monkeypatch=monkeypatch)["settings"].remat == "full"
+    path.write_text('plan = "full"\nremat = "sqrt"')
+    with pytest.raises(SystemExit) as stop:
+        main(train, [f"--config={path}"])
+    assert stop.value.code == 2 and "plan and remat, which are one" in capsys.readouterr().err
+
+
 def test_a_file_as_windows_writes_it(tmp_path, monkeypatch):
     path = tmp_path / "x.toml"
     path.write_bytes(b"\xef\xbb\xbfsteps = 7\r\n[model]\r\nnum_blocks = 3\r\n")

@@ -12,8 +12,14 @@ from hypothesis import strategies as st
 from benchmarks.executor_parts import evaluations
 from experiments.cli import main
 from experiments.draw import draw
-from experiments.drawing import text
-from experiments.drawing.timeline import BACKWARD, CARRY, FORWARD, RESIDUALS, timeline
+from experiments.drawing.timeline import (
+    BACKWARD,
+    CARRY,
+    FORWARD,
+    RESIDUALS,
+    as_text,
+    timeline,
+)
 from jaxckpt import scan_blocks
 from jaxckpt.plans import Plan
 
@@ -39,7 +45,7 @@ def line_of(plan: str, blocks: int):
 def test_counts(plan, blocks, evaluated, slots):
     line = line_of(plan, blocks)
     assert (line.evaluations, line.peak_slots) == (evaluated, slots)
-    assert f"evaluations {evaluated} (" in text.draw(line)
+    assert f"evaluations {evaluated} (" in as_text(line)
 
 
 def test_it_is_what_runs():
@@ -84,7 +90,7 @@ def test_every_plan_is_drawn_in_a_legal_order(stages):
 
 
 def test_text_of_a_small_schedule():
-    lines = text.draw(line_of("binomial:2", 4)).splitlines()
+    lines = as_text(line_of("binomial:2", 4)).splitlines()
     assert lines[:5] == [
         "binomial:2 on 4 blocks",
         "3    F|RBB",
@@ -96,7 +102,7 @@ def test_text_of_a_small_schedule():
 
 
 def test_long_and_deep_ones_are_drawn_to_scale():
-    lines = text.draw(line_of("log", 300)).splitlines()
+    lines = as_text(line_of("log", 300)).splitlines()
     assert max(map(len, lines[1:62])) < 210 and "a column is" in lines[-2]
 
 
@@ -117,10 +123,10 @@ def test_a_terminal_gets_a_picture_of_its_width(plan, blocks, columns, monkeypat
 
 
 def test_policies_are_said_in_words():
-    found = text.draw(line_of(MIXED, 16))
+    found = as_text(line_of(MIXED, 16))
     assert "blocks 4 to 6: dots: matmul outputs are kept; the rest of a recorded block" in found
     assert "blocks 7 to 11: attention: what the attention kernel's backward needs" in found
-    assert "pinned host memory" in text.draw(line_of("sqrt+offload:carry", 9))
+    assert "pinned host memory" in as_text(line_of("sqrt+offload:carry", 9))
 
 
 @pytest.mark.parametrize("kind", ["svg", "png"])

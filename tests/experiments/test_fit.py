@@ -202,6 +202,14 @@ def test_a_plan_that_saves_nothing_is_named(monkeypatch, measured, capsys):
     assert "plan 'full' saves no memory" in warnings[1]
 
 
+def test_plans_that_save_nothing_are_one_warning(monkeypatch, measured, capsys):
+    for plan in ("full", "dots"):
+        monkeypatch.setitem(REPORTS, plan, report(20.0))
+    out = run(capsys, "--target=v5e-1", "--plan=none", "--plan=full", "--plan=dots")
+    (warning,) = [line for line in out.splitlines() if line.startswith("warning:")]
+    assert "saves no memory" in warning and "the same holds for " in warning
+
+
 def test_a_text_that_was_not_understood_is_said(monkeypatch, measured, capsys, tmp_path):
     monkeypatch.setitem(REPORTS, "full", report(10.0, understood=Understood(7, 9)))
     path = tmp_path / "rows.json"

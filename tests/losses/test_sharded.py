@@ -123,6 +123,7 @@ def size(shape) -> int:
     return count
 
 
+@pytest.mark.slow
 def test_a_sharded_vocabulary_sends_no_logits(cases):
     """A chunk of 32 tokens has 32 x 512 logits; its gradient of x, 32 x 32, is the most sent."""
     sent = [size(shape) for shape in cases["vocabulary"]["loop"]]

@@ -127,6 +127,7 @@ def kept_bytes(kind: str, plan: str) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in stacked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "chunked", "splash", "cudnn"])
 def test_the_policy_keeps_the_output_and_the_statistics_alone(kind, monkeypatch):
     trace_cudnn(monkeypatch)

@@ -120,6 +120,7 @@ def test_a_step_has_no_array_of_tokens_times_vocabulary():
     assert max(found) == tokens * 509
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.heavy)])
 def test_temp_falls_with_the_chunk(accumulate):
     model = dataclasses.replace(TIED, vocab_size=4096)
@@ -133,6 +134,7 @@ def test_temp_falls_with_the_chunk(accumulate):
     assert temp(whole) - temp(whole // 8) > 0.8 * (1 - 1 / 8) * logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -46,6 +46,7 @@ def test_loss_and_gradients_are_those_of_one_device(found):
     assert found["cases"][0]["error"] <= 3e-6
 
 
+@pytest.mark.slow
 def test_no_parameter_is_gathered_outside_of_its_block(found):
     """The twin cuts the stack between its blocks: right numbers, and all of it gathered."""
     good, bad = found["cases"]

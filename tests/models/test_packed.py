@@ -52,6 +52,7 @@ GATE = ("none", "attention", "2xfull/binomial:2")
 PLANS = ("full", "dots", "sqrt", "uniform:2", "uniform:2+attention", "log")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "plan", [*GATE, *(pytest.param(plan, marks=pytest.mark.heavy) for plan in PLANS)]
 )

@@ -63,6 +63,7 @@ def test_linen(plan):
     assert relative_error(weights[0], by_hand) <= 1e-6
 
 
+@pytest.mark.slow
 def test_blocks_with_outputs_are_run_again():
     counts = {}
     for plan in ("none", "full", "uniform:2"):
@@ -91,6 +92,7 @@ def test_a_key_a_function_and_a_last_place():
     assert jnp.array_equal(run("tuple", -2)[1], made["x"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_nnx(plan):
     def run(plan, seed=0):

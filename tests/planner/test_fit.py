@@ -125,6 +125,7 @@ def test_gradients_equal_those_without_remat(place):
         np.testing.assert_allclose(one, other, atol=1e-6 * np.abs(other).max(), rtol=0)
 
 
+@pytest.mark.slow
 def test_text_says_what_a_user_pastes_and_why():
     budget = budgets()[2]
     result = fitted(budget)

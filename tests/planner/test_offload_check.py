@@ -41,6 +41,7 @@ def test_gradients_are_compared_once(monkeypatch):
     assert checked("cpu") == found
 
 
+@pytest.mark.slow
 def test_another_blocks_values_are_seen(monkeypatch):
     """What JAX 0.11.0 did: the right shapes, the wrong rows."""
     run = offload_check.scan_blocks

@@ -156,6 +156,7 @@ def cost_or_none(chain, budget):
     return schedule.extra_forward_cost
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(chains(max_blocks=5), st.integers(0, 24))
 def test_no_persistent_schedule_is_cheaper(chain, beyond):
@@ -165,6 +166,7 @@ def test_no_persistent_schedule_is_cheaper(chain, beyond):
     assert cost_or_none(chain, budget) == cheapest(**chain, budget=budget)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "least, forward, carry_bytes, residual_bytes",
     [

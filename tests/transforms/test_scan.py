@@ -113,6 +113,7 @@ def evaluations(length: int, plan, **options) -> int:
     return counter.total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("length", [1, 5, 16, 19])
 def test_as_many_steps_run_as_the_schedule_says(length, reverse):
@@ -176,7 +177,7 @@ def test_a_y_that_nobody_reads_costs_nothing():
 
 @pytest.mark.parametrize(
     ("plan", "loops"),
-    [("sqrt", 0), ("uniform:4", 0), ("every:8", 0), ("uniform:3", 0), ("binomial:4", 2)],
+    [("sqrt", 0), ("uniform:4", 0), ("every:8", 0), ("uniform:3", 0), ("binomial:4", 1)],
 )
 @pytest.mark.parametrize("length", [64, 61])
 def test_regular_schedules_run_in_loops_of_known_length(plan, loops, length):
@@ -220,6 +221,7 @@ def test_what_is_closed_over_gets_gradients_in_eager_calls_too():
     assert relative_error(found, jax.grad(loss)(weights, lax.scan)) <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["none", "full", "sqrt", "log", "binomial:3", "uniform:3"])
 def test_vmap_inside_and_outside(plan):
     """Batched states, xs and weights; the gradient outside keeps none for each example."""
@@ -244,6 +246,7 @@ def test_vmap_inside_and_outside(plan):
     assert relative_error(inside(ours)(W, x), inside(plain)(W, x)) <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["sqrt", "log", "binomial:3", "uniform:3"])
 def test_second_derivatives(plan):
     """Forward mode over reverse mode is right; a second reverse mode is refused by a sentence."""

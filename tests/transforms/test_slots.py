@@ -94,6 +94,7 @@ def test_carries_of_any_dtype_go_there_and_back():
     np.testing.assert_array_equal(of("binomial:3+offload:carry")(w), of("full")(w))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["uniform:3", "log", "uniform:3+offload:hidden"])
 def test_gradients_of_each_example_of_what_is_on_the_host(plan):
     """`vmap` outside the gradient batches the slots themselves; twice, and of weights alone."""

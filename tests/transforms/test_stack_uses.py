@@ -61,6 +61,7 @@ def mixed_loss(plan, block=mixed_block):
     return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_mixed_dtypes_keys_integers_and_consts(plan):
     w, _, carry, scale, shift = mixed_stack()
@@ -120,6 +121,7 @@ def kinds_of_a_loop():
     return kinds_gradients(lambda w, carry: functools.reduce(kinds_block, w, carry))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", [*PLANS, "uniform:3+dots", "log+offload:carry"])
 def test_every_kind_of_carry_and_of_rule(plan, kinds_of_a_loop):
     def chain(w, carry):
@@ -138,6 +140,7 @@ def test_a_lost_rule_would_be_seen():
         assert relative_error(grads[0], factor * grads[1]) <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_closed_over_values_get_gradients(plan):
     w = 0.3 * jax.random.normal(jax.random.key(0), (NUM_BLOCKS, 8, 8))
@@ -173,6 +176,7 @@ def inexact_gradients(loss):
     return split
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_twice_in_one_loss(plan):
     args = cases.dropout_stack(NUM_BLOCKS)
@@ -180,6 +184,7 @@ def test_twice_in_one_loss(plan):
     assert relative_error(got, want) <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_inside_a_scan_that_accumulates(plan):
     params, _, scale = cases.dropout_stack(NUM_BLOCKS)
@@ -194,6 +199,7 @@ def test_inside_a_scan_that_accumulates(plan):
     assert relative_error(accumulated(plan), accumulated("none")) <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_under_vmap_over_the_batch(plan):
     params, _, scale = cases.dropout_stack(NUM_BLOCKS)
@@ -238,6 +244,7 @@ def test_nothing_recompiles_on_a_second_step():
     assert len(traced) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule",
     [
@@ -299,6 +306,7 @@ print("ok")
 """
 
 
+@pytest.mark.slow
 def test_sharded_parameters_and_carries_stay_sharded():
     done = subprocess.run(
         [sys.executable, "-c", SHARDED],

@@ -16,6 +16,7 @@ def scaled(x, w, s):
     return x + s * jnp.tanh(x @ w)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "complex64"])
 @pytest.mark.parametrize("scale", [0.5, 2])
@@ -53,6 +54,7 @@ def test_no_blocks(plan):
             jaxckpt.scan_blocks(scaled, W[:0], X, 0.5, remat=plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["full", "sqrt", "log", "uniform:2", "none", "full+offload:carry"])
 def test_what_blocks_hand_on_is_kept_once(plan):
     """A mask in the carry weighs what it weighs as a const, and its gradient is right."""
@@ -113,6 +115,7 @@ class Affine:
         return self(x, w)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", [*PLANS, "full+offload:carry"])
 def test_a_second_eager_call_compiles_nothing(compiled, plan):
     affine = Affine(0.5)

@@ -35,6 +35,7 @@ def by_hand(most: int, stop: int):
     return loop
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "plan", ["sqrt", "log", "binomial:1", "binomial:4", "none", "full", "dots"]
 )

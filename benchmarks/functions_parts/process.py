@@ -1,0 +1,166 @@
+"""The process of one model of `benchmarks.functions`: budgets from what `none` needs to the least.
+
+`python -m benchmarks.functions_parts.process CASE DONE` prints a row as a line of JSON as soon as
+it is known, but for the places of budgets that are done. The process ends itself when its time is
+up, also inside a compiler; what is compiled is kept on disk by program.
+"""
+
+import functools
+import json
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxckpt
+from benchmarks.functions_parts.models import MODELS
+from benchmarks.record import device
+from jaxckpt.costs.flops import count_flops
+from jaxckpt.costs.roofline import UNKNOWN, estimate, rates_of
+from jaxckpt.planner.fit import answer
+from jaxckpt.planner.problem import Problem
+from jaxckpt.planner.result import BudgetError
+from jaxckpt.planner.steps import Steps
+from jaxckpt.plans import Plan
+from jaxckpt.targets.target import parse_target
+
+Case = dict[str, Any]
+_TIMES = 10
+# What an owner would write by hand: around each stage, around the whole, the products of the whole.
+_BY_HAND = ("none", "stages", "full", "dots")
+
+
+def step_for(case: Case, plan: Any) -> tuple[Callable, tuple]:
+    """Returns the gradient of a model under a plan, or with every stage under `jax.checkpoint`."""
+    model = MODELS[case["model"]]
+    size = model.small if case["tiny"] else model.size
+    dtype = jnp.float32 if case["tiny"] else jnp.bfloat16
+    wrap = jax.checkpoint if plan == "stages" else lambda stage: stage
+    run = functools.partial(model.run, wrap=wrap)
+    region = run if plan == "stages" else jaxckpt.checkpoint(run, remat=plan)
+
+    def loss(params, inputs, key):
+        out = region(params, inputs, key)
+        leaves = jax.tree.leaves(out)
+        return sum(jnp.square(leaf.astype(jnp.float32)).mean() for leaf in leaves)
+
+    made = lambda key: (model.params(key, size), model.inputs(size, dtype), key)
+    return jax.value_and_grad(loss), jax.eval_shape(made, jax.random.key(0))
+
+
+def rows(case: Case, done: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a model but for places that are done, the largest budget first."""
+    target, is_here = parse_target(case["target"]), case["target"] == "local"
+    spent: list[float] = []
+    steps = Steps(functools.partial(step_for, case), target)
+    steps.watched(lambda plan, report, seconds: spent.append(seconds))
+    rates = rates_of(target) or UNKNOWN
+    started = time.perf_counter()
+    problem = Problem.of(steps, None, rates)
+    rungs = problem.ladder()
+    planned = time.perf_counter() - started - sum(spent)
+    equations = len(steps.trace(Plan.parse("none")).jaxpr.jaxpr.eqns)
+    hand = {name: _by_hand(case, name, steps, target, rates) for name in _BY_HAND}
+    top, least = hand["none"]["bytes"], _least_bytes(problem, rungs)
+    exact = _gradients(case, "none") if is_here and case["tiny"] else None
+    yield {"place": -1, "hand": hand, "planned": planned, "least": least, "equations": equations}
+    for place, budget in enumerate(map(int, np.linspace(top, least, case["budgets"]))):
+        if place in done:
+            continue
+        found = answer(problem, rungs, budget)
+        yield {
+            "place": place,
+            "budget_bytes": budget,
+            "plan": str(found.plan),
+            "peak_bytes": found.report.peak_bytes,
+            "predicted_bytes": found.chosen.predicted_bytes,
+            "compiles": found.num_compiles,
+            "keeps": list(found.keeps),
+            **_time_of(case, found.plan, rates, is_here),
+            "gradient_error": _error(exact, case, found.plan) if exact is not None else None,
+            "device": device() if is_here else None,
+        }
+
+
+def _least_bytes(problem: Problem, rungs) -> int:
+    try:
+        return answer(problem, rungs, 1).report.peak_bytes
+    except BudgetError as error:
+        return error.least_bytes
+
+
+def _by_hand(case: Case, name: str, steps: Steps, target, rates) -> dict[str, Any]:
+    if name == "stages":
+        fn, args = step_for(case, name)
+        report = jaxckpt.measure(fn, *args, target=target)
+    else:
+        report = steps.report(Plan.parse(name))
+    made = {"bytes": report.peak_bytes, "temp": report.temp_bytes}
+    return made | _time_of(case, name, rates, case["target"] == "local")
+
+
+def _time_of(case: Case, plan: Any, rates, is_here: bool) -> dict[str, float]:
+    """Returns a step's seconds by the roofline, its FLOPs, and on an accelerator its real time."""
+    fn, args = step_for(case, plan)
+    jaxpr = jax.make_jaxpr(fn)(*args)
+    made: dict[str, float] = {"roofline": estimate(jaxpr, rates).seconds}
+    made["flops"] = count_flops(jaxpr)
+    if is_here and jax.default_backend() != "cpu":
+        made["seconds"] = _seconds(jax.jit(fn), _arrays(case))
+    return made
+
+
+def _arrays(case: Case) -> tuple:
+    model = MODELS[case["model"]]
+    size = model.small if case["tiny"] else model.size
+    dtype = jnp.float32 if case["tiny"] else jnp.bfloat16
+    key = jax.random.key(0)
+    inputs = model.inputs(size, dtype)
+    drawn = lambda x: x + jax.random.normal(key, x.shape, x.dtype)
+    is_real = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    inputs = jax.tree.map(lambda x: drawn(x) if is_real(x) else x, inputs)
+    return jax.jit(model.params, static_argnums=1)(key, _Frozen(size)), inputs, key
+
+
+class _Frozen(dict):
+    """A size that `jit` takes as a static argument."""
+
+    def __hash__(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        return hash(tuple(self.items()))
+
+
+def _seconds(step: Callable, args: tuple) -> float:
+    for _ in range(2):
+        jax.block_until_ready(step(*args))
+    found = []
+    for _ in range(_TIMES):
+        started = time.perf_counter()
+        jax.block_until_ready(step(*args))
+        found.append(time.perf_counter() - started)
+    return statistics.median(found)
+
+
+def _gradients(case: Case, plan: Any):
+    fn, _ = step_for(case, plan)
+    with jax.default_matmul_precision("highest"):
+        return jax.device_get(jax.jit(fn)(*_arrays(case)))
+
+
+def _error(exact, case: Case, plan: Any) -> float:
+    """Returns the largest difference of a leaf, as a share of the leaf's largest value."""
+    pairs = zip(jax.tree.leaves(exact), jax.tree.leaves(_gradients(case, plan)), strict=True)
+    shares = (np.abs(a - b).max() / max(np.abs(a).max(), 1e-30) for a, b in pairs)
+    return float(max(shares))
+
+
+if __name__ == "__main__":
+    asked = json.loads(sys.argv[1])
+    signal.alarm(asked["limit"])  # its default is to end the process, inside a compiler too
+    for row in rows(asked, json.loads(sys.argv[2])):
+        print(json.dumps(row), flush=True)

@@ -1,0 +1,496 @@
+"""Plans of one function's graph, or of a chain's blocks: what each segment keeps.
+
+    drafts = graph_drafts(region, rates)        # fastest first, one for each of a few peaks
+
+The function's steps (`transforms/cuts.py`) are cut where few bytes are alive, into at most `_MOST`
+atoms. For each atom the program of `inside_block.py` gives the sets of values that are worth
+keeping. A plan is a list of segments, each a run of atoms: `none`, or run again but for its sets.
+Of a chain the blocks are the atoms, each a segment of its own.
+
+A segment that starts at atom s and ends before atom t keeps, until it is reversed, the values that
+later atoms read and the values of its sets. Its reversal holds besides what it makes again. So
+
+    peak = max over segments of (kept by segments before it + held by its reversal + alive(t))
+
+where alive(t) stands for the gradients of the values at the cut. Of all plans within a peak,
+dynamic programming over the cuts finds the plan that runs the fewest seconds again, for a few peaks
+from that of `none` down to the least.
+
+Bytes are what XLA will hold (`costs/held.py`), as far as a jaxpr tells. Where every value that a
+segment makes again comes from near by, XLA makes it when it is needed; where the whole segment runs
+again, all of it is held. In between, the share of its work that runs again interpolates. Compiled
+peaks correct the rest.
+
+References:
+  Beaumont et al. 2019, "Optimal checkpointing for heterogeneous chains" (rotor).
+"""
+
+import bisect
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jax.extend import core
+
+from jaxckpt.costs.flat import Step, where
+from jaxckpt.costs.flops import step_flops
+from jaxckpt.costs.held import held
+from jaxckpt.costs.roofline import Rates
+from jaxckpt.planner.across_blocks import Draft
+from jaxckpt.planner.inside_block import Graph, Program
+from jaxckpt.planner.stacks import Stack
+from jaxckpt.plans import Policy, Stage, words
+from jaxckpt.transforms import jaxprs
+from jaxckpt.transforms.cuts import Opened
+from jaxckpt.transforms.traced_block import TracedBlock, text_of
+from jaxckpt.transforms.value_names import counts
+from jaxckpt.units import iec
+
+_MOST = 48  # atoms
+_PEAKS = 12  # peaks that plans are made for
+_FRONT = 24  # the most states of one cut: kept bytes and seconds
+_SHARES = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 64)  # of an atom's bytes; see `_points`
+_PRICES = 6  # prices of a byte, at which each atom chooses its set
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """A set of values that an atom keeps when it is run again.
+
+    Attributes:
+      policies: The policies that keep them.
+      kept_bytes: Their bytes.
+      seconds: What runs again.
+      flops: FLOPs that run again.
+    """
+
+    policies: tuple[Policy, ...] = ()
+    kept_bytes: float = 0.0
+    seconds: float = 0.0
+    flops: float = 0.0
+
+
+_NOTHING = (Point(),)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What an atom costs, wherever it stands.
+
+    Attributes:
+      held_bytes: What XLA holds of it if nothing runs again.
+      seconds: Its forward pass.
+      last: Its sets, if it ends a segment: from most kept bytes to least.
+      inner: Its sets, if later atoms of its segment read its results again.
+      names: How many invented names it has, by word.
+    """
+
+    held_bytes: float
+    seconds: float
+    last: tuple[Point, ...]
+    inner: tuple[Point, ...]
+    names: Counter
+
+
+def cuts(opened: Opened) -> tuple[int, ...]:
+    """Returns the steps before which a function is cut, from 0 to the number of its steps."""
+    steps, alive = opened.jaxpr.eqns, alive_bytes(opened)
+    sizes = [sum(_nbytes(var) for var in step.outvars) for step in steps]
+    total = max(sum(sizes), 1)
+    done = list(itertools.accumulate((1 / len(steps) + x / total for x in sizes), initial=0.0))
+    gap, ends = 2 / _MOST, [done[0], done[-1]]
+    chosen = []
+    for place in sorted(range(1, len(steps)), key=lambda n: (alive[n], n)):
+        # A tag stays with the value that it names.
+        if steps[place].primitive.name == jaxprs.TAG:
+            continue
+        near = bisect.bisect(ends, done[place])
+        neighbors = ends[max(near - 1, 0) : near + 1]
+        if all(abs(done[place] - other) >= gap for other in neighbors):
+            bisect.insort(ends, done[place])
+            chosen.append(place)
+    return (0, *sorted(chosen), len(steps))
+
+
+def alive_bytes(opened: Opened) -> list[int]:
+    """Returns, for each place before a step, the bytes that later steps read of earlier ones."""
+    change = [0] * (opened.num_steps + 2)
+    for place, step in enumerate(opened.jaxpr.eqns):
+        for var in step.outvars:
+            last = opened.last_reads.get(var)
+            if last is not None and _depends(opened, var):
+                change[place + 1] += _nbytes(var)
+                change[last + 1] -= _nbytes(var)
+    return list(itertools.accumulate(change))
+
+
+def _depends(opened: Opened, var: core.Var) -> bool:
+    """Whether a value depends on an array; XLA makes the others (zeros, masks) where it likes."""
+    return var in opened.dependent
+
+
+def _nbytes(var) -> int:
+    shape, dtype = getattr(var.aval, "shape", None), getattr(var.aval, "dtype", None)
+    return 0 if shape is None or dtype is None else int(np.prod(shape)) * dtype.itemsize
+
+
+def _crossing(opened: Opened, at: Sequence[int]) -> np.ndarray:
+    """Returns `[atoms, cuts]`: the bytes that an atom makes and that are read at or after a cut."""
+    found = np.zeros((len(at) - 1, len(at)))
+    for place, step in enumerate(opened.jaxpr.eqns):
+        atom = bisect.bisect(at, place) - 1
+        for var in step.outvars:
+            last = opened.last_reads.get(var)
+            if last is not None and _depends(opened, var):
+                stop = bisect.bisect(at, last)  # cuts at or before the last read
+                found[atom, atom + 1 : stop] += _nbytes(var)
+    return found
+
+
+def _figures(block: TracedBlock, rates: Rates) -> Figures:
+    if not block.jaxpr.eqns:  # a block of a chain may only hand on
+        return Figures(held_bytes=0.0, seconds=0.0, last=_NOTHING, inner=_NOTHING, names=Counter())
+    carry, _, _ = block.inputs
+    stack = Stack(call=block.call, carry=carry, params=[], consts=[], num_blocks=1)
+    graph = Graph.of(stack, rates, with_results=True)
+    read = dict.fromkeys([*graph.residuals, *graph.results])
+    return Figures(
+        held_bytes=float(sum(value.nbytes for value in held(read))),
+        seconds=sum(graph.seconds),
+        last=_points(graph),
+        inner=_points(dataclasses.replace(graph, residuals=tuple(read))),
+        names=counts(block.jaxpr),
+    )
+
+
+def _points(graph: Graph) -> tuple[Point, ...]:
+    """Returns the sets that no other beats, from most kept bytes to none."""
+    if not graph.steps:
+        return _NOTHING
+    program, found = Program(graph), []
+    flops = np.array([float(step_flops(step)) for step in graph.steps])
+    most = room = program.all_bytes
+    for share in (*_SHARES, 0):
+        if found and share and found[-1].kept_bytes <= share * most:
+            continue  # the same answer
+        room = min(room, share * most)
+        solution = program.solve(room)
+        assert solution is not None  # everything may run again
+        again = np.round(solution.again, 6)
+        point = Point(
+            policies=solution.policies,
+            kept_bytes=solution.used,
+            seconds=float(np.dot(again, graph.seconds)),
+            flops=float(again @ flops),
+        )
+        if found and point.seconds <= found[-1].seconds:
+            found.pop()
+        found.append(point)
+        most = solution.used if share == 1 else most
+    return tuple(found)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Treatment:
+    """How the atoms of a segment may be treated: `none`, or again with a set for each atom.
+
+    Attributes:
+      is_again: Whether the segment runs again.
+      last: The set of each atom if it ends the segment.
+      inner: The set of each atom before the end.
+    """
+
+    is_again: bool
+    last: tuple[Point, ...] = ()
+    inner: tuple[Point, ...] = ()
+
+
+class Region:
+    """A function cut into atoms, each costed; equal atoms are costed once.
+
+    The atoms of a chain are its blocks, and each is a segment: a plan of blocks cannot join them.
+    """
+
+    def __init__(self, block: TracedBlock, rates: Rates, ends: tuple[int, ...] = ()):
+        self.opened = Opened.of(block.jaxpr)
+        self.is_chain = bool(ends)
+        self.cuts = ends or cuts(self.opened)
+        self.atoms: list[Figures] = []
+        known: dict[tuple, Figures] = {}
+        for start, stop in itertools.pairwise(self.cuts):
+            one = self.opened.segment(start, stop).block
+            key = text_of(one.jaxpr), tuple(map(str, one.jaxpr.in_avals))
+            if key not in known:
+                known[key] = _figures(one, rates)
+            self.atoms.append(known[key])
+        self._crossing = _crossing(self.opened, self.cuts)
+
+    @property
+    def held_bytes(self) -> float:
+        """What XLA holds of the function if nothing runs again."""
+        return sum(atom.held_bytes for atom in self.atoms)
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether the function runs an attention kernel whose residuals can be kept."""
+        points = itertools.chain(*(atom.last for atom in self.atoms))
+        return any(policy.kind == "attention" for point in points for policy in point.policies)
+
+    def treatments(self) -> list[Treatment]:
+        """Returns `none`, nothing kept, and sets at some prices of a byte."""
+        slopes = sorted(
+            (less.seconds - more.seconds) / (more.kept_bytes - less.kept_bytes)
+            for atom in self.atoms
+            for points in (atom.last, atom.inner)
+            for more, less in itertools.pairwise(points)
+            if more.kept_bytes > less.kept_bytes
+        )
+        prices = [0.0, *np.quantile(slopes, np.linspace(0, 1, _PRICES))] if slopes else []
+        found = [Treatment(is_again=False)]
+        for price in (*prices, np.inf):
+            choose = lambda points, price=price: (
+                points[-1]
+                if np.isinf(price)
+                else min(points, key=lambda one: one.seconds + 1.0001 * price * one.kept_bytes)
+            )
+            last = tuple(choose(atom.last) for atom in self.atoms)
+            inner = tuple(choose(atom.inner) for atom in self.atoms)
+            made = Treatment(is_again=True, last=last, inner=inner)
+            if made not in found:
+                found.append(made)
+        return found
+
+    def plans(self) -> Iterator["Found"]:
+        """Yields plans for falling peaks, each with its segments."""
+        runs = _Runs(self, self.treatments(), self._crossing)
+        most, least = runs.most, runs.least
+        for peak in np.geomspace(max(most, 1.0), max(least, 1.0), _PEAKS):
+            found = runs.solve(peak * (1 + 1e-9))
+            if found is not None:
+                yield found
+
+    def stages(self, found: "Found") -> tuple[Stage, ...]:
+        """Returns the stages of a plan; neighbors that are `none` are one stage."""
+        stages: list[Stage] = []
+        stage_of = lambda stage: dataclasses.replace(stage, count=None)
+        for start, stop, way in found.segments:
+            count = stop - start if self.is_chain else self.cuts[stop] - self.cuts[start]
+            if not way.is_again:
+                if stages and stages[-1].schedule == "none":
+                    count += stages.pop().bound_count
+                stages.append(Stage(count=count, schedule="none"))
+                continue
+            policies, seen = [], Counter()
+            for atom in range(start, stop):
+                point = (way.last if atom == stop - 1 else way.inner)[atom]
+                policies += [_shifted(policy, seen) for policy in point.policies]
+                seen.update(self.atoms[atom].names)
+            stage = Stage(count=count, schedule="full", policies=tuple(policies))
+            if self.is_chain and stages and stage_of(stages[-1]) == stage_of(stage):
+                stage = dataclasses.replace(stage, count=count + stages.pop().bound_count)
+            stages.append(stage)
+        return tuple(stages)
+
+    def rows(self, found: "Found") -> tuple[str, ...]:
+        """Returns a text for each stage: where it is, what is kept, what runs again."""
+        rows: list[tuple[bool, int, int, float, float]] = []
+        for (start, stop, way), (kept, seconds) in zip(found.segments, found.shares, strict=True):
+            row = (way.is_again, start, stop, kept, seconds)
+            if rows and not way.is_again and not rows[-1][0]:
+                before = rows.pop()
+                row = (False, before[1], stop, before[3] + kept, 0.0)
+            rows.append(row)
+        texts = []
+        for _, start, stop, kept, seconds in rows:
+            one = dataclasses.replace(found, segments=self._within(found, start, stop))
+            (stage,) = self.stages(one)
+            lines = self._lines(self.cuts[start], self.cuts[stop])
+            again = f", {seconds * 1e3:.3f} ms again" if stage.schedule == "full" else ""
+            texts.append(f"{stage}: {iec(int(kept))}{again}{lines}")
+        return tuple(texts)
+
+    def _within(self, found: "Found", start: int, stop: int) -> tuple:
+        """Returns the segments of a plan between two atoms."""
+        return tuple(one for one in found.segments if start <= one[0] and one[1] <= stop)
+
+    def _lines(self, start: int, stop: int) -> str:
+        steps = (Step(equation=e, inputs=()) for e in self.opened.jaxpr.eqns[start:stop])
+        found = list(filter(None, map(where, steps)))
+        if not found:
+            return ""
+        first, last = found[0], found[-1]
+        return f"  ({first})" if first == last else f"  ({first} to {last})"
+
+
+def _shifted(policy: Policy, seen: Counter) -> Policy:
+    """Returns a policy of an atom for a segment in which other atoms come first."""
+    names = []
+    for name in policy.names:
+        word, _, number = name.rpartition(".")
+        before = seen[word.removeprefix(words.INVENTED)] if words.is_invented(name) else 0
+        names.append(f"{word}.{int(number) + before}" if before else name)
+    return dataclasses.replace(policy, names=tuple(names))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """A plan of segments.
+
+    Attributes:
+      segments: For each segment its first atom, the atom after its last, and its treatment.
+      shares: For each segment its kept bytes and the seconds that run again.
+      kept_bytes: What all keep.
+      worst_bytes: The most that is held while a segment is reversed.
+      seconds: What runs again.
+      flops: FLOPs that run again.
+    """
+
+    segments: tuple[tuple[int, int, Treatment], ...]
+    shares: tuple[tuple[float, float], ...]
+    kept_bytes: float
+    worst_bytes: float
+    seconds: float
+    flops: float
+
+
+class _Runs:
+    """The figures of every run of atoms under every treatment, and the dynamic program over them.
+
+    Attributes:
+      most: The peak of `none`.
+      least: The least peak of any plan.
+    """
+
+    def __init__(self, region: Region, ways: Sequence[Treatment], crossing: np.ndarray):
+        self._ways, atoms = ways, region.atoms
+        self._count = count = len(atoms)
+        held_ = np.array([atom.held_bytes for atom in atoms])
+        ahead = np.array([atom.seconds for atom in atoms])
+        alive = crossing.sum(axis=0)
+        # [treatment, start, stop]; what is no run is infinite.
+        shape = (len(ways), count, count + 1)
+        self._kept, self._live, self._seconds, self._flops = np.full((4, *shape), np.inf)
+        for n, way in enumerate(ways):
+            for stop in range(1, count + 1):
+                first = stop - 1 if region.is_chain else 0
+                if not way.is_again:  # longer runs are several runs of one atom
+                    self._kept[n, stop - 1, stop] = held_[stop - 1]
+                    self._live[n, stop - 1, stop] = held_[stop - 1] + alive[stop]
+                    self._seconds[n, stop - 1, stop] = self._flops[n, stop - 1, stop] = 0.0
+                    continue
+                points = [*way.inner[: stop - 1], way.last[stop - 1]]
+                figures = np.array([[p.kept_bytes, p.seconds, p.flops] for p in points])
+                kept, seconds, flops = np.cumsum(figures[::-1], axis=0)[::-1].T
+                rest = np.maximum(held_[:stop] - figures[:, 0], 0.0)
+                total = np.cumsum(rest[::-1])[::-1]
+                largest = np.maximum.accumulate(rest[::-1])[::-1]
+                whole = np.cumsum(ahead[:stop][::-1])[::-1]
+                share = np.clip(seconds / np.maximum(whole, 1e-30), 0.0, 1.0)
+                made = share * total + (1 - share) * largest
+                out = np.cumsum(crossing[:stop, stop][::-1])[::-1]
+                here = slice(first, stop)
+                self._kept[n, here, stop] = (kept + out)[here]
+                self._live[n, here, stop] = (kept + made + alive[stop])[here]
+                self._seconds[n, here, stop] = seconds[here]
+                self._flops[n, here, stop] = flops[here]
+        before = np.concatenate([[0.0], np.cumsum(held_)])
+        self.most = float(max(before[n + 1] + alive[n + 1] for n in range(count)))
+        self.least = self._least()
+
+    def _least(self) -> float:
+        """Returns the least peak of any plan, by bisection over feasible peaks."""
+        low, high = 0.0, self.most
+        while self.solve(high) is None:
+            high *= 2
+        for _ in range(12):
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.solve(middle) is not None else (middle, high)
+        return high
+
+    def solve(self, peak: float) -> Found | None:
+        """Returns the plan within a peak that runs the fewest seconds again; None if none is."""
+        # For each cut its states: kept bytes, seconds, FLOPs, and where they come from.
+        fronts = [np.zeros((1, 3))]
+        origins: list[np.ndarray] = [np.zeros((1, 3), int)]  # treatment, start, state there
+        for stop in range(1, self._count + 1):
+            figures, places = [], []
+            for start in range(stop):
+                states = fronts[start]
+                for n in range(len(self._ways)):
+                    live = self._live[n, start, stop]
+                    fits = np.flatnonzero(states[:, 0] + live <= peak)
+                    if len(fits):
+                        cost = (self._kept, self._seconds, self._flops)
+                        figures.append(states[fits] + [one[n, start, stop] for one in cost])
+                        places += [(n, start, state) for state in fits]
+            if not figures:
+                fronts.append(np.zeros((0, 3)))
+                origins.append(np.zeros((0, 3), int))
+                continue
+            rows, from_ = np.concatenate(figures), np.array(places)
+            kept = _front(rows)
+            fronts.append(rows[kept])
+            origins.append(from_[kept])
+        if not len(fronts[-1]):
+            return None
+        state, stop = int(np.argmin(fronts[-1][:, 1])), self._count
+        kept, seconds, flops = fronts[-1][state]
+        segments = []
+        while stop:
+            n, start, before = map(int, origins[stop][state])
+            segments.append((n, start, stop))
+            state, stop = before, start
+        segments.reverse()
+        own = [(float(self._kept[s]), float(self._seconds[s])) for s in segments]
+        begun = itertools.accumulate((size for size, _ in own), initial=0.0)
+        worst = max(k + self._live[s] for k, s in zip(begun, segments, strict=False))
+        return Found(
+            segments=tuple((start, stop, self._ways[n]) for n, start, stop in segments),
+            shares=tuple(own),
+            kept_bytes=float(kept),
+            worst_bytes=float(worst),
+            seconds=float(seconds),
+            flops=float(flops),
+        )
+
+
+def _front(rows: np.ndarray) -> np.ndarray:
+    """Returns the places of rows that none beats in bytes and seconds, at most `_FRONT` of them."""
+    order = np.lexsort((rows[:, 1], rows[:, 0]))
+    best = np.minimum.accumulate(rows[order, 1])
+    first = np.concatenate([[True], rows[order[1:], 1] < best[:-1]])
+    found = order[first]
+    if len(found) > _FRONT:
+        found = found[np.unique(np.linspace(0, len(found) - 1, _FRONT).round().astype(int))]
+    return found
+
+
+def region_drafts(region: Region, none: Draft, full: Draft, turns: int) -> Iterator[Draft]:
+    """Yields the drafts of a function's graph, with the figures of all its places together.
+
+    Args:
+      region: The function.
+      none: The draft that runs nothing again.
+      full: The draft that runs everything again; the model's seconds are scaled to it.
+      turns: How many equal functions follow the plan.
+    """
+    again = turns * sum(atom.inner[-1].seconds for atom in region.atoms)
+    scale = max(full.seconds - none.seconds, 0.0) / again if again else 1.0
+    seen = set()
+    for found in region.plans():
+        stages = region.stages(found)
+        if stages in seen or (len(stages) == 1 and not stages[0].policies):  # words say it
+            continue
+        seen.add(stages)
+        yield Draft(
+            stages=stages,
+            graph="" if region.is_chain else region.opened.graph,
+            keeps=region.rows(found),
+            kept_bytes=turns * found.kept_bytes,
+            worst_bytes=turns * found.worst_bytes,
+            host_bytes=0.0,
+            seconds=none.seconds + scale * turns * found.seconds,
+            flops=none.flops + turns * found.flops,
+        )
