@@ -1,6 +1,7 @@
 """The optimizers: clipping, one of Optax's scalings, decay of matrices, and the learning rate."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ def _adafactor(*_):
 def _by_block(transform: optax.GradientTransformation) -> optax.GradientTransformation:
     """Returns a transformation without state that takes each block of the stack for itself."""
 
-    def update(updates, state, params):
+    def update(updates: Any, state: Any, params: Any = None, **_: Any):
         def one(path, update, param):
             call = lambda update, param: transform.update(update, state, param)[0]
             is_stacked = jax.tree_util.keystr(path).startswith("['layers']")

@@ -42,7 +42,7 @@ def stochastically_rounded(
         count = jnp.zeros([], jnp.int32)
         return RoundedState(optimizer.init(_wide(params)), count, jax.tree.map(rows, params))
 
-    def update(updates, state, params):
+    def update(updates: Any, state: Any, params: Any = None, **_: Any):
         wide = _wide(params)
         updates, inner = optimizer.update(_wide(updates), state.inner, wide)
 

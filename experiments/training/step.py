@@ -241,6 +241,7 @@ def _make_updating_step(config: TrainConfig):
             check=False,  # the optimizers of `optimizers.py` are tested for it
         )
         clip, last = config.optimizer.clip_norm, state.gradient_norm
+        assert last is not None  # `init_state` makes it
         scale = jnp.where(last > clip, clip / last, 1.0)
         done = update(trainable, state.optimizer, gradient_scale=scale)
         skipped = 1 - done.is_finite.astype(jnp.int32)

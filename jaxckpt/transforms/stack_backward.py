@@ -51,11 +51,11 @@ class Update(Protocol):
         """
         ...
 
-    def with_params(self, made, params: list):
+    def with_params(self, made, params: list) -> Any:
         """Returns `made` with the parameters, unchanged, that a loop handed on."""
         ...
 
-    def write(self, made, place, grads: list):
+    def write(self, made, place, grads: list) -> Any:
         """Returns `made` after the block at row `place` of the stack has its gradients."""
         ...
 
@@ -95,7 +95,7 @@ def reversed_stage(
         num_steps=num_steps,
         update=update,
     )
-    state = (slots, kept, grad_carry, *made)
+    state: Any = (slots, kept, grad_carry, *made)
     if num_steps is not None:
         state = back.run_until(state)
     else:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.interpreters import ad
 
 from jaxckpt.plans import Plan, PlanError, Stage
 from jaxckpt.schedules.of_stage import stack_schedule_of, under_loss
@@ -301,7 +302,7 @@ class _Updating:
         grad_carry, of_ys = grads[: len(places)], grads[len(places) :]
         finite = jnp.bool_(True)
         for grad in grad_carry:
-            if not isinstance(grad, jax.interpreters.ad.Zero):
+            if not isinstance(grad, ad.Zero):
                 finite &= jnp.isfinite(grad).all()
         update = dataclasses.replace(self.update, moving=kept[0][2].params)
         others = [jnp.zeros_like(params[n]) for n in moving.params if n not in update.places]
@@ -310,7 +311,7 @@ class _Updating:
         for stage, (slots, held, of_stage) in reversed(list(zip(self.stages, kept, strict=True))):
             first = stage.how.first_row
             cut = lambda g, first=first, stop=first + stage.length: (
-                g if isinstance(g, jax.interpreters.ad.Zero) else lax.slice_in_dim(g, first, stop)
+                g if isinstance(g, ad.Zero) else lax.slice_in_dim(g, first, stop)
             )
             given = (params, consts, slots, held, of_stage)
             all_grads = [*grad_carry, *map(cut, of_ys)]
