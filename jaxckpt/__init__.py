@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # the names that `__getattr__` finds, for editors and type ch
     from jaxckpt.transforms.chain import chain as chain
     from jaxckpt.transforms.layers import run as run
     from jaxckpt.transforms.region import checkpoint as checkpoint
+    from jaxckpt.transforms.region import remat_of as remat_of
     from jaxckpt.transforms.scan import scan as scan
     from jaxckpt.transforms.stack import scan_blocks as scan_blocks
     from jaxckpt.transforms.tags import tag as tag
@@ -56,6 +57,7 @@ _PUBLIC = {
     "measure": "jaxckpt.memory.measure",
     "models": "jaxckpt.models",
     "nnx": "jaxckpt.nnx",
+    "remat_of": "jaxckpt.transforms.region",
     "run": "jaxckpt.transforms.layers",
     "scan": "jaxckpt.transforms.scan",
     "scan_blocks": "jaxckpt.transforms.stack",

@@ -7,11 +7,15 @@
 
     x = jaxckpt.linen.run(self.blocks, x, mask, remat="sqrt")  # a list that setup() made
 
+    with jaxckpt.linen.remat_of(Block, "dots"):              # a model whose code stays as it is
+        x = model.apply(variables, x)
+
 The parameter tree does not depend on the plan, so a checkpoint written under one plan loads under
-any other. A stack's blocks with state beside parameters (batch statistics, caches) are refused; a
-list keeps what it has.
+any other. A stack refuses blocks that change state beside their parameters (batch statistics, sown
+values), unless `carry=` names its collection; a list keeps what it has.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -27,13 +31,23 @@ from flax.linen.transforms import lift_direct_transform, lift_transform
 from jax.extend import core
 
 from jaxckpt.plans import Plan, PlanError
-from jaxckpt.plans.errors import shown
+from jaxckpt.plans.errors import nearest, shown
 from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms import policies, programs, rows
 from jaxckpt.transforms.arguments import apart, check_class, part, put
 from jaxckpt.transforms.checks import check_carry
-from jaxckpt.transforms.layers import attributes_of, check_layers, differences, run_rows
-from jaxckpt.transforms.region import checkpointed, plan_of_one
+from jaxckpt.transforms.layers import (
+    KINDS,
+    attributes_of,
+    check_layers,
+    differences,
+    grouped,
+    in_order,
+    run_rows,
+    single,
+    stacked,
+)
+from jaxckpt.transforms.region import checkpointed, plan_of_one, told_once
 from jaxckpt.transforms.scan import scan
 from jaxckpt.transforms.stack_update import is_attached
 from jaxckpt.transforms.traced_block import first_block
@@ -42,10 +56,11 @@ _PARAMS = "params"
 
 # Advice on state, by its collection.
 _CURES = {
-    "batch_stats": "use a layer without state (LayerNorm or GroupNorm instead of BatchNorm)",
+    "batch_stats": "give the stack carry=('batch_stats',), or use a layer without state (LayerNorm "
+    "or GroupNorm)",
     "cache": "decode with a loop over blocks, which needs no gradients and so no checkpointing",
-    "intermediates": "return what is sown beside the carry (out=0 has it stacked), or leave "
-    "'intermediates' out of mutable=",
+    "intermediates": "give the stack carry=('intermediates',), return what is sown beside the "
+    "carry (out=0 has it stacked), or leave 'intermediates' out of mutable=",
 }
 
 
@@ -68,6 +83,9 @@ class Stack(nn.Module):
       out: The place of the carry in a block's result: an index, a key, or a function. The rest of a
         tuple or dict, such as hidden states or a router's loss, comes back stacked, `[L, ...]`.
         None if the result is the carry.
+      carry: Collections of variables that blocks may change, such as `("batch_stats",)`, or what
+        they sow, `("intermediates",)`. Every block has a row of its own, `[L, ...]`, and changes it
+        once, however often it is run again.
 
     Example:
       >>> import flax.linen as nn, functools, jax, jax.numpy as jnp, jaxckpt
@@ -85,6 +103,7 @@ class Stack(nn.Module):
     unroll: int = 1
     dtype: Any = None
     out: int | str | Callable | None = None
+    carry: str | Sequence[str] = ()
 
     def __post_init__(self):
         check_class(self.block, nn.Module, "linen.Stack")
@@ -108,8 +127,8 @@ class Stack(nn.Module):
 
         Raises:
           PlanError: The plan does not parse, does not fit L blocks, or names what no block has.
-          ValueError: A block has state beside its parameters, sows values that the caller asks for,
-            holds a module from outside the stack, or changes its carry.
+          ValueError: A block changes state that `self.carry` does not name, sows values that the
+            caller asks for, holds a module from outside the stack, or changes its carry.
         """
         block = self.block(parent=None)
         _check_unshared(block, consts, named)
@@ -117,11 +136,13 @@ class Stack(nn.Module):
         # `make_rng` takes the stream `params` for a stream that the caller gave no key for.
         keys = {name: jax.random.split(self.make_rng(name), self.num_blocks) for name in scope.rngs}
         arrays, merge = apart((consts, named))
+        kept = (self.carry,) if isinstance(self.carry, str) else tuple(self.carry)
         if self.is_initializing():
-            self._init_params(lambda keys: block.init(keys, carry, *consts, **named), keys)
+            self._init_rows(block, kept, keys, carry, *consts, **named)
 
         cast = functools.partial(in_dtype, dtype=self.dtype)
-        params = nn.meta.unbox(dict(self.variables.get(_PARAMS, {})))
+        state = nn.meta.unbox({name: dict(one) for name, one in self.variables.items() if one})
+        params = state.pop(_PARAMS, {})
         # What is updated in the backward pass is handed over as it is; a copy could not be.
         if not rows.reads_inside(self.remat, self.unroll) and not is_attached(params):
             params, cast = cast(params), lambda params: params
@@ -129,30 +150,40 @@ class Stack(nn.Module):
 
         def apply(carry, block_i):
             # `bind`, not `apply`, so that a caller's capture_intermediates reaches the block.
-            variables = {_PARAMS: cast(block_i["params"])}
+            variables = {_PARAMS: cast(block_i["params"]), **block_i["state"]}
             bound = block.bind(variables, rngs=block_i["keys"], mutable=mutable)
             consts, named = merge(arrays)
-            result = bound(carry, *consts, **named)
-            _check_state(bound.variables)
-            return part(result, self.out)
+            carry, rest = part(bound(carry, *consts, **named), self.out)
+            after = {name: bound.variables[name] for name in bound.variables if name != _PARAMS}
+            return carry, (rest, _kept(block_i["state"], after, kept))
 
         # The index gives a length to blocks that have neither parameters nor keys.
-        blocks = {"params": params, "keys": keys, "index": jnp.arange(self.num_blocks)}
-        made = scan(apply, carry, blocks, remat=self.remat, unroll=self.unroll)
-        return put(*made, self.out)
+        index = jnp.arange(self.num_blocks)
+        blocks = {"params": params, "state": state, "keys": keys, "index": index}
+        options = {"remat": self.remat, "unroll": self.unroll}
+        carry, (rest, changed) = scan(apply, carry, blocks, **options)
+        for name, values in changed.items():
+            self._put(name, values)
+        return put(carry, rest, self.out)
 
-    def _init_params(self, init: Callable, keys: dict[str, jax.Array]):
-        """Draws each block's parameters from its own keys and stores them stacked."""
+    def _init_rows(self, block: nn.Module, kept: Sequence[str], keys, *args, **named):
+        """Draws each block's variables from its own keys and stores them stacked."""
 
         def init_one(keys):
-            variables = init(keys)
-            _check_state(variables)
-            return variables.get(_PARAMS, {})
+            variables = block.init(keys, *args, **named)
+            state = {name: one for name, one in variables.items() if name != _PARAMS and one}
+            if not state.keys() <= set(kept):
+                _, after = block.apply(variables, *args, rngs=keys, mutable=list(state), **named)
+                _kept(state, after, kept)
+            return variables
 
         stacked = jax.vmap(init_one)(keys)
-        stacked = nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: "blocks"})
-        for name, value in stacked.items():
-            self.put_variable(_PARAMS, name, value)
+        for name, values in stacked.items():
+            self._put(name, nn.meta.add_axis(values, 0, {nn.PARTITION_NAME: "blocks"}))
+
+    def _put(self, collection: str, values: Mapping):
+        for name, value in values.items():
+            self.put_variable(collection, name, value)
 
 
 def _check_unshared(block: nn.Module, consts, named):
@@ -184,18 +215,32 @@ def _fields(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield field.name, getattr(module, field.name)
 
 
-def _check_state(variables):
-    """Raises `ValueError` if a block has variables beside its parameters."""
-    state = {name: kept for name, kept in variables.items() if name != _PARAMS and kept}
-    if not state:
-        return
+def _kept(before, after, kept: Sequence[str]) -> dict:
+    """Returns the collections that a block changed, of those that its stack keeps.
+
+    Args:
+      before: The block's variables beside its parameters.
+      after: The same after its call.
+      kept: Names of collections.
+
+    Raises:
+      ValueError: The block changed a variable of another collection.
+    """
+    given = dict(jax.tree_util.tree_leaves_with_path(before))
+    found = jax.tree_util.tree_leaves_with_path(after)
+    changed = [path for path, leaf in found if leaf is not given.get(path)]
+    names = dict.fromkeys(path[0].key for path in changed)
+    refused = [name for name in names if name not in kept]
+    if not refused:
+        return {name: after[name] for name in names}
     paths = [
         jax.tree_util.keystr(path, simple=True, separator=".")
-        for path, _ in jax.tree_util.tree_leaves_with_path(state)
+        for path in changed
+        if path[0].key in refused
     ]
     if len(paths) > 3:
         paths[3:] = [f"{len(paths) - 3} more"]
-    cures = dict.fromkeys(_CURES.get(name, "put it into the carry") for name in state)
+    cures = dict.fromkeys(_CURES.get(name, f"give the stack carry=({name!r},)") for name in refused)
     raise ValueError(
         f"the block keeps state in {', '.join(paths)}, which a stack of checkpointed blocks does "
         f"not carry; {'; '.join(cures)}"
@@ -259,11 +304,8 @@ def remat(
         return functools.partial(made, *block.args, **block.keywords)
     if not (inspect.isclass(block) and issubclass(block, nn.Module)):
         raise ValueError(f"linen.remat takes a Linen module class, not {block!r}")
-    plan, given = plan_of_one(plan, "linen.remat wraps one", "linen.Stack takes every plan")
-    stage = plan.stages[0]
-    if stage.offloads_carry:
-        raise PlanError("offload:carry needs the blocks' inputs; linen.Stack takes it")
-    if stage.schedule == "none" and not plan.graph:
+    plan, given = _plan_of_one(plan, "linen.remat wraps one")
+    if plan.stages[0].schedule == "none" and not plan.graph:
         return block
     static = [static_argnums] if isinstance(static_argnums, int) else static_argnums
     made: Any = lift_transform(
@@ -278,6 +320,85 @@ def remat(
     made.__name__, made.__qualname__ = block.__name__, block.__qualname__
     made.__doc__ = block.__doc__
     return made
+
+
+def _plan_of_one(plan, taker: str) -> tuple[Plan, policies.GivenPolicy | None]:
+    plan, given = plan_of_one(plan, taker, "linen.Stack takes every plan")
+    if plan.stages[0].offloads_carry:
+        raise PlanError("offload:carry needs the blocks' inputs; linen.Stack takes it")
+    return plan, given
+
+
+@contextlib.contextmanager
+def remat_of(
+    block: type[nn.Module],
+    plan: str | Plan | Callable,
+    *,
+    methods: Sequence[str] = ("__call__",),
+    prevent_cse: bool = True,
+) -> Iterator[None]:
+    """A context in which each call of a module class is checkpointed, wherever its code is.
+
+    For a model of an installed package: nothing of it is edited or copied, and parameters keep
+    their names. A call inside of another call of the class is not wrapped again. A function under
+    `jax.jit` keeps what it was traced with; write the context inside of it or around it.
+
+    Args:
+      block: The class; calls of its subclasses are checkpointed too.
+      plan: A plan for one block: `none`, `full` or policies, such as `"dots"`. Or a policy of
+        `jax.checkpoint`.
+      methods: Names of the methods that are checkpointed.
+      prevent_cse: As in `jax.checkpoint`; False inside a loop.
+
+    Raises:
+      PlanError: The plan is for several blocks; or, at a call, a name matches nothing in the block.
+      ValueError: `block` is no class of Linen modules, it has no such method, or no module of the
+        class was called.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxckpt
+      >>> model, x = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(8)]), jnp.ones([4, 8])
+      >>> params = model.init(jax.random.key(0), x)
+      >>> def loss(params):
+      ...     with jaxckpt.linen.remat_of(nn.Dense, "full"):
+      ...         return model.apply(params, x).sum()
+      >>> jax.grad(loss)(params)["params"]["layers_0"]["kernel"].shape
+      (8, 8)
+    """
+    if not (inspect.isclass(block) and issubclass(block, nn.Module)):
+        raise ValueError(f"linen.remat_of takes a Linen module class, not {shown(block)}")
+    plan, given = _plan_of_one(plan, "linen.remat_of wraps one")
+    inside, called = [], {}
+
+    def intercept(next_fun, args, named, context):
+        module, method = context.module, context.method_name
+        called[type(module).__name__] = None
+        if not isinstance(module, block) or method not in methods or inside:
+            return next_fun(*args, **named)
+        tell()
+        if plan.stages[0].schedule == "none" and not plan.graph:
+            return next_fun(*args, **named)
+
+        def call(module, *args, **named):
+            inside.append(module)
+            try:
+                return getattr(module, method)(*args, **named)
+            finally:
+                inside.pop()
+
+        options = {"plan": plan, "given": given, "prevent_cse": prevent_cse, "static": set()}
+        wrap = functools.partial(_checkpoint, **options)
+        run = lambda fn, scopes, *args, **named: wrap(fn)(scopes, *args, **named)
+        return lift_direct_transform(run, (call,), module, *args, **named)
+
+    def seen() -> str:
+        return f"; called were {', '.join(called)}{nearest(block.__name__, called)}" * bool(called)
+
+    with (
+        told_once(block, methods, given or plan, "linen.remat_of", seen) as tell,
+        nn.intercept_methods(intercept),
+    ):
+        yield
 
 
 def _checkpoint(
@@ -327,25 +448,21 @@ def run(
     unroll: int = 1,
     **named,
 ):
-    """Runs a list of equal Linen modules as it is, checkpointed by a plan.
+    """Runs a list of Linen modules as it is, checkpointed by a plan that counts them.
 
     The list is one that `setup()` made, and the parameter tree stays a list's (`blocks_0`,
     `blocks_1`, ...). Random streams are the list's own too: every layer draws the dropout masks
     that it draws in a Python loop. What the layers sow, and batch statistics, come back once.
 
     Args:
-      layers: Bound modules. They may differ in numbers, such as a rate, and in nothing else that
-        they compute with. Each is traced once, as in a loop; one of them is compiled.
+      layers: Bound modules, of one kind or of several with at least two layers of each. Within a
+        kind they may differ in numbers, such as a rate, and in nothing else that they compute with.
+        Each is traced once, as in a loop; one of each kind is compiled.
       carry: The first layer's input; `layer(carry, *args, **named, **each_i)` returns its like, or
         has it where `out` says.
       *args: Handed to every layer. Arrays get gradients; Python values, such as `True`, and None
         stay what they are.
-      out: Where the carry is in what a layer returns: an index, a key, or a function. The rest of a
-        tuple or dict comes back stacked, `[L, ...]`.
-      each: What differs from layer to layer beside the layer, by keyword, `[L, ...]`.
-      remat: A plan or its text, a schedule for L blocks, or a policy of `jax.checkpoint`.
-      unroll: Layers unrolled in one trip of the loop. With L or more there is no loop and no copy
-        of the parameters, where `out` is None.
+      out, each, remat, unroll: As for `jaxckpt.run`.
       **named: As `args`, by keyword, such as `deterministic=True`.
 
     Returns:
@@ -374,30 +491,42 @@ def run(
             each_i = jax.tree.map(lambda x, i=i: x[i], each)
             carry, rest = part(layer(carry, *args, **named, **each_i), out)
             rests.append(rest)
-        return put(carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *rests), out)
+        return put(carry, stacked(rests), out)
 
     traced = [_trace(layer, out, carry, first_block(each), args, named) for layer in layers]
-    _check_alike(layers, [one.program for one in traced])
-    check_carry(carry, traced[0].made[0])
-    program, numbers = programs.one_program([one.program for one in traced])
-    call, tree = core.jaxpr_as_fun(program), jax.tree.structure(traced[0].made)
+    order = _kinds_of(layers, [one.program for one in traced])
     # One array for all layers, so that it is not stacked.
     arrays, _ = apart((args, named))
 
-    def step(carry, row, each_i):
-        inputs, numbers = row
-        flat = call(*inputs, *jax.tree.leaves((carry, each_i)), *arrays, *numbers)
-        carry, rest, changed = jax.tree.unflatten(tree, flat)
-        return carry, (rest, changed)
+    def step_of(program: core.ClosedJaxpr, made) -> Callable:
+        check_carry(carry, made[0])
+        call, tree = core.jaxpr_as_fun(program), jax.tree.structure(made)
 
-    inputs = [(one.inputs, row) for one, row in zip(traced, numbers, strict=True)]
-    carry, (rest, changed) = run_rows(
-        step, carry, inputs, each, has_rest=out is not None, remat=remat, unroll=unroll
+        def step(carry, row, each_i):
+            inputs, numbers = row
+            flat = call(*inputs, *jax.tree.leaves((carry, each_i)), *arrays, *numbers)
+            carry, rest, changed = jax.tree.unflatten(tree, flat)
+            return carry, (rest, changed)
+
+        return step
+
+    steps: list[Callable] = []
+    inputs: list[Any] = [None] * len(layers)
+    for kind in range(max(order) + 1):
+        mine = {i: one for i, one in enumerate(traced) if order[i] == kind}
+        program, numbers = programs.one_program([one.program for one in mine.values()])
+        steps.append(step_of(program, next(iter(mine.values())).made))
+        for (i, one), row in zip(mine.items(), numbers, strict=True):
+            inputs[i] = (one.inputs, row)
+    has_rest = out is not None
+    carry, ys = run_rows(
+        steps, carry, inputs, each, order, has_rest=has_rest, remat=remat, unroll=unroll
     )
-    if changed:
-        for i, one in enumerate(traced):
-            one.publish([leaf[i] for leaf in changed])
-    return put(carry, rest, out)
+    for i, one in enumerate(traced):
+        kind = order[i]
+        if changed := ys[kind][1]:
+            one.publish([leaf[order[:i].count(kind)] for leaf in changed])
+    return put(carry, in_order([rest for rest, _ in ys], order), out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -481,17 +610,24 @@ def _changed(before, after) -> tuple[Callable, list]:
     return with_changed, changed
 
 
-def _check_alike(layers: list, traced: list[core.ClosedJaxpr]):
-    """Raises `ValueError` naming what differs, if layers compute differently."""
-    place = programs.unlike(traced)
+def _kinds_of(layers: list, traced: list[core.ClosedJaxpr]) -> tuple[int, ...]:
+    """Returns the kind of each layer; layers of a kind compute the same but for numbers.
+
+    Raises:
+      ValueError: A kind has one layer only, and there are others; what differs is named.
+    """
+    computed = [programs.without_numbers(program) for program in traced]
+    order = grouped(len(layers), lambda i, k: computed[i] == computed[k])
+    place = single(order)
     if place is None:
-        return
+        return order
+    place = place or 1
     pair = [layers[0]] * place + [layers[place]]
-    found = [text for text, _ in differences(pair, _attributes)]
+    found = [text for text, _ in differences(pair, _attributes, place)]
     raise ValueError(
-        f"{'; '.join(found[:3]) or f'layers[0] and layers[{place}] compute differently'}; "
-        "linen.run takes equal layers, which may differ in numbers (random draws, a rate) outside "
-        "of what nn.remat, nn.scan and nn.jit do inside a layer"
+        f"{'; '.join(found[:3]) or f'layers[0] and layers[{place}] compute differently'}; linen."
+        f"{KINDS}, which may differ in numbers (random draws, a rate) outside of what nn.remat, "
+        "nn.scan and nn.jit do inside a layer"
     )
 
 

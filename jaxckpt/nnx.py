@@ -6,9 +6,9 @@
     x = jaxckpt.nnx.run(self.layers, x, mask, remat="sqrt")      # self.layers is a list
 
 A `Stack` is an NNX module like any other (`nnx.jit`, `nnx.grad`, `nnx.Optimizer`, `nnx.state`,
-`eval()`), and its state does not depend on the plan. A block has only parameters and random
-streams; batch statistics, caches and sown values are refused. A list keeps what it has: its layers'
-parameters, their metadata, random streams and other state.
+`eval()`), and its state does not depend on the plan. Blocks that change variables beside their
+random streams are refused, unless `carry=` names the variables' class, such as `nnx.BatchStat`. A
+list keeps what it has: its layers' parameters, their metadata, random streams and other state.
 """
 
 import collections
@@ -29,8 +29,16 @@ from jaxckpt.plans.errors import shown
 from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms.arguments import apart, check_class, part, put
 from jaxckpt.transforms.checks import check_carry
-from jaxckpt.transforms.layers import check_alike, check_layers, run_rows
+from jaxckpt.transforms.layers import (
+    KINDS,
+    check_layers,
+    first_places,
+    in_order,
+    kinds_of,
+    run_rows,
+)
 from jaxckpt.transforms.policies import plan_and_policy
+from jaxckpt.transforms.region import checkpointed, plan_of_one, replaced
 from jaxckpt.transforms.scan import scan
 from jaxckpt.transforms.traced_block import first_block
 
@@ -42,11 +50,12 @@ _STACKED = "jaxckpt_stacked"
 
 # Advice on state, by the name of its class.
 _CURES = {
-    "BatchStat": "use a layer without state (LayerNorm or GroupNorm instead of BatchNorm)",
+    "BatchStat": "give the stack carry=nnx.BatchStat, call eval() for fixed averages, or use a "
+    "layer without state (LayerNorm or GroupNorm)",
     "Cache": "decode with a loop over blocks, which needs no gradients and so no checkpointing",
     "Intermediate": "return what is sown beside the carry (out=0 has it stacked)",
 }
-_CURE = "put it into the carry, make it an nnx.Param if it is learned, or a plain array if fixed"
+_CURE = "give the stack carry= with its class, or put it into the carry"
 
 
 class Stack(nn.Module):
@@ -62,6 +71,7 @@ class Stack(nn.Module):
       remat: A plan or its text, or a policy of `jax.checkpoint`.
       unroll: Blocks unrolled in one trip of a loop.
       out: The place of the carry in a block's result; None if the result is the carry.
+      carry: The classes of variables that a block may change.
 
     Example:
       >>> import functools, jax, jax.numpy as jnp, jaxckpt
@@ -81,6 +91,7 @@ class Stack(nn.Module):
         remat: str | Plan | Callable = "full",
         unroll: int = 1,
         out: int | str | Callable | None = None,
+        carry: type[nn.Variable] | Sequence[type[nn.Variable]] = (),
         rngs: nn.Rngs,
     ):
         """Makes the blocks.
@@ -92,11 +103,13 @@ class Stack(nn.Module):
           unroll: Blocks unrolled in one trip of a loop.
           out: The place of the carry in a block's result: an index, a key, or a function. The rest
             of a tuple or dict comes back stacked, `[L, ...]`. None if the result is the carry.
+          carry: A class of variables that a block may change, such as `nnx.BatchStat`, or several.
+            A block changes its own once a call, however often it is run again.
           rngs: The random streams; each is split into one key per block.
 
         Raises:
           PlanError: The plan does not parse or does not fit L blocks.
-          ValueError: A block has state beside parameters and random streams.
+          ValueError: Blocks would share a variable, or `carry` is no class of variables.
         """
         check_class(block, nn.Module, "nnx.Stack", takes_functions=True)
         if isinstance(num_blocks, bool) or not isinstance(num_blocks, int):
@@ -106,6 +119,14 @@ class Stack(nn.Module):
         self.remat = remat
         self.unroll = unroll
         self.out = out
+        self.carry: tuple[type, ...] = (
+            tuple(carry) if isinstance(carry, tuple | list) else (carry,)  # pyright: ignore
+        )
+        for kind in self.carry:
+            if not (isinstance(kind, type) and issubclass(kind, nn.Variable)):
+                raise ValueError(
+                    f"carry is a class of nnx.Variable, such as nnx.BatchStat, not {shown(kind)}"
+                )
         self.blocks = _make_blocks(block, _split(rngs, num_blocks), num_blocks)
 
     def __call__(self, carry, *consts, **named):
@@ -124,28 +145,33 @@ class Stack(nn.Module):
 
         Raises:
           PlanError: The plan does not parse, does not fit L blocks, or names what no block has.
-          ValueError: A block changes its carry, or keeps or changes state beside parameters and
-            random streams; or `unroll` is no positive whole number.
+          ValueError: A block changes its carry, or variables beside random streams that
+            `self.carry` does not name; or `unroll` is no positive whole number.
         """
-        _check_state(self.blocks)
         graph, counts, rest = nn.split(self.blocks, nn.RngCount, ...)
         # The index gives a length to blocks that have neither parameters nor keys.
         rows = {"counts": counts, "rest": rest, "index": jnp.arange(self.num_blocks)}
         rows["keys"], named = _split_keys(consts, named, self.num_blocks)
         arrays, merge = apart((consts, named))
-        run = functools.partial(_run_block, graph, merge, self.out)
+        run = functools.partial(_run_block, graph, merge, self.out, self.carry)
         drawn = _drawn_streams(run, carry, rows, arrays)
 
         def apply(carry, row):
-            carry, rest, draws = run(carry, row, arrays)
-            return carry, (rest, {i: draws[i] for i in drawn})
+            carry, rest, draws, changed = run(carry, row, arrays)
+            return carry, (rest, {i: draws[i] for i in drawn}, changed)
 
-        carry, (rest, draws) = scan(apply, carry, rows, remat=self.remat, unroll=self.unroll)
+        options = {"remat": self.remat, "unroll": self.unroll}
+        carry, (rest, draws, changed) = scan(apply, carry, rows, **options)
         if drawn:  # without draws nothing is written, so the call may be under any transform
             leaves, tree = jax.tree.flatten(counts)
             most = {i: number.max() for i, number in draws.items()}
             leaves = [leaf + most.get(i, 0) for i, leaf in enumerate(leaves)]
             nn.update(self.blocks, jax.tree.unflatten(tree, leaves))
+        if changed:
+            state = _flat_state(self.blocks)
+            places = [place for place, (path, _) in enumerate(state) if _name(path) in changed]
+            values = {place: changed[_name(state[place][0])] for place in places}
+            nn.update(self.blocks, _with_values(state, values))
         return put(carry, rest, self.out)
 
 
@@ -181,7 +207,6 @@ def _make_blocks(
 
     def make_one(keys):
         made = block(rngs=nn.Rngs(**keys))
-        _check_state(made)
         graph, state = nn.split(made)
         _check_arrays(made, state)
         graphs.append(graph)
@@ -216,15 +241,17 @@ def _is_variable(x) -> bool:
     return isinstance(x, nn.Variable)
 
 
-def _run_block(graph, merge: Callable, out, carry, row, arrays):
-    """Returns one block's carry, the rest of its result, and each stream's number of draws.
+def _run_block(graph, merge: Callable, out, kept: Sequence[type], carry, row, arrays):
+    """Returns one block's carry, the rest of its result, its draws, and what it changed.
 
-    The number is None for a stream that the block did not draw from.
+    Draws are a number for each stream, None for a stream that the block did not draw from. What it
+    changed are the leaves of variables by path.
 
     Args:
       graph: The stacked blocks' graph definition.
       merge: From the call's arrays to all its arguments, from `apart`.
       out: The place of the carry in the block's result.
+      kept: The classes of variables that a block may change.
       carry: The block's input.
       row: The block's state, keys and index.
       arrays: The arrays among the call's arguments.
@@ -238,12 +265,11 @@ def _run_block(graph, merge: Callable, out, carry, row, arrays):
     graph, _, before = nn.split(block, nn.RngCount, ...)
     before = _arrays(before)
     carry, rest = part(block(carry, *consts, **named), out)
-    _check_state(block)
     graph_after, counts, after = nn.split(block, nn.RngCount, ...)
-    _check_unchanged(before, _arrays(after), graph == graph_after)
+    changed = _kept(before, after, graph == graph_after, kept)
     pairs = zip(jax.tree.leaves(row["counts"]), jax.tree.leaves(counts), strict=True)
     # The count of a stream without draws is still the same object.
-    return carry, rest, [None if new is old else new - old for old, new in pairs]
+    return carry, rest, [None if new is old else new - old for old, new in pairs], changed
 
 
 def _drawn_streams(run: Callable, carry, rows, arrays) -> list[int]:
@@ -251,7 +277,7 @@ def _drawn_streams(run: Callable, carry, rows, arrays) -> list[int]:
     drawn = []
 
     def call(carry, row, *arrays):
-        carry, _, draws = run(carry, row, arrays)
+        carry, _, draws, _ = run(carry, row, arrays)
         drawn[:] = [i for i, count in enumerate(draws) if count is not None]
         return carry
 
@@ -261,24 +287,48 @@ def _drawn_streams(run: Callable, carry, rows, arrays) -> list[int]:
 
 def _arrays(state) -> dict[str, list[jax.Array]]:
     """Returns the arrays of a state by their paths."""
-    return {
-        ".".join(map(str, path)): jax.tree.leaves(variable)
-        for path, variable in nn.to_flat_state(state)
+    return {_name(path): jax.tree.leaves(variable) for path, variable in nn.to_flat_state(state)}
+
+
+def _name(path: Sequence) -> str:
+    return ".".join(map(str, path))
+
+
+def _kept(before: dict, after, same_graph: bool, kept: Sequence[type]) -> dict[str, list]:
+    """Returns the leaves of the variables that a call changed, by path.
+
+    Args:
+      before: The arrays of the block's variables, by path.
+      after: The block's state after the call.
+      same_graph: Whether the block's attributes are what they were.
+      kept: The classes of variables that a block may change.
+
+    Raises:
+      ValueError: The call changed other variables, made variables, or changed attributes.
+    """
+    changed = {
+        _name(path): variable
+        for path, variable in nn.to_flat_state(after)
+        if [*map(id, jax.tree.leaves(variable))] != [*map(id, before.get(_name(path), ()))]
     }
-
-
-def _check_unchanged(before: dict, after: dict, same_graph: bool):
-    """Raises `ValueError` if a call changed arrays or attributes of its block."""
-    changed = [
-        path
-        for path, leaves in after.items()
-        if [*map(id, leaves)] != [*map(id, before.get(path, ()))]
-    ]
-    if changed or not same_graph:
+    refused = {
+        path: type(variable).__name__
+        for path, variable in changed.items()
+        if path not in before or not isinstance(variable, tuple(kept))
+    }
+    if not refused and same_graph:
+        return {path: jax.tree.leaves(variable) for path, variable in changed.items()}
+    if not refused:
         raise ValueError(
-            f"the block changes {', '.join(changed) or 'an attribute'} when it is called, which a "
-            "stack of checkpointed blocks does not keep; put it into the carry"
+            "the block changes an attribute when it is called, which a stack of checkpointed "
+            "blocks does not keep; put it into the carry"
         )
+    kinds = sorted(set(refused.values()))
+    cures = dict.fromkeys(_CURES.get(kind, _CURE) for kind in kinds)
+    raise ValueError(
+        f"the block changes {', '.join(refused)} ({', '.join(kinds)}) when it is called, which a "
+        f"stack of checkpointed blocks does not keep; {'; '.join(cures)}"
+    )
 
 
 def _check_unshared(block: Callable[..., nn.Module], keys):
@@ -309,24 +359,6 @@ def _check_arrays(block: nn.Module, state):
                 )
 
 
-def _check_state(block: nn.Module):
-    """Raises `ValueError` if a block has variables that are neither parameters nor random."""
-    _, _, others, _ = nn.split(block, (nn.Param, nn.RngState), nn.Variable, ...)
-    found = {
-        ".".join(map(str, path)): type(variable).__name__
-        for path, variable in nn.to_flat_state(others)
-        if jax.tree.leaves(variable)  # `nnx.capture` gives every module an empty variable
-    }
-    if not found:
-        return
-    kinds = sorted(set(found.values()))
-    cures = dict.fromkeys(_CURES.get(kind, _CURE) for kind in kinds)
-    raise ValueError(
-        f"the block keeps state in {', '.join(found)} ({', '.join(kinds)}), which a stack of "
-        f"checkpointed blocks does not carry; {'; '.join(cures)}"
-    )
-
-
 # What a call may be handed beside arrays and Python values, and a list of layers may share.
 _NODES = (nn.Module, nn.Rngs, nn.RngStream, nn.Variable)
 # Attributes that Flax keeps for itself.
@@ -344,26 +376,19 @@ def run(
     unroll: int = 1,
     **named,
 ):
-    """Runs a list of equal NNX modules as it is, checkpointed by a plan.
+    """Runs a list of NNX modules as it is, checkpointed by a plan that counts them.
 
     The layers stay what they are: paths of parameters, metadata, random streams. A call draws and
     changes what a Python loop over the list would, once: counters of dropout, batch statistics.
 
     Args:
-      layers: An `nnx.List` or a Python list of modules of one class, of equal shapes and equal
-        Python values.
+      layers: An `nnx.List` or a Python list of modules, of one kind or of several with at least two
+        layers of each. Within a kind all have one class, equal shapes and equal Python values.
       carry: The first layer's input; `layer(carry, *args, **named, **each_i)` returns its like, or
         has it where `out` says.
       *args: Handed to every layer. Arrays get gradients, Python values and None stay what they
         are, and modules and `nnx.Rngs` are shared by the layers.
-      out: Where the carry is in what a layer returns: an index, a key, or a function. The rest of a
-        tuple or dict comes back stacked, `[L, ...]`.
-      each: What differs from layer to layer beside the layer, by keyword, `[L, ...]`.
-      ignore: Names of attributes that may differ between equal layers, such as `"layer_idx"`;
-        every layer is run with the first one's.
-      remat: A plan or its text, a schedule for L blocks, or a policy of `jax.checkpoint`.
-      unroll: Layers unrolled in one trip of the loop. With L or more there is no loop and no copy
-        of the parameters, where `out` is None.
+      out, each, ignore, remat, unroll: As for `jaxckpt.run`.
       **named: As `args`, by keyword.
 
     Returns:
@@ -390,111 +415,225 @@ def run(
                 f"nnx.run takes NNX modules, and layers[{place}] is {shown(layer)}; jaxckpt.run "
                 "takes pytrees and jaxckpt.linen.run takes Linen modules"
             )
-    check_alike(layers, ignore, _attributes)
+    order = kinds_of(layers, ignore, _attributes)
     leaves, tree = jax.tree.flatten((args, named), is_leaf=lambda x: isinstance(x, _NODES))
     at = [place for place, leaf in enumerate(leaves) if isinstance(leaf, _NODES)]
     wholes = [[layer, *(leaves[place] for place in at)] for layer in layers]
     states = [_flat_state(whole) for whole in wholes]
-    graph, first = nn.split(wholes[0])[0], states[0]
-    for place, state in enumerate(states):
-        if [path for path, _ in state] != [path for path, _ in first]:
-            raise ValueError(
-                f"layers[0] and layers[{place}] share different parts; nnx.run takes equal layers"
-            )
+    for i, (state, kind) in enumerate(zip(states, order, strict=True)):
+        k = order.index(kind)
+        if [path for path, _ in state] != [path for path, _ in states[k]]:
+            raise ValueError(f"layers[{k}] and layers[{i}] share different parts; nnx.{KINDS}")
+    rows = [_values(state) for state in states]
+    firsts = first_places(order)
 
-    def call(carry, values: list, each_i):
-        """Returns a layer's carry, the rest of its result, and its variables' values."""
-        layer, *nodes = whole = nn.merge(graph, _with_values(first, dict(enumerate(values))))
-        given, before = list(leaves), nn.split(whole)[0]
-        for place, node in zip(at, nodes, strict=True):
+    def use(nodes: list, carry, each_i):
+        layer, given = nodes[0], list(leaves)
+        for place, node in zip(at, nodes[1:], strict=True):
             given[place] = node
         args, named = jax.tree.unflatten(tree, given)
-        carry, rest = part(layer(carry, *args, **named, **each_i), out)
-        after = _flat_state(whole)
-        _check_made(first, after, before == nn.split(whole)[0])
-        return carry, rest, _values(after)
+        return part(layer(carry, *args, **named, **each_i), out)
 
-    rows = [_values(state) for state in states]
-    shared, own = _changed(call, carry, rows[0], each, wholes)
+    calls = [_pure(wholes[k], use) for k in firsts]
+    changed = [_changed(call, carry, rows[k], each) for call, k in zip(calls, firsts, strict=True)]
+    shared, own = _owned(changed, wholes, states, order)
 
-    def step(state, row, each_i):
-        carry, held = state
-        values = [held.get(place, value) for place, value in enumerate(row)]
-        carry, rest, after = call(carry, values, each_i)
-        held, made = ({place: after[place] for place in places} for places in (shared, own))
-        return (carry, held), (rest, made)
+    def step_of(kind: int) -> Callable:
+        def step(state, row, each_i):
+            carry, held = state
+            values = [held.get(shared[kind].get(at), value) for at, value in enumerate(row)]
+            (carry, rest), after = calls[kind](values, carry, each_i)
+            held = held | {name: after[at] for at, name in shared[kind].items()}
+            return (carry, held), (rest, {at: after[at] for at in own[kind]})
 
-    held = {place: rows[0][place] for place in shared}
-    made = run_rows(
-        step,
-        (carry, held),
-        rows,
-        each,
-        has_rest=out is not None,
-        remat=remat,
-        unroll=unroll,
+        return step
+
+    held = {
+        name: rows[k][at]
+        for k, names in zip(firsts, shared, strict=True)
+        for at, name in names.items()
+    }
+    steps, has_rest = list(map(step_of, range(len(calls)))), out is not None
+    (carry, held), ys = run_rows(
+        steps, (carry, held), rows, each, order, has_rest=has_rest, remat=remat, unroll=unroll
     )
-    (carry, held), (rest, changed) = made
-    if held or changed:  # a call that changes nothing can be made anywhere
-        for i, (whole, state) in enumerate(zip(wholes, states, strict=True)):
-            mine = jax.tree.map(lambda x, i=i: x[i], changed)
-            nn.update(whole, _with_values(state, held | mine))
-    return put(carry, rest, out)
+    for i, (whole, state, kind) in enumerate(zip(wholes, states, order, strict=True)):
+        row = order[:i].count(kind)
+        mine = jax.tree.map(lambda x, row=row: x[row], ys[kind][1])
+        mine |= {at: held[name] for at, name in shared[kind].items()}
+        if mine:  # a call that changes nothing can be made anywhere
+            nn.update(whole, _with_values(state, mine))
+    return put(carry, in_order([rest for rest, _ in ys], order), out)
 
 
-def _changed(call: Callable, carry, row: list, each, wholes: list) -> tuple[list[int], list[int]]:
-    """Returns which variables a layer changes when it is called; its carry is checked on the way.
+def _changed(call: Callable, carry, row: list, each) -> list[int]:
+    """Returns the places of the variables that a layer changes when it is called.
 
     Args:
-      call: `call(carry, values, each_i)`, which returns values too, among others.
-      carry: The first layer's input.
-      row: The first layer's values.
+      call: `call(values, carry, each_i)`, which returns a pair with the carry, and the values.
+      carry: The layer's input.
+      row: The layer's values.
       each: What differs from layer to layer beside.
-      wholes: Every layer, with what all are handed.
-
-    Returns:
-      The places of the variables that all layers share, and the places of the variables of which
-      each layer has its own.
 
     Raises:
-      ValueError: The carry changes, or some of the layers share what they change.
+      ValueError: The carry changes.
     """
     found = []
 
     def look(carry, row, each_i):
-        carry, _, after = call(carry, row, each_i)
-        found.extend(
-            place
-            for place, (old, new) in enumerate(zip(row, after, strict=True))
-            if [*map(id, old)] != [*map(id, new)]
-        )
+        (carry, _), after = call(row, carry, each_i)
+        found.extend(_replaced(row, after))
         return carry
 
     check_carry(carry, jax.eval_shape(look, carry, row, first_block(each)))
-    variables = [
-        {path: node for path, node in nn.iter_graph(whole) if _is_variable(node)}
-        for whole in wholes
+    return found
+
+
+def _replaced(before: list[list], after: list[list]) -> list[int]:
+    """Returns the places of the variables whose arrays are others than before."""
+    pairs = enumerate(zip(before, after, strict=True))
+    return [place for place, (old, new) in pairs if [*map(id, old)] != [*map(id, new)]]
+
+
+def _pure(nodes: list, use: Callable) -> Callable:
+    """Returns `pure(values, *inputs)`: what `use(nodes, *inputs)` returns, and the values after it.
+
+    Args:
+      nodes: Modules and other nodes; `values` are those of their variables.
+      use: Calls them.
+    """
+    graph, state = nn.split(nodes)[0], _flat_state(nodes)
+
+    def pure(values: list, *inputs):
+        made = nn.merge(graph, _with_values(state, dict(enumerate(values))))
+        before = nn.split(made)[0]
+        result = use(made, *inputs)
+        after = _flat_state(made)
+        _check_made(state, after, before == nn.split(made)[0])
+        return result, _values(after)
+
+    return pure
+
+
+def remat_of(
+    block: type[nn.Module],
+    plan: str | Plan | Callable,
+    *,
+    methods: Sequence[str] = ("__call__",),
+    prevent_cse: bool = True,
+):
+    """A context in which each call of an NNX class is checkpointed, wherever its code is.
+
+    As `jaxckpt.remat_of`. What a call changes, such as counters of dropout and batch statistics, is
+    changed once.
+
+    Args:
+      block: The class.
+      plan: `none`, `full`, or policies such as `"dots"`; or a policy of `jax.checkpoint`.
+      methods: Names of the methods that are checkpointed.
+      prevent_cse: As in `jax.checkpoint`; False inside a loop.
+
+    Raises:
+      PlanError: A plan for several blocks; or, at a call, a name that matches nothing in the block.
+      ValueError: `block` is no class of NNX modules, it has no such method, or no module of the
+        class was called; or a call makes variables.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxckpt
+      >>> from flax import nnx
+      >>> rngs = nnx.Rngs(0)
+      >>> model = nnx.Sequential(nnx.Linear(8, 8, rngs=rngs), jnp.tanh)
+      >>> def loss(model):
+      ...     with jaxckpt.nnx.remat_of(nnx.Linear, "full"):
+      ...         return model(jnp.ones([4, 8])).sum()
+      >>> nnx.grad(loss)(model)["layers"][0]["kernel"].shape
+      (8, 8)
+    """
+    if not (isinstance(block, type) and issubclass(block, nn.Module)):
+        raise ValueError(f"nnx.remat_of takes a class of NNX modules, not {shown(block)}")
+    bound, given = plan_of_one(plan, "nnx.remat_of wraps one", "nnx.Stack takes every plan")
+
+    def wrap(method: Callable) -> Callable:
+        def call(*args, **named):
+            leaves, tree = jax.tree.flatten((args, named), is_leaf=lambda x: isinstance(x, _NODES))
+            at = [place for place, leaf in enumerate(leaves) if isinstance(leaf, _NODES)]
+            nodes, changed = [leaves[place] for place in at], []
+            others = [None if isinstance(leaf, _NODES) else leaf for leaf in leaves]
+
+            def use(nodes: list, others: list):
+                given = [
+                    leaf if place not in at else nodes[at.index(place)]
+                    for place, leaf in enumerate(others)
+                ]
+                args, named = jax.tree.unflatten(tree, given)
+                return method(*args, **named)
+
+            def pure(values: list, others: list):
+                result, after = _pure(nodes, use)(values, others)
+                changed[:] = _replaced(values, after)
+                return result, [after[place] for place in changed]
+
+            state = _flat_state(nodes)
+            result, after = checkpointed(pure, bound, given, prevent_cse)(_values(state), others)
+            if changed:
+                nn.update(nodes, _with_values(state, dict(zip(changed, after, strict=True))))
+            return result
+
+        return call
+
+    return replaced(block, methods, wrap, bound, given, "nnx.remat_of")
+
+
+def _owned(
+    changed: list[list[int]], wholes: list, states: list[list], order: Sequence[int]
+) -> tuple[list[dict[int, str]], list[list[int]]]:
+    """Returns which of the variables that change are shared, and which belong to one layer.
+
+    Args:
+      changed: For each kind of layer, the places of the variables that it changes.
+      wholes: Every layer, with what all are handed.
+      states: The flat state of each.
+      order: The kind of each layer.
+
+    Returns:
+      For each kind, a name for each place of a variable that layers share: the same name for the
+      same variable. And for each kind, the places of those that belong to one layer.
+
+    Raises:
+      ValueError: Some layers of a kind share a variable that changes, and others do not.
+    """
+    ids = []
+    for whole, state in zip(wholes, states, strict=True):
+        nodes = {path: node for path, node in nn.iter_graph(whole) if _is_variable(node)}
+        ids.append([id(nodes[path]) for path, _ in state])
+    users = collections.Counter(one for row in ids for one in row)
+    columns = [
+        list(zip(*(row for row, one in zip(ids, order, strict=True) if one == kind), strict=True))
+        for kind in range(len(changed))
     ]
-    owners = collections.Counter(id(node) for one in variables for node in one.values())
-    paths = [path for path, _ in _flat_state(wholes[0])]
+    is_one = lambda column: len(set(column)) == 1
+    names: dict[int, str] = {}
+    for of_kind, places in zip(columns, changed, strict=True):
+        for place in places:
+            if is_one(of_kind[place]):
+                names.setdefault(of_kind[place][0], str(len(names)))
     shared, own = [], []
-    for place in found:
-        nodes = [one[paths[place]] for one in variables]
-        if all(node is nodes[0] for node in nodes):
-            shared.append(place)
-        elif any(owners[id(node)] > 1 for node in nodes):
-            name = ".".join(map(str, paths[place][1:]))
-            raise ValueError(
-                f"some of the layers share {name}, which changes when they are called; it may "
-                "belong to one layer, or to all of them"
-            )
-        else:
-            own.append(place)
+    for kind, (of_kind, places) in enumerate(zip(columns, changed, strict=True)):
+        shared.append({at: names[c[0]] for at, c in enumerate(of_kind) if c[0] in names})
+        own.append([place for place in places if place not in shared[-1]])
+        for at, column in enumerate(of_kind):
+            is_split = at in own[-1] and any(users[one] > 1 for one in column)
+            if is_split or (not is_one(column) and not names.keys().isdisjoint(column)):
+                path, _ = states[order.index(kind)][at]
+                raise ValueError(
+                    f"some of the layers share {'.'.join(map(str, path[1:]))}, which changes when "
+                    "they are called; it may belong to one layer, or to all of a kind"
+                )
     return shared, own
 
 
-def _flat_state(whole: list) -> list[tuple]:
-    """Returns the paths and variables of a list of modules."""
+def _flat_state(whole: list | nn.Module) -> list[tuple]:
+    """Returns the paths and variables of a module, or of a list of modules."""
     return list(nn.to_flat_state(nn.state(whole)))
 
 
@@ -518,8 +657,8 @@ def _check_made(before: list[tuple], after: list[tuple], same_graph: bool):
     if made or not same_graph:
         raise ValueError(
             f"a layer {'makes ' + ', '.join(made) if made else 'changes an attribute'} when it is "
-            "called, which a loop of layers does not keep; return it beside the carry (out=0 has "
-            "it stacked), or make an nnx.Variable for it before"
+            "called, which checkpointing does not keep; return it beside the carry (out=0 has it "
+            "stacked), or make an nnx.Variable for it before"
         )
 
 

@@ -26,7 +26,7 @@ from jaxckpt.costs.roofline import Rates
 from jaxckpt.planner.across_blocks import Draft, Piece, draft, drafts, run_of, schedules
 from jaxckpt.planner.graphs import Region, region_drafts
 from jaxckpt.planner.kinds import Forward, Kind, find_kinds, forward_cost, plain_kinds
-from jaxckpt.planner.stacks import Stack
+from jaxckpt.planner.stacks import Stack, in_place
 from jaxckpt.targets.links import HostLink
 
 MOST = 160
@@ -67,13 +67,13 @@ class Part:
         regions = [stack.region for stack in stacks]
         if None not in regions:
             return cls._of_regions(name, stacks, rates)
-        kinds, plain = find_kinds(stacks, rates, host_bytes)
+        kinds, plain = in_place(stacks, lambda: find_kinds(stacks, rates, host_bytes))
         return cls(
             name=name,
             num_blocks=stacks[0].num_blocks,
             kinds=kinds,
             plain=plain,
-            forward=forward_cost(stacks, rates),
+            forward=in_place(stacks, lambda: forward_cost(stacks, rates)),
             turns=len(stacks),
         )
 

@@ -96,6 +96,7 @@ class Finder:
                 unroll=call.unroll,
                 is_region=call.is_region,
                 ends=call.ends,
+                mesh=call.mesh,
             ),
             remat=str(call.remat),
             plan=_plan_of(call),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh, AxisType
 
 from jaxckpt.transforms.traced_block import (
     TracedBlock,
@@ -33,6 +34,7 @@ class Stack:
       region: The function under `checkpoint`, a stack of one block without parameters, or a chain;
         else None.
       ends: Of a chain, the steps of the region before each block, and all of them.
+      mesh: The mesh around it; its Manual axes are those of a `jax.shard_map`.
     """
 
     call: Callable
@@ -43,6 +45,7 @@ class Stack:
     unroll: int = 1
     region: TracedBlock | None = None
     ends: tuple[int, ...] = ()
+    mesh: AbstractMesh | None = None
 
     @property
     def params_i(self) -> list[Any]:
@@ -74,6 +77,7 @@ class Stack:
         unroll: int = 1,
         is_region: bool = False,
         ends: tuple[int, ...] = (),
+        mesh: AbstractMesh | None = None,
     ) -> "Stack":
         """Returns the stack of a block; `params` are leaves `[L, ...]`, arrays or abstract."""
         carry, _, consts = block.inputs
@@ -86,7 +90,29 @@ class Stack:
             unroll=unroll,
             region=block if is_region else None,
             ends=ends,
+            mesh=mesh,
         )
+
+
+def in_place(stacks: Sequence[Stack], fn: Callable[[], Any]):
+    """Returns `fn()`, called where the named axes of the stacks' blocks are known.
+
+    Blocks that ran inside of a `jax.shard_map` can be traced again only inside of one.
+    """
+    meshes = [stack.mesh for stack in stacks if stack.mesh is not None and stack.mesh.manual_axes]
+    if not meshes:
+        return fn()
+    mesh, found = meshes[0], []
+    names = set(mesh.manual_axes)
+    outside = mesh.update_axis_types(dict.fromkeys(names, AxisType.Auto))
+
+    def inside() -> tuple:
+        found.append(fn())
+        return ()
+
+    mapped = jax.shard_map(inside, mesh=outside, in_specs=(), out_specs=(), axis_names=names)
+    jax.eval_shape(mapped)
+    return found[0]
 
 
 def given_stack(block: Sequence, num_blocks: int, name: str = "block") -> Stack:

@@ -81,12 +81,12 @@ def chain(
     traced, consts, shape = [], [], carry
     for block in blocks:
         one, consts_i = trace_block(lambda carry, _, block=block: block(carry), shape)
-        check_rerun(one, remat, given)
+        check_rerun(one, remat, given, nested)
         traced.append(one)
         consts.append(consts_i)
         shape = one.out
     if isinstance(remat, Plan):
-        check_policies(remat, lambda asked: _tags_of(traced, asked))
+        check_policies(remat, lambda asked: tags_of(traced, asked))
     if observers.is_observed():
         carry, consts = _told(traced, carry, consts, given or remat)
     identities = tuple(map(identity, blocks))
@@ -144,7 +144,7 @@ def _run(
     return carry
 
 
-def _tags_of(blocks: Sequence[TracedBlock], policies: Sequence[Policy]) -> tags.Tags:
+def tags_of(blocks: Sequence[TracedBlock], policies: Sequence[Policy]) -> tags.Tags:
     """Returns the tags that at least one of the blocks has."""
     found = [value_names.offered(block.call, policies, *block.inputs) for block in blocks]
     names = lambda kind: dict.fromkeys(name for tags in found for name in getattr(tags, kind))

@@ -22,12 +22,16 @@ from jax import lax
 from jaxckpt.plans import Policy, Stage, words
 from jaxckpt.schedules.segments import segment_sizes
 from jaxckpt.transforms import rows, tags
+from jaxckpt.transforms.custom_gradient import reversed_once
 from jaxckpt.transforms.policies import GivenPolicy, checkpoint_policy
 
 # (carry, one block's item) -> (carry, what the block returns beside it)
 Apply = Callable[[Any, Any], tuple[Any, Any]]
 Cut = Callable[[int], Sequence[int]]  # length -> sizes of its segments
 
+_ONE_REVERSE = (
+    "offload:carry has no second reverse mode (grad of grad); remat='full' without it has"
+)
 _OFFLOAD_CARRY = (Policy(kind="offload", names=(words.CARRY,)),)
 
 
@@ -48,7 +52,11 @@ class Remat:
         inner = fn
         if any(words.CARRY in policy.names for policy in self.policies):
             # JAX saves an input on the device; only a tagged copy of it can go to the host.
-            inner = lambda carry, item: fn(tags.tag_reserved(carry, tags.CARRY), item)
+            def inner(carry, item):
+                # JAX has no transpose of a move to the host that is itself a gradient's.
+                carry, item = reversed_once((carry, item), _ONE_REVERSE)
+                return fn(tags.tag_reserved(carry, tags.CARRY), item)
+
         policy = self.given or checkpoint_policy(self.policies)
         return jax.checkpoint(inner, policy=policy, prevent_cse=prevent_cse)
 
@@ -149,11 +157,21 @@ def run_stage(
       NotImplementedError: The schedule is `auto`, which a planner must replace first, or one that
         nested `jax.checkpoint` cannot express, such as `binomial`.
     """
-    cuts, leaf = _CUTS.get(stage.schedule, _not_nested)(stage)
-    if given is not None:
-        leaf = Remat(given=given)
+    cuts, leaf = _cuts_of(stage, given)
     outer = Remat(policies=_OFFLOAD_CARRY if stage.offloads_carry else ())
     return _run(blocks, apply, carry, cuts, leaf, outer)
+
+
+def remat_of(stage: Stage, given: GivenPolicy | None = None) -> Remat | None:
+    """Returns how each block of a stage without segments is checkpointed; None if it is not."""
+    cuts, leaf = _cuts_of(stage, given)
+    assert not cuts, stage
+    return leaf
+
+
+def _cuts_of(stage: Stage, given: GivenPolicy | None):
+    cuts, leaf = _CUTS.get(stage.schedule, _not_nested)(stage)
+    return cuts, leaf if given is None else Remat(given=given)
 
 
 def _run(blocks, apply, carry, cuts: Sequence[Cut], leaf: Remat | None, outer: Remat):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxckpt.plans import Plan, PlanError, Policy
+from jaxckpt.plans import Plan, PlanError, Policy, words
 from jaxckpt.plans.errors import shown
 from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms import jaxprs, policies, tags, value_names
@@ -165,7 +165,10 @@ def check_carry(given, made):
 
 
 def check_rerun(
-    block: TracedBlock, remat: Plan | Schedule, given: policies.GivenPolicy | None = None
+    block: TracedBlock,
+    remat: Plan | Schedule,
+    given: policies.GivenPolicy | None = None,
+    nested: bool = False,
 ):
     """Raises if a block cannot be recomputed, or a policy keeps values that JAX cannot keep.
 
@@ -175,14 +178,22 @@ def check_rerun(
       block: The block.
       remat: The plan or schedule that it runs under.
       given: The user's own policy, which replaces the plan's; None if the user gave none.
+      nested: Whether schedules are run by nested `jax.checkpoint`.
 
     Raises:
-      PlanError: The block has an effect that must happen once, or a complex value would be kept.
+      PlanError: The block has an effect that must happen once, or one of `checkify` under a
+        schedule; or a complex value would be kept.
     """
     stages = remat.stages if isinstance(remat, Plan) else ()
     if stages and all(stage.schedule == "none" for stage in stages):
         return
     found = [e.primitive.name for e in jaxprs.equations(block.jaxpr) if e.effects]
+    is_scheduled = not stages or any(words.SCHEDULES[one.schedule].makes for one in stages)
+    if jaxprs.CHECK in found and is_scheduled and not nested:
+        raise PlanError(
+            f"{str(remat)!r} runs blocks by loops of its own, and checkify does not see a check in "
+            "them; none, full and policies have it, and so has scan_blocks(..., nested=True)"
+        )
     # The block's inputs are no longer differentiated: its effects are asked about, not whether it
     # has a derivative.
     beside = lambda x, *inputs: (jnp.sin(x), block.call(*jax.lax.stop_gradient(inputs)))

@@ -31,6 +31,7 @@ OF_SCHEDULES = (
     "a schedule has reverse mode, and forward mode over it (jax.hessian); {} is refused: "
     "remat='full' or nested=True has it"
 )
+_SECOND_REVERSE = "a second reverse mode (grad of grad)"
 
 
 class Walk(Protocol):
@@ -178,7 +179,8 @@ def _refuse_forward(*_, sentence: str, **__):
 def _transpose(cotangents, *args, count: int, backward: Callable, avals, sentence: str):
     """Runs the backward pass; returns each leaf's gradient in the place of its tangent."""
     made = backward(list(args[:count]), _with_types(cotangents, avals))
-    return [*(None for _ in range(count)), *(_once(sentence, x) for x in made)]
+    once = _once(sentence.format(_SECOND_REVERSE))
+    return [*(None for _ in range(count)), *map(once, made)]
 
 
 def _with_types(grads: Sequence, avals: Sequence) -> list:
@@ -209,37 +211,52 @@ mlir.register_lowering(_TRANSPOSED, _refuse_forward)
 batching.fancy_primitive_batchers[_TRANSPOSED] = _batch_transposed
 
 
-_ONCE = core.Primitive("jaxckpt_once")
-_ONCE.def_abstract_eval(lambda x, **_: x)
-_ONCE.def_impl(lambda x, **_: x)
+def _linear(name: str, transpose: Callable) -> core.Primitive:
+    """Returns a primitive that returns its argument, with a transpose of its own."""
+    made = core.Primitive(name)
+    made.def_abstract_eval(lambda x, **_: x)
+    made.def_impl(lambda x, **_: x)
+    ad.primitive_jvps[made] = lambda primals, tangents, **static: (
+        made.bind(*primals, **static),
+        made.bind(*tangents, **static),
+    )
+    ad.primitive_transposes[made] = transpose
+    mlir.register_lowering(made, lambda _, x, **__: [x])
+    batching.primitive_batchers[made] = lambda args, dims, **static: (
+        made.bind(*args, **static),
+        dims[0],
+    )
+    return made
 
 
-def _refuse_reverse(*_, sentence: str, **__):
-    raise NotImplementedError(sentence.format("a second reverse mode (grad of grad)"))
+def _refuse_reverse(*_, sentence: str):
+    raise NotImplementedError(sentence)
 
 
-ad.primitive_jvps[_ONCE] = lambda primals, tangents, **static: (
-    primals[0],
-    _ONCE.bind(tangents[0], **static),
-)
-ad.primitive_transposes[_ONCE] = _refuse_reverse
-mlir.register_lowering(_ONCE, lambda _, x, **__: [x])
-batching.primitive_batchers[_ONCE] = lambda args, dims, **static: (
-    _ONCE.bind(*args, **static),
-    dims[0],
-)
+def _identity(primitive: core.Primitive, sentence: str) -> Callable:
+    """Returns the identity function whose tangents pass a primitive."""
+    same = jax.custom_jvp(lambda x: x)
+    pass_on = lambda primals, tangents: (primals[0], primitive.bind(tangents[0], sentence=sentence))
+    same.defjvp(pass_on)
+    return same
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _once(sentence: str, x):
-    """Returns a gradient unchanged; a second reverse mode meets this first, and is refused."""
-    del sentence
-    return x
+_ONCE = _linear("jaxckpt_once", _refuse_reverse)
 
 
-@_once.defjvp
-def _(sentence, primals, tangents):
-    return primals[0], _ONCE.bind(tangents[0], sentence=sentence)
+@functools.cache
+def _once(sentence: str) -> Callable:
+    """Returns the identity for a gradient: a second reverse mode meets it first, and is refused."""
+    return _identity(_ONCE, sentence)
+
+
+_PASSED = _linear("jaxckpt_passed", lambda grad, _, sentence: [_once(sentence)(grad)])
+
+
+def reversed_once(tree, sentence: str):
+    """Returns a tree unchanged; a second reverse mode through it raises a sentence as an error."""
+    same = _identity(_PASSED, sentence)
+    return jax.tree.map(lambda x: same(x) if _is_inexact(x) else x, tree)
 
 
 def reverse_only(x, sentence: str, *, at_once: bool = False):

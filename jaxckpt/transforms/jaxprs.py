@@ -38,6 +38,7 @@ TAG, PUT, ROUND, CAST = "name", "device_put", "reduce_precision", "convert_eleme
 REVERSE_ONLY = "jaxckpt_reverse_only"  # jaxckpt's own
 COPIES = ("copy", "copy_p", REVERSE_ONLY)
 BARRIER = "optimization_barrier"
+CHECK = "check"  # of checkify
 PLACEMENTS = ("pvary", "pcast", "sharding_constraint")
 BROADCAST, BITCAST = "broadcast_in_dim", "bitcast_convert_type"
 SHAPES = ("reshape", "squeeze", "expand_dims", "transpose")

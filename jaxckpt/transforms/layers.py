@@ -22,6 +22,7 @@ from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms.arguments import apart, part, put
 from jaxckpt.transforms.chain import chain
 from jaxckpt.transforms.checks import check_consts, check_unroll, stack_length
+from jaxckpt.transforms.mixed import run_mixed
 from jaxckpt.transforms.scan import scan
 
 
@@ -36,11 +37,14 @@ def run(
     remat: str | Plan | Schedule | Callable = "sqrt",
     unroll: int = 1,
 ):
-    """Runs a list of equal layers, checkpointed by a plan.
+    """Runs a list of layers, checkpointed by a plan that counts them.
+
+    Layers of one kind have one structure, equal shapes and equal Python values. A list may hold
+    several kinds in any order, at least two layers of each: five with a sliding window to each
+    without, say, or experts in every other layer.
 
     Args:
-      layers: Pytrees of one structure, of equal shapes and equal Python values: Equinox modules,
-        dataclasses of arrays, dicts.
+      layers: Pytrees: Equinox modules, dataclasses of arrays, dicts.
       apply: `apply(layer, carry, *consts, **each_i)`, pure. It returns a carry of the same
         structure, shapes and dtypes, or a result that holds the carry at `out`.
       carry: The first layer's input, any pytree of arrays.
@@ -49,11 +53,11 @@ def run(
         `{"key": jax.random.split(key, L)}`.
       out: The place of the carry in the result of `apply`: an index, a key, or a function. The rest
         of a tuple or dict comes back stacked, `[L, ...]`. None if the result is the carry.
-      ignore: Names of attributes that may differ between layers, such as `"layer_idx"`; every layer
-        runs with the first layer's value.
+      ignore: Names of attributes that may differ within a kind, such as `"layer_idx"`; every layer
+        runs with the value of the first of its kind.
       remat: A plan or its text, a schedule for L blocks, or a policy of `jax.checkpoint`.
-      unroll: Layers unrolled in one trip of the loop. With L or more, and `out` None, there is no
-        loop and no copy of the parameters.
+      unroll: Layers unrolled in one trip of the loop; whole periods if there are several kinds.
+        With L or more, and `out` None, there is no loop and no copy of the parameters.
 
     Returns:
       The last layer's carry; with `out`, the result of `apply`, its rest stacked.
@@ -76,67 +80,128 @@ def run(
     if not callable(apply):
         raise ValueError(f"apply is a function apply(layer, carry, *consts), not {shown(apply)}")
     check_consts(consts)
-    check_alike(layers, ignore)
-    first, merge = apart(layers[0])
+    order = kinds_of(layers, ignore)
 
-    def step(carry, arrays, each_i):
-        return part(apply(merge(arrays), carry, *consts, **each_i), out)
+    def step_of(layer) -> Callable:
+        _, merge = apart(layer)
 
-    rows = [first, *(apart(layer)[0] for layer in layers[1:])]
-    made = run_rows(step, carry, rows, each, has_rest=out is not None, remat=remat, unroll=unroll)
-    return put(*made, out)
+        def step(carry, arrays, each_i):
+            return part(apply(merge(arrays), carry, *consts, **each_i), out)
+
+        return step
+
+    steps = [step_of(layers[place]) for place in first_places(order)]
+    rows = [apart(layer)[0] for layer in layers]
+    has_rest = out is not None
+    carry, ys = run_rows(
+        steps, carry, rows, each, order, has_rest=has_rest, remat=remat, unroll=unroll
+    )
+    return put(carry, in_order(ys, order), out)
 
 
 def run_rows(
-    step: Callable,
+    steps: Sequence[Callable],
     carry,
     rows: Sequence[Any],
     each: dict[str, Any],
+    order: Sequence[int],
     *,
     has_rest: bool,
     remat: str | Plan | Schedule | Callable,
     unroll: int,
-) -> tuple[Any, Any]:
-    """Returns `(carry, ys)` of a step for every row; what every kind of list is run by.
+) -> tuple[Any, list]:
+    """Runs a step for every row; what every sort of list is run by.
 
     Args:
-      step: `step(carry, row, each_i) -> (carry, y)`.
+      steps: For each kind of layer, `step(carry, row, each_i) -> (carry, y)`.
       carry: The first step's.
-      rows: A pytree of arrays for each layer, all of one structure. An array that is the same
-        object in every row is not copied.
+      rows: A pytree of arrays for each layer, all of one structure within a kind. An array that is
+        the same object in every row of a kind is not copied.
       each: What differs from layer to layer beside the row, `[L, ...]`.
+      order: The kind of each layer.
       has_rest: Whether the ys are worth a loop even if all is unrolled: without a loop, what the
         carry is kept with grows by them.
       remat: As for `run`.
-      unroll: The same.
+      unroll: As for `run`.
+
+    Returns:
+      The last carry, and for each kind the ys of its layers, stacked.
     """
     check_unroll(unroll)
     if unroll >= len(rows) and not has_rest:
 
         def block(state, i):
             carry, ys = state
-            carry, y = step(carry, rows[i], jax.tree.map(lambda x: x[i], each))
+            carry, y = steps[order[i]](carry, rows[i], jax.tree.map(lambda x: x[i], each))
             return carry, [*ys, y]
 
         blocks = [lambda state, i=i: block(state, i) for i in range(len(rows))]
         carry, ys = chain(blocks, (carry, []), remat=remat)
-        return carry, jax.tree.map(_stack, *ys)
+        return carry, [stacked([ys[i] for i in layers]) for layers in _layers_of(order)]
+    rows_of = [[rows[i] for i in layers] for layers in _layers_of(order)]
+    steps, own = zip(*map(_own, steps, rows_of), strict=True)
+    if len(steps) == 1:
+        apply = lambda carry, row: steps[0](carry, *row)
+        xs = (stacked(own[0]), each)
+        carry, ys = scan(apply, carry, xs, len(rows), unroll=unroll, remat=remat)
+        return carry, [ys]
+    of_kind = list(map(iter, own))
+    rows = [next(of_kind[kind]) for kind in order]
+    return run_mixed(steps, carry, rows, each, order, remat=remat, unroll=unroll)
+
+
+def _own(step: Callable, rows: Sequence[Any]) -> tuple[Callable, list[list]]:
+    """Returns a step for the arrays that are not the same object in every row, and these arrays."""
     structure = jax.tree.structure(rows[0])
     columns = list(zip(*map(jax.tree.leaves, rows), strict=True))
     own = [i for i, column in enumerate(columns) if any(x is not column[0] for x in column)]
 
-    def apply(carry, row):
+    def apply(carry, row, each_i):
         leaves = [column[0] for column in columns]
-        for place, leaf in zip(own, row["own"], strict=True):
+        for place, leaf in zip(own, row, strict=True):
             leaves[place] = leaf
-        return step(carry, jax.tree.unflatten(structure, leaves), row["each"])
+        return step(carry, jax.tree.unflatten(structure, leaves), each_i)
 
-    xs = {"own": [_stack(*columns[i]) for i in own], "each": each}
-    return scan(apply, carry, xs, len(rows), unroll=unroll, remat=remat)
+    return apply, [[columns[place][i] for place in own] for i in range(len(rows))]
 
 
-def _stack(*leaves):
-    return jnp.stack(leaves)
+def stacked(trees: Sequence[Any]):
+    """Returns trees of one structure as one tree, its leaves stacked."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def first_places(order: Sequence[int]) -> list[int]:
+    """Returns the first layer of each kind."""
+    return [layers[0] for layers in _layers_of(order)]
+
+
+def _layers_of(order: Sequence[int]) -> list[list[int]]:
+    kinds = range(max(order) + 1)
+    return [[i for i, one in enumerate(order) if one == kind] for kind in kinds]
+
+
+def in_order(ys: Sequence[Any], order: Sequence[int]):
+    """Returns what layers return beside the carry, `[L, ...]`, from that of each kind.
+
+    Raises:
+      ValueError: The kinds return values of different structures or shapes.
+    """
+    if len(ys) == 1:
+        return ys[0]
+    row = lambda tree: jax.tree.map(lambda x: (x.shape[1:], x.dtype), tree)
+    for first, one in zip(first_places(order), ys, strict=True):
+        if row(one) != row(ys[0]):
+            raise ValueError(
+                f"beside the carry layers[0] returns {_types(ys[0])} and layers[{first}] returns "
+                f"{_types(one)}; layers of several kinds return values that can be stacked"
+            )
+    at = np.argsort(np.concatenate(_layers_of(order)))
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[at], *ys)
+
+
+def _types(tree) -> str:
+    leaves = [f"{x.dtype}{list(x.shape[1:])}" for x in jax.tree.leaves(tree)]
+    return ", ".join(leaves) or "nothing"
 
 
 def check_layers(layers, each, order: str) -> tuple[list, dict[str, Any]]:
@@ -164,38 +229,74 @@ def check_layers(layers, each, order: str) -> tuple[list, dict[str, Any]]:
     return layers, each
 
 
-def check_alike(
+def kinds_of(
     layers: list,
     ignore: str | Sequence[str],
     attributes: Callable[[Any], dict | None] | None = None,
-):
-    """Raises `ValueError` naming the first thing that differs between two layers.
+) -> tuple[int, ...]:
+    """Returns the kind of each layer: 0, 1, ... in the order in which kinds are first there.
 
     Args:
       layers: At least one.
-      ignore: Names of attributes that may differ.
+      ignore: Names of attributes that may differ within a kind.
       attributes: Returns the attributes of a node, and None for what is none; by default those of
         a pytree.
+
+    Raises:
+      ValueError: A kind has one layer only, and there are others; what differs is named.
     """
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    for text, name in differences(layers, attributes or attributes_of):
-        if name not in ignore:
-            advice = f" (ignore={name!r} where it makes no difference)" if name else ""
-            raise ValueError(
-                f"{text}; run takes equal layers{advice}, jaxckpt.chain takes layers that differ"
-            )
+    attributes = attributes or attributes_of
+    is_same = lambda i, k: all(
+        name in ignore for *_, name in differences([layers[k], layers[i]], attributes)
+    )
+    order = grouped(len(layers), is_same)
+    place = single(order)
+    if place is not None:
+        for text, name in differences(layers, attributes, place or 1):
+            if name not in ignore:
+                advice = f" (ignore={name!r} where it makes no difference)" if name else ""
+                raise ValueError(f"{text}; {KINDS}{advice}, jaxckpt.chain takes layers that differ")
+    return order
+
+
+# What a list may hold, for errors.
+KINDS = "run takes equal layers, or several kinds with at least two layers of each"
+
+
+def grouped(count: int, is_same: Callable[[int, int], bool]) -> tuple[int, ...]:
+    """Returns the kind of each of some layers.
+
+    Args:
+      count: The number of layers.
+      is_same: Whether layer i is of the kind of layer k, which comes before it.
+    """
+    firsts, order = [], []
+    for i in range(count):
+        found = next((kind for kind, k in enumerate(firsts) if is_same(i, k)), len(firsts))
+        if found == len(firsts):
+            firsts.append(i)
+        order.append(found)
+    return tuple(order)
+
+
+def single(order: Sequence[int]) -> int | None:
+    """Returns the first layer that has a kind of its own, among several; None if there is none."""
+    alone = (i for i, kind in enumerate(order) if order.count(kind) == 1)
+    return next(alone, None) if len(order) > 1 else None
 
 
 def differences(
-    layers: list, attributes: Callable[[Any], dict | None]
+    layers: list, attributes: Callable[[Any], dict | None], start: int = 1
 ) -> Iterator[tuple[str, str]]:
     """Yields what differs between the first layer and another: a clause, an attribute's name.
 
     Args:
       layers: At least one.
-      attributes: As for `check_alike`.
+      attributes: As for `kinds_of`.
+      start: The first of the others.
     """
-    for place, layer in enumerate(layers[1:], start=1):
+    for place, layer in enumerate(layers[start:], start=start):
         for path, name, first, other in _differences(layers[0], layer, attributes):
             yield f"layers[0]{path} is {first} and layers[{place}]{path} is {other}", name
 

@@ -15,7 +15,9 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 from jax.experimental.xla_metadata import set_xla_metadata
+from jax.sharding import AbstractMesh
 
 from jaxckpt.plans import Plan
 from jaxckpt.schedules.schedule import Schedule
@@ -39,6 +41,7 @@ class StackCall:
       unroll: Blocks unrolled in one trip.
       is_region: Whether it is a function under `checkpoint`, or a chain.
       ends: Of a chain, the steps of its function (`cuts.Opened`) before each block, and all.
+      mesh: The mesh around the call; its Manual axes are those of a `jax.shard_map`.
     """
 
     block: TracedBlock
@@ -49,6 +52,7 @@ class StackCall:
     unroll: int
     is_region: bool = False
     ends: tuple[int, ...] = ()
+    mesh: AbstractMesh = dataclasses.field(default_factory=jax.sharding.get_abstract_mesh)
 
 
 # Returns the carry to go on with: the call's own, marked or not.

@@ -7,7 +7,7 @@ the key that it is given for dropout. One loop runs them all, a row of numbers f
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from jax.extend import core
@@ -16,10 +16,10 @@ from jaxckpt.transforms.traced_block import text_of
 from jaxckpt.transforms.value_names import is_var
 
 
-def unlike(programs: Sequence[core.ClosedJaxpr]) -> int | None:
-    """Returns the first program that differs from program 0 in more than numbers, or None."""
-    first, *others = (_shown(_opened(program)[0]) for program in programs)
-    return next((place for place, other in enumerate(others, start=1) if other != first), None)
+def without_numbers(program: core.ClosedJaxpr) -> Hashable:
+    """Returns what two programs that differ in numbers alone have in common."""
+    jaxpr, _ = _opened(program)
+    return text_of(jaxpr), tuple(var.aval for var in jaxpr.invars)
 
 
 def one_program(programs: Sequence[core.ClosedJaxpr]) -> tuple[core.ClosedJaxpr, list[list]]:
@@ -28,7 +28,7 @@ def one_program(programs: Sequence[core.ClosedJaxpr]) -> tuple[core.ClosedJaxpr,
     Numbers that are equal in all programs stay where they are.
 
     Args:
-      programs: At least one; all alike, by `unlike`.
+      programs: At least one; all alike, by `without_numbers`.
     """
     numbers = [_opened(program)[1] for program in programs]
     places = {i for i, same in enumerate(zip(*numbers, strict=True)) if len({*map(_key, same)}) > 1}
@@ -68,10 +68,6 @@ def _opened(
         debug_info=jaxpr.debug_info.with_unknown_names(),
     )
     return opened, numbers
-
-
-def _shown(jaxpr: core.Jaxpr) -> tuple:
-    return text_of(jaxpr), tuple(var.aval for var in jaxpr.invars)
 
 
 def _key(number: np.ndarray) -> bytes:

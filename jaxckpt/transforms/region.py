@@ -3,17 +3,23 @@
     stage = jaxckpt.checkpoint(stage, remat="dots")
     y = stage(params, x, train=True)
 
+    with jaxckpt.remat_of(Block, "dots"):     # each call of a class, wherever it is
+        y = model(x)
+
 What a region keeps is `none`, `full` or policies: what one block can follow. `jaxckpt.fit` makes
 plans of its graph, `graph:.../14xnone/30xfull+names:@conv.2/...`: the function is cut into segments
 (`cuts.py`), and each keeps all, its inputs, or named values too. Schedules are for several blocks
 (`scan_blocks`, `run`, `chain`, `scan`).
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import jax
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core
 
 from jaxckpt.plans import Plan, PlanError
@@ -64,6 +70,123 @@ def checkpoint(fn: Callable, *, remat: str | Plan | Callable = "full", prevent_c
 
 def _is_none(plan: Plan) -> bool:
     return not plan.graph and plan.stages[0].schedule == "none"
+
+
+def remat_of(
+    block: type,
+    plan: str | Plan | Callable,
+    *,
+    methods: Sequence[str] = ("__call__",),
+    prevent_cse: bool = True,
+):
+    """A context in which each call of a class is checkpointed, wherever its code is.
+
+    For a model of an installed package: nothing of it is edited or copied. Methods of the class are
+    replaced while the context is open, in all threads. A call inside of another call of the class
+    is not wrapped again. A function under `jax.jit` keeps what it was traced with; write the
+    context inside of it or around it.
+
+    Args:
+      block: A class whose objects are pytrees, such as an Equinox module. `jaxckpt.linen.remat_of`
+        and `jaxckpt.nnx.remat_of` take Flax's.
+      plan: `none`, `full`, or policies such as `"dots"`; or a policy of `jax.checkpoint`.
+      methods: Names of the methods that are checkpointed.
+      prevent_cse: As in `jax.checkpoint`; False inside a loop.
+
+    Raises:
+      PlanError: A plan for several blocks; or, at a call, a name that matches nothing in the block.
+      ValueError: `block` is no class, it has no such method, or nothing of the class was called.
+
+    Example:
+      >>> import equinox as eqx, jax, jax.numpy as jnp, jaxckpt
+      >>> mlp, x = eqx.nn.MLP(8, 8, 16, depth=3, key=jax.random.key(0)), jnp.ones(8)
+      >>> def loss(mlp):
+      ...     with jaxckpt.remat_of(eqx.nn.MLP, "full"):
+      ...         return mlp(x).sum()
+      >>> len(eqx.filter_grad(loss)(mlp).layers)
+      4
+    """
+    bound, given = plan_of_one(plan, "remat_of wraps one", "run and chain take every plan")
+    wrap = lambda fn: checkpointed(fn, bound, given, prevent_cse)
+    return replaced(block, methods, wrap, bound, given, "remat_of")
+
+
+# Classes, plans and methods of which a call was wrapped: a step under `jax.jit` calls its modules
+# in its first call only.
+_WRAPPED: set[Hashable] = set()
+
+
+@contextlib.contextmanager
+def told_once(block: type, methods: Sequence[str], plan, taker: str, seen: Callable[[], str]):
+    """A context that ends in an error if no call of a class was wrapped; yields what to call then.
+
+    Args:
+      block: The class.
+      methods: Names of the methods that are wrapped.
+      plan: The plan, or the user's policy.
+      taker: The name of the user's call, for errors.
+      seen: Returns a clause about what was called instead; empty if it knows of nothing.
+
+    Raises:
+      ValueError: `block` has no such method, or none was called.
+    """
+    for name in methods:
+        if not callable(getattr(block, name, None)):
+            raise ValueError(f"{block.__name__} has no method {name!r}")
+    key, found = (block, str(plan), tuple(methods)), []
+    # In the key of JAX's caches, so that what was traced outside is traced again inside.
+    with set_xla_metadata(jaxckpt_remat_of=repr(key)):
+        yield lambda: found.append(_WRAPPED.add(key))
+    others = seen()
+    if not found and (others or key not in _WRAPPED):
+        raise ValueError(
+            f"no {block.__name__} was called under {taker}, so nothing is checkpointed{others}"
+        )
+
+
+@contextlib.contextmanager
+def replaced(
+    block: type, methods: Sequence[str], wrap: Callable, plan: Plan, given, taker: str
+) -> Iterator[None]:
+    """A context in which methods of a class are replaced by `wrap(method)`.
+
+    Raises:
+      ValueError: See `told_once`.
+    """
+    if not inspect.isclass(block):
+        raise ValueError(f"{taker} takes a class, not {shown(block)}")
+    inside = []
+
+    def replacement(method: Callable) -> Callable:
+        def inner(*args, **named):
+            inside.append(method)
+            try:
+                return method(*args, **named)
+            finally:
+                inside.pop()
+
+        wrapped = functools.wraps(method)(wrap(inner))
+
+        @functools.wraps(method)
+        def call(*args, **named):
+            tell()
+            is_plain = inside or _is_none(plan)
+            return (method if is_plain else wrapped)(*args, **named)
+
+        return call
+
+    with told_once(block, methods, given or plan, taker, lambda: "") as tell:
+        before = {name: vars(block).get(name) for name in methods}
+        try:
+            for name in methods:
+                setattr(block, name, replacement(getattr(block, name)))
+            yield
+        finally:
+            for name, method in before.items():
+                if method is None:
+                    delattr(block, name)
+                else:
+                    setattr(block, name, method)
 
 
 def plan_of_one(remat, taker: str, others: str) -> tuple[Plan, GivenPolicy | None]:

@@ -132,7 +132,7 @@ def looped(
         traced, all_consts = trace_block(f, carry, one, consts)
     made, y = traced.out
     check_carry(carry, made)
-    check_rerun(traced, remat, given)
+    check_rerun(traced, remat, given, nested)
     if isinstance(remat, Plan):
         check_policies(remat, lambda asked: value_names.offered(traced.call, asked, *traced.inputs))
     # Leaves that every block returns unchanged become consts: kept once, not with every carry.

@@ -13,7 +13,7 @@ from jax import lax
 from jax.interpreters import ad
 
 from jaxckpt.transforms import rows as slots_of
-from jaxckpt.transforms.block_vjp import Moving, differentiate
+from jaxckpt.transforms.block_vjp import Moving
 from jaxckpt.transforms.custom_gradient import inexact, instantiated, pick
 from jaxckpt.transforms.rows import row_major
 from jaxckpt.transforms.stack_blocks import Blocks, run_loop
@@ -84,8 +84,10 @@ def reversed_stage(
     moving = dataclasses.replace(moving, outputs=(*places, *y_places))
     if blocks.table.records and not blocks.table.keeps_last:
         kept = blocks.recorder_of(moving).empty(blocks.table.largest_row)
-    types = [blocks.ys[place - blocks.num_carry] for place in y_places]
-    grad_ys = tuple(map(_reader, of_ys, types))
+    grad_ys = tuple(
+        _reader(blocks, place - blocks.num_carry, grad)
+        for place, grad in zip(y_places, of_ys, strict=True)
+    )
     back = _Rows(
         blocks=blocks,
         params=params,
@@ -119,7 +121,8 @@ class _Rows:
       params: Leaves `[L, ...]`.
       consts: Leaves that all blocks share.
       moving: The leaves that are differentiated.
-      grad_ys: For each y among `moving.outputs`, a function from a row to the y's gradient there.
+      grad_ys: For each y among `moving.outputs`, a function from a block's index to the gradient
+        of its y.
       num_steps: The number of blocks that ran; None if all L ran.
       update: Takes a block's gradients; None to write them into the stacked ones.
     """
@@ -248,8 +251,9 @@ class _Rows:
         kept, *grads = state
         stack, params = self.blocks, self.read(state[2])
         if not stack.table.records:
-            params_i = stack.row(params, row["record"])
-            _, reverse = differentiate(stack.call, carry, params_i, self.consts, self.moving)
+            params_i = stack.params_of(params, row["record"])
+            args = (carry, params_i, self.consts, self.moving)
+            reverse = lambda grads: stack.reverse(*args, grads)
             return kept, *self._accumulated(reverse, row["record"], *grads)
         recorder = stack.recorder_of(self.moving)
         num_rows = len(stack.table.rows["load"])
@@ -263,7 +267,7 @@ class _Rows:
         def reverse_block(count, grads):
             index = row["stop"] - 1 - count
             residuals = row_major(slots_of.row(kept, index - row["record"]))
-            params_i = stack.row(self.read(grads[1]), index)
+            params_i = stack.params_of(self.read(grads[1]), index)
             reverse = recorder.reverse(residuals, params_i, self.consts)
             return self._accumulated(reverse, index, *grads)
 
@@ -273,19 +277,21 @@ class _Rows:
 
     def _accumulated(self, reverse: Callable, index, grad_carry, made, grad_consts):
         """Reverses one block; writes its parameters' gradients and adds up those of the consts."""
-        of_ys = [read(self.blocks.place(index)) for read in self.grad_ys]
+        of_ys = [read(index) for read in self.grad_ys]
         grad_carry, of_params, of_consts = reverse([*grad_carry, *of_ys])
-        place = self.blocks.at(index)
         if self.update is None:
-            made = slots_of.write(made, place, of_params)
+            made = self.blocks.with_grads(made, self.moving.params, index, of_params)
         else:
-            made = self.update.write(made, place, of_params)
+            made = self.update.write(made, self.blocks.at(index), of_params)
         return grad_carry, made, [a + b for a, b in zip(grad_consts, of_consts, strict=True)]
 
 
-def _reader(grad, aval) -> Callable:
-    """Returns a function from a row to a y's gradient there; zeros for a y that nobody uses."""
+def _reader(blocks: Blocks, y: int, grad) -> Callable:
+    """Returns a function from a block to the gradient of its y; zeros for a y that nobody uses.
+
+    What a block of another kind reads meets a y of zeros, which has no derivative.
+    """
     if isinstance(grad, ad.Zero):
-        zero = zeros(1, aval)[0]
-        return lambda place: zero
-    return lambda place: lax.dynamic_index_in_dim(grad, place, keepdims=False)
+        zero = zeros(1, blocks.ys[y])[0]
+        return lambda index: zero
+    return lambda index: lax.dynamic_index_in_dim(grad, blocks.y_rows(index)[y][0], keepdims=False)

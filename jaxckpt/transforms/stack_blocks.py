@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxckpt.transforms import rows as slots_of
-from jaxckpt.transforms.block_vjp import Moving, Recorder
+from jaxckpt.transforms.block_vjp import Moving, Recorder, differentiate
 from jaxckpt.transforms.jaxprs import trips
 from jaxckpt.transforms.rows import row_major
 from jaxckpt.transforms.tables import Table
@@ -48,6 +50,22 @@ class How:
     casts_rows: bool = False
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Places:
+    """The rows of blocks in stacks that hold the blocks of one kind only.
+
+    Attributes:
+      kinds: A call for each kind; the first of a block's parameters says which is its own.
+      params: For each leaf of the parameters, the row of every block in it, -1 for a block that has
+        none; or None, if all L blocks have a row each, in their order.
+      ys: The same for each leaf that blocks return beside their carry.
+    """
+
+    kinds: tuple[Callable, ...]
+    params: tuple[tuple[int, ...] | None, ...]
+    ys: tuple[tuple[int, ...] | None, ...]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Blocks:
     """One stack's blocks, run one by one; every array is an argument.
@@ -58,6 +76,7 @@ class Blocks:
       how: Where slots live, the unrolling, the wrapper of a recorded block, the direction.
       ys: The types of the leaves that a block returns beside its carry.
       num_carry: The number of leaves of the carry.
+      places: Where rows are, for blocks of several kinds; None if row i is block i's.
       moves_by_block: All moves are one loop over blocks, which stores every carry.
       recorder_of: Returns the block's recorder for the leaves that are differentiated.
     """
@@ -67,11 +86,14 @@ class Blocks:
     how: How
     ys: list
     num_carry: int
+    places: Places | None
     moves_by_block: bool
     recorder_of: Callable[[Moving], Recorder]
 
     @classmethod
-    def of(cls, call: Callable, table: Table, how: How, args: Sequence) -> Self:
+    def of(
+        cls, call: Callable, table: Table, how: How, args: Sequence, places: Places | None = None
+    ) -> Self:
         """Returns the blocks for arguments of the types of `args`."""
         params, carry, consts = args
         record = call if how.checkpoint is None else how.checkpoint(call)
@@ -83,6 +105,7 @@ class Blocks:
             how=how,
             ys=jax.make_jaxpr(call)(*shapes).out_avals[len(carry) :],
             num_carry=len(carry),
+            places=places,
             moves_by_block=not how.offload and carry_bytes <= _SMALL_CARRY,
             recorder_of=functools.cache(functools.partial(Recorder.trace, record, *shapes)),
         )
@@ -134,18 +157,67 @@ class Blocks:
 
     def next(self, params, consts, carry, index) -> list:
         """Runs block `index`; returns its carry and ys."""
-        return self.call(carry, self.row(params, index), consts)
+        return self.call(carry, self.params_of(params, index), consts)
 
-    def row(self, params, index) -> list:
-        """Returns the parameters of block `index`."""
-        return slots_of.row(params, self.at(index))
+    def reverse(self, carry, params_i, consts, moving: Moving, grads) -> tuple:
+        """Runs a block and reverses it at once; takes and returns what `differentiate` does.
+
+        Of several kinds, only the residuals of the block's own exist: it is reversed in its branch.
+        """
+
+        def reversed_by(call: Callable) -> Callable:
+            def run(carry, params_i, consts, grads):
+                return differentiate(call, carry, params_i, consts, moving)[1](grads)
+
+            return run
+
+        if self.places is None:
+            return reversed_by(self.call)(carry, params_i, consts, grads)
+        branches = list(map(reversed_by, self.places.kinds))
+        return lax.switch(params_i[0], branches, carry, params_i, consts, grads)
+
+    def params_of(self, params, index) -> list:
+        """Returns block `index`'s row of the parameters; any row of another kind's leaves."""
+        at = [place for place, _ in self._rows_of("params", index, len(params))]
+        return [slots_of.row([x], place)[0] for x, place in zip(params, at, strict=True)]
+
+    def with_grads(self, grads, moving: Sequence[int], index, of_params) -> list:
+        """Returns gradients of parameters with block `index`'s written, or added to zeros."""
+        rows = self._rows_of("params", index, max(moving, default=-1) + 1)
+        made = []
+        for x, leaf, grad in zip(grads, moving, of_params, strict=True):
+            place, is_own = rows[leaf]
+            if is_own is not None:  # a block of another kind has a gradient of zero here
+                grad = grad + slots_of.row([x], place)[0]
+            made += slots_of.write([x], place, [grad])
+        return made
+
+    def y_rows(self, index) -> list[tuple]:
+        """Returns, for each y, block `index`'s row and whether it has one; None if all have."""
+        return self._rows_of("ys", index, len(self.ys))
+
+    def y_count(self, place: int) -> int:
+        """Returns how many blocks return the y at a place."""
+        rows = self.places and self.places.ys[place]
+        return self.length if rows is None else max(rows) + 1
+
+    def _rows_of(self, group: str, index, count: int) -> list[tuple]:
+        of = (None,) * count if self.places is None else getattr(self.places, group)
+        at = self.at(index) if group == "params" else self.place(index)
+        found: dict[Any, tuple] = {None: (at, None)}
+        for rows in of:
+            if rows not in found:
+                table = np.array(rows, np.int32)
+                place = jnp.asarray(np.maximum(table, 0))[at]
+                found[rows] = place, jnp.asarray(table >= 0)[at]
+        return [found[rows] for rows in of]
 
     def at(self, index):
-        """Returns the row of the parameters that block `index` reads."""
+        """Returns the row of the parameters that block `index` reads, if all blocks have one."""
         return self.place(index) + self.how.first_row
 
     def place(self, index):
-        """Returns the row of the ys that block `index` writes."""
+        """Returns the row of the ys that block `index` writes, if all blocks have one."""
         return self.length - 1 - index if self.how.reverse else index
 
     def emit(self, params, consts, state, index):
@@ -155,7 +227,16 @@ class Blocks:
         return out[: self.num_carry], self._written(ys, out, index)
 
     def _written(self, ys, out, index) -> list:
-        return slots_of.write(ys, self.place(index), out[self.num_carry :]) if ys else ys
+        if not ys:
+            return ys
+        made = []
+        for x, new, (place, is_own) in zip(
+            ys, out[self.num_carry :], self.y_rows(index), strict=True
+        ):
+            if is_own is not None:
+                new = jnp.where(is_own, new, slots_of.row([x], place)[0])
+            made += slots_of.write([x], place, [new])
+        return made
 
     def record(
         self, recorder, params, consts, state, kept, base, start, stop, count=None, told=(1, 1)
@@ -169,7 +250,7 @@ class Blocks:
 
         def body(index, params, state):
             (carry, ys), kept = state
-            row = self.row(params, index)
+            row = self.params_of(params, index)
             out, residuals = recorder.record(carry, row, consts)
             kept = slots_of.write(kept, index - base, row_major(residuals))
             return params, ((out[: self.num_carry], self._written(ys, out, index)), kept)

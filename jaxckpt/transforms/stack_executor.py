@@ -34,7 +34,7 @@ from jaxckpt.transforms.custom_gradient import (
     widened,
 )
 from jaxckpt.transforms.policies import checkpoint_policy, refuse_bad_offload
-from jaxckpt.transforms.stack_blocks import Blocks, How
+from jaxckpt.transforms.stack_blocks import Blocks, How, Places
 from jaxckpt.transforms.tables import make_table
 from jaxckpt.transforms.traced_block import zeros
 
@@ -45,7 +45,15 @@ def runs(stage: Stage) -> bool:
 
 
 def run_stage(
-    call: Callable, params, carry, consts, stage: Stage, *, unroll: int, reverse: bool
+    call: Callable,
+    params,
+    carry,
+    consts,
+    stage: Stage,
+    *,
+    unroll: int,
+    reverse: bool = False,
+    places: Places | None = None,
 ) -> list:
     """Returns the output of a bound stage that the executor runs; see `run_schedule`."""
     policy = checkpoint_policy(stage.inner_policies)
@@ -60,10 +68,18 @@ def run_stage(
         checkpoint=checkpoint if stage.inner_policies else None,
         reverse=reverse,
     )
-    return run_schedule(call, params, carry, consts, schedule, how)
+    return run_schedule(call, params, carry, consts, schedule, how, places)
 
 
-def run_schedule(call: Callable, params, carry, consts, schedule: Schedule, how: How) -> list:
+def run_schedule(
+    call: Callable,
+    params,
+    carry,
+    consts,
+    schedule: Schedule,
+    how: How,
+    places: Places | None = None,
+) -> list:
     """Runs a stack of blocks under a schedule.
 
     Args:
@@ -74,6 +90,7 @@ def run_schedule(call: Callable, params, carry, consts, schedule: Schedule, how:
       consts: What all blocks share.
       schedule: For L blocks, already passed through `under_loss`; see `tables.make_table`.
       how: Where slots live, the unrolling, the wrapper of a recorded block, the direction.
+      places: Where rows are, for blocks of several kinds.
 
     Returns:
       The leaves of the last block's carry, then those of the ys, `[L, ...]`.
@@ -84,7 +101,7 @@ def run_schedule(call: Callable, params, carry, consts, schedule: Schedule, how:
     if how.offload:
         refuse_bad_offload()
     args = (params, carry, consts)
-    return run_with_gradient(Loops.of(call, make_table(schedule), how, args), *args)
+    return run_with_gradient(Loops.of(call, make_table(schedule), how, args, places), *args)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -110,12 +127,19 @@ class Loops(Blocks):
         consts = [moved(x, dim, 0) for x, dim in zip(consts, dims_of[2], strict=True)]
         first = lambda dims: [None if dim is None else 0 for dim in dims]
         in_axes = ([0] * len(carry), first(dims_of[0]), first(dims_of[2]))
-        call = batched_call(self.call, in_axes, axis)
+        batched = lambda call: batched_call(call, in_axes, axis)
+        places = self.places
+        if places is not None:
+            places = dataclasses.replace(places, kinds=tuple(map(batched, places.kinds)))
         args = (params, carry, consts)
-        return Loops.of(call, self.table, self.how, args), args
+        return Loops.of(batched(self.call), self.table, self.how, args, places), args
 
     def run(self, params, carry, consts) -> list:
         """Returns the output."""
+        if self.places is not None:
+            emit = lambda i, state: self.emit(params, consts, state, i)
+            carry, ys = lax.fori_loop(0, self.length, emit, (carry, self._empty_ys()))
+            return [*carry, *ys]
 
         def body(carry, params_i):
             out = self.call(carry, params_i, consts)
@@ -132,7 +156,7 @@ class Loops(Blocks):
         moving = dataclasses.replace(moving, outputs=outputs)
         first = int(self.table.rows["record"][0]) if self.table.keeps_last else self.length
 
-        state = (carry, [zeros(self.length, aval) for aval in self.ys])
+        state = (carry, self._empty_ys())
         sweep = self._sweep_to_host if self.how.offload else self._sweep_to_slots
         params, state, slots = sweep(params, consts, state, first)
         kept = []
@@ -143,6 +167,9 @@ class Loops(Blocks):
             params, (state, kept) = self.record(recorder, params, consts, state, kept, *blocks)
         carry, ys = state
         return [*carry, *ys], (params, consts, slots, kept, moving)
+
+    def _empty_ys(self) -> list:
+        return [zeros(self.y_count(place), aval) for place, aval in enumerate(self.ys)]
 
     def _sweep_to_slots(self, params, consts, state, stop: int):
         """Runs blocks `0..stop`: one store every trip.

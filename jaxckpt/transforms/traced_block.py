@@ -129,12 +129,15 @@ class TracedBlock:
         """Returns the leaves of the block's output: the carry's, then the `ys`."""
         return core.jaxpr_as_fun(self.jaxpr)(*carry, *params_i, *consts)
 
-    def only_changed(self) -> "TracedBlock":
+    def only_changed(self, places: Sequence[int] | None = None) -> "TracedBlock":
         """Returns the block with the carry's unchanged leaves as consts, after the other consts.
 
         A schedule then keeps these leaves once and not with every carry.
+
+        Args:
+          places: The leaves that stay in the carry; by default those that this block changes.
         """
-        places, jaxpr = self.changed, self.jaxpr.jaxpr
+        places, jaxpr = self.changed if places is None else places, self.jaxpr.jaxpr
         carry, rest = jaxpr.invars[: self.counts[0]], jaxpr.invars[self.counts[0] :]
         held = [var for place, var in enumerate(carry) if place not in places]
         ys = jaxpr.outvars[self.counts[0] :]

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
-from tests.adoption.cases import changed_lines, check
+from tests.adoption.cases import changed_lines, check, check_fit
 
 L, WIDTH, HEADS = 6, 32, 4
-X = jax.random.normal(jax.random.key(0), (8, 32, WIDTH))
+X = jax.random.normal(jax.random.key(0), (32, 32, WIDTH))
 MASK = jnp.tril(jnp.ones([32, 32], bool))
 KEYS = jax.random.split(jax.random.key(1), len(X))
 
@@ -45,24 +45,33 @@ class Encoder(eqx.Module):
 
 
 class Adopted(Encoder):
+    remat: str = eqx.field(static=True, default="full")
+
     def __call__(self, x, mask, key):
         keys = jax.random.split(key, len(self.layers))
         apply = lambda layer, x, mask, key: layer(x, mask, key=key)
-        x = jaxckpt.run(self.layers, apply, x, mask, each={"key": keys}, remat="full")
+        x = jaxckpt.run(self.layers, apply, x, mask, each={"key": keys}, remat=self.remat)
         return x
+
+
+LAYERS = [Layer(key) for key in jax.random.split(jax.random.key(2), L)]
+ARRAYS, STATIC = eqx.partition(LAYERS, eqx.is_array)
+
+
+def loss_of(kind, *options):
+    def loss(arrays, x):
+        encoder = kind(eqx.combine(arrays, STATIC), *options)
+        return jnp.square(jax.vmap(lambda x, key: encoder(x, MASK, key))(x, KEYS)).mean()
+
+    return loss
 
 
 @pytest.mark.slow
 def test_weights_and_masks_are_the_models():
     assert changed_lines(Encoder.__call__, Adopted.__call__) <= 3
-    layers = [Layer(key) for key in jax.random.split(jax.random.key(2), L)]
-    arrays, static = eqx.partition(layers, eqx.is_array)
+    check(loss_of(Encoder), loss_of(Adopted), ARRAYS, X)
 
-    def loss_of(kind):
-        def loss(arrays, x):
-            encoder = kind(eqx.combine(arrays, static))
-            return jnp.square(jax.vmap(lambda x, key: encoder(x, MASK, key))(x, KEYS)).mean()
 
-        return loss
-
-    check(loss_of(Encoder), loss_of(Adopted), arrays, X)
+@pytest.mark.slow
+def test_fit():
+    check_fit(lambda plan: loss_of(Adopted, plan), L, ARRAYS, X)

@@ -6,10 +6,10 @@ import pytest
 from flax import linen as nn
 
 import jaxckpt
-from tests.adoption.cases import changed_lines, check
+from tests.adoption.cases import changed_lines, check, check_fit
 
 L, WIDTH, HEADS = 6, 32, 4
-X = jax.random.normal(jax.random.key(0), (8, 32, WIDTH))
+X = jax.random.normal(jax.random.key(0), (32, 32, WIDTH))
 MASK = jnp.tril(jnp.ones([1, 1, 32, 32], bool))
 DROPOUT = {"dropout": jax.random.key(1)}
 
@@ -49,22 +49,31 @@ class Model(nn.Module):
 
 
 class Adopted(Model):
+    remat: str = "full"
+
     def __call__(self, x, mask, deterministic=True):
         flags = {"deterministic": deterministic, "output_attentions": False}
-        outputs = jaxckpt.linen.run(self.h, x, mask, out=0, remat="full", **flags)
+        outputs = jaxckpt.linen.run(self.h, x, mask, out=0, remat=self.remat, **flags)
         x = outputs[0]
         return self.head(x)
+
+
+def loss_of(model, deterministic):
+    def loss(variables, x):
+        return jnp.square(model.apply(variables, x, MASK, deterministic, rngs=DROPOUT)).mean()
+
+    return loss
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("deterministic", (True, False))
 def test_weights_and_masks_are_the_models(deterministic):
     assert changed_lines(Model.__call__, Adopted.__call__) <= 3
+    losses = [loss_of(model, deterministic) for model in (Model(), Adopted())]
+    check(*losses, Model().init(jax.random.key(2), X, MASK), X)
+
+
+@pytest.mark.slow
+def test_fit():
     variables = Model().init(jax.random.key(2), X, MASK)
-    losses = [
-        lambda variables, x, model=model: jnp.square(
-            model.apply(variables, x, MASK, deterministic, rngs=DROPOUT)
-        ).mean()
-        for model in (Model(), Adopted())
-    ]
-    check(*losses, variables, X)
+    check_fit(lambda plan: loss_of(Adopted(remat=plan), False), L, variables, X)

@@ -274,7 +274,7 @@ def test_what_is_sown_in_a_stack_is_refused_where_it_is_wanted():
     variables = stack.init(RNGS, X)
     assert stack.apply(variables, X).shape == X.shape
     assert stack.apply(variables, X, mutable=["batch_stats"])[1] == {}
-    said = r"state in intermediates\.norm.*beside the carry \(out=0.*or leave 'intermediates'"
+    said = r"state in intermediates\.norm.*carry=\('intermediates',\).*or leave 'intermediates'"
     for mutable in (["intermediates"], "intermediates", True):
         with pytest.raises(ValueError, match=said):
             stack.apply(variables, X, mutable=mutable)

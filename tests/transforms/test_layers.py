@@ -169,7 +169,11 @@ OTHER = eqx.nn.Linear(WIDTH, 2 * WIDTH, use_bias=False, key=KEYS[0])
             r"layers\[0\].up.bias is float32\[16\] and layers\[5\].up.bias is None",
         ),
         (LAYERS, {"each": {"key": KEYS[:4]}}, r"each\['key'\] has 4 rows, there are 6 layers"),
-        (changed(up=OTHER), {"ignore": ("layer_idx", "bias")}, "equal layers, jaxckpt.chain"),
+        (
+            changed(up=OTHER),
+            {"ignore": ("layer_idx", "bias")},
+            r"equal layers, or .* two layers of each, jaxckpt.chain",
+        ),
         (LAYERS, {"each": {"key": None}}, r"each\['key'\] has no arrays"),
         (LAYERS, {"unroll": "2"}, "unroll is a whole number of blocks, at least 1, not '2'"),
         (LAYERS, {"out": 2}, "out=2 is the place of the carry"),
