@@ -108,8 +108,8 @@ def reversed_stage(
             loops = blocks.table.without_counts
         for loop in loops:
             state = back.run(loop, state)
-    _, _, grad_carry, *made = state
-    return grad_carry, tuple(made)
+    _, _, grad_carry, *rest = state
+    return grad_carry, tuple(rest)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
