@@ -94,6 +94,7 @@ def expanded(path: _AnyPath, name: str) -> _AnyPath:
     return type(path)(found)
 
 
+_STORED = ("float32", "bfloat16")
 # Decays of the first and second moment that each optimizer has, and their defaults.
 _BETAS = {
     "adamw": (0.9, 0.95),
@@ -117,6 +118,7 @@ class OptimizerConfig:
         has none.
       beta2: Decay of the second moment (lion: of the momentum it keeps); by default 0.95, for lion
         0.99. Adafactor and sgd have none.
+      moment_dtype: Dtype of the first moment or the momentum; the second moment stays float32.
       clip_norm: Largest global norm of the gradients; larger ones are scaled down to it.
       decay_steps: Steps of warm-up and decay together; 0 means all of `steps`.
     """
@@ -129,6 +131,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     beta1: float | None = None
     beta2: float | None = None
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
     clip_norm: float = 1.0
     decay_steps: int = 0
 
@@ -139,6 +142,13 @@ class OptimizerConfig:
                 f"{', '.join(_BETAS)}"
             )
         at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "decay_steps")
+        if self.moment_dtype not in _STORED:
+            raise ConfigError(
+                f"moment_dtype is {self.moment_dtype!r}; valid: {', '.join(_STORED)}"
+                f"{nearest(str(self.moment_dtype), _STORED)}"
+            )
+        if self.moment_dtype != "float32" and self.kind == "adafactor":
+            raise ConfigError("moment_dtype is of a momentum, and adafactor has none")
         if not self.clip_norm > 0:
             raise ConfigError(f"clip_norm is {self.clip_norm}; it is above 0, such as 1.0")
         for place, name in enumerate(("beta1", "beta2")):
@@ -198,6 +208,10 @@ class TrainConfig:
       steps: Training steps.
       batch_size: Sequences per step.
       accumulate: Parts that each batch is cut into; their gradients are added one after another.
+      update_in_backward: Update each block as soon as its gradient is whole, so that the stack's
+        gradients are never all there. Gradients are then clipped by the last step's norm.
+      param_dtype: Dtype of the blocks' trained parameters. bfloat16 is rounded stochastically by
+        `seed`; embedding, head and the optimizer's arithmetic stay float32.
       seq_len: Tokens per sequence.
       loss_chunk_tokens: Tokens whose logits are in memory at once, over all sequences of a part; 0
         takes a number that suits the shapes.
@@ -237,6 +251,8 @@ class TrainConfig:
     steps: int = 150
     batch_size: int = 16
     accumulate: int = 1
+    update_in_backward: Annotated[bool, Parameter(negative="")] = False
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
     seq_len: int = 128
     loss_chunk_tokens: int = 0
     z_loss: float = 0.0
@@ -274,6 +290,15 @@ class TrainConfig:
         with _refusing():
             if self.mesh_shape is not None:
                 self.mesh_shape.check(self.model, self.batch_size, self.accumulate)
+        if self.param_dtype not in _STORED:
+            raise ConfigError(
+                f"param_dtype is {self.param_dtype!r}; valid: {', '.join(_STORED)}"
+                f"{nearest(str(self.param_dtype), _STORED)}"
+            )
+        if self.param_dtype != "float32" and self.mesh is not None:
+            raise ConfigError("--param-dtype=bfloat16 is for one device; leave it or --mesh out")
+        if self.update_in_backward:
+            self._check_update_in_backward()
         if self.end_token is not None and not (self.pack and 0 <= self.end_token < 2**32):
             raise ConfigError(
                 f"end_token is {self.end_token}; it is a token id, and of --pack alone"
@@ -294,6 +319,20 @@ class TrainConfig:
             raise ConfigError(
                 "plan 'auto' needs a budget: --budget=auto is all that the device can use, "
                 "--budget=15GiB a number of bytes"
+            )
+
+    def _check_update_in_backward(self):
+        if self.accumulate > 1:
+            raise ConfigError(
+                f"--update-in-backward updates a block when its gradient is whole, which with "
+                f"--accumulate={self.accumulate} it is after the last part alone; leave one out"
+            )
+        if self.mesh is not None:
+            raise ConfigError("--update-in-backward is for one device; leave it or --mesh out")
+        if self.model.dtype == "float16":
+            raise ConfigError(
+                "--update-in-backward cannot skip a step whose gradients overflow, as float16 "
+                "needs; use --dtype=bfloat16 or float32, or leave it out"
             )
 
     @property

@@ -20,17 +20,25 @@ PANELS = {
         *("batch-size", "seq-len", "steps", "run-steps", "out", "resume", "json"),
     ),
     "Plan and memory": (
-        *("host-budget", "mesh", "accumulate", "explain", "loss-chunk-tokens", "unroll"),
+        *(
+            "host-budget",
+            "mesh",
+            "accumulate",
+            "update-in-backward",
+            "explain",
+            "loss-chunk-tokens",
+            "unroll",
+        ),
         *("calibrate", "compile-cache", "parallel"),
     ),
     "Model": (
         *("num-blocks", "d-model", "num-heads", "num-kv-heads", "head-dim", "d-ff"),
         *("vocab-size", "dtype", "attention", "dropout", "qk-norm", "tied-embeddings"),
-        *("rope-theta", "norm-eps"),
+        *("rope-theta", "norm-eps", "mlp-tiles"),
     ),
     "Optimizer": (
         *("optimizer", "learning-rate", "warmup-steps", "decay-steps", "weight-decay"),
-        *("clip-norm", "beta1", "beta2", "trainable", "z-loss"),
+        *("clip-norm", "beta1", "beta2", "param-dtype", "moment-dtype", "trainable", "z-loss"),
     ),
     "Data": ("pack", "end-token", "token-dtype"),
     "Run": (
@@ -42,6 +50,7 @@ PANELS = {
 RARE = frozenset({
     *("loss-chunk-tokens", "unroll", "calibrate", "compile-cache", "parallel"),
     *("vocab-size", "attention", "qk-norm", "tied-embeddings", "rope-theta", "norm-eps"),
+    *("mlp-tiles", "param-dtype", "moment-dtype"),
     *("decay-steps", "weight-decay", "clip-norm", "beta1", "beta2", "z-loss"),
     *("end-token", "token-dtype", "keep", "validation-batches", "max-skipped", "join-seconds"),
 })  # fmt: skip

@@ -36,6 +36,8 @@ if TYPE_CHECKING:  # the names that `__getattr__` finds, for editors and type ch
     from jaxckpt.transforms.scan import scan as scan
     from jaxckpt.transforms.stack import scan_blocks as scan_blocks
     from jaxckpt.transforms.tags import tag as tag
+    from jaxckpt.transforms.tiles import tiled as tiled
+    from jaxckpt.transforms.update_in_backward import update_in_backward as update_in_backward
     from jaxckpt.transforms.while_loop import while_loop as while_loop
 
 # Public name -> module that defines it; a name that the module lacks is the module itself.
@@ -61,6 +63,8 @@ _PUBLIC = {
     "scan_blocks": "jaxckpt.transforms.stack",
     "schedules": "jaxckpt.schedules",
     "tag": "jaxckpt.transforms.tags",
+    "tiled": "jaxckpt.transforms.tiles",
+    "update_in_backward": "jaxckpt.transforms.update_in_backward",
     "while_loop": "jaxckpt.transforms.while_loop",
 }
 

@@ -92,7 +92,9 @@ def test_page_runs(page, monkeypatch):
     text = path.read_text()
     blocks = code_of(text)
     assert len(blocks) == text.count("```python"), "a block that is not closed, or is indented"
-    assert any(shown or "assert " in code for code, shown in blocks), f"{path} claims nothing that can fail"
+    assert any(shown or "assert " in code for code, shown in blocks), (
+        f"{path} claims nothing that can fail"
+    )
     module = types.ModuleType(f"docs_{path.stem}")  # classes look for their module by its name
     monkeypatch.setitem(sys.modules, module.__name__, module)
     run(text, path, module)

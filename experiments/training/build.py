@@ -19,6 +19,7 @@ from jaxckpt.plans import Plan
 # The settings that a step is made of; the others (data, folders) are a run's.
 _OF_STEP = (
     *("model", "optimizer", "unroll", "batch_size", "accumulate", "seq_len", "seed"),
+    *("update_in_backward", "param_dtype"),
     *("steps", "loss_chunk_tokens", "z_loss", "trainable", "pack", "mesh"),
 )
 
@@ -103,7 +104,9 @@ def abstract_block(config: TrainConfig, params):
 
     module = Block(config.model)
     cast = functools.partial(in_dtype, dtype=config.model.dtype)
-    is_inside = rows.reads_inside(config.plan, config.unroll)
+    # Where blocks use their gradients at once, they are handed the parameters as they are.
+    is_inside = rows.reads_inside(config.plan, config.unroll) or config.update_in_backward
+    is_inside |= config.accumulate > 1 and config.mesh is None
     batch = config.batch_size // config.accumulate
     batch //= 1 if config.mesh_shape is None else config.mesh_shape.batch_parts
     x = jax.ShapeDtypeStruct((batch, config.seq_len, config.model.d_model), config.model.dtype)

@@ -127,9 +127,20 @@ class Checkpoints:
         """
         placed = lambda x: _on_first_device(x) if x.sharding is None else x
         try:
-            return self._checkpointer.load(step, jax.tree.map(placed, like))
+            # A run may switch to updates in the backward pass, or back: these keep a norm.
+            saved: Any = self._checkpointer.metadata(step).metadata
+            has_norm = saved.get("gradient_norm") is not None
+            asked, scalar = like.gradient_norm, like.step
+            norm = None
+            if has_norm:
+                norm = jax.ShapeDtypeStruct((), "float32", sharding=scalar.sharding)
+            wanted = jax.tree.map(placed, like._replace(gradient_norm=norm))
+            found = self._checkpointer.load(step, wanted)
         except Exception as error:  # see `about`
             raise self._unreadable(step, error) from error
+        if asked is None or has_norm:
+            return found if asked is not None else found._replace(gradient_norm=None)
+        return found._replace(gradient_norm=jax.device_put(np.float32(0), asked.sharding))
 
     def parameter(self, step: int, path: tuple[str, ...]) -> np.ndarray:
         """Returns one parameter of a step; no other is read.
@@ -251,6 +262,10 @@ def check_same_run(config: TrainConfig, corpus_sha256: str, about: dict[str, Any
         )
     elif was != is_now:
         saved[_DECAY], given[_DECAY] = was, is_now
+    names = {False: "after the backward pass", True: "in it, clipped by the last step's norm"}
+    was, is_now = before.get("update_in_backward", False), now["update_in_backward"]
+    if was != is_now:
+        changed.append(f"the optimizer's step is {names[is_now]}; before, it was {names[was]}")
     different = [
         f"{key} was {saved.get(key)!r}, is {given.get(key)!r}"
         for key in sorted(saved.keys() | given.keys())
@@ -271,6 +286,9 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     kept["pack"] = config.get("pack", False)
     for table in ("model", "optimizer"):
         kept.update({f"{table}.{key}": value for key, value in config[table].items()})
+    kept.setdefault("optimizer.moment_dtype", "float32")
+    kept["param_dtype"] = config.get("param_dtype", "float32")
+    kept.pop("model.mlp_tiles", None)  # another order of sums, as with other parts of a batch
     kept[_DECAY] = config["optimizer"]["decay_steps"] or config["steps"]
     return kept
 

@@ -128,7 +128,7 @@ def check_within(
 
 # Settings that change a step's memory and that a resumed run may change; it may not change those
 # of `checkpoints.identity`.
-_OF_MEMORY = ("accumulate", "unroll", "loss_chunk_tokens")
+_OF_MEMORY = ("accumulate", "unroll", "loss_chunk_tokens", "update_in_backward")
 
 
 def settle(

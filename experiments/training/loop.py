@@ -30,7 +30,13 @@ from experiments.training.display import Display, duration, next_commands, shown
 from experiments.training.mesh import abstract_state, batch_sharding, make_mesh, put_whole
 from experiments.training.plan_checks import against_none, explained
 from experiments.training.record import Record
-from experiments.training.step import TrainState, init_state, make_validation_step, resolve_model
+from experiments.training.step import (
+    TrainState,
+    init_state,
+    make_validation_step,
+    resolve_model,
+    state_bytes,
+)
 from experiments.training.stopping import StopRequest
 from experiments.training.utilization import StepFlops, step_flops
 from experiments.weights.load import load_params
@@ -99,6 +105,12 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path) -> int | None:
         header = _header(config, corpus, report, flops, compile_seconds)
         header |= {"budget_bytes": limit, "host_budget_bytes": host_limit}
         header |= {"planned_for": planned_for}
+        weights, moments = state_bytes(state)
+        header |= {"weight_bytes_a_parameter": weights, "optimizer_bytes_a_parameter": moments}
+        display.print(
+            f"state   {weights + moments:.2f} bytes a parameter: {weights:.2f} of weights, "
+            f"{moments:.2f} of the optimizer"
+        )
         if resumed is None and is_first():
             checkpoints.remove_all()
         own_header = header if is_first() else None

@@ -1,6 +1,7 @@
 """The optimizers: clipping, one of Optax's scalings, decay of matrices, and the learning rate."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import optax
 from optax import contrib
 
 from experiments.config import OptimizerConfig
+from experiments.training.rounding import stochastically_rounded
 
 # The size of an update of AdamW, by measurements of many runs; times sqrt(the larger side), a
 # matrix orthogonalized by Muon has it too, and one learning rate does for both (Liu et al. 2025,
@@ -15,11 +17,19 @@ from experiments.config import OptimizerConfig
 _ADAMW_UPDATE = 0.2
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, steps: int, *, clips: bool = True, rounds: int | None = None
+) -> optax.GradientTransformation:
     """Returns the optimizer with a warm-up, cosine schedule over `steps` steps.
 
     The schedule is over `config.decay_steps` if they are set. Weight decay is decoupled and times
     the learning rate, whatever the optimizer; scales of norms do not decay.
+
+    Args:
+      config: Its settings.
+      steps: Steps of the run.
+      clips: Whether it clips by the global norm. Its state has the same structure if it does not.
+      rounds: The seed by which parameters in bfloat16 are rounded; None if there are none.
     """
     steps = config.decay_steps or steps
     warmup = min(config.warmup_steps, steps - 1)
@@ -30,49 +40,66 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         decay_steps=steps,
         end_value=config.learning_rate / 10,
     )
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        _SCALINGS[config.kind](*config.betas),
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if clips else optax.identity(),
+        _SCALINGS[config.kind](*config.betas, config.moment_dtype),
         optax.add_decayed_weights(config.weight_decay, mask=_is_matrix),
         optax.scale_by_learning_rate(rate),
     )
+    return optimizer if rounds is None else stochastically_rounded(optimizer, rounds)
 
 
-def _adamw(beta1: float, beta2: float):
-    return optax.scale_by_adam(b1=beta1, b2=beta2)
+def _adamw(beta1: float, beta2: float, dtype: str):
+    return optax.scale_by_adam(b1=beta1, b2=beta2, mu_dtype=dtype)
 
 
 def _adafactor(*_):
     """Returns Adafactor without momentum (Shazeer, Stern 2018): a row and a column a matrix.
 
-    The size of an update is relative to the parameters'; a stack's parameters are one for it.
+    The size of an update is relative to the parameters'; each block of a stack is one for it.
     """
     return optax.chain(
         optax.scale_by_factored_rms(),
-        optax.clip_by_block_rms(1.0),
-        optax.scale_by_param_block_rms(),
+        _by_block(optax.clip_by_block_rms(1.0)),
+        _by_block(optax.scale_by_param_block_rms()),
     )
 
 
-def _lion(beta1: float, beta2: float):
-    return optax.scale_by_lion(b1=beta1, b2=beta2)
+def _by_block(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns a transformation without state that takes each block of the stack for itself."""
+
+    def update(updates: Any, state: Any, params: Any = None, **_: Any):
+        def one(path, update, param):
+            call = lambda update, param: transform.update(update, state, param)[0]
+            is_stacked = jax.tree_util.keystr(path).startswith("['layers']")
+            return (jax.vmap(call) if is_stacked else call)(update, param)
+
+        return jax.tree_util.tree_map_with_path(one, updates, params), state
+
+    return optax.GradientTransformation(transform.init, update)
 
 
-def _sgd(beta1: float, _):
-    return optax.trace(decay=beta1)
+def _lion(beta1: float, beta2: float, dtype: str):
+    return optax.scale_by_lion(b1=beta1, b2=beta2, mu_dtype=dtype)
 
 
-def _muon(beta1: float, beta2: float):
+def _sgd(beta1: float, _, dtype: str):
+    return optax.trace(decay=beta1, accumulator_dtype=dtype)
+
+
+def _muon(beta1: float, beta2: float, dtype: str):
     """Returns Muon (Jordan 2024) for the stack's matrices, each block's for itself, and Adam."""
     matrix = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     orthogonal = contrib.scale_by_muon(
-        beta=beta1, weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: matrix, tree)
+        beta=beta1,
+        weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: matrix, tree),
+        mu_dtype=dtype,
     )
     resized = optax.stateless_with_tree_map(
         lambda update, _: _ADAMW_UPDATE * math.sqrt(max(jnp.shape(update)[-2:])) * update
     )
     return optax.partition(
-        {"muon": optax.chain(orthogonal, resized), "adam": _adamw(beta1, beta2)},
+        {"muon": optax.chain(orthogonal, resized), "adam": _adamw(beta1, beta2, dtype)},
         lambda params: jax.tree_util.tree_map_with_path(_muon_label, params),
     )
 

@@ -24,6 +24,8 @@ from jaxckpt.models.device_choice import device_of
 from jaxckpt.models.sharding import Layout
 from jaxckpt.plans.errors import nearest
 from jaxckpt.targets.target import Target
+from jaxckpt.transforms.accumulate import adding
+from jaxckpt.transforms.update_in_backward import update_in_backward
 
 # As PyTorch's GradScaler begins and grows; a gradient that is not finite halves the scale.
 _FIRST_SCALE, _GROWTH_STEPS = 2.0**16, 2000
@@ -53,11 +55,14 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: Steps done, an int32 scalar; with the seed it gives the dropout key.
-      params: The model's parameters: float32, frozen ones in the dtype of the computation.
+      params: The model's parameters: float32 or, in blocks, `param_dtype`; frozen ones in the dtype
+        of the computation.
       optimizer: Optax's state.
       skipped: Steps whose gradients were not finite, an int32 scalar.
       skipped_in_row: Those since the last step that was taken.
       loss_scale: Of a computation in float16; None of any other.
+      gradient_norm: Of the last step that was taken, 0 before the first, a float32 scalar; None
+        unless blocks are updated in the backward pass.
     """
 
     step: jax.Array
@@ -66,6 +71,7 @@ class TrainState(NamedTuple):
     skipped: jax.Array
     skipped_in_row: jax.Array
     loss_scale: LossScale | None = None
+    gradient_norm: jax.Array | None = None
 
 
 def resolve_model(
@@ -86,6 +92,8 @@ def resolve_model(
     sizes = {"seq_len": config.seq_len, "packed": config.pack}
     found = resolve(config.model, target, spread=config.mesh is not None, **sizes)
     unroll, why = config.unroll, found.why
+    if config.update_in_backward and not unroll:
+        unroll, why = 1, (*why, "unroll 1: blocks are updated in a loop")
     if not unroll:
         count = 1 if config.mesh_shape is None else config.mesh_shape.size
         unroll, because = choose_unroll(config.plan, device_of(target).platform, count)
@@ -112,15 +120,33 @@ def init_state(config: TrainConfig, params=None) -> TrainState:
         params = model.init(jax.random.key(config.seed), tokens_BS)["params"]
     trainable, frozen = split(params, config.trainable)
     # What never changes needs no master copy.
-    params = merge(trainable, jax.tree.map(lambda x: x.astype(config.model.dtype), frozen))
-    optimizer = make_optimizer(config.optimizer, config.steps).init(trainable)
+    frozen = jax.tree.map(lambda x: x.astype(config.model.dtype), frozen)
+    params = merge(trainable, frozen)
+    if config.param_dtype == "bfloat16" and "layers" in trainable:
+        narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), trainable["layers"])
+        trainable = trainable | {"layers": narrow}
+        params = merge(trainable, frozen)
+    optimizer = _optimizer(config).init(trainable)
     zero = jnp.zeros([], jnp.int32)
     state = TrainState(
         step=zero, params=params, optimizer=optimizer, skipped=zero, skipped_in_row=zero
     )
+    if config.update_in_backward:
+        state = state._replace(gradient_norm=jnp.zeros([]))
     if config.model.dtype != "float16":
         return state
     return state._replace(loss_scale=LossScale(jnp.float32(_FIRST_SCALE), zero))
+
+
+def state_bytes(state: TrainState) -> tuple[float, float]:
+    """Returns the bytes a parameter of weights and of the optimizer's state.
+
+    Args:
+      state: The state, abstract or not.
+    """
+    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    return size(state.params) / count, size(state.optimizer) / count
 
 
 def make_train_step(config: TrainConfig):
@@ -138,7 +164,9 @@ def make_train_step(config: TrainConfig):
       PlanError: The plan names what the blocks do not have.
       ConfigError: A pattern of `trainable` matches nothing.
     """
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    if config.update_in_backward:
+        return _make_updating_step(config)
+    optimizer = _optimizer(config)
     loss_of = make_loss(config)
     layout = layout_of(config)
 
@@ -151,8 +179,7 @@ def make_train_step(config: TrainConfig):
             loss = loss_of(merge(trainable, frozen), part, key, count)
             return loss if state.loss_scale is None else loss * state.loss_scale.scale
 
-        gradients_of = _accumulated(config, jax.value_and_grad(part_loss))
-        loss, gradients = gradients_of(trainable, batch, key)
+        loss, gradients = _gradients(config, part_loss, trainable, batch, key)
         if state.loss_scale is not None:
             scale = state.loss_scale.scale
             loss, gradients = jax.tree.map(lambda x: x / scale, (loss, gradients))
@@ -175,6 +202,58 @@ def make_train_step(config: TrainConfig):
         )
         state = _placed(state, layout)
         metrics = {"loss": loss, "gradient_norm": norm}
+        counts = {"skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
+        return state, metrics | counts
+
+    return train_step
+
+
+def _optimizer(config: TrainConfig, **options):
+    """Returns the optimizer of a run."""
+    rounds = config.seed if config.param_dtype == "bfloat16" else None
+    return make_optimizer(config.optimizer, config.steps, rounds=rounds, **options)
+
+
+def _make_updating_step(config: TrainConfig):
+    """Returns `train_step` with the optimizer's step inside the backward pass.
+
+    Gradients are clipped by the norm of the last step, since this step's is known when all blocks
+    have been updated. The first step is not clipped. Blocks that were updated before the first
+    gradient that is not finite keep their update; all else of such a step is skipped.
+    """
+    optimizer = _optimizer(config, clips=False)
+    loss_of = make_loss(config)
+
+    def train_step(state: TrainState, batch):
+        key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
+        trainable, frozen = split(state.params, config.trainable)
+        if not trainable.get("layers"):
+            raise ConfigError(
+                "--update-in-backward updates blocks, and --trainable names no parameter of "
+                "layers/; leave it out"
+            )
+        count = _targets_a_part(batch, 1)
+        update = update_in_backward(
+            lambda trainable: loss_of(merge(trainable, frozen), batch, key, count),
+            optimizer,
+            blocks=lambda params: params["layers"],
+            skip_nonfinite=True,
+            check=False,  # the optimizers of `optimizers.py` are tested for it
+        )
+        clip, last = config.optimizer.clip_norm, state.gradient_norm
+        assert last is not None  # `init_state` makes it
+        scale = jnp.where(last > clip, clip / last, 1.0)
+        done = update(trainable, state.optimizer, gradient_scale=scale)
+        skipped = 1 - done.is_finite.astype(jnp.int32)
+        state = TrainState(
+            step=state.step + 1,
+            params=merge(done.params, frozen),
+            optimizer=done.state,
+            skipped=state.skipped + skipped,
+            skipped_in_row=(state.skipped_in_row + 1) * skipped,
+            gradient_norm=jnp.where(done.is_finite, done.gradient_norm, last),
+        )
+        metrics = {"loss": done.value, "gradient_norm": done.gradient_norm}
         counts = {"skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
         return state, metrics | counts
 
@@ -237,27 +316,35 @@ def _targets_a_part(batch, parts: int):
     return jnp.maximum((targets_BS != _IGNORED).sum(), 1) / parts
 
 
-def _accumulated(config: TrainConfig, value_and_grad):
-    """Returns `value_and_grad` over a batch in parts: only one part's activations are live."""
+def _gradients(config: TrainConfig, part_loss, params, batch, key):
+    """Returns the loss and its gradients, over a batch in parts: one part's activations are live.
+
+    Gradients of parts are added up in place, a block at a time in the backward pass; on a mesh, and
+    where no block is trained, after it.
+    """
     if config.accumulate == 1:
-        return value_and_grad
+        return jax.value_and_grad(part_loss)(params, batch, key)
     parts, layout = config.accumulate, layout_of(config)
+    in_place = layout is None and params.get("layers")
+    add = adding(part_loss, blocks=lambda params: params["layers"])
 
-    def accumulated(params, batch, key):
-        def add_part(total, numbered):
-            index, part = numbered
-            found = value_and_grad(params, part, jax.random.fold_in(key, index))
-            return _placed(jax.tree.map(jnp.add, total, found), layout), None
+    def add_part(total, numbered):
+        (loss, gradients), (index, part) = total, numbered
+        one_key = jax.random.fold_in(key, index)
+        if in_place:
+            of_part, gradients = add(params, gradients, part, one_key)
+            return (loss + of_part, gradients), None
+        found = jax.value_and_grad(part_loss)(params, part, one_key)
+        return _placed(jax.tree.map(jnp.add, total, found), layout), None
 
-        def cut(array):
-            array = array.reshape(parts, -1, array.shape[-1])
-            return array if layout is None else layout.parts(array)
+    def cut(array):
+        array = array.reshape(parts, -1, array.shape[-1])
+        return array if layout is None else layout.parts(array)
 
-        zero = _placed(jax.tree.map(jnp.zeros_like, (jnp.zeros([]), params)), layout)
-        total, _ = jax.lax.scan(add_part, zero, (jnp.arange(parts), jax.tree.map(cut, batch)))
-        return jax.tree.map(lambda x: x / parts, total)
-
-    return accumulated
+    wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
+    zero = _placed(jax.tree.map(wide, (jnp.zeros([]), params)), layout)
+    total, _ = jax.lax.scan(add_part, zero, (jnp.arange(parts), jax.tree.map(cut, batch)))
+    return jax.tree.map(lambda x: x / parts, total)
 
 
 def make_validation_step(config: TrainConfig):

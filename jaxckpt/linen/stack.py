@@ -22,6 +22,7 @@ from jaxckpt.plans import Plan, PlanError
 from jaxckpt.transforms import rows
 from jaxckpt.transforms.arguments import apart, check_class, part, put
 from jaxckpt.transforms.scan import scan
+from jaxckpt.transforms.stack_update import is_attached
 
 _PARAMS = "params"
 
@@ -116,7 +117,8 @@ class Stack(nn.Module):
         cast = functools.partial(in_dtype, dtype=self.dtype)
         state = nn.meta.unbox({name: dict(one) for name, one in self.variables.items() if one})
         params = state.pop(_PARAMS, {})
-        if not rows.reads_inside(self.remat, self.unroll):
+        # What is updated in the backward pass is handed over as it is; a copy could not be.
+        if not rows.reads_inside(self.remat, self.unroll) and not is_attached(params):
             params, cast = cast(params), lambda params: params
         mutable = intersect_filters(scope.mutable, DenyList(_PARAMS))
 

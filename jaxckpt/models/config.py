@@ -34,6 +34,8 @@ class TransformerConfig:
         on GPUs that have it, float16 on older GPUs, float32 elsewhere.
       attention: The attention kernel: cudnn on NVIDIA GPUs, splash on TPUs, chunked (a part of the
         queries at a time) and plain anywhere; auto is the one that the chip and the sizes allow.
+      mlp_tiles: Tiles of a sequence that the MLP runs one after another, so that only one tile's
+        hidden values are in memory. Policies see no `gate` and `up` then.
 
     Raises:
       ModelError: A word is unknown, a size is below 1, heads do not divide, `head_dim` is odd, or
@@ -54,10 +56,11 @@ class TransformerConfig:
     dropout: float = 0.0
     dtype: Literal["auto", "float32", "bfloat16", "float16", "f32", "bf16", "f16"] = "auto"
     attention: Literal["auto", "cudnn", "splash", "chunked", "plain"] = "auto"
+    mlp_tiles: int = 1
 
     def __post_init__(self):
         sizes = ("vocab_size", "num_blocks", "d_model", "num_heads", "num_kv_heads", "head_dim")
-        for name in (*sizes, "d_ff"):
+        for name in (*sizes, "d_ff", "mlp_tiles"):
             if getattr(self, name) < 1:
                 raise ModelError(f"{name} is {getattr(self, name)}; the least is 1")
         if self.num_heads % self.num_kv_heads:

@@ -25,6 +25,7 @@ from jaxckpt.models.sharding import Layout
 from jaxckpt.models.swiglu import swiglu_down
 from jaxckpt.plans import Plan
 from jaxckpt.transforms.tags import tag
+from jaxckpt.transforms.tiles import tiled
 
 _INIT = nn.initializers.normal(0.02)
 
@@ -159,10 +160,17 @@ class SwiGLU(nn.Module):
     def __call__(self, x_BSD):
         """Returns the branch's output, `[B, S, D]`."""
         config = self.config
-        gate_BSF = tag(_dense(config, config.d_ff, "gate_proj")(x_BSD), "gate")
-        up_BSF = tag(_dense(config, config.d_ff, "up_proj")(x_BSD), "up")
-        kernel_FD = _Kernel((config.d_ff, config.d_model), name="down_proj")()
-        return swiglu_down(gate_BSF, up_BSF, kernel_FD)
+        wide, narrow = (config.d_model, config.d_ff), (config.d_ff, config.d_model)
+        shapes = {"gate_proj": wide, "up_proj": wide, "down_proj": narrow}
+        kernels = [_Kernel(shape, name=name)() for name, shape in shapes.items()]
+        return tiled(_swiglu, config.mlp_tiles)(x_BSD, *kernels)
+
+
+def _swiglu(x_BSD, gate_DF, up_DF, down_FD):
+    """Returns the SwiGLU of one tile of positions, or of all of them."""
+    gate_BSF = tag(x_BSD @ gate_DF.astype(x_BSD.dtype), "gate")
+    up_BSF = tag(x_BSD @ up_DF.astype(x_BSD.dtype), "up")
+    return swiglu_down(gate_BSF, up_BSF, down_FD)
 
 
 class _Kernel(nn.Module):

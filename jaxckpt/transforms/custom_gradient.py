@@ -26,12 +26,12 @@ from jax.interpreters import ad, batching, mlir
 from jaxckpt.transforms import jaxprs
 from jaxckpt.transforms.traced_block import abstract, zeros
 
-_MESSAGE = (
+# What an error says of a derivative that a walk does not have, which stands for `{}`.
+OF_SCHEDULES = (
     "a schedule has reverse mode, and forward mode over it (jax.hessian); {} is refused: "
     "remat='full' or nested=True has it"
 )
 _SECOND_REVERSE = "a second reverse mode (grad of grad)"
-_NO_FORWARD_MODE = _MESSAGE.format("forward mode by itself (jvp, linearize, jacfwd)")
 
 
 class Walk(Protocol):
@@ -75,11 +75,18 @@ class Walk(Protocol):
         ...
 
 
-def run_with_gradient(walk: Walk, *args) -> list:
-    """Returns `walk.run(*args)`, differentiable and batched as the walk says."""
+def run_with_gradient(walk: Walk, *args, refusal: str = OF_SCHEDULES) -> list:
+    """Returns `walk.run(*args)`, differentiable and batched as the walk says.
+
+    Args:
+      walk: How it is run and reversed.
+      *args: The arguments.
+      refusal: The text of the error for another derivative, with `{}` in its place.
+    """
     leaves, tree = jax.tree.flatten(args)
     flat = lambda *leaves: walk.run(*jax.tree.unflatten(tree, leaves))
-    return _RUN.bind(*leaves, jaxpr=jax.make_jaxpr(flat)(*leaves), walk=walk, tree=tree)
+    static = {"walk": walk, "tree": tree, "refusal": refusal}
+    return _RUN.bind(*leaves, jaxpr=jax.make_jaxpr(flat)(*leaves), **static)
 
 
 def inexact(leaves: Sequence) -> list[int]:
@@ -130,7 +137,7 @@ def _evaluate(*leaves, jaxpr: core.ClosedJaxpr, **_):
     return core.jaxpr_as_fun(jaxpr)(*leaves)
 
 
-def _differentiate(primals, tangents, *, jaxpr, walk: Walk, tree):
+def _differentiate(primals, tangents, *, jaxpr, walk: Walk, tree, refusal: str):
     asked = tuple(n for n, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero))
     out, residuals = walk.forward(jax.tree.unflatten(tree, primals), asked)
     leaves, residual_tree = jax.tree.flatten(residuals)
@@ -140,6 +147,7 @@ def _differentiate(primals, tangents, *, jaxpr, walk: Walk, tree):
         count=len(leaves),
         backward=lambda leaves, g: walk.backward(jax.tree.unflatten(residual_tree, leaves), g),
         avals=tuple(jax.typeof(out[place]) for place in inexact(out)),
+        sentence=refusal,
     )
     tangents_out: list[Any] = [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in out]
     for place, tangent in zip(inexact(out), made, strict=True):
@@ -147,9 +155,9 @@ def _differentiate(primals, tangents, *, jaxpr, walk: Walk, tree):
     return out, tangents_out
 
 
-def _batch_run(axis, leaves, dims, *, jaxpr, walk: Walk, tree):
+def _batch_run(axis, leaves, dims, *, jaxpr, walk: Walk, tree, refusal: str):
     walk, args = walk.batched(jax.tree.unflatten(tree, leaves), dims, axis)
-    out = run_with_gradient(walk, *args)
+    out = run_with_gradient(walk, *args, refusal=refusal)
     return out, [walk.out_dim(place) for place in range(len(out))]
 
 
@@ -164,14 +172,14 @@ _TRANSPOSED.def_abstract_eval(lambda *_, avals, **__: avals)
 
 
 @_TRANSPOSED.def_impl
-def _refuse_forward(*_, sentence: str = _NO_FORWARD_MODE, **__):
-    raise NotImplementedError(sentence)
+def _refuse_forward(*_, sentence: str, **__):
+    raise NotImplementedError(sentence.format("forward mode by itself (jvp, linearize, jacfwd)"))
 
 
-def _transpose(cotangents, *args, count: int, backward: Callable, avals):
+def _transpose(cotangents, *args, count: int, backward: Callable, avals, sentence: str):
     """Runs the backward pass; returns each leaf's gradient in the place of its tangent."""
     made = backward(list(args[:count]), _with_types(cotangents, avals))
-    once = _once(_MESSAGE.format(_SECOND_REVERSE))
+    once = _once(sentence.format(_SECOND_REVERSE))
     return [*(None for _ in range(count)), *map(once, made)]
 
 
@@ -181,7 +189,7 @@ def _with_types(grads: Sequence, avals: Sequence) -> list:
     return [ad.Zero(aval) if isinstance(g, ad.Zero) else g for g, aval in pairs]
 
 
-def _batch_transposed(axis, args, dims, *, count: int, backward: Callable, avals):
+def _batch_transposed(axis, args, dims, *, count: int, backward: Callable, avals, sentence: str):
     """Batches the backward pass; a tangent that all examples share gets the gradients' sum."""
 
     def batched(leaves, grads):
@@ -192,7 +200,8 @@ def _batch_transposed(axis, args, dims, *, count: int, backward: Callable, avals
 
     widen = lambda leaves: [widened(x, None, axis) for x in leaves]
     wide = jax.make_jaxpr(widen)(list(avals)).out_avals
-    out = _TRANSPOSED.bind(*args, count=count, backward=batched, avals=tuple(wide))
+    static = {"count": count, "backward": batched, "avals": tuple(wide), "sentence": sentence}
+    out = _TRANSPOSED.bind(*args, **static)
     return out, [0] * len(out)
 
 

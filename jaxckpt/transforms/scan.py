@@ -18,7 +18,7 @@ from jaxckpt.plans.errors import shown
 from jaxckpt.schedules.of_stage import under_loss
 from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms import checkpointed as reference
-from jaxckpt.transforms import observers, rows, stack_executor, value_names
+from jaxckpt.transforms import observers, rows, stack_executor, stack_update, value_names
 from jaxckpt.transforms.checks import (
     check_carry,
     check_pair,
@@ -149,11 +149,27 @@ def looped(
         unroll=unroll,
     )
     changed = observers.tell(call)
+    updated = stack_update.taken(jax.tree.leaves(xs))
+    if updated is not None:
+        if nested:
+            raise ValueError("update_in_backward runs schedules by the executor, not nested=True")
+        call = alone.call
+        if isinstance(plan, Plan):
+            call = value_names.resolved(call, all_of(plan))
+        groups = (jax.tree.leaves(xs), changed, [*all_consts, *held])
+        out = stack_update.run(call, plan, given, *groups, updated, unroll=unroll, reverse=reverse)
+        return _put_back(traced, leaves, tree, y, out)
     static = (alone, plan, given, unroll, reverse, nested)
     program = once_compiled(_run, identities, *static)
-    out = iter(program(jax.tree.leaves(xs), changed, [*all_consts, *held]))
-    leaves = [next(out) if n in traced.changed else x for n, x in enumerate(leaves)]
-    return jax.tree.unflatten(tree, leaves), jax.tree.unflatten(jax.tree.structure(y), list(out))
+    out = program(jax.tree.leaves(xs), changed, [*all_consts, *held])
+    return _put_back(traced, leaves, tree, y, out)
+
+
+def _put_back(traced: TracedBlock, leaves: list, tree, y, out: list) -> tuple:
+    """Returns carry and ys; leaves of the carry that no block changes are as they were."""
+    made = iter(out)
+    leaves = [next(made) if n in traced.changed else x for n, x in enumerate(leaves)]
+    return jax.tree.unflatten(tree, leaves), jax.tree.unflatten(jax.tree.structure(y), list(made))
 
 
 def _run(

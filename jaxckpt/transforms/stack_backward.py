@@ -6,7 +6,7 @@ reverses its own blocks. Rows that are alike are trips of one loop; see `tables.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 from jax import lax
@@ -30,6 +30,49 @@ def backward(blocks: Blocks, residuals, grads, num_steps=None) -> list:
       grads: Gradients of the output's inexact leaves; `ad.Zero` for an unused output.
       num_steps: The number of blocks that ran, a traced scalar of at most L; None if all L ran.
     """
+    params, consts, slots, _, moving = residuals
+    grad_params = [jnp.zeros_like(params[i]) for i in moving.params]
+    grad_consts = [jnp.zeros_like(consts[i]) for i in moving.consts]
+    made = (grad_params, grad_consts)
+    grad_carry, made = reversed_stage(blocks, residuals, grads, made, num_steps)
+    of_place = dict(zip(inexact(slots), grad_carry, strict=True))
+    return [*made[0], *(of_place[i] for i in moving.carry), *made[1]]
+
+
+class Update(Protocol):
+    """What becomes of a block's gradients once they are whole."""
+
+    def params(self, given: list, made) -> list:
+        """Returns the stack's parameters as they are now, leaves `[L, ...]`.
+
+        Args:
+          given: The parameters of the forward pass.
+          made: What the backward pass has made of them.
+        """
+        ...
+
+    def with_params(self, made, params: list) -> Any:
+        """Returns `made` with the parameters, unchanged, that a loop handed on."""
+        ...
+
+    def write(self, made, place, grads: list) -> Any:
+        """Returns `made` after the block at row `place` of the stack has its gradients."""
+        ...
+
+
+def reversed_stage(
+    blocks: Blocks, residuals, grads, made: tuple, num_steps=None, update: Update | None = None
+) -> tuple[list, tuple]:
+    """Returns the gradients of a stage's carry, and `made` with what its blocks add.
+
+    Args:
+      blocks: The stage.
+      residuals: What `Loops.forward` returned for the backward pass.
+      grads: Gradients of the output's inexact leaves; `ad.Zero` for an unused output.
+      made: What the backward pass makes of the parameters, and the gradients of the consts.
+      num_steps: The number of blocks that ran; None if all L ran.
+      update: Takes a block's gradients instead of an array for all of them; None for gradients.
+    """
     params, consts, slots, kept, moving = residuals
     places = inexact(slots)
     grad_carry, of_ys = instantiated(grads[: len(places)]), grads[len(places) :]
@@ -52,10 +95,9 @@ def backward(blocks: Blocks, residuals, grads, num_steps=None) -> list:
         moving=moving,
         grad_ys=grad_ys,
         num_steps=num_steps,
+        update=update,
     )
-    grad_params = [jnp.zeros_like(params[i]) for i in moving.params]
-    grad_consts = [jnp.zeros_like(consts[i]) for i in moving.consts]
-    state = (slots, kept, grad_carry, grad_params, grad_consts)
+    state: Any = (slots, kept, grad_carry, *made)
     if num_steps is not None:
         state = back.run_until(state)
     else:
@@ -66,9 +108,8 @@ def backward(blocks: Blocks, residuals, grads, num_steps=None) -> list:
             loops = blocks.table.without_counts
         for loop in loops:
             state = back.run(loop, state)
-    _, _, grad_carry, grad_params, grad_consts = state
-    of_place = dict(zip(places, grad_carry, strict=True))
-    return [*grad_params, *(of_place[i] for i in moving.carry), *grad_consts]
+    _, _, grad_carry, *rest = state
+    return grad_carry, tuple(rest)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,6 +124,7 @@ class _Rows:
       grad_ys: For each y among `moving.outputs`, a function from a block's index to the gradient
         of its y.
       num_steps: The number of blocks that ran; None if all L ran.
+      update: Takes a block's gradients; None to write them into the stacked ones.
     """
 
     blocks: Blocks
@@ -91,6 +133,11 @@ class _Rows:
     moving: Moving
     grad_ys: tuple
     num_steps: Any = None
+    update: Update | None = None
+
+    def read(self, made) -> list:
+        """Returns the parameters: a loop that updates them has to read its own."""
+        return self.params if self.update is None else self.update.params(self.params, made)
 
     def run_until(self, state):
         """Runs the rows of the blocks that ran, all of them by one loop that reads its bounds."""
@@ -130,25 +177,29 @@ class _Rows:
         moves = self._cut(table.moves)
         row = {name: column[0] for name, column in rows.items()}
         slots, rest = state[0], tuple(state[1:])
+        params = self.read(rest[2])
 
-        def move(index, state):
+        def move(index, params, state):
             carry, slots = state
             start, stop = moves["start"][index], moves["stop"][index]
             told = (table.blocks_moved, table.num_moves)
-            carry = self._sweep(carry, start, stop, counts and counts.move, told)
-            return carry, self.blocks.store(slots, moves["slot"][index], carry)
+            params, carry = self._sweep(params, carry, start, stop, counts and counts.move, told)
+            return params, (carry, self.blocks.store(slots, moves["slot"][index], carry))
 
         carry = self.blocks.load(slots, row["load"])
         if counts is None and self.num_steps is None and self.blocks.moves_by_block:
-            carry, slots = self._run_steps(row, carry, slots)
+            params, (carry, slots) = self._run_steps(params, row, carry, slots)
         else:
             if table.num_moves:
                 moved, told = (row["first_move"], row["last_move"]), (table.num_moves, num_rows)
-                count = counts and counts.moves
-                carry, slots = run_loop(*moved, count, move, (carry, slots), told)
+                bounds = (*moved, counts and counts.moves)
+                params, (carry, slots) = self.blocks.loop(
+                    params, *bounds, move, (carry, slots), told
+                )
             told = (table.blocks_advanced, num_rows)
             last = (row["record"], counts and counts.advance)
-            carry = self._sweep(carry, row["advance"], *last, told)
+            params, carry = self._sweep(params, carry, row["advance"], *last, told)
+        rest = self._with(params, rest)
         if self.num_steps is not None:
             reverse = lambda: tuple(self._reverse(counts, carry, row, rest))
             return slots, *lax.cond(row["record"] < row["stop"], reverse, lambda: rest)
@@ -165,31 +216,42 @@ class _Rows:
         (_, rest), _ = lax.scan(body, (carry, rest), rows)
         return slots, *rest
 
-    def _run_steps(self, row, carry, slots):
+    def _with(self, params, rest: tuple) -> tuple:
+        """Returns the state of a trip with the parameters that a loop handed on."""
+        if self.update is None:
+            return rest
+        kept, grad_carry, made, grad_consts = rest
+        return kept, grad_carry, self.update.with_params(made, params), grad_consts
+
+    def _run_steps(self, params, row, carry, slots) -> tuple[list, tuple]:
         """Runs all blocks of a row that it does not record by one loop, which stores every carry.
 
         One loop asks a GPU's host once a block and once a row; a loop for each move asks more.
+
+        Returns:
+          The parameters, as `Blocks.loop` does, and the carry and the slots.
         """
         table, stack = self.blocks.table, self.blocks
         steps = {name: jnp.asarray(column) for name, column in table.steps.items()}
 
-        def step(index, state):
-            carry = stack.next(self.params, self.consts, state[0], steps["block"][index])
+        def step(index, params, state):
+            carry = stack.next(params, self.consts, state[0], steps["block"][index])
             carry = carry[: stack.num_carry]
-            return carry, stack.store(state[1], steps["slot"][index], carry)
+            return params, (carry, stack.store(state[1], steps["slot"][index], carry))
 
         told = (table.blocks_moved + table.blocks_advanced, len(table.rows["load"]))
-        return run_loop(row["first_step"], row["last_step"], None, step, (carry, slots), told)
+        bounds = (row["first_step"], row["last_step"], None)
+        return stack.loop(params, *bounds, step, (carry, slots), told)
 
-    def _sweep(self, carry, *blocks) -> list:
-        return self.blocks.sweep(self.params, self.consts, carry, *blocks)
+    def _sweep(self, params, carry, *blocks) -> tuple[list, list]:
+        return self.blocks.sweep(params, self.consts, carry, *blocks)
 
     def _reverse(self, counts: Counts | None, carry, row, state):
         """Records and reverses the blocks of one row."""
         kept, *grads = state
-        stack = self.blocks
+        stack, params = self.blocks, self.read(state[2])
         if not stack.table.records:
-            params_i = stack.params_of(self.params, row["record"])
+            params_i = stack.params_of(params, row["record"])
             args = (carry, params_i, self.consts, self.moving)
             reverse = lambda grads: stack.reverse(*args, grads)
             return kept, *self._accumulated(reverse, row["record"], *grads)
@@ -197,14 +259,15 @@ class _Rows:
         num_rows = len(stack.table.rows["load"])
         first = int(stack.table.rows["record"][0]) if stack.table.keeps_last else stack.length
         blocks = (row["record"], row["again"], row["stop"], counts and counts.again)
-        (carry, _), kept = stack.record(
-            recorder, self.params, self.consts, (carry, []), kept, *blocks, (first, num_rows)
+        params, ((carry, _), kept) = stack.record(
+            recorder, params, self.consts, (carry, []), kept, *blocks, (first, num_rows)
         )
+        kept, *grads = self._with(params, (kept, *grads))
 
         def reverse_block(count, grads):
             index = row["stop"] - 1 - count
             residuals = row_major(slots_of.row(kept, index - row["record"]))
-            params_i = stack.params_of(self.params, index)
+            params_i = stack.params_of(self.read(grads[1]), index)
             reverse = recorder.reverse(residuals, params_i, self.consts)
             return self._accumulated(reverse, index, *grads)
 
@@ -212,12 +275,15 @@ class _Rows:
         count = counts and counts.reverse
         return kept, *run_loop(0, number, count, reverse_block, tuple(grads), told)
 
-    def _accumulated(self, reverse: Callable, index, grad_carry, grad_params, grad_consts):
+    def _accumulated(self, reverse: Callable, index, grad_carry, made, grad_consts):
         """Reverses one block; writes its parameters' gradients and adds up those of the consts."""
         of_ys = [read(index) for read in self.grad_ys]
         grad_carry, of_params, of_consts = reverse([*grad_carry, *of_ys])
-        grad_params = self.blocks.with_grads(grad_params, self.moving.params, index, of_params)
-        return grad_carry, grad_params, [a + b for a, b in zip(grad_consts, of_consts, strict=True)]
+        if self.update is None:
+            made = self.blocks.with_grads(made, self.moving.params, index, of_params)
+        else:
+            made = self.update.write(made, self.blocks.at(index), of_params)
+        return grad_carry, made, [a + b for a, b in zip(grad_consts, of_consts, strict=True)]
 
 
 def _reader(blocks: Blocks, y: int, grad) -> Callable:

@@ -35,12 +35,19 @@ class How:
       unroll: Blocks unrolled in one trip of the forward pass; ignored if slots are on the host.
       checkpoint: Wraps a block before it is recorded; None if it is recorded as it is.
       reverse: The first block reads the last row, as in `lax.scan(..., reverse=True)`.
+      first_row: The first row of the parameters that is one of these blocks; above 0 for a stage
+        that reads the rows of the whole stack.
+      casts_rows: A row's cast to a narrower dtype stays with the row. XLA casts the whole stack
+        before a loop that only reads it: a copy of all parameters, half their size. So these loops
+        hand the parameters on from trip to trip.
     """
 
     offload: bool = False
     unroll: int = 1
     checkpoint: Callable | None = None
     reverse: bool = False
+    first_row: int = 0
+    casts_rows: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,10 +115,45 @@ class Blocks:
         """The number of blocks, L."""
         return len(self.table.sweep_slots)
 
-    def sweep(self, params, consts, carry, start, stop, count: int | None, told) -> list:
-        """Runs blocks `start..stop` as `run_loop` does; returns the carry alone."""
-        body = lambda i, carry: self.next(params, consts, carry, i)[: self.num_carry]
-        return run_loop(start, stop, count, body, carry, told)
+    def loop(
+        self, params, start, stop, count: int | None, body: Callable, state, told=(1, 1)
+    ) -> tuple[list, Any]:
+        """Runs a loop over blocks that reads their parameters; see `run_loop`.
+
+        Args:
+          params: Leaves `[L, ...]`.
+          start: The first index.
+          stop: One past the last index.
+          count: `stop - start` if it is a Python number, else None.
+          body: `body(index, params, state) -> (params, state)`.
+          state: The loop's first state.
+          told: As for `run_loop`.
+
+        Returns:
+          The parameters, unchanged, and the last state. With `casts_rows` these are to be used
+          from then on: the ones before would have to be copied.
+        """
+        if not self.how.casts_rows:
+            call = lambda index, state: body(index, params, state)[1]
+            return params, run_loop(start, stop, count, call, state, told)
+
+        def tied(index, both):
+            index, params = self.tied(index, both[0])
+            return body(index, params, both[1])
+
+        return run_loop(start, stop, count, tied, (params, state), told)
+
+    def tied(self, index, params) -> tuple[Any, list]:
+        """Returns both unchanged; to XLA the parameters of every trip are other ones."""
+        return lax.optimization_barrier((index, params))
+
+    def sweep(self, params, consts, carry, start, stop, count: int | None, told):
+        """Runs blocks `start..stop` as `loop` does; returns the parameters and the carry."""
+        body = lambda i, params, carry: (
+            params,
+            self.next(params, consts, carry, i)[: self.num_carry],
+        )
+        return self.loop(params, start, stop, count, body, carry, told)
 
     def next(self, params, consts, carry, index) -> list:
         """Runs block `index`; returns its carry and ys."""
@@ -161,7 +203,7 @@ class Blocks:
 
     def _rows_of(self, group: str, index, count: int) -> list[tuple]:
         of = (None,) * count if self.places is None else getattr(self.places, group)
-        at = self.length - 1 - index if self.how.reverse else index
+        at = self.at(index) if group == "params" else self.place(index)
         found: dict[Any, tuple] = {None: (at, None)}
         for rows in of:
             if rows not in found:
@@ -169,6 +211,14 @@ class Blocks:
                 place = jnp.asarray(np.maximum(table, 0))[at]
                 found[rows] = place, jnp.asarray(table >= 0)[at]
         return [found[rows] for rows in of]
+
+    def at(self, index):
+        """Returns the row of the parameters that block `index` reads, if all blocks have one."""
+        return self.place(index) + self.how.first_row
+
+    def place(self, index):
+        """Returns the row of the ys that block `index` writes, if all blocks have one."""
+        return self.length - 1 - index if self.how.reverse else index
 
     def emit(self, params, consts, state, index):
         """Runs block `index`; returns its carry, and the stacked ys with its own written."""
@@ -194,17 +244,18 @@ class Blocks:
         """Records blocks `start..stop`; block i's residuals go to place `i - base` of `kept`.
 
         Returns:
-          `((carry, ys), kept)`. Ys are written only if `state` holds arrays for them.
+          The parameters, as `loop` does, and `((carry, ys), kept)`. Ys are written only if `state`
+          holds arrays for them.
         """
 
-        def body(index, state):
+        def body(index, params, state):
             (carry, ys), kept = state
             row = self.params_of(params, index)
             out, residuals = recorder.record(carry, row, consts)
             kept = slots_of.write(kept, index - base, row_major(residuals))
-            return (out[: self.num_carry], self._written(ys, out, index)), kept
+            return params, ((out[: self.num_carry], self._written(ys, out, index)), kept)
 
-        return run_loop(start, stop, count, body, (state, kept), told)
+        return self.loop(params, start, stop, count, body, (state, kept), told)
 
     def store(self, slots, slot, carry) -> list:
         """Returns the slots with a carry in one of them."""

@@ -33,7 +33,6 @@ from jaxckpt.transforms.custom_gradient import (
     run_with_gradient,
     widened,
 )
-from jaxckpt.transforms.jaxprs import trips
 from jaxckpt.transforms.policies import checkpoint_policy, refuse_bad_offload
 from jaxckpt.transforms.stack_blocks import Blocks, How, Places
 from jaxckpt.transforms.tables import make_table
@@ -159,13 +158,13 @@ class Loops(Blocks):
 
         state = (carry, self._empty_ys())
         sweep = self._sweep_to_host if self.how.offload else self._sweep_to_slots
-        state, slots = sweep(params, consts, state, first)
+        params, state, slots = sweep(params, consts, state, first)
         kept = []
         if self.table.keeps_last:
             recorder = self.recorder_of(moving)
             kept = recorder.empty(self.table.largest_row)
             blocks = (first, first, self.length, self.length - first)
-            state, kept = self.record(recorder, params, consts, state, kept, *blocks)
+            params, (state, kept) = self.record(recorder, params, consts, state, kept, *blocks)
         carry, ys = state
         return [*carry, *ys], (params, consts, slots, kept, moving)
 
@@ -173,18 +172,25 @@ class Loops(Blocks):
         return [zeros(self.y_count(place), aval) for place, aval in enumerate(self.ys)]
 
     def _sweep_to_slots(self, params, consts, state, stop: int):
-        """Runs blocks `0..stop`; returns carry and ys, and the slots: one store every trip."""
+        """Runs blocks `0..stop`: one store every trip.
+
+        Returns:
+          The parameters, as `loop` does, carry and ys, and the slots.
+        """
 
         def body(state, step):
-            (carry, ys), slots = state
+            (carry, ys), slots, handed = state
             index, slot = step
+            if handed:
+                index, handed = self.tied(index, handed)
             slots = self.store(slots, slot, carry)
-            return (self.emit(params, consts, (carry, ys), index), slots), None
+            return (self.emit(handed or params, consts, (carry, ys), index), slots, handed), None
 
         steps = (jnp.arange(stop), jnp.asarray(self.table.sweep_slots[:stop]))
         unroll = min(self.how.unroll, max(stop, 1))
-        state = (state, self.slots(state[0]))
-        return lax.scan(body, state, steps, length=stop, unroll=unroll)[0]
+        state = (state, self.slots(state[0]), params if self.how.casts_rows else [])
+        state, slots, handed = lax.scan(body, state, steps, length=stop, unroll=unroll)[0]
+        return handed or params, state, slots
 
     def _sweep_to_host(self, params, consts, state, stop: int):
         """Like `_sweep_to_slots`, but a trip stores one carry and runs up to the next store.
@@ -194,19 +200,21 @@ class Loops(Blocks):
         """
         stores = self.table.sweep_stores(stop)
         if not stores:
-            return state, self.slots(state[0])
+            return params, state, self.slots(state[0])
 
         def body(state, step):
-            state, slots = state
+            state, slots, handed = state
             start, stop_i, slot = step
             slots = self.store(slots, slot, state[0])
-            with trips(stop, len(stores)):
-                emit = lambda i, state: self.emit(params, consts, state, i)
-                state = lax.fori_loop(start, stop_i, emit, state)
-            return (state, slots), None
+            emit = lambda i, params, state: (params, self.emit(params, consts, state, i))
+            told = (stop, len(stores))
+            made, state = self.loop(handed or params, start, stop_i, None, emit, state, told)
+            return (state, slots, made if handed else []), None
 
         steps = tuple(jnp.asarray(column) for column in zip(*stores, strict=True))
-        return lax.scan(body, (state, self.slots(state[0])), steps, length=len(stores))[0]
+        state = (state, self.slots(state[0]), params if self.how.casts_rows else [])
+        state, slots, handed = lax.scan(body, state, steps, length=len(stores))[0]
+        return handed or params, state, slots
 
     def backward(self, residuals, grads, num_steps=None) -> list:
         """Returns the gradients that are asked for; see `stack_backward.backward`."""

@@ -1,0 +1,213 @@
+"""`update_in_backward`: the optimizer's step inside the backward pass, block by block.
+
+    step = jaxckpt.update_in_backward(loss, optimizer, blocks=lambda params: params["layers"])
+    done = step(params, state, batch)          # jit it, with params and state donated
+
+The gradients of a stack weigh as much as its parameters, and they are all there before an optimizer
+sees the first. Here a block is updated as soon as its gradient is whole, so that there is never
+more than one block's. What is beside the blocks, such as embedding and head, is updated after the
+backward pass.
+
+Limits: what needs all gradients before the first update: clipping by this step's norm (hand
+`gradient_scale` over, from the last step's norm), accumulation over several calls, skipping a whole
+step for a gradient that is not finite.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxckpt.plans.errors import shown
+from jaxckpt.transforms import stack_update
+from jaxckpt.transforms.optimizer_rows import OptimizerRows, check_blockwise
+
+
+class Updated(NamedTuple):
+    """What a step returns.
+
+    Attributes:
+      value: What the loss returned.
+      params: The new parameters.
+      state: The new state of the optimizer.
+      gradient_norm: The global norm of the gradients, before `gradient_scale`, a float32 scalar.
+      is_finite: Whether the loss and all gradients were finite, a boolean scalar.
+    """
+
+    value: Any
+    params: Any
+    state: Any
+    gradient_norm: jax.Array
+    is_finite: jax.Array
+
+
+def update_in_backward(
+    loss: Callable,
+    optimizer,
+    *,
+    blocks: Callable,
+    has_aux: bool = False,
+    skip_nonfinite: bool = False,
+    check: bool = True,
+) -> Callable:
+    """Returns a training step that updates each block of a stack as soon as its gradient is whole.
+
+    Weights and state are those of the separate step: `jax.value_and_grad`, `optimizer.update` and
+    adding the updates. With jit, donate parameters and state, or both are there twice.
+
+    Args:
+      loss: `loss(params, *args) -> scalar`. It runs `scan_blocks`, `scan` or a `Stack` under any
+        plan, once, on the arrays that `blocks` returns, as they are: a block casts its own row.
+      optimizer: With Optax's `init` and `update`. Its update of a block is of that block alone.
+      blocks: `blocks(params)` returns the part of the parameters that is stacked, leaves
+        `[L, ...]`.
+      has_aux: The loss returns `(scalar, aux)`.
+      skip_nonfinite: From the first gradient that is not finite on, going backward, blocks stay as
+        they are; so does everything beside the stack. Blocks that were done before keep their
+        update.
+      check: Runs the optimizer on a few numbers when the step is traced, to see whether a block's
+        update depends on anything else.
+
+    Returns:
+      `step(params, state, *args, gradient_scale=None) -> Updated`. `state` is what
+      `optimizer.init(params)` returns. Gradients are multiplied by `gradient_scale` before the
+      optimizer sees them.
+
+    Raises:
+      ValueError: When the step is traced: the optimizer's update of a block depends on more; the
+        loss does not run the stack, runs it twice, or reads its parameters elsewhere too.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxckpt, optax
+      >>> block = lambda x, w: x + jnp.tanh(x @ w)
+      >>> def loss(params, x):
+      ...     y = jaxckpt.scan_blocks(block, params["blocks"], x, remat="full")
+      ...     return jnp.square(y @ params["head"]).mean()
+      >>> optimizer = optax.adamw(1e-3)
+      >>> step = jaxckpt.update_in_backward(loss, optimizer, blocks=lambda params: params["blocks"])
+      >>> params = {"blocks": jnp.ones([12, 8, 8]), "head": jnp.ones([8, 1])}
+      >>> done = jax.jit(step, donate_argnums=(0, 1))(
+      ...     params, optimizer.init(params), jnp.ones([4, 8])
+      ... )
+      >>> done.params["blocks"].shape, bool(done.is_finite)
+      ((12, 8, 8), True)
+    """
+    for name, given in (("loss", loss), ("blocks", blocks)):
+        if not callable(given):
+            raise ValueError(f"update_in_backward takes a function as {name}, not {shown(given)}")
+    if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
+        raise ValueError(
+            f"update_in_backward takes an optimizer with init and update, not {shown(optimizer)}"
+        )
+
+    @functools.wraps(loss)
+    def step(params, state, *args, gradient_scale=None) -> Updated:
+        leaves, tree = jax.tree.flatten(params)
+        places = places_of(blocks, tree)
+        rest = [n for n in range(len(leaves)) if n not in places]
+        cut = OptimizerRows.of(optimizer, params, places)
+        if check:
+            check_blockwise(optimizer, params, places)
+        state_leaves = jax.tree.leaves(state)
+        if jax.tree.structure(state) != cut.state_tree:
+            raise ValueError("update_in_backward: state is not what optimizer.init(params) returns")
+        scale = 1.0 if gradient_scale is None else gradient_scale
+        scaled = lambda g: g if gradient_scale is None else (g * scale).astype(g.dtype)
+
+        def update_block(grads, params, rows):
+            return cut.update_block(list(map(scaled, grads)), params, rows, state_leaves)
+
+        def value_of(others, stack, rows, told):
+            one = stack_update.Attached(
+                marks=list(map(mark, stack)),
+                params=stack,
+                rows=rows,
+                told=told,
+                update=update_block,
+                skips=skip_nonfinite,
+            )
+            given = dict(zip(rest, others, strict=True))
+            given |= dict(zip(places, one.marks, strict=True))
+            return value_with(
+                one, loss, jax.tree.unflatten(tree, [*map(given.get, range(len(given)))]), *args
+            )
+
+        pick = lambda leaves, places: [leaves[n] for n in places]
+        arguments = (pick(leaves, rest), pick(leaves, places), pick(state_leaves, cut.rows))
+        run = jax.value_and_grad(value_of, (0, 1, 2, 3), has_aux)
+        value, (grads, stack, rows, told) = run(*arguments, jnp.zeros([2], jnp.float32))
+        squares = told[0] + sum(jnp.square(g.astype(jnp.float32)).sum() for g in grads)
+        of_rest = dict(zip(rest, map(scaled, grads), strict=True))
+        new, shared = cut.update_rest(
+            of_rest, dict(zip(rest, arguments[0], strict=True)), state_leaves
+        )
+        number = value[0] if has_aux else value
+        is_finite = jnp.isfinite(squares) & (told[1] > 0) & jnp.isfinite(number)
+        if skip_nonfinite:
+            keep = lambda a, b: jnp.where(is_finite, a, b)
+            new = list(map(keep, new, arguments[0]))
+            shared = {n: keep(x, state_leaves[n]) for n, x in shared.items()}
+        made = dict(zip(rest, new, strict=True)) | dict(zip(places, stack, strict=True))
+        shared |= dict(zip(cut.rows, rows, strict=True))
+        return Updated(
+            value=value,
+            params=jax.tree.unflatten(tree, [made[n] for n in range(len(leaves))]),
+            state=jax.tree.unflatten(cut.state_tree, [shared[n] for n in range(len(shared))]),
+            gradient_norm=jnp.sqrt(squares),
+            is_finite=is_finite,
+        )
+
+    return step
+
+
+def value_with(one: stack_update.Attached, loss: Callable, *args):
+    """Returns the loss, whose stack uses its gradients as `one` says.
+
+    Raises:
+      ValueError: The loss runs no stack over the marked parameters.
+    """
+    with stack_update.attached(one):
+        value = loss(*args)
+    if not one.is_used:
+        raise ValueError(
+            "the loss runs no stack over the arrays that blocks= returns; hand them to "
+            "scan_blocks, scan or a Stack as they are (a block casts its own row), and not inside "
+            "of jax.checkpoint or jit"
+        )
+    return value
+
+
+def places_of(blocks: Callable, tree) -> tuple[int, ...]:
+    """Returns the places of the stack's leaves among those of the parameters."""
+    found = jax.tree.leaves(blocks(jax.tree.unflatten(tree, range(tree.num_leaves))))
+    if not found or not all(type(place) is int for place in found):
+        raise ValueError(
+            "update_in_backward: blocks(params) returns a part of params, such as "
+            f"params['blocks'], as it is; got {shown(blocks)}"
+        )
+    return tuple(found)
+
+
+@jax.custom_vjp
+def mark(x):
+    """Returns a stack's parameter, which the loss may hand to the stack and use nowhere else."""
+    return jnp.copy(x)
+
+
+def _mark_forward(x):
+    return mark(x.value), None
+
+
+def _mark_backward(_, grad):
+    if isinstance(grad, jax.custom_derivatives.SymbolicZero):
+        return (grad,)
+    raise ValueError(
+        "update_in_backward: the loss reads parameters of the blocks outside of their stack too "
+        "(tied weights, or a penalty on them), so that a block's gradient is not whole when the "
+        "block is done; use the separate step"
+    )
+
+
+mark.defvjp(_mark_forward, _mark_backward, symbolic_zeros=True)
