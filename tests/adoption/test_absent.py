@@ -21,19 +21,17 @@ from tests.adoption import (
 from tests.adoption.cases import WELL_BELOW
 
 TARGET = "v5e-1"
-# Batches are this many times those of the tests that run here. What a chip holds in its 128 MiB of
-# vector memory is no temporary of its main memory: small batches show ratios below 0.01.
-TIMES = 128
-# Layers, where a list's first layer is not in it and keeps its residuals: more than on the CPU.
+# Layers, and how many times the batch of the test that runs here. More than there where a list's
+# first layer is not in it and keeps its residuals, or parameters are most of the temporaries.
 MODELS = {
-    test_batch_norm: 8,
-    test_data_parallel: None,
-    test_equinox_list: None,
-    test_experts: None,
-    test_kinds: None,
-    test_linen_list: None,
-    test_nnx_list: None,
-    test_two_stacks: 8,
+    test_batch_norm: (8, 128),
+    test_data_parallel: (8, 128),
+    test_equinox_list: (6, 1),
+    test_experts: (12, 128),
+    test_kinds: (14, 1),
+    test_linen_list: (6, 1),
+    test_nnx_list: (6, 1),
+    test_two_stacks: (8, 16),
 }
 
 
@@ -51,10 +49,6 @@ def temp_bytes(loss, args) -> int:
     return jaxckpt.measure(step, leaves, target=TARGET).temp_bytes
 
 
-def larger(batch):
-    return jax.ShapeDtypeStruct((TIMES * len(batch), *batch.shape[1:]), batch.dtype)
-
-
 @pytest.mark.heavy
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__.rpartition("test_")[2])
 def test_temporaries_under_full(model, monkeypatch):
@@ -62,8 +56,9 @@ def test_temporaries_under_full(model, monkeypatch):
         launch.check_available(parse_target(TARGET))
     except launch.Unavailable as error:
         pytest.skip(str(error))
-    if MODELS[model]:
-        monkeypatch.setattr(model, "L", MODELS[model])
+    num_layers, times = MODELS[model]
+    monkeypatch.setattr(model, "L", num_layers)
+    larger = lambda x: jax.ShapeDtypeStruct((times * len(x), *x.shape[1:]), x.dtype)
     mesh = getattr(model, "on_mesh", contextlib.nullcontext)
     with mesh():
         original, adopted, params, *batches = model.pair()
