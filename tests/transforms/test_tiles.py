@@ -106,13 +106,12 @@ def test_temporary_bytes_on_an_absent_tpu():
         fn = functools.partial(step, num_tiles)
         globals()["SHIFT"] = jnp.zeros([256])
         try:
-            return jaxckpt.measure(fn, w, x, target="v5e-1").peak_bytes
+            report = jaxckpt.measure(fn, w, x, target="v5e-1")
+            return report.peak_bytes - report.argument_bytes - report.output_bytes
         finally:
             globals()["SHIFT"] = jnp.linspace(-1, 1, D)
 
-    hidden = 8192 * 2048 * 4
-    assert temp(0) - temp(8) > hidden
-    assert temp(8) < 0.6 * temp(0)
+    assert temp(8) < 0.5 * temp(0)
 
 
 @pytest.mark.parametrize(
