@@ -64,12 +64,6 @@ def loss_of(model):
     return loss
 
 
-def pair():
-    """Returns the losses of both models under `full`, and their arguments."""
-    models = [kind(nnx.Rngs(0)) for kind in (Model, Adopted)]
-    return *map(loss_of, models), nnx.state(models[0], nnx.Param), X
-
-
 @pytest.mark.slow
 def test_weights_and_masks_are_the_models():
     assert changed_lines(Model.__call__, Adopted.__call__) <= 3

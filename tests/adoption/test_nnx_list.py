@@ -10,19 +10,15 @@ from tests.adoption.cases import changed_lines, check, check_fit
 
 L, WIDTH, HEADS = 6, 32, 4
 X = jax.random.normal(jax.random.key(0), (32, 32, WIDTH))
-POSITIONS = jnp.arange(32)[None]
+POSITIONS = jnp.broadcast_to(jnp.arange(32), (32, 32))
 MASK = jnp.tril(jnp.ones([1, 1, 32, 32], bool))
-
-
-def on_mesh():
-    """A context with the mesh that the layers' metadata names."""
-    auto = (jax.sharding.AxisType.Auto,)
-    return jax.set_mesh(jax.make_mesh((1,), ("fsdp",), axis_types=auto))
 
 
 @pytest.fixture(autouse=True)
 def mesh():
-    with on_mesh():
+    """One that the layers' metadata names."""
+    auto = (jax.sharding.AxisType.Auto,)
+    with jax.set_mesh(jax.make_mesh((1,), ("fsdp",), axis_types=auto)):
         yield
 
 
@@ -95,12 +91,6 @@ def loss_of(model):
         return jnp.square(x).mean()
 
     return loss
-
-
-def pair():
-    """Returns the losses of both models under `full`, and their arguments."""
-    models = [kind(nnx.Rngs(0)) for kind in (Model, Adopted)]
-    return *map(loss_of, models), nnx.state(models[0], nnx.Param), X
 
 
 @pytest.mark.slow
