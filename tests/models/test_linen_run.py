@@ -94,7 +94,8 @@ def test_a_list_equals_its_loop(plan):
     variables = Model().init(RNGS, X, 0.7)
     found, want = (gradients(Model(one), variables) for one in (plan, None))
     assert jax.tree.structure(found) == jax.tree.structure(want)
-    assert relative_error(found, want) <= 1e-5
+    # A bias's gradient is a sum in which much cancels.
+    assert relative_error(found, want) <= 2e-5
 
 
 def test_init_makes_the_lists_parameters():
