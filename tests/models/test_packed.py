@@ -73,6 +73,7 @@ def test_a_document_does_not_depend_on_its_neighbor():
     tokens = np.random.default_rng(0).integers(0, 256, [1, 16])
     other = tokens.copy()
     other[0, :6] += 1
-    run = jax.jit(lambda tokens, ids: model.apply({"params": parameters()}, tokens, ids))
+    params = parameters()
+    run = jax.jit(lambda tokens, ids: model.apply({"params": params}, tokens, ids))
     np.testing.assert_array_equal(run(tokens, ids)[0, 6:], run(other, ids)[0, 6:])
     assert np.abs(run(tokens, None)[0, 6:] - run(other, None)[0, 6:]).max() > 1e-3
