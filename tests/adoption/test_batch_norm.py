@@ -78,7 +78,7 @@ def test_weights_and_statistics_are_the_models():
     assert relative_error(new[0], {"batch_stats": variables["batch_stats"]}) > 0.01
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_fit():
     variables = Model().init(jax.random.key(1), X, False)
     check_fit(lambda plan: loss_of(Adopted(remat=plan), variables), L - 1, variables["params"], X)

@@ -77,6 +77,6 @@ def test_weights_and_masks_are_the_models():
     check(*pair())
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_fit():
     check_fit(lambda plan: loss_of(Adopted, plan), L, ARRAYS, X)

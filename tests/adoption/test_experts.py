@@ -93,6 +93,6 @@ def test_weights_and_masks_are_the_models():
     check(*pair())
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_fit():
     check_fit(lambda plan: loss_of(adopted, plan), L, LAYERS, X)

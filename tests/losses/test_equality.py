@@ -125,6 +125,7 @@ def test_under_vmap():
     assert relative_error(run(chunked), run(plain_linear_cross_entropy)) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_all_ignored_is_zero():
     x, w, targets = inputs()
     for reduction in ("mean", "sum"):

@@ -139,6 +139,7 @@ def test_gradients_keep_the_shardings(cases):
     assert "data" in cases["explicit: width"]["w_sharding"]
 
 
+@pytest.mark.slow
 def test_a_sharded_sequence_as_an_axis_is_not_gathered(cases):
     assert all(size(shape) <= 32 * 512 for shape in cases["sequence, as an axis"]["loop"])
     assert [128, 32] in cases["flat"]["once"] + cases["flat"]["loop"]  # what it would be

@@ -81,6 +81,7 @@ def test_values_names_and_state_stay(kind, plan):
     assert relative_error(found, want) <= 1e-5
 
 
+@pytest.mark.slow
 def test_init_makes_the_models_parameters():
     made = {}
     for plan in (None, "full"):

@@ -23,6 +23,7 @@ def gradients(tiles: int, remat="full", d_ff=32):
     return jax.value_and_grad(loss), params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", pytest.param("log", marks=pytest.mark.slow)])
 def test_loss_and_gradients_are_the_same(remat):
     whole, params = gradients(1, remat)
@@ -31,6 +32,7 @@ def test_loss_and_gradients_are_the_same(remat):
     assert relative_error(jax.jit(tiles)(params), jax.jit(whole)(params)) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_mlp_runs_twice_in_all():
     """By the products that a wider MLP adds: forward 3, then forward 3 and reversal 6 of a tile.
 

@@ -102,6 +102,7 @@ def test_a_stack_equals_the_loop_of_its_blocks(plan):
         assert relative_error((loss, grads), (loop_loss, loop_grads)) <= 1e-6
 
 
+@pytest.mark.slow
 def test_a_second_call_draws_other_masks():
     model = Model("sqrt")
     first, second = (model(X, 1.0, twice=True) for _ in range(2))

@@ -80,6 +80,7 @@ def test_blocks_with_outputs_are_run_again():
     assert counts == {"none": L, "full": 2 * L, "uniform:2": 2 * L - 3}
 
 
+@pytest.mark.slow
 def test_a_key_a_function_and_a_last_place():
     make = lambda kind, out: jaxckpt.linen.Stack(
         functools.partial(LinenBlock, kind=kind), L, remat="log", out=out

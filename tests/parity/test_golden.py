@@ -58,6 +58,7 @@ def error(got: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(got - expected).max() / np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head, length, plan", list(map(marked, CASES)))
 def test_logits_and_gradients_are_those_of_transformers(head, length, plan):
     expected, (model, params) = golden(head, length), model_of(head, plan)

@@ -144,6 +144,7 @@ def test_the_same_answer_again():
     assert again == fitted(budget)
 
 
+@pytest.mark.slow
 def test_what_was_compiled_is_read_from_disk(monkeypatch):
     fitted(budgets()[2])
     monkeypatch.setattr("jaxckpt.planner.steps.measure", None)

@@ -34,6 +34,7 @@ def errors(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_gradients_are_compared_once(monkeypatch):
     found = checked("cpu")
     assert set(found) == set(PLANS) and max(found.values()) < 1e-5

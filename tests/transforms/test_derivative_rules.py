@@ -89,6 +89,7 @@ def test_what_only_the_rule_of_a_custom_vjp_makes_has_a_name(inside):
     assert found[f"names:{name}"].saved_bytes == 4 * ROWS
 
 
+@pytest.mark.slow
 def test_a_rules_kernel_whose_arrays_are_all_kept_is_not_run_again():
     def run(x, row):
         return x + softmax(x @ row["w"])

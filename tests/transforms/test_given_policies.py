@@ -112,6 +112,7 @@ def test_gradients_are_those_under_jax(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
 def test_what_is_saved_is_what_jax_saves(name):
     policy = POLICIES[name]

@@ -61,6 +61,7 @@ TREATMENTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("treatments", TREATMENTS)
 @pytest.mark.parametrize("is_jitted", [True, False])
 def test_gradients_are_those_of_the_function(treatments, is_jitted):
@@ -94,6 +95,7 @@ def test_what_is_run_again():
         assert products(plan, deep) == want, (one, two)
 
 
+@pytest.mark.slow
 def test_a_plan_is_text_and_the_same_in_another_process():
     plan = plan_of("full+names:@dot.1", "none", "full+dots")
     assert Plan.parse(str(plan)) == plan and Plan.parse(json.loads(json.dumps(str(plan)))) == plan

@@ -194,6 +194,7 @@ def test_many_programs(program):
     check(program)
 
 
+@pytest.mark.slow
 def test_the_comparison_sees_a_wrong_gradient(monkeypatch):
     program = Program("float32", 0.5, frozenset({"mask"}), "jit", 5, "log")
     assert error_of(program) <= 1

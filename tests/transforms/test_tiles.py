@@ -29,6 +29,7 @@ def value_and_grads(fn, x=X, w=W):
     return jax.value_and_grad(lambda w, x: jnp.sin(fn(x, w)).sum(), (0, 1))(w, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_tiles", [1, 2, 3, 4, 10, 64])
 @pytest.mark.parametrize("axis", [1, -2])
 def test_values_and_gradients_are_those_of_the_whole(num_tiles, axis):

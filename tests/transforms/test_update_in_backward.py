@@ -82,6 +82,7 @@ SLOW = pytest.mark.slow
 PLANS = ["full", "none", "sqrt", "log", "binomial:2", "uniform:2", "dots", "2xfull/4xnone"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", *(pytest.param(p, marks=SLOW) for p in PLANS[1:4])])
 def test_weights_and_state_are_those_of_the_separate_step(remat):
     one, other = both(remat, adamw(), check=remat == "full")
@@ -140,6 +141,7 @@ def test_blocks_are_evaluated_as_the_plan_says():
     assert counts == {"full": 2 * L, "none": L}
 
 
+@pytest.mark.slow
 def test_gradients_that_are_not_finite_stop_the_update_there():
     def spoilt(x, w_key, shift):
         w, _ = w_key
@@ -172,6 +174,7 @@ def test_gradients_of_parts_are_added_in_place():
     assert relative_error(totals, jax.tree.map(lambda g: 1 + g, grads)) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "match"),
     [

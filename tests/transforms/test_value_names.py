@@ -96,6 +96,7 @@ def test_the_executor_spares_the_product_too():
     assert spared == NUM_BLOCKS * DOT
 
 
+@pytest.mark.slow
 def test_a_chain_and_stacks_of_flax():
     x = jnp.ones([ROWS, WIDTH])
     dense = lambda layer: lambda x: jnp.sin(jnp.tanh(layer(x)))

@@ -33,6 +33,7 @@ def test_python_scalars_have_weak_types(plan, dtype, scale):
         assert jax.grad(loss, 1)(w, scale).dtype == jnp.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_scalar_in_the_carry_takes_the_blocks_type(plan):
     """As in `lax.scan`: a running total that starts as 0 or 0.0."""

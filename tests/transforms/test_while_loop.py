@@ -67,6 +67,7 @@ def evaluations(most: int, stop: int, plan) -> int:
     return counter.total
 
 
+@pytest.mark.slow
 def test_a_loop_that_runs_to_its_end_costs_what_the_schedule_says():
     for plan, schedule in {
         "binomial:3": schedules.binomial(20, 3),
@@ -91,6 +92,7 @@ def test_memory_is_that_of_the_slots():
     assert temp("full") >= 256 * big.nbytes  # the twin
 
 
+@pytest.mark.slow
 def test_each_example_of_a_batch_ends_by_itself():
     """Newton's iterations to a tolerance, under vmap, inside the gradient and outside."""
 
