@@ -83,7 +83,7 @@ def without_remat():
     return outcomes(Model("none"))
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("plan", PLANS)
 def test_values_and_gradients_with_dropout_equal_none(plan, without_remat):
     assert relative_error(outcomes(Model(plan)), without_remat) <= 1e-6

@@ -47,7 +47,7 @@ def value(result):
     return jnp.sin(x).sum() + (weights**2).sum() + aux["loss"].sum()
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("plan", PLANS)
 def test_linen(plan):
     """Beside `none`, with dropout; what the blocks return is what a loop of them returns."""

@@ -50,7 +50,7 @@ def loss(weights, x, plan):
     return jnp.sin(jaxckpt.chain(blocks, x, remat=plan)).sum()
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("plan", PLANS)
 def test_equals_none(plan):
     weights, x = parameters(), jnp.ones((4, SIZES[0]))

@@ -73,7 +73,7 @@ def gradients(plan, **options):
     return fn(parameters(), jnp.ones((4, SIZES[0])))
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_gradients_equal_none_with_dropout(budget):
     assert relative_error(gradients(planned(budget)), gradients("none")) <= TOLERANCE
@@ -181,7 +181,7 @@ def test_compiled_memory_is_what_the_schedule_holds():
         assert temp_bytes(schedule) <= budget * mib < temp_bytes("none")
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "plan",
     [

@@ -38,14 +38,16 @@ def check(got, want, tolerance=0.0 if EXACT else 1e-6):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_blocks", LENGTHS)
+@pytest.mark.parametrize(
+    "num_blocks", [pytest.param(n, marks=() if n == 7 else pytest.mark.heavy) for n in LENGTHS]
+)
 @pytest.mark.parametrize("pattern", cases.PLANS)
 def test_plan_equals_none_with_dropout(pattern, num_blocks, expected):
     plan = cases.plan_for(pattern, num_blocks)
     check(cases.run(num_blocks, plan), expected(num_blocks))
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("num_blocks", (1, 7, 13))
 @pytest.mark.parametrize("plan", ("uniform:1", "sqrt", "sqrt+offload:carry", "log"))
 def test_nested_plan_equals_none(plan, num_blocks, expected):
@@ -58,7 +60,7 @@ def test_stages_of_every_kind_in_one_plan(expected):
     check(cases.run(28, plan), expected(28))
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("plan", ("full", "dots", "uniform:2", "log"))
 @pytest.mark.parametrize("unroll", (2, 3, 100))
 def test_unrolled_plan_equals_none_at_the_same_unroll(plan, unroll, expected):

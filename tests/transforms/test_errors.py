@@ -151,7 +151,7 @@ def test_derivatives_that_a_schedule_lacks_name_the_plan_that_has_them(loss, der
         jax.block_until_ready(derivative(lambda w: loss(w, "sqrt", nested=True)))
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("plan", ["uniform:3", "sqrt", "log", "binomial:2", "3xsqrt/log"])
 @pytest.mark.parametrize("loss", [loss_of, chain_of])
 def test_forward_over_reverse(loss, plan):

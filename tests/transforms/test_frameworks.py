@@ -105,7 +105,7 @@ def without_remat(framework):
     return value_and_grads(framework, "none")
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_gradients_equal_none(framework, plan):

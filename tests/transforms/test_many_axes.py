@@ -34,7 +34,7 @@ def chain(w, x, plan, block=block):
     return jaxckpt.chain(blocks, x, remat=plan)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("run", [stack, chain])
 def test_a_gradient_outside_vmap_keeps_none_for_each_example(run, plan):
@@ -176,7 +176,7 @@ print("ok")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_shard_map_and_explicit_axes():
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", EIGHT_DEVICES],

@@ -89,7 +89,7 @@ def test_weights_and_state_are_those_of_the_separate_step(remat):
     assert relative_error(other, one) < 1e-6
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "remat", [*PLANS[4:], "full+offload:carry", "3xsqrt/3xdots", schedules.binomial(6, slots=2)]
 )

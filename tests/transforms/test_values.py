@@ -16,7 +16,7 @@ def scaled(x, w, s):
     return x + s * jnp.tanh(x @ w)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "complex64"])
 @pytest.mark.parametrize("scale", [0.5, 2])
