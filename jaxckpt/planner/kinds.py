@@ -315,7 +315,7 @@ def _moving(
 
 
 def _keepable(graph: Graph, stacks: Sequence[Stack], rates: Rates, none: Kind) -> Graph:
-    """Returns a graph without the values that cannot be kept, such as complex ones under JAX."""
+    """Returns a graph without the values under whose policy some block does not run."""
     stage = lambda *units: Stage(schedule="full", policies=tuple(unit.policy for unit in units))
     if not graph.units or _costed(stacks, stage(*graph.units), rates, none):
         return graph
