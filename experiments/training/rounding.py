@@ -5,6 +5,7 @@ to the nearest every time. Rounded up or down by chance, in proportion to the di
 move on average as they should (Gupta et al. 2015, Deep learning with limited numerical precision).
 """
 
+import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -73,7 +74,7 @@ def _is_narrow(x) -> bool:
 
 def _number(path) -> int:
     """Returns a number of a parameter's path, the same in every process."""
-    return sum(ord(letter) * (place + 1) for place, letter in enumerate(jax.tree_util.keystr(path)))
+    return zlib.crc32(jax.tree_util.keystr(path).encode())
 
 
 def _rounded(x, rows, key):

@@ -5,8 +5,8 @@ in the kernel that reads it, from values that are held anyway. So a U-Net whose 
 16.6 GiB holds 2.9 GiB on an H200. The rule here, for one function without loops around it:
 
 - products, convolutions, reductions, kernels and loops are held as they are;
-- an elementwise value is held by its sources, if those that are not held yet weigh hardly more than
-  the value itself, and are few; otherwise it is held itself.
+- an elementwise value is held by its sources, if the sources that are not held yet are few and
+  weigh hardly more than the value; otherwise the value itself is held.
 
 What stands behind a barrier, as the residuals of `jax.checkpoint` do, is held as JAX names it.
 """

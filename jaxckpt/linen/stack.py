@@ -184,14 +184,14 @@ def _modules_of(block: nn.Module, consts, named) -> Iterator[tuple[str, nn.Modul
 
 
 def fields(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yields the names and values of a module's own fields, those that its call computes with."""
+    """Yields the names and values of the fields that a module's call computes with."""
     for field in dataclasses.fields(module):
         if field.init and field.name not in ("parent", "name"):
             yield field.name, getattr(module, field.name)
 
 
 def _kept(before, after, kept: Sequence[str]) -> dict:
-    """Returns the collections that a block changed, of those that its stack keeps.
+    """Returns the collections that a stack keeps and its block changed.
 
     Args:
       before: The block's variables beside its parameters.

@@ -176,7 +176,7 @@ def _owned(
 
     Returns:
       For each kind, a name for each place of a variable that layers share: the same name for the
-      same variable. And for each kind, the places of those that belong to one layer.
+      same variable. And for each kind, the places of the variables that belong to one layer.
 
     Raises:
       ValueError: Some layers of a kind share a variable that changes, and others do not.

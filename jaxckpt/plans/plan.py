@@ -248,7 +248,7 @@ class Plan:
         for stage in self.stages:
             if stage.schedule not in ("none", "full") or stage.offloads_carry:
                 raise PlanError(
-                    f"{str(stage)!r} is no segment of a function; a segment is none, full or "
+                    f"{str(stage)!r} cannot be a segment of a function; a segment is none, full or "
                     "policies such as names:q or dots, with the number of its steps before it"
                 )
 

@@ -281,7 +281,7 @@ def grouped(count: int, is_same: Callable[[int, int], bool]) -> tuple[int, ...]:
 
 
 def single(order: Sequence[int]) -> int | None:
-    """Returns the first layer that has a kind of its own, among several; None if there is none."""
+    """Returns the first layer whose kind has no other layer; None if every kind has two layers."""
     alone = (i for i, kind in enumerate(order) if order.count(kind) == 1)
     return next(alone, None) if len(order) > 1 else None
 

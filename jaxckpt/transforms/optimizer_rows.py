@@ -149,7 +149,7 @@ class OptimizerRows:
         return jax.tree.leaves(apply_updates(of_params, updates)), made
 
     def _some(self, leaves: dict):
-        """Returns a tree of parameters in which those that are not given are None."""
+        """Returns the tree of parameters, with None for each leaf that is not given."""
         count = self.tree.num_leaves
         return jax.tree.unflatten(self.tree, [leaves.get(n) for n in range(count)])
 

@@ -181,8 +181,14 @@ def value_with(one: stack_update.Attached, loss: Callable, *args):
 
 def places_of(blocks: Callable, tree) -> tuple[int, ...]:
     """Returns the places of the stack's leaves among those of the parameters."""
-    found = jax.tree.leaves(blocks(jax.tree.unflatten(tree, range(tree.num_leaves))))
-    if not found or not all(type(place) is int for place in found):
+    # Objects that have no arithmetic: a part that is computed cannot pass for one that is picked.
+    stand_ins = [object() for _ in range(tree.num_leaves)]
+    places = {one: place for place, one in enumerate(stand_ins)}
+    try:
+        found = [places.get(x) for x in jax.tree.leaves(blocks(tree.unflatten(stand_ins)))]
+    except (TypeError, AttributeError):
+        found = []
+    if not found or None in found:
         raise ValueError(
             "update_in_backward: blocks(params) returns a part of params, such as "
             f"params['blocks'], as it is; got {shown(blocks)}"

@@ -135,8 +135,8 @@ def test_plans_of_other_functions_are_refused():
     [
         ("graph:12/3xfull", "two digests of six"),
         ("graph:3f9a01-c4427e", "at least one stage"),
-        ("graph:3f9a01-c4427e/3xsqrt", "is no segment of a function"),
-        ("graph:3f9a01-c4427e/offload:carry", "is no segment of a function"),
+        ("graph:3f9a01-c4427e/3xsqrt", "cannot be a segment of a function"),
+        ("graph:3f9a01-c4427e/offload:carry", "cannot be a segment of a function"),
         ("graph:3f9a01-c4427e/3xful", "did you mean 'full'"),
         ("graph:3f9a01-c4427e/full/none", "needs a count"),
         ("full/graph:3f9a01-c4427e", "'graph' is not a schedule"),

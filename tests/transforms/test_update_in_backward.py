@@ -295,3 +295,11 @@ def test_memory_of_a_deep_stack_on_an_absent_tpu():
     stack = sum(leaf.size * 4 for leaf in params.values())
     assert apart > 4 * stack
     assert within < 3 * stack + 114 * 2**20 < apart - 0.7 * stack
+
+
+@pytest.mark.parametrize("blocks", [lambda params: params["blocks"]["up"] * 2, lambda _: None])
+def test_blocks_that_are_no_part_of_the_parameters_are_refused(blocks):
+    optimizer = optax.sgd(0.1)
+    step = jaxckpt.update_in_backward(loss_of("full"), optimizer, blocks=blocks)
+    with pytest.raises(ValueError, match="returns a part of params"):
+        step(PARAMS, optimizer.init(PARAMS), TOKENS)
