@@ -185,15 +185,16 @@ def places_of(blocks: Callable, tree) -> tuple[int, ...]:
     stand_ins = [object() for _ in range(tree.num_leaves)]
     places = {one: place for place, one in enumerate(stand_ins)}
     try:
-        found = [places.get(x) for x in jax.tree.leaves(blocks(tree.unflatten(stand_ins)))]
+        picked = jax.tree.leaves(blocks(tree.unflatten(stand_ins)))
     except (TypeError, AttributeError):
-        found = []
-    if not found or None in found:
+        picked = []
+    found = tuple(places[one] for one in picked if one in places)
+    if not found or len(found) < len(picked):
         raise ValueError(
             "update_in_backward: blocks(params) returns a part of params, such as "
             f"params['blocks'], as it is; got {shown(blocks)}"
         )
-    return tuple(found)
+    return found
 
 
 @jax.custom_vjp
