@@ -288,7 +288,9 @@ def block_sets_peak(
     if any(stage.schedule == "none" for stage in as_plan(plan).stages):
         return ()
     steps = _all_steps(flatten(jax.make_jaxpr(block)(carry, params_i, *consts)))
-    lines = set(map(where, steps)) - {""}
+    # XLA gives the values of a function with a rule of its own the line of its call.
+    calls = (Step(equation=call, inputs=()) for step in steps for call in step.calls)
+    lines = {where(step) for step in (*steps, *calls)} - {""}
     made = [buffer for buffer in report.buffers if Path(buffer.source).name in lines]
     size, alive = (sum(one.size_bytes for one in some) for some in (made, report.buffers))
     if size <= _MOST_OF_PEAK * alive:
