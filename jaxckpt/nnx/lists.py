@@ -59,8 +59,8 @@ def run(
     changes what a Python loop over the list would, once: counters of dropout, batch statistics.
 
     Args:
-      layers: An `nnx.List` or a Python list of modules, of one kind or of several with at least two
-        layers of each. Within a kind all have one class, equal shapes and equal Python values.
+      layers: An `nnx.List` or a Python list of modules, of one kind or of several. Within a kind
+        all have one class, equal shapes and equal Python values.
       carry: The first layer's input; `layer(carry, *args, **named, **each_i)` returns its like, or
         has it where `out` says.
       *args: Handed to every layer. Arrays get gradients, Python values and None stay what they
@@ -73,8 +73,8 @@ def run(
 
     Raises:
       PlanError: As `jaxckpt.scan_blocks`.
-      ValueError: No layers, no modules, layers that differ (what differs is named), an `out` that
-        is not there, a layer that changes its carry or makes variables when it is called.
+      ValueError: No layers, no modules, layers that all differ (what differs is named), an `out`
+        that is not there, a layer that changes its carry or makes variables when it is called.
 
     Example:
       >>> import jax.numpy as jnp, jaxckpt
@@ -194,7 +194,7 @@ def _owned(
     names: dict[int, str] = {}
     for of_kind, places in zip(columns, changed, strict=True):
         for place in places:
-            if is_one(of_kind[place]):
+            if is_one(of_kind[place]) and users[of_kind[place][0]] > 1:
                 names.setdefault(of_kind[place][0], str(len(names)))
     shared, own = [], []
     for kind, (of_kind, places) in enumerate(zip(columns, changed, strict=True)):
