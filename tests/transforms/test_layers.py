@@ -162,7 +162,11 @@ OTHER = eqx.nn.Linear(WIDTH, 2 * WIDTH, use_bias=False, key=KEYS[0])
         ([], {}, "layers is an empty list"),
         (LAYERS, {"ignore": ()}, r"layers\[0\].layer_idx is 0 and layers\[1\].layer_idx is 1"),
         (LAYERS, {"ignore": "layer_id"}, r"layer_idx is 0 .*ignore='layer_idx'"),
-        (changed(act=jax.nn.relu)[-2:], {"each": {"key": KEYS[:2]}}, r"layers\[0\].act is .*relu.*jaxckpt.chain"),
+        (
+            changed(act=jax.nn.relu)[-2:],
+            {"each": {"key": KEYS[:2]}},
+            r"layers\[0\].act is .*relu.*jaxckpt.chain",
+        ),
         (
             changed(up=OTHER)[-2:],
             {"each": {"key": KEYS[:2]}},
