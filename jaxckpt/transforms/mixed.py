@@ -101,8 +101,8 @@ def run_mixed(
     places = sorted({place for one in blocks for place in one.changed})
     held = [leaf for place, leaf in enumerate(leaves) if place not in places]
     alone = tuple(one.only_changed(places) for one in blocks)
-    # The planner costs one block, and corrects its costs by compiled steps. A layer that is the only
-    # one of its kind says little about the others.
+    # The planner costs one block, and corrects its costs by compiled steps. A layer that is the
+    # only one of its kind says little about the others.
     repeated = [one for kind, one in enumerate(alone) if order.count(kind) > 1]
     heaviest = max(repeated or alone, key=_size)
     call = observers.StackCall(
