@@ -98,8 +98,8 @@ def run(
     # One array for all layers, so that it is not stacked.
     arrays, _ = apart((args, named))
 
-    def step_of(program: core.ClosedJaxpr, made) -> Callable:
-        check_carry(carry, made[0])
+    def step_of(program: core.ClosedJaxpr, made, place: int) -> Callable:
+        check_carry(carry, made[0], f"layers[{place}]")
         call, tree = core.jaxpr_as_fun(program), jax.tree.structure(made)
 
         def step(carry, row, each_i):
@@ -115,7 +115,8 @@ def run(
     for kind in range(max(order) + 1):
         mine = {i: one for i, one in enumerate(traced) if order[i] == kind}
         program, numbers = programs.one_program([one.program for one in mine.values()])
-        steps.append(step_of(program, next(iter(mine.values())).made))
+        first, one = next(iter(mine.items()))
+        steps.append(step_of(program, one.made, first))
         for (i, one), row in zip(mine.items(), numbers, strict=True):
             inputs[i] = (one.inputs, row)
     has_rest = out is not None

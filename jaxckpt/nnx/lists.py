@@ -109,7 +109,10 @@ def run(
         return part(layer(carry, *args, **named, **each_i), out)
 
     calls = [pure_call(wholes[k], use) for k in firsts]
-    changed = [_changed(call, carry, rows[k], each) for call, k in zip(calls, firsts, strict=True)]
+    changed = [
+        _changed(call, carry, rows[k], each, f"layers[{k}]")
+        for call, k in zip(calls, firsts, strict=True)
+    ]
     shared, own = _owned(changed, wholes, states, order)
 
     def step_of(kind: int) -> Callable:
@@ -140,7 +143,7 @@ def run(
     return put(carry, in_order([rest for rest, _ in ys], order), out)
 
 
-def _changed(call: Callable, carry, row: list, each) -> list[int]:
+def _changed(call: Callable, carry, row: list, each, name: str) -> list[int]:
     """Returns the places of the variables that a layer changes when it is called.
 
     Args:
@@ -148,6 +151,7 @@ def _changed(call: Callable, carry, row: list, each) -> list[int]:
       carry: The layer's input.
       row: The layer's values.
       each: What differs from layer to layer beside.
+      name: The layer's name for the user.
 
     Raises:
       ValueError: The carry changes.
@@ -159,7 +163,7 @@ def _changed(call: Callable, carry, row: list, each) -> list[int]:
         found.extend(replaced_places(row, after))
         return carry
 
-    check_carry(carry, jax.eval_shape(look, carry, row, first_block(each)))
+    check_carry(carry, jax.eval_shape(look, carry, row, first_block(each)), name)
     return found
 
 

@@ -219,14 +219,28 @@ def check_layers(layers, each, order: str) -> tuple[list, dict[str, Any]]:
         raise ValueError(
             f"{order} the carry; got {shown(layers)} (jaxckpt.scan_blocks takes stacked parameters)"
         )
-    layers, each = list(layers), dict(each or {})
+    layers = list(layers)
     if not layers:
         raise ValueError("layers is an empty list; run needs at least one layer")
-    for name, values in each.items():
-        found = stack_length(values, f"each[{name!r}]")
-        if found != len(layers):
-            raise ValueError(f"each[{name!r}] has {found} rows, there are {len(layers)} layers")
-    return layers, each
+    if not isinstance(each, Mapping | None):
+        raise ValueError(
+            f"each is a dict from a keyword of the layers to [L, ...], not {shown(each)}"
+        )
+    for name, values in (each or {}).items():
+        _check_rows(f"each[{name!r}]", values, len(layers))
+    return layers, dict(each or {})
+
+
+def _check_rows(name: str, values, count: int):
+    """Raises `ValueError` unless all leaves of a pytree have a row for each layer."""
+    is_list = isinstance(values, list | tuple) and len(values) == count
+    advice = "; stack a list: jax.tree.map(lambda *leaves: jnp.stack(leaves), *values)" * is_list
+    try:
+        found = stack_length(values, name)
+    except ValueError as error:
+        raise ValueError(f"{error}{advice}") from None
+    if found != count:
+        raise ValueError(f"{name} has {found} rows, there are {count} layers{advice}")
 
 
 def kinds_of(

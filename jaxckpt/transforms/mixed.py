@@ -91,8 +91,8 @@ def run_mixed(
     if is_cast:
         traced = trace(carry)
     blocks, consts = [one for one, _ in traced], [consts for _, consts in traced]
-    for one in blocks:
-        check_carry(carry, one.out[0])
+    for kind, one in enumerate(blocks):
+        check_carry(carry, one.out[0], f"layers[{order.index(kind)}]")
         check_rerun(one, remat, given)
     if isinstance(remat, Plan):
         check_policies(remat, lambda asked: tags_of(blocks, asked))

@@ -178,10 +178,17 @@ OTHER = eqx.nn.Linear(WIDTH, 2 * WIDTH, use_bias=False, key=KEYS[0])
             {"ignore": ("layer_idx", "bias"), "each": {"key": KEYS[:2]}},
             r"no two layers are equal: .* of which one has two layers, jaxckpt.chain",
         ),
+        (LAYERS, {"each": KEYS}, r"each is a dict from a keyword .* not key<fry>\[6\]"),
+        (LAYERS, {"each": {"key": list(KEYS)}}, r"is a scalar; every leaf is .*stack a list"),
+        (
+            LAYERS,
+            {"each": {"key": list(jax.random.key_data(KEYS))}},
+            r"each\['key'\] has 2 rows, there are 6 layers; stack a list",
+        ),
         (LAYERS, {"each": {"key": None}}, r"each\['key'\] has no arrays"),
         (LAYERS, {"unroll": "2"}, "unroll is a whole number of blocks, at least 1, not '2'"),
         (LAYERS, {"out": 2}, "out=2 is the place of the carry"),
-        (LAYERS, {"out": None}, "the structure changes"),
+        (LAYERS, {"out": None}, "the structure changes.* take out=, the place of the carry"),
         (LAYERS, {"out": 1}, "carry changes"),
     ],
 )

@@ -264,6 +264,13 @@ def test_outputs_that_cannot_be_stacked():
         jaxckpt.run(layers, apply, X, out=0, remat="full")
 
 
+def test_the_layer_that_changes_the_carry_is_named():
+    layers = layers_of("aaab")
+    apply = lambda layer, x: x if isinstance(layer, Local) else x[1:]
+    with pytest.raises(ValueError, match=r"layers\[3\] returns the carry .* changes from"):
+        jaxckpt.run(layers, apply, X, remat="full")
+
+
 def test_an_odd_layer_is_planned_and_costed_by_the_others():
     """Its parameters are not copied, and the planner sees a layer of those that repeat."""
     layers = layers_of("baaaaa")
