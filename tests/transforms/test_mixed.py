@@ -282,3 +282,17 @@ def test_an_odd_layer_is_planned_and_costed_by_the_others():
     assert call.num_blocks == 6
     (_, (up, *_), _) = call.block.inputs
     assert jax.tree.leaves(up)[0].shape == (WIDTH, WIDTH)
+
+
+@pytest.mark.slow
+def test_fit_plans_a_list_with_an_odd_layer():
+    layers, x = layers_of("baaaaa"), jnp.ones([4096, WIDTH])
+    keys = jax.random.split(jax.random.key(1), len(layers))
+
+    def step_for(plan):
+        loss = lambda layers, x: jnp.sin(ours(plan)(layers, x, keys)[0]).sum()
+        return jax.grad(loss), (layers, x)
+
+    none = jaxckpt.measure(*(lambda fn, args: (fn, *args))(*step_for("none"))).peak_bytes
+    result = jaxckpt.fit(step_for, num_blocks=6, budget=int(0.7 * none))
+    assert result.report.peak_bytes <= result.budget_bytes < none
