@@ -7,12 +7,11 @@ Each model and length has a fresh process. Temporaries are the compiler's, of th
 that reads every output. Exits with 1 if a bound fails, and prints each that does in one line.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from benchmarks.record import Record, rows_of
+from benchmarks.record import Record, rows_of, with_flags
 from benchmarks.result import Result, Row, console
 from experiments.cli import main
 from experiments.config import ConfigError
@@ -52,13 +51,12 @@ def loops(
     rows: list[Row] = []
     record = Record("loops", output, rows)
     for options in ("", GRAPHS)[: 1 + command_buffers]:
-        flags = f"{os.environ.get('XLA_FLAGS', '')} {options}".strip()
         for name, steps in [(name, steps) for name in model for steps in length]:
             about = {"side": side} if name == "reaction" else {}
             equal = f"uniform:{segments_of(steps)}"
             wanted = [equal if one == "uniform" else one for one in method]
             asked = ("loops_parts.process", name, steps, about, wanted)
-            for row in rows_of(*asked, environment=os.environ | {"XLA_FLAGS": flags}):
+            for row in rows_of(*asked, environment=with_flags(options)):
                 rows.append({"model": name, "length": steps, **about, "options": options, **row})
                 print(line(rows[-1]), flush=True)
                 record.save(failures=[])

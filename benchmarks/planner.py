@@ -18,9 +18,10 @@ from benchmarks import cases
 from benchmarks.planner_parts.bounds import check, line, summaries
 from benchmarks.record import HOST, Record, finish, kept, rows_of
 from experiments.cli import main
-from experiments.config import ConfigError
+from experiments.config import ConfigError, check_least
 from jaxckpt.absent import launch
 from jaxckpt.compiled import cache
+from jaxckpt.plans.errors import check_word
 from jaxckpt.targets.target import parse_target
 
 _BATCHES = {"8x1024": cases.SHORT, "2x16384": cases.LONG}
@@ -48,10 +49,9 @@ def planner(
       tiny: A small model, to try the script.
     """
     for name in part:
-        if name not in PARTS:
-            raise ConfigError(f"part {name!r} is not known; valid: {', '.join(PARTS)}")
-    if budgets is not None and budgets < 2:
-        raise ConfigError(f"--budgets is {budgets}; the least is 2")
+        check_word("part", name, tuple(PARTS), ConfigError)
+    if budgets is not None:
+        check_least(2, budgets=budgets)
     for name in part or PARTS:
         launch.check_available(parse_target(PARTS[name]["target"]))
     # What decides an answer beside the compiled peaks, which are kept by program.

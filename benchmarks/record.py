@@ -9,6 +9,7 @@ that hold a chip.
 
 import dataclasses
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -61,6 +62,11 @@ def finish(failures: list[str]) -> NoReturn:
     """Prints what does not hold, and ends the command: with 1 if there is any."""
     print("\n".join(failures) or "every bound holds")
     sys.exit(bool(failures))
+
+
+def with_flags(options: str) -> dict[str, str]:
+    """Returns this process's environment with more options in `XLA_FLAGS`."""
+    return os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {options}".strip()}
 
 
 def rows_of(

@@ -23,9 +23,9 @@ from benchmarks.result import console
 from benchmarks.rivals_parts.bounds import check, result
 from benchmarks.step import gpu
 from experiments.cli import main
-from experiments.config import ConfigError
+from experiments.config import ConfigError, check_least
 from jaxckpt.compiled import cache
-from jaxckpt.plans.errors import nearest
+from jaxckpt.plans.errors import check_word
 
 _ABOUT = {"budgets": 5, "rounds": 7, "tiny": False}
 SHAPES: dict[str, cases.Case] = {
@@ -52,11 +52,8 @@ def rivals(
       tiny: A small model, on any device, to try the script.
     """
     for name in shape:
-        if name not in SHAPES:
-            valid = ", ".join(SHAPES)
-            raise ConfigError(f"shape {name!r} is not known; valid: {valid}{nearest(name, SHAPES)}")
-    if budgets < 2:
-        raise ConfigError(f"--budgets is {budgets}; the least is 2")
+        check_word("shape", name, tuple(SHAPES), ConfigError)
+    check_least(2, budgets=budgets)
     if minutes is not None and not minutes > 0:
         raise ConfigError(f"--minutes is {minutes}; it is more than 0")
     started, names = time.monotonic(), shape or tuple(SHAPES)

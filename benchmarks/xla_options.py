@@ -9,7 +9,6 @@ this XLA does not know is a row with an error. A row that the output already has
 not run again.
 """
 
-import os
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from cyclopts import Parameter
 
 from benchmarks import cases
 from benchmarks.cases import KEPT, SHORT
-from benchmarks.record import Record, kept, rows_of
+from benchmarks.record import Record, kept, rows_of, with_flags
 from benchmarks.result import Row
 from benchmarks.step import gpu
 from experiments.cli import main
@@ -68,9 +67,7 @@ def xla_options(
     record = Record("xla_options", output, rows)
     known = {one["options"] for one in rows} - {_BASE}
     for options in _turns([one for one in option if one not in known]):
-        flags = f"{os.environ.get('XLA_FLAGS', '')} {options}".strip()
-        environment = os.environ | {"XLA_FLAGS": flags}
-        *_, found = rows_of("step_jax", about["case"], environment=environment)
+        *_, found = rows_of("step_jax", about["case"], environment=with_flags(options))
         row = {name: found[name] for name in _NAMES if name in found}
         rows.append(about | {"options": options} | row)
         print(_line(rows[-1]), flush=True)

@@ -23,12 +23,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from cyclopts import Parameter
 
-from jaxckpt.losses.sizes import chunk_positions
+from jaxckpt.losses.sizes import chunk_positions, divisors
 from jaxckpt.models.config import TransformerConfig
 from jaxckpt.models.mesh import MeshShape
 from jaxckpt.planner.budgets import given_bytes, host_bytes
 from jaxckpt.plans import Plan
-from jaxckpt.plans.errors import CUTOFF, UserError, nearest
+from jaxckpt.plans.errors import CUTOFF, UserError, check_word, nearest
 
 
 class RunError(RuntimeError):
@@ -49,9 +49,14 @@ class ConfigError(UserError, ValueError):
 
 def at_least(config, least: int, *names: str):
     """Raises `ConfigError` unless these attributes are at least `least`."""
-    for name in names:
-        if not getattr(config, name) >= least:
-            raise ConfigError(f"{name} is {getattr(config, name)}; the least is {least}")
+    check_least(least, **{name: getattr(config, name) for name in names})
+
+
+def check_least(least: int, **values: float):
+    """Raises `ConfigError` unless values, given by name, are at least `least`."""
+    for name, value in values.items():
+        if not value >= least:
+            raise ConfigError(f"{name} is {value}; the least is {least}")
 
 
 def _at_most(config, most: int, *names: str):
@@ -136,17 +141,9 @@ class OptimizerConfig:
     decay_steps: int = 0
 
     def __post_init__(self):
-        if self.kind not in _BETAS:
-            raise ConfigError(
-                f"optimizer {self.kind!r} is not known{nearest(str(self.kind), _BETAS)}; valid: "
-                f"{', '.join(_BETAS)}"
-            )
+        check_word("optimizer", self.kind, tuple(_BETAS), ConfigError)
         at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "decay_steps")
-        if self.moment_dtype not in _STORED:
-            raise ConfigError(
-                f"moment_dtype is {self.moment_dtype!r}; valid: {', '.join(_STORED)}"
-                f"{nearest(str(self.moment_dtype), _STORED)}"
-            )
+        check_word("moment_dtype", self.moment_dtype, _STORED, ConfigError)
         if self.moment_dtype != "float32" and self.kind == "adafactor":
             raise ConfigError("moment_dtype is of a momentum, and adafactor has none")
         if not self.clip_norm > 0:
@@ -282,19 +279,14 @@ class TrainConfig:
         _at_most(self, 2**32 - 1, "seed")  # JAX's keys see no more of it
         _at_most(self, 2**31 - 1, "steps", "batch_size", "seq_len")
         if self.batch_size % self.accumulate:
-            parts = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
             raise ConfigError(
                 f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}; "
-                f"valid: {', '.join(map(str, parts))}"
+                f"valid: {', '.join(map(str, divisors(self.batch_size)))}"
             )
         with _refusing():
             if self.mesh_shape is not None:
                 self.mesh_shape.check(self.model, self.batch_size, self.accumulate)
-        if self.param_dtype not in _STORED:
-            raise ConfigError(
-                f"param_dtype is {self.param_dtype!r}; valid: {', '.join(_STORED)}"
-                f"{nearest(str(self.param_dtype), _STORED)}"
-            )
+        check_word("param_dtype", self.param_dtype, _STORED, ConfigError)
         if self.param_dtype != "float32" and self.mesh is not None:
             raise ConfigError("--param-dtype=bfloat16 is for one device; leave it or --mesh out")
         if self.update_in_backward:

@@ -20,7 +20,7 @@ from cyclopts import Parameter
 
 from experiments import files, plotting
 from experiments.cli import main
-from experiments.config import ConfigError
+from experiments.config import check_least
 from jaxckpt.plans import Plan
 from jaxckpt.units import iec
 
@@ -40,9 +40,7 @@ def loop(
 ):
     """Train a loop over time under a plan, and say what its gradient takes."""
     plan = Plan.parse(remat)
-    for name, value in {"length": length, "steps": steps}.items():
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; the least is 1")
+    check_least(1, length=length, steps=steps)
     plan.bind(length)
     if out is not None:
         files.check_output(out, plotting.FIGURES)

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from experiments.cli import ConfigFile, main
-from experiments.config import ConfigError, TrainConfig, absolute, at_least
+from experiments.config import ConfigError, TrainConfig, absolute, at_least, check_least
 from experiments.files import own_folder
 from experiments.sweeping.case import LOCAL, Case
 from experiments.sweeping.running import ROWS, run_all
@@ -51,8 +51,7 @@ class SweepFlags:
     def __post_init__(self):
         at_least(self, 1, "run_steps")
         for depth in self.depth:
-            if depth < 1:
-                raise ConfigError(f"depth is {depth}; the least is 1")
+            check_least(1, depth=depth)
 
 
 @Parameter(name="*")

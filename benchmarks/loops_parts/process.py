@@ -22,8 +22,6 @@ import jaxckpt
 from benchmarks.executor_parts import stacks
 from benchmarks.record import device
 from experiments.loop import nested, segments_of
-from jaxckpt.plans import Plan
-from jaxckpt.schedules.of_stage import stack_schedule_of
 
 _REPEATS = 5
 Scan = Callable[..., tuple[Any, Any]]  # (f, init, xs) -> (carry, ys)
@@ -110,9 +108,7 @@ def evaluations(method: str, length: int) -> int | None:
         return 3 * length
     if method.startswith("equinox"):
         return None
-    schedule = stack_schedule_of(Plan.parse(method).bind(length).stages[0])
-    assert schedule is not None  # a plan of the table above
-    return length + schedule.extra_forwards
+    return length + stacks.schedule(method, length).extra_forwards
 
 
 def measured(model: str, length: int, options: dict, names: list[str]):

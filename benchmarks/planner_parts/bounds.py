@@ -3,11 +3,10 @@
 import itertools
 import statistics
 from collections.abc import Iterator, Sequence
-from typing import Any
+
+from benchmarks.result import Row
 
 MEDIAN, WORST, MOST_COMPILES = 0.01, 0.02, 6
-
-Row = dict[str, Any]
 
 
 def check(rows: Sequence[Row]) -> list[str]:

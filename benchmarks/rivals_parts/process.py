@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +21,7 @@ import numpy as np
 from benchmarks.cases import Case, config_of, fixed
 from benchmarks.planner_parts.process import least_bytes
 from benchmarks.record import device
+from benchmarks.result import Row
 from benchmarks.rivals_parts.programs import Program, Programs, Turns, failed
 from experiments.training.step import init_state, resolve_model
 from jaxckpt.costs.roofline import UNKNOWN, rates_of
@@ -36,8 +36,6 @@ from jaxckpt.units import iec
 _FIXED_SHARE, _OURS_SHARE = 0.5, 0.85
 _THREADS = 4  # of compiling
 _SPARE = 0.95  # of the time, when the last round has to be over
-
-Row = dict[str, Any]
 
 
 class Shape:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.data.sources import DataError
-from jaxckpt.plans.errors import nearest
+from jaxckpt.plans.errors import check_word
 
 TOKEN_DTYPES = ("uint16", "uint32")
 _CHUNK_TOKENS = 1 << 22
@@ -26,11 +26,8 @@ def map_tokens(path: Path, token_dtype: str | None, vocab_size: int | None = Non
       DataError: Empty, torn, not one-dimensional uint16 or uint32, or bare numbers that are not
         what `token_dtype` says.
     """
-    if token_dtype is not None and token_dtype not in TOKEN_DTYPES:
-        raise DataError(
-            f"--token-dtype {token_dtype!r} is not one of {', '.join(TOKEN_DTYPES)}"
-            f"{nearest(token_dtype, TOKEN_DTYPES)}"
-        )
+    if token_dtype is not None:
+        check_word("--token-dtype", token_dtype, TOKEN_DTYPES, DataError)
     if path.stat().st_size == 0:
         raise DataError(f"token file {str(path)!r} is empty")
     try:

@@ -118,12 +118,9 @@ def _config(values: Mapping[str, Any]) -> TrainConfig:
 
 def _plan(text: str, depth: int) -> str:
     try:
-        stages = Plan.parse(text).bind(depth).stages
+        return Plan.parse(text).bind(depth).written
     except PlanError as error:
         raise PointError(f"plan: {error}") from None
-    if len(stages) == 1:
-        return str(dataclasses.replace(stages[0], count=None))
-    return "/".join(str(stage) for stage in stages)
 
 
 def _text(row: Mapping[str, Any], name: str, default: str | None = None) -> str:

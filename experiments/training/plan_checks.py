@@ -8,7 +8,7 @@ from jaxckpt.memory.built_step import BuiltStep, stack_bytes
 from jaxckpt.memory.explain import explain
 from jaxckpt.memory.findings import peak_not_below_none
 from jaxckpt.memory.measure import compile_step
-from jaxckpt.plans import Plan, as_plan
+from jaxckpt.plans import as_plan
 from jaxckpt.units import iec
 
 # A plan that should save less of the peak than this is compared with `none` by compiling that too.
@@ -48,12 +48,7 @@ def against_none(step: BuiltStep, report: MemoryReport) -> tuple[list[str], str]
 def _gain(step: BuiltStep, report: MemoryReport, none_bytes: int, how: str) -> str:
     assert step.plan is not None  # as `build` makes a step
     share = 100 * report.peak_bytes / none_bytes
-    text = f"none needs {iec(none_bytes)}{how}: {_text_of(step.plan)} keeps {share:.0f} % of it"
+    text = f"none needs {iec(none_bytes)}{how}: {step.plan.written} keeps {share:.0f} % of it"
     if again := report.recomputed_share:
         text += f" and recomputes {100 * again:.1f} % of the FLOPs"
     return text
-
-
-def _text_of(plan: Plan) -> str:
-    """Returns a bound plan as people write it: the count of a lone stage is left out."""
-    return str(replace(plan.stages[0], count=None)) if len(plan.stages) == 1 else str(plan)

@@ -264,6 +264,12 @@ class Plan:
         """The number of blocks of a bound plan."""
         return sum(stage.bound_count for stage in self.stages)
 
+    @property
+    def written(self) -> str:
+        """The plan's text as people write it: a lone stage has no count."""
+        alone = len(self.stages) == 1
+        return str(dataclasses.replace(self.stages[0], count=None)) if alone else str(self)
+
     def bind(self, num_blocks: int) -> Self:
         """Returns the same plan for a stack of `num_blocks` blocks: every count is a number.
 

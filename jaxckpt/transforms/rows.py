@@ -180,6 +180,6 @@ def row_major(leaves: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def _pin(x: jax.Array) -> jax.Array:
-    if x.ndim < 2 or jnp.issubdtype(x.dtype, jax.dtypes.extended):
+    if x.ndim < 2 or _is_key(x):
         return x
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))

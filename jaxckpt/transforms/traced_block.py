@@ -24,9 +24,6 @@ from jax.core import ShapedArray, Tracer
 from jax.extend import core
 from jax.sharding import PartitionSpec
 
-# A jaxpr's text shows functions in parameters with their addresses, which differ in each trace.
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-
 
 def abstract(tree):
     """Returns `tree` with every array, abstract array or scalar as its type."""
@@ -166,7 +163,12 @@ class TracedBlock:
 
 def text_of(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> str:
     """Returns a jaxpr's text, equal for all that compute the same of their inputs and consts."""
-    return _ADDRESS.sub("", str(jaxpr))
+    return without_addresses(str(jaxpr))
+
+
+def without_addresses(text: str) -> str:
+    """Returns a text without the addresses of objects, which differ in each trace."""
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
 def identity(block: Callable) -> Hashable:
