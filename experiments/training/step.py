@@ -191,19 +191,15 @@ def make_train_step(config: TrainConfig):
         trainable, optimizer_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), taken, (trainable, state.optimizer)
         )
-        skipped = 1 - finite.astype(jnp.int32)
-        state = TrainState(
-            step=state.step + 1,
+        state = _after(
+            state,
+            finite,
             params=merge(trainable, frozen),
             optimizer=optimizer_state,
-            skipped=state.skipped + skipped,
-            skipped_in_row=(state.skipped_in_row + 1) * skipped,
             loss_scale=state.loss_scale and state.loss_scale.after(finite),
         )
         state = _placed(state, layout)
-        metrics = {"loss": loss, "gradient_norm": norm}
-        counts = {"skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
-        return state, metrics | counts
+        return state, _metrics(loss, norm, state)
 
     return train_step
 
@@ -244,20 +240,32 @@ def _make_updating_step(config: TrainConfig):
         assert last is not None  # `init_state` makes it
         scale = jnp.where(last > clip, clip / last, 1.0)
         done = update(trainable, state.optimizer, gradient_scale=scale)
-        skipped = 1 - done.is_finite.astype(jnp.int32)
-        state = TrainState(
-            step=state.step + 1,
+        state = _after(
+            state,
+            done.is_finite,
             params=merge(done.params, frozen),
             optimizer=done.state,
-            skipped=state.skipped + skipped,
-            skipped_in_row=(state.skipped_in_row + 1) * skipped,
             gradient_norm=jnp.where(done.is_finite, done.gradient_norm, last),
         )
-        metrics = {"loss": done.value, "gradient_norm": done.gradient_norm}
-        counts = {"skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
-        return state, metrics | counts
+        return state, _metrics(done.value, done.gradient_norm, state)
 
     return train_step
+
+
+def _after(state: TrainState, finite, **changes) -> TrainState:
+    """Returns the state after a step; `finite` says whether the step was taken."""
+    skipped = 1 - finite.astype(jnp.int32)
+    return state._replace(
+        step=state.step + 1,
+        skipped=state.skipped + skipped,
+        skipped_in_row=(state.skipped_in_row + 1) * skipped,
+        **changes,
+    )
+
+
+def _metrics(loss, norm, state: TrainState) -> dict:
+    metrics = {"loss": loss, "gradient_norm": norm}
+    return metrics | {"skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
 
 
 def _placed(tree, layout: Layout | None):

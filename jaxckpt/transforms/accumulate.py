@@ -45,9 +45,7 @@ def adding(loss: Callable, blocks: Callable) -> Callable:
                 update=lambda grads, _, rows: ([], list(map(jnp.add, rows, grads))),
                 skips=False,
             )
-            given = dict(zip(rest, others, strict=True)) | dict(zip(places, one.marks, strict=True))
-            params = jax.tree.unflatten(tree, [given[n] for n in range(len(leaves))])
-            return value_with(one, loss, params, *args)
+            return value_with(one, loss, tree, dict(zip(rest, others, strict=True)), places, *args)
 
         rows = [sums[n] for n in places]
         # Marks are differentiated so that a second use of the stack's parameters is found.

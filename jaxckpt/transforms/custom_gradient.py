@@ -211,21 +211,25 @@ mlir.register_lowering(_TRANSPOSED, _refuse_forward)
 batching.fancy_primitive_batchers[_TRANSPOSED] = _batch_transposed
 
 
-def _linear(name: str, transpose: Callable) -> core.Primitive:
-    """Returns a primitive that returns its argument, with a transpose of its own."""
+def _returning(name: str, jvp: Callable) -> core.Primitive:
+    """Returns a primitive that returns its argument, with a JVP rule of its own."""
     made = core.Primitive(name)
     made.def_abstract_eval(lambda x, **_: x)
     made.def_impl(lambda x, **_: x)
-    ad.primitive_jvps[made] = lambda primals, tangents, **static: (
-        made.bind(*primals, **static),
-        made.bind(*tangents, **static),
-    )
-    ad.primitive_transposes[made] = transpose
+    ad.primitive_jvps[made] = jvp
     mlir.register_lowering(made, lambda _, x, **__: [x])
     batching.primitive_batchers[made] = lambda args, dims, **static: (
         made.bind(*args, **static),
         dims[0],
     )
+    return made
+
+
+def _linear(name: str, transpose: Callable) -> core.Primitive:
+    """Returns a primitive that returns its argument, with a transpose of its own."""
+    both = lambda *args, **static: tuple(made.bind(*x, **static) for x in args)
+    made = _returning(name, both)
+    ad.primitive_transposes[made] = transpose
     return made
 
 
@@ -280,16 +284,7 @@ def _refuse_tangent(primals, tangents, *, sentence: str, at_once: bool):
     return primals[0], _REVERSED.bind(tangent, sentence=sentence)
 
 
-_REVERSE_ONLY = core.Primitive(jaxprs.REVERSE_ONLY)
-_REVERSE_ONLY.def_abstract_eval(lambda x, **_: x)
-_REVERSE_ONLY.def_impl(lambda x, **_: x)
-ad.primitive_jvps[_REVERSE_ONLY] = _refuse_tangent
-mlir.register_lowering(_REVERSE_ONLY, lambda _, x, **__: [x])
-batching.primitive_batchers[_REVERSE_ONLY] = lambda args, dims, **static: (
-    _REVERSE_ONLY.bind(*args, **static),
-    dims[0],
-)
-
+_REVERSE_ONLY = _returning(jaxprs.REVERSE_ONLY, _refuse_tangent)
 
 # Batching `_REVERSED` is refused: reverse mode batches arguments and gradients, but never a
 # tangent that waits to be transposed.

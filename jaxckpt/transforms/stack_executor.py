@@ -134,8 +134,8 @@ class Loops(Blocks):
         args = (params, carry, consts)
         return Loops.of(batched(self.call), self.table, self.how, args, places), args
 
-    def run(self, params, carry, consts) -> list:
-        """Returns the output."""
+    def run(self, params, carry, consts, length: int | None = None) -> list:
+        """Returns the output; `length` blocks are run, by default all of the schedule."""
         if self.places is not None:
             emit = lambda i, state: self.emit(params, consts, state, i)
             carry, ys = lax.fori_loop(0, self.length, emit, (carry, self._empty_ys()))
@@ -145,7 +145,7 @@ class Loops(Blocks):
             out = self.call(carry, params_i, consts)
             return out[: self.num_carry], out[self.num_carry :]
 
-        carry, ys = lax.scan(body, carry, params, self.length, self.how.reverse)
+        carry, ys = lax.scan(body, carry, params, length or self.length, self.how.reverse)
         return [*carry, *ys]
 
     def forward(self, args, asked: Sequence[int]):

@@ -267,15 +267,8 @@ class _Updating:
     def run(self, params, carry, consts, rows, told) -> list:
         """Returns the output."""
         del rows, told
-        loops = self.stages[0]
         count = sum(stage.length for stage in self.stages)
-
-        def body(carry, params_i):
-            out = loops.call(carry, params_i, consts)
-            return out[: loops.num_carry], out[loops.num_carry :]
-
-        carry, ys = lax.scan(body, carry, params, count, loops.how.reverse)
-        return [*carry, *ys]
+        return self.stages[0].run(params, carry, consts, count)
 
     def forward(self, args, asked: Sequence[int]):
         """Returns the output, and the residuals for the backward pass."""

@@ -14,7 +14,7 @@ step for a gradient that is not finite.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -128,11 +128,7 @@ def update_in_backward(
                 update=update_block,
                 skips=skip_nonfinite,
             )
-            given = dict(zip(rest, others, strict=True))
-            given |= dict(zip(places, one.marks, strict=True))
-            return value_with(
-                one, loss, jax.tree.unflatten(tree, [*map(given.get, range(len(given)))]), *args
-            )
+            return value_with(one, loss, tree, dict(zip(rest, others, strict=True)), places, *args)
 
         pick = lambda leaves, places: [leaves[n] for n in places]
         arguments = (pick(leaves, rest), pick(leaves, places), pick(state_leaves, cut.rows))
@@ -162,14 +158,25 @@ def update_in_backward(
     return step
 
 
-def value_with(one: stack_update.Attached, loss: Callable, *args):
+def value_with(
+    one: stack_update.Attached, loss: Callable, tree, others: dict, places: Sequence[int], *args
+):
     """Returns the loss, whose stack uses its gradients as `one` says.
+
+    Args:
+      one: The stack's parameters and what becomes of their gradients.
+      loss: `loss(params, *args)`.
+      tree: The structure of the parameters.
+      others: The parameters beside the stack, by their places.
+      places: The places of the stack's parameters.
+      *args: The other arguments of the loss.
 
     Raises:
       ValueError: The loss runs no stack over the marked parameters.
     """
+    given = others | dict(zip(places, one.marks, strict=True))
     with stack_update.attached(one):
-        value = loss(*args)
+        value = loss(tree.unflatten([given[n] for n in range(len(given))]), *args)
     if not one.is_used:
         raise ValueError(
             "the loss runs no stack over the arrays that blocks= returns; hand them to "
