@@ -17,7 +17,7 @@ _BESIDE_PLAN = 100  # columns
 
 
 def show(rows: Sequence[FitRow], settings: TrainConfig, largest: str | None = None):
-    """Prints a table for each target, then what was found and what went wrong."""
+    """Prints a table for each target, with its findings and errors."""
     # A narrow terminal folds lines; columns are never cut.
     longest = max(len(row.config.remat) for row in rows)
     width = max(Console().width, _WIDTH, longest + _BESIDE_PLAN)
@@ -87,7 +87,7 @@ def _usable(row: FitRow) -> str:
 
 
 def _table(rows: Sequence[FitRow], largest: str | None) -> Table:
-    """Returns the table; a column that has nothing to say of any row is left out."""
+    """Returns the table; a column that is empty in every row is left out."""
     chosen = None if largest else best(rows)
     fastest = chosen or rows[0]
     columns: dict[str, list[str]] = {
@@ -125,7 +125,7 @@ def _verdict(row: FitRow, *, is_chosen: bool) -> str:
 
 
 def _beside(row: FitRow, fastest: FitRow) -> str:
-    """Returns how much longer a step takes than the fastest that fits; empty if unknown."""
+    """Returns how much longer a step takes than the fastest step that fits; empty if unknown."""
     seconds, least = row.measured.estimated_seconds, fastest.measured.estimated_seconds
     if not seconds or not least or row is fastest:
         return ""
@@ -141,9 +141,9 @@ def _number(value: float | None, form: str, factor: float = 1) -> str:
 
 
 def _findings(rows: Sequence[FitRow], largest: str | None):
-    """Yields each row with each of its findings, and what was not understood of XLA's texts.
+    """Yields each row with each of its findings, and with a count of lines that XLA's reader skips.
 
-    The comparison with `none` comes last, one finding for all plans that save nothing.
+    The comparison with `none` comes last, as one finding for all plans that save nothing.
     """
     is_none = lambda row: all(stage.schedule == "none" for stage in row.config.plan.stages)
     nones = [row.measured for row in rows if is_none(row)]
