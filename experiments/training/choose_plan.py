@@ -4,8 +4,8 @@
     config = dataclasses.replace(config, remat=str(result.plan))
 
 Optimizer, donation, accumulation, loss head and frozen parameters are part of the step, so they are
-part of the peak that is held against the budget. What was compiled once is kept on disk, for an
-absent target and for this process's device.
+part of the peak that is compared with the budget. Reports of compiled steps are kept on disk, for
+absent targets and for this process's device.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ def choose(
     Args:
       config: The configuration; its plan is not read.
       target: `"local"`, or a chip that need not be there.
-      budget: In bytes; by default the configuration's.
+      budget: The budget in bytes; by default the configuration's.
       progress: As for `jaxckpt.fit`.
 
     Raises:
@@ -88,7 +88,7 @@ def limit_bytes(config: TrainConfig, target: str) -> int | None:
     """Returns a configuration's budget in bytes; None if it has none.
 
     Raises:
-      ConfigError: It is `auto` for a device that does not say what it can use.
+      ConfigError: The budget is `auto`, and the usable bytes of the device are unknown.
     """
     if config.budget is None:
         return None
@@ -104,7 +104,7 @@ def limit_bytes(config: TrainConfig, target: str) -> int | None:
 
 
 def host_limit_bytes(config: TrainConfig) -> int | None:
-    """Returns what a configuration's plan may have on the host, in bytes; None if unset."""
+    """Returns the bytes that a configuration's plan may keep on the host; None if unset."""
     return None if config.host_budget is None else host_bytes(config.host_budget)
 
 
@@ -126,8 +126,8 @@ def check_within(
             )
 
 
-# Settings that change a step's memory and that a resumed run may change; it may not change those
-# of `checkpoints.identity`.
+# Settings that a resumed run may change, and that change a step's memory. Settings of
+# `checkpoints.identity` cannot change.
 _OF_MEMORY = ("accumulate", "unroll", "loss_chunk_tokens", "update_in_backward")
 
 
@@ -139,18 +139,19 @@ def settle(
 ) -> tuple[TrainConfig, dict[str, Any] | None]:
     """Returns a run's configuration with the plan that `auto` stands for on this device.
 
-    A resumed run keeps its plan if its budget, device, versions and settings of memory are as they
-    were; else it is planned anew. The returned configuration has no budget, so that it repeats the
-    run without the planner.
+    A resumed run keeps its plan if its budget, device, versions and settings of memory are
+    unchanged; otherwise it is planned anew. The returned configuration has no budget, so that it
+    repeats the run without the planner.
 
     Args:
       config: The run's configuration.
-      limit: Its budget in bytes.
+      limit: The budget in bytes.
       about: The JSON of the checkpoint that the run goes on from; None for a new run.
-      display: Shows what is compiled.
+      display: Shows the compilations.
 
     Returns:
-      The configuration, and what its plan was chosen for, as JSON values; None if it was named.
+      The configuration, and the conditions under which its plan was chosen, as JSON values; None if
+      the user named the plan.
     """
     if not config.is_auto:
         return config, None

@@ -1,4 +1,4 @@
-"""What a run's plan does, and whether it does anything, before the first step."""
+"""Checks before the first step: what a run's plan does, and whether it saves memory."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,7 +11,7 @@ from jaxckpt.memory.measure import compile_step
 from jaxckpt.plans import as_plan
 from jaxckpt.units import iec
 
-# A plan that should save less of the peak than this is compared with `none` by compiling that too.
+# If a plan should save less than this share of the peak, `none` is compiled and compared.
 _DOUBTFUL = 0.1
 
 
@@ -26,11 +26,11 @@ def explained(step: BuiltStep) -> Iterator[str]:
 
 
 def against_none(step: BuiltStep, report: MemoryReport) -> tuple[list[str], str]:
-    """Returns findings of a plan that saves nothing, and a line that says what one saves.
+    """Returns findings about a plan that saves nothing, and a line about what a plan saves.
 
-    To compile `none` too would double the wait for the first step. So its peak is estimated: the
-    plan's compiled peak, and the residuals that the plan does not keep. Only a plan that should
-    save little is in doubt, and compared with a compiled `none`. The line is empty for `none`.
+    Compiling `none` too would double the wait for the first step. So the peak of `none` is
+    estimated: the plan's compiled peak, plus the residuals that the plan does not keep. Only a plan
+    that should save little is compared with a compiled `none`. The line is empty for `none`.
     """
     assert step.block is not None and step.plan is not None and step.baseline is not None
     none = as_plan("none").bind(step.plan.bound_count)
