@@ -3,8 +3,9 @@
     python -m benchmarks.loops --output docs/measured/loops_cpu.json
     python -m benchmarks.loops --model rnn --command-buffers --output docs/measured/loops_h200.json
 
-Each model and length has a fresh process. Temporaries are the compiler's, of the gradient of a loss
-that reads every output. Exits with 1 if a bound fails, and prints each that does in one line.
+Each model and length has a fresh process. The loss reads every output of the loop. Temporaries are
+the compiler's figure for its gradient. Exits with 1 if a bound fails, and prints a line for each
+failed bound.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from experiments.loop import segments_of
 
 MODELS = ("rnn", "reaction")
 LENGTHS = (64, 256, 1000, 4096)
-# On a GPU a loop whose bounds are data becomes a graph that the GPU runs by itself.
+# Makes XLA compile a loop into a CUDA graph: the GPU then runs the loop without the host.
 GRAPHS = "--xla_gpu_enable_command_buffer=WHILE,CONDITIONAL --xla_gpu_graph_min_graph_size=1"
 METHODS = (
     *("plain", "checkpointed step", "nested by hand", "equinox, 16 states", "equinox"),

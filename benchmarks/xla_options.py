@@ -2,11 +2,11 @@
 
     python -m benchmarks.xla_options --output docs/measured/xla_options_h200.json
 
-Qwen3-0.6B's step at 8 x 1024 under a plan (that of `benchmarks.step`), each option in a fresh
-process on top of what a run gets anyway (`experiments/training/compilation.py`). The step without
-one is timed again after every few options: its spread is what a gain has to exceed. An option that
-this XLA does not know is a row with an error. A row that the output already has from this GPU is
-not run again.
+The step is Qwen3-0.6B's at 8 x 1024 under a plan. Each option is tried in a fresh process, and
+added to the options of every run (`experiments/training/compilation.py`). The step without an
+option is timed again after every few options: a gain has to be larger than the spread of these
+times. An option that this XLA does not know is a row with an error. A row that the output already
+has from this GPU is not run again.
 """
 
 import statistics
@@ -56,9 +56,9 @@ def xla_options(
     """Time the step under each option; exit with 1 if none could be timed.
 
     Args:
-      option: As in `XLA_FLAGS`; may be given several times.
+      option: One or more options, written as in `XLA_FLAGS`; may be given several times.
       plan: The plan of the blocks.
-      output: JSON file to write, and to go on with.
+      output: JSON file to write; an interrupted run continues from it.
       tiny: A small model, on any device, to try the script.
     """
     Plan.parse(plan)

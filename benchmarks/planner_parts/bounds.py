@@ -1,4 +1,4 @@
-"""What the planner promises of its answers for one step, checked on rows of `process`."""
+"""The bounds of the planner's answers for one step, checked on the rows of `process`."""
 
 import itertools
 import statistics

@@ -38,8 +38,8 @@ def as_arrays(tree):
 def zeros(count: int, aval: ShapedArray) -> jax.Array:
     """Returns zeros `[count, ...]` with a type's memory, sharding and varying axes.
 
-    Zeros that are made on the device and then moved would fill the device first. Zeros on the host
-    are made there, from a single number that was moved.
+    For zeros on the host, only a single number is moved to the host and broadcast there: zeros that
+    are made on the device first would need its memory.
     """
     spec, varying = aval.sharding.spec, varying_axes(aval)
     is_sharded = any(axis is not None for axis in spec)
@@ -162,7 +162,7 @@ class TracedBlock:
 
 
 def text_of(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> str:
-    """Returns a jaxpr's text, equal for all that compute the same of their inputs and consts."""
+    """Returns a jaxpr's text; jaxprs of equal text compute the same from inputs and consts."""
     return without_addresses(str(jaxpr))
 
 
