@@ -11,7 +11,7 @@ ATTENTION_KINDS = ("auto", "cudnn", "splash", "chunked", "plain")
 
 
 class ModelError(UserError, ValueError):
-    """A model is not valid, or not on this chip: one line with what is valid."""
+    """A model is not valid, or not valid on this chip: one line that says what is valid."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
