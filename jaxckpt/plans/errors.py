@@ -28,17 +28,16 @@ def check_word(name: str, word: object, valid: Sequence[str], error=ValueError):
         raise error(f"{name} is {word!r}; valid: {', '.join(valid)}{guess}")
 
 
-def check_count(name: str, count: object, of: str = "", error=ValueError):
-    """Raises `error` unless `count` is a whole number, at least 1.
+def check_count(name: str, count: object, of: str = ""):
+    """Raises `ValueError` unless `count` is a whole number, at least 1.
 
     Args:
       name: The user's name for the number.
       count: The user's number.
-      of: What is counted, such as `" of blocks"`.
-      error: The class of the error.
+      of: The counted things, such as `" of blocks"`.
     """
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise error(f"{name} is a whole number{of}, at least 1, not {shown(count)}")
+        raise ValueError(f"{name} is a whole number{of}, at least 1, not {shown(count)}")
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
