@@ -8,6 +8,7 @@ part of the peak that is compared with the budget. Reports of compiled steps are
 absent targets and for this process's device.
 """
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from experiments.training.display import Display
 from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.planner.absent import fit_entry
 from jaxckpt.planner.budgets import check_asked, given_bytes, host_bytes, more_than_usable
-from jaxckpt.planner.result import Compilation, FitResult
+from jaxckpt.planner.result import BudgetError, Compilation, FitResult
 from jaxckpt.plans import Plan
 from jaxckpt.targets.present import usable_bytes
 from jaxckpt.targets.target import LOCAL, parse_target
@@ -71,6 +72,61 @@ def choose(
 
     steps = Steps.of_built(built, LOCAL, report_of)
     return solve(steps, num_blocks, target=LOCAL, calibrate=config.calibrate, **asked)
+
+
+# Tokens of a tile of the MLP: the hidden values of a tile are small compared with a long sequence.
+_TILE_TOKENS = 4096
+
+
+def in_tiles(config: TrainConfig) -> TrainConfig:
+    """Returns a configuration whose MLP runs in tiles.
+
+    The configuration is returned unchanged if it has tiles already, or if a sequence is one tile.
+    """
+    tiles = -(-config.seq_len // _TILE_TOKENS)
+    if config.model.mlp_tiles > 1 or tiles == 1:
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, mlp_tiles=tiles))
+
+
+def leaner(config: TrainConfig) -> list[TrainConfig]:
+    """Returns a configuration, then variants of it that need less memory, the leanest last.
+
+    In the first variant the MLP runs in tiles. In the second variant blocks are also updated in the
+    backward pass; it is left out if the configuration does not allow this.
+    """
+    found = [config, in_tiles(config)]
+    with contextlib.suppress(ConfigError):
+        found.append(dataclasses.replace(found[-1], update_in_backward=True))
+    return list(dict.fromkeys(found))
+
+
+def planned(
+    config: TrainConfig, ask: Callable[[TrainConfig], FitResult]
+) -> tuple[TrainConfig, FitResult]:
+    """Returns a configuration with its plan, and the planner's answer.
+
+    If no plan fits, the planner is asked again with the MLP of a long sequence in tiles: then the
+    values of one block may set the peak, and a plan does not change these.
+
+    Args:
+      config: The configuration; its plan is not read.
+      ask: Returns the planner's answer for a configuration.
+
+    Raises:
+      BudgetError: No plan fits, with tiles or without; the error has the lesser of both budgets.
+    """
+    try:
+        result = ask(config)
+    except BudgetError as whole:
+        tiled = in_tiles(config)
+        if tiled == config:
+            raise
+        try:
+            config, result = tiled, ask(tiled)
+        except BudgetError as error:
+            raise min(error, whole, key=lambda one: one.least_bytes) from None
+    return dataclasses.replace(config, remat=str(result.plan)), result
 
 
 def check_calibrated(config: TrainConfig, plans: Sequence[Plan], targets: Sequence[str]):
@@ -158,8 +214,11 @@ def settle(
     assert limit is not None  # `auto` has a budget
     now = _occasion(config, limit)
     if about is not None and about.get("planned_for") == now:
-        plan = about["config"]["remat"]
-        display.print(f"plan    {plan}, as before; another --budget plans anew")
+        before = about["config"]
+        tiles = before["model"].get("mlp_tiles", config.model.mlp_tiles)
+        model = dataclasses.replace(config.model, mlp_tiles=tiles)
+        config = dataclasses.replace(config, remat=before["remat"], model=model)
+        display.print(f"plan    {config.remat}, as before; another --budget plans anew")
     else:
         display.print(f"plan    looked for within {iec(limit)}")
         started = time.perf_counter()
@@ -171,15 +230,19 @@ def settle(
                 else:
                     waiting.update(str(one))
 
-            result = choose(config, "local", budget=limit, progress=tell)
+            asked, ask = config, lambda one: choose(one, "local", budget=limit, progress=tell)
+            config, result = planned(config, ask)
         display.print(str(result) if config.explain else result.summary)
         display.print(
             f"planned in {time.perf_counter() - started:.1f} s; {result.num_compiles} plans were "
             "compiled, or read from disk"
         )
-        plan = str(result.plan)
+        if config.model.mlp_tiles != asked.model.mlp_tiles:
+            display.print(
+                f"model   the MLP runs in {config.model.mlp_tiles} tiles: whole, no plan fits"
+            )
     done = {"budget": None, "host_budget": None, "calibrate": False}
-    return dataclasses.replace(config, remat=plan, **done), now
+    return dataclasses.replace(config, **done), now
 
 
 def _occasion(config: TrainConfig, limit: int) -> dict[str, Any]:
