@@ -33,7 +33,7 @@ def show(rows: Sequence[FitRow], settings: TrainConfig, largest: str | None = No
                 text = str(row.auto) if settings.explain else row.auto.summary
                 console.print(text, markup=False)
                 if flags := _more_flags(row.config, settings):
-                    console.print(f"  beside it    {flags}", markup=False)
+                    console.print(f"  more flags   {flags}", markup=False)
         too_much = excess(mine[0].budget_bytes, target)
         if too_much is not None:
             console.print(f"warning: {too_much}", markup=False)
@@ -46,7 +46,7 @@ def show(rows: Sequence[FitRow], settings: TrainConfig, largest: str | None = No
 
 
 def _more_flags(config: TrainConfig, settings: TrainConfig) -> str:
-    """Returns the flags that make a step fit beside its plan, and that were not asked for."""
+    """Returns the flags that the step needs in addition to its plan and the given settings."""
     flags = []
     if config.model.mlp_tiles != settings.model.mlp_tiles:
         flags.append(f"--mlp-tiles={config.model.mlp_tiles}")

@@ -149,9 +149,7 @@ def test_a_partial_keeps_what_its_function_donates():
 
 def test_a_donation_that_would_be_lost_is_refused():
     jitted = jax.jit(lambda x, n: x + n, donate_argnums=0)
-    with pytest.raises(
-        ValueError, match=r"cannot see which arguments.*give measure its donate_arg"
-    ):
+    with pytest.raises(ValueError, match=r"cannot see which .*give measure its donate_argnums"):
         jaxckpt.measure(jitted, X, 3, static_argnums=1)
     report = jaxckpt.measure(jitted, X, 3, static_argnums=1, donate_argnums=0)
     assert report.alias_bytes == SIZE
