@@ -1,8 +1,7 @@
-"""One case of `benchmarks.update` in this process: `python -m benchmarks.update_parts.process`."""
+"""The process of one case: `python -m benchmarks.update_parts.process LIMIT CASE TINY`."""
 
 import dataclasses
 import json
-import os
 import signal
 import statistics
 import sys
@@ -111,6 +110,7 @@ def rows(case: str, is_tiny: bool) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    signal.alarm(int(os.environ.get("JAXCKPT_SECONDS", "140")))
-    for one in rows(*map(json.loads, sys.argv[1:])):
+    limit, *asked = map(json.loads, sys.argv[1:])
+    signal.alarm(limit)
+    for one in rows(*asked):
         print(json.dumps(one), flush=True)
