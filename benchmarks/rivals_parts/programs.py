@@ -22,9 +22,10 @@ from experiments.training.build import build
 from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.memory.built_step import BuiltStep
 from jaxckpt.memory.measure import compile_step
-from jaxckpt.planner.steps import Steps, program_text
+from jaxckpt.planner.steps import Steps
 from jaxckpt.plans import Plan
 from jaxckpt.targets.target import LOCAL
+from jaxckpt.transforms.traced_block import text_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,7 +79,7 @@ class Programs:
             return self._by_plan[plan]
         started, text = time.perf_counter(), None
         try:
-            text = program_text(self.steps.trace(Plan.parse(plan)).jaxpr)
+            text = text_of(self.steps.trace(Plan.parse(plan)).jaxpr)
             if text in self._by_text:
                 return self._by_plan.setdefault(plan, self._by_text[text])
             compiled, report = compile_step(self._built(Plan.parse(plan)))

@@ -185,10 +185,9 @@ class _Stage:
 
 
 def title(line: Timeline) -> str:
-    """Returns what stands above a picture: the plan as people write it, and the blocks."""
-    blocks, stages = line.plan.bound_count, line.plan.stages
-    plan = dataclasses.replace(stages[0], count=None) if len(stages) == 1 else line.plan
-    return f"{plan} on {blocks} block{'s' * (blocks > 1)}"
+    """Returns the title of a picture: the plan as people write it, and the number of blocks."""
+    blocks = line.plan.bound_count
+    return f"{line.plan.written} on {blocks} block{'s' * (blocks > 1)}"
 
 
 def counts(line: Timeline) -> str:
