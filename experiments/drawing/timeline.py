@@ -1,8 +1,9 @@
 """A plan as a timeline: which block runs when, and how long carries and residuals are held.
 
-It is what one step runs under a loss: the forward parts of all stages in order, then their backward
-parts from the last stage to the first. A block's forward pass takes one unit of time, its backward
-pass two. Policies say what a block keeps inside and are not drawn: `policy_words` says them.
+A timeline shows one step of a stack under a loss: the forward parts of all stages in order, then
+their backward parts from the last stage to the first. A block's forward pass takes one unit of
+time, its backward pass two. Policies are about values inside a block and are not drawn;
+`policy_words` describes them.
 `as_text` draws a timeline as text, `figure.py` as a figure.
 """
 
@@ -43,10 +44,10 @@ class Span:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Timeline:
-    """What a step does with its blocks.
+    """The runs of a step's blocks, and the values that are held.
 
     Attributes:
-      plan: Bound to the number of blocks.
+      plan: The plan, bound to the number of blocks.
       runs: Blocks that run, in order.
       held: Carries and residuals that wait for the backward pass.
       loss_time: When the forward pass is over.
@@ -63,12 +64,12 @@ class Timeline:
 
     @property
     def end(self) -> int:
-        """When the last block's backward pass ends."""
+        """The time at which the last block's backward pass ends."""
         return self.runs[-1].stop
 
     @property
     def evaluations(self) -> int:
-        """Block forwards that are run."""
+        """The number of block forwards that run."""
         return sum(run.kind != BACKWARD for run in self.runs)
 
 
@@ -143,7 +144,7 @@ class _Recorder:
         self.now += time
 
     def hold(self, block: int, since: int, kind: str):
-        """Notes what was held until now."""
+        """Notes that a block's value was held since a time until now."""
         if self.now > since:
             self.held.append(Span(block=block, start=since, stop=self.now, kind=kind))
 
@@ -191,7 +192,7 @@ def title(line: Timeline) -> str:
 
 
 def counts(line: Timeline) -> str:
-    """Returns the counts that stand below a picture."""
+    """Returns the counts below a picture, as text."""
     blocks, again = line.plan.bound_count, line.extra_forwards
     return (
         f"evaluations {line.evaluations} ({blocks} + {again} extra forwards); "
