@@ -30,9 +30,9 @@ class Span:
     """One block over a stretch of time.
 
     Attributes:
-      block: Its number; the number of the block that reads it for a carry.
-      start: When it begins.
-      stop: When it ends.
+      block: The block's number; for a carry, the number of the block that reads the carry.
+      start: The time at which the span begins.
+      stop: The time at which the span ends.
       kind: `FORWARD`, `RECOMPUTE` or `BACKWARD` for a run, `CARRY` or `RESIDUALS` for a held value.
     """
 
@@ -50,9 +50,9 @@ class Timeline:
       plan: The plan, bound to the number of blocks.
       runs: Blocks that run, in order.
       held: Carries and residuals that wait for the backward pass.
-      loss_time: When the forward pass is over.
-      extra_forwards: Block forwards run again, the sum over the stages' schedules.
-      peak_slots: The most slots in use at once, over all stages together.
+      loss_time: The time at which the forward pass ends.
+      extra_forwards: The number of recomputed block forwards, summed over the stages' schedules.
+      peak_slots: The largest number of slots in use at once, over all stages together.
     """
 
     plan: Plan
