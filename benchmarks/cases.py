@@ -1,21 +1,22 @@
 """What several benchmarks run: models, batches, and the fixed plans that the planner has to beat.
 
-A case is a dict of JSON values, which a process is handed as an argument. `benchmarks.rivals` times
-the fixed plans, `benchmarks.planner` counts what they run again. Imports no JAX.
+A case is a dict of JSON values: the argument of a process. `benchmarks.rivals` times the fixed
+plans, and `benchmarks.planner` counts their recomputed FLOPs. Imports no JAX.
 
-MaxText saves values by names of its own. Here they are the values of the same products under the
-tags of `jaxckpt.models.transformer`:
+MaxText has its own names for saved values. The same values have these tags in
+`jaxckpt.models.transformer`:
 
 | MaxText | here |
 | --- | --- |
 | `query_proj`, `key_proj`, `value_proj` | `q`, `k`, `v` |
 | `context` (the attention kernel's output and softmax statistics) | the policy `attention` |
-| `out_proj` | `mid`: the sum that it goes into, of the same bytes |
+| `out_proj` | `mid`: the residual stream after adding `out_proj`, of the same size |
 | `mlpwi_0`, `mlpwi_1` | `gate`, `up` |
-| `mlpwo` | nothing: no backward pass needs it, so that JAX does not keep it |
+| `mlpwo` | none: no backward pass reads it, so that JAX does not keep it |
 
-MaxText names queries and keys after their norms and rotary positions, whose backward pass then runs
-the projections again; here their products are kept, which is never slower.
+MaxText saves queries and keys after their norms and rotary positions. The backward pass of the
+norms then recomputes the projections. Here `q` and `k` are the projections themselves, so that they
+are not recomputed, which is never slower.
 """
 
 import dataclasses
@@ -70,10 +71,13 @@ class Shape:
     def __post_init__(self):
         if self.width % 128 or self.width < 128:
             raise ConfigError(
-                f"--width is {self.width}; heads are of 128, so it is a multiple of that"
+                f"--width is {self.width}; valid: a multiple of 128, the width of a head"
             )
         if self.blocks < 2 or min(self.pairs, self.tokens, self.sequence) < 1:
-            raise ConfigError("--blocks is at least 2; --pairs, --tokens and --sequence at least 1")
+            raise ConfigError(
+                f"--blocks is {self.blocks}, --pairs {self.pairs}, --tokens {self.tokens}, "
+                f"--sequence {self.sequence}; valid: at least 2 blocks, at least 1 of the others"
+            )
         if self.tokens % min(self.tokens, self.sequence):
             raise ConfigError(f"--tokens is {self.tokens}, not a multiple of --sequence")
 
@@ -107,9 +111,9 @@ PLAIN = ("none", "full", "full+attention", "full+dots", "full+dots_no_batch", "s
 
 
 def fixed() -> dict[str, tuple[str, ...]]:
-    """Returns MaxText's names by plan, none for a plan that it does not have.
+    """Returns MaxText's names of each plan: an empty tuple for a plan that MaxText does not have.
 
-    Compiled in this order: the last ones are left out first where time is short.
+    The plans are compiled in this order; where time is short, the last ones are left out.
     """
     found: dict[str, tuple[str, ...]] = {canonical(text): () for text in PLAIN[:3]}
     for name, text in MAXTEXT.items():

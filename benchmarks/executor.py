@@ -3,7 +3,7 @@
     python -m benchmarks.executor --output docs/measured/executor_cpu.json
     python -m benchmarks.executor --part nested --tokens 8192 --width 1024 --blocks 28 --dtype bf16
 
-Exits with 1 if any bound fails, and prints each that does in one line.
+Exits with 1 if a bound fails, and prints a line for each failed bound.
 """
 
 import importlib.util
@@ -35,8 +35,8 @@ def executor(
     Args:
       shape: The stack of the part `nested`.
       output: JSON file to write.
-      part: Run one part alone.
-      quick: Run small forms of all parts, in seconds.
+      part: Run only this part.
+      quick: Run small forms of all parts, which takes seconds.
       write_docs: Put the table of `temp` into docs/theory.md.
     """
     if write_docs and (part not in (None, "temp") or quick):
@@ -59,16 +59,16 @@ def executor(
         if name == "temp" and write_docs:
             write_section(result, record)
         record["failures"] = failures
-        write(record, output)  # after every part, so that a run cut short leaves something
+        write(record, output)  # after every part, so that an interrupted run leaves a record
     verdict = f"{len(failures)} bounds failed" if failures else "every bound holds"
     terminal.print("\n".join([verdict, *failures]), markup=False)
     raise SystemExit(bool(failures))
 
 
 def _prepare():
-    """Keeps JAX from taking a compiler for a chip of this machine, before JAX is imported.
+    """Sets JAX's platform to the CPU on a machine without a chip, before JAX is imported.
 
-    libtpu and JAX's CUDA plugin are looked up wherever they are installed, chip or not.
+    JAX loads an installed libtpu or CUDA plugin even where there is no such chip, and then fails.
     """
     is_there = lambda module: importlib.util.find_spec(module) is not None
     chips = any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0", "/dev/nvidia0")))

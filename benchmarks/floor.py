@@ -2,10 +2,10 @@
 
     python -m benchmarks.floor '{"batch_size": 8, "seq_len": 1024}'
 
-Nothing is recomputed: the matrix products of the step under `none` at the rate of one large
-product, cuDNN's attention forward and backward as timed alone, and AdamW at the rate at which
-memory is copied. Norms, rotary positions, casts and the softmax of the head count as nothing, so
-the floor cannot be reached. Prints one JSON line.
+The floor is a sum of three times. Matrix products of the step under `none`, which recomputes
+nothing, run at the rate of one large product. Attention's forward and backward pass take what they
+take alone. AdamW runs at the rate at which memory is copied. Norms, rotary positions, casts and the
+softmax of the head are left out, so that no step reaches the floor. Prints one JSON line.
 """
 
 import json
@@ -31,7 +31,7 @@ _ADAMW_ACCESSES = 7
 
 
 def seconds_of(fn: Callable, *args) -> float:
-    """Returns the median seconds of a call, of five blocks of ten."""
+    """Returns the seconds of one call: the median of five groups of ten calls."""
     jax.block_until_ready(fn(*args))
     found = []
     for _ in range(5):

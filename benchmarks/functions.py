@@ -3,12 +3,12 @@
     python -m benchmarks.functions --target v5e-1 --target h100 --output FILE   # absent chips
     python -m benchmarks.functions --limit 60 --output FILE                     # the present chip
 
-For each model (U-Net, graph network, ResNet-50, MLP-Mixer, Fourier neural operator,
-encoder-decoder, a plain loop of GPT's layers) and target: budgets spread evenly from what `none`
-needs to the least that works, and for each what the planner answers, beside what an owner would
-place by hand. Time is real on an accelerator of this process, the roofline's elsewhere. A model is
-one process with a time limit. Rows are written as they finish, and a run cut short goes on by the
-same command.
+The models are a U-Net, a graph network, ResNet-50, MLP-Mixer, a Fourier neural operator, an
+encoder-decoder and a plain loop of GPT's layers. For each model and target, budgets are spread
+evenly from what `none` needs to the least that works. The planner's answer to each budget is
+compared with checkpoints that were placed by hand. Times are measured on an accelerator of this
+process, and estimated by the roofline elsewhere. A model is one process with a time limit. Rows are
+written as they finish, and the same command continues an interrupted run.
 
 Exits with 1 if a bound fails.
 """
@@ -18,9 +18,10 @@ from pathlib import Path
 from benchmarks.functions_parts.bounds import check, table
 from benchmarks.record import Record, finish, kept, rows_of
 from experiments.cli import main
-from experiments.config import ConfigError
+from experiments.config import ConfigError, check_least
 from jaxckpt.absent import launch
 from jaxckpt.compiled import cache
+from jaxckpt.plans.errors import check_word
 from jaxckpt.targets.target import parse_target
 
 MODELS = ("unet", "graph", "resnet", "mixer", "fourier", "t5", "gpt")
@@ -38,18 +39,17 @@ def functions(
     """Plan any function for many budgets and check what is promised; exit with 1 if a bound fails.
 
     Args:
-      output: JSON file to write, and to go on with.
-      model: A model by its name; may be given several times. All by default.
+      output: JSON file to write; an interrupted run continues from it.
+      model: A model's name; may be given several times. All models by default.
       target: A chip; may be given several times.
-      budgets: Budgets of each model, at least 2.
+      budgets: Number of budgets for each model, at least 2.
       limit: Seconds for each model and target.
       tiny: Small models, to try the script.
     """
     for name in model:
-        if name not in MODELS:
-            raise ConfigError(f"model {name!r} is not known; valid: {', '.join(MODELS)}")
-    if budgets < 2 or limit < 1:
-        raise ConfigError(f"--budgets is {budgets}, --limit {limit}; the least are 2 and 1")
+        check_word("model", name, MODELS, ConfigError)
+    check_least(2, budgets=budgets)
+    check_least(1, limit=limit)
     targets = [parse_target(name) for name in target]
     for one in targets:
         if one.chip is not None:

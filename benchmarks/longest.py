@@ -1,10 +1,10 @@
-"""The longest row of a full fine-tune on one card that is not there, nothing on the host.
+"""The longest sequence of a full fine-tune on one absent GPU, without offloads to the host.
 
     python -m benchmarks.longest --output docs/measured/longest_h100.json
 
-The optimizer's step is included: it runs in the backward pass, blocks' parameters are bfloat16, the
-MLP runs in tiles. Every answer is compiled, and the next longer row is too long. The budget is what
-XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 leaves of the card.
+The optimizer's step is included and runs in the backward pass. Parameters of blocks are bfloat16,
+and the MLP runs in tiles. Every answer is compiled, and the next longer sequence does not fit. The
+budget is the GPU's memory under XLA_PYTHON_CLIENT_MEM_FRACTION=0.95.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from jaxckpt.targets.target import parse_target
 
 _4B = dataclasses.replace(QWEN3, num_blocks=36, d_model=2560, num_heads=32, d_ff=9728)
 _8B = dataclasses.replace(_4B, d_model=4096, d_ff=12288, tied_embeddings=False)
-# Each model, and a row that is likely to fit.
+# Each model, and a sequence length that is likely to fit.
 MODELS = {"Qwen3-0.6B": (QWEN3, 1_000_000), "Qwen3-4B": (_4B, 400_000), "Qwen3-8B": (_8B, 200_000)}
 _FRACTION, _TILE = 0.95, 4096
 
@@ -36,13 +36,13 @@ def longest(
     parallel: int = 2,
     output: Path | None = None,
 ):
-    """Find the longest row of a full fine-tune for each model and plan.
+    """Find the longest sequence of a full fine-tune for each model and plan.
 
     Args:
       model: A model's name; may be given several times.
       plan: A plan; may be given several times.
-      target: The card.
-      parallel: Compilations at once.
+      target: The GPU, which need not be present.
+      parallel: Number of compilations at once.
       output: JSON file to write.
     """
     budget = str(int(_FRACTION * parse_target(target).known_chip.memory_bytes))
@@ -56,7 +56,8 @@ def longest(
         rows.append({"model": name, "state_bytes_a_parameter": _state_bytes(row.config)})
         rows[-1] |= row.as_json() | {"device": target, "plan": one}
         record.save()
-    Result(title="longest row", rows=rows, table=[_shown(row) for row in rows]).print(console(120))
+    table = [_shown(row) for row in rows]
+    Result(title="longest sequence", rows=rows, table=table).print(console(120))
 
 
 def _config(name: str, plan: str, budget: str) -> TrainConfig:
@@ -75,7 +76,7 @@ def _config(name: str, plan: str, budget: str) -> TrainConfig:
 
 
 def _state_bytes(config: TrainConfig) -> float:
-    """Returns the bytes of weights and optimizer state, a parameter."""
+    """Returns the bytes of weights and optimizer state per parameter."""
     import jax
 
     from experiments.training.step import init_state, state_bytes

@@ -3,16 +3,16 @@
     python -m benchmarks.loops --output docs/measured/loops_cpu.json
     python -m benchmarks.loops --model rnn --command-buffers --output docs/measured/loops_h200.json
 
-Each model and length has a fresh process. Temporaries are the compiler's, of the gradient of a loss
-that reads every output. Exits with 1 if a bound fails, and prints each that does in one line.
+Each model and length has a fresh process. The loss reads every output of the loop. Temporaries are
+the compiler's figure for its gradient. Exits with 1 if a bound fails, and prints a line for each
+failed bound.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from benchmarks.record import Record, rows_of
+from benchmarks.record import Record, rows_of, with_flags
 from benchmarks.result import Result, Row, console
 from experiments.cli import main
 from experiments.config import ConfigError
@@ -20,7 +20,7 @@ from experiments.loop import segments_of
 
 MODELS = ("rnn", "reaction")
 LENGTHS = (64, 256, 1000, 4096)
-# On a GPU a loop whose bounds are data becomes a graph that the GPU runs by itself.
+# Makes XLA compile a loop into a CUDA graph: the GPU then runs the loop without the host.
 GRAPHS = "--xla_gpu_enable_command_buffer=WHILE,CONDITIONAL --xla_gpu_graph_min_graph_size=1"
 METHODS = (
     *("plain", "checkpointed step", "nested by hand", "equinox, 16 states", "equinox"),
@@ -52,13 +52,12 @@ def loops(
     rows: list[Row] = []
     record = Record("loops", output, rows)
     for options in ("", GRAPHS)[: 1 + command_buffers]:
-        flags = f"{os.environ.get('XLA_FLAGS', '')} {options}".strip()
         for name, steps in [(name, steps) for name in model for steps in length]:
             about = {"side": side} if name == "reaction" else {}
             equal = f"uniform:{segments_of(steps)}"
             wanted = [equal if one == "uniform" else one for one in method]
             asked = ("loops_parts.process", name, steps, about, wanted)
-            for row in rows_of(*asked, environment=os.environ | {"XLA_FLAGS": flags}):
+            for row in rows_of(*asked, environment=with_flags(options)):
                 rows.append({"model": name, "length": steps, **about, "options": options, **row})
                 print(line(rows[-1]), flush=True)
                 record.save(failures=[])

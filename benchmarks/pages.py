@@ -1,13 +1,13 @@
 """`python -m benchmarks.pages`: writes the tables of the documentation's pages anew.
 
-A page says where a table stands, and the table is made from data:
+A page marks the place of a table, and the table is made from data:
 
     <!-- table: targets -->
     ...
     <!-- end table -->
 
-`--check` writes nothing and ends with code 1 if a page is not what it would be. The documentation's
-build fills its pages by `filled` too.
+`--check` writes nothing, and ends with code 1 if a table on a page is out of date. The build of the
+documentation calls `filled` too.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def filled(text: str) -> str:
 
 
 def stale(docs: Path = DOCS) -> list[Path]:
-    """Returns the pages whose tables are not what their data says."""
+    """Returns the pages with a table that differs from its data."""
     pages = [*sorted(docs.glob("*.md")), *docs.parent.glob("README.md")]
     return [path for path in pages if filled(path.read_text()) != path.read_text()]
 

@@ -1,11 +1,11 @@
-"""What the compiler says a step needs, beside what the runtime of a real GPU says it used.
+"""The compiler's peak of a step, beside the peak that the runtime of a real GPU reports.
 
     python -m benchmarks.peaks --target h100 --output docs/measured/peaks_h100.json
 
-For each point (plan, batch, sequence) of Qwen3-0.6B's whole train step: compiled for the chip as if
-it were absent, compiled for the chip that is there, and run in a fresh process whose allocator then
-says the most it held. Exits with 1 if a bound fails: present within 2 % at every point, absent
-within 2 % in the median and 5 % at worst.
+A point is a plan, a batch size and a sequence length of Qwen3-0.6B's whole train step. Each point
+is compiled for the chip as if it were absent, compiled for the present chip, and run in a fresh
+process, whose allocator reports its peak. Exits with 1 if a bound fails: the present compiler's
+peak is within 2 % at every point, the absent one's within 2 % in the median and 5 % at worst.
 """
 
 import statistics
@@ -44,7 +44,7 @@ def peaks(
     """Compare compiled and real peaks; exit with 1 if a bound fails.
 
     Args:
-      target: The chip that is here, compiled for as if it were absent.
+      target: The present chip; it is also compiled for as if it were absent.
       output: JSON file to write.
       tiny: A small model, on any device, to try the script.
     """

@@ -2,11 +2,12 @@
 
     python -m benchmarks.planner --output docs/measured/planner_absent.json
 
-For each part (a chip, a batch, a sequence) of Qwen3-0.6B's whole train step: budgets spread evenly
-from the least that works to what `none` needs, and for each what the planner answers. A part is one
-process, in which its budgets share the traced step; each is planned as if it were alone, with its
-own count of compilations. Rows are written as they finish, and a run cut short goes on by the same
-command: rows made by another planner are made again, programs are not compiled again.
+A part is a chip, a batch size and a sequence length of Qwen3-0.6B's whole train step. Its budgets
+are spread evenly from the least that works to what `none` needs, and the planner answers each. A
+part is one process: its budgets share the traced step, but each is planned as if it were alone,
+with its own count of compilations. Rows are written as they finish, and the same command continues
+an interrupted run. Rows of another version of the planner are made again; compiled programs are
+kept.
 
 Exits with 1 if a bound fails. Needs the `tpu` and `cuda13` extras, no chip; about a minute of two
 cores a compilation.
@@ -18,9 +19,10 @@ from benchmarks import cases
 from benchmarks.planner_parts.bounds import check, line, summaries
 from benchmarks.record import HOST, Record, finish, kept, rows_of
 from experiments.cli import main
-from experiments.config import ConfigError
+from experiments.config import ConfigError, check_least
 from jaxckpt.absent import launch
 from jaxckpt.compiled import cache
+from jaxckpt.plans.errors import check_word
 from jaxckpt.targets.target import parse_target
 
 _BATCHES = {"8x1024": cases.SHORT, "2x16384": cases.LONG}
@@ -42,19 +44,18 @@ def planner(
     """Plan for many budgets and check what is promised; exit with 1 if a bound fails.
 
     Args:
-      output: JSON file to write, and to go on with.
-      part: A part by its name; may be given several times. All by default.
-      budgets: Budgets of each part, at least 2.
+      output: JSON file to write; an interrupted run continues from it.
+      part: A part's name; may be given several times. All parts by default.
+      budgets: Number of budgets for each part, at least 2.
       tiny: A small model, to try the script.
     """
     for name in part:
-        if name not in PARTS:
-            raise ConfigError(f"part {name!r} is not known; valid: {', '.join(PARTS)}")
-    if budgets is not None and budgets < 2:
-        raise ConfigError(f"--budgets is {budgets}; the least is 2")
+        check_word("part", name, tuple(PARTS), ConfigError)
+    if budgets is not None:
+        check_least(2, budgets=budgets)
     for name in part or PARTS:
         launch.check_available(parse_target(PARTS[name]["target"]))
-    # What decides an answer beside the compiled peaks, which are kept by program.
+    # A row is valid for one version of the planner's sources; compiled peaks are kept by program.
     sources = cache.digest_of_sources({"benchmarks"})[:16]
     rows = [row for row in kept(output) or [] if row["sources"] == sources]
     record, failures = Record("planner", output, rows), []

@@ -1,14 +1,15 @@
 """A benchmark's record: rows from processes, where they come from, and where they are written.
 
-`rows_of` yields what a part in a fresh process prints as lines of JSON, as it prints them. A
-`Record` is on disk whole after every row, and `kept` is what the command goes on with. `origin` is
-the command, the commit, versions and the device. `write_section` puts a table into docs/theory.md
-between two markers. JAX is imported for this process's device alone, so that it is the processes
-that hold a chip.
+`rows_of` runs a module in a fresh process and yields the rows that it prints as lines of JSON. A
+`Record` is written whole after every row, and `kept` reads the rows of an interrupted run. `origin`
+is the command, the commit, the versions and the device. `write_section` puts a table into
+docs/theory.md between two markers. Only `device` imports JAX: a process that has initialized JAX
+holds the chip, and another process cannot have it.
 """
 
 import dataclasses
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -27,9 +28,9 @@ class Record:
     """The rows of a benchmark, and the file that holds them.
 
     Attributes:
-      benchmark: Its module.
-      output: The file; None for no file.
-      rows: One after another, or by name.
+      benchmark: The benchmark's module, without `benchmarks.`.
+      output: The file; None to write nothing.
+      rows: A list of rows, or a dict of rows by name.
     """
 
     benchmark: str
@@ -37,14 +38,14 @@ class Record:
     rows: Any
 
     def save(self, device: str = "none", **about: Any):
-        """Writes what there is, if there is a file to write; `device` is for rows without one."""
+        """Writes the rows to the file, if any; `device` is recorded if no row names a device."""
         rows = self.rows.values() if isinstance(self.rows, dict) else self.rows
         found = next((row["device"] for row in rows if row.get("device")), device)
         write(origin(self.benchmark, found) | about | {"rows": self.rows}, self.output)
 
 
 def kept(output: Path | None) -> Any:
-    """Returns the rows that a run left which was cut short; None without a file."""
+    """Returns the rows in the file, such as those of an interrupted run; None without a file."""
     if output is None or not output.exists():
         return None
     return json.loads(output.read_text(encoding="utf-8"))["rows"]
@@ -58,26 +59,31 @@ def write(record: dict[str, Any], path: Path | None):
 
 
 def finish(failures: list[str]) -> NoReturn:
-    """Prints what does not hold, and ends the command: with 1 if there is any."""
+    """Prints the bounds that failed, and ends the command: with exit code 1 if there are any."""
     print("\n".join(failures) or "every bound holds")
     sys.exit(bool(failures))
+
+
+def with_flags(options: str) -> dict[str, str]:
+    """Returns this process's environment with more options in `XLA_FLAGS`."""
+    return os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {options}".strip()}
 
 
 def rows_of(
     module: str, *asked: Any, environment: Mapping[str, str] | None = None
 ) -> Iterator[Row]:
-    """Yields what `python -m benchmarks.MODULE` prints, a JSON object a line.
+    """Yields the rows that `python -m benchmarks.MODULE` prints, one JSON object per line.
 
-    The last row of a process that fails is its `error`, the last line that it wrote, and the whole
-    `traceback`.
+    If the process fails, the last row has an `error`, the last line that the process wrote, and
+    the whole `traceback`.
 
     Args:
       module: A module of benchmarks.
-      *asked: Its arguments, as JSON.
+      *asked: The module's arguments; the process gets them as JSON.
       environment: The environment of the process; this process's by default.
     """
     command = [sys.executable, "-m", f"benchmarks.{module}", *map(json.dumps, asked)]
-    # The compilers write banners that mean nothing to file descriptor 2.
+    # Compilers write banners to file descriptor 2; they are read only after a failure.
     with tempfile.TemporaryFile("w+") as log:
         streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": log, "text": True}
         with subprocess.Popen(command, env=environment, **streams) as process:
@@ -96,7 +102,7 @@ def rows_of(
 
 
 def _says_something(line: str) -> bool:
-    """Whether a line is neither a rule nor the note that JAX adds below an error's text."""
+    """Whether a line is neither blank or dashes nor the note that JAX adds below an error."""
     return bool(line.strip(" -")) and not line.startswith("For simplicity, JAX has removed")
 
 
@@ -130,7 +136,7 @@ BEGIN, END = "<!-- begin: made by a command -->", "<!-- end: made by a command -
 
 
 def write_section(result: Result, record: dict[str, Any], path: Path = PATH):
-    """Replaces what stands between the markers by the result's table and where it comes from."""
+    """Replaces the text between the markers by the result's table and its origin."""
     before, rest = path.read_text().split(BEGIN)
     _, after = rest.split(END)
     path.write_text(f"{before}{BEGIN}\n{section(result, record)}\n{END}{after}")

@@ -1,4 +1,4 @@
-"""What a part of a benchmark returns and how it looks: data, a short table, failed bounds."""
+"""The result of a part of a benchmark: its data, a printed table, and failed bounds."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -16,8 +16,8 @@ class Result:
 
     Attributes:
       title: What the table shows.
-      rows: Every measurement; they go to the JSON file.
-      table: The printed rows; `rows` if it is empty.
+      rows: Every measurement; the JSON file has them all.
+      table: The printed rows; every measurement is printed if this is empty.
       notes: Lines printed under the table: what was left out and why, known differences.
       failures: One line for each bound that does not hold.
     """
@@ -49,7 +49,7 @@ class Result:
 
 
 def console(width: int) -> Console:
-    """Returns the terminal; a file has no width that a table must fit, and gets one."""
+    """Returns the terminal; output that is not a terminal gets the given width."""
     found = Console(highlight=False, soft_wrap=True)
     if not found.is_terminal:
         found.width = width

@@ -2,13 +2,13 @@
 
     python -m benchmarks.rivals --output docs/measured/rivals_h200.json
 
-For each shape of Qwen3-0.6B's whole train step: budgets spread evenly from the least that works to
-what `none` needs, and for each what the planner answers within it, with a block timed on the chip.
-At each budget it has to be as fast as the best fixed plan that fits, and at some budget of each
-shape faster than the best of MaxText's.
+The step is Qwen3-0.6B's whole train step, at several batch shapes. The budgets of a shape are
+spread evenly from the least that works to what `none` needs. The planner answers each budget, and
+times a block on the chip for it. At each budget its answer has to be as fast as the best fixed plan
+that fits, and at some budget of each shape it has to be faster than the best of MaxText's plans.
 
-A shape is one process, in which all programs take turns on one state. Its row is written before
-timing and after each round; a whole shape is not measured again on the same GPU. With
+A shape is one process, in which all programs take turns on one train state. Its row is written
+before timing and after each round. A finished shape is not measured again on the same GPU. With
 `JAX_COMPILATION_CACHE_DIR` set, no program is compiled twice.
 
 Exits with 1 if a bound fails. Needs the `planner` extra.
@@ -23,9 +23,9 @@ from benchmarks.result import console
 from benchmarks.rivals_parts.bounds import check, result
 from benchmarks.step import gpu
 from experiments.cli import main
-from experiments.config import ConfigError
+from experiments.config import ConfigError, check_least
 from jaxckpt.compiled import cache
-from jaxckpt.plans.errors import nearest
+from jaxckpt.plans.errors import check_word
 
 _ABOUT = {"budgets": 5, "rounds": 7, "tiny": False}
 SHAPES: dict[str, cases.Case] = {
@@ -45,18 +45,15 @@ def rivals(
     """Time the planner's answers beside fixed plans; exit with 1 if a bound fails.
 
     Args:
-      output: JSON file to write, and to go on with.
-      shape: `8x1024` or `2x16384`; may be given several times. All by default.
-      budgets: Budgets of each shape, at least 2.
-      minutes: What all may take: programs for which there is no time are left out, and named.
+      output: JSON file to write; an interrupted run continues from it.
+      shape: `8x1024` or `2x16384`; may be given several times. All shapes by default.
+      budgets: Number of budgets for each shape, at least 2.
+      minutes: Limit for all shapes together; programs beyond it are left out, and named.
       tiny: A small model, on any device, to try the script.
     """
     for name in shape:
-        if name not in SHAPES:
-            valid = ", ".join(SHAPES)
-            raise ConfigError(f"shape {name!r} is not known; valid: {valid}{nearest(name, SHAPES)}")
-    if budgets < 2:
-        raise ConfigError(f"--budgets is {budgets}; the least is 2")
+        check_word("shape", name, tuple(SHAPES), ConfigError)
+    check_least(2, budgets=budgets)
     if minutes is not None and not minutes > 0:
         raise ConfigError(f"--minutes is {minutes}; it is more than 0")
     started, names = time.monotonic(), shape or tuple(SHAPES)
@@ -74,7 +71,7 @@ def rivals(
 
 def _measure(record: Record, name: str, case: cases.Case, seconds: float | None):
     """Measures a shape within some seconds, and saves each row of it as it comes."""
-    # What decides a row beside the GPU.
+    # A row is valid for one GPU, one case and one version of the sources.
     sources = cache.digest_of_sources({"benchmarks"})[:16]
     made = {"case": case, "gpu": gpu(), "sources": sources}
     old = record.rows.get(name, {})
@@ -88,7 +85,7 @@ def _measure(record: Record, name: str, case: cases.Case, seconds: float | None)
         elif "error" in row:
             record.rows[name] = record.rows.get(name, {}) | made | row
             record.save()
-        elif row["rounds"] >= least:  # what was timed before stays until there is as much
+        elif row["rounds"] >= least:  # a kept row with more rounds is not replaced yet
             record.rows[name] = made | row
             record.save()
 

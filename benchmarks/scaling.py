@@ -1,11 +1,11 @@
-"""What one device needs and how long a step takes, from one chip to many: made by compiling.
+"""The memory per device and the time of a step, from one chip to many: made by compiling.
 
     python -m benchmarks.scaling --target v5e-16 --target h100-8 --plan auto
     python -m benchmarks.scaling --write                 # the table in docs/scaling.md
 
-Weak scaling of Qwen3's shapes: one sequence of 4096 tokens a device, AdamW on everything. Up to 64
-TPUs, or the eight GPUs of a host, are one `fsdp` axis; more devices are the axis `data`. Each
-answer is written to `docs/measured/scaling.json` at once, and is not asked for again.
+Weak scaling of Qwen3's shapes: one sequence of 4096 tokens per device, AdamW on all parameters. Up
+to 64 TPUs, or the eight GPUs of a host, are one `fsdp` axis; more devices add the axis `data`. Each
+answer is written to `docs/measured/scaling.json` at once, and is not computed again.
 """
 
 import dataclasses
@@ -78,7 +78,7 @@ def scaling(
     output: Path = OUTPUT,
     write: bool = False,
 ):
-    """Compile the rows that are missing; of several plans, a row is the fastest that fits."""
+    """Compile the missing rows; with several plans, the table has the fastest one that fits."""
     record: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {"rows": []}
     if write:
         write_section(_table(record["rows"]), record, PAGE)
@@ -92,9 +92,9 @@ def scaling(
         row = asked | {"mesh": mesh_of(place)} | found
         if "error" in row and "least_bytes" not in row:
             print(f"{size} on {place} under {one}: {row['error']}")
-            continue  # it says nothing of the step
+            continue  # a failure that is not about memory is tried again next time
         record["rows"].append(row)
-        # Whatever was asked for, the command goes on with the rows that are there.
+        # The record has rows of many calls, so that its command is without options.
         about = {"command": "python -m benchmarks.scaling", "device": "no chip"}
         record |= origin("scaling", HOST) | about
         write_record(record, output)

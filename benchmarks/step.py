@@ -3,8 +3,8 @@
     python -m benchmarks.step --output docs/measured/step_h200.json
 
 Every case runs in a fresh process on one GPU, one after another. A case that the output already has
-from this GPU is not run again, so the same command resumes a run that was cut short.
-Memory is the most that the allocator held; of PyTorch's, what it reserved is written down too.
+from this GPU is not run again: the same command continues an interrupted run. Memory is the peak of
+allocated bytes. For PyTorch, the bytes that its allocator reserved are recorded too.
 Needs the `peer` extra for PyTorch's side. Exits with 1 if a bound fails.
 """
 
@@ -18,11 +18,11 @@ from benchmarks.cases import KEPT, LONG, SHORT
 from benchmarks.record import Record, finish, kept, rows_of
 from experiments.cli import main
 
-# What the planner answers when asked for 16.41 GiB: the norms' inverses and rotated q, k as well.
+# The planner's answer for 16.41 GiB; it also keeps the norms' inverses and the rotated q and k.
 FASTEST = (
     "attention+names:@rsqrt.1,@rms_norm_rotate.1,@rms_norm_rotate.2,@rsqrt.4,q,k,v,mid,gate,up"
 )
-# Name -> (module of benchmarks/, its case). A pair's two sides stand next to each other.
+# Name -> (module of benchmarks/, its case). The two cases of a bound are neighbours in this order.
 CASES = {
     "short: fastest": ("step_jax", {**SHORT, "plan": FASTEST}),
     "short: torch.compile": ("step_torch", SHORT),
@@ -43,7 +43,7 @@ CASES = {
     "long: torch.compile + checkpoint": ("step_torch", {**LONG, "checkpoint": True}),
     "short: kept, again": ("step_jax", {**SHORT, "plan": KEPT}),
 }
-# What a plan gains over keeping everything, for a page's first screen.
+# Plans beside `none`, which keeps everything, for the README's table.
 GAIN = {
     "gain: none, in a loop": ("step_jax", {**SHORT, "plan": "none", "unroll": 1}),
     "gain: none": ("step_jax", {**SHORT, "plan": "none"}),
@@ -52,7 +52,7 @@ GAIN = {
     "gain: full": ("step_jax", {**SHORT, "plan": "full"}),
     "gain: torch.compile": ("step_torch", SHORT),
 }
-# Ours, the peer's, at most this share of its time, at most this share of its memory.
+# Our case, PyTorch's case, the largest ratio of times, the largest ratio of memory.
 BOUNDS = (
     ("short: fastest", "short: torch.compile", 0.75, 0.6),
     ("short: kept", "short: torch.compile", 0.75, 0.6),
@@ -61,7 +61,7 @@ BOUNDS = (
     ("short: attention", "short: torch.compile, budget 0.1", 0.75, 1.0),
     ("long: attention", "long: torch + checkpoint", 0.52, 1.0),
 )
-# Ours, the floor, at most this multiple of it.
+# Our case, its floor, the aimed ratio of times; printed, and not a bound.
 AIMS = (("short: fastest", "short: floor", 1.25), ("long: attention", "long: floor", 1.12))
 
 
@@ -74,9 +74,9 @@ def step(
     """Time the step beside PyTorch's; exit with 1 if a bound fails.
 
     Args:
-      output: JSON file to write, and to go on with.
-      group: Run the cases of one shape alone, or the cases of the README's table.
-      tiny: Run our side of a tiny model, on any device, to try the script.
+      output: JSON file to write; an interrupted run continues from it.
+      group: Run only the cases of one shape, or only the cases of the README's table.
+      tiny: Run only our side, with a tiny model on any device, to try the script.
     """
     here, found = gpu(), kept(output) or {}
     rows = {name: row for name, row in found.items() if row.get("gpu") == here}
@@ -98,7 +98,7 @@ def step(
 
 
 def _prepare(cases: dict[str, tuple[str, dict[str, Any]]]):
-    """Compiles the peer's cases side by side; what they leave on disk saves each its minutes."""
+    """Compiles PyTorch's cases in parallel: the timed processes find the kernels on disk."""
     compiled = [
         {**case, "prepare": True}
         for module, case in cases.values()
@@ -109,7 +109,7 @@ def _prepare(cases: dict[str, tuple[str, dict[str, Any]]]):
 
 
 def gpu() -> str:
-    """Returns the GPU's serial name, so that rows of another are told apart."""
+    """Returns the GPU's name and unique id, which tell one GPU's rows from another's."""
     try:
         done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -130,7 +130,7 @@ def _line(name: str, row: dict[str, Any]) -> str:
 
 
 def _ratios(rows, ours: str, theirs: str) -> tuple[float, float] | None:
-    """Returns the shares of the peer's time and memory, or None without both rows."""
+    """Returns the ratios of times and of memory, or None if a row is missing or failed."""
     pair = rows.get(ours), rows.get(theirs)
     if any(row is None or "error" in row for row in pair):
         return None
@@ -139,7 +139,7 @@ def _ratios(rows, ours: str, theirs: str) -> tuple[float, float] | None:
 
 
 def _compared(rows) -> list[str]:
-    """Returns a line for each pair of which both ran."""
+    """Returns a line for each pair of cases that both ran."""
     lines = []
     for ours, theirs, *_ in BOUNDS:
         if found := _ratios(rows, ours, theirs):

@@ -2,15 +2,15 @@
 
     python -m benchmarks.step_jax '{"batch_size": 8, "seq_len": 1024, "plan": "full"}'
 
-Prints one JSON line. The model is Qwen3-0.6B's shape; `tiny` is one for trying the script.
+Prints one JSON line. The model is Qwen3-0.6B's shape; `tiny` is a small model to try the script.
 
-Where the time of a GPU's step goes: device kernels of a profile, by what they are.
+`by_kind` splits the time of a GPU's step by the kind of kernel, from a profile:
 
     with jax.profiler.trace(folder): ...
     by_kind(folder, steps=3)     # {'matrix products': 0.040, ...} seconds a step
 
-Limits: NVIDIA GPUs; kernels are told apart by their names, which are those of XLA, cuBLAS and
-cuDNN in 2026. What runs beside another kernel is counted in full.
+Limits: NVIDIA GPUs only. A kernel's kind is told by its name, and the names are those of XLA,
+cuBLAS and cuDNN in 2026. Kernels that run at the same time are each counted in full.
 """
 
 import collections
@@ -36,7 +36,7 @@ _WARM_UP, _BLOCKS, _STEPS, _PROFILED = 3, 5, 4, 3
 
 
 def run(case: Case) -> dict[str, Any]:
-    """Returns seconds a step, peaks, the loss and, on a GPU, where the time goes."""
+    """Returns the seconds of a step, peaks, the loss and, on a GPU, seconds by kind of kernel."""
     config, _ = resolve_model(config_of(case, case["plan"]))
     started = time.perf_counter()
     step, report = compile_step(build(config, "local"))
@@ -116,7 +116,7 @@ def by_kind(folder: Path, *, steps: int) -> dict[str, float]:
 
 
 def kind_of(name: str) -> str:
-    """Returns what a kernel is, by its name."""
+    """Returns the kind of a kernel from its name."""
     return next((kind for kind, text in _KINDS if re.search(text, name, re.IGNORECASE)), OTHER)
 
 

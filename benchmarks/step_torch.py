@@ -1,18 +1,18 @@
-"""The peer: one training step of Qwen3 in PyTorch, as its users would make it fast.
+"""The PyTorch side: one training step of Qwen3, made fast by PyTorch's usual means.
 
     python -m benchmarks.step_torch '{"batch_size": 8, "seq_len": 1024, "mode": "compile"}'
 
-Hugging Face's model, flash attention by SDPA, fused AdamW in float32, clipping by the global norm,
-and a linear cross entropy in chunks whose gradients are made in the forward pass. Needs the `peer`
-extra and an NVIDIA GPU. Prints one JSON line.
+The step has Hugging Face's model, flash attention by SDPA, fused AdamW in float32, clipping by the
+global norm, and a linear cross entropy in chunks, which computes its gradients in the forward pass.
+Needs the `peer` extra and an NVIDIA GPU. Prints one JSON line.
 
-Modes: `compile` and `eager`; `checkpoint` turns Hugging Face's gradient checkpointing on, `budget`
-sets torch.compile's activation memory budget. Precisions: `autocast`, float32 parameters under
-`torch.autocast`, which is what Hugging Face's trainer does for bfloat16; and `copies`, a bfloat16
-model beside float32 master weights, which is leaner.
+`mode` is `compile` or `eager`. `checkpoint` turns on Hugging Face's gradient checkpointing.
+`budget` sets torch.compile's activation memory budget. `precision` is `autocast` or `copies`.
+`autocast` has float32 parameters under `torch.autocast`, as Hugging Face's trainer does for
+bfloat16. `copies` has a bfloat16 model and float32 master weights, and needs less memory.
 """
 
-# The extra is for machines that have the GPU.
+# The `peer` extra is only installed on a machine with a GPU.
 # pyright: reportMissingImports=false
 import dataclasses
 import json
@@ -45,7 +45,7 @@ class Case:
 
 
 def make_model(case: Case) -> Qwen3Model:
-    """Returns the backbone on the GPU, in the dtype that its parameters are kept in."""
+    """Returns the backbone on the GPU, in the dtype of the parameters."""
     config = Qwen3Config(
         vocab_size=QWEN3.vocab_size,
         hidden_size=QWEN3.d_model,
@@ -101,13 +101,13 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """Returns the gradients times what came in."""
+        """Returns the kept gradients times the loss's cotangent `grad`."""
         of_x, of_table = ctx.saved_tensors
         return of_x * grad.to(of_x.dtype), (of_table * grad).to(of_x.dtype), None
 
 
 class Trainer:
-    """The model, its optimizer and, where the model is in bfloat16, its master weights."""
+    """The model, its optimizer and, for a bfloat16 model, its float32 master weights."""
 
     def __init__(self, case: Case):
         torch.backends.cuda.enable_math_sdp(False)  # a slow path is an error, not a surprise
@@ -150,7 +150,7 @@ class Trainer:
 
 
 def run(case: Case) -> dict[str, Any]:
-    """Returns seconds a step, the most memory that was allocated, and the loss."""
+    """Returns the seconds of a step, the peak of allocated memory, and the loss."""
     started = time.perf_counter()
     trainer = Trainer(case)
     shape = (case.batch_size, case.seq_len + 1)

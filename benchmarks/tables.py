@@ -2,9 +2,9 @@
 
     print(TABLES["targets"]())
 
-Each is a function that yields its rows, a cell by the name of its column, and becomes Markdown;
-`pages.py` puts it into its page. No JAX import, so that a page's build needs no accelerator's
-library.
+Each table is a function that yields rows: dicts from a column's name to a cell's text. `pages.py`
+puts the table into its page as Markdown. JAX is not imported, so that the pages can be built
+without it.
 """
 
 import functools
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 MEASURED = ROOT / "docs" / "measured"
 TABLES: dict[str, Callable[[], str]] = {}
 
-# The step benchmark's cases of other libraries, in the words of docs/speed.md.
+# The step benchmark's cases of other libraries, and their names in docs/speed.md.
 _PEERS = {
     "short: torch.compile": "torch.compile",
     "short: torch.compile, budget 0.5": "torch.compile, activation memory budget 0.5",
@@ -92,7 +92,7 @@ def peaks():
 
 @_table("plans")
 def plans():
-    """Each plan of one model on one H100: what it needs and what it takes, fastest first."""
+    """Each plan of one model on one H100: its peak and its time, fastest first."""
     rows = load("peaks_h100.json")["rows"]
     for batch in dict.fromkeys(map(_batch, rows)):
         mine = sorted((row for row in rows if _batch(row) == batch), key=lambda row: row["seconds"])
@@ -108,7 +108,7 @@ def plans():
 
 @_table("long-steps")
 def long_steps():
-    """Plans at 16384 tokens a row, where attention is most of the work."""
+    """Plans at sequences of 16384 tokens, where attention is most of the work."""
     for name, row in load("step_plans_h200.json")["rows"].items():
         if name.startswith("long: ") and "plan" in row["case"]:
             yield {
@@ -136,7 +136,7 @@ def steps():
 
 @_table("gain")
 def gain():
-    """What plans gain over keeping everything."""
+    """Peak and time of plans beside `none`, which keeps everything."""
     rows = load("gain_h200.json")["rows"]
     for name, text in _GAIN.items():
         peak, seconds = rows[name]["peak_bytes"], rows[name]["seconds"]
@@ -145,7 +145,7 @@ def gain():
 
 @_table("t4")
 def t4():
-    """A step for a T4 that is compiled without one."""
+    """A step for a T4, compiled on a machine without a T4."""
     for row in load("t4_absent.json")["rows"]:
         again = row["recomputed_flops"] / (row["flops"] - row["recomputed_flops"])
         yield {
@@ -199,7 +199,7 @@ def slices():
 
 @_table("loops")
 def loops():
-    """Gradients of loops over time on a GPU, with XLA's graphs for loops and without."""
+    """Gradients of loops over time on a GPU, with XLA's CUDA graphs for loops and without."""
     found = load("loops_h200.json")["rows"] + load("loops_grid_h200.json")["rows"]
     key_of = lambda row: (row["model"], row["length"], row["method"])
     graphs = {key_of(row): ms(row["seconds"]) for row in found if row["options"]}
@@ -253,7 +253,7 @@ def answers():
 
 @_table("planner-bounds")
 def planner_bounds():
-    """How the planner's answers for absent chips keep its promises, a row for each part."""
+    """The planner's bounds for absent chips, a row for each part."""
     for one in figures(load("planner_absent.json")["rows"]):
         yield {
             "part": one["part"],

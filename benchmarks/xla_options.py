@@ -2,14 +2,13 @@
 
     python -m benchmarks.xla_options --output docs/measured/xla_options_h200.json
 
-Qwen3-0.6B's step at 8 x 1024 under a plan (that of `benchmarks.step`), each option in a fresh
-process on top of what a run gets anyway (`experiments/training/compilation.py`). The step without
-one is timed again after every few options: its spread is what a gain has to exceed. An option that
-this XLA does not know is a row with an error. A row that the output already has from this GPU is
-not run again.
+The step is Qwen3-0.6B's at 8 x 1024 under a plan. Each option is tried in a fresh process, and
+added to the options of every run (`experiments/training/compilation.py`). The step without an
+option is timed again after every few options: a gain has to be larger than the spread of these
+times. An option that this XLA does not know is a row with an error. A row that the output already
+has from this GPU is not run again.
 """
 
-import os
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from cyclopts import Parameter
 
 from benchmarks import cases
 from benchmarks.cases import KEPT, SHORT
-from benchmarks.record import Record, kept, rows_of
+from benchmarks.record import Record, kept, rows_of, with_flags
 from benchmarks.result import Row
 from benchmarks.step import gpu
 from experiments.cli import main
@@ -57,9 +56,9 @@ def xla_options(
     """Time the step under each option; exit with 1 if none could be timed.
 
     Args:
-      option: As in `XLA_FLAGS`; may be given several times.
+      option: One or more options, written as in `XLA_FLAGS`; may be given several times.
       plan: The plan of the blocks.
-      output: JSON file to write, and to go on with.
+      output: JSON file to write; an interrupted run continues from it.
       tiny: A small model, on any device, to try the script.
     """
     Plan.parse(plan)
@@ -68,9 +67,7 @@ def xla_options(
     record = Record("xla_options", output, rows)
     known = {one["options"] for one in rows} - {_BASE}
     for options in _turns([one for one in option if one not in known]):
-        flags = f"{os.environ.get('XLA_FLAGS', '')} {options}".strip()
-        environment = os.environ | {"XLA_FLAGS": flags}
-        *_, found = rows_of("step_jax", about["case"], environment=environment)
+        *_, found = rows_of("step_jax", about["case"], environment=with_flags(options))
         row = {name: found[name] for name in _NAMES if name in found}
         rows.append(about | {"options": options} | row)
         print(_line(rows[-1]), flush=True)

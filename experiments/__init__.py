@@ -6,14 +6,14 @@ import sys
 try:
     import jaxckpt as _  # refuses a JAX and a Flax that do not work together
 except ImportError as error:
-    if error.name is not None:  # Python's own names a module: that is no pair of versions
+    if error.name is not None:  # a module is missing; the versions are not the fault
         raise
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(2) from None
 
 from jaxckpt.compatibility import install
 
-# Of the extra `experiments`, what every command needs.
+# The packages of the extra `experiments` that every command needs.
 if not all(map(importlib.util.find_spec, ("cyclopts", "rich", "tomli_w"))):
     print(f"error: experiments need: {install('experiments')}", file=sys.stderr)
     raise SystemExit(2)

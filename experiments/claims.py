@@ -23,14 +23,14 @@ def claims(
     out: Annotated[Path, Parameter(name=("--out", "-o"), help="Page to write.")] = _PAGE,
     numbers: Annotated[Path, Parameter(help="JSON file of compiled rows.")] = _NUMBERS,
     compile: Annotated[
-        bool, Parameter(help="Compile what is missing; without, claims that need it are open.")
+        bool, Parameter(help="Compile missing rows. Otherwise claims that need them stay open.")
     ] = True,
 ):
-    """Compile what is missing, and write the page of claims."""
+    """Compile missing rows, and write the page of claims."""
     from experiments.claiming import page
 
     files.check_output(out, (".md",), page.MARK)
-    files.check_output(numbers, (".json",), mark="")  # what it holds is looked at as it is read
+    files.check_output(numbers, (".json",), mark="")  # its content is checked when it is read
 
     from experiments.claiming.evidence import gather
     from experiments.claiming.numbers import checked, compiled, kept

@@ -65,7 +65,7 @@ def main(command: Callable, tokens: Sequence[str] | None = None, *, package: str
     app = _app(command, package, with_rare=with_rare)
     tokens = ["--help"] if with_rare else tokens
     for stream in (sys.stdout, sys.stderr):
-        # What a terminal cannot show ends no run.
+        # A character that the terminal cannot show must not end a run.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -124,7 +124,7 @@ class _App(App):
             return f"{flag} is a flag of {where}; {self.name[0].split()[-1]} has no use for it"
         arguments = self.assemble_argument_collection()
         known = [name for one in arguments if one.parse for name in one.names]
-        # Dashes are no likeness.
+        # Leading dashes do not make two flags similar.
         bare = {name.lstrip("-"): name for name in known}
         near = difflib.get_close_matches(flag.lstrip("-"), bare, n=1, cutoff=CUTOFF)
         guess = f"Did you mean {bare[near[0]]}?" if near else f"{_HELP_ALL} lists all."
@@ -171,7 +171,7 @@ def _examples(text: str) -> list[str]:
     joined = text.replace("\\\n", "")
     lines = [line for line in joined.splitlines() if line.startswith("python -m ")]
     shown = [" ".join(line.partition(" #")[0].split()) for line in lines[:_EXAMPLES]]
-    # Over as many lines as a narrow terminal needs, to be copied whole.
+    # A narrow terminal gets a command over several lines, joined by backslashes to be copied.
     wrap = lambda text: textwrap.wrap(text, 72, break_long_words=False, break_on_hyphens=False)
     found = ["  " + " \\\n    ".join(wrap(command)) for command in shown]
     return ["Examples:", *found, ""] if found else []
@@ -183,7 +183,7 @@ class Terminated(BaseException):
 
 @contextlib.contextmanager
 def _terminated_in_order():
-    """A context that SIGTERM leaves by an exception, so that what is half-written is removed.
+    """A context in which SIGTERM raises an exception, so that half-written files are removed.
 
     A handler of SIGTERM that somebody else has set is kept.
     """
@@ -244,7 +244,7 @@ def _file_flags(tokens: Sequence[str], app: _App) -> dict[str, Any]:
         flags = shape_flags(expanded(Path(folder), "init")) | flags
     known = {name for one in app.assemble_argument_collection() if one.parse for name in one.names}
     if app.word == "sweep" or (app.word == "fit" and flags.get("remat") != "auto"):
-        flags.pop("remat", None)  # they compare plans, of which a run's own is not the only one
+        flags.pop("remat", None)  # these commands compare plans, and a file has a single one
     return {name: value for name, value in flags.items() if f"--{name}" in known}
 
 

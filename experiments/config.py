@@ -23,16 +23,16 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from cyclopts import Parameter
 
-from jaxckpt.losses.sizes import chunk_positions
+from jaxckpt.losses.sizes import chunk_positions, divisors
 from jaxckpt.models.config import TransformerConfig
 from jaxckpt.models.mesh import MeshShape
 from jaxckpt.planner.budgets import given_bytes, host_bytes
 from jaxckpt.plans import Plan
-from jaxckpt.plans.errors import CUTOFF, UserError, nearest
+from jaxckpt.plans.errors import CUTOFF, UserError, check_word, nearest
 
 
 class RunError(RuntimeError):
-    """What ends a run that began well: one line.
+    """An error that ends a run after it has begun: one line.
 
     Attributes:
       code: The exit code of the process.
@@ -49,9 +49,14 @@ class ConfigError(UserError, ValueError):
 
 def at_least(config, least: int, *names: str):
     """Raises `ConfigError` unless these attributes are at least `least`."""
-    for name in names:
-        if not getattr(config, name) >= least:
-            raise ConfigError(f"{name} is {getattr(config, name)}; the least is {least}")
+    check_least(least, **{name: getattr(config, name) for name in names})
+
+
+def check_least(least: int, **values: float):
+    """Raises `ConfigError` unless values, given by name, are at least `least`."""
+    for name, value in values.items():
+        if not value >= least:
+            raise ConfigError(f"{name} is {value}; the least is {least}")
 
 
 def _at_most(config, most: int, *names: str):
@@ -73,7 +78,7 @@ _AnyPath = TypeVar("_AnyPath", str, Path)
 
 
 def expanded(path: _AnyPath, name: str) -> _AnyPath:
-    """Returns a path, or a glob, with `~` as the user's home; `name` says what it is, for errors.
+    """Returns a path, or a glob, with `~` as the user's home; `name` is the setting, for errors.
 
     Raises:
       ConfigError: There is no home folder, or no record could hold the path's name.
@@ -136,19 +141,11 @@ class OptimizerConfig:
     decay_steps: int = 0
 
     def __post_init__(self):
-        if self.kind not in _BETAS:
-            raise ConfigError(
-                f"optimizer {self.kind!r} is not known{nearest(str(self.kind), _BETAS)}; valid: "
-                f"{', '.join(_BETAS)}"
-            )
+        check_word("optimizer", self.kind, tuple(_BETAS), ConfigError)
         at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "decay_steps")
-        if self.moment_dtype not in _STORED:
-            raise ConfigError(
-                f"moment_dtype is {self.moment_dtype!r}; valid: {', '.join(_STORED)}"
-                f"{nearest(str(self.moment_dtype), _STORED)}"
-            )
+        check_word("moment_dtype", self.moment_dtype, _STORED, ConfigError)
         if self.moment_dtype != "float32" and self.kind == "adafactor":
-            raise ConfigError("moment_dtype is of a momentum, and adafactor has none")
+            raise ConfigError("moment_dtype needs an optimizer with a momentum; adafactor has none")
         if not self.clip_norm > 0:
             raise ConfigError(f"clip_norm is {self.clip_norm}; it is above 0, such as 1.0")
         for place, name in enumerate(("beta1", "beta2")):
@@ -158,7 +155,7 @@ class OptimizerConfig:
             if _BETAS[self.kind][place] is None:
                 having = [kind for kind, betas in _BETAS.items() if betas[place] is not None]
                 raise ConfigError(
-                    f"{name} is {value}, but optimizer {self.kind} has none; it is of: "
+                    f"{name} is {value}, but optimizer {self.kind} has none; these have one: "
                     f"{', '.join(having)}"
                 )
             if not 0 <= value < 1:
@@ -173,7 +170,7 @@ class OptimizerConfig:
 
 
 _PATHS = ("init", "data", "out", "compile_cache")
-# Permissions are for one command; a record that held them would give them for ever.
+# Permissions hold for one command. In a record they would hold for every later command too.
 PERMISSIONS = ("overwrite", "resume")
 
 
@@ -191,8 +188,8 @@ class TrainConfig:
         source text of Python's standard library.
       token_dtype: Type of the numbers in a .bin token file.
       pack: Pack whole documents into each sequence; attention does not cross their boundaries. A
-        document is a text file, a line of JSON Lines ({"text": ...} or {"tokens": [...]}), or what
-        ends with `end_token`.
+        document is a text file, a line of JSON Lines ({"text": ...} or {"tokens": [...]}), or the
+        tokens up to an `end_token`.
       end_token: Token that ends a document; by default the eos_token_id of `init`, or none.
       remat: The checkpointing plan, such as sqrt, uniform:4+dots or 4xfull/none; auto takes the
         fastest plan within `budget`.
@@ -207,14 +204,15 @@ class TrainConfig:
         the batch, fsdp the parameters and the optimizer state, tensor the heads and widths.
       steps: Training steps.
       batch_size: Sequences per step.
-      accumulate: Parts that each batch is cut into; their gradients are added one after another.
-      update_in_backward: Update each block as soon as its gradient is whole, so that the stack's
-        gradients are never all there. Gradients are then clipped by the last step's norm.
+      accumulate: Microbatches of each batch; their gradients are accumulated.
+      update_in_backward: Update each block as soon as its gradient is complete, so that the
+        gradients of the stack are never in memory together. Gradients are then clipped by the last
+        step's norm.
       param_dtype: Dtype of the blocks' trained parameters. bfloat16 is rounded stochastically by
         `seed`; embedding, head and the optimizer's arithmetic stay float32.
       seq_len: Tokens per sequence.
-      loss_chunk_tokens: Tokens whose logits are in memory at once, over all sequences of a part; 0
-        takes a number that suits the shapes.
+      loss_chunk_tokens: Tokens whose logits are in memory at once, over all sequences of a
+        microbatch; 0 takes a number that suits the shapes.
       z_loss: Weight of the squared log-partition function in the training loss, e.g. 1e-4.
       trainable: Globs over the paths of the parameters to train, e.g. layers/self_attn/*; all
         others are frozen. By default everything is trained.
@@ -279,30 +277,23 @@ class TrainConfig:
         at_least(self, 1, "accumulate", "keep", "max_skipped")
         at_least(self, 0, "unroll", "validate_every", "seed", "save_every")
         at_least(self, 0, "loss_chunk_tokens", "z_loss")
-        _at_most(self, 2**32 - 1, "seed")  # JAX's keys see no more of it
+        _at_most(self, 2**32 - 1, "seed")  # JAX's keys ignore higher bits
         _at_most(self, 2**31 - 1, "steps", "batch_size", "seq_len")
         if self.batch_size % self.accumulate:
-            parts = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
             raise ConfigError(
                 f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}; "
-                f"valid: {', '.join(map(str, parts))}"
+                f"valid: {', '.join(map(str, divisors(self.batch_size)))}"
             )
         with _refusing():
             if self.mesh_shape is not None:
                 self.mesh_shape.check(self.model, self.batch_size, self.accumulate)
-        if self.param_dtype not in _STORED:
-            raise ConfigError(
-                f"param_dtype is {self.param_dtype!r}; valid: {', '.join(_STORED)}"
-                f"{nearest(str(self.param_dtype), _STORED)}"
-            )
+        check_word("param_dtype", self.param_dtype, _STORED, ConfigError)
         if self.param_dtype != "float32" and self.mesh is not None:
             raise ConfigError("--param-dtype=bfloat16 is for one device; leave it or --mesh out")
         if self.update_in_backward:
             self._check_update_in_backward()
         if self.end_token is not None and not (self.pack and 0 <= self.end_token < 2**32):
-            raise ConfigError(
-                f"end_token is {self.end_token}; it is a token id, and of --pack alone"
-            )
+            raise ConfigError(f"end_token is {self.end_token}; it is a token id, and needs --pack")
         if self.loss_chunk_tokens:
             rows = self.batch_size // self.accumulate
             with _refusing("loss_"):
@@ -324,8 +315,8 @@ class TrainConfig:
     def _check_update_in_backward(self):
         if self.accumulate > 1:
             raise ConfigError(
-                f"--update-in-backward updates a block when its gradient is whole, which with "
-                f"--accumulate={self.accumulate} it is after the last part alone; leave one out"
+                f"--update-in-backward updates a block when its gradient is complete, and with "
+                f"--accumulate={self.accumulate} that is after the last microbatch; leave one out"
             )
         if self.mesh is not None:
             raise ConfigError("--update-in-backward is for one device; leave it or --mesh out")
@@ -350,14 +341,14 @@ class TrainConfig:
         """The plan, bound to the model's number of blocks.
 
         Raises:
-          PlanError: It does not parse or does not fit.
+          PlanError: The plan does not parse, or does not fit the number of blocks.
         """
         return Plan.parse(self.remat).bind(self.model.num_blocks)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as records hold them: TOML and JSON values, paths absolute.
 
-        Unset ones and permissions for one time are left out.
+        Unset fields and permissions are left out.
         """
 
         def plain(value) -> Any:
@@ -371,7 +362,7 @@ class TrainConfig:
 
 
 def absolute(name: str, value: Any) -> Any:
-    """Returns the value of a field; a path as text that means the same in every folder."""
+    """Returns the value of a field; a path becomes absolute text."""
     return os.path.abspath(value) if name in _PATHS and value is not None else value
 
 
@@ -437,12 +428,12 @@ def flag_of(key: str, owner: type) -> str:
 
 
 def _typed(key: str, value: object, hint, place: str):
-    """Returns `value` if TOML's type is the field's; a TOML file does not turn text to numbers."""
+    """Returns `value` if it has the field's type; text of a TOML file never becomes a number."""
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise ConfigError(f"{place}: {key} = {value!r} is no list of text")
         return value
-    if isinstance(hint, types.UnionType):  # a field that may be left out
+    if isinstance(hint, types.UnionType):  # an optional field
         hint = next(item for item in typing.get_args(hint) if item is not types.NoneType)
     wanted = {"int": int, "float": (int, float), "bool": bool}.get(
         getattr(hint, "__name__", ""), str

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 from experiments import files, plotting
 from experiments.cli import main
-from experiments.config import ConfigError
+from experiments.config import check_least
 from experiments.drawing.timeline import as_text, timeline
 from jaxckpt.plans import Plan
 
@@ -33,8 +33,8 @@ def draw(
 ):
     """Draw a plan's schedule: which block runs when, and what is held meanwhile."""
     parsed = Plan.parse(plan)
-    if blocks is not None and blocks < 1:
-        raise ConfigError(f"blocks is {blocks}; the least is 1")
+    if blocks is not None:
+        check_least(1, blocks=blocks)
     if out is not None:
         files.check_output(out, (".txt", *plotting.FIGURES))
     line = timeline(parsed.bind(blocks or parsed.num_blocks or _BLOCKS))

@@ -39,8 +39,8 @@ def export(
     run: Annotated[Path, Parameter(help="Folder of a run of experiments.train.")],
     *,
     out: Annotated[Path, Parameter(name=("--out", "-o"), help="Folder to make.")],
-    step: Annotated[int | None, Parameter(help="Of a checkpoint; by default the last.")] = None,
-    dtype: Annotated[Literal["bf16", "f32"], Parameter(help="Of the tensors written.")] = "bf16",
+    step: Annotated[int | None, Parameter(help="Checkpoint; by default the last.")] = None,
+    dtype: Annotated[Literal["bf16", "f32"], Parameter(help="Dtype of the tensors.")] = "bf16",
     shard_gb: Annotated[float, Parameter(help="Largest size of a file, in 1e9 bytes.")] = 5.0,
 ):
     """Write a run's weights as safetensors, with config.json and the tokenizer it started with."""
@@ -69,7 +69,7 @@ def export(
 def _config_json(
     model: TransformerConfig, init: Path | None, seq_len: int, dtype: str
 ) -> dict[str, Any]:
-    """Returns the new `config.json`: of the folder that the run started from, or its own."""
+    """Returns the new `config.json`, with the keys of the folder that the run started from."""
     try:
         own = qwen3.config_json(model, dtype=dtype, max_positions=seq_len)
     except ModelError as error:
@@ -102,7 +102,7 @@ def _read_run(run: Path) -> tuple[TransformerConfig, Path | None, int]:
 
 
 def _choose_step(run: Path, step: int | None) -> int:
-    """Returns the step asked for or the last one; Orbax names a folder so when it is complete."""
+    """Returns the given step, or the last; Orbax names a folder by its step once it is complete."""
     folder = run / "checkpoints"
     there = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
     if not there:
@@ -123,11 +123,11 @@ def _check_out(out: Path):
 
 @contextlib.contextmanager
 def _whole(out: Path) -> Iterator[Path]:
-    """Yields a folder that becomes `out` when all is in it, and is gone if that fails."""
+    """Yields a temporary folder, which is renamed to `out` at the end, or removed on an error."""
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
     try:
         yield folder
-        folder.chmod(0o755)  # a temporary folder is its owner's alone
+        folder.chmod(0o755)  # only the owner may read a temporary folder
         folder.replace(out)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -136,7 +136,7 @@ def _whole(out: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _parameters(run: Path, step: int) -> Iterator[Callable[[tuple[str, ...]], np.ndarray]]:
-    """Yields a function from a parameter's path to its value, which is read then."""
+    """Yields a function that reads a parameter by its path."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # nothing is computed, and a GPU may be busy

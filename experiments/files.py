@@ -1,11 +1,12 @@
-"""Files and folders that commands write: whole or not at all, and never over somebody else's.
+"""Files and folders that commands write: complete or not at all, and never over foreign files.
 
-A file says inside who wrote it. So does a folder, by a file of its own in it, which is also what a
-process locks while it writes there: the system lets go of the lock when the process ends, however
-it ends. What does not say so is somebody else's, whatever its name. No JAX import.
+A file that a command writes contains `MARK`. A folder contains the file `MARK_FILE`, which a
+process locks while it writes to the folder. The system releases the lock when the process ends,
+also when it is killed. A file or folder without the mark is foreign, whatever its name. No JAX
+import.
 
-A killed process may have torn a line of a JSON Lines file: `read` returns the whole lines and the
-numbers of the others. `commit` and `versions` are what a record says of its origin.
+A killed process may leave an incomplete line in a JSON Lines file: `read` returns the complete
+lines and the numbers of the others. `commit` and `versions` tell the origin of a record.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ except ImportError:  # not every system has it
 ROOT = Path(__file__).parent.parent
 # The packages that decide a run's numbers.
 PACKAGES = ("jaxckpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-# In the metadata of a PNG as in a comment of HTML: nothing that either would escape.
+# For the metadata of a PNG and a comment of HTML: no character that either would escape.
 MARK = "Written by a command of jaxckpt, which may replace it"
 MARK_FILE = ".jaxckpt"
 _MADE = b"It was made by that command.\n"
@@ -44,7 +45,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.
 
 
 def check_output(path: Path, suffixes: tuple[str, ...], mark: str = MARK):
-    """Raises unless a file of a known form can be written without replacing somebody else's.
+    """Raises unless a file of a known form can be written without replacing a foreign file.
 
     Args:
       path: The file.
@@ -52,7 +53,7 @@ def check_output(path: Path, suffixes: tuple[str, ...], mark: str = MARK):
       mark: Text near the start or the end of a file that may be replaced; empty for any file.
 
     Raises:
-      ConfigError: Another ending, no such folder, or a file that no command wrote.
+      ConfigError: The ending is unknown, the folder is missing, or the file is foreign.
     """
     name = str(path)
     if suffixes and path.suffix.lower() not in suffixes:
@@ -79,7 +80,7 @@ def check_output(path: Path, suffixes: tuple[str, ...], mark: str = MARK):
 
 
 def _has(path: Path, mark: str) -> bool:
-    """Whether a file has a mark near its start or its end; an empty one has nothing to lose."""
+    """Whether a file has a mark near its start or its end; an empty file may be replaced too."""
     with path.open("rb") as file:
         start = file.read(_LOOKED_AT_BYTES)
         file.seek(max(0, os.fstat(file.fileno()).st_size - _LOOKED_AT_BYTES))
@@ -87,7 +88,7 @@ def _has(path: Path, mark: str) -> bool:
 
 
 def write_text(path: Path, text: str):
-    """Writes a text file, the whole of it or nothing; raises `ConfigError` if it cannot."""
+    """Writes a complete text file or nothing; raises `ConfigError` if it cannot."""
     try:
         write_whole(path, text)
     except OSError as error:
@@ -104,13 +105,12 @@ def own_folder(folder: Path, command: str, record: str, *, is_new: bool = False)
     Args:
       folder: A folder that is absent, empty, or made by `command`.
       command: Such as `experiments.train`.
-      record: The name of the file of JSON objects that the command keeps in the folder. The first
-        line of this file tells whose folder it is where it has no mark.
+      record: The name of the file of JSON objects that the command keeps in the folder. If a folder
+        has no mark, the first line of this file tells which command made it.
       is_new: Take the first free name of `folder`, `folder-2`, ... instead.
 
     Raises:
-      ConfigError: The folder is somebody else's, another process is writing to it, or it cannot be
-        made.
+      ConfigError: The folder is foreign, another process is writing to it, or it cannot be made.
     """
     folder, made = folder.absolute(), []
     try:
@@ -136,7 +136,7 @@ def own_folder(folder: Path, command: str, record: str, *, is_new: bool = False)
             before, made = set(), [folder]
         yield folder
     finally:
-        with contextlib.suppress(OSError):  # an error on the way here is the one to know
+        with contextlib.suppress(OSError):  # an earlier error is the one to report
             if {*os.listdir(folder)} - {MARK_FILE} == before and MARK_FILE not in before:
                 mark.unlink()
                 _remove(made)
@@ -144,9 +144,9 @@ def own_folder(folder: Path, command: str, record: str, *, is_new: bool = False)
 
 
 def is_own(folder: Path, command: str, record: str) -> bool:
-    """Whether a command made a folder, by what lies in it."""
+    """Whether a command made a folder, by the folder's content."""
     with contextlib.suppress(OSError):
-        if found := (folder / MARK_FILE).read_bytes():  # it is empty where a start was killed
+        if found := (folder / MARK_FILE).read_bytes():  # empty if a process was killed at its start
             return found.startswith(_line_of(command))
     with contextlib.suppress(OSError, ValueError, RecursionError, LookupError, TypeError):
         with (folder / record).open(encoding="utf-8") as file:
@@ -160,7 +160,7 @@ def _line_of(command: str) -> bytes:
 
 
 def _make(folder: Path, is_new: bool, made: list[Path]) -> Path:
-    """Returns the folder, and puts what has to be made for it first into `made`."""
+    """Returns the folder; every folder that is created is put at the front of `made`."""
     for parent in reversed(folder.parents):
         with contextlib.suppress(FileExistsError):  # made by another process just now
             if not parent.exists():
@@ -179,7 +179,7 @@ def _make(folder: Path, is_new: bool, made: list[Path]) -> Path:
 
 
 def _remove(made: list[Path]):
-    with contextlib.suppress(OSError):  # another process has put something into one
+    with contextlib.suppress(OSError):  # another process has added something to a folder
         for path in made:
             path.rmdir()
 
@@ -187,8 +187,7 @@ def _remove(made: list[Path]):
 def remove_left(folder: Path, command: str):
     """Removes a folder of `own_folder` that an ended process left.
 
-    The folder stays if it is somebody else's, or if the system cannot say whether the process has
-    ended.
+    The folder stays if it is foreign, or if the system cannot say whether the process has ended.
     """
     with contextlib.suppress(OSError), (folder / MARK_FILE).open("rb+") as mark:
         if fcntl is not None and mark.read().startswith(_line_of(command)):
@@ -203,7 +202,7 @@ def _lock(folder: Path) -> int:
         number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock_file(number, folder)
-            # Who held it before may have removed the file with the folder.
+            # The previous holder of the lock may have removed the file with the folder.
             if os.fstat(number).st_nlink:
                 return number
         except BaseException:
@@ -244,7 +243,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def reason(error: OSError | ValueError) -> str:
-    """Returns why, in the system's words."""
+    """Returns the system's text of an error."""
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -270,12 +269,12 @@ def read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def _refuse(constant: str):
-    """Refuses NaN and Infinity, which are no JSON and which a browser would not read."""
+    """Refuses NaN and Infinity, which are not JSON, and which a browser cannot read."""
     raise ValueError(f"{constant} is not JSON")
 
 
 def import_extra(module: str, why: str, extra: str) -> Any:
-    """Returns a module of an extra; raises `ConfigError`, which begins with `why`, without it."""
+    """Returns a module of an extra; raises `ConfigError`, begun with `why`, if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError:

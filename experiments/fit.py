@@ -23,7 +23,7 @@ from experiments.files import versions
 from jaxckpt.plans import PlanError
 from jaxckpt.targets.target import LOCAL
 
-# From the fastest and largest to the smallest; each is a way of spending memory that users know.
+# From the fastest plan, with the largest peak, to the smallest.
 PLANS = ("none", "dots_no_batch", "full+attention+names:q,k,v,mid,gate,up")
 PLANS += ("attention", "full", "sqrt", "log")
 
@@ -112,7 +112,7 @@ def fit(
 
 
 def _failure(failed: Sequence, count: int) -> str:
-    """Returns the last line about failed rows; a single row says itself why it failed."""
+    """Returns the last line, about failed rows; if there is a single row, it is the row's error."""
     if count == 1:
         only = failed[0]
         place = "" if only.infeasible else f"{only.config.remat} on {only.target}: "

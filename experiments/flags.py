@@ -1,9 +1,9 @@
 """The table of flags: which commands use a flag, and where help shows it. No JAX import.
 
-A flag is a parameter of a command, so its type and its text stand where it is declared. This table
-is about all commands together: `--plan` and `--remat` are one flag, a flag that a command does not
-use is refused, only a flag that is on by default has a form `--no-`, and rare flags are shown by
-`--help-all` alone.
+A flag is a parameter of a command: its type and its help stand at the parameter. This table has the
+rules of all commands: `--plan` and `--remat` are one flag, a flag that a command does not use is
+refused, only a flag that is on by default has a form `--no-`, and only `--help-all` shows rare
+flags.
 """
 
 import re
@@ -54,7 +54,7 @@ RARE = frozenset({
     *("decay-steps", "weight-decay", "clip-norm", "beta1", "beta2", "z-loss"),
     *("end-token", "token-dtype", "keep", "validation-batches", "max-skipped", "join-seconds"),
 })  # fmt: skip
-# The users of settings that not all of `train`, `fit` and `sweep` use.
+# The commands that use a setting, where not all of `train`, `fit` and `sweep` do.
 _TRAIN, _RUNS, _STEPS = ("train",), ("train", "sweep"), ("train", "fit")
 USED_BY = {
     **dict.fromkeys(("data", "token-dtype", "end-token", "validate-every", "max-skipped"), _RUNS),
@@ -67,7 +67,7 @@ PLAN_NAMES = ("--plan", "--remat")  # of one flag
 
 
 def is_used(flag: str, command: str) -> bool:
-    """Whether a command, such as `fit`, has a use for a run's setting, such as `save-every`."""
+    """Whether a command, such as `fit`, uses a setting of a run, such as `save-every`."""
     return command not in _SETTINGS or command in USED_BY.get(flag, _SETTINGS)
 
 
@@ -104,7 +104,7 @@ def arranged(found: ArgumentCollection, command: str, *, with_rare: bool) -> Arg
 
 
 def _plain(text: str, flags: Collection[str]) -> str:
-    """Returns a docstring's text for a terminal: no line ends of the source, fields as flags."""
+    """Returns a docstring's text for a terminal: on one line, with fields as flags."""
 
     def spelled(found: re.Match) -> str:
         flag = found[1].replace("_", "-")
@@ -122,7 +122,7 @@ def _is_plan(argument) -> bool:
 
 
 def _default(value: object) -> str | bool:
-    """Returns a default as people write it; False for one that goes without saying."""
+    """Returns a default as people write it; False for a default that help does not show."""
     if value is None or value is False or value == () or isinstance(value, type):
         return False
     if value is True:

@@ -4,9 +4,9 @@ python -m experiments.loop --remat=sqrt
 python -m experiments.loop --task=diffusion --length=400 --remat=binomial:16 -o memory.svg
 
 `memory`: a recurrent network learns to repeat a number that it saw many steps ago. `diffusion`: the
-speed at which heat spreads is found from what a simulation with another speed ends with. Both print
-their losses, and the temporaries of the gradient under the plan beside those of `none`. With `-o`
-memory is drawn against the number of steps: plain, two scans nested by hand, and the plan.
+speed at which heat spreads is fitted to the sensors of another simulation. Both print their losses,
+and the temporaries of the gradient under the plan and under `none`. With `-o` memory is drawn
+against the number of steps: plain, two scans nested by hand, and the plan.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from cyclopts import Parameter
 
 from experiments import files, plotting
 from experiments.cli import main
-from experiments.config import ConfigError
+from experiments.config import check_least
 from jaxckpt.plans import Plan
 from jaxckpt.units import iec
 
@@ -38,11 +38,9 @@ def loop(
         Parameter(name=("--out", "-o"), help="File: .svg or .png, memory against steps."),
     ] = None,
 ):
-    """Train a loop over time under a plan, and say what its gradient takes."""
+    """Train a loop over time under a plan, and print the memory of its gradient."""
     plan = Plan.parse(remat)
-    for name, value in {"length": length, "steps": steps}.items():
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; the least is 1")
+    check_least(1, length=length, steps=steps)
     plan.bind(length)
     if out is not None:
         files.check_output(out, plotting.FIGURES)
@@ -67,7 +65,7 @@ def loop(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """Something to train: first weights, `loss(weights, key, scan)`, and Adam's rate.
+    """A loop to train: the first weights, `loss(weights, key, scan)`, and Adam's learning rate.
 
     `scan` is `lax.scan` or a function like it.
     """
@@ -96,7 +94,7 @@ def memory(length: int) -> Task:
 
         def step(h, x):
             both = jnp.concatenate([h, x], -1)
-            # Open only a little, or what was seen at first is forgotten.
+            # A gate that begins nearly closed keeps the first input.
             gate = jax.nn.sigmoid(both @ weights["gate"] - 4)
             h = h + gate * (jnp.tanh(both @ weights["new"]) - h)
             return h, h @ weights["out"]
@@ -109,7 +107,7 @@ def memory(length: int) -> Task:
 
 
 def diffusion(length: int) -> Task:
-    """Returns the speed of heat on a rod, to be found from where it has gone."""
+    """Returns the diffusion of heat on a rod, whose speed is fitted to eight sensors."""
     import jax.numpy as jnp
     from jax import lax
 
@@ -166,7 +164,7 @@ def segments_of(length: int) -> int:
 
 
 def nested(f, init, xs=None, length: int = 0):
-    """Returns what `lax.scan` does, by two nested scans, each checkpointed."""
+    """Returns the results of `lax.scan`, by two nested scans, each checkpointed."""
     import jax
     from jax import lax
 

@@ -20,12 +20,14 @@ from experiments.training.display import waiting
 def report(
     runs: Annotated[
         tuple[Path, ...],
-        Parameter(help="Folders of sweeps and of runs, or folders of those."),
+        Parameter(help="Folders of sweeps and of runs, or folders that hold them."),
     ] = (),
     *,
     out: Annotated[Path, Parameter(name=("--out", "-o"), help="HTML file to write.")],
     figure: Annotated[Path | None, Parameter(help="Also write a figure: .svg or .png.")] = None,
-    title: Annotated[str, Parameter(help="Of the page.")] = "Plans of activation checkpointing",
+    title: Annotated[str, Parameter(help="Title of the page.")] = (
+        "Plans of activation checkpointing"
+    ),
 ):
     """Write a page with memory against time, memory against depth, largest buffers and losses."""
     if not runs:

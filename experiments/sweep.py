@@ -19,13 +19,13 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from experiments.cli import ConfigFile, main
-from experiments.config import ConfigError, TrainConfig, absolute, at_least
+from experiments.config import ConfigError, TrainConfig, absolute, at_least, check_least
 from experiments.files import own_folder
 from experiments.sweeping.case import LOCAL, Case
 from experiments.sweeping.running import ROWS, run_all
 from jaxckpt.plans import Plan, PlanError
 
-# Each is a way of spending memory that fits any stack, from the largest to the smallest.
+# Plans that run on any stack, from the largest peak to the smallest.
 PLANS = ("none", "dots_no_batch", "attention", "full", "sqrt", "log")
 
 
@@ -51,8 +51,7 @@ class SweepFlags:
     def __post_init__(self):
         at_least(self, 1, "run_steps")
         for depth in self.depth:
-            if depth < 1:
-                raise ConfigError(f"depth is {depth}; the least is 1")
+            check_least(1, depth=depth)
 
 
 @Parameter(name="*")
@@ -102,7 +101,7 @@ def sweep(
     check_targets(flags.target)
     with own_folder(folder, "experiments.sweep", ROWS) as folder:
         if LOCAL in flags.target:
-            # What would be wrong with every run is said before the first.
+            # Wrong data would fail every row, so they are read before the first.
             with waiting("reading the data"):
                 corpus_of(settings.with_plan("none"))
         command = shlex.join(["python", "-m", "experiments.sweep", *sys.argv[1:]])
@@ -111,7 +110,7 @@ def sweep(
 
 def _cases(flags: SweepFlags, settings: SweepSettings) -> list[Case]:
     """Returns the rows to run, each checked before any of them runs."""
-    # A plan of auto has a row for each budget; without one it is refused like a run's.
+    # The plan auto has a row for each budget. Without a budget it is refused, as in a run.
     plans = [plan for plan in flags.plan or PLANS if not (plan == "auto" and settings.budget)]
     asked = [(plan, None) for plan in plans]
     asked += [("auto", budget) for budget in settings.budget]

@@ -83,7 +83,7 @@ def test_the_checks_see_what_they_are_for():
     "flags, message",
     [
         (["--part", "tmp"], "temp"),
-        (["--width", "100"], "--width is 100; heads are of 128"),
+        (["--width", "100"], "--width is 100; valid: a multiple of 128"),
         (["--write-docs", "--quick"], "--write-docs writes the whole table"),
     ],
 )

@@ -65,8 +65,8 @@ def test_each_bound_can_fail():
     ("flags", "said"),
     [
         (["--model=unett"], "unett"),
-        (["--budgets=1"], "the least are 2 and 1"),
-        (["--limit=0"], "--limit 0"),
+        (["--budgets=1"], "budgets is 1; the least is 2"),
+        (["--limit=0"], "limit is 0; the least is 1"),
     ],
 )
 def test_what_is_not_valid_is_said_in_one_line(flags, said, capsys):

@@ -68,8 +68,8 @@ def test_the_median_and_the_top_are_checked():
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--part=v5e", "part 'v5e' is not known; valid: v5e-1-8x1024"),
-        ("--budgets=1", "--budgets is 1; the least is 2"),
+        ("--part=v5e", "part is 'v5e'; valid: v5e-1-8x1024"),
+        ("--budgets=1", "budgets is 1; the least is 2"),
         ("--budget=3", "--budget"),
     ],
 )

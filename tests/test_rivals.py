@@ -102,8 +102,8 @@ def test_maxtext_is_mapped_onto_tags_of_the_model():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--shape", "8x1042"], "shape '8x1042' is not known; valid: 8x1024, 2x16384 (did you"),
-        (["--budgets", "1"], "--budgets is 1; the least is 2"),
+        (["--shape", "8x1042"], "shape is '8x1042'; valid: 8x1024, 2x16384 (did you"),
+        (["--budgets", "1"], "budgets is 1; the least is 2"),
         (["--minutes", "0"], "--minutes is 0.0; it is more than 0"),
         (["--shapes", "8x1024"], "--shapes"),
     ],

@@ -1,7 +1,7 @@
 """Trace and compile time do not depend on the number of blocks: L = 1024 against L = 16.
 
-The block is a small Transformer's, as users compile. Of a single product all is done in a quarter
-of a second, and which of two such times is longer is chance.
+The block is a small Transformer's, as users compile. A block of a single matrix product compiles in
+a quarter of a second, and the difference between two times that short is noise.
 """
 
 import time

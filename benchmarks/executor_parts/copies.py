@@ -1,9 +1,9 @@
 """The executor copies nothing of the size of the stacked weights.
 
 The weights `[L, D, D]` are by far the largest array. With gradients as outputs, temporary memory is
-slots, kept residuals and a few blocks' weights; with an SGD step on donated weights the gradients
-are the one array of the weights' size. The compiled module's text holds no copy of one. What
-nested `jax.checkpoint` needs is printed beside it, without a bound.
+slots, kept residuals and a few blocks' weights. With an SGD step on donated weights, the gradients
+are the only temporary of the weights' size. The compiled module's text must not copy an array of
+that shape. The memory of nested `jax.checkpoint` is printed too, without a bound.
 """
 
 import re
@@ -34,7 +34,7 @@ def run(quick: bool = False) -> Result:
 
 
 def measure(plan: str, step: bool, nested: bool = False) -> Row:
-    """Returns temporary bytes, what they may be, and the copies of stacked arrays."""
+    """Returns the temporary bytes, their bound, and the number of copies of stacked arrays."""
     grads = stacks.gradients(stacks.heavy_block, plan, nested=nested)
 
     def sgd(params, carry):

@@ -1,11 +1,13 @@
 """The executor against nested `jax.checkpoint`: temporary bytes, and time in interleaved pairs.
 
-The block is Qwen3's (`jaxckpt.models`): width D, heads of 128, twice D of query width, D of key and
-value width, 3 D of hidden width; `--width 1024 --blocks 28 --dtype bf16` is Qwen3-0.6B's. Rivals
-are `scan_blocks(..., nested=True)` and a two-level `lax.scan` written by hand that keeps its last
-segment as the executor does, so that it recomputes as many blocks, or under `sqrt` up to one a
-segment more; the table counts them. The executor against itself shows how much times differ by
-chance.
+The block is Qwen3's (`jaxckpt.models`): width D, heads of 128, query width 2 D, key and value width
+D, MLP width 3 D; `--width 1024 --blocks 28 --dtype bf16` is Qwen3-0.6B's stack.
+
+There are two rivals: `scan_blocks(..., nested=True)`, and a two-level `lax.scan` written by hand.
+The one written by hand does not checkpoint its last segment, like the executor. It recomputes the
+same number of blocks as the executor under `uniform:n`, and up to one block more in each segment
+under `sqrt`; the table has the numbers. The executor is also compared with itself, which shows the
+noise of the times.
 """
 
 import functools
@@ -74,14 +76,14 @@ def measure(plan: str, shape: Shape) -> list[Row]:
 
 
 def two_level(block: Callable, params, carry, plan: str):
-    """Returns the carry after segments under `jax.checkpoint` and a last one that is not.
+    """Returns the stack's output: each segment but the last one runs under `jax.checkpoint`.
 
     Args:
       block: `block(carry, params_i) -> carry`.
       params: Leaves `[L, ...]`.
       carry: The first block's input.
-      plan: `sqrt`, whose blocks are checkpointed too, or `uniform:n`; n divides L, and for `sqrt`
-        is the whole number at or below L's root that does.
+      plan: `uniform:n`, where n divides L; or `sqrt`, where the number of segments is the largest
+        divisor of L up to its root, and blocks are checkpointed inside the segments.
     """
     length = jax.tree.leaves(params)[0].shape[0]
     schedule, _, argument = plan.partition(":")
@@ -126,7 +128,7 @@ def compiled(stack: Callable, block: Callable, args):
 
 
 def paired_seconds(first, second, args, pairs: int) -> tuple[list[float], list[float]]:
-    """Returns the seconds of both, run in turns after a warm-up; every other pair is swapped."""
+    """Returns the seconds of both after a warm-up; they run in turns, every other pair swapped."""
     timed: list[tuple[Any, list[float]]] = [(first, []), (second, [])]
     for number in range(pairs + 1):
         for executable, seconds in timed if number % 2 else reversed(timed):
@@ -151,7 +153,7 @@ def table_row(row: Row) -> Row:
 
 
 def check(rows: list[Row], times: bool) -> list[str]:
-    """Returns a line for each rival that needs less memory or time; times only if asked."""
+    """Returns a line for each rival that needs less memory or, if `times`, less time."""
     failures = []
     for row in rows:
         name = f"nested: {row['plan']} against {row['rival']}"

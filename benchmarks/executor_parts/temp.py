@@ -1,10 +1,10 @@
 """How temporary memory grows with the number of blocks, as XLA compiled it, beside theory's bound.
 
-The stack has almost no weights and large carries, so carries are all there is to see. Nothing is
+The stack has almost no weights and large carries, so that carries dominate the memory. Nothing is
 run and nothing is allocated. Targets are the local backend and, where their compilers are
-installed, a TPU and a GPU that need not be there. A TPU compiler moves arrays of up to about 100
-MiB into on-chip memory, so carries of absent chips are larger, to stay in main memory: 32 MiB
-against 4 MiB.
+installed, an absent TPU and an absent GPU. A TPU compiler moves arrays of up to about 100 MiB into
+on-chip memory. Carries of absent chips are therefore 32 MiB instead of 4 MiB, so that they stay in
+main memory.
 """
 
 import math
@@ -36,7 +36,7 @@ def local(fn: Callable, *args: jax.ShapeDtypeStruct) -> int | None:
 
 
 def absent(target: str) -> CompileTemp:
-    """Returns what compiles for an absent chip.
+    """Returns a function that compiles for an absent chip and returns the temporary bytes.
 
     Raises:
       Unavailable: The chip's compiler is not installed.
@@ -147,9 +147,11 @@ def table(rows: list[Row], fits: list[Row]) -> list[Row]:
 def theory(plan: str, num_blocks: int) -> int:
     """Returns the carries that a plan holds by the counts of docs/theory.md.
 
-    A light block's residuals are its input, tanh's output and one minus that output: R = 3a. `none`
-    holds them for every block. The others hold one block's, the input that is among them being the
-    last carry they keep: `full` keeps L, a schedule its slots and the last block's input.
+    The residuals of a light block are its input, tanh's output and one minus that output: R = 3a.
+    `none` holds the residuals of every block. Every other plan holds the residuals of one block at
+    a time, and the carries that it keeps: `full` keeps L, and a schedule keeps its slots and the
+    last block's input. The input of the last block is also one of its residuals, and is counted
+    once.
     """
     residuals = 3
     if plan == "none":

@@ -1,8 +1,9 @@
-"""One model at one length, every method in turn: a line of JSON each. Run by `benchmarks.loops`.
+"""One model at one length under every method, a line of JSON each. Run by `benchmarks.loops`.
 
-The models are a gated recurrent step (carry 8 KiB, outputs of 512 bytes a step, weights closed
-over) and reaction and diffusion on a grid (the state is the output's source, a sum its output). The
-loss reads every output. All methods differentiate the same step.
+There are two models. `rnn` is a gated recurrent step: its carry is 8 KiB, its output is 512 bytes a
+step, and it closes over its weights. `reaction` is reaction and diffusion on a grid: its carry is
+the grid, and its output is the mean of one field. The loss reads every output. All methods
+differentiate the same step.
 """
 
 import functools
@@ -22,15 +23,13 @@ import jaxckpt
 from benchmarks.executor_parts import stacks
 from benchmarks.record import device
 from experiments.loop import nested, segments_of
-from jaxckpt.plans import Plan
-from jaxckpt.schedules.of_stage import stack_schedule_of
 
 _REPEATS = 5
 Scan = Callable[..., tuple[Any, Any]]  # (f, init, xs) -> (carry, ys)
 
 
 def rnn(length: int) -> tuple[Callable, Any, Any, Any]:
-    """Returns `(step(weights), weights, init, xs)`: 16 rows of 128 float32."""
+    """Returns `(step(weights), weights, init, xs)`; the carry is float32 `[16, 128]`."""
     rows, width, inputs = 16, 128, 8
     keys = jax.random.split(jax.random.key(0), 5)
     scaled = lambda key, shape: jax.random.normal(key, shape) / math.sqrt(shape[0])
@@ -83,7 +82,7 @@ MODELS = {"rnn": rnn, "reaction": reaction}
 
 
 def equinox(checkpoints: int | None) -> Scan:
-    """Returns Equinox's checkpointed loop with a number of states; None leaves it to Equinox."""
+    """Returns Equinox's checkpointed loop with a number of kept states; None: Equinox chooses."""
     from equinox.internal import scan
 
     return functools.partial(scan, kind="checkpointed", checkpoints=checkpoints)
@@ -110,9 +109,7 @@ def evaluations(method: str, length: int) -> int | None:
         return 3 * length
     if method.startswith("equinox"):
         return None
-    schedule = stack_schedule_of(Plan.parse(method).bind(length).stages[0])
-    assert schedule is not None  # a plan of the table above
-    return length + schedule.extra_forwards
+    return length + stacks.schedule(method, length).extra_forwards
 
 
 def measured(model: str, length: int, options: dict, names: list[str]):
@@ -148,7 +145,7 @@ def measured(model: str, length: int, options: dict, names: list[str]):
 
 
 def _seconds(run: Callable) -> dict[str, float]:
-    """Returns medians of the wall's and this process's own seconds."""
+    """Returns the medians of wall time and of this process's CPU time, in seconds."""
     wall, process = [], []
     for _ in range(_REPEATS):
         started = time.perf_counter(), time.process_time()

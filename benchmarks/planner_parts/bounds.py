@@ -1,13 +1,12 @@
-"""What the planner promises of its answers for one step, checked on rows of `process`."""
+"""The bounds of the planner's answers for one step, checked on the rows of `process`."""
 
 import itertools
 import statistics
 from collections.abc import Iterator, Sequence
-from typing import Any
+
+from benchmarks.result import Row
 
 MEDIAN, WORST, MOST_COMPILES = 0.01, 0.02, 6
-
-Row = dict[str, Any]
 
 
 def check(rows: Sequence[Row]) -> list[str]:

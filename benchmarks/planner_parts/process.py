@@ -1,8 +1,8 @@
 """The process of one part of `benchmarks.planner`: every budget of one step for one chip.
 
-`python -m benchmarks.planner_parts.process CASE DONE` prints a row as a line of JSON as soon as it
-is known, but for the places of budgets that are done. Peaks are kept on disk by program, not by the
-sources that made it: another planner finds them.
+`python -m benchmarks.planner_parts.process CASE DONE` prints each row as a line of JSON as soon as
+it is known, and skips the budgets whose places are in DONE. Peaks are kept on disk by the compiled
+program, so that another version of the planner finds them.
 """
 
 import json

@@ -1,13 +1,10 @@
 """The planner's answers beside the fixed plans that fit, and the bounds, on rows of `process`."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
-from benchmarks.result import Result
+from benchmarks.result import Result, Row
 
 SLOWEST, LEAST_GAIN = 1.01, 1.10
-
-Row = dict[str, Any]
 
 
 def check(rows: Mapping[str, Row]) -> list[str]:

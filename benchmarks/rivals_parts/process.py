@@ -1,12 +1,12 @@
 """The process of one shape of `benchmarks.rivals`: compiles, plans, and times all in turns.
 
 `python -m benchmarks.rivals_parts.process CASE SECONDS` prints the shape's row as a line of JSON
-after compiling and after each round of timing. A line with `says` alone is about progress.
+after compiling and after each round of timing. A line that only has `says` reports progress.
 
-A shape takes about 25 compilations: three anchors of the planner and its leanest plan, a dozen
-fixed plans, two more a budget. Where time is short, fixed plans are compiled for half of it and
-the planner's for most of the rest; what is left is timing. Compilations that
-`JAX_COMPILATION_CACHE_DIR` has kept take a second each.
+A shape takes about 25 compilations: three anchors of the planner, the plan of least memory, a dozen
+fixed plans, and two more for each budget. With a time limit, compiling the fixed plans may take
+half of it and compiling the planner's answers most of the rest; timing gets the remainder. A
+compilation that `JAX_COMPILATION_CACHE_DIR` has kept takes a second.
 """
 
 import json
@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +21,7 @@ import numpy as np
 from benchmarks.cases import Case, config_of, fixed
 from benchmarks.planner_parts.process import least_bytes
 from benchmarks.record import device
+from benchmarks.result import Row
 from benchmarks.rivals_parts.programs import Program, Programs, Turns, failed
 from experiments.training.step import init_state, resolve_model
 from jaxckpt.costs.roofline import UNKNOWN, rates_of
@@ -35,13 +35,11 @@ from jaxckpt.units import iec
 
 _FIXED_SHARE, _OURS_SHARE = 0.5, 0.85
 _THREADS = 4  # of compiling
-_SPARE = 0.95  # of the time, when the last round has to be over
-
-Row = dict[str, Any]
+_SPARE = 0.95  # the last round ends after this share of the time
 
 
 class Shape:
-    """One shape: its programs, the rows of plans, the planner's answers, and what had no time."""
+    """One shape: its programs, the rows of plans, the planner's answers, and what was left out."""
 
     def __init__(self, case: Case, seconds: float | None):
         self._case, self._seconds = case, seconds
@@ -65,7 +63,8 @@ class Shape:
 
     def _compile_fixed(self) -> Iterator[Row]:
         plans = list(fixed().items())
-        yield from self._fixed(*plans[0])  # alone: it finds the kernels that all others take
+        # The first plan is compiled alone: XLA's autotuning then fills the cache for all others.
+        yield from self._fixed(*plans[0])
         with ThreadPoolExecutor(_THREADS) as pool:
             for found in pool.map(lambda asked: list(self._fixed(*asked)), plans[1:]):
                 yield from found

@@ -1,12 +1,12 @@
 """The programs of one step under many plans: each compiled once, and all timed in turns.
 
-Plans whose steps are one program, such as `dots` and `dots_no_batch` of blocks whose attention is
-one kernel, share it. A plan that cannot be compiled has a program with an error.
+Plans that give the same program share it: `dots` and `dots_no_batch` do, if attention is one
+kernel. A plan that cannot be compiled has a program with an error.
 
-All programs run on one state that goes from each to the next. A round is one turn of each program,
-every other round in reverse order, so that a chip that warms up or slows down does so for all
-alike. A turn begins with a step that is not timed: it waits for the work of the program before it,
-and loads the kernels. The first round is not timed at all.
+All programs run on one train state, which each program hands to the next one. A round is one turn
+of each program. Every other round runs in reverse order, so that a chip that warms up or slows down
+affects all programs alike. The first step of a turn is not timed: it waits for the previous
+program's work and loads the kernels. The first round is not timed at all.
 """
 
 import dataclasses
@@ -22,9 +22,10 @@ from experiments.training.build import build
 from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.memory.built_step import BuiltStep
 from jaxckpt.memory.measure import compile_step
-from jaxckpt.planner.steps import Steps, program_text
+from jaxckpt.planner.steps import Steps
 from jaxckpt.plans import Plan
 from jaxckpt.targets.target import LOCAL
+from jaxckpt.transforms.traced_block import text_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,11 +33,11 @@ class Program:
     """A compiled step.
 
     Attributes:
-      plan: The first plan whose step it is.
+      plan: The first plan that gave this program.
       compiled: A function of state and batch; None after an error.
       report: The compiler's report; None after an error.
-      seconds: The seconds of building and compiling it.
-      failure: The error.
+      seconds: The seconds of building and compiling the step.
+      failure: The error of building or compiling; None after success.
     """
 
     plan: str
@@ -78,7 +79,7 @@ class Programs:
             return self._by_plan[plan]
         started, text = time.perf_counter(), None
         try:
-            text = program_text(self.steps.trace(Plan.parse(plan)).jaxpr)
+            text = text_of(self.steps.trace(Plan.parse(plan)).jaxpr)
             if text in self._by_text:
                 return self._by_plan.setdefault(plan, self._by_text[text])
             compiled, report = compile_step(self._built(Plan.parse(plan)))
@@ -100,9 +101,9 @@ class Programs:
 
 
 def failed(error: Exception | None) -> dict[str, str]:
-    """Returns what a record keeps of an error."""
-    assert error is not None  # what came to nothing has one
-    lines = str(error).strip().splitlines() or [type(error).__name__]  # compilers' go on for pages
+    """Returns the first line of an error's text, and its traceback, for a record."""
+    assert error is not None  # a program without a report has an error
+    lines = str(error).strip().splitlines() or [type(error).__name__]
     return {"error": lines[0], "traceback": "".join(traceback.format_exception(error))}
 
 
@@ -118,7 +119,7 @@ class Turns:
     """
 
     def __init__(self, programs: Sequence[Program], make_state: Callable[[], Any], tokens):
-        """Takes compiled programs, what makes their state, and a batch."""
+        """Takes compiled programs, a function that returns a new train state, and a batch."""
         self._programs = list(programs)
         self._make_state, self._tokens = make_state, tokens
         self._state: Any = make_state()

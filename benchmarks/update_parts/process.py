@@ -1,8 +1,7 @@
-"""One case of `benchmarks.update` in this process: `python -m benchmarks.update_parts.process`."""
+"""The process of one case: `python -m benchmarks.update_parts.process LIMIT CASE TINY`."""
 
 import dataclasses
 import json
-import os
 import signal
 import statistics
 import sys
@@ -72,13 +71,13 @@ def _qwen3(is_tiny: bool):
     shape = (apart.batch_size, apart.seq_len + 1)
     tokens = np.random.default_rng(0).integers(0, apart.model.vocab_size, shape, np.int32)
     built = {name: build(config, "local") for name, config in resolved.items()}
-    # Reports of the plain programs alone; a baseline would be traced as well.
+    # Without `plan` and `baseline` the report does not trace a second program, which takes time.
     built = {n: dataclasses.replace(b, plan=None, baseline=None) for n, b in built.items()}
     return built, first, jnp.asarray(tokens)
 
 
 def rows(case: str, is_tiny: bool) -> Iterator[Row]:
-    """Yields a row a variant, the separate step first."""
+    """Yields a row for each variant, the separate step first."""
     variants, first, batch = {"stack": _stack, "qwen3": _qwen3}[case](is_tiny)
     compiled, found, weights, states = {}, {}, {}, {}
     for name, built in variants.items():
@@ -111,6 +110,7 @@ def rows(case: str, is_tiny: bool) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    signal.alarm(int(os.environ.get("JAXCKPT_SECONDS", "140")))
-    for one in rows(*map(json.loads, sys.argv[1:])):
+    limit, *asked = map(json.loads, sys.argv[1:])
+    signal.alarm(limit)
+    for one in rows(*asked):
         print(json.dumps(one), flush=True)

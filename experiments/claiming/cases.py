@@ -13,10 +13,10 @@ from jaxckpt.models.config import TransformerConfig
 ROOT = Path(__file__).parents[2]
 SMALL_CHIP, LARGE_CHIP = "v5e-1", "h100"
 PLANS = ("none", "full", "uniform:4", "sqrt", "log")
-# As many segments as log2 L and as sqrt L, of the example's 32 blocks.
+# log2 L and sqrt L segments of the example's 32 blocks.
 LOG_SEGMENTS, SQRT_SEGMENTS = "uniform:5", "uniform:6"
 EXAMPLE, QWEN = "the example", "Qwen3-0.6B"
-# About what `full` needs on the large chip, so that there is something to choose.
+# About the peak of `full` on the large chip, so that the planner has a choice.
 AUTO_BUDGET = "10GiB"
 _FILES = {
     (EXAMPLE, SMALL_CHIP): "note_32x4096_16gb",
@@ -44,7 +44,7 @@ class Case:
     @property
     def key(self) -> str:
         """A digest that is equal for equal steps on equal targets."""
-        # Flags, so that a new setting that nobody uses changes nothing.
+        # Flags leave out defaults, so a new setting changes no key.
         asked = [flags_of(self.config), self.target]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 

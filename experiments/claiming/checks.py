@@ -28,7 +28,7 @@ def _dropout_difference(other_seed: bool = False) -> float:
     """Returns how far gradients under segments are from those of `none`, with dropout.
 
     The largest difference relative to a leaf's largest value. With another seed on one side the
-    masks differ: a check that the dropout is there.
+    dropout masks differ, which shows that dropout is on.
     """
     sizes = TransformerConfig(num_blocks=8, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8)
     options: dict[str, Any] = {"dropout": 0.3, "dtype": "f32", "attention": "plain"}

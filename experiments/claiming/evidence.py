@@ -25,12 +25,12 @@ class MissingRow(KeyError):
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """Numbers by what they are of.
+    """The numbers that claims are compared with.
 
     Attributes:
       rows: Compiled rows by case, as `numbers.compiled` returns them.
-      checks: What `checks.run` returns.
-      times: Rows of measured steps on a GPU that was there (`peaks_h100.json`).
+      checks: The results of `checks.run`.
+      times: Rows of steps that were timed on a GPU (`peaks_h100.json`).
       stacks: Compiled temporaries of a stack by length (`executor_cpu.json`).
     """
 
@@ -40,9 +40,10 @@ class Evidence:
     stacks: tuple[Mapping[str, Any], ...]
 
     def case(self, name: str) -> Any:
-        """Returns the memory report of a case, its plan, and what follows from the report.
+        """Returns the memory report of a case, with three more fields.
 
-        `again` is the FLOPs run again, as a share of the FLOPs without remat.
+        `plan` is the plan's text, `fits` whether the step fits its chip, `again` the recomputed
+        FLOPs as a share of the FLOPs without remat.
 
         Raises:
           MissingRow: The case is not compiled yet.
@@ -58,7 +59,7 @@ class Evidence:
         return self.case(plan_case(model, chip, plan).name)
 
     def check(self, name: str) -> Any:
-        """Returns what a check found; raises `MissingRow` if it was not run yet."""
+        """Returns the result of a check; raises `MissingRow` if it was not run yet."""
         return _found(self.checks, name)
 
     def config(self, model: str = EXAMPLE, chip: str = LARGE_CHIP) -> TrainConfig:
@@ -66,12 +67,12 @@ class Evidence:
         return plan_case(model, chip, "full").config
 
     def input_bytes(self, model: str = EXAMPLE) -> int:
-        """Returns a: a block's input, [batch, sequence, width] in bfloat16."""
+        """Returns a, the bytes of a block's input [batch, sequence, width] in bfloat16."""
         config = self.config(model)
         return config.batch_size * config.seq_len * config.model.d_model * 2
 
     def residual_bytes(self, chip: str = LARGE_CHIP, model: str = EXAMPLE) -> float:
-        """Returns R: what one more block costs without remat, from the compiled steps.
+        """Returns R, the bytes that one more block takes without remat, from the compiled steps.
 
         `none` holds L R + a, `full` (L - 1) a + R + a, so the difference is (L - 1) (R - a).
         """
@@ -80,7 +81,7 @@ class Evidence:
         return self.input_bytes(model) + (none - full) / (blocks - 1)
 
     def reruns(self, plan: str) -> int:
-        """Returns the blocks that the example runs again under a plan of one stage."""
+        """Returns the number of blocks that the example recomputes under a plan of one stage."""
         blocks = self.config().model.num_blocks
         schedule = stack_schedule_of(Plan.parse(plan).bind(blocks).stages[0])
         assert schedule is not None, plan
@@ -115,7 +116,7 @@ def _found(held: Mapping[str, Any], name: str) -> Any:
 
 
 def gather(rows: Mapping[str, Any], checks: Mapping[str, Any]) -> Evidence:
-    """Returns the evidence: rows and checks, and what lies in `docs/measured`."""
+    """Returns the evidence: rows and checks, and the records in `docs/measured`."""
     read = lambda name: json.loads((_MEASURED / name).read_text(encoding="utf-8"))
     stacks = read("executor_cpu.json")["parts"]["temp"]["rows"]
     times = read("peaks_h100.json")["rows"]

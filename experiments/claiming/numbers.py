@@ -1,4 +1,4 @@
-"""The compiled numbers behind the claims, in a JSON file: what it holds is not compiled again."""
+"""The compiled numbers behind the claims, in a JSON file. Rows in the file are not recompiled."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -40,7 +40,7 @@ def compiled(cases: Sequence[Case], path: Path, say: Callable[[str], None]) -> d
             failed.append((f"{case.name}: {row.error}", row))
             continue
         rows[case.name] = _row(case, row)
-        # In the order of the cases, so that the file changes no more than its numbers do.
+        # Rows keep the order of the cases, so that a diff of the file shows numbers alone.
         rows = {one.name: rows[one.name] for one in cases if one.name in rows}
         _write(path, {"rows": rows})
     faults = [row.failure for _, row in failed if row.failure and not row.is_refused]
@@ -55,7 +55,7 @@ def compiled(cases: Sequence[Case], path: Path, say: Callable[[str], None]) -> d
 
 
 def checked(path: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Returns what `checks.run` returned; it is run if the file does not hold it."""
+    """Returns the results of `checks.run`, which runs only if the file does not hold them."""
     held = _read(path)["checks"]
     if not held:
         from experiments.claiming import checks  # it imports JAX
@@ -71,7 +71,7 @@ def _read(path: Path) -> dict[str, Any]:
         return {"rows": {}, "checks": {}}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["command"] != _COMMAND:  # somebody else's, which is not to be written over
+        if content["command"] != _COMMAND:  # another command's file is never overwritten
             raise ValueError
         return {part: dict(content.get(part, {})) for part in ("rows", "checks")}
     except (OSError, ValueError, LookupError, AttributeError, TypeError):
@@ -87,7 +87,7 @@ def _write(path: Path, changes: dict[str, Any]):
 
 def _row(case: Case, row) -> dict[str, Any]:
     report = row.report.as_json()
-    # The folders of the machine that compiled stay private.
+    # Only a file's name and its folder: paths of the machine that compiled stay private.
     report["buffers"] = [
         one | {"source": "/".join(one["source"].split("/")[-2:])}
         for one in report["buffers"][:_KEPT_BUFFERS]

@@ -1,7 +1,7 @@
 """The page: `docs/claims.md.in` with its numbers filled in, and a table of every plan.
 
-What stands there between braces is an f-string's: an expression of `Evidence`'s methods. A verdict
-is a line between `**`; of several, the first whose `if` holds is the claim's.
+Braces in the template hold f-string expressions over `Evidence`'s methods. A verdict is a line
+between `**`. A claim may have several verdicts; the first whose `if` holds is written.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ from experiments.claiming.cases import (
 from experiments.claiming.evidence import FORMATS, Evidence, MissingRow, gib, percent
 from jaxckpt.planner.budgets import given_bytes
 
-# In the page's head: what this command may write over.
+# The text in the head of a page that this command may overwrite.
 MARK = "This page is written by a command; no number in it was typed"
 TEMPLATE = ROOT / "docs/claims.md.in"
 _SECTION = "\n\n## "
@@ -34,7 +34,7 @@ def page(evidence: Evidence) -> str:
 
 
 def names_of(evidence: Evidence) -> dict[str, Any]:
-    """Returns what the expressions of `docs/claims.md.in` may name."""
+    """Returns the names that the expressions of `docs/claims.md.in` may use."""
     methods = [name for name in dir(Evidence) if not name.startswith("_")]
     return {name: getattr(evidence, name) for name in methods} | {
         **FORMATS,
@@ -52,7 +52,7 @@ def names_of(evidence: Evidence) -> dict[str, Any]:
 
 
 def _filled(section: str, names: dict[str, Any]) -> str:
-    """Returns a section with its numbers and its verdict; without all numbers its claim is open."""
+    """Returns a section with its numbers and its verdict; a claim without its numbers is open."""
     try:
         return "\n\n".join(_paragraph(text, names) for text in section.split("\n\n"))
     except MissingRow as missing:
@@ -90,7 +90,7 @@ def _table(evidence: Evidence, model: str, chip: str) -> Iterator[str]:
 
 
 def _origins(rows: Mapping[str, Any]) -> str:
-    """Returns which compilers and commits made the rows, each said once."""
+    """Returns the compilers and commits that made the rows, each once."""
     found = {}
     for row in rows.values():
         versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())

@@ -1,4 +1,4 @@
-"""Windows over a corpus: which tokens a step sees is a pure function of its number."""
+"""Windows over a corpus. The step's number alone decides which tokens a step sees."""
 
 import dataclasses
 
@@ -12,12 +12,12 @@ class Batches:
     """Random windows of a token array.
 
     The window of row r at step s depends on the seed and on `s * batch_size + r` alone. So a
-    run's position in the data is its step, and a batch cut into parts sees the same rows.
+    run's position in the data is its step, and microbatches see the rows of the whole batch.
 
     Attributes:
       tokens: One-dimensional integers, perhaps a memory map.
-      batch_size: Rows of a batch.
-      seq_len: Tokens a row is trained on; a row has one more, its last target.
+      batch_size: Sequences per batch.
+      seq_len: Tokens that a sequence is trained on; a row has one more, the last target.
       seed: The seed of the order, any whole number (seeds 2^64 apart give one order).
 
     Raises:
@@ -47,8 +47,8 @@ def validation_batches(
 
     Args:
       tokens: One-dimensional integers with at least `seq_len + 1` entries.
-      batch_size: Rows of a batch.
-      seq_len: Tokens of a row, beside its last target.
+      batch_size: Sequences per batch.
+      seq_len: Tokens that a sequence is trained on.
       max_batches: The most batches; fewer if the text has fewer separate windows.
 
     Returns:

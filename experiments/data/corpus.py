@@ -1,12 +1,12 @@
 """A corpus: token ids for training and validation, with the hash of what they were made from.
 
-Text is split by file: of the sorted files every tenth (the last one, where there are fewer than
-ten) is for validation, and each file is ended by one newline byte so that files stay apart. A
-single file is split by position and nothing is added to it, and so is a token file. Where a split
-by files would hold out more than it leaves, the split is by position too, and the summary says so.
+Text is split by file. Every tenth of the sorted files is for validation; of fewer than ten files it
+is the last one. A newline byte is added to each file, so that files stay apart. A single file, or a
+token file, is split by position, and nothing is added to it. If a split by files would hold out
+more than half of the text, the split is by position too, and the summary says so.
 
-Text is bytes, or tokens where there is a tokenizer. A packed corpus knows where its documents begin
-(`documents.py`): of these every tenth is for validation, and a token file is cut between two.
+Text is bytes, or the tokens of a tokenizer. A packed corpus knows where its documents begin
+(`documents.py`). Every tenth document is for validation; a token file is cut between two documents.
 """
 
 import dataclasses
@@ -43,11 +43,11 @@ class Corpus:
       num_files: Files read.
       skipped_files: Files left out: hidden, empty or binary ones, and links to files found already.
       largest_token: The largest token id.
-      tokenizer: What turns text into these tokens and back; None for bytes.
+      tokenizer: Turns text into tokens and back; None for bytes.
       train_starts: The first token of each document in `train`; None without packing.
       validation_starts: The first token of each document in `validation`; None without packing.
-      is_cut_by_size: Whether every tenth file or document was more than the others together, so
-        that the last tenth of the tokens is for validation instead.
+      is_cut_by_size: Whether the last tenth of the tokens is for validation, because every tenth
+        file or document would be more than half of them.
     """
 
     train: np.ndarray
@@ -102,13 +102,14 @@ def load_corpus(
       path: A text file, a folder, a glob, or a `.npy` or `.bin` token file; None is the source
         text of Python's standard library.
       token_dtype: The numbers of a `.bin` file, `"uint16"` or `"uint32"`.
-      tokenizer: What makes tokens of text; it only decodes the tokens of a token file.
-      pack: Whether documents are kept apart; then JSON Lines are read as documents.
-      end_token: The token that ends a document of a packed corpus, if there is one.
-      vocab_size: The model's; a `.bin` file's numbers are wide enough for it.
+      tokenizer: Turns text into tokens. Tokens of a token file are only decoded by it.
+      pack: Whether documents are kept apart. If so, JSON Lines are read as documents.
+      end_token: The token that ends a document of a packed corpus; None if documents have none.
+      vocab_size: The size of the model's vocabulary, for which a `.bin` file's numbers must be
+        wide enough; None if unknown.
 
     Raises:
-      DataError: Nothing readable there, or not what it is taken for.
+      DataError: There is no readable file, or its content is of another form.
     """
     end_token = end_token if pack else None
     if path is None:
@@ -217,14 +218,14 @@ def _whole(name: str, tokens: np.ndarray, sha256: str, largest: int, tokenizer) 
 
 
 def _cut_by_position(corpus: Corpus, starts: np.ndarray | None) -> Corpus:
-    """Returns a corpus whose last tenth is for validation; packed, from where a document begins."""
+    """Returns a corpus whose last tenth, from the start of a document, is for validation."""
     cut = len(corpus.train) - len(corpus.train) // FOLDS
     later = [] if starts is None else starts[starts >= cut]
     return _cut(corpus, int(later[0]) if len(later) else cut, starts)
 
 
 def _cut(corpus: Corpus, cut: int, starts: np.ndarray | None) -> Corpus:
-    """Returns a corpus of what `train` has, cut in two; parts of a memory map stay mapped."""
+    """Returns a corpus with its `train` tokens cut in two; parts of a memory map stay mapped."""
     tokens = corpus.train
     corpus = dataclasses.replace(corpus, train=tokens[:cut], validation=tokens[cut:])
     if starts is None:
@@ -248,5 +249,5 @@ def _hash(files: Sequence[TextFile], tokenizer: Tokenizer | None) -> str:
 
 
 def _packed_hash(sha256: str, end_token: int | None) -> str:
-    """Returns the hash of what was packed and of how documents end."""
+    """Returns the hash of a packed corpus: of its text and of its end token."""
     return hashlib.sha256(f"{sha256} packed {end_token}".encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Documents: the texts that a row of packed data keeps apart, and where each begins.
+"""Documents: texts that packing keeps apart, and where each begins.
 
 A text file is one document; each line of a JSON Lines file is one, as text or as tokens:
 
@@ -25,9 +25,9 @@ class Document(NamedTuple):
     """A document before it is tokens.
 
     Attributes:
-      place: Where it comes from, for people.
-      content: A text as a stream of bytes, which is read before the next document is asked for; or
-        an array of tokens.
+      place: The file, and the line in it, for error texts.
+      content: A text as a stream of bytes, to be read before the next document is taken; or an
+        array of tokens.
     """
 
     place: str
@@ -38,7 +38,7 @@ def read_documents(files: Iterable[TextFile]) -> Iterator[Document]:
     """Yields every document of some files, empty ones too.
 
     Raises:
-      DataError: A line that is no document, or a file that cannot be read.
+      DataError: A line is no document, or a file cannot be read.
     """
     for file in files:
         try:
@@ -63,7 +63,7 @@ def starts_in(tokens: np.ndarray, end_token: int | None) -> np.ndarray:
 
 
 def _lines(name: str, stream: BinaryIO) -> Iterator[Document]:
-    """Yields the documents of a JSON Lines file; empty lines are none."""
+    """Yields the documents of a JSON Lines file; empty lines are skipped."""
     wrong, more = [], 0
     for number, line in enumerate(stream, 1):
         line = line.removeprefix(UTF8_BOM) if number == 1 else line

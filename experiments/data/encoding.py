@@ -1,4 +1,4 @@
-"""Documents to token ids, in pieces: of a text no more than a few 100 KiB is in memory at once.
+"""Turns documents into token ids in pieces, of which a few 100 KiB are in memory at once.
 
 Bytes go to memory. Tokens of a tokenizer go to a file in jaxckpt's cache folder, and a second start
 with the same text, tokenizer and settings finds them there. Deleting that folder is always safe.
@@ -29,7 +29,7 @@ from experiments.data.sources import DataError, TextFile
 from experiments.data.tokenizer import Piece, Tokenizer
 from jaxckpt.compiled import cache
 
-# Of ten documents the tenth is for validation.
+# Every tenth document is for validation.
 FOLDS = 10
 # Encodings of a text take about a hundred times its bytes. The package encodes a batch's pieces in
 # parallel.
@@ -38,7 +38,7 @@ _BATCH_ITEMS = 1 << 10
 _VERSION = 1  # of the kept files
 _OWNER = "experiments.data"  # of a folder that tokens are written to
 _INDEX = ("starts", "held_out", "largest")
-# What reading a file raises that is not whole.
+# The errors of reading an incomplete file.
 _TORN = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 _NONE = np.zeros(0, np.uint8)
 
@@ -48,7 +48,7 @@ class Encoded:
     """Documents one after another; the documents for validation come last.
 
     Attributes:
-      tokens: Their tokens, one-dimensional, in the smallest type that holds every token id.
+      tokens: All tokens, one-dimensional, in the smallest dtype that holds every token id.
       starts: The first token of each document, int64; documents without tokens are left out.
       held_out: The first token for validation; the number of tokens if there are fewer than ten
         documents.
@@ -66,9 +66,10 @@ class Encoding:
     """How documents become tokens.
 
     Attributes:
-      tokenizer: What makes tokens of text; None for bytes.
-      ending: Put at the end of a text.
-      end_token: Put behind a text's tokens; None for none. A document of tokens stays as it is.
+      tokenizer: Turns text into tokens; None for bytes.
+      ending: Bytes that are added to every text.
+      end_token: A token that is added to every text's tokens; None to add no token. Documents of
+        tokens are unchanged.
     """
 
     tokenizer: Tokenizer | None
@@ -81,8 +82,8 @@ class Encoding:
         `sha256` is a hash of the files' names and contents, and of the tokenizer.
 
         Raises:
-          DataError: No document, a line that is no document, text that is not UTF-8, or no room
-            for the tokens.
+          DataError: There is no document, a line is no document, text is not UTF-8, or the disk has
+            no room for the tokens.
         """
         if self.tokenizer is None:
             kept = io.BytesIO()
@@ -97,7 +98,7 @@ class Encoding:
         codec = _Bytes() if self.tokenizer is None else self.tokenizer
         largest = max(codec.largest_token, self.end_token or 0)
         if any(file.is_json_lines for file in files):
-            largest = 2**32 - 1  # tokens may be given as tokens
+            largest = 2**32 - 1  # a line may give tokens itself
         writer = _Writer(kept, held, np.min_scalar_type(largest))
         total = sum(file.stamp[0] for file in files)
         with _progress(total, shown=self.tokenizer is not None) as advance:
@@ -127,7 +128,7 @@ class Encoding:
 
 
 class _End(NamedTuple):
-    """A document's end, and the tokens behind it where it has any."""
+    """The end of a document, with the end token if there is one."""
 
     tokens: np.ndarray
 
@@ -150,7 +151,7 @@ class _Bytes:
 
 
 class _Writer:
-    """Writes documents to one stream, and every tenth to another that is added in the end."""
+    """Writes documents to one stream, and every tenth to another, which is appended at the end."""
 
     def __init__(self, kept: BinaryIO, held: BinaryIO, dtype: np.dtype):
         self._streams, self._lengths, self._starts = (kept, held), [0, 0], ([], [])
@@ -205,7 +206,7 @@ def _batches(items: Iterable[Any]) -> Iterator[list]:
 
 @contextlib.contextmanager
 def _progress(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Yields a function that is told of bytes done; on a terminal there is a bar."""
+    """Yields a function that takes the number of bytes done; a terminal shows a progress bar."""
     console = Console(stderr=True)
     columns = (TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     disable = not (shown and console.is_terminal)
@@ -217,8 +218,8 @@ def _progress(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
 def _kept(key: str, write: Callable[[BinaryIO, BinaryIO], dict[str, Any]]) -> Encoded:
     """Returns kept tokens; without them, keeps and returns what `write` writes.
 
-    A folder appears whole, by renaming. A part that a killed process left is removed. Where nothing
-    can be kept, a temporary folder is used, which is removed as soon as the file is open.
+    A complete folder gets its name by renaming. A part that a killed process left is removed. If
+    nothing can be kept, a temporary folder is used, and removed as soon as its file is open.
     """
     home = cache.folder()
     with contextlib.ExitStack() as stack:

@@ -1,8 +1,8 @@
-"""Packed rows: documents one after another, cut into rows, with the document of every token.
+"""Packed sequences: documents one after another, cut into rows, with the document of every token.
 
-No position is padding, and no token is left out but the few after the last whole row. Which rows a
-step sees is a pure function of its number, as for windows (`batches.py`): Grain's shuffle is a
-permutation that can be asked for any place, so a run's position in the data is its step.
+No position is padding, and only the few tokens after the last complete row are left out. The step's
+number alone decides which rows a step sees, as for windows (`batches.py`): Grain's shuffle is a
+permutation that can be evaluated at any place, so a run's position in the data is its step.
 """
 
 import dataclasses
@@ -22,13 +22,13 @@ from jaxckpt.compatibility import install
 class PackedRows:
     """Rows over documents: `rows[r]` is the tokens and the segment ids of row r.
 
-    Both are int32 `[seq_len + 1]`: a row shares its last token, which is a target alone, with the
-    next one. Segment ids count the documents of a row from 0.
+    Both are int32 `[seq_len + 1]`. A row's last token is only a target, and is the first token of
+    the next row. Segment ids count the documents of a row from 0.
 
     Attributes:
       tokens: One-dimensional integers, perhaps a memory map.
       starts: The first token of each document, sorted, from 0.
-      seq_len: Tokens a row is trained on.
+      seq_len: Tokens that a row is trained on.
 
     Raises:
       DataError: The tokens do not fill a row.
@@ -87,9 +87,9 @@ class PackedBatches:
     def _order(self):
         import grain
 
-        # Grain adds the epoch to its seed, so neighboring seeds would share orders: mixed, they
-        # do not.
-        rows: Any = self.rows  # it has what Grain asks of a source, but no base class
+        # Grain adds the epoch to its seed, so neighboring seeds would share orders. Mixed seeds do
+        # not.
+        rows: Any = self.rows  # it has the methods of Grain's sources, but not their base class
         return grain.MapDataset.source(rows).shuffle(mix_seed(self.seed)).repeat()
 
 
@@ -107,7 +107,7 @@ def packed_validation_batches(
 
 
 def check_grain():
-    """Raises `DataError` unless Grain is installed; to import it would import JAX."""
+    """Raises `DataError` unless Grain is installed. It is not imported here: it imports JAX."""
     if importlib.util.find_spec("grain") is None:
         raise DataError(f"--pack needs the package grain: {install('train')}")
 

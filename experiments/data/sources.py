@@ -1,9 +1,9 @@
 """Files of text: the standard library's sources, a file, a folder or a glob.
 
-A file's first 8 KiB tell text from a binary, so a huge binary in a folder costs one short read. Its
+A file's first 8 KiB tell whether it is text, so a huge binary in a folder costs one short read. The
 first lines tell JSON Lines from other text.
 
-A link to a folder is followed; a folder that was read already, such as one that holds the link, is
+A link to a folder is followed. A folder that was read already, such as a parent of the link, is
 left out and counted.
 """
 
@@ -26,7 +26,7 @@ _LEFT_OUT = frozenset(
 # Written when a Python is built, with the builder's own paths: another text on every machine.
 _BUILD_RECORDS = ("_sysconfigdata_", "config-")
 _SNIFFED_BYTES = 8192
-_LONGEST_LINE = 1 << 26  # of JSON Lines that are not named so
+_LONGEST_LINE = 1 << 26  # bytes of a line, in files that may be JSON Lines under another name
 _TOKEN_SUFFIXES = (".npy", ".bin")
 _JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
 _NPY = b"\x93NUMPY"
@@ -45,10 +45,10 @@ class TextFile:
     """A file of text.
 
     Attributes:
-      name: Its path below the folder that was given, with slashes.
-      path: Where it is.
-      is_json_lines: Whether each of its lines is a JSON object.
-      stamp: Its size in bytes and the time of its last change, when it was found.
+      name: The path below the given folder, with slashes.
+      path: The path that opens the file.
+      is_json_lines: Whether each line is a JSON object.
+      stamp: The size in bytes and the time of the last change, when the file was found.
     """
 
     name: str
@@ -102,14 +102,16 @@ def token_format(path: Path) -> str | None:
 
 
 def find_files(where: str) -> tuple[list[Path], Path, int]:
-    """Returns the files that `where` names, the folder that names them, and how many are left out.
+    """Returns the files that `where` names, the folder of their names, and how many are left out.
+
+    Hidden files, pipes and other special files, and links to files that are found already are left
+    out. A hidden folder counts as one file.
 
     Args:
-      where: A file, a folder (searched through) or a glob. Left out are hidden files, pipes and
-        other special files, and links to files found already; a hidden folder counts as one.
+      where: A file, a folder (searched with all folders below) or a glob.
 
     Raises:
-      DataError: Nothing there, or a folder that cannot be listed.
+      DataError: There is no such file or folder, or a folder cannot be listed.
     """
     if not where:
         raise DataError("--data is empty; leave it out for the standard library's sources")
@@ -138,7 +140,7 @@ def text_files(paths: list[Path], base: Path) -> tuple[list[TextFile], int]:
     """Returns the files of text in sorted order, and how many are empty, binary or of tokens.
 
     Raises:
-      DataError: A file that cannot be read, or text that is stored in another form.
+      DataError: A file cannot be read, or its text has another encoding or form.
     """
     named = _by_name(paths, base)
     try:
@@ -175,9 +177,9 @@ def _text_file(name: str, path: Path) -> TextFile | None:
 
 
 def _begins_with_objects(file: BinaryIO) -> bool:
-    """Returns whether a file's first line is a JSON object of a document, or its first two are any.
+    """Returns whether the first line of a file is a document, or its first two are JSON objects.
 
-    One object on a single line is a JSON file like any other text.
+    A file of a single JSON object is not JSON Lines.
     """
     seen = 0
     while (line := file.readline(_LONGEST_LINE)) and seen < 2:
@@ -198,8 +200,8 @@ def _begins_with_objects(file: BinaryIO) -> bool:
 def _walk(root: Path, is_left_out) -> Iterator[Path | None]:
     """Yields every file below `root`; None in place of each file or folder that is left out.
 
-    Links to folders come last, whatever their names, so that what is below `root` has its own name.
-    A link up to a folder that holds `root` would bring in what was not asked for.
+    Links to folders come last, so that a file below `root` has the name of its own folder. A link
+    to a folder above `root` is left out, because it would add files outside of `root`.
     """
 
     def refuse(error: OSError):
@@ -234,8 +236,8 @@ def _by_name(paths: list[Path], base: Path) -> list[tuple[str, Path]]:
 def _match(pattern: str) -> tuple[list[Path], Path, int]:
     """Returns a glob's files, the folder that they have in common, and how many are left out.
 
-    Names in the hash do not depend on where that folder is, and a single match is named as if it
-    had been given itself.
+    The hash does not depend on where that folder is. A single match has the name that it would
+    have without the glob.
     """
     found = list(_matches(pattern))
     # Links may bring a file twice; the shortest name is kept.
@@ -250,12 +252,12 @@ def _match(pattern: str) -> tuple[list[Path], Path, int]:
 
 
 def _matches(pattern: str) -> Iterator[Path | None]:
-    """Yields the files that fit; None for what a walk through folders leaves out."""
+    """Yields the files that match; None for each file or folder that is left out."""
     parts = Path(pattern).parts
     if "**" not in parts:
         yield from filter(Path.is_file, map(Path, glob.glob(pattern)))
         return
-    # The library's own walk would go round cycles of links until they are too many.
+    # `glob` would follow a cycle of links until the path is too long.
     first = next(place for place, part in enumerate(parts) if glob.has_magic(part))
     base, wanted = Path(*parts[:first]), parts[first:]
     is_hidden = lambda name: name.startswith(".")

@@ -1,9 +1,9 @@
 """A `tokenizer.json`: text to token ids and back, by Hugging Face's tokenizers.
 
-A text is encoded in pieces. Its tokens are those of the whole text: a piece ends where the tokens
-of the text around it, with what follows and without, are the same up to there. That is after a
-line or before a word, and inside of a long word between two tokens. Where a tokenizer takes a long
-word as one, it is cut all the same, and a warning says so.
+A text is encoded in pieces, and its tokens are those of the whole text. A piece ends at a place
+where the tokens before it do not depend on the text after it: after a line, before a word, or
+inside a long word between two tokens. A long word that has no such place is cut anyway, with a
+warning.
 """
 
 import hashlib
@@ -20,8 +20,8 @@ from jaxckpt.compatibility import install
 
 TOKENIZER_JSON = "tokenizer.json"
 _PIECE_BYTES = 1 << 15
-_LONGEST = 4  # so many times longer is a piece that has no line or word to end with
-# What decides whether a text may be cut is taken to be this near.
+_LONGEST = 4  # how many times longer a piece may be that has no end of a line or word
+# Text farther from a cut than this is assumed not to change the tokens at the cut.
 _CONTEXT_BYTES = 128
 _TRIES = 8
 _SPACES = b" \t\r\n\v\f"
@@ -31,7 +31,7 @@ class Piece(NamedTuple):
     """A part of a text, with some text before it.
 
     Attributes:
-      text: Both; bytes where there is no tokenizer.
+      text: The part and the text before it; bytes without a tokenizer.
       skipped: The number of tokens of the text before the part.
       num_bytes: The bytes of the part.
     """
@@ -46,15 +46,15 @@ class Tokenizer:
 
     Attributes:
       path: The file.
-      sha256: Its hash.
-      largest_token: The largest token id it has.
+      sha256: The hash of the file.
+      largest_token: The largest token id.
     """
 
     def __init__(self, path: Path):
         """Reads the file.
 
         Raises:
-          DataError: It cannot be read, or the package that reads it is not installed.
+          DataError: The file cannot be read, or the package tokenizers is not installed.
         """
         try:
             import tokenizers
@@ -68,7 +68,7 @@ class Tokenizer:
             raise DataError(f"cannot read {path}: {error.strerror}") from None
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the package's own, ValueError among them
+        except Exception as error:  # the package raises errors of several classes
             raise DataError(f"{path} is not a readable tokenizer: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -89,7 +89,7 @@ class Tokenizer:
           ending: Bytes that end every text that is not empty.
 
         Raises:
-          DataError: It is not UTF-8, by place and byte.
+          DataError: The text is not UTF-8; the error names the place and the byte.
         """
         waiting, looked, offset, before = bytearray(), 0, 0, Piece("")
         was_told = False
@@ -150,9 +150,9 @@ class Tokenizer:
         return None
 
     def _inside(self, before: Piece, text: bytearray) -> tuple[int, Piece, bool]:
-        """Cuts a text without lines and words; whole tokens begin where it begins, after `before`.
+        """Cuts a text without lines and words, which begins at the start of a token.
 
-        Returns the cut, the piece before the rest, and whether no token differs from the whole's.
+        Returns the cut, the piece before the rest, and whether the tokens are those of the whole.
         """
         around = before.text + text.decode(errors="ignore")
         found = self._tokenizer.encode(around, add_special_tokens=False)

@@ -1,4 +1,4 @@
-"""Token files: `.npy` and raw `.bin`, uint16 or uint32, memory-mapped and never read whole."""
+"""Token files: `.npy` and raw `.bin`, uint16 or uint32, memory-mapped."""
 
 import hashlib
 import tokenize
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.data.sources import DataError
-from jaxckpt.plans.errors import nearest
+from jaxckpt.plans.errors import check_word
 
 TOKEN_DTYPES = ("uint16", "uint32")
 _CHUNK_TOKENS = 1 << 22
@@ -20,17 +20,14 @@ def map_tokens(path: Path, token_dtype: str | None, vocab_size: int | None = Non
     Args:
       path: A NumPy file, or a file of bare numbers.
       token_dtype: The dtype of bare numbers, `"uint16"` or `"uint32"`; None for a NumPy file.
-      vocab_size: The model's, if it is known.
+      vocab_size: The size of the model's vocabulary; None if unknown.
 
     Raises:
-      DataError: Empty, torn, not one-dimensional uint16 or uint32, or bare numbers that are not
-        what `token_dtype` says.
+      DataError: The file is empty or incomplete, is not one-dimensional uint16 or uint32, or its
+        numbers are not of `token_dtype`.
     """
-    if token_dtype is not None and token_dtype not in TOKEN_DTYPES:
-        raise DataError(
-            f"--token-dtype {token_dtype!r} is not one of {', '.join(TOKEN_DTYPES)}"
-            f"{nearest(token_dtype, TOKEN_DTYPES)}"
-        )
+    if token_dtype is not None:
+        check_word("--token-dtype", token_dtype, TOKEN_DTYPES, DataError)
     if path.stat().st_size == 0:
         raise DataError(f"token file {str(path)!r} is empty")
     try:
@@ -65,7 +62,7 @@ def scan(tokens: np.ndarray) -> tuple[str, int]:
 
 
 def _check_width(path: Path, tokens: np.ndarray, vocab_size: int | None):
-    """Raises where bare numbers read as uint16 are uint32, by the vocabulary or by themselves."""
+    """Raises if numbers that are read as uint16 must be uint32: by the vocabulary, or by zeros."""
     if tokens.dtype != np.uint16:
         return
     if vocab_size is not None and vocab_size > 2**16:
@@ -82,7 +79,7 @@ def _check_width(path: Path, tokens: np.ndarray, vocab_size: int | None):
 
 
 def _map_npy(path: Path) -> np.ndarray:
-    # Not np.load, which opens an archive (.npz) under any name and unpickles where it is let.
+    # `np.load` would also open an archive (.npz) under any name.
     try:
         return np.lib.format.open_memmap(path, mode="r")
     except (ValueError, EOFError, SyntaxError, OverflowError, tokenize.TokenError) as error:

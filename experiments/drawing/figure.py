@@ -1,4 +1,4 @@
-"""A timeline as a matplotlib figure: time across, blocks up, what is held shaded behind."""
+"""A timeline as a matplotlib figure: time across, blocks up, held values shaded."""
 
 import textwrap
 from typing import Any

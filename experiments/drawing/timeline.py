@@ -1,8 +1,9 @@
 """A plan as a timeline: which block runs when, and how long carries and residuals are held.
 
-It is what one step runs under a loss: the forward parts of all stages in order, then their backward
-parts from the last stage to the first. A block's forward pass takes one unit of time, its backward
-pass two. Policies say what a block keeps inside and are not drawn: `policy_words` says them.
+A timeline shows one step of a stack under a loss: the forward parts of all stages in order, then
+their backward parts from the last stage to the first. A block's forward pass takes one unit of
+time, its backward pass two. Policies are about values inside a block and are not drawn;
+`policy_words` describes them.
 `as_text` draws a timeline as text, `figure.py` as a figure.
 """
 
@@ -29,9 +30,9 @@ class Span:
     """One block over a stretch of time.
 
     Attributes:
-      block: Its number; the number of the block that reads it for a carry.
-      start: When it begins.
-      stop: When it ends.
+      block: The block's number; for a carry, the number of the block that reads the carry.
+      start: The time at which the span begins.
+      stop: The time at which the span ends.
       kind: `FORWARD`, `RECOMPUTE` or `BACKWARD` for a run, `CARRY` or `RESIDUALS` for a held value.
     """
 
@@ -43,15 +44,15 @@ class Span:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Timeline:
-    """What a step does with its blocks.
+    """The runs of a step's blocks, and the values that are held.
 
     Attributes:
-      plan: Bound to the number of blocks.
+      plan: The plan, bound to the number of blocks.
       runs: Blocks that run, in order.
       held: Carries and residuals that wait for the backward pass.
-      loss_time: When the forward pass is over.
-      extra_forwards: Block forwards run again, the sum over the stages' schedules.
-      peak_slots: The most slots in use at once, over all stages together.
+      loss_time: The time at which the forward pass ends.
+      extra_forwards: The number of recomputed block forwards, summed over the stages' schedules.
+      peak_slots: The largest number of slots in use at once, over all stages together.
     """
 
     plan: Plan
@@ -63,12 +64,12 @@ class Timeline:
 
     @property
     def end(self) -> int:
-        """When the last block's backward pass ends."""
+        """The time at which the last block's backward pass ends."""
         return self.runs[-1].stop
 
     @property
     def evaluations(self) -> int:
-        """Block forwards that are run."""
+        """The number of block forwards that run."""
         return sum(run.kind != BACKWARD for run in self.runs)
 
 
@@ -143,7 +144,7 @@ class _Recorder:
         self.now += time
 
     def hold(self, block: int, since: int, kind: str):
-        """Notes what was held until now."""
+        """Notes that a block's value was held since a time until now."""
         if self.now > since:
             self.held.append(Span(block=block, start=since, stop=self.now, kind=kind))
 
@@ -185,14 +186,13 @@ class _Stage:
 
 
 def title(line: Timeline) -> str:
-    """Returns what stands above a picture: the plan as people write it, and the blocks."""
-    blocks, stages = line.plan.bound_count, line.plan.stages
-    plan = dataclasses.replace(stages[0], count=None) if len(stages) == 1 else line.plan
-    return f"{plan} on {blocks} block{'s' * (blocks > 1)}"
+    """Returns the title of a picture: the plan as people write it, and the number of blocks."""
+    blocks = line.plan.bound_count
+    return f"{line.plan.written} on {blocks} block{'s' * (blocks > 1)}"
 
 
 def counts(line: Timeline) -> str:
-    """Returns the counts that stand below a picture."""
+    """Returns the counts below a picture, as text."""
     blocks, again = line.plan.bound_count, line.extra_forwards
     return (
         f"evaluations {line.evaluations} ({blocks} + {again} extra forwards); "

@@ -50,7 +50,7 @@ def measure_all(
       parallel: Compilations at once. This process compiles for `local`, one after another.
       done: Called with each row as it is done, by the thread that made it.
     """
-    here = threading.Lock()  # JAX's tracing of one step does not gain from another's beside it
+    here = threading.Lock()  # two steps that are traced at once are no faster than in turn
     with Waiting(len(cases), parallel) as waiting:
 
         def work(case: tuple[TrainConfig, str]) -> FitRow:
@@ -59,7 +59,7 @@ def measure_all(
                 row = _row(config, target, largest, _Compiler(here, compiling, waiting.say))
             if row.error is None or not launch.is_stopped():
                 waiting.done(row)
-                done(row)  # here, so that an interrupt of the caller finds it
+                done(row)  # in this thread: the caller may be interrupted
             return row
 
         return launch.in_parallel(work, cases, parallel)
@@ -67,11 +67,11 @@ def measure_all(
 
 @dataclasses.dataclass(frozen=True)
 class _Compiler:
-    """What compiles the steps of a row.
+    """Compiles the steps of a row.
 
     Attributes:
       here: Held while this process compiles.
-      compiling: Takes the name of what is compiled now.
+      compiling: Shows the name of the compilation that runs.
       say: Prints a line that stays.
     """
 
@@ -92,7 +92,7 @@ class _Compiler:
             return choose(config, target, budget=budget, progress=progress)
 
     def measure(self, config: TrainConfig, target: str, what: str = "") -> MemoryReport:
-        """Returns the memory of a configuration's step; `what` tells it from others of the row."""
+        """Returns the memory of a configuration's step; `what` names it among the row's steps."""
         with self.here if _is_local(target) else contextlib.nullcontext():
             self.compiling(what)
             return _measure(config, target)
@@ -121,7 +121,7 @@ def _row(config: TrainConfig, target: str, largest: str | None, compiler: _Compi
             chosen = planned(config, lambda one: compiler.choose(one, target))
             return _auto_row(FitRow(**asked), chosen)
         return FitRow(**asked, report=compiler.measure(config, target))
-    except Exception as error:  # whatever it is, it is this row's and no other's
+    except Exception as error:  # an error of one row must not stop the others
         return FitRow(**asked, failure=error)
 
 
@@ -153,7 +153,7 @@ def _largest_row(row: FitRow, largest: str, compiler: _Compiler) -> FitRow:
         return report.peak_bytes, one.limit_bytes
 
     count = largest_that_fits(peak, start=start)
-    # Where nothing fits, the least size says by how much.
+    # If no size fits, the row of the least size shows how much is missing.
     return dataclasses.replace(rows[max(count, 1)], size=count * unit)
 
 
@@ -163,15 +163,16 @@ def _largest_auto(
     ways: Callable[[TrainConfig], list[TrainConfig]],
     compiler: _Compiler,
 ) -> FitRow:
-    """Returns the row of the largest size that some plan fits, with the fastest plan that does.
+    """Returns the row of the largest size for which a plan fits, with the fastest such plan.
 
-    The largest size is looked for under the plan of the least peak, in the leanest way; then the
-    planner itself is asked at that size and at the next one, in the first way that fits.
+    The largest size is searched under the plan with the least peak and the configuration that needs
+    the least memory. Then the planner is asked at that size and at the next one, with the first
+    configuration that fits.
 
     Args:
       sized: Returns the row of a size, without a report.
       start: The first size to try.
-      ways: Returns a configuration as given, then in ways that need less memory.
+      ways: Returns the given configuration, then variants of it that need less memory.
       compiler: Compiles steps.
     """
 
@@ -203,7 +204,7 @@ def _largest_auto(
     count, chosen = grown(plan, largest_that_fits(peak, start=start))
     if chosen is not None:
         return _auto_row(sized(count), chosen)
-    # No plan fits the least size: its row has the plan that comes nearest.
+    # No plan fits the least size: its row has the plan with the least peak.
     row = sized(1)
     config = dataclasses.replace(row.config, remat=_least_plan(row, compiler))
     report = compiler.measure(config, row.target)
@@ -211,7 +212,7 @@ def _largest_auto(
 
 
 def _least_plan(row: FitRow, compiler: _Compiler) -> str:
-    """Returns the plan of the least peak: what the planner answers when nothing fits."""
+    """Returns the plan of the least peak, which the planner names if no plan fits."""
     try:
         return str(compiler.choose(row.config, row.target, budget=1).plan)
     except BudgetError as error:
@@ -224,18 +225,18 @@ _MOST = 1 << 20
 
 
 def largest_that_fits(peak: Callable[[int], tuple[int, int | None]], *, start: int = 1) -> int:
-    """Returns the largest size that fits, 0 if not even 1 does.
+    """Returns the largest size that fits; 0 if size 1 does not fit.
 
-    The peak of a step is nearly a straight line in batch and sequence, so the next size to try is
-    where the line through the last two meets the limit. The answer is verified: it fits, and the
-    next size does not. A peak that falls as the size grows is not looked for.
+    The peak of a step is nearly linear in the batch size and the sequence length. So the next size
+    to try is where the line through two sizes meets the limit. The result is verified: it fits, and
+    the next size does not. Peaks are assumed to grow with the size.
 
     Args:
       peak: Returns `(peak_bytes, usable_bytes)` of a size.
       start: The first size to try.
 
     Raises:
-      ConfigError: What the device can use is not known.
+      ConfigError: The usable bytes of the device are unknown.
     """
     seen: dict[int, int] = {}
     fits, fails, size = 0, None, start
@@ -258,7 +259,7 @@ def largest_that_fits(peak: Callable[[int], tuple[int, int | None]], *, start: i
 def grown(plan: Callable[[int], Answer | None], count: int) -> tuple[int, Answer | None]:
     """Returns the largest size for which `plan` has an answer, and the answer.
 
-    `count` is where to begin: a size that is likely to be the largest; 0 if none is likely.
+    The search begins at `count`, a size that is likely to be the largest; 0 if unknown.
     """
     found, last = None, count
     while last > 0 and (found := plan(last)) is None:

@@ -16,11 +16,11 @@ class FitRow:
     """One plan on one target.
 
     Attributes:
-      config: What was compiled; if its plan was `auto`, with the chosen plan.
-      target: The chip that it was compiled for.
-      report: Its memory; None after a failure.
+      config: The compiled configuration; the chosen plan is in the place of `auto`.
+      target: The chip that the step was compiled for.
+      report: The memory of the step; None after a failure.
       failure: The error of a row without a report.
-      size: With `--max`, the largest size that fits, 0 if none does.
+      size: The largest size that fits (`--max`); 0 if no size fits, None without `--max`.
       budget_bytes: The budget of the device, if one was given.
       host_budget_bytes: The budget of the host, if one was given.
       auto: The planner's answer, if the plan was `auto`.
@@ -49,7 +49,7 @@ class FitRow:
 
     @property
     def is_refused(self) -> bool:
-        """Whether the user can mend the failure; if not, the program has a fault."""
+        """Whether the user can correct the failure; otherwise it is a fault of the program."""
         return isinstance(self.failure, UserError)
 
     @property

@@ -17,7 +17,7 @@ _BESIDE_PLAN = 100  # columns
 
 
 def show(rows: Sequence[FitRow], settings: TrainConfig, largest: str | None = None):
-    """Prints a table for each target, then what was found and what went wrong."""
+    """Prints a table for each target, with its findings and errors."""
     # A narrow terminal folds lines; columns are never cut.
     longest = max(len(row.config.remat) for row in rows)
     width = max(Console().width, _WIDTH, longest + _BESIDE_PLAN)
@@ -33,7 +33,7 @@ def show(rows: Sequence[FitRow], settings: TrainConfig, largest: str | None = No
                 text = str(row.auto) if settings.explain else row.auto.summary
                 console.print(text, markup=False)
                 if flags := _more_flags(row.config, settings):
-                    console.print(f"  beside it    {flags}", markup=False)
+                    console.print(f"  more flags   {flags}", markup=False)
         too_much = excess(mine[0].budget_bytes, target)
         if too_much is not None:
             console.print(f"warning: {too_much}", markup=False)
@@ -46,7 +46,7 @@ def show(rows: Sequence[FitRow], settings: TrainConfig, largest: str | None = No
 
 
 def _more_flags(config: TrainConfig, settings: TrainConfig) -> str:
-    """Returns the flags that make a step fit beside its plan, and that were not asked for."""
+    """Returns the flags that the step needs in addition to its plan and the given settings."""
     flags = []
     if config.model.mlp_tiles != settings.model.mlp_tiles:
         flags.append(f"--mlp-tiles={config.model.mlp_tiles}")
@@ -99,7 +99,7 @@ def _usable(row: FitRow) -> str:
 
 
 def _table(rows: Sequence[FitRow], largest: str | None) -> Table:
-    """Returns the table; a column that has nothing to say of any row is left out."""
+    """Returns the table; a column that is empty in every row is left out."""
     chosen = None if largest else best(rows)
     fastest = chosen or rows[0]
     columns: dict[str, list[str]] = {
@@ -137,7 +137,7 @@ def _verdict(row: FitRow, *, is_chosen: bool) -> str:
 
 
 def _beside(row: FitRow, fastest: FitRow) -> str:
-    """Returns how much longer a step takes than the fastest that fits; empty if unknown."""
+    """Returns how much longer a step takes than the fastest step that fits; empty if unknown."""
     seconds, least = row.measured.estimated_seconds, fastest.measured.estimated_seconds
     if not seconds or not least or row is fastest:
         return ""
@@ -153,9 +153,9 @@ def _number(value: float | None, form: str, factor: float = 1) -> str:
 
 
 def _findings(rows: Sequence[FitRow], largest: str | None):
-    """Yields each row with each of its findings, and what was not understood of XLA's texts.
+    """Yields each row with each of its findings, and with a count of lines that XLA's reader skips.
 
-    The comparison with `none` comes last, one finding for all plans that save nothing.
+    The comparison with `none` comes last, as one finding for all plans that save nothing.
     """
     is_none = lambda row: all(stage.schedule == "none" for stage in row.config.plan.stages)
     nones = [row.measured for row in rows if is_none(row)]

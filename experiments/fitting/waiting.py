@@ -1,6 +1,6 @@
-"""What is shown while `experiments.fit` compiles: each row as it is done, and what runs now.
+"""The display of `experiments.fit`: every finished row, and the compilations that run.
 
-A terminal has a live line for every row at work, with what is compiled and for how long; the last
+A terminal has a live line for every row at work: the compilation and its seconds so far. The last
 line counts the rows and says how much time is left. Elsewhere only finished rows are shown.
 """
 
@@ -59,7 +59,7 @@ class Waiting:
         self._console.print(text, markup=False)
 
     def done(self, row: FitRow):
-        """Shows a row that is done; a lone one is shown by the table alone."""
+        """Shows a finished row; a single row is shown only in the table."""
         self._done += 1
         if self._count > 1:
             self.say(f"{self._done}/{self._count}  {row.summary}")

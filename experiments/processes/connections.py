@@ -1,15 +1,15 @@
-"""How several processes hear of one another: a roll call, then connections. No JAX import.
+"""How processes find missing and dead processes: a roll call, then connections. No JAX import.
 
-JAX's own start (`initialization_timeout`) ends a process whose others do not come by a fatal error
-of C++, which does not name them (exit code 1 on jax 0.7.2, SIGABRT on 0.10.2), and goes on where
-processes count differently. So the first process calls the roll at the same address before: every
-process says who it is and what it is about to run, and hears from the first what came of it.
+JAX's own start (`initialization_timeout`) ends a process whose peers are missing by a fatal error
+of C++ that does not name them (exit code 1 on jax 0.7.2, SIGABRT on 0.10.2). It goes on if
+processes disagree about their number. So the first process calls the roll at the same address
+before JAX starts: every process sends its number and a digest of its run, and gets the result.
 
-The connections of the roll call stay open, so that the end of one process is known to all at once.
-A process that dies takes its connections with it, whatever it was doing. The others wait for it in
-some exchange of arrays, which no exception can end, so the thread that hears of it ends the
-process, with one line. JAX's heartbeats hear of it too, later, and end as above; left to them is
-what no connection hears, a host that vanishes without closing its own.
+The connections of the roll call stay open. If a process dies, the system closes its connections,
+and all other processes notice at once. They may be waiting for it in an exchange of arrays, which
+no exception can end, so the thread that watches the connections ends its process with one line.
+JAX's heartbeats notice a death too, later and with the fatal error. Only heartbeats notice a host
+that vanishes without closing its connections.
 """
 
 import contextlib
@@ -31,14 +31,14 @@ _GO = "go"
 
 
 def call_roll(flags: ProcessFlags, digest: str) -> dict[int, socket.socket]:
-    """Returns once all processes have said that they are there, with one digest.
+    """Waits until all processes are present, with the same digest.
 
     Returns:
       Connections by the number of the process at the other end: process 0 has one to each other
       process, and each other process has one to process 0.
 
     Raises:
-      ConfigError: Some did not come in time, two have one number, or they do not agree.
+      ConfigError: A process did not come in time, two have the same number, or they disagree.
     """
     word = {"process": flags.process_id, "processes": flags.processes, "digest": digest}
     deadline = time.monotonic() + flags.join_seconds
@@ -52,7 +52,7 @@ def call_roll(flags: ProcessFlags, digest: str) -> dict[int, socket.socket]:
 
 
 def _lead(flags: ProcessFlags, word: dict, deadline: float) -> tuple[str, dict[int, socket.socket]]:
-    """Hears every other process and tells all of them what came of it."""
+    """Waits for every other process, and sends all of them the result."""
     present: dict[int, socket.socket] = {}
     answer = None
     with _listener(flags) as listener:
@@ -74,14 +74,14 @@ def _lead(flags: ProcessFlags, word: dict, deadline: float) -> tuple[str, dict[i
                     present[theirs["process"]] = connection
                     continue
                 _tell(connection, answer)
-            connection.close()  # a stranger's, or of a process that disagrees
+            connection.close()  # of another program, or of a process that disagrees
     for connection in present.values():
         _tell(connection, answer or _GO)
     return answer or _GO, present
 
 
 def _tell(connection: socket.socket, answer: str):
-    with contextlib.suppress(OSError):  # who is gone is found out later
+    with contextlib.suppress(OSError):  # a process that is gone is noticed later
         connection.sendall(answer.encode() + b"\n")
 
 
@@ -114,18 +114,18 @@ def _listener(flags: ProcessFlags) -> socket.socket:
 def _follow(
     flags: ProcessFlags, word: dict, deadline: float
 ) -> tuple[str, dict[int, socket.socket]]:
-    """Tells the first process who this is, and returns what it answers."""
+    """Sends this process's number and digest to the first process, and returns the answer."""
     while (left := deadline - time.monotonic()) > 0:
         try:
             connection = socket.create_connection(flags.address, timeout=left)
             connection.sendall(json.dumps(word).encode() + b"\n")
-            # The first process may have begun to wait later, by as much as this one waits.
+            # The first process may have begun to wait up to `join_seconds` later.
             connection.settimeout(left + flags.join_seconds)
             answer = _line(connection)
             if answer:
                 return answer, {0: connection}
             connection.close()
-        except OSError:  # not there yet, or gone again
+        except OSError:  # the first process is not there yet, or has ended
             pass
         time.sleep(_RETRY_SECONDS)
     return f"process 0 of {flags.processes} {_not_come(flags)}", {}
@@ -136,7 +136,7 @@ def _not_come(flags: ProcessFlags) -> str:
 
 
 def _read(connection: socket.socket) -> dict | None:
-    """Returns what a process says of itself; None from a stranger."""
+    """Returns a process's number and digest; None if another program has connected."""
     connection.settimeout(5.0)
     try:
         found = json.loads(_line(connection))
@@ -146,7 +146,7 @@ def _read(connection: socket.socket) -> dict | None:
 
 
 def _line(connection: socket.socket) -> str:
-    """Returns what comes before the next newline, and reads nothing of what comes after it."""
+    """Returns the text before the next newline, and reads no byte after it."""
     text = b""
     while not text.endswith(b"\n") and len(text) < 4096:
         one = connection.recv(1)
@@ -164,8 +164,8 @@ _DONE = b"done\n"
 class Lifelines:
     """Watches connections to other processes; a context manager.
 
-    An exception that leaves the context closes the connections without a word, which ends the other
-    processes too.
+    An exception that leaves the context closes the connections without the message `done`, which
+    ends the other processes too.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class Lifelines:
                 connection.shutdown(socket.SHUT_WR)
 
     def listen(self):
-        """Waits long enough to hear that another process has ended, which ends this one."""
+        """Waits until the end of another process would have ended this one."""
         time.sleep(self._grace_seconds + 1)
 
     def _watch(self):

@@ -41,7 +41,7 @@ class ProcessFlags:
                 f"process_id is {self.process_id}; of {self.processes} processes it is 0 to "
                 f"{self.processes - 1}"
             )
-        _ = self.address  # raises if it is no address
+        _ = self.address  # raises for an invalid address
 
     @property
     def address(self) -> tuple[str, int]:

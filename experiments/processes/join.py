@@ -4,7 +4,7 @@
     python -m experiments.train ... --coordinator host:1234 --processes 2 --process-id 1
 
 They call the roll (`connections.py`) before JAX is imported or anything is written. The connections
-of the roll call stay, so that the end of one process is known to all.
+of the roll call stay open, so that all processes notice the end of one.
 """
 
 import atexit
@@ -25,12 +25,12 @@ from jaxckpt.plans.errors import UserError
 
 @contextlib.contextmanager
 def joined(flags: ProcessFlags, config: TrainConfig, corpus_sha256: str):
-    """A context in which all processes are there and JAX's distributed system is up.
+    """A context in which all processes are present and JAX's distributed system is running.
 
     With one process it does nothing.
 
     Raises:
-      ConfigError: Some processes do not come, or not all run the same.
+      ConfigError: A process does not come, or processes have different settings or data.
     """
     if flags.processes == 1:
         yield
@@ -42,10 +42,10 @@ def joined(flags: ProcessFlags, config: TrainConfig, corpus_sha256: str):
         try:
             _start_jax(flags)
             yield
-        except BaseException as error:  # any that leaves the context: it is raised again
+        except BaseException as error:  # every exception is raised again
             alone = isinstance(error, RunError) and error.__cause__ is None
             if isinstance(error, Exception) and not (isinstance(error, UserError) or alone):
-                # An exchange that broke, perhaps: then another process has ended, and that is said.
+                # The cause may be that another process has ended; its message comes first then.
                 lifelines.listen()
             # JAX would wait for the others before this process ends.
             atexit.register(_leave, _code_of(error))
@@ -53,7 +53,7 @@ def joined(flags: ProcessFlags, config: TrainConfig, corpus_sha256: str):
 
 
 def _code_of(error: BaseException) -> int:
-    """Returns what a command line that ends by an error answers; see `experiments.cli`."""
+    """Returns the exit code of a command that ends by an error; see `experiments.cli`."""
     if isinstance(error, Exception):
         return 2 if isinstance(error, UserError) else 1
     return 128 + (signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
@@ -81,14 +81,14 @@ def _start_jax(flags: ProcessFlags):
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Whether this process writes and prints."""
     import jax
 
     return jax.process_index() == 0
 
 
 class SharedFlag:
-    """A flag that is set once it is set in any process; all ask in one order, without waiting."""
+    """A flag that any process can set. All processes ask in the same order, without waiting."""
 
     def __init__(self):
         self._asked: Any = False
@@ -96,8 +96,8 @@ class SharedFlag:
     def anywhere(self, is_set_here: bool) -> bool:
         """Returns whether the flag is set in any process.
 
-        With several processes it answers the question before this one, alike in all processes. The
-        devices know that answer when they are done with the work dispatched before that question.
+        With several processes the answer is that of the previous call, the same in all processes.
+        The devices have it once the work that was dispatched before the previous call is done.
         """
         import jax
         import numpy as np

@@ -11,7 +11,7 @@ _MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 
 
 def draw(groups: Sequence[Group], lines: Sequence[Line], title: str):
-    """Returns the figure of the group with the most plans; its title says how many others are."""
+    """Returns the figure of the group with the most plans; its title counts the other groups."""
     plotting.import_matplotlib()
     from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]  an extra
 
@@ -81,7 +81,7 @@ def _draw_losses(axes, group: Group, styles):
     runs = [point for point in group.points if point.losses]
     for number, point in enumerate(runs):
         steps = range(1, len(point.losses) + 1)
-        # Equal curves lie on one another; the lower one is wider, so that both are seen.
+        # Equal curves cover one another; the lower curve is wider, so that both are seen.
         style = styles[point.plan] | {"marker": None, "linestyle": "-"}
         width = 1.5 + 1.2 * (len(runs) - 1 - number)
         losses = [float("nan") if loss is None else loss for loss in point.losses]
@@ -93,7 +93,7 @@ def _draw_losses(axes, group: Group, styles):
 
 
 def _add_legend(axes):
-    """Names the plans below a panel, where no mark or line can be."""
+    """Names the plans below a panel, where the legend hides no mark or line."""
     if axes.get_legend_handles_labels()[1]:
         place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
         axes.legend(fontsize=8, frameon=False, **place)

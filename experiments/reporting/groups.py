@@ -13,9 +13,9 @@ class Group:
     """Points of one depth on one target with equal settings, one for each plan.
 
     Attributes:
-      name: The text above its table.
-      family: Its name without the depth: groups of a family differ in depth alone.
-      points: By peak, the smallest first.
+      name: The heading of the group's table.
+      family: The name without the depth; groups of a family differ in depth alone.
+      points: The points, the smallest peak first.
       frontier: Places in `points` of the plans that no other plan beats in both memory and time.
       ties: For each point, the places of other points whose step times lie within its noise.
       loss_difference: The largest difference of a step's loss between two plans, relative to the
@@ -36,10 +36,10 @@ class Line:
 
     Attributes:
       plan: The plan.
-      family: The family of its groups.
+      family: The family of the groups that the line goes through.
       depths: Numbers of blocks, ascending.
-      peaks: Peak bytes at each.
-      temps: Temporary bytes at each; empty if one is unknown.
+      peaks: Peak bytes at each depth.
+      temps: Temporary bytes at each depth; empty if a size is unknown.
       peak_slope: The slope of log peak over log depth, by least squares; 1 is linear, 0.5 a square
         root.
       temp_slope: The slope of the temporaries; None if they are unknown or zero.
@@ -55,7 +55,7 @@ class Line:
 
 
 def groups_of(points: Sequence[Point]) -> tuple[Group, ...]:
-    """Returns the groups, the largest first; of two points of one plan the later one counts."""
+    """Returns the groups, the largest first; a later point replaces an earlier one of its plan."""
     settings = {point.settings for point in points}
     members: dict[tuple[str, int], dict[str, Point]] = {}
     for point in points:
@@ -97,7 +97,7 @@ def frontier(points: Sequence[Point]) -> tuple[int, ...]:
 
 
 def ties(points: Sequence[Point]) -> tuple[tuple[int, ...], ...]:
-    """Returns for each point the places of other points that are as fast, as far as one can tell.
+    """Returns for each point the places of other points whose step time cannot be told apart.
 
     Two points tie if the middle halves of their step times overlap.
     """

@@ -16,27 +16,31 @@ _SHOWN_BUFFERS = 12
 
 
 class PointError(ValueError):
-    """A row that cannot be shown: what it lacks."""
+    """A row that cannot be shown, and the reason."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Point:
-    """A plan at a depth on a target, as it is shown; an unknown text is "", a number None.
+    """A plan at a depth on a target, as it is shown. Unknown text is "", an unknown number None.
 
     Attributes:
-      plan: As people write it; the count of a lone stage is left out.
-      target: The chip it was compiled for, or `"local"`; `device` is the device's own name.
-      settings: The flags that it shares with comparable rows.
+      plan: The plan as people write it: a lone stage has no count.
+      depth: The number of blocks.
+      target: The chip that the step was compiled for, or `"local"`.
+      device: The device's own name.
+      settings: The flags that comparable rows share.
       about: Model, batch and optimizer in words.
-      peak_bytes: The compiled peak; `temp_bytes` of it are temporaries.
+      date: The day of the row.
+      peak_bytes: The compiled peak.
+      temp_bytes: The temporaries at the compiled peak.
       runtime_bytes: The most that the runtime held.
-      step_seconds: The median.
-      step_spread: The quartiles, between which half of the steps lie.
+      step_seconds: The median of the step times.
+      step_spread: The quartiles of the step times.
       seconds_source: `"measured"` or `"roofline"`.
-      recomputed: FLOPs run again, as a share of the FLOPs without remat.
+      recomputed: Recomputed FLOPs, as a share of the FLOPs without remat.
       losses: The loss of every step; empty without steps.
       buffers: The largest values at the peak, largest first.
-      command: The command line that repeats it.
+      command: The command line that repeats the row.
       origin: Versions, commit, and the part of XLA's text that was not understood.
     """
 
@@ -89,7 +93,7 @@ def point_of_run(record: list[dict[str, Any]]) -> Point:
     """Returns the point of a run of `experiments.train`, from the lines of its record.
 
     Raises:
-      PointError: It is not one, or it has no step.
+      PointError: The record is not of a run, or it has no step.
     """
     try:
         header = [row for row in record if "versions" in row][-1]
@@ -105,7 +109,7 @@ def point_of_run(record: list[dict[str, Any]]) -> Point:
 
 
 def _config(values: Mapping[str, Any]) -> TrainConfig:
-    """Returns the configuration of a record, without fields that only later versions know."""
+    """Returns the configuration of a record, without fields that this version does not know."""
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     kept = {name: value for name, value in values.items() if name in known}
     for name in ("out", "overwrite", "resume", "compile_cache", "keep", "tensorboard", "sample"):
@@ -118,12 +122,9 @@ def _config(values: Mapping[str, Any]) -> TrainConfig:
 
 def _plan(text: str, depth: int) -> str:
     try:
-        stages = Plan.parse(text).bind(depth).stages
+        return Plan.parse(text).bind(depth).written
     except PlanError as error:
         raise PointError(f"plan: {error}") from None
-    if len(stages) == 1:
-        return str(dataclasses.replace(stages[0], count=None))
-    return "/".join(str(stage) for stage in stages)
 
 
 def _text(row: Mapping[str, Any], name: str, default: str | None = None) -> str:

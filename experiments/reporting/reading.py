@@ -1,4 +1,4 @@
-"""Finding rows: folders of sweeps and runs in, points out; whatever is skipped is named."""
+"""Finding rows: folders of sweeps and runs in, points out; every skipped row is named."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -54,7 +54,7 @@ def read_all(paths: Sequence[Path]) -> Found:
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """Yields the files to read: a sweep's own rows stand for the runs that it left beside them."""
+    """Yields the files to read; the runs inside a sweep's folder are not read, its rows are."""
     if path.is_file():
         yield path
         return

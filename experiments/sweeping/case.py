@@ -1,4 +1,4 @@
-"""One row to be: a configuration on a target, its key, and the command lines that run it."""
+"""A row before it is run: a configuration on a target, its key, and the command lines for it."""
 
 import dataclasses
 import hashlib
@@ -15,7 +15,7 @@ from jaxckpt.models.config import TransformerConfig
 
 LOCAL = "local"
 _TABLES = {"model": TransformerConfig(), "optimizer": OptimizerConfig()}
-# What a run's folder is called, and what it leaves there, changes no number.
+# The name of a run's folder, and the files in it, change no number.
 _OF_RECORD = ("save_every", "explain", "validate_every", "validation_batches")
 _NOT_OF_ROW = (*PERMISSIONS, "out", "compile_cache", "keep", "sample", "tensorboard")
 
@@ -25,7 +25,7 @@ class Case:
     """A plan on a target at a depth.
 
     Attributes:
-      config: The whole configuration; its `steps` are the length of the learning rate's schedule.
+      config: The whole configuration; the learning rate's schedule is over its `steps`.
       target: `"local"`, or a chip that need not be there.
       run_steps: Steps that a row on `local` trains.
     """
@@ -41,7 +41,7 @@ class Case:
 
     @property
     def key(self) -> str:
-        """Sixteen hexadecimal digits: equal for cases whose rows would say the same."""
+        """Sixteen hexadecimal digits, the same for cases whose rows would be the same."""
         settings = self.config.to_dict()
         settings = {name: value for name, value in settings.items() if name not in _NOT_OF_ROW}
         asked = [settings, self.target, versions(), os.environ.get("JAX_PLATFORMS")]
@@ -66,7 +66,7 @@ class Case:
 
     def command(self) -> str:
         """Returns the command that trains this row, or compiles it for an absent chip."""
-        # The plan is always written out; the other flags are of the default plan.
+        # The plan is always given; other flags are given where they differ from the defaults.
         plan, rest = self.config.remat, dataclasses.replace(self.config, remat=TrainConfig().remat)
         flags = [f"--target={self.target}", f"--plan={plan}"]
         program = "fit"

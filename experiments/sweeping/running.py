@@ -2,9 +2,9 @@
 
 The rows are in `rows.jsonl`, one JSON object a line; a row is on disk before the next one runs.
 
-A row on `local` is a short run of `experiments.train`. A plan `auto` is chosen in another process
-before, so that the row measures its own memory. A row for an absent chip is compiled as
-`experiments.fit` does it, and has no losses.
+A row on `local` is a short run of `experiments.train`. The plan `auto` is first chosen in another
+process, so that the row measures its own memory. A row for an absent chip is compiled by the code
+of `experiments.fit`, and has no losses.
 """
 
 import contextlib
@@ -36,18 +36,18 @@ from jaxckpt.absent.launch import Processes
 from jaxckpt.units import iec
 
 ROWS = "rows.jsonl"
-# The first step waits for what the runtime sets up once.
+# The first step is slower: the runtime sets itself up.
 _WARM_UP = 1
-_LEAST_TIMES = 4  # that have quartiles
-# Of what a failed process wrote: a traceback of JAX's, whole.
+_LEAST_TIMES = 4  # fewer times have no quartiles
+# Kept of a failed process's output: enough for a whole traceback of JAX.
 _KEPT_LETTERS = 20_000
 _RETRY_SECONDS = 0.2
-# What a run's process answers to a signal, once it has saved.
+# The exit codes of a run that a signal has stopped, after it has saved.
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 class RowError(RuntimeError):
-    """A row that came to nothing: why, in one line, and all that is known of it."""
+    """A row that failed: the reason in one line, and the process's output."""
 
     def __init__(self, line: str, traceback: str = ""):
         super().__init__(line)
@@ -62,7 +62,7 @@ class Rows:
     """
 
     def __init__(self, folder: Path):
-        """Reads what the folder holds; a line that a killed sweep tore is cut off.
+        """Reads the rows of the folder, and removes a line that a killed sweep left incomplete.
 
         Raises:
           RunError: The folder cannot be read or written.
@@ -134,7 +134,7 @@ def _run_here(case: Case, folder: Path, processes: Processes) -> dict[str, Any]:
     out = folder / case.name
     with tempfile.TemporaryDirectory(prefix="jaxckpt-") as cache:
         flags = [*case.training_flags(Path(cache)), f"--out={out}", "--overwrite"]
-        # A sweep that was killed may have left the run that it was waiting for.
+        # A killed sweep may have left its run behind, which still writes to the folder.
         while is_locked(out) and not processes.stopped:
             time.sleep(_RETRY_SECONDS)
         _run_module("experiments.train", flags, processes)
@@ -229,7 +229,7 @@ def _reason(code: int, text: str) -> str:
 
 
 def run_all(cases: Sequence[Case], folder: Path, *, command: str):
-    """Runs the cases that the folder has no good row of.
+    """Runs the cases for which the folder has no successful row.
 
     Raises:
       RunError: Rows failed, or the sweep was told to stop.
@@ -266,7 +266,7 @@ def run_all(cases: Sequence[Case], folder: Path, *, command: str):
 
 @contextlib.contextmanager
 def _stopping(processes: Processes):
-    """Yields a list that SIGINT and SIGTERM are added to; the first ends the row that runs."""
+    """Yields a list of the SIGINTs and SIGTERMs that came; the first ends the row that runs."""
     stopped_by: list[int] = []
 
     def handle(number: int, _):

@@ -1,4 +1,4 @@
-"""The batches of a run: windows of its corpus, or packed rows, put where its mesh wants them."""
+"""The batches of a run: windows of its corpus, or packed sequences, sharded over its mesh."""
 
 import functools
 from typing import Any
@@ -27,13 +27,13 @@ def training_batches(config: TrainConfig, corpus: Corpus) -> Batches | PackedBat
 
 
 def put_batch(batches: Batches | PackedBatches, step: int, where: jax.sharding.Sharding | None):
-    """Returns the batch of a step on its devices; each process reads its own devices' rows.
+    """Returns the batch of a step on its devices; each process reads the rows of its own devices.
 
-    It does not wait for the devices. A batch is the same however many processes read it.
+    It does not wait for the devices. A batch does not depend on the number of processes.
 
     Args:
       batches: From `training_batches`.
-      step: Steps done before.
+      step: The number of steps done before.
       where: The batch's sharding; None without a mesh.
     """
     if where is None:

@@ -1,4 +1,4 @@
-"""The train step as something to be measured: abstract, for any target, in any process.
+"""The abstract train step, to be compiled for any target in any process.
 
     report = measure_entry(entry_of(config, "v5e-1"), "v5e-1")
 
@@ -16,7 +16,7 @@ from jaxckpt.absent.jobs import Entry
 from jaxckpt.models.config import TransformerConfig
 from jaxckpt.plans import Plan
 
-# The settings that a step is made of; the others (data, folders) are a run's.
+# The settings that a step is made of; other settings (data, folders) belong to a run.
 _OF_STEP = (
     *("model", "optimizer", "unroll", "batch_size", "accumulate", "seq_len", "seed"),
     *("update_in_backward", "param_dtype"),
@@ -27,7 +27,7 @@ _OF_STEP = (
 def entry_of(config: TrainConfig, target: str) -> Entry:
     """Returns the entry that rebuilds a configuration's step in another process."""
     open_entry = plan_entry(config, target)
-    # One spelling a plan, so that one compilation serves all.
+    # A plan is spelled in one way, so that all its spellings share one compilation.
     plan = str(Plan.parse(config.remat))
     return dataclasses.replace(open_entry, arguments={**open_entry.arguments, "plan": plan})
 
@@ -40,7 +40,7 @@ def plan_entry(config: TrainConfig, target: str) -> Entry:
 
 
 def built_step(settings: Mapping[str, Any], target: str, plan: str):
-    """Returns the `BuiltStep` of settings as `entry_of` wrote them down."""
+    """Returns the `BuiltStep` of the settings in an entry of `entry_of`."""
     tables = {
         "remat": plan,
         "model": TransformerConfig(**settings["model"]),
@@ -57,8 +57,9 @@ def build(config: TrainConfig, target: str):
     mesh without devices.
 
     Raises:
-      ConfigError: It names a kernel that the target does not have, or a mesh of another size.
-      PlanError (when traced): The plan names what the blocks do not have.
+      ConfigError: The configuration names a kernel that the target lacks, or a mesh of another
+        size.
+      PlanError (when traced): The plan names a value that the blocks do not have.
     """
     from experiments.training.mesh import abstract_state, abstract_tokens, make_mesh
     from experiments.training.step import make_train_step, resolve_model
@@ -80,17 +81,17 @@ def build(config: TrainConfig, target: str):
         unroll=config.unroll,
         compiler_options=compiler_options(device_of(target).platform),
         tokens=config.batch_size // config.accumulate * config.seq_len,
-        # On a mesh logits are cut in two ways, and no buffer tells of which they are.
+        # On a mesh logits are sharded in two ways, and a buffer's shape does not tell which.
         vocab_size=config.model.vocab_size if config.mesh is None else 0,
     )
 
 
 def abstract_block(config: TrainConfig, params):
-    """Returns `(block, params_i, x, *consts)` of the model's stack for one part of a batch.
+    """Returns `(block, params_i, x, *consts)` of the model's stack for one microbatch.
 
-    It is the block that the stack runs, so that untagged values are counted alike: the plan decides
-    whether parameters are cast outside of it or inside. On a mesh it has one device's sequences,
-    and all of the heads and widths that `tensor` cuts.
+    It is the block that the stack runs, so untagged values have the same names: the plan decides
+    whether parameters are cast outside of the block or inside. On a mesh the block has the
+    sequences of one device, but all heads and widths, also those that `tensor` shards.
 
     Args:
       config: A configuration that is resolved for its target.
@@ -104,7 +105,7 @@ def abstract_block(config: TrainConfig, params):
 
     module = Block(config.model)
     cast = functools.partial(in_dtype, dtype=config.model.dtype)
-    # Where blocks use their gradients at once, they are handed the parameters as they are.
+    # Blocks that use their gradients at once get uncast parameters.
     is_inside = rows.reads_inside(config.plan, config.unroll) or config.update_in_backward
     is_inside |= config.accumulate > 1 and config.mesh is None
     batch = config.batch_size // config.accumulate

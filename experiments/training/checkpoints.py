@@ -1,8 +1,8 @@
 """Checkpoints of a run by Orbax: atomic, asynchronous, the last few kept.
 
-A checkpoint is the train state and, as JSON beside it, what made it: configuration, corpus hash,
-data position and versions. Orbax writes to a temporary folder and renames it when it is complete,
-so a killed run leaves the last complete one.
+A checkpoint is the train state and, as JSON beside it, its origin: configuration, corpus hash, data
+position and versions. Orbax writes to a temporary folder and renames it when it is complete, so a
+killed run leaves its last complete checkpoint.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ class Checkpoints:
     """The checkpoints of one run's folder.
 
     Attributes:
-      folder: Where they are; made with the first save.
+      folder: The folder of the checkpoints, which the first save creates.
     """
 
     def __init__(self, folder: Path, keep: int):
@@ -48,15 +48,15 @@ class Checkpoints:
         return None if newest is None else int(newest.step)
 
     def save(self, state: TrainState, about: dict[str, Any]):
-        """Starts to save `state`; it is copied to the host before this returns.
+        """Starts to save `state`, which is copied to the host before this returns.
 
-        A save that is still going on is waited for, so every save is written.
+        It first waits for the save before this one, so every save is written.
 
         Raises:
           RunError: The save before this one failed, or this one cannot start.
         """
         if not self._writing:
-            # What a killed run left half-written is removed now, not when one looks.
+            # Incomplete checkpoints of a killed run are removed by writers, never by readers.
             self.close()
             self._opened, self._writing = self._open(writing=True), True
         self.wait()
@@ -127,7 +127,7 @@ class Checkpoints:
         """
         placed = lambda x: _on_first_device(x) if x.sharding is None else x
         try:
-            # A run may switch to updates in the backward pass, or back: these keep a norm.
+            # A run may switch `update_in_backward` on or off; only with it is a norm saved.
             saved: Any = self._checkpointer.metadata(step).metadata
             has_norm = saved.get("gradient_norm") is not None
             asked, scalar = like.gradient_norm, like.step
@@ -143,7 +143,7 @@ class Checkpoints:
         return found._replace(gradient_norm=jax.device_put(np.float32(0), asked.sharding))
 
     def parameter(self, step: int, path: tuple[str, ...]) -> np.ndarray:
-        """Returns one parameter of a step; no other is read.
+        """Returns one parameter of a step, without reading the others.
 
         Args:
           step: The step of a complete checkpoint.
@@ -166,7 +166,7 @@ class Checkpoints:
             raise self._unreadable(step, f"it has no parameter {'/'.join(path)}") from error
 
     def close(self):
-        """Lets go of the folder; what failed while saving was said by `save` and `wait`."""
+        """Closes the folder; `save` and `wait` have raised the errors of saving."""
         if self._opened is not None:
             with contextlib.suppress(Exception):  # it raises the error of a failed save again
                 self._opened.close()
@@ -179,7 +179,7 @@ class Checkpoints:
         return self._opened
 
     def _open(self, *, writing: bool):
-        # Orbax logs tracebacks of errors that are raised here anyway.
+        # Orbax logs tracebacks of errors that are also raised here.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         from orbax.checkpoint import v1  # slow to import, and most runs never save
 
@@ -240,8 +240,7 @@ def about_run(
 
 
 def check_same_run(config: TrainConfig, corpus_sha256: str, about: dict[str, Any]) -> list[str]:
-    """Raises unless a run may go on from a checkpoint; returns a line for each setting that follows
-    another one and has changed.
+    """Raises unless a run may go on from a checkpoint; returns a line for each allowed change.
 
     The arithmetic of a step does not depend on plan, unrolling, accumulation, mesh, processes,
     folders and validation, so these may differ. The learning rate's decay may differ where it
@@ -281,14 +280,14 @@ def check_same_run(config: TrainConfig, corpus_sha256: str, about: dict[str, Any
 def identity(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the settings that decide a step's arithmetic, flat: model, optimizer, batch, seed."""
     kept = {key: config[key] for key in ("batch_size", "seq_len", "seed")}
-    # Runs from before these were settings had none.
+    # Checkpoints of earlier versions lack these settings.
     kept |= {"z_loss": config.get("z_loss", 0.0), "trainable": config.get("trainable", [])}
     kept["pack"] = config.get("pack", False)
     for table in ("model", "optimizer"):
         kept.update({f"{table}.{key}": value for key, value in config[table].items()})
     kept.setdefault("optimizer.moment_dtype", "float32")
     kept["param_dtype"] = config.get("param_dtype", "float32")
-    kept.pop("model.mlp_tiles", None)  # another order of sums, as with other parts of a batch
+    kept.pop("model.mlp_tiles", None)  # it changes the order of sums alone, as accumulation does
     kept[_DECAY] = config["optimizer"]["decay_steps"] or config["steps"]
     return kept
 

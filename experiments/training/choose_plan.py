@@ -4,8 +4,8 @@
     config = dataclasses.replace(config, remat=str(result.plan))
 
 Optimizer, donation, accumulation, loss head and frozen parameters are part of the step, so they are
-part of the peak that is held against the budget. What was compiled once is kept on disk, for an
-absent target and for this process's device.
+part of the peak that is compared with the budget. Reports of compiled steps are kept on disk, for
+absent targets and for this process's device.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ def choose(
     Args:
       config: The configuration; its plan is not read.
       target: `"local"`, or a chip that need not be there.
-      budget: In bytes; by default the configuration's.
+      budget: The budget in bytes; by default the configuration's.
       progress: As for `jaxckpt.fit`.
 
     Raises:
@@ -74,14 +74,14 @@ def choose(
     return solve(steps, num_blocks, target=LOCAL, calibrate=config.calibrate, **asked)
 
 
-# Tokens of a tile of the MLP. Its hidden values are few beside what a long sequence keeps.
+# Tokens of a tile of the MLP: the hidden values of a tile are small compared with a long sequence.
 _TILE_TOKENS = 4096
 
 
 def in_tiles(config: TrainConfig) -> TrainConfig:
-    """Returns a configuration whose MLP runs in tiles, unless tiles were asked for.
+    """Returns a configuration whose MLP runs in tiles.
 
-    A sequence of one tile stays whole.
+    The configuration is returned unchanged if it has tiles already, or if a sequence is one tile.
     """
     tiles = -(-config.seq_len // _TILE_TOKENS)
     if config.model.mlp_tiles > 1 or tiles == 1:
@@ -90,10 +90,10 @@ def in_tiles(config: TrainConfig) -> TrainConfig:
 
 
 def leaner(config: TrainConfig) -> list[TrainConfig]:
-    """Returns a configuration as given, then in ways that need less memory; the last needs least.
+    """Returns a configuration, then variants of it that need less memory, the leanest last.
 
-    First the MLP runs in tiles. Then blocks are also updated in the backward pass, unless the
-    configuration refuses that.
+    In the first variant the MLP runs in tiles. In the second variant blocks are also updated in the
+    backward pass; it is left out if the configuration does not allow this.
     """
     found = [config, in_tiles(config)]
     with contextlib.suppress(ConfigError):
@@ -106,15 +106,15 @@ def planned(
 ) -> tuple[TrainConfig, FitResult]:
     """Returns a configuration with its plan, and the planner's answer.
 
-    If no plan fits, the MLP of a long sequence runs in tiles: then the values of one block are what
-    sets the peak, and no plan makes these fewer.
+    If no plan fits, the planner is asked again with the MLP of a long sequence in tiles: then the
+    values of one block may set the peak, and a plan does not change these.
 
     Args:
       config: The configuration; its plan is not read.
       ask: Returns the planner's answer for a configuration.
 
     Raises:
-      BudgetError: No plan fits, in tiles or whole; it has the least budget of both.
+      BudgetError: No plan fits, with tiles or without; the error has the lesser of both budgets.
     """
     try:
         result = ask(config)
@@ -144,7 +144,7 @@ def limit_bytes(config: TrainConfig, target: str) -> int | None:
     """Returns a configuration's budget in bytes; None if it has none.
 
     Raises:
-      ConfigError: It is `auto` for a device that does not say what it can use.
+      ConfigError: The budget is `auto`, and the usable bytes of the device are unknown.
     """
     if config.budget is None:
         return None
@@ -160,7 +160,7 @@ def limit_bytes(config: TrainConfig, target: str) -> int | None:
 
 
 def host_limit_bytes(config: TrainConfig) -> int | None:
-    """Returns what a configuration's plan may have on the host, in bytes; None if unset."""
+    """Returns the bytes that a configuration's plan may keep on the host; None if unset."""
     return None if config.host_budget is None else host_bytes(config.host_budget)
 
 
@@ -182,8 +182,8 @@ def check_within(
             )
 
 
-# Settings that change a step's memory and that a resumed run may change; it may not change those
-# of `checkpoints.identity`.
+# Settings that a resumed run may change, and that change a step's memory. Settings of
+# `checkpoints.identity` cannot change.
 _OF_MEMORY = ("accumulate", "unroll", "loss_chunk_tokens", "update_in_backward")
 
 
@@ -195,18 +195,19 @@ def settle(
 ) -> tuple[TrainConfig, dict[str, Any] | None]:
     """Returns a run's configuration with the plan that `auto` stands for on this device.
 
-    A resumed run keeps its plan if its budget, device, versions and settings of memory are as they
-    were; else it is planned anew. The returned configuration has no budget, so that it repeats the
-    run without the planner.
+    A resumed run keeps its plan if its budget, device, versions and settings of memory are
+    unchanged; otherwise it is planned anew. The returned configuration has no budget, so that it
+    repeats the run without the planner.
 
     Args:
       config: The run's configuration.
-      limit: Its budget in bytes.
+      limit: The budget in bytes.
       about: The JSON of the checkpoint that the run goes on from; None for a new run.
-      display: Shows what is compiled.
+      display: Shows the compilations.
 
     Returns:
-      The configuration, and what its plan was chosen for, as JSON values; None if it was named.
+      The configuration, and the conditions under which its plan was chosen, as JSON values; None if
+      the user named the plan.
     """
     if not config.is_auto:
         return config, None

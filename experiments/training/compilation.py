@@ -1,6 +1,6 @@
 """How a step is compiled on each kind of chip: unrolled blocks, XLA's options, the folder of steps.
 
-Each choice was measured in pairs on its kind of chip. Other chips get the plain compilation.
+Each choice was measured in pairs on its kind of chip. Other chips get XLA's defaults.
 """
 
 import os
@@ -11,20 +11,21 @@ from experiments.files import reason
 from jaxckpt.compiled import cache
 from jaxckpt.plans import Plan
 
-# Unrolling compiles a block after another, so that a deep stack would compile for minutes.
+# Unrolled blocks are compiled one after another, so a deep stack would compile for minutes.
 _MOST_UNROLLED = 64
 _KEEPING = ("none", "full")
 
-# XLA merges products that share an operand (queries, keys and values; gate and up) and pays for it
-# with copies of weights and gradients, and with elementwise work that it cannot fuse any more.
+# XLA merges products that share an operand (queries, keys and values; gate and up). That costs
+# copies of weights and gradients, and elementwise work that can no longer be fused.
 _GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0}
 
 
 def choose_unroll(plan: Plan, platform: str, num_devices: int = 1) -> tuple[int, str]:
     """Returns the blocks to unroll in one trip of the stack's loop, and a line that says why.
 
-    A loop copies each residual it keeps into a stacked buffer, zeroed before, and out of it again.
-    Unrolled blocks do not; they take longer to compile. `platform` is `"cpu"`, `"gpu"` or `"tpu"`.
+    A loop copies each residual that it keeps into a stacked buffer, which is zeroed first, and out
+    of it again. Unrolled blocks copy nothing, and take longer to compile. `platform` is `"cpu"`,
+    `"gpu"` or `"tpu"`.
     """
     kept = [stage for stage in plan.stages if stage.schedule in _KEEPING]
     if platform != "gpu":
@@ -54,7 +55,7 @@ def keep_compiled(folder: Path | None, say: Callable[[str], object]):
 
     Without a folder that can be written, `say` gets a warning.
     """
-    import jax  # a command that compiles elsewhere alone does without it
+    import jax  # commands that compile only in other processes need no JAX
 
     home = cache.folder()
     if folder is None and home is not None:

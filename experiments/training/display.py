@@ -1,4 +1,4 @@
-"""How a run looks while it runs: a live line on a terminal, plain lines elsewhere."""
+"""The display of a run: a live line on a terminal, plain lines elsewhere."""
 
 import re
 import shlex
@@ -23,11 +23,11 @@ _WIDE = 100  # columns of a terminal that has room for a long bar
 
 
 class Display:
-    """Shows steps as they are done; a context manager.
+    """Shows finished steps; a context manager.
 
     Attributes:
-      console: Where lines go; text printed through it stands above the live line.
-      done: The last step that is done.
+      console: The console; text that is printed through it stands above the live line.
+      done: The last finished step.
     """
 
     def __init__(self, steps: int, console: Console | None = None, *, quiet: bool = False):
@@ -79,7 +79,7 @@ class Display:
         return f"step {self.done}/{self._steps}"
 
     def __rich_console__(self, console, options):
-        """Yields the live line: as many of its parts, from the left, as the terminal has room for.
+        """Yields the live line, with the first parts that fit the terminal.
 
         The most useful parts come first: step, bar, time left, loss, and so on.
         """
@@ -111,7 +111,7 @@ def wrapped(line: str, width: int) -> str:
 
 
 def fitting(parts: Sequence[str], room: int) -> list[str]:
-    """Returns the first parts that fit into so many columns, each with a gap before it."""
+    """Returns the first parts that fit into `room` columns, each with a gap before it."""
     shown = []
     for part in parts:
         room -= _GAP + len(part)
@@ -130,11 +130,11 @@ def _left(step: int, steps: int, first: tuple[int, float], now: float) -> str:
 
 
 def next_commands(folder: Path, steps: int, *, saved: bool) -> Iterator[str]:
-    """Yields the commands that a finished run invites, a line each.
+    """Yields the commands that may follow a finished run, a line each.
 
     Args:
       folder: The run's folder.
-      steps: How many it took.
+      steps: The number of steps of the run.
       saved: Whether the folder holds a checkpoint.
     """
     run = shlex.quote(str(folder))

@@ -1,4 +1,4 @@
-"""The training loop: compile, say what it will take, then step, record, validate and save.
+"""The training loop: compile, report memory and time, then step, record, validate and save.
 
 The device does not wait for the host: the metrics of a step are read after the next step is
 dispatched and the batch of the one after it is put. A validation, a save and a stop need the state
@@ -54,15 +54,15 @@ _MOST_TIMED, _TIMED_SHARE = 10, 20  # steps that time the device: one in 20, at 
 def run(config: TrainConfig, corpus: Corpus, folder: Path) -> int | None:
     """Trains as `config` says and writes the record to `folder`, which is from `run_folder`.
 
-    Nothing is written before the step has compiled, so a plan that does not fit the model leaves
-    no folder behind.
+    Nothing is written before the step is compiled, so a plan that does not fit the model leaves no
+    folder behind.
 
     Returns:
       The number of the signal that stopped the run; None if it came to its end.
 
     Raises:
-      PlanError: The plan names what the model's blocks do not have.
-      BudgetError: The plan is `auto`, and none is within the budget.
+      PlanError: The plan names a value that the model's blocks do not have.
+      BudgetError: The plan is `auto`, and no plan is within the budget.
       ConfigError: There is no checkpoint to resume from, or it is of another run; the plan needs
         more than the budget.
       RunError: The disk is full, or gradients stay non-finite.
@@ -77,7 +77,7 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path) -> int | None:
     if too_much := choose_plan.excess(limit, "local"):
         display.print(f"warning: {too_much}")
     with display.waiting("starting the device"):
-        resolve_model(config)  # what the chip does not have is refused before anything is planned
+        resolve_model(config)  # refuses a kernel or dtype that the chip lacks, before planning
     with contextlib.closing(Checkpoints(folder, config.keep)) as checkpoints:
         resumed, about = None, None
         if config.resume:
@@ -133,7 +133,7 @@ def run(config: TrainConfig, corpus: Corpus, folder: Path) -> int | None:
 def _find_checkpoint(
     config: TrainConfig, corpus: Corpus, checkpoints: Checkpoints
 ) -> tuple[int, dict[str, Any], list[str]]:
-    """Returns the step to go on from, what its checkpoint says of itself, and what has changed."""
+    """Returns the step to go on from, the JSON of its checkpoint, and a line for each change."""
     step = checkpoints.latest()
     if step is None:
         raise ConfigError(f"{checkpoints.folder} holds no complete checkpoint to resume from")
@@ -206,7 +206,7 @@ def _header(
 
 
 class _Training:
-    """One run from its first state to its last: what the loop's parts share."""
+    """The state of one run that the parts of its loop share."""
 
     def __init__(
         self, config, planned_for, corpus, step, report, flops, record, checkpoints, display
@@ -218,7 +218,7 @@ class _Training:
         self.validate = _validator(config, corpus)
         self.writer = _tensorboard(config, record.path.parent)
         self.where = batch_sharding(config)
-        self.running = collections.deque()  # number and metrics of each step that is not read yet
+        self.running = collections.deque()  # number and metrics of each step that is not read
         self.seconds: list[float] = []  # of each step that is read
 
     def run(self, state: TrainState, stop: StopRequest) -> int | None:
@@ -256,7 +256,7 @@ class _Training:
             if validates or saves:
                 self.since = time.perf_counter()
         self.checkpoints.wait()
-        if loss is None:  # a resumed run that had nothing left to do
+        if loss is None:  # a resumed run had no steps left
             loss = self.record.validations.get(config.steps)
         if loss is None:
             loss = self._validate(state, config.steps)
@@ -269,12 +269,12 @@ class _Training:
         return None
 
     def peaks(self) -> str:
-        """Returns the predicted peak as text, beside what the runtime says where it does."""
+        """Returns the predicted peak as text, and the runtime's peak if it reports one."""
         text, actual = f"peak {iec(self.report.peak_bytes)}", runtime_peak_bytes()
         return f"{text} predicted" if actual is None else f"{text} predicted, {iec(actual)} used"
 
     def _read(self, *, left: int):
-        """Reads, records and shows the metrics of running steps, oldest first, but for `left`."""
+        """Reads, records and shows the metrics of running steps, except for the last `left`."""
         while len(self.running) > left:
             number, metrics = self.running.popleft()
             self._record_step(number, jax.device_get(metrics))  # waits for the step
@@ -282,7 +282,7 @@ class _Training:
     def _record_step(self, number: int, metrics: dict[str, Any]):
         config = self.config
         before, self.since = self.since, time.perf_counter()
-        # Where the host is slower than the device, the last two steps are read at one moment.
+        # If the host is slower than the device, the last two steps are read at the same moment.
         seconds = max(self.since - before, _LEAST_SECONDS)
         self.seconds.append(seconds)
         row = {
@@ -330,8 +330,8 @@ class _Training:
     def _time_device(self, state: TrainState, batch):
         """Records the mean time of the run's steps, and its ratio to the device's time of a step.
 
-        The device is timed by steps that follow each other and are not read. They use `state` up,
-        so they come last, and are no steps of the run.
+        The device is timed by steps that follow each other and whose metrics are not read. They
+        consume `state`, so they come after the last step of the run.
         """
         timed = min(_MOST_TIMED, len(self.seconds) // _TIMED_SHARE)
         if not timed:
@@ -376,13 +376,13 @@ def _tensorboard(config: TrainConfig, folder: Path):
 
 
 def peak_flops_per_second(config: TrainConfig) -> float | None:
-    """Returns the bf16 peak of a run's devices; None for one that is not in the table."""
+    """Returns the bf16 peak of a run's devices; None if the chip is not in the table."""
     chip = chip_of(LOCAL)
     count = 1 if config.mesh_shape is None else config.mesh_shape.size
     return None if chip is None else count * chip.bf16_flops_per_second
 
 
 def runtime_peak_bytes() -> int | None:
-    """Returns the most device memory this process has used, or None where the runtime is silent."""
+    """Returns the most device memory of this process; None if the runtime does not report it."""
     stats = jax.local_devices()[0].memory_stats()
     return stats.get("peak_bytes_in_use") if stats else None

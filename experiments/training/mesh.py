@@ -1,10 +1,10 @@
-"""The mesh of a run, and where its state and batches lie on it.
+"""The mesh of a run, and the shardings of its state and batches.
 
     mesh = make_mesh(config)             # None without --mesh
     state = abstract_state(config, mesh)
 
-Optimizer state has the parameters' paths in it, so the rule for a parameter places what the
-optimizer keeps for it, too.
+Paths in the optimizer's state end with the parameters' paths, so a parameter's rule shards its
+optimizer state too.
 """
 
 import functools
@@ -21,7 +21,7 @@ from jaxckpt.transforms.traced_block import on_devices
 
 
 def put_whole(arrays, where: jax.sharding.Sharding | None):
-    """Returns arrays that every process has whole, cut as a mesh wants them."""
+    """Returns arrays, of which every process has all values, with a sharding."""
     if where is None:
         return arrays
     put = lambda x: jax.make_array_from_callback(x.shape, where, lambda index: x[index])
@@ -32,7 +32,7 @@ def make_mesh(config: TrainConfig) -> Mesh | None:
     """Returns the mesh of this run's devices, or None without one.
 
     Raises:
-      ConfigError: It needs more devices than there are, or, of several processes, leaves some out.
+      ConfigError: The mesh has more devices than the run; or fewer, in a run of several processes.
     """
     shape = config.mesh_shape
     if shape is None:
@@ -47,7 +47,7 @@ def make_mesh(config: TrainConfig) -> Mesh | None:
 
 
 def batch_sharding(config: TrainConfig) -> NamedSharding | None:
-    """Returns where a batch lies on this run's devices; None without a mesh."""
+    """Returns the sharding of a batch on this run's devices; None without a mesh."""
     layout = layout_of(config)
     return None if layout is None else layout.of_batch(make_mesh(config))
 

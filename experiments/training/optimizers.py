@@ -11,9 +11,9 @@ from optax import contrib
 from experiments.config import OptimizerConfig
 from experiments.training.rounding import stochastically_rounded
 
-# The size of an update of AdamW, by measurements of many runs; times sqrt(the larger side), a
-# matrix orthogonalized by Muon has it too, and one learning rate does for both (Liu et al. 2025,
-# Muon is scalable for LLM training, section 2.2).
+# The root mean square of AdamW's updates, measured over many runs. A matrix that Muon has
+# orthogonalized gets the same one by this factor and sqrt(the larger side), so that one learning
+# rate serves both (Liu et al. 2025, Muon is scalable for LLM training, section 2.2).
 _ADAMW_UPDATE = 0.2
 
 
@@ -22,14 +22,14 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Returns the optimizer with a warm-up, cosine schedule over `steps` steps.
 
-    The schedule is over `config.decay_steps` if they are set. Weight decay is decoupled and times
-    the learning rate, whatever the optimizer; scales of norms do not decay.
+    The schedule is over `config.decay_steps` if they are set. Weight decay is decoupled and
+    multiplied by the learning rate for every optimizer; scales of norms do not decay.
 
     Args:
-      config: Its settings.
+      config: The settings of the optimizer.
       steps: Steps of the run.
-      clips: Whether it clips by the global norm. Its state has the same structure if it does not.
-      rounds: The seed by which parameters in bfloat16 are rounded; None if there are none.
+      clips: Whether it clips by the global norm. The structure of the state does not depend on it.
+      rounds: The seed for rounding parameters in bfloat16; None if all parameters are float32.
     """
     steps = config.decay_steps or steps
     warmup = min(config.warmup_steps, steps - 1)
@@ -54,9 +54,10 @@ def _adamw(beta1: float, beta2: float, dtype: str):
 
 
 def _adafactor(*_):
-    """Returns Adafactor without momentum (Shazeer, Stern 2018): a row and a column a matrix.
+    """Returns Adafactor without momentum (Shazeer, Stern 2018).
 
-    The size of an update is relative to the parameters'; each block of a stack is one for it.
+    It keeps a row and a column for each matrix. The size of an update is relative to the size of
+    the parameter, which is one block's row of a stacked parameter.
     """
     return optax.chain(
         optax.scale_by_factored_rms(),
@@ -66,7 +67,7 @@ def _adafactor(*_):
 
 
 def _by_block(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns a transformation without state that takes each block of the stack for itself."""
+    """Returns a transformation without state, applied to each block of the stack by itself."""
 
     def update(updates: Any, state: Any, params: Any = None, **_: Any):
         def one(path, update, param):
@@ -88,7 +89,7 @@ def _sgd(beta1: float, _, dtype: str):
 
 
 def _muon(beta1: float, beta2: float, dtype: str):
-    """Returns Muon (Jordan 2024) for the stack's matrices, each block's for itself, and Adam."""
+    """Returns Muon (Jordan 2024) for the matrices of each block, and Adam for the rest."""
     matrix = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     orthogonal = contrib.scale_by_muon(
         beta=beta1,
@@ -114,7 +115,7 @@ _SCALINGS = {
 
 
 def _muon_label(path, _) -> str:
-    """Returns `muon` for the kernels of the stack: embedding and head are no hidden layers."""
+    """Returns `muon` for the kernels of the stack; embedding and head are not hidden layers."""
     name = jax.tree_util.keystr(path)
     return "muon" if name.startswith("['layers']") and name.endswith("['kernel']") else "adam"
 

@@ -1,4 +1,4 @@
-"""What a run's plan does, and whether it does anything, before the first step."""
+"""Checks before the first step: what a run's plan does, and whether it saves memory."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,10 +8,10 @@ from jaxckpt.memory.built_step import BuiltStep, stack_bytes
 from jaxckpt.memory.explain import explain
 from jaxckpt.memory.findings import peak_not_below_none
 from jaxckpt.memory.measure import compile_step
-from jaxckpt.plans import Plan, as_plan
+from jaxckpt.plans import as_plan
 from jaxckpt.units import iec
 
-# A plan that should save less of the peak than this is compared with `none` by compiling that too.
+# If a plan should save less than this share of the peak, `none` is compiled and compared.
 _DOUBTFUL = 0.1
 
 
@@ -26,11 +26,11 @@ def explained(step: BuiltStep) -> Iterator[str]:
 
 
 def against_none(step: BuiltStep, report: MemoryReport) -> tuple[list[str], str]:
-    """Returns findings of a plan that saves nothing, and a line that says what one saves.
+    """Returns findings about a plan that saves nothing, and a line about what a plan saves.
 
-    To compile `none` too would double the wait for the first step. So its peak is estimated: the
-    plan's compiled peak, and the residuals that the plan does not keep. Only a plan that should
-    save little is in doubt, and compared with a compiled `none`. The line is empty for `none`.
+    Compiling `none` too would double the wait for the first step. So the peak of `none` is
+    estimated: the plan's compiled peak, plus the residuals that the plan does not keep. Only a plan
+    that should save little is compared with a compiled `none`. The line is empty for `none`.
     """
     assert step.block is not None and step.plan is not None and step.baseline is not None
     none = as_plan("none").bind(step.plan.bound_count)
@@ -48,12 +48,7 @@ def against_none(step: BuiltStep, report: MemoryReport) -> tuple[list[str], str]
 def _gain(step: BuiltStep, report: MemoryReport, none_bytes: int, how: str) -> str:
     assert step.plan is not None  # as `build` makes a step
     share = 100 * report.peak_bytes / none_bytes
-    text = f"none needs {iec(none_bytes)}{how}: {_text_of(step.plan)} keeps {share:.0f} % of it"
+    text = f"none needs {iec(none_bytes)}{how}: {step.plan.written} keeps {share:.0f} % of it"
     if again := report.recomputed_share:
         text += f" and recomputes {100 * again:.1f} % of the FLOPs"
     return text
-
-
-def _text_of(plan: Plan) -> str:
-    """Returns a bound plan as people write it: the count of a lone stage is left out."""
-    return str(replace(plan.stages[0], count=None)) if len(plan.stages) == 1 else str(plan)

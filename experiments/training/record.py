@@ -1,4 +1,4 @@
-"""What a run leaves behind: `metrics.jsonl`, one JSON object a line, and `config.toml`."""
+"""The files of a run: `metrics.jsonl`, one JSON object a line, and `config.toml`."""
 
 import contextlib
 import json
@@ -26,14 +26,14 @@ def run_folder(config: TrainConfig, *, is_first: bool) -> Iterator[Path]:
     Of several processes only the first one, which writes, locks the folder.
 
     Raises:
-      ConfigError: It holds a run already, holds none to resume, is somebody else's, or cannot be
+      ConfigError: The folder holds a run already, holds no run to resume, is foreign, or cannot be
         made.
     """
     if config.resume and config.out is None:
         raise ConfigError("--resume needs --out, the folder of the run to go on with")
     wanted = config.out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     if os.sep == "/" and "\\" in str(wanted.absolute()):
-        # TensorStore takes it for a slash, and would save beside the folder.
+        # TensorStore reads a backslash as a slash, and would save outside of the folder.
         raise ConfigError(f"--out {str(wanted)!r}: no checkpoint can be kept below a backslash")
     own = files.own_folder(wanted, "experiments.train", METRICS, is_new=config.out is None)
     with own if is_first else contextlib.nullcontext(wanted.absolute()) as folder:
@@ -65,14 +65,14 @@ class Record:
     def __init__(
         self, folder: Path, config: TrainConfig, header: dict[str, Any] | None, resumed: int | None
     ):
-        """Writes the configuration as run, and the object that begins the run.
+        """Writes the configuration of the run, and the record's first object.
 
         Args:
           folder: From `run_folder`.
-          config: The configuration as run.
-          header: What that object says beside versions and platform; None in a process that is
-            not the first one, and then nothing is written.
-          resumed: The step that the run goes on from; rows of later steps are cut off.
+          config: The configuration, with the chosen plan.
+          header: The fields of the first object, without versions and platform. None in all
+            processes but the first, which write nothing.
+          resumed: The step that the run goes on from; rows of later steps are removed.
 
         Raises:
           RunError: The folder cannot be written.
@@ -88,7 +88,7 @@ class Record:
                 return
             files.write_whole(folder / CONFIG, tomli_w.dumps(config.to_dict()))
             files.write_whole(self.path, "".join(lines))
-            # Without a buffer nothing is left to write, and to fail, when it is closed.
+            # Without a buffer, closing the file writes nothing, so it cannot fail.
             self._file = self.path.open("ab", buffering=0)
         except OSError as error:
             raise RunError(f"cannot write to {folder}: {files.reason(error)}") from None
@@ -116,7 +116,7 @@ class Record:
 
 
 def _rows_until(path: Path, step: int) -> list[str]:
-    """Returns the lines of a record up to a step; a line that a killed run tore is dropped."""
+    """Returns the lines of a record up to a step, without a line that a killed run left open."""
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:

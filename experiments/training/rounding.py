@@ -1,8 +1,9 @@
 """Parameters in bfloat16 that an optimizer updates in float32, rounded stochastically.
 
-A bfloat16 has eight significant bits. An update below a 512th of a weight would be lost by rounding
-to the nearest every time. Rounded up or down by chance, in proportion to the distances, weights
-move on average as they should (Gupta et al. 2015, Deep learning with limited numerical precision).
+A bfloat16 has eight significant bits. Rounding to the nearest number would lose every update below
+a 512th of a weight. Stochastic rounding goes up or down with probabilities in proportion to the
+distances, so the mean of the rounded weights is right (Gupta et al. 2015, Deep learning with
+limited numerical precision).
 """
 
 import zlib
@@ -18,9 +19,10 @@ class RoundedState(NamedTuple):
 
     Attributes:
       inner: The state of the optimizer.
-      count: Updates so far.
-      rows: For each rounded parameter, the numbers of its rows: a row draws bits of its own, so
-        that a block alone is rounded as in its stack. Float32, as all state of a block.
+      count: The number of updates.
+      rows: For each rounded parameter, the indices of its rows, float32 because all state of a
+        block is floating. Each row draws its own random bits, so that a block is rounded alike
+        alone and in its stack.
     """
 
     inner: Any
@@ -34,8 +36,8 @@ def stochastically_rounded(
     """Returns an optimizer that computes in float32; parameters in bfloat16 are rounded by chance.
 
     Args:
-      optimizer: Its state is that of float32 parameters.
-      seed: With the number of the update, the parameter and the row, it gives the random bits.
+      optimizer: The optimizer; its state is made for float32 parameters.
+      seed: The seed of the random bits, together with the update, the parameter and the row.
     """
 
     def init(params):
@@ -55,7 +57,7 @@ def stochastically_rounded(
                 rows = rows[part.key]
             key = jax.random.fold_in(jax.random.key(seed), state.count)
             key = jax.random.fold_in(key, _number(path))
-            # Both are bfloat16 numbers, so the sum of the old one and this update is the new one.
+            # The old and the new parameter are bfloat16 numbers, so their difference is exact.
             return _rounded(old + update, rows.astype(jnp.int32), key) - old
 
         updates = jax.tree_util.tree_map_with_path(one, updates, wide, params)
@@ -73,7 +75,7 @@ def _is_narrow(x) -> bool:
 
 
 def _number(path) -> int:
-    """Returns a number of a parameter's path, the same in every process."""
+    """Returns a number for a parameter's path, the same in every process."""
     return zlib.crc32(jax.tree_util.keystr(path).encode())
 
 

@@ -1,4 +1,4 @@
-"""Sampling: what a trained model writes, so that a person sees what was learned."""
+"""Sampling text from a trained model, to show what it has learned."""
 
 import jax
 import jax.numpy as jnp

@@ -1,9 +1,9 @@
 """One training step: model, loss, gradients and optimizer as a pure function of the state.
 
-Parameters learn if a pattern matches their path; the rest is frozen. `--trainable
-'layers/self_attn/*'` trains the attention of every block and nothing else. A frozen parameter has
-no gradient and no optimizer state. Paths are those of the parameter tree, joined by slashes; a
-block's parameters are stacked, so a pattern holds for all blocks.
+A parameter is trained if a pattern matches its path; other parameters are frozen. `--trainable
+'layers/self_attn/*'` trains the attention of every block alone. A frozen parameter has no gradient
+and no optimizer state. A path is the keys of the parameter tree, joined by slashes. Parameters of
+blocks are stacked, so a pattern holds for all blocks.
 """
 
 import dataclasses
@@ -27,17 +27,17 @@ from jaxckpt.targets.target import Target
 from jaxckpt.transforms.accumulate import adding
 from jaxckpt.transforms.update_in_backward import update_in_backward
 
-# As PyTorch's GradScaler begins and grows; a gradient that is not finite halves the scale.
+# The values of PyTorch's GradScaler; a gradient that is not finite halves the scale.
 _FIRST_SCALE, _GROWTH_STEPS = 2.0**16, 2000
 _IGNORED = -1  # the target of a document's last position: it belongs to the next document
 
 
 class LossScale(NamedTuple):
-    """What a loss is multiplied by, so that its gradients are large enough for float16.
+    """The factor of a loss that makes its gradients large enough for float16.
 
     Attributes:
       scale: The factor, a power of two, float32.
-      steps: Steps since it changed whose gradients were finite, an int32 scalar.
+      steps: Steps with finite gradients since the factor changed, an int32 scalar.
     """
 
     scale: jax.Array
@@ -51,7 +51,7 @@ class LossScale(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """What a step turns into its successor; donated to it.
+    """The state that a training step takes, donated, and returns.
 
     Attributes:
       step: Steps done, an int32 scalar; with the seed it gives the dropout key.
@@ -59,10 +59,10 @@ class TrainState(NamedTuple):
         of the computation.
       optimizer: Optax's state.
       skipped: Steps whose gradients were not finite, an int32 scalar.
-      skipped_in_row: Those since the last step that was taken.
-      loss_scale: Of a computation in float16; None of any other.
-      gradient_norm: Of the last step that was taken, 0 before the first, a float32 scalar; None
-        unless blocks are updated in the backward pass.
+      skipped_in_row: Skipped steps since the last step that was taken, an int32 scalar.
+      loss_scale: The loss scale of a computation in float16; None for other dtypes.
+      gradient_norm: The gradient norm of the last step that was taken, a float32 scalar, 0 before
+        the first step; None unless blocks are updated in the backward pass.
     """
 
     step: jax.Array
@@ -77,14 +77,14 @@ class TrainState(NamedTuple):
 def resolve_model(
     config: TrainConfig, target: str | Target = "local"
 ) -> tuple[TrainConfig, tuple[str, ...]]:
-    """Returns the configuration with attention, dtype and unrolling as they are on a target.
+    """Returns the configuration with the attention, dtype and unrolling of a target.
 
     Args:
-      config: Its model may say `auto`, and its `unroll` 0.
+      config: The configuration; its model may have `auto`, and its `unroll` may be 0.
       target: The chip that the step is compiled for, present or not.
 
     Returns:
-      The configuration without either, and a line for each choice that says why.
+      The configuration without `auto` and with a positive `unroll`, and a line for each choice.
 
     Raises:
       ModelError: The model names a kernel that the target or its sizes do not have.
@@ -102,7 +102,7 @@ def resolve_model(
 
 
 def layout_of(config: TrainConfig) -> Layout | None:
-    """Returns where a configuration's arrays lie on its mesh; None without one."""
+    """Returns the shardings of a configuration's arrays on its mesh; None without a mesh."""
     return None if config.mesh_shape is None else Layout(config.mesh_shape)
 
 
@@ -110,8 +110,8 @@ def init_state(config: TrainConfig, params=None) -> TrainState:
     """Returns the state before the first step; abstract under `jax.eval_shape`.
 
     Args:
-      config: With a model that `resolve_model` has resolved.
-      params: The model's parameters, such as those of a checkpoint; by default they are drawn.
+      config: A configuration from `resolve_model`.
+      params: The model's parameters, such as loaded weights; by default they are drawn.
     """
     if params is None:
         tokens_BS = jnp.zeros([1, config.seq_len], jnp.int32)
@@ -119,7 +119,7 @@ def init_state(config: TrainConfig, params=None) -> TrainState:
         model = Transformer(config.model, remat="none")
         params = model.init(jax.random.key(config.seed), tokens_BS)["params"]
     trainable, frozen = split(params, config.trainable)
-    # What never changes needs no master copy.
+    # Frozen parameters need no float32 master copy.
     frozen = jax.tree.map(lambda x: x.astype(config.model.dtype), frozen)
     params = merge(trainable, frozen)
     if config.param_dtype == "bfloat16" and "layers" in trainable:
@@ -139,7 +139,7 @@ def init_state(config: TrainConfig, params=None) -> TrainState:
 
 
 def state_bytes(state: TrainState) -> tuple[float, float]:
-    """Returns the bytes a parameter of weights and of the optimizer's state.
+    """Returns the bytes per parameter of the weights, and of the optimizer's state.
 
     Args:
       state: The state, abstract or not.
@@ -152,16 +152,16 @@ def state_bytes(state: TrainState) -> tuple[float, float]:
 def make_train_step(config: TrainConfig):
     """Returns `train_step(state, batch) -> (state, metrics)`, to be jitted with `state` donated.
 
-    `batch` is tokens, `[batch_size, seq_len + 1]` integers: inputs and, shifted by one, targets;
-    with `config.pack` it is a pair, tokens and as many segment ids. The metrics are scalars: `loss`
-    in nats a token, `gradient_norm` before clipping, `skipped` and `skipped_in_row`. A step whose
-    gradients are not finite changes nothing but those two and the step's number, so that the data
-    goes on. In float16 it also halves what the loss is scaled by.
+    `batch` is tokens, `[batch_size, seq_len + 1]` integers: inputs and, shifted by one, targets.
+    With `config.pack` it is a pair: tokens, and segment ids of the same shape. The metrics are
+    scalars: `loss` in nats per token, `gradient_norm` before clipping, `skipped` and
+    `skipped_in_row`. If gradients are not finite, only the two counts and the step's number change,
+    so that the next step reads new data. In float16 the loss scale is halved as well.
 
     Only trainable parameters have gradients and optimizer state, and change.
 
     Raises (when traced):
-      PlanError: The plan names what the blocks do not have.
+      PlanError: The plan names a value that the blocks do not have.
       ConfigError: A pattern of `trainable` matches nothing.
     """
     if config.update_in_backward:
@@ -191,19 +191,15 @@ def make_train_step(config: TrainConfig):
         trainable, optimizer_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), taken, (trainable, state.optimizer)
         )
-        skipped = 1 - finite.astype(jnp.int32)
-        state = TrainState(
-            step=state.step + 1,
+        state = _after(
+            state,
+            finite,
             params=merge(trainable, frozen),
             optimizer=optimizer_state,
-            skipped=state.skipped + skipped,
-            skipped_in_row=(state.skipped_in_row + 1) * skipped,
             loss_scale=state.loss_scale and state.loss_scale.after(finite),
         )
         state = _placed(state, layout)
-        metrics = {"loss": loss, "gradient_norm": norm}
-        counts = {"skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
-        return state, metrics | counts
+        return state, _metrics(loss, norm, state)
 
     return train_step
 
@@ -217,9 +213,9 @@ def _optimizer(config: TrainConfig, **options):
 def _make_updating_step(config: TrainConfig):
     """Returns `train_step` with the optimizer's step inside the backward pass.
 
-    Gradients are clipped by the norm of the last step, since this step's is known when all blocks
-    have been updated. The first step is not clipped. Blocks that were updated before the first
-    gradient that is not finite keep their update; all else of such a step is skipped.
+    Gradients are clipped by the norm of the last step, because this step's norm is known only after
+    all blocks are updated. The first step is not clipped. If a gradient is not finite, blocks that
+    were updated before it keep their update, and the rest of the step is skipped.
     """
     optimizer = _optimizer(config, clips=False)
     loss_of = make_loss(config)
@@ -244,33 +240,45 @@ def _make_updating_step(config: TrainConfig):
         assert last is not None  # `init_state` makes it
         scale = jnp.where(last > clip, clip / last, 1.0)
         done = update(trainable, state.optimizer, gradient_scale=scale)
-        skipped = 1 - done.is_finite.astype(jnp.int32)
-        state = TrainState(
-            step=state.step + 1,
+        state = _after(
+            state,
+            done.is_finite,
             params=merge(done.params, frozen),
             optimizer=done.state,
-            skipped=state.skipped + skipped,
-            skipped_in_row=(state.skipped_in_row + 1) * skipped,
             gradient_norm=jnp.where(done.is_finite, done.gradient_norm, last),
         )
-        metrics = {"loss": done.value, "gradient_norm": done.gradient_norm}
-        counts = {"skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
-        return state, metrics | counts
+        return state, _metrics(done.value, done.gradient_norm, state)
 
     return train_step
 
 
+def _after(state: TrainState, finite, **changes) -> TrainState:
+    """Returns the state after a step; `finite` says whether the step was taken."""
+    skipped = 1 - finite.astype(jnp.int32)
+    return state._replace(
+        step=state.step + 1,
+        skipped=state.skipped + skipped,
+        skipped_in_row=(state.skipped_in_row + 1) * skipped,
+        **changes,
+    )
+
+
+def _metrics(loss, norm, state: TrainState) -> dict:
+    metrics = {"loss": loss, "gradient_norm": norm}
+    return metrics | {"skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
+
+
 def _placed(tree, layout: Layout | None):
-    """Returns parameters, or what holds their like, where they belong on the mesh."""
+    """Returns a tree with the parameters' paths, such as gradients, sharded over the mesh."""
     if layout is None:
         return tree
     return jax.lax.with_sharding_constraint(tree, layout.of_params(tree))
 
 
 def make_loss(config: TrainConfig):
-    """Returns `loss(params, batch, key, count)` in nats a token.
+    """Returns `loss(params, batch, key, count)` in nats per token.
 
-    `count` is None for the mean over the batch, or what its sum is divided by.
+    The sum over the batch is divided by `count`; None stands for the number of targets.
     """
     layout = layout_of(config)
     model = Transformer(config.model, remat=config.plan, unroll=config.unroll or 1, layout=layout)
@@ -287,7 +295,7 @@ def make_loss(config: TrainConfig):
             method="features",
         )
         if count is None and config.model.dtype == "float16":
-            count = targets_BS.size  # a mean's gradients would be too small before they are scaled
+            count = targets_BS.size  # gradients of a mean would be too small for float16
         if count is None:
             return next_token_loss(x_BSD, params, targets_BS, config.model, **options)
         summed = {"ignore_index": _IGNORED, "reduction": "sum", **options}
@@ -297,7 +305,7 @@ def make_loss(config: TrainConfig):
 
 
 def _inputs_and_targets(batch):
-    """Returns what the model is given, tokens and perhaps segment ids, and targets `[B, S]`."""
+    """Returns the model's inputs (tokens, and segment ids if packed), and targets `[B, S]`."""
     if not isinstance(batch, tuple):
         return (batch[:, :-1],), batch[:, 1:]
     tokens, ids = batch
@@ -306,9 +314,10 @@ def _inputs_and_targets(batch):
 
 
 def _targets_a_part(batch, parts: int):
-    """Returns the mean number of targets of a packed batch's parts, None for an even batch.
+    """Returns the mean number of targets of a packed microbatch; None for a batch without packing.
 
-    Parts have different numbers: a sum divided by the mean weighs every target alike.
+    Microbatches have different numbers of targets. Sums that are divided by the mean number give
+    every target the same weight.
     """
     if not isinstance(batch, tuple):
         return None
@@ -317,10 +326,10 @@ def _targets_a_part(batch, parts: int):
 
 
 def _gradients(config: TrainConfig, part_loss, params, batch, key):
-    """Returns the loss and its gradients, over a batch in parts: one part's activations are live.
+    """Returns the loss and its gradients, accumulated over microbatches.
 
-    Gradients of parts are added up in place, a block at a time in the backward pass; on a mesh, and
-    where no block is trained, after it.
+    Only the activations of one microbatch are live. Gradients are accumulated in place, a block at
+    a time in the backward pass; on a mesh, or if no block is trained, after the backward pass.
     """
     if config.accumulate == 1:
         return jax.value_and_grad(part_loss)(params, batch, key)
@@ -348,10 +357,10 @@ def _gradients(config: TrainConfig, part_loss, params, batch, key):
 
 
 def make_validation_step(config: TrainConfig):
-    """Returns `validation_step(params, batch) -> (loss, count)`: nats a token, and of how many.
+    """Returns `validation_step(params, batch) -> (loss, count)`: nats per token, and tokens.
 
-    It is the cross entropy alone: without dropout, and without `z_loss`. Rows of -1 fill a batch
-    up and count for nothing.
+    The loss is the cross entropy, without dropout and `z_loss`. Rows of -1 pad a batch and are not
+    counted.
     """
     layout = layout_of(config)
     model = Transformer(config.model, remat="none", layout=layout)
@@ -367,14 +376,14 @@ def make_validation_step(config: TrainConfig):
 
 
 def split(params, patterns: Sequence[str]):
-    """Returns `(trainable, frozen)`, two trees that `merge` puts together again.
+    """Returns `(trainable, frozen)`, two trees that `merge` joins again.
 
     Args:
       params: The model's parameters, a tree of dictionaries.
-      patterns: Globs over paths (`*` goes over slashes too); none trains everything.
+      patterns: Globs over paths (`*` matches slashes too); without patterns all is trainable.
 
     Raises:
-      ConfigError: A pattern that matches nothing.
+      ConfigError: A pattern matches no parameter.
     """
     if not patterns:
         return params, {}

@@ -1,4 +1,4 @@
-"""Stopping a run from outside: the first SIGTERM or Ctrl-C is a request, the second is not."""
+"""Stopping a run: the first SIGTERM or Ctrl-C asks it to stop, the second ends the process."""
 
 import os
 import signal
@@ -8,11 +8,11 @@ import threading
 class StopRequest:
     """A context in which the first SIGTERM or SIGINT sets `signal_name`, a second ends the process.
 
-    Python runs signal handlers between bytecodes of the main thread, which may wait for a step for
-    long. So a thread reads signals from the wake-up pipe, and the second one acts at once.
+    Python runs signal handlers between bytecodes of the main thread, which may wait long for a
+    step. So a thread reads the signals from the wake-up pipe, and the second signal acts at once.
 
     Attributes:
-      signal_name: None until a signal came, then its name.
+      signal_name: The name of the first signal; None before it.
     """
 
     def __init__(self):

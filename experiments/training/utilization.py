@@ -1,9 +1,9 @@
-"""How much of its devices' peak a step reaches: MFU and HFU (Chowdhery et al. 2022, PaLM).
+"""The share of the devices' peak that a step reaches: MFU and HFU (Chowdhery et al. 2022, PaLM).
 
-Both count matrix products and attention over the bf16 peak. MFU counts what the model needs,
-however it is run. HFU's are those that the step runs, with what a plan, a kernel or the loss runs
-again. Attention counts every pair of positions of a row, as PaLM does: also the half that a causal
-mask hides, and in packed rows pairs of two documents.
+Both count matrix products and attention, over the bf16 peak. MFU counts the FLOPs that the model
+needs. HFU counts the FLOPs that the step runs, with everything that a plan, a kernel or the loss
+recomputes. Attention counts every pair of positions of a sequence, as PaLM does: also the half that
+a causal mask hides, and pairs of two packed documents.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ class StepFlops:
     """FLOPs of one training step, on all its devices together.
 
     Attributes:
-      model: What the model needs.
-      hardware: What the devices run.
+      model: The FLOPs that the model needs.
+      hardware: The FLOPs that the devices run.
     """
 
     model: int
@@ -38,7 +38,7 @@ class StepFlops:
 
 
 def step_flops(config: TrainConfig, built: BuiltStep) -> StepFlops:
-    """Returns the FLOPs of a configuration's step, which `build` has made."""
+    """Returns the FLOPs of a configuration's step; `built` is from `build`."""
     jaxpr = jax.jit(built.fn, donate_argnums=built.donate_argnums).trace(*built.args).jaxpr
     params = built.args[0].params
     return StepFlops(model=model_flops(config, params), hardware=count_flops(jaxpr, masked=True))
@@ -47,9 +47,9 @@ def step_flops(config: TrainConfig, built: BuiltStep) -> StepFlops:
 def model_flops(config: TrainConfig, params) -> int:
     """Returns the FLOPs that a training step needs.
 
-    A token takes `6 N + 12 L H Q T`: N parameters in matrix products (no scales, and of embeddings
-    only a table that is the head too), L blocks of H heads of size Q, and T tokens a row. A frozen
-    parameter has no gradient and takes 4.
+    A token takes `6 N + 12 L H Q T`, with N parameters in matrix products, L blocks of H heads of
+    size Q, and T tokens in a sequence. Scales of norms are not counted; an embedding table is, if
+    it is the head too. A frozen parameter has no gradient and takes 4 FLOPs instead of 6.
     """
     model = config.model
     multiplied = ("kernel", "embedding") if model.tied_embeddings else ("kernel",)

@@ -1,8 +1,8 @@
 """Weights to start from: `--init DIR`, a folder as Hugging Face's transformers saves a Qwen3.
 
-`config.json` gives the model's shape, the safetensors files its parameters, and `tokenizer.json`,
-if it is there, turns text into tokens. Only `load_params` needs JAX: a fault of a folder is found
-before JAX is imported.
+`config.json` gives the model's shape, the safetensors files its parameters. `tokenizer.json`, if it
+exists, turns text into tokens. Only `load_params` needs JAX, so a fault of a folder is found before
+JAX is imported.
 """
 
 import itertools
@@ -26,7 +26,7 @@ def read_shape(folder: Path) -> TransformerConfig:
     """Returns the shape of a folder's model.
 
     Raises:
-      ConfigError: No such folder, no `config.json` in it, or not one of a Qwen3.
+      ConfigError: The folder or its `config.json` is missing, or is not of a Qwen3.
     """
     if not folder.is_dir():
         beside = folder.parent if folder.parent.is_dir() else Path()
@@ -67,12 +67,12 @@ def check_shape(config: TrainConfig):
 
 
 def check_init(config: TrainConfig) -> Tokenizer | None:
-    """Returns the tokenizer of the folder that a run starts from, if there is one.
+    """Returns the tokenizer of the folder that a run starts from; None without one.
 
-    Of a resumed run only shape and tokenizer are checked.
+    The folder's shape, weights and tokenizer are checked; the weights not if the run is resumed.
 
     Raises:
-      ConfigError: Nothing can start from that folder.
+      ConfigError: A part of the folder is missing, or does not fit the model.
     """
     if config.init is None:
         return None
@@ -92,7 +92,7 @@ def check_init(config: TrainConfig) -> Tokenizer | None:
 
 
 def end_token(config: TrainConfig) -> int | None:
-    """Returns the token that ends a document: as given, or as the folder says; None if unknown."""
+    """Returns the token that ends a document, by a flag or by `config.json`; None if unknown."""
     if config.end_token is not None or config.init is None:
         return config.end_token
     found = read_json(config.init / CONFIG_JSON).get("eos_token_id")
@@ -104,8 +104,8 @@ def check_weights(folder: Path, model: TransformerConfig):
     """Raises unless a folder's tensors fit a model.
 
     Raises:
-      ConfigError: Naming every tensor that is missing, that the model has no use for, or that has
-        another shape or dtype.
+      ConfigError: A tensor is missing, is not of this model, or has another shape or dtype. The
+        text names all such tensors.
     """
     shards = Shards(folder)
     wanted = {tensor.name: tensor.shape for tensor in qwen3.tensors(model)}
@@ -155,9 +155,9 @@ def _check_tied(shards: Shards, folder: Path):
 def load_params(folder: Path, like):
     """Returns the parameters of a folder that `check_weights` has passed.
 
-    One parameter at a time is made on the host and handed to the device: a tensor is read from its
-    memory-mapped file into its row of the stack. `like` is the abstract parameters, whose dtypes
-    and shardings the parameters get.
+    One parameter at a time is made on the host and copied to the device: each tensor is read from
+    its memory-mapped file into its row of the stack. The parameters get the dtypes and shardings of
+    `like`, the abstract parameters.
     """
     import jax
     from flax import traverse_util

@@ -1,7 +1,7 @@
 """Safetensors files of one model: a single file, or shards that an index lists.
 
-Reading: tensors stay in the files until one is asked for; the files are memory-mapped. Writing: one
-file, or shards and an index of the tensors' files. No JAX.
+Files are memory-mapped, and a tensor is read when it is used. Written are one file, or shards and
+an index that names each tensor's file. No JAX.
 """
 
 import itertools
@@ -19,22 +19,22 @@ from experiments.files import import_extra
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-DTYPES = {"F32": "float32", "BF16": "bfloat16"}  # in the words of the format, and of NumPy
+DTYPES = {"F32": "float32", "BF16": "bfloat16"}  # the format's name -> NumPy's
 
 
 class Shards:
     """The tensors of a folder.
 
     Attributes:
-      shapes: By a tensor's name.
-      dtypes: By a tensor's name, in the words of the format: `F32`, `BF16`.
+      shapes: The shape of each tensor, by name.
+      dtypes: The dtype of each tensor, by name, as the format names it: `F32`, `BF16`.
     """
 
     def __init__(self, folder: Path):
-        """Opens the files and reads what they say of their tensors.
+        """Opens the files and reads the names, shapes and dtypes of their tensors.
 
         Raises:
-          ConfigError: No such files, one that cannot be read, or a name that is in two of them.
+          ConfigError: A file is missing or cannot be read, or two files have a tensor of one name.
         """
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
@@ -54,7 +54,7 @@ class Shards:
         return self._files[name].get_tensor(name)
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Returns some rows of a tensor; `stop` may lie behind its end."""
+        """Returns some rows of a tensor; `stop` may be larger than their number."""
         return self._files[name].get_slice(name)[start : min(stop, self.shapes[name][0])]
 
 
@@ -96,7 +96,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Returns a JSON object.
 
     Raises:
-      ConfigError: No such file, or no JSON object in it.
+      ConfigError: The file is missing, or holds no JSON object.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -113,9 +113,9 @@ _BLOCK = re.compile(r"^(.*\.)(\d+)(\..*)$")
 
 
 def listed(names: Iterable[str]) -> str:
-    """Returns all names as text; names that differ in the block's number alone are one.
+    """Returns all names as text, with names that differ in the block's number alone as one.
 
-    `model.layers.{0-2,5}.mlp.up_proj.weight` is four.
+    `model.layers.{0-2,5}.mlp.up_proj.weight` stands for four names.
     """
     groups: dict[tuple[str, str] | str, list[int]] = {}
     for name in names:
@@ -132,7 +132,7 @@ def _numbers(numbers: list[int]) -> str:
     """Returns ascending numbers as text: `5`, or `{0-2,5}`."""
     if len(numbers) == 1:
         return str(numbers[0])
-    # Numbers of one run are equal after their places are taken from them.
+    # Consecutive numbers have equal differences to their positions.
     runs = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
     ends = [[number for _, number in run] for _, run in runs]
     return "{" + ",".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in ends) + "}"
@@ -145,15 +145,15 @@ _METADATA = {"format": "pt"}
 def write_shards(
     folder: Path, tensors: Iterable[tuple[str, np.ndarray]], *, largest_bytes: int
 ) -> str:
-    """Writes tensors in their order; returns what was written, for people.
+    """Writes tensors in their order; returns a summary for people.
 
     Args:
-      folder: Where to; it is there and holds none yet.
-      tensors: Names and contiguous arrays; one file's worth is in memory at a time.
+      folder: An existing folder without weights.
+      tensors: Names and contiguous arrays; the tensors of one file are in memory at a time.
       largest_bytes: The most bytes of a file; a larger tensor has a file of its own.
 
     Raises:
-      OSError: The disk is full, say.
+      OSError: The files cannot be written, such as on a full disk.
     """
     files: list[dict[str, int]] = []
     pending: dict[str, np.ndarray] = {}
@@ -176,9 +176,9 @@ def _write(folder: Path, index: int, tensors: dict[str, np.ndarray]) -> dict[str
 
     try:
         save_file(tensors, folder / str(index), metadata=_METADATA)
-    except SafetensorError as error:  # what the package makes of an OSError
+    except SafetensorError as error:  # the package's form of an OSError
         raise OSError(str(error)) from None
-    (folder / str(index)).chmod(0o644)  # the package makes a file its owner's alone
+    (folder / str(index)).chmod(0o644)  # the package lets only the owner read a file
     return {name: value.nbytes for name, value in tensors.items()}
 
 

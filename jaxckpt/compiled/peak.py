@@ -1,4 +1,4 @@
-"""The peak on each backend: a report made from what XLA says of a compiled program.
+"""The peak on each backend: makes a report from XLA's figures of a compiled program.
 
 The same field means different things on different backends, so each has its rule:
 

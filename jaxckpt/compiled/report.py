@@ -19,29 +19,30 @@ class MemoryReport:
     """Memory of one compiled function on one device; `print` shows it as a small table.
 
     Attributes:
-      peak_bytes: Device memory at the worst moment.
-      argument_bytes: The inputs.
-      output_bytes: The outputs, with outputs that reuse a donated input.
-      alias_bytes: Outputs in donated inputs, counted in `argument_bytes` and `output_bytes`.
-      temp_bytes: Everything else: residuals, gradients, working memory.
+      peak_bytes: Device memory at the worst moment. argument_bytes: Bytes of the inputs.
+      output_bytes: Bytes of all outputs, also of outputs that reuse a donated input. alias_bytes:
+      Bytes of outputs that reuse a donated input; the inputs and the outputs both count
+        these bytes.
+      temp_bytes: Bytes of temporaries: residuals, gradients, working memory.
       host_bytes: Host memory that the step uses for offloaded values.
-      code_bytes: The compiled program.
+      code_bytes: Bytes of the compiled program.
       flops: FLOPs of one call's matrix products, with all trips of loops; None if unknown.
-      target: The chip that it is compiled for.
+      target: The chip that the function is compiled for.
       source: The backend and the rule that the figures come from.
-      jax_version: The JAX that compiled it.
+      jax_version: The version of JAX that compiled the function.
       usable_bytes: The bytes that a program may fill of a device; None if unknown.
       buffers: The largest buffers at the peak, largest first, as the compiler wrote them down.
       compile_seconds: How long the compiler took; None if it was not timed. Not compared.
       estimated_seconds: Seconds of one call by the chip's roofline; None if not asked for.
-      recomputed_flops: The part of `flops` that is recomputed; None if not asked for.
-      findings: Parts of the plan that do nothing, a line each.
-      num_devices: The devices that run the step together; bytes are per device, FLOPs of all.
+      recomputed_flops: FLOPs of recomputed matrix products; None if not asked for.
+      findings: Parts of the plan that have no effect, a line each.
+      num_devices: The number of devices that run the step together. Bytes are per device, FLOPs are
+        of all devices.
       collective_bytes: Bytes that one device sends in one call; None on one device.
-      collective_seconds: Seconds that the links need for `collective_bytes`, a part of
-        `estimated_seconds`; None if the links are unknown.
-      understood: How much was understood of the compiler's texts, which buffers and collectives are
-        read from. Not compared.
+      collective_seconds: Seconds that the links need for the sent bytes; the estimated seconds have
+        them too. None if the links are unknown.
+      understood: The lines of the compiler's texts that were understood, out of all lines. Buffers
+        and collectives are read from these texts. Not compared.
     """
 
     peak_bytes: int

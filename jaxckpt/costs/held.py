@@ -1,14 +1,15 @@
-"""Which values XLA holds for a backward pass, where JAX names more.
+"""Which values XLA holds for a backward pass: fewer values than the residuals of JAX.
 
-`jax.vjp` keeps every value that a derivative reads. XLA fuses: an elementwise value is made again
-in the kernel that reads it, from values that are held anyway. So a U-Net whose residuals weigh
-16.6 GiB holds 2.9 GiB on an H200. The rule here, for one function without loops around it:
+`jax.vjp` keeps every value that a derivative reads. XLA fuses: it recomputes an elementwise value
+in the kernel that reads it, from values that are held anyway. A U-Net whose residuals in JAX have
+16.6 GiB therefore holds 2.9 GiB on an H200. This module estimates the held values of one function
+that is not in a loop:
 
-- products, convolutions, reductions, kernels and loops are held as they are;
-- an elementwise value is held by its sources, if the sources that are not held yet are few and
-  weigh hardly more than the value; otherwise the value itself is held.
+- products, convolutions, reductions, kernels and loops are held;
+- instead of an elementwise value its sources are held, if only a few of them are not held yet and
+  their bytes are hardly more than the value's; otherwise the value is held.
 
-What stands behind a barrier, as the residuals of `jax.checkpoint` do, is held as JAX names it.
+Residuals behind a barrier, such as those of `jax.checkpoint`, are all held.
 """
 
 from collections.abc import Iterable
@@ -38,7 +39,7 @@ def _is_fused(value: Value) -> bool:
 
 
 def _sources(value: Value, known: dict[Value, None]) -> tuple[Value, ...]:
-    """Returns the values that a fused kernel would read for `value`; inputs are there anyway."""
+    """Returns the values that a fused kernel would read for `value`, without the inputs."""
     found: dict[Value, None] = {}
     todo, seen = [value], set()
     while todo:

@@ -10,7 +10,6 @@ stacked output.
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Collection, Iterator
 
 import jax
@@ -25,12 +24,11 @@ from jaxckpt.transforms import jaxprs, tags, value_names
 from jaxckpt.transforms.checkpointed import Remat
 from jaxckpt.transforms.checks import check_carry
 from jaxckpt.transforms.policies import GivenPolicy
-from jaxckpt.transforms.traced_block import abstract, first_block
+from jaxckpt.transforms.traced_block import abstract, first_block, without_addresses
 
 # Steps that return their input: a tag, a copy, a move.
 _IDENTITIES = frozenset((jaxprs.TAG, jaxprs.PUT, *jaxprs.COPIES))
 _KERNELS = tags.ATTENTION_PRIMITIVES | {jaxprs.PALLAS}
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def single_stage(plan: str | Plan) -> Stage:
@@ -268,8 +266,8 @@ def _describe(step: Step) -> tuple[str, ...]:
         return (str(step.params.get("name_and_src_info")),)
     if any(True for _ in jaxprs.subjaxprs(step.equation)):
         return (where(step),)
-    text = lambda value: _ADDRESS.sub("", repr(value))
-    return tuple(f"{name}={text(value)}" for name, value in sorted(step.params.items()))
+    params = sorted(step.params.items())
+    return tuple(f"{name}={without_addresses(repr(value))}" for name, value in params)
 
 
 def all_named(block: Callable, *, opens_remat: bool = False) -> Callable:

@@ -1,12 +1,11 @@
-"""Flax Linen adapters: a module class in, a rematerialized stack or class out; a list as it is.
+"""Flax Linen adapters: stacks, lists of modules and single modules under a plan.
 
     stack.py       Stack: L equal blocks, their parameters stacked in one tree
-    lists.py       run: a list that setup() made, as it is
+    lists.py       run: a list of modules that setup() made
     one_block.py   remat: a class whose call is checkpointed; remat_of: a context that checkpoints
                    each call of a class
 
-The parameter tree does not depend on the plan, so a checkpoint written under one plan loads under
-any other.
+The parameter tree does not depend on the plan: a checkpoint of one plan loads under any other.
 """
 
 from jaxckpt.linen.lists import run

@@ -1,9 +1,9 @@
-"""One Linen block under `jax.checkpoint`: `remat` of its class, `remat_of` where its code stays.
+"""One Linen block under `jax.checkpoint`: `remat` wraps its class, `remat_of` wraps its calls.
 
     for _ in range(28):                                      # in a loop of your own
         x = jaxckpt.linen.remat(Block, "attention")()(x)
 
-    with jaxckpt.linen.remat_of(Block, "dots"):              # a model whose code stays as it is
+    with jaxckpt.linen.remat_of(Block, "dots"):              # a model whose code you do not edit
         x = model.apply(variables, x)
 
 A plan for one block is `none`, `full` or policies. Parameters keep their names.
@@ -44,17 +44,17 @@ def remat(
       plan: A plan for one block: `none`, `full` or policies, such as `"attention"`. Or a policy of
         `jax.checkpoint`.
       methods: Names of the methods that are checkpointed; by default only `__call__`.
-      static_argnums: Positions of arguments that are not traced even if they are arrays; `self` is
-        0.
+      static_argnums: Positions of arguments that are never traced, not even if they are arrays;
+        `self` is position 0.
       prevent_cse: As in `jax.checkpoint`; False inside a loop.
 
     Returns:
       The class, or a `functools.partial` of it.
 
     Raises:
-      PlanError: The plan is for several blocks (use `Stack`); or, when the module is called, a name
-        matches nothing in the block.
-      ValueError: `block` is a module rather than its class.
+      PlanError: The plan is for several blocks (use `Stack`). When the module is called: a name of
+        the plan matches nothing in the block.
+      ValueError: `block` is a module instead of a class.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxckpt
@@ -110,9 +110,9 @@ def remat_of(
 ) -> Iterator[None]:
     """A context in which each call of a module class is checkpointed, wherever its code is.
 
-    For a model of an installed package: nothing of it is edited or copied, and parameters keep
-    their names. A call inside of another call of the class is not wrapped again. A function under
-    `jax.jit` keeps what it was traced with; write the context inside of it or around it.
+    For a model of an installed package, whose code you do not edit. Parameters keep their names. A
+    call inside another call of the class is not wrapped again. Enter the context inside a function
+    under `jax.jit`, or around a call of it.
 
     Args:
       block: The class; calls of its subclasses are checkpointed too.
@@ -122,9 +122,10 @@ def remat_of(
       prevent_cse: As in `jax.checkpoint`; False inside a loop.
 
     Raises:
-      PlanError: The plan is for several blocks; or, at a call, a name matches nothing in the block.
-      ValueError: `block` is no class of Linen modules, it has no such method, or no module of the
-        class was called.
+      PlanError: The plan is for several blocks. At a call: a name of the plan matches nothing in
+        the block.
+      ValueError: `block` is no class of Linen modules, the class has no such method, or no module
+        of the class was called.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxckpt
@@ -182,8 +183,8 @@ def _checkpoint(
 ) -> Callable:
     """Returns `fn(scopes, *args, **named)` under `jax.checkpoint`, a lifted transform of Flax.
 
-    Flax passes the scopes of the module that is called, and of the modules that it shares with
-    others, so the tags are those of this call.
+    Flax passes the scopes of the called module, and of the modules that it shares with others. The
+    tags are therefore the tags of this call.
     """
 
     def call(scopes, *args, **named):

@@ -40,8 +40,8 @@ _CURES = {
 class Stack(nn.Module):
     """L equal Linen blocks under a plan; their parameters are stacked `[L, ...]` in one tree.
 
-    The block's own parameter names follow this module's name directly: block `i` of
-    `params["layers"]["mlp"]["kernel"]` is its row `i`. Every random stream that `apply` is given
+    The block's parameter names follow this module's name directly: row `i` of
+    `params["layers"]["mlp"]["kernel"]` is the kernel of block `i`. Every random stream of `apply`
     (`rngs={"dropout": key}`) is split into one key per block.
 
     Attributes:
@@ -49,16 +49,16 @@ class Stack(nn.Module):
       num_blocks: The number of blocks, L.
       remat: A plan or its text, or a policy of `jax.checkpoint`.
       unroll: Blocks unrolled in one trip of a loop.
-      dtype: Casts floating parameters to the dtype that blocks compute in, once before a loop.
-        Otherwise each block casts its own, in the forward pass, in recomputation and in the
-        backward pass. Unrolled checkpointed blocks still cast their own, which takes a little
-        longer but needs no copy of all parameters. None casts nothing.
+      dtype: The dtype in which blocks compute. Floating parameters are cast to it once, before a
+        loop. Unrolled checkpointed blocks each cast their own parameters, which takes a little
+        longer but needs no copy of all parameters. With None the stack casts nothing; a block may
+        cast its parameters itself, each time it runs.
       out: The place of the carry in a block's result: an index, a key, or a function. The rest of a
-        tuple or dict, such as hidden states or a router's loss, comes back stacked, `[L, ...]`.
+        tuple or dict, such as hidden states or a router's loss, is returned stacked, `[L, ...]`.
         None if the result is the carry.
-      carry: Collections of variables that blocks may change, such as `("batch_stats",)`, or what
-        they sow, `("intermediates",)`. Every block has a row of its own, `[L, ...]`, and changes it
-        once, however often it is run again.
+      carry: Names of collections of variables that blocks may change, such as `("batch_stats",)`
+        or, for sown values, `("intermediates",)`. The arrays are `[L, ...]`; each block changes its
+        row once, also if it is recomputed.
 
     Example:
       >>> import flax.linen as nn, functools, jax, jax.numpy as jnp, jaxckpt
@@ -91,17 +91,18 @@ class Stack(nn.Module):
         Args:
           carry: The first block's input, any pytree of arrays; `block(carry, *consts, **named)`
             returns a carry with this structure, these shapes and these dtypes.
-          *consts: Handed to every block. Arrays get gradients; Python values, such as `True`, stay
-            Python values.
+          *consts: Arguments of every block. Arrays get gradients; Python values, such as `True`,
+            stay Python values.
           **named: Keyword arguments for every block, such as `deterministic=True`.
 
         Returns:
-          The last block's carry; with `out`, the result of a block, its rest stacked.
+          The last block's carry; with `out`, the result of a block with its rest stacked.
 
         Raises:
           PlanError: The plan does not parse, does not fit L blocks, or names what no block has.
-          ValueError: A block changes state that `self.carry` does not name, sows values that the
-            caller asks for, holds a module from outside the stack, or changes its carry.
+          ValueError: A block changes state that `self.carry` does not name, sows into a mutable
+            collection that it does not name, holds a module from outside the stack, or changes the
+            type of its carry.
         """
         block = self.block(parent=None)
         _check_unshared(block, consts, named)
@@ -117,7 +118,7 @@ class Stack(nn.Module):
         cast = functools.partial(in_dtype, dtype=self.dtype)
         state = nn.meta.unbox({name: dict(one) for name, one in self.variables.items() if one})
         params = state.pop(_PARAMS, {})
-        # What is updated in the backward pass is handed over as it is; a copy could not be.
+        # Parameters that are updated in the backward pass are found by identity: they stay uncast.
         if not rows.reads_inside(self.remat, self.unroll) and not is_attached(params):
             params, cast = cast(params), lambda params: params
         mutable = intersect_filters(scope.mutable, DenyList(_PARAMS))
@@ -166,8 +167,8 @@ def _check_unshared(block: nn.Module, consts, named):
         if module.parent is not None:
             raise ValueError(
                 f"{where} is the module {module.name!r} of the model around the stack, whose "
-                "parameters the blocks would not share; call it outside and hand its output over, "
-                "or make it with parent=None for one of its own in every block"
+                "parameters the blocks would not share; call it outside and pass its output to the "
+                "stack, or make it with parent=None, which gives every block its own module"
             )
 
 
@@ -194,9 +195,9 @@ def _kept(before, after, kept: Sequence[str]) -> dict:
     """Returns the collections that a stack keeps and its block changed.
 
     Args:
-      before: The block's variables beside its parameters.
-      after: The same after its call.
-      kept: Names of collections.
+      before: The block's variables without its parameters.
+      after: The block's variables without its parameters, after the call.
+      kept: Names of the collections that the stack keeps.
 
     Raises:
       ValueError: The block changed a variable of another collection.
@@ -223,7 +224,18 @@ def _kept(before, after, kept: Sequence[str]) -> dict:
 
 
 def in_dtype(params, dtype):
-    """Returns parameters with floating leaves cast to a dtype; unchanged if it is None."""
+    """Returns parameters with their floating leaves cast to a dtype.
+
+    Args:
+      params: A pytree of arrays.
+      dtype: The dtype; None returns the parameters unchanged.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> cast = in_dtype({"w": jnp.ones(2), "n": jnp.ones(2, int)}, "bfloat16")
+      >>> cast["w"].dtype.name, cast["n"].dtype.name
+      ('bfloat16', 'int32')
+    """
     if dtype is None:
         return params
     is_floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)

@@ -1,4 +1,4 @@
-"""The sizes that a chunk of tokens can have. Standard library only, so command lines can check."""
+"""Divisors: the sizes that a chunk of tokens can have. Standard library only."""
 
 import math
 import operator
@@ -23,7 +23,7 @@ def chunk_positions(tokens_shape: Sequence[int], chunk_tokens: int) -> int:
         raise ValueError(f"chunk_tokens is {chunk_tokens!r}; valid: an integer or None") from None
     if not rows * length:
         return max(length, 1)
-    valid = [rows * size for size in _divisors(length)]
+    valid = [rows * size for size in divisors(length)]
     if chunk_tokens not in valid:
         below = [n for n in valid if n < chunk_tokens][-1:]
         above = [n for n in valid if n > chunk_tokens][:1]
@@ -35,6 +35,7 @@ def chunk_positions(tokens_shape: Sequence[int], chunk_tokens: int) -> int:
     return chunk_tokens // rows
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """Returns the divisors of a number, the smallest first."""
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return sorted({*small, *(number // n for n in small)})

@@ -38,10 +38,10 @@ class Row:
       residual_bytes: Bytes kept without remat; 0 if only the plan keeps the array.
       recompute_flops: Matrix-product FLOPs to compute it from the block's inputs.
       recompute: The primitives that compute it, from the last one back to an input.
-      decision: What the plan does with it: `saved`, `host`, `recomputed`, `saved+host`, `partly
-        saved` (of a kernel's arrays); None without a plan.
-      saved_bytes: Bytes that the plan keeps of it on the device; None without a plan.
-      host_bytes: Bytes that the plan keeps of it on the host; None without a plan.
+      decision: The plan's decision on the residual: `saved`, `host`, `recomputed`, `saved+host`, or
+        `partly saved` (some of a kernel's arrays); None without a plan.
+      saved_bytes: Bytes of the residual that the plan keeps on the device; None without a plan.
+      host_bytes: Bytes of the residual that the plan keeps on the host; None without a plan.
     """
 
     name: str
@@ -165,7 +165,7 @@ def explain(
     num_blocks: int | None = None,
     plan: str | Plan | Callable | None = None,
 ) -> Explanation:
-    """Lists every residual of one block, and what a plan does with it.
+    """Lists every residual of one block, and a plan's decision on each.
 
     A residual has its tag's name, or an invented name such as `@tanh.1`; `names:` takes both.
 
@@ -173,7 +173,7 @@ def explain(
       block: `block(carry, params_i, *consts) -> carry`, as for `jaxckpt.scan_blocks`.
       params_i: The parameters of one block, arrays or abstract.
       carry: The block's input, arrays or abstract.
-      *consts: What all blocks share.
+      *consts: Arrays that all blocks share.
       num_blocks: The number of blocks, L; adds a column for the whole stack.
       plan: A plan of one stage, or a policy of `jax.checkpoint`; adds its decision on each
         residual. For `uniform` and `every` the block is one of the live segment.

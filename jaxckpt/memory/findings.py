@@ -268,27 +268,27 @@ def _is_logits(buffer: Buffer, tokens: int, vocab_size: int) -> bool:
     return last == vocab_size and math.prod(rows) == tokens
 
 
-# The share of what is alive at the peak from which one block's own values are what sets it.
+# The values of one block set the peak if they are more than this share of the live bytes there.
 _MOST_OF_PEAK = 0.5
 
 
 def block_sets_peak(
     block: Callable, params_i, carry, *consts, plan: str | Plan, report: MemoryReport
 ) -> tuple[Finding, ...]:
-    """Returns a finding if most of a checkpointed step's peak is made inside a single block.
+    """Returns a finding if most of the peak of a checkpointed step is values of a single block.
 
     Args:
       block: `block(carry, params_i, *consts) -> carry`.
       params_i: The parameters of one block, arrays or abstract.
       carry: The block's input, arrays or abstract.
-      *consts: What all blocks share.
-      plan: The plan of `report` or its text; `none` has no finding, because a plan is its cure.
+      *consts: Arrays that all blocks share.
+      plan: The plan of the step, or its text. Under `none` there is no finding: a plan is the cure.
       report: The report of the step under the plan.
     """
     if any(stage.schedule == "none" for stage in as_plan(plan).stages):
         return ()
     steps = _all_steps(flatten(jax.make_jaxpr(block)(carry, params_i, *consts)))
-    # XLA gives the values of a function with a rule of its own the line of its call.
+    # XLA gives the values inside a function with a custom derivative the line of the call.
     calls = (Step(equation=call, inputs=()) for step in steps for call in step.calls)
     lines = {where(step) for step in (*steps, *calls)} - {""}
     made = [buffer for buffer in report.buffers if Path(buffer.source).name in lines]

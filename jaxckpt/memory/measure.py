@@ -44,15 +44,15 @@ def measure(
     the same axes. Without shardings each device holds everything.
 
     Args:
-      fn: A function, or a result of `jax.jit` or `nnx.jit`, whose own donations hold if none are
-        given here. A function of NNX modules is compiled by `nnx.jit`, with the state that it
-        changes among its outputs.
+      fn: A function, or a result of `jax.jit` or `nnx.jit`. The donations of a jitted function are
+        used if none are given here. A function of NNX modules is compiled by `nnx.jit`; the state
+        that it changes is then an output.
       *args: Arrays or abstract values.
       target: `"local"`, the backend of this process, or a chip: `"v5e-1"`, `"h100"`; see
         `jaxckpt.targets.target` for all.
-      donate_argnums: Arguments whose memory outputs may reuse. Without it a training step counts
-        parameters and optimizer state twice.
-      static_argnums: Arguments that are compile-time constants.
+      donate_argnums: The positions of arguments whose memory outputs may reuse. Without donation
+        the peak of a training step has parameters and optimizer state twice.
+      static_argnums: The positions of arguments that are compile-time constants.
 
     Returns:
       A `MemoryReport`, in bytes per device; `print` shows a table.
@@ -60,9 +60,9 @@ def measure(
     Raises:
       ValueError: `fn` is no function or holds arrays of its own, or an argument is no array.
       TargetError: The target is unknown.
-      Unavailable: The target's compiler is not installed; the error names the command to do so.
+      Unavailable: The target's compiler is not installed; the error names the command to install.
       PlacementError: Arguments are sharded over more or fewer devices than the target has.
-      TravelError: `fn` cannot be handed to another process.
+      TravelError: `fn` cannot be sent to another process.
       WorkerError: Compiling for an absent chip failed.
 
     Example:
@@ -112,8 +112,8 @@ def jitted(fn: Callable, args: tuple, donate_argnums=(), static_argnums=()) -> t
         equations = exported.trace(made, args).jaxpr.eqns
         if any(any(equation.params.get("donated_invars", ())) for equation in equations):
             raise ValueError(
-                f"{shown(fn)} is compiled already, and what it donates is lost in the function "
-                "that is measured here; give measure its donate_argnums"
+                f"{shown(fn)} is compiled already, and measure cannot see which arguments it "
+                "donates; give measure its donate_argnums"
             )
     return made, args
 

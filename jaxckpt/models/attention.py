@@ -31,8 +31,8 @@ def causal_attention(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS=None, *, kind: str =
       q_BSHN: Queries; H is a multiple of K.
       k_BSKN: Keys.
       v_BSKN: Values.
-      segment_ids_BS: Integers: the document of each token in a packed row; a token attends only to
-        its own document. None for one document per row.
+      segment_ids_BS: Integers: the document of each token in a packed sequence; a token attends
+        only to its own document. None for one document per sequence.
       kind: `"auto"`, `"cudnn"`, `"splash"`, `"chunked"` or `"plain"`.
 
     Returns:
@@ -41,6 +41,11 @@ def causal_attention(q_BSHN, k_BSKN, v_BSKN, segment_ids_BS=None, *, kind: str =
     Raises:
       ValueError: The kind is unknown, the kernel does not take the dtype or a size, ids are no
         `[B, S]` integers, or cuDNN is missing in the tracing process.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> causal_attention(jnp.ones([2, 8, 4, 16]), *2 * [jnp.ones([2, 8, 2, 16])]).shape
+      (2, 8, 4, 16)
     """
     size, head_dim = q_BSHN.shape[1], q_BSHN.shape[-1]
     packed = segment_ids_BS is not None

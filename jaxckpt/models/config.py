@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from jaxckpt.losses.sizes import divisors
 from jaxckpt.plans.errors import UserError, check_word
 
 _DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
@@ -10,7 +11,7 @@ ATTENTION_KINDS = ("auto", "cudnn", "splash", "chunked", "plain")
 
 
 class ModelError(UserError, ValueError):
-    """A model is not valid, or not on this chip: one line with what is valid."""
+    """A model is not valid, or not valid on this chip: one line that says what is valid."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,11 +65,9 @@ class TransformerConfig:
             if getattr(self, name) < 1:
                 raise ModelError(f"{name} is {getattr(self, name)}; the least is 1")
         if self.num_heads % self.num_kv_heads:
-            heads = self.num_heads
-            valid = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
             raise ModelError(
-                f"num_kv_heads {self.num_kv_heads} does not divide num_heads {heads}; "
-                f"valid: {valid}"
+                f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}; "
+                f"valid: {', '.join(map(str, divisors(self.num_heads)))}"
             )
         if self.head_dim % 2:
             raise ModelError(

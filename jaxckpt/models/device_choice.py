@@ -67,9 +67,16 @@ def resolve(
       packed: Whether sequences hold several documents.
       spread: Whether a `Layout` runs kernels on each device's own part.
 
+    Returns:
+      A `Resolved`: the configuration, and the reason for each choice.
+
     Raises:
       TargetError: The target is unknown.
       ModelError: `config` names a kernel that does not run on the target or with the sizes.
+
+    Example:
+      >>> resolve(TransformerConfig(head_dim=128), "v5e-1", seq_len=1024).config.attention
+      'splash'
     """
     device = device_of(target)
     if spread:

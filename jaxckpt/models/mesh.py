@@ -10,6 +10,7 @@ the vocabulary are sharded over `tensor`. An axis that is not named has size 1.
 import dataclasses
 import math
 
+from jaxckpt.losses.sizes import divisors
 from jaxckpt.models.config import TransformerConfig
 from jaxckpt.plans.errors import UserError, nearest
 
@@ -103,7 +104,7 @@ class MeshShape:
             part = "" if accumulate == 1 else f" in {accumulate} parts of {rows}"
             raise MeshError(
                 f"mesh {self}: data times fsdp is {self.batch_parts}, which does not divide "
-                f"batch_size {batch_size}{part}; valid: {_divisors(rows)}"
+                f"batch_size {batch_size}{part}; valid: {_listed(rows)}"
             )
         heads, vocab_size = config.num_kv_heads, config.vocab_size
         self._divides("fsdp", d_model=config.d_model)
@@ -122,10 +123,9 @@ class MeshShape:
             if size % parts:
                 raise MeshError(
                     f"mesh {self}: {axis} {parts} does not divide {name} {size}; valid: "
-                    f"{_divisors(common)}"
+                    f"{_listed(common)}"
                 )
 
 
-def _divisors(number: int) -> str:
-    found = [n for n in range(1, number + 1) if number % n == 0]
-    return ", ".join(map(str, found))
+def _listed(number: int) -> str:
+    return ", ".join(map(str, divisors(number)))

@@ -1,9 +1,9 @@
-"""Flax NNX adapters: a module class in, a rematerialized stack out; or a list of modules as it is.
+"""Flax NNX adapters: stacks, lists of modules and single modules under a plan.
 
     stack.py       Stack: L equal blocks, their variables stacked in one block
-    lists.py       run: a list of modules, as it is
+    lists.py       run: a list of modules
     one_block.py   remat_of: a context that checkpoints each call of a class
-    state.py       what run and remat_of have in common: modules as arrays, in and out
+    state.py       used by run and remat_of: modules to arrays and back
 
 State does not depend on the plan.
 """

@@ -32,8 +32,8 @@ def remat_of(
 ):
     """A context in which each call of an NNX class is checkpointed, wherever its code is.
 
-    As `jaxckpt.remat_of`. What a call changes, such as counters of dropout and batch statistics, is
-    changed once.
+    It works like `jaxckpt.remat_of`. State that a call changes, such as counters of dropout and
+    batch statistics, is changed once.
 
     Args:
       block: The class.
@@ -42,9 +42,10 @@ def remat_of(
       prevent_cse: As in `jax.checkpoint`; False inside a loop.
 
     Raises:
-      PlanError: A plan for several blocks; or, at a call, a name that matches nothing in the block.
-      ValueError: `block` is no class of NNX modules, it has no such method, or no module of the
-        class was called; or a call makes variables.
+      PlanError: The plan is for several blocks. At a call: a name of the plan matches nothing in
+        the block.
+      ValueError: `block` is no class of NNX modules, the class has no such method, no module of the
+        class was called, or a call makes variables.
 
     Example:
       >>> import jax.numpy as jnp, jaxckpt

@@ -50,16 +50,17 @@ _CURE = "give the stack carry= with its class, or put it into the carry"
 class Stack(nnx.Module):
     """L equal NNX blocks under a plan; their variables are stacked `[L, ...]` in `blocks`.
 
-    Block `i` of `stack.blocks.mlp.kernel` is its row `i`. Every block has random streams of its own
-    and draws the same numbers as in a loop. Recomputation repeats them; the next call draws others.
-    `remat` and `unroll` may be assigned at any time.
+    Row `i` of `stack.blocks.mlp.kernel` is the kernel of block `i`. Every block has its own random
+    streams, and draws the same numbers as in a loop. A recomputed block draws the same numbers
+    again; the next call draws new numbers. `remat` and `unroll` may be assigned at any time.
 
     Attributes:
       blocks: One block whose variables and arrays hold all blocks, stacked.
       num_blocks: The number of blocks, L.
       remat: A plan or its text, or a policy of `jax.checkpoint`.
       unroll: Blocks unrolled in one trip of a loop.
-      out: The place of the carry in a block's result; None if the result is the carry.
+      out: The place of the carry in a block's result: an index, a key, or a function; None if the
+        result is the carry.
       carry: The classes of variables that a block may change.
 
     Example:
@@ -86,14 +87,14 @@ class Stack(nnx.Module):
         """Makes the blocks.
 
         Args:
-          block: An NNX module class, or a `functools.partial` of one, called with `rngs=` alone.
+          block: An NNX module class, or a `functools.partial` of one; `rngs=` is its only argument.
           num_blocks: The number of blocks, L.
           remat: A plan or its text, or a policy of `jax.checkpoint`.
           unroll: Blocks unrolled in one trip of a loop.
           out: The place of the carry in a block's result: an index, a key, or a function. The rest
-            of a tuple or dict comes back stacked, `[L, ...]`. None if the result is the carry.
-          carry: A class of variables that a block may change, such as `nnx.BatchStat`, or several.
-            A block changes its own once a call, however often it is run again.
+            of a tuple or dict is returned stacked, `[L, ...]`. None if the result is the carry.
+          carry: One or several classes of variables that a block may change, such as
+            `nnx.BatchStat`. A block changes its variables once per call, also if it is recomputed.
           rngs: The random streams; each is split into one key per block.
 
         Raises:
@@ -124,18 +125,18 @@ class Stack(nnx.Module):
         Args:
           carry: The first block's input, any pytree of arrays; `block(carry, *consts, **named)`
             returns a carry with this structure, these shapes and these dtypes.
-          *consts: Handed to every block. Arrays get gradients; Python values, such as `True`, stay
-            Python values.
+          *consts: Arguments of every block. Arrays get gradients; Python values, such as `True`,
+            stay Python values.
           **named: Keyword arguments for every block, such as `deterministic=True`. The streams of
             `rngs=nnx.Rngs(...)` are split, so that each block gets its own.
 
         Returns:
-          The last block's carry; with `out`, the result of a block, its rest stacked.
+          The last block's carry; with `out`, the result of a block with its rest stacked.
 
         Raises:
           PlanError: The plan does not parse, does not fit L blocks, or names what no block has.
-          ValueError: A block changes its carry, or variables beside random streams that
-            `self.carry` does not name; or `unroll` is no positive whole number.
+          ValueError: A block changes the type of its carry, or changes variables that are no random
+            streams and that `self.carry` does not name; or `unroll` is no positive whole number.
         """
         graph, counts, rest = nnx.split(self.blocks, nnx.RngCount, ...)
         # The index gives a length to blocks that have neither parameters nor keys.
@@ -170,8 +171,8 @@ def _split_keys(consts, named: dict, num_blocks: int) -> tuple[dict[str, jax.Arr
     rngs = named.pop("rngs", None)
     if any(isinstance(value, nnx.Rngs | nnx.RngStream) for value in (*consts, *named.values())):
         raise ValueError(
-            "random streams are handed to a stack as rngs=nnx.Rngs(...), or every block would "
-            "draw the same"
+            "random streams are given to a stack as rngs=nnx.Rngs(...); otherwise every block "
+            "would draw the same numbers"
         )
     return ({} if rngs is None else _split(rngs, num_blocks)), named
 
@@ -227,10 +228,10 @@ def _marked(variable: nnx.Variable, stacked: bool) -> nnx.Variable:
 
 
 def _run_block(graph, merge: Callable, out, kept: Sequence[type], carry, row, arrays):
-    """Returns one block's carry, the rest of its result, its draws, and what it changed.
+    """Returns one block's carry, the rest of its result, its draws, and the variables it changed.
 
-    Draws are a number for each stream, None for a stream that the block did not draw from. What it
-    changed are the leaves of variables by path.
+    Draws are a number for each stream, None for a stream that the block did not draw from. The
+    changed variables are lists of leaves by path.
 
     Args:
       graph: The stacked blocks' graph definition.
@@ -281,7 +282,7 @@ def _kept(before: dict, after, same_graph: bool, kept: Sequence[type]) -> dict[s
     Args:
       before: The arrays of the block's variables, by path.
       after: The block's state after the call.
-      same_graph: Whether the block's attributes are what they were.
+      same_graph: Whether the block's attributes are unchanged.
       kept: The classes of variables that a block may change.
 
     Raises:
@@ -320,8 +321,8 @@ def _check_unshared(block: Callable[..., nnx.Module], keys):
         if id(node) in seen and isinstance(node, nnx.Variable | nnx.Module):
             raise ValueError(
                 f"the block's {dotted(path)} is made outside of the block, and the "
-                "blocks of a stack would not share it; call it outside and hand its output over, "
-                "or make it in the block"
+                "blocks of a stack would not share it; call it outside and pass its output to the "
+                "stack, or make it in the block"
             )
 
 

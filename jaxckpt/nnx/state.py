@@ -1,7 +1,7 @@
-"""NNX modules as arrays: their state in and out, and a call of them as a pure function.
+"""NNX modules as arrays: reading and writing their state, and a call of them as a pure function.
 
-Flax changes variables in place. A list of layers and a checkpointed call take the arrays of all
-variables out (`flat_state`, `values_of`), run `pure_call`, and put back what it replaced.
+Flax changes variables in place. A list of layers and a checkpointed call read the arrays of all
+variables (`flat_state`, `values_of`), run `pure_call`, and write back the replaced arrays.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,15 +10,16 @@ from typing import Any
 import jax
 from flax import nnx
 
-# What a call may be handed beside arrays and Python values, and a list of layers may share.
+# Arguments of a call that hold variables; the layers of a list may share them.
 _NODES = (nnx.Module, nnx.Rngs, nnx.RngStream, nnx.Variable)
 
 
 def nodes_apart(tree) -> tuple[list, list, Callable[[list, list], Any]]:
-    """Returns what holds variables in a pytree, the other leaves, and what merges both again.
+    """Separates the leaves of a pytree that hold variables from the other leaves.
 
     Returns:
-      The modules and other nodes; all leaves, None in a node's place; and `merge(nodes, others)`.
+      `(nodes, others, merge)`: the modules and other nodes; all leaves, with None in the place of a
+      node; and `merge(nodes, others)`, which returns the pytree.
     """
     is_node = lambda leaf: isinstance(leaf, _NODES)
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_node)
@@ -64,11 +65,15 @@ def with_values(state: list[tuple], values: Mapping[int, list]):
 
 
 def pure_call(nodes: list, use: Callable) -> Callable:
-    """Returns `pure(values, *inputs)`: what `use(nodes, *inputs)` returns, and the values after it.
+    """Returns `use(nodes, *inputs)` as a pure function of the nodes' values.
 
     Args:
-      nodes: Modules and other nodes; `values` are those of their variables.
-      use: Calls them.
+      nodes: Modules and other nodes.
+      use: `use(nodes, *inputs) -> result`, which may change variables of the nodes in place.
+
+    Returns:
+      `pure(values, *inputs) -> (result, values)`: takes the values of the nodes' variables, and
+      returns them as they are after the call.
     """
     graph, state = nnx.split(nodes)[0], flat_state(nodes)
 
@@ -84,7 +89,7 @@ def pure_call(nodes: list, use: Callable) -> Callable:
 
 
 def replaced_places(before: list[list], after: list[list]) -> list[int]:
-    """Returns the places of the variables whose arrays are others than before."""
+    """Returns the places of the variables whose arrays were replaced."""
     pairs = enumerate(zip(before, after, strict=True))
     return [place for place, (old, new) in pairs if [*map(id, old)] != [*map(id, new)]]
 

@@ -28,6 +28,18 @@ def check_word(name: str, word: object, valid: Sequence[str], error=ValueError):
         raise error(f"{name} is {word!r}; valid: {', '.join(valid)}{guess}")
 
 
+def check_count(name: str, count: object, of: str = ""):
+    """Raises `ValueError` unless `count` is a whole number, at least 1.
+
+    Args:
+      name: The user's name for the number.
+      count: The user's number.
+      of: The counted things, such as `" of blocks"`.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"{name} is a whole number{of}, at least 1, not {shown(count)}")
+
+
 def nearest(word: str, valid: Iterable[str]) -> str:
     """Returns `" (did you mean 'x'?)"` for the closest valid word, or `""` if none is close."""
     close = difflib.get_close_matches(word, list(valid), n=1, cutoff=CUTOFF)

@@ -10,12 +10,13 @@ The grammar:
 
     plan   := [graph "/"] stage ("/" stage)*
     stage  := [count "x"] schedule ("+" policy)*      a bare policy is short for full+policy
-    graph  := "graph:" steps "-" values               of one function rather than of a stack
+    graph  := "graph:" steps "-" values               the plan is for a function, not a stack
 
 A plan that begins with a graph is for one function (`jaxckpt.checkpoint`), which is cut into
-segments: each stage is a segment, its count the steps of the function in it. `none` keeps what the
-segment's gradient reads; `full` runs the segment again from its inputs, but for what its policies
-keep. `steps` and `values` are digests of the function (`transforms/cuts.py`).
+segments. Each stage is a segment; its count is the number of the function's steps in the segment.
+`none` keeps the values that the segment's gradient reads. `full` recomputes the segment from its
+inputs, except for the values that its policies keep. `steps` and `values` are digests of the
+function (`transforms/cuts.py`).
 
 The parser cuts text into words. `Stage` and `Policy` check what the words mean, and the parser adds
 to their errors the place in the text.
@@ -147,7 +148,7 @@ class Stage:
         kinds = [policy.kind for policy in self.policies]
         if "dots" in kinds and "dots_no_batch" in kinds:
             raise PlanError(
-                "dots and dots_no_batch say different things of matmuls with batch dimensions; "
+                "dots and dots_no_batch contradict each other for matmuls with batch dimensions; "
                 "write one of them"
             )
         _check_disjoint(self.policies)
@@ -264,6 +265,12 @@ class Plan:
         """The number of blocks of a bound plan."""
         return sum(stage.bound_count for stage in self.stages)
 
+    @property
+    def written(self) -> str:
+        """The plan's text as people write it: a lone stage has no count."""
+        alone = len(self.stages) == 1
+        return str(dataclasses.replace(self.stages[0], count=None)) if alone else str(self)
+
     def bind(self, num_blocks: int) -> Self:
         """Returns the same plan for a stack of `num_blocks` blocks: every count is a number.
 
@@ -357,8 +364,8 @@ def _refuse_function(given):
         same = [name for name, row in rows if row.saves and words.function_of(row.saves) == given]
         advice = repr(same[0]) if same else "a plan's text, such as 'dots' or 'names:a,b',"
         raise PlanError(
-            f"{getattr(given, '__name__', repr(given))} is a function, and what plans, prints or "
-            f"stores a plan takes no function; give {advice} instead"
+            f"{getattr(given, '__name__', repr(given))} is a function; a plan that is planned, "
+            f"printed or stored has to be text; give {advice} instead"
         )
 
 

@@ -34,10 +34,13 @@ def under_loss(schedule: Schedule) -> Schedule:
 
     The forward pass runs the last block to its end and keeps its input in a slot: one carry and one
     extra forward more. A schedule is returned unchanged if its first record has several blocks
-    (`uniform`), or if its first sweep runs to the end and comes back by a load.
+    (`uniform`), or if its first sweep already runs to the end and then loads a slot.
 
     Args:
-      schedule: A schedule whose loss is inside its last block.
+      schedule: A legal schedule whose loss is inside its last block.
+
+    Returns:
+      A `Schedule` for the same blocks, whose name ends with `under a loss` if it was changed.
 
     Example:
       >>> from jaxckpt import schedules
@@ -88,10 +91,10 @@ def schedule_of(stage: Stage) -> Schedule | None:
 
 
 def log(num_blocks: int) -> Schedule:
-    """Returns the binomial schedule with as many carries as `log` keeps."""
+    """Returns the schedule `log`: `binomial` with `log_slots` carries."""
     return binomial(num_blocks, log_slots(num_blocks))
 
 
 def log_slots(num_blocks: int) -> int:
-    """Returns the carries that `log` keeps: one more than log2 L, rounded up."""
+    """Returns the number of carries that `log` keeps: log2 L, rounded up, plus 1."""
     return (num_blocks - 1).bit_length() + 1

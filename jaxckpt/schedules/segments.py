@@ -1,14 +1,14 @@
-"""Schedules of segments: uniform ones, and two levels of them.
+"""Schedules of segments: uniform segments, and two levels of segments.
 
-`uniform` keeps the inputs of n runs of blocks, the segments, and records each segment at its turn.
+`uniform` keeps the inputs of n segments, runs of consecutive blocks, and records one at a time.
 With carries of `a` bytes and residuals of `R` bytes per block, the peak is about `(n - 1) a +
 ceil(L / n) R + a`, which is least near `n = sqrt(L R / a)`. It recomputes each block at most once
 (Chen et al. 2016, "Training deep nets with sublinear memory cost", section 4.1). It is not optimal
 under a budget; `optimal_chain` is.
 
-`two_level` keeps the block inputs of the live segment too, so that only one block's residuals are
-live. With about sqrt(L) segments of sqrt(L) blocks this is the classic O(sqrt L) method of the same
-section, for blocks whose residuals are much larger than their inputs.
+`two_level` also keeps the block inputs of the live segment, so that only one block's residuals are
+live. With about sqrt(L) segments of sqrt(L) blocks this is the O(sqrt L) method of section 4.1, for
+blocks whose residuals are much larger than their inputs.
 """
 
 import itertools
@@ -21,8 +21,8 @@ from jaxckpt.schedules.schedule import Schedule
 def segment_sizes(num_blocks: int, segments: int) -> tuple[int, ...]:
     """Returns the sizes of segments, which differ by at most one, larger sizes last.
 
-    The last segment is kept from the forward pass, so if it is a larger one, less is recomputed at
-    the same peak.
+    The residuals of the last segment are kept from the forward pass. A larger last segment means
+    that fewer blocks are recomputed at the same peak.
 
     Args:
       num_blocks: The number of blocks, L.
@@ -48,8 +48,9 @@ def uniform(num_blocks: int, segments: int, *, keep_last: bool = True) -> Schedu
     Args:
       num_blocks: The number of blocks, L.
       segments: The number of segments, n, from 1 to L; see `segment_sizes` for their sizes.
-      keep_last: Whether the last segment's residuals are kept from the forward pass. If so, there
-        are L - k_n extra forwards (k_n is the last size) and n - 1 slots, else L and n.
+      keep_last: Whether the last segment's residuals are kept from the forward pass. With them
+        there are L - k_n extra forwards (k_n is the last size) and n - 1 slots; otherwise there are
+        L extra forwards and n slots.
 
     Raises:
       TypeError: A number is not an integer.
@@ -75,7 +76,12 @@ def uniform(num_blocks: int, segments: int, *, keep_last: bool = True) -> Schedu
 
 
 def every(num_blocks: int, size: int) -> Schedule:
-    """Returns the uniform schedule whose segments have at most `size` blocks."""
+    """Returns the uniform schedule whose segments have at most `size` blocks.
+
+    Args:
+      num_blocks: The number of blocks, L.
+      size: The largest number of blocks in a segment, at least 1.
+    """
     return uniform(num_blocks, math.ceil(num_blocks / size))
 
 

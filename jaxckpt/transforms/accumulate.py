@@ -1,11 +1,11 @@
-"""Gradients of several parts of a batch, added up in place.
+"""Gradient accumulation in place: the gradients of microbatches are added up block by block.
 
     add = accumulate.adding(loss, blocks=lambda params: params["layers"])
-    value, totals = add(params, totals, part)      # in a loop over parts, totals in its carry
+    value, totals = add(params, totals, microbatch)     # in a loop whose carry is the totals
 
-The gradients of one part of a batch weigh as much as the parameters, and so do the totals. Here the
-reverse loop of a stack adds a block's gradient to its row of the totals as soon as it is whole, so
-that there is never more than one block's beside them.
+The summed gradients need the memory of the parameters, and the gradients of one microbatch need the
+same amount again. Here the reverse loop of a stack adds each block's gradient to the totals as soon
+as it is complete. Beside the totals there is never more than the gradient of one block.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,8 @@ def adding(loss: Callable, blocks: Callable) -> Callable:
       blocks: `blocks(params)` returns the part of the parameters that is stacked.
 
     Returns:
-      `add(params, totals, *args) -> (value, totals)`; the totals are like the parameters.
+      `add(params, totals, *args) -> (value, totals)`; the totals have the structure and shapes of
+      the parameters.
     """
 
     def add(params, totals, *args):
@@ -45,12 +46,10 @@ def adding(loss: Callable, blocks: Callable) -> Callable:
                 update=lambda grads, _, rows: ([], list(map(jnp.add, rows, grads))),
                 skips=False,
             )
-            given = dict(zip(rest, others, strict=True)) | dict(zip(places, one.marks, strict=True))
-            params = jax.tree.unflatten(tree, [given[n] for n in range(len(leaves))])
-            return value_with(one, loss, params, *args)
+            return value_with(one, loss, tree, dict(zip(rest, others, strict=True)), places, *args)
 
         rows = [sums[n] for n in places]
-        # Marks are differentiated so that a second use of the stack's parameters is found.
+        # Marks are differentiated too, which finds a second use of the stack's parameters.
         run = jax.value_and_grad(value_of, (0, 1, 2, 3))
         others = [leaves[n] for n in rest]
         value, (grads, _, rows, _) = run(others, stack, rows, jnp.zeros([2], jnp.float32))

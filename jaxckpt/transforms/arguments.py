@@ -1,4 +1,4 @@
-"""Arguments of the adapters: arrays parted from Python values, the carry from a block's result.
+"""Arguments of the adapters: separates arrays from Python values, and the carry from a result.
 
 `jit`, `scan` and `checkpoint` turn every number they get into a traced array, and then `if train:`
 fails inside. The adapters pass arrays on and leave Python values (`True`, `"gelu"`, a function) as
@@ -19,7 +19,7 @@ from jaxckpt.plans.errors import shown
 def apart(tree) -> tuple[list, Callable[[Sequence], Any]]:
     """Returns the arrays of a pytree, and `merge(arrays)`, which puts other arrays in their places.
 
-    Python numbers stay Python numbers: as weakly typed in the block as in a loop without remat.
+    Python numbers stay Python numbers, so that they are as weakly typed as in a loop without remat.
     """
     leaves, structure = jax.tree.flatten(tree)
     places = [place for place, leaf in enumerate(leaves) if _is_array(leaf)]
@@ -38,8 +38,8 @@ def part(result, out) -> tuple[Any, Any]:
 
     Args:
       result: What a block returned.
-      out: None if the result is the carry; the carry's index or key in the result; or a function
-        from the result to the carry, which leaves no rest.
+      out: None if the result is the carry; or the carry's index or key in the result; or a function
+        from the result to the carry, and then the rest is None.
 
     Raises:
       ValueError: The result has no such index or key.

@@ -1,9 +1,9 @@
 """Recording a block: run it forward, keep its residuals as plain arrays, reverse it later.
 
-`jax.vjp` returns a function whose leaves are the residuals. A `Recorder` traces it once and tells
-two sorts of leaves apart. Values of the block's own are kept. Parameters, consts, constants, and
-their casts, transposes and broadcasts are recomputed, because keeping them would copy them once for
-each block.
+`jax.vjp` returns a function whose leaves are the residuals. A `Recorder` traces it once and divides
+the residuals into two groups. Values that the block computes are kept. Parameters, consts,
+constants, and their casts, transposes and broadcasts are recomputed, because keeping them would
+copy them once for each block.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ class Moving:
     """Which leaves of a stack are differentiated; static where JAX expects arrays.
 
     Attributes:
-      params: Their positions among the parameters.
-      carry: Positions of the first carry's leaves whose gradients the caller asks for. Every block
-        differentiates its whole carry.
-      consts: Their positions among the consts.
+      params: Positions of the differentiated leaves among the parameters.
+      carry: Positions of the leaves of the first carry whose gradients the caller asks for. Every
+        block differentiates its whole carry.
+      consts: Positions of the differentiated leaves among the consts.
       outputs: Positions of the block's outputs that have gradients; None for all inexact outputs.
     """
 
@@ -95,7 +95,7 @@ class Recorder:
     """A block traced once, split into the run that keeps residuals and their reversal.
 
     Attributes:
-      run: From the leaves of carry, parameters and consts to those of the output and the residuals.
+      run: From the leaves of carry, parameters and consts to the leaves of output and residuals.
       num_carry: The number of leaves of the carry.
       num_out: The number of leaves of the block's output.
       residual_tree: The tree structure of `jax.vjp`'s function.
@@ -181,8 +181,8 @@ class Recorder:
         return jax.tree.unflatten(self.residual_tree, leaves)
 
 
-# Equations that are recomputed where their result is read. They cost little, and what they return
-# may be larger than a weight.
+# Equations that are recomputed where their result is read. They cost little, and their result may
+# be larger than a weight.
 _CHEAP = (jaxprs.CAST, jaxprs.BROADCAST, *jaxprs.SHAPES)
 
 

@@ -2,9 +2,9 @@
 
     y = jaxckpt.chain([embed, *blocks, head], x, remat="uniform:3")
 
-A block is a function of the carry. The carry may change its shape from block to block. What a block
-closes over (its parameters, say) gets gradients too. Every block is traced and compiled by itself,
-so both take time in proportion to the number of blocks.
+A block is a function of the carry. The carry may change its shape from block to block. Arrays that
+a block closes over, such as its parameters, get gradients too. Every block is traced and compiled
+by itself, so that both times grow with the number of blocks.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,16 +38,16 @@ def chain(
     """Runs different blocks one after another, checkpointed by a plan or a schedule.
 
     Args:
-      blocks: Functions `carry -> carry`; shapes may change from one to the next.
+      blocks: Functions `carry -> carry`; shapes may change from block to block.
       carry: The first block's input, any pytree of arrays.
-      remat: A plan or its text; or a schedule for `len(blocks)` blocks, such as
-        `schedules.optimal_chain` makes for a budget; or a policy of `jax.checkpoint`. A policy may
-        name any value that at least one block has.
+      remat: A plan or its text; or a schedule for `len(blocks)` blocks, such as the result of
+        `schedules.optimal_chain` for a budget; or a policy of `jax.checkpoint`. A policy may name
+        any value that at least one block has.
       nested: Runs a plan's schedules by nested `jax.checkpoint` instead of the executor. This
         recomputes more and keeps more, but supports forward mode and higher derivatives.
 
     Returns:
-      The last block's output; differentiable in `carry` and in what the blocks close over.
+      The last block's output; differentiable in `carry` and in arrays that the blocks close over.
 
     Raises:
       PlanError: The plan does not parse, does not fit the blocks, or names what no block has.
@@ -96,7 +96,7 @@ def chain(
 
 
 def _told(blocks: Sequence[TracedBlock], carry, consts: Sequence[list], remat):
-    """Tells the observer of a chain; returns its carry and consts, marked or not."""
+    """Tells the observer about a chain; returns the chain's carry and consts, marked or not."""
     opened, ends = Opened.of_chain(blocks)
     leaves, tree = jax.tree.flatten((carry, list(consts)))
     block = TracedBlock(

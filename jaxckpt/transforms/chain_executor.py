@@ -39,8 +39,8 @@ from jaxckpt.transforms.policies import checkpoint_policy, refuse_bad_offload
 def run_stage(calls: Sequence[Callable], carry, consts, stage: Stage) -> list:
     """Returns the carry after a bound stage that the executor runs; see `run_schedule`."""
     kept = stage.inner_policies
-    # The executor's barriers stand between blocks. This one keeps what a policy recomputes inside a
-    # block apart from its recording.
+    # The executor's barriers stand between blocks. Inside a block, `prevent_cse` keeps the values
+    # that a policy recomputes apart from the values that the recording computed.
     wrap = functools.partial(jax.checkpoint, policy=checkpoint_policy(kept), prevent_cse=True)
     schedule = schedule_of(stage)
     assert schedule is not None, stage
@@ -124,12 +124,10 @@ class _Walk:
 
     def batched(self, args: Sequence, dims: Sequence, axis) -> tuple["_Walk", Sequence]:
         """Returns the walk over `jax.vmap` of every block, whose carry has the batch first."""
-        carry, consts = args
-        rest = iter(dims)
-        carry = [widened(x, dim, axis) for x, dim in zip(carry, rest, strict=False)]
+        (carry, consts), (dims_carry, dims_consts) = args, dims
+        carry = [widened(x, dim, axis) for x, dim in zip(carry, dims_carry, strict=True)]
         made, calls = [], []
-        for call, consts_i in zip(self.calls, consts, strict=True):
-            dims_i = [next(rest) for _ in consts_i]
+        for call, consts_i, dims_i in zip(self.calls, consts, dims_consts, strict=True):
             made.append([moved(x, dim, 0) for x, dim in zip(consts_i, dims_i, strict=True)])
             in_axes = (0, 0, [None if dim is None else 0 for dim in dims_i])
             calls.append(batched_call(call, in_axes, axis))

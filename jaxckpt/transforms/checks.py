@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxckpt.plans import Plan, PlanError, Policy, words
-from jaxckpt.plans.errors import shown
+from jaxckpt.plans.errors import check_count, shown
 from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms import jaxprs, policies, tags, value_names
 from jaxckpt.transforms.traced_block import TracedBlock, abstract
@@ -20,7 +20,7 @@ def stack_length(params, name: str = "params") -> int:
 
     Args:
       params: A pytree.
-      name: The user's name for it, for the error's text.
+      name: The user's name for the pytree, for the error's text.
 
     Raises:
       ValueError: There are no leaves, a leaf is a scalar, or leading sizes differ.
@@ -48,7 +48,8 @@ def steps_of(xs, length: int | None) -> int:
     """Returns the number of steps of a scan.
 
     Raises:
-      ValueError: `length` is no whole number, differs from the xs, or is missing without xs.
+      ValueError: `length` is no whole number, differs from the leading size of the xs, or is
+        missing where there are no xs.
     """
     if length is not None and (isinstance(length, bool) or not hasattr(length, "__index__")):
         raise ValueError(f"length is a whole number of steps, not {shown(length)}")
@@ -66,8 +67,7 @@ def steps_of(xs, length: int | None) -> int:
 
 def check_unroll(unroll):
     """Raises `ValueError` unless `unroll` is a positive whole number."""
-    if isinstance(unroll, bool) or not isinstance(unroll, int) or unroll < 1:
-        raise ValueError(f"unroll is a whole number of blocks, at least 1, not {shown(unroll)}")
+    check_count("unroll", unroll, " of blocks")
 
 
 def check_pair(made):
@@ -179,8 +179,8 @@ def check_rerun(
 
     Args:
       block: The block.
-      remat: The plan or schedule that it runs under.
-      given: The user's own policy, which replaces the plan's; None if the user gave none.
+      remat: The plan or schedule that the block runs under.
+      given: The user's own policy, which replaces the plan's policies; None if the user gave none.
       nested: Whether schedules are run by nested `jax.checkpoint`.
 
     Raises:
@@ -197,8 +197,8 @@ def check_rerun(
             f"{str(remat)!r} runs blocks by loops of its own, and checkify does not see a check in "
             "them; none, full and policies have it, and so has scan_blocks(..., nested=True)"
         )
-    # The block's inputs are no longer differentiated: its effects are asked about, not whether it
-    # has a derivative.
+    # The block's inputs are not differentiated here: the question is whether its effects may be
+    # repeated, not whether it has a derivative.
     beside = lambda x, *inputs: (jnp.sin(x), block.call(*jax.lax.stop_gradient(inputs)))
     if found and _refusal(beside, 0.0, *block.inputs) is not None:
         raise PlanError(

@@ -26,7 +26,7 @@ from jax.interpreters import ad, batching, mlir
 from jaxckpt.transforms import jaxprs
 from jaxckpt.transforms.traced_block import abstract, zeros
 
-# What an error says of a derivative that a walk does not have, which stands for `{}`.
+# The error's text for a derivative that a walk does not have; `{}` is the derivative's name.
 OF_SCHEDULES = (
     "a schedule has reverse mode, and forward mode over it (jax.hessian); {} is refused: "
     "remat='full' or nested=True has it"
@@ -69,7 +69,8 @@ class Walk(Protocol):
 
         Args:
           args: The arguments.
-          dims: For each leaf, its batch axis; None for a leaf that all examples share.
+          dims: The batch axis of each leaf, in the structure of the arguments; None for a leaf that
+            all examples share.
           axis: The batch, as JAX describes it: its size and its names.
         """
         ...
@@ -79,9 +80,9 @@ def run_with_gradient(walk: Walk, *args, refusal: str = OF_SCHEDULES) -> list:
     """Returns `walk.run(*args)`, differentiable and batched as the walk says.
 
     Args:
-      walk: How it is run and reversed.
-      *args: The arguments.
-      refusal: The text of the error for another derivative, with `{}` in its place.
+      walk: How the blocks are run and reversed.
+      *args: The arguments of the walk.
+      refusal: The error's text for a derivative that the walk does not have; `{}` is its name.
     """
     leaves, tree = jax.tree.flatten(args)
     flat = lambda *leaves: walk.run(*jax.tree.unflatten(tree, leaves))
@@ -156,7 +157,7 @@ def _differentiate(primals, tangents, *, jaxpr, walk: Walk, tree, refusal: str):
 
 
 def _batch_run(axis, leaves, dims, *, jaxpr, walk: Walk, tree, refusal: str):
-    walk, args = walk.batched(jax.tree.unflatten(tree, leaves), dims, axis)
+    walk, args = walk.batched(tree.unflatten(leaves), tree.unflatten(dims), axis)
     out = run_with_gradient(walk, *args, refusal=refusal)
     return out, [walk.out_dim(place) for place in range(len(out))]
 
@@ -211,21 +212,25 @@ mlir.register_lowering(_TRANSPOSED, _refuse_forward)
 batching.fancy_primitive_batchers[_TRANSPOSED] = _batch_transposed
 
 
-def _linear(name: str, transpose: Callable) -> core.Primitive:
-    """Returns a primitive that returns its argument, with a transpose of its own."""
+def _returning(name: str, jvp: Callable) -> core.Primitive:
+    """Returns a primitive that returns its argument, with a JVP rule of its own."""
     made = core.Primitive(name)
     made.def_abstract_eval(lambda x, **_: x)
     made.def_impl(lambda x, **_: x)
-    ad.primitive_jvps[made] = lambda primals, tangents, **static: (
-        made.bind(*primals, **static),
-        made.bind(*tangents, **static),
-    )
-    ad.primitive_transposes[made] = transpose
+    ad.primitive_jvps[made] = jvp
     mlir.register_lowering(made, lambda _, x, **__: [x])
     batching.primitive_batchers[made] = lambda args, dims, **static: (
         made.bind(*args, **static),
         dims[0],
     )
+    return made
+
+
+def _linear(name: str, transpose: Callable) -> core.Primitive:
+    """Returns a primitive that returns its argument, with a transpose of its own."""
+    both = lambda *args, **static: tuple(made.bind(*x, **static) for x in args)
+    made = _returning(name, both)
+    ad.primitive_transposes[made] = transpose
     return made
 
 
@@ -280,16 +285,7 @@ def _refuse_tangent(primals, tangents, *, sentence: str, at_once: bool):
     return primals[0], _REVERSED.bind(tangent, sentence=sentence)
 
 
-_REVERSE_ONLY = core.Primitive(jaxprs.REVERSE_ONLY)
-_REVERSE_ONLY.def_abstract_eval(lambda x, **_: x)
-_REVERSE_ONLY.def_impl(lambda x, **_: x)
-ad.primitive_jvps[_REVERSE_ONLY] = _refuse_tangent
-mlir.register_lowering(_REVERSE_ONLY, lambda _, x, **__: [x])
-batching.primitive_batchers[_REVERSE_ONLY] = lambda args, dims, **static: (
-    _REVERSE_ONLY.bind(*args, **static),
-    dims[0],
-)
-
+_REVERSE_ONLY = _returning(jaxprs.REVERSE_ONLY, _refuse_tangent)
 
 # Batching `_REVERSED` is refused: reverse mode batches arguments and gradients, but never a
 # tangent that waits to be transposed.

@@ -3,13 +3,14 @@
     opened = Opened.of(traced.jaxpr)
     opened.graph, len(opened.jaxpr.eqns)          # what a graph's plan is bound to
 
-A step is one equation. `jit` is opened; custom rules, kernels, loops, branches and `jax.checkpoint`
-stay whole. A segment is a run of steps; its inputs are the values that it reads, its outputs those
-that later steps read or the function returns. So values that skip segments (a U-Net's) are handed
-on by themselves, and a segment is a block of its own: names such as `@dot.2` count from its start.
+A step is one equation. The equations inside a `jit` are steps of their own. Custom rules, kernels,
+loops, branches and `jax.checkpoint` are one step each. A segment is a run of consecutive steps. Its
+inputs are the values that it reads. Its outputs are the values that later steps read, or that the
+function returns; a value may skip segments, as in a U-Net. Names such as `@dot.2` count from the
+start of their segment.
 
-Two digests tell functions apart: of the steps' primitives in order, and of all shapes and dtypes.
-Both are the same in every process on one release of JAX.
+Two digests identify a function: one of its steps' primitives in order, one of all shapes and
+dtypes. Both are equal in every process on one release of JAX.
 """
 
 import dataclasses
@@ -33,9 +34,9 @@ class Segment:
     """A run of steps as a block.
 
     Attributes:
-      block: The block; its carry is the values that the segment reads, in the order of `inputs`.
-      inputs: The variables that it reads.
-      outputs: The variables that it makes for later steps or for the function's result.
+      block: The segment as a block; its carry has the values of the segment's inputs, in order.
+      inputs: The variables that the segment reads.
+      outputs: The variables of the segment that later steps or the function's result read.
     """
 
     block: TracedBlock
@@ -65,14 +66,15 @@ class Opened:
 
     @classmethod
     def of_chain(cls, blocks: Sequence[TracedBlock]) -> tuple["Opened", tuple[int, ...]]:
-        """Returns different blocks one after another as one function, and where each one ends.
+        """Returns different blocks one after another as one function, and the end of each block.
 
         Args:
-          blocks: Blocks without parameters; the output of each is the next one's carry.
+          blocks: Blocks without parameters; the output of each is the carry of the next block.
 
         Returns:
-          The function of the first carry's leaves and then of each block's consts; the number of
-          steps before the first block (0), before the second, and so on to all.
+          `(opened, ends)`. The function takes the leaves of the first carry, then the consts of
+          each block. `ends` has the number of steps before the first block (0), before the second
+          block, and so on; its last entry is the number of all steps.
         """
         steps: list[core.JaxprEqn] = []
         values: list = [core.Var(aval) for aval in blocks[0].inputs[0]]
@@ -95,7 +97,7 @@ class Opened:
 
     @functools.cached_property
     def graph(self) -> str:
-        """The digests of the function, as a plan has them: `steps-values`."""
+        """The digests of the function, as in a plan's text: `steps-values`."""
         names = (equation.primitive.name for equation in self.jaxpr.eqns)
         groups = (self.jaxpr.invars, *(equation.outvars for equation in self.jaxpr.eqns))
         values = (f"{var.aval.str_short()}" for group in groups for var in group)
@@ -148,7 +150,7 @@ class Opened:
         return tuple(found)
 
     def run(self, segments: Sequence[Segment], calls: Sequence, leaves: Sequence) -> list:
-        """Returns the function's result, by a call `call(values) -> values` for each segment."""
+        """Returns the function's result; each segment runs by its own `call(values) -> values`."""
         held = dict(zip(self.jaxpr.invars, leaves, strict=True))
         for segment, call in zip(segments, calls, strict=True):
             made = call([held[var] for var in segment.inputs])
@@ -158,7 +160,13 @@ class Opened:
 
 
 def _open(jaxpr: core.Jaxpr, places: dict, steps: list) -> list:
-    """Appends the steps of a jaxpr whose variables stand for those in `places`; returns outputs."""
+    """Appends the steps of a jaxpr to `steps`; returns the jaxpr's outputs.
+
+    Args:
+      jaxpr: The jaxpr.
+      places: For each variable of the jaxpr, the variable or literal that replaces it.
+      steps: The steps of the whole function so far.
+    """
     there = lambda atom: places[atom] if is_var(atom) else atom
     for equation in jaxpr.eqns:
         inner = _opened(equation)

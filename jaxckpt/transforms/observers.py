@@ -1,11 +1,11 @@
-"""Watching stacks: an observer is told of every stack that a function runs while it is traced.
+"""Watching stacks: an observer is called with every stack that a function runs while it is traced.
 
     with observed(watch):
         jax.make_jaxpr(train_step)(state, batch)
 
-A planner finds a step's blocks this way, however deep inside a model they run. A part of a step may
-be traced more than once, or once for several places. So an observer may mark the stack's input: the
-marks in the final jaxpr tell which stacks run.
+The planner finds a step's blocks this way, however deep inside a model they run. JAX may trace a
+part of a step twice, or trace it once for several places. An observer may therefore mark the
+stack's input: the marks in the final jaxpr show which stacks run.
 """
 
 import contextlib
@@ -29,18 +29,19 @@ from jaxckpt.transforms.traced_block import TracedBlock
 class StackCall:
     """One call of `scan_blocks`, `checkpoint` or `chain`; its arrays may be the caller's tracers.
 
-    The function of `checkpoint` is a stack of one block without parameters, which returns anything.
-    A chain is such a function too, of as many blocks as it has.
+    The function of `checkpoint` is one block without parameters, whose output may be any pytree. A
+    chain is recorded in the same way, with the number of its blocks.
 
     Attributes:
-      block: The traced block, without the carry's leaves that it returns unchanged.
+      block: The traced block, without the leaves of the carry that the block returns unchanged.
       params: Leaves `[L, ...]`.
       carry: The leaves of the first block's input.
       remat: The plan, schedule or policy that was asked for.
       num_blocks: The number of blocks, L.
       unroll: Blocks unrolled in one trip.
-      is_region: Whether it is a function under `checkpoint`, or a chain.
-      ends: Of a chain, the steps of its function (`cuts.Opened`) before each block, and all.
+      is_region: Whether the call is a function under `checkpoint`, or a chain.
+      ends: For a chain, the number of steps of its function (`cuts.Opened`) before each block, and
+        then the number of all steps; empty otherwise.
       mesh: The mesh around the call; its Manual axes are those of a `jax.shard_map`.
     """
 
@@ -55,7 +56,7 @@ class StackCall:
     mesh: AbstractMesh = dataclasses.field(default_factory=jax.sharding.get_abstract_mesh)
 
 
-# Returns the carry to go on with: the call's own, marked or not.
+# An observer returns the carry that the stack then runs on: the call's carry, marked or not.
 Observer = Callable[[StackCall], list]
 
 _OBSERVER: contextvars.ContextVar[Observer | None] = contextvars.ContextVar(
@@ -69,8 +70,8 @@ def observed(observer: Observer | None) -> Iterator[None]:
     """A context in which `scan_blocks` calls `observer`; None hides the calls from an outer one."""
     token = _OBSERVER.set(observer)
     try:
-        # An inner `jax.jit` that was traced before would come from JAX's cache, unseen. These
-        # metadata are part of the cache's key; they go no further than the jaxpr.
+        # JAX would take an inner `jax.jit` that was traced before from its cache, and the observer
+        # would not see it. These metadata are part of the cache's key; XLA never sees them.
         with set_xla_metadata(jaxckpt_observed=str(next(_COUNT))):
             yield
     finally:

@@ -1,11 +1,11 @@
-"""An optimizer as updates of one block at a time, and of everything beside the stack.
+"""An optimizer, split into the update of one block and the update of all other parameters.
 
-An optimizer is anything with Optax's `init(params)` and `update(gradients, state, params)`. Which
-arrays of its state belong to blocks is read from the types that `init` returns for a stack of
-another length. So no optimizer is known by its name.
+An optimizer is any object with Optax's `init(params)` and `update(gradients, state, params)`. Its
+`init` is traced for two lengths of the stack: an array of the state belongs to blocks if its first
+axis follows the length. No optimizer is known by its name.
 
-A block is handed over as a stack of one: every leaf is `[1, ...]`, so that masks and the choice of
-axes see what they see in the whole. Parameters that are left out are None.
+The optimizer gets a block as a stack of length 1: every leaf is `[1, ...]`. Masks and rules about
+axes then decide as they do for the whole stack. Parameters that are left out are None.
 """
 
 import dataclasses
@@ -17,7 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_NOT_BLOCKWISE = "update_in_backward needs an optimizer whose update of a block is of that block"
+_NOT_BLOCKWISE = (
+    "update_in_backward needs an optimizer whose update of a block depends on that block only"
+)
 
 
 def apply_updates(params, updates):
@@ -32,13 +34,13 @@ class OptimizerRows:
     Attributes:
       optimizer: The optimizer.
       tree: The structure of the parameters.
-      state_tree: The structure of the optimizer's state.
-      stacked: The places of the stack's leaves among those of the parameters.
-      rows: The places of the state's leaves that have a row a block.
-      of_stack: The places of the leaves of the state of the stack alone, in its order.
-      of_rest: The places of the leaves of the state of everything else, in its order.
+      state_tree: The structure of the state of all parameters; places of state leaves count in it.
+      stacked: The places of the stack's leaves among the leaves of the parameters.
+      rows: The places of the state leaves that have one row for each block.
+      of_stack: For each leaf of the state of the stack alone, its place.
+      of_rest: For each leaf of the state of the other parameters, its place.
       stack_tree: The structure of the state of the stack alone.
-      rest_tree: The structure of the state of everything else.
+      rest_tree: The structure of the state of the other parameters.
     """
 
     optimizer: Any
@@ -56,12 +58,12 @@ class OptimizerRows:
         """Returns the cut optimizer.
 
         Args:
-          optimizer: With Optax's `init` and `update`.
+          optimizer: An optimizer with Optax's `init` and `update`.
           params: The parameters, arrays or abstract.
-          stacked: The places of the stack's leaves among those of `params`.
+          stacked: The places of the stack's leaves among the leaves of `params`.
 
         Raises:
-          ValueError: Its state of a block is no row of its state of the stack.
+          ValueError: The optimizer's state of a block is not a row of its state of the stack.
         """
         leaves, tree = jax.tree.flatten(params)
         count = leaves[stacked[0]].shape[0]
@@ -85,7 +87,7 @@ class OptimizerRows:
         rest, rest_tree = state_of(None, with_rest=True)
         if longer_tree != state_tree or not set(block) | set(rest) == set(whole):
             raise ValueError(
-                f"{_NOT_BLOCKWISE} alone; the structure of its state depends on others"
+                f"{_NOT_BLOCKWISE}; the structure of this one's state depends on other blocks"
             )
         rows = [path for path, leaf in whole.items() if leaf.shape != longer[path].shape]
         for path, leaf in block.items():
@@ -99,12 +101,13 @@ class OptimizerRows:
                 wanted = None
             if leaf.shape != wanted:
                 raise ValueError(
-                    f"{_NOT_BLOCKWISE} alone; its state{path} is {whole[path].shape} for "
-                    f"{count} blocks and {leaf.shape} for one, which is no row of it"
+                    f"{_NOT_BLOCKWISE}; its state{path} is {whole[path].shape} for {count} blocks "
+                    f"and {leaf.shape} for one block; valid: one row for each block"
                 )
             if path in rows and not jnp.issubdtype(leaf.dtype, jnp.inexact):
                 raise ValueError(
-                    f"update_in_backward keeps floating state a block; state{path} is {leaf.dtype}"
+                    f"update_in_backward takes floating state for blocks; state{path} is "
+                    f"{leaf.dtype}"
                 )
         place = {path: number for number, path in enumerate(whole)}
         return cls(
@@ -123,10 +126,10 @@ class OptimizerRows:
         """Returns new parameters and new rows of the state of one block.
 
         Args:
-          grads: Gradients `[1, ...]` of the stack's leaves.
-          params: Those leaves, `[1, ...]`.
-          rows: The block's leaves of the state, `[1, ...]`.
-          state: All leaves of the state; those with rows are not read.
+          grads: The block's gradients, leaves `[1, ...]`.
+          params: The block's parameters, leaves `[1, ...]`.
+          rows: The block's rows of the state, leaves `[1, ...]`.
+          state: All leaves of the state; leaves with rows for blocks are not read.
         """
         of_row = dict(zip(self.rows, rows, strict=True))
         given = [of_row.get(place, state[place]) for place in self.of_stack]
@@ -138,7 +141,7 @@ class OptimizerRows:
         return jax.tree.leaves(apply_updates(of_params, updates)), [made[n] for n in self.rows]
 
     def update_rest(self, grads: dict, params: dict, state: list) -> tuple[list, dict]:
-        """Returns new parameters beside the stack, and new leaves of the state by their place."""
+        """Returns the new parameters outside the stack, and new leaves of the state by place."""
         given = jax.tree.unflatten(self.rest_tree, [state[place] for place in self.of_rest])
         of_params = self._some(params)
         updates, made = self.optimizer.update(self._some(grads), given, of_params)
@@ -160,12 +163,12 @@ def check_blockwise(optimizer, params, stacked: Sequence[int]):
     The optimizer is run on small arrays: on everything at once, and block by block.
 
     Args:
-      optimizer: With Optax's `init` and `update`.
+      optimizer: An optimizer with Optax's `init` and `update`.
       params: The parameters, arrays or abstract.
-      stacked: The places of the stack's leaves among those of `params`.
+      stacked: The places of the stack's leaves among the leaves of `params`.
 
     Raises:
-      ValueError: It depends on more; it says on what.
+      ValueError: The update of a block depends on other blocks or other parameters.
     """
     leaves, tree = jax.tree.flatten(params)
     generator = np.random.default_rng(0)
@@ -179,8 +182,8 @@ def check_blockwise(optimizer, params, stacked: Sequence[int]):
     values, *grads = ([small(place, leaf) for place, leaf in enumerate(leaves)] for _ in range(3))
     cut = OptimizerRows.of(optimizer, jax.tree.unflatten(tree, values), stacked)
     spoilt = [np.full_like(g, np.nan) if n == stacked[0] else g for n, g in enumerate(grads[0])]
-    spoilt[stacked[0]][0] = 1.0  # block 1 alone has no finite gradient
-    # Large gradients for what acts on large ones alone, as clipping does.
+    spoilt[stacked[0]][0] = 1.0  # only block 1 has a gradient that is not finite
+    # Large gradients, for updates such as clipping that only change large gradients.
     large = [[g * np.float32(1e12) for g in one] for one in grads]
     for both in (grads, large, [spoilt]):
         with jax.ensure_compile_time_eval():
@@ -193,11 +196,11 @@ def check_blockwise(optimizer, params, stacked: Sequence[int]):
                 else "other blocks of the same parameter, as clip_by_block_rms and Adafactor's "
                 "scale by a parameter's size do"
             )
-            raise ValueError(f"{_NOT_BLOCKWISE} alone; this one's depends on {culprit}")
+            raise ValueError(f"{_NOT_BLOCKWISE}; the update of this one depends on {culprit}")
 
 
 def _differences(cut: OptimizerRows, values: list, grads: Sequence[list]) -> dict:
-    """Returns whether block by block, and the stack without the rest, differ from the whole."""
+    """Returns whether updates by block, and updates of the stack alone, differ from the whole's."""
     unflatten = lambda leaves: jax.tree.unflatten(cut.tree, leaves)
     state = cut.optimizer.init(unflatten(values))
     whole = _stepped(cut, values, state, grads)

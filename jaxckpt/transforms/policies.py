@@ -36,8 +36,8 @@ class GivenPolicy:
       function: `function(primitive, *avals, **params)`.
 
     Raises:
-      PlanError: The function cannot be called so or has no hash; or, when it is asked, its answer
-        is nothing that `jax.checkpoint` knows.
+      PlanError: The function does not take these arguments or has no hash. When it is called: its
+        answer is none of the answers that `jax.checkpoint` knows.
     """
 
     function: Callable

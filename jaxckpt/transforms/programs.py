@@ -1,9 +1,9 @@
-"""Programs that differ in numbers alone become one, the numbers among its inputs.
+"""Programs that differ only in numbers become one program, which takes the numbers as inputs.
 
     program, rows = one_program(jaxprs)
 
-The layers of a Linen list are such programs: each folds a number of its own, made of its path, into
-the key that it is given for dropout. One loop runs them all, a row of numbers for each layer.
+The layers of a Linen list are such programs: each layer folds a number, which Flax makes from the
+layer's path, into its dropout key. One loop runs all layers, with a row of numbers for each layer.
 """
 
 import itertools
@@ -17,18 +17,19 @@ from jaxckpt.transforms.value_names import is_var
 
 
 def without_numbers(program: core.ClosedJaxpr) -> Hashable:
-    """Returns what two programs that differ in numbers alone have in common."""
+    """Returns a key that is equal for two programs that differ only in numbers."""
     jaxpr, _ = _opened(program)
     return text_of(jaxpr), tuple(var.aval for var in jaxpr.invars)
 
 
 def one_program(programs: Sequence[core.ClosedJaxpr]) -> tuple[core.ClosedJaxpr, list[list]]:
-    """Returns one program for all, and each program's consts and numbers, which come last.
+    """Returns one program for all, and for each program the inputs that come after its own.
 
-    Numbers that are equal in all programs stay where they are.
+    These inputs are the program's consts, then its numbers. A number that is equal in all programs
+    stays a number of the program.
 
     Args:
-      programs: At least one; all alike, by `without_numbers`.
+      programs: At least one program; `without_numbers` is equal for all of them.
     """
     numbers = [_opened(program)[1] for program in programs]
     places = {i for i, same in enumerate(zip(*numbers, strict=True)) if len({*map(_key, same)}) > 1}
@@ -40,11 +41,11 @@ def one_program(programs: Sequence[core.ClosedJaxpr]) -> tuple[core.ClosedJaxpr,
 def _opened(
     program: core.ClosedJaxpr, places: set[int] | None = None
 ) -> tuple[core.Jaxpr, list[np.ndarray]]:
-    """Returns a program whose consts and numbers are inputs, after the others, and the numbers.
+    """Returns a program with its consts and numbers as last inputs, and the numbers.
 
     Args:
-      program: Any.
-      places: Which of the numbers, counted as the program has them; None for all.
+      program: Any program.
+      places: The numbers that become inputs, by their order in the program; None for all.
     """
     jaxpr, made, numbers, count = program.jaxpr, [], [], itertools.count()
 

@@ -6,10 +6,10 @@
     with jaxckpt.remat_of(Block, "dots"):     # each call of a class, wherever it is
         y = model(x)
 
-What a region keeps is `none`, `full` or policies: what one block can follow. `jaxckpt.fit` makes
-plans of its graph, `graph:.../14xnone/30xfull+names:@conv.2/...`: the function is cut into segments
-(`cuts.py`), and each keeps all, its inputs, or named values too. Schedules are for several blocks
-(`scan_blocks`, `run`, `chain`, `scan`).
+A plan for one function is `none`, `full` or policies. `jaxckpt.fit` also makes plans of the
+function's graph, such as `graph:.../14xnone/30xfull+names:@conv.2/...`: the function is cut into
+segments (`cuts.py`), and each segment keeps all its values, only its inputs, or its inputs and
+named values. Schedules need several blocks (`scan_blocks`, `run`, `chain`, `scan`).
 """
 
 import contextlib
@@ -37,8 +37,8 @@ from jaxckpt.transforms.traced_block import TracedBlock, as_arrays, trace_block
 def checkpoint(fn: Callable, *, remat: str | Plan | Callable = "full", prevent_cse: bool = True):
     """Returns `fn` with its residuals chosen by a plan; values and gradients stay the same.
 
-    Arguments that are Python values (`True`, `"gelu"`, a function) stay what they are, by position
-    and by keyword. What `fn` closes over gets gradients.
+    Python values among the arguments (`True`, `"gelu"`, a function) stay Python values, by position
+    and by keyword. Arrays that `fn` closes over get gradients.
 
     Args:
       fn: A pure function of pytrees, which returns any pytree of arrays.
@@ -51,8 +51,9 @@ def checkpoint(fn: Callable, *, remat: str | Plan | Callable = "full", prevent_c
       A function of the same arguments.
 
     Raises:
-      PlanError: A plan for several blocks; when the function is called, a name that matches nothing
-        in it, a step of it that must happen once, or a plan of another function's graph.
+      PlanError: The plan is for several blocks. When the returned function is called: a name of the
+        plan matches nothing in `fn`, `fn` has an effect that must happen once, or the plan is for
+        another function's graph.
       ValueError: `fn` is no function.
 
     Example:
@@ -81,21 +82,21 @@ def remat_of(
 ):
     """A context in which each call of a class is checkpointed, wherever its code is.
 
-    For a model of an installed package: nothing of it is edited or copied. Methods of the class are
-    replaced while the context is open, in all threads. A call inside of another call of the class
-    is not wrapped again. A function under `jax.jit` keeps what it was traced with; write the
-    context inside of it or around it.
+    For a model of an installed package, whose code you do not edit. Methods of the class are
+    replaced while the context is open, in all threads. A call inside another call of the class is
+    not wrapped again. Enter the context inside a function under `jax.jit`, or around a call of it.
 
     Args:
-      block: A class whose objects are pytrees, such as an Equinox module. `jaxckpt.linen.remat_of`
-        and `jaxckpt.nnx.remat_of` take Flax's.
+      block: A class whose objects are pytrees, such as an Equinox module. For Flax modules use
+        `jaxckpt.linen.remat_of` and `jaxckpt.nnx.remat_of`.
       plan: `none`, `full`, or policies such as `"dots"`; or a policy of `jax.checkpoint`.
       methods: Names of the methods that are checkpointed.
       prevent_cse: As in `jax.checkpoint`; False inside a loop.
 
     Raises:
-      PlanError: A plan for several blocks; or, at a call, a name that matches nothing in the block.
-      ValueError: `block` is no class, it has no such method, or nothing of the class was called.
+      PlanError: The plan is for several blocks. At a call: a name of the plan matches nothing in
+        the block.
+      ValueError: `block` is no class, the class has no such method, or no method was called.
 
     Example:
       >>> import equinox as eqx, jax, jax.numpy as jnp, jaxckpt
@@ -111,30 +112,33 @@ def remat_of(
     return replaced(block, methods, wrap, bound, given, "remat_of")
 
 
-# Classes, plans and methods of which a call was wrapped: a step under `jax.jit` calls its modules
-# in its first call only.
+# The classes, plans and methods that were called under a context. A step under `jax.jit` calls its
+# modules only when it is traced, so that later calls of the step need this record.
 _WRAPPED: set[Hashable] = set()
 
 
 @contextlib.contextmanager
 def told_once(block: type, methods: Sequence[str], plan, taker: str, seen: Callable[[], str]):
-    """A context that ends in an error if no call of a class was wrapped; yields what to call then.
+    """A context that ends in an error if no call of a class was wrapped.
+
+    It yields a function to be called at each wrapped call.
 
     Args:
       block: The class.
       methods: Names of the methods that are wrapped.
       plan: The plan, or the user's policy.
       taker: The name of the user's call, for errors.
-      seen: Returns a clause about what was called instead; empty if it knows of nothing.
+      seen: Returns a clause for the error about the classes that were called; `""` if unknown.
 
     Raises:
-      ValueError: `block` has no such method, or none was called.
+      ValueError: `block` has no such method, or no method was called.
     """
     for name in methods:
         if not callable(getattr(block, name, None)):
             raise ValueError(f"{block.__name__} has no method {name!r}")
     key, found = (block, str(plan), tuple(methods)), []
-    # In the key of JAX's caches, so that what was traced outside is traced again inside.
+    # The metadata is part of the key of JAX's caches: a function that was traced outside the
+    # context is traced again inside it.
     with set_xla_metadata(jaxckpt_remat_of=repr(key)):
         yield lambda: found.append(_WRAPPED.add(key))
     others = seen()
@@ -193,9 +197,9 @@ def plan_of_one(remat, taker: str, others: str) -> tuple[Plan, GivenPolicy | Non
     """Returns the plan of one block, and the user's own policy if there is one.
 
     Args:
-      remat: What the user gave.
-      taker: What takes one block, for the error.
-      others: What takes every plan, for the error.
+      remat: The user's plan, its text, or a policy.
+      taker: A clause for the error, which names the function that takes one block.
+      others: A clause for the error, which names functions that take every plan.
 
     Raises:
       PlanError: The plan speaks of several blocks.
@@ -215,7 +219,7 @@ def plan_of_one(remat, taker: str, others: str) -> tuple[Plan, GivenPolicy | Non
 def checkpointed(
     fn: Callable, plan: Plan, given: GivenPolicy | None = None, prevent_cse: bool = True
 ) -> Callable:
-    """Returns `fn` under a plan, traced once a call and checked; `none` calls `fn` as it is."""
+    """Returns `fn` under a plan, which is traced and checked at each call; `none` only calls it."""
 
     @functools.wraps(fn)
     def region(*args, **named):
@@ -256,9 +260,9 @@ def run_region(
 
     Args:
       block: The function, a block without parameters.
-      plan: `none`, `full` with policies, or a plan of its graph.
-      leaves: The leaves of its carry, then of its consts.
-      given: The user's own policy, which replaces the plan's.
+      plan: `none`, `full` with policies, or a plan of the function's graph.
+      leaves: The leaves of the function's carry, then the leaves of its consts.
+      given: The user's own policy, which replaces the plan's policies.
       prevent_cse: As in `jax.checkpoint`.
     """
     if plan.graph:
@@ -302,7 +306,7 @@ def _run_graph(block: TracedBlock, plan: Plan, leaves: Sequence, prevent_cse: bo
 
 
 def _explained(run: Callable, place: int, plan: Plan, values: Sequence) -> list:
-    """Returns what a segment makes; its `PlanError` names the plan and the segment."""
+    """Returns the outputs of a segment; a `PlanError` also names the plan and the segment."""
     try:
         return run(values)
     except PlanError as error:

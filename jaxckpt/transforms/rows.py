@@ -1,10 +1,11 @@
 """Rows of stacked arrays: parameters that blocks read, slots for carries, stacked residuals.
 
 **Parameters.** A loop reads each block's row in turn. In an unrolled loop the rows are values of
-the program: XLA sees that the backward pass reads the same rows and keeps all of them from the
-forward pass on, a second copy of all parameters. `read_inside` moves the reading into the
-checkpointed block, behind its barrier, so that a row is read when it is used, and once more when
-the block is recomputed. A value made of the row alone, such as its cast, is recomputed too.
+the program: XLA sees that the backward pass reads the same rows, and keeps all of them from the
+forward pass on. That is a second copy of all parameters. `read_inside` moves the reading into the
+checkpointed block, behind its barrier. A row is then read when it is used, and once more when the
+block is recomputed. A value that is computed from the row only, such as its cast, is recomputed
+too.
 
 **Slots** hold the carries that a schedule keeps, in arrays with one row per slot. A carry is a list
 of leaves, and so are its slots. A slot is never read before it is written. On the host, slots are
@@ -180,6 +181,6 @@ def row_major(leaves: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def _pin(x: jax.Array) -> jax.Array:
-    if x.ndim < 2 or jnp.issubdtype(x.dtype, jax.dtypes.extended):
+    if x.ndim < 2 or _is_key(x):
         return x
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))

@@ -2,9 +2,9 @@
 
     carry, ys = jaxckpt.scan(f, init, xs, remat="sqrt")
 
-`f(carry, x) -> (carry, y)` is a step of a loop over time, or a block of a stack (`scan_blocks`).
-A plan says which carries are kept; the backward pass starts from them. The ys are written once, in
-the forward pass: no plan keeps them with a carry, and a recomputed step does not make them.
+`f(carry, x) -> (carry, y)` is a step of a loop over time, or a block of a stack (`scan_blocks`). A
+plan says which carries are kept; the backward pass recomputes from them. The ys are written once,
+in the forward pass: a kept carry does not include ys, and a recomputed step does not compute them.
 """
 
 from collections.abc import Callable, Hashable
@@ -53,8 +53,8 @@ def scan(
     """Runs a loop over the leading axis of `xs`, checkpointed by a plan.
 
     Args:
-      f: `f(carry, x) -> (carry, y)`, pure; the carry keeps its structure, shapes and dtypes. What
-        it closes over gets gradients.
+      f: `f(carry, x) -> (carry, y)`, pure; the carry keeps its structure, shapes and dtypes. Arrays
+        that `f` closes over get gradients.
       init: The first carry, any pytree of arrays.
       xs: A pytree whose leaves are `[length, ...]`, of any dtypes; None if the steps read no x.
       length: The number of steps; needed if `xs` is None.
@@ -166,7 +166,15 @@ def looped(
 
 
 def _put_back(traced: TracedBlock, leaves: list, tree, y, out: list) -> tuple:
-    """Returns carry and ys; leaves of the carry that no block changes are as they were."""
+    """Returns the carry and the ys as pytrees.
+
+    Args:
+      traced: The traced block.
+      leaves: All leaves of the first carry; the leaves that no block changes are returned.
+      tree: The structure of the carry.
+      y: One block's y.
+      out: The changed leaves of the last carry, then the leaves of the ys.
+    """
     made = iter(out)
     leaves = [next(made) if n in traced.changed else x for n, x in enumerate(leaves)]
     return jax.tree.unflatten(tree, leaves), jax.tree.unflatten(jax.tree.structure(y), list(made))

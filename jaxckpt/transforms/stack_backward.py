@@ -40,19 +40,19 @@ def backward(blocks: Blocks, residuals, grads, num_steps=None) -> list:
 
 
 class Update(Protocol):
-    """What becomes of a block's gradients once they are whole."""
+    """How the gradients of a block are used once they are complete."""
 
     def params(self, given: list, made) -> list:
         """Returns the stack's parameters as they are now, leaves `[L, ...]`.
 
         Args:
           given: The parameters of the forward pass.
-          made: What the backward pass has made of them.
+          made: The arrays that the backward pass has computed so far.
         """
         ...
 
     def with_params(self, made, params: list) -> Any:
-        """Returns `made` with the parameters, unchanged, that a loop handed on."""
+        """Returns `made` with the same parameters as a loop returned them."""
         ...
 
     def write(self, made, place, grads: list) -> Any:
@@ -63,15 +63,16 @@ class Update(Protocol):
 def reversed_stage(
     blocks: Blocks, residuals, grads, made: tuple, num_steps=None, update: Update | None = None
 ) -> tuple[list, tuple]:
-    """Returns the gradients of a stage's carry, and `made` with what its blocks add.
+    """Returns the gradients of a stage's carry, and `made` after all blocks of the stage.
 
     Args:
       blocks: The stage.
       residuals: What `Loops.forward` returned for the backward pass.
       grads: Gradients of the output's inexact leaves; `ad.Zero` for an unused output.
-      made: What the backward pass makes of the parameters, and the gradients of the consts.
+      made: The arrays that the backward pass computes for the parameters, which are gradients if
+        there is no update; then the gradients of the consts.
       num_steps: The number of blocks that ran; None if all L ran.
-      update: Takes a block's gradients instead of an array for all of them; None for gradients.
+      update: Takes each block's gradients; None to write them into arrays `[L, ...]`.
     """
     params, consts, slots, kept, moving = residuals
     places = inexact(slots)
@@ -136,11 +137,11 @@ class _Rows:
     update: Update | None = None
 
     def read(self, made) -> list:
-        """Returns the parameters: a loop that updates them has to read its own."""
+        """Returns the parameters: those in `made` if the backward pass updates parameters."""
         return self.params if self.update is None else self.update.params(self.params, made)
 
     def run_until(self, state):
-        """Runs the rows of the blocks that ran, all of them by one loop that reads its bounds."""
+        """Runs the rows of the blocks that ran, in one loop that reads its bounds from the rows."""
         table = self.blocks.table
         (loop,) = table.without_counts
         rows = self._cut(table.rows)
@@ -160,7 +161,8 @@ class _Rows:
         """Runs the rows of one loop of the table."""
         table = self.blocks.table
         rows = {name: jnp.asarray(x[loop.rows]) for name, x in table.rows.items()}
-        # The forward pass may have recorded the first row's blocks already; none are recorded here.
+        # The forward pass may have recorded the first row's blocks already. `again` is the first
+        # block to record: the length, so none, for such a row.
         rows["again"] = rows["record"]
         if table.keeps_last and loop.rows.start == 0:
             rows["again"] = rows["again"].at[0].set(self.blocks.length)
@@ -217,16 +219,17 @@ class _Rows:
         return slots, *rest
 
     def _with(self, params, rest: tuple) -> tuple:
-        """Returns the state of a trip with the parameters that a loop handed on."""
+        """Returns the state of a trip with the parameters that a loop returned."""
         if self.update is None:
             return rest
         kept, grad_carry, made, grad_consts = rest
         return kept, grad_carry, self.update.with_params(made, params), grad_consts
 
     def _run_steps(self, params, row, carry, slots) -> tuple[list, tuple]:
-        """Runs all blocks of a row that it does not record by one loop, which stores every carry.
+        """Runs the blocks that a row moves and advances, in one loop that stores every carry.
 
-        One loop asks a GPU's host once a block and once a row; a loop for each move asks more.
+        The host of a GPU reads each bound of a loop from the GPU. One loop needs fewer reads than
+        one loop for each move.
 
         Returns:
           The parameters, as `Blocks.loop` does, and the carry and the slots.
@@ -287,9 +290,10 @@ class _Rows:
 
 
 def _reader(blocks: Blocks, y: int, grad) -> Callable:
-    """Returns a function from a block to the gradient of its y; zeros for a y that nobody uses.
+    """Returns a function from a block's index to the gradient of its y; zeros for an unused y.
 
-    What a block of another kind reads meets a y of zeros, which has no derivative.
+    A block whose kind has no such y gets the gradient of another block's row. The zeros that its
+    branch returns for this y do not depend on anything, so that the gradient has no effect.
     """
     if isinstance(grad, ad.Zero):
         zero = zeros(1, blocks.ys[y])[0]

@@ -1,7 +1,7 @@
 """The blocks of a stack, run one by one by the loops of its forward and backward pass.
 
-A `Blocks` holds what is static: the block, the schedule's table, the way it is run. Parameters,
-carry, consts and slots are arguments. Every loop over blocks is a `run_loop`.
+A `Blocks` holds only static values: the block, the schedule's table, and how the schedule is run.
+Parameters, carry, consts and slots are arguments. Every loop over blocks is a `run_loop`.
 """
 
 import dataclasses
@@ -35,11 +35,11 @@ class How:
       unroll: Blocks unrolled in one trip of the forward pass; ignored if slots are on the host.
       checkpoint: Wraps a block before it is recorded; None if it is recorded as it is.
       reverse: The first block reads the last row, as in `lax.scan(..., reverse=True)`.
-      first_row: The first row of the parameters that is one of these blocks; above 0 for a stage
-        that reads the rows of the whole stack.
-      casts_rows: A row's cast to a narrower dtype stays with the row. XLA casts the whole stack
-        before a loop that only reads it: a copy of all parameters, half their size. So these loops
-        hand the parameters on from trip to trip.
+      first_row: The row of the parameters that the first of these blocks reads; above 0 for a later
+        stage that reads the rows of the whole stack.
+      casts_rows: Whether a row is cast to a narrower dtype inside the loop. Otherwise XLA moves the
+        cast of the whole stack before a loop that only reads it, which copies all parameters at
+        half their size. To prevent this, the loops carry the parameters from trip to trip.
     """
 
     offload: bool = False
@@ -52,13 +52,15 @@ class How:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Places:
-    """The rows of blocks in stacks that hold the blocks of one kind only.
+    """The rows of each block where blocks are of several kinds, and some arrays are of one kind.
 
     Attributes:
-      kinds: A call for each kind; the first of a block's parameters says which is its own.
-      params: For each leaf of the parameters, the row of every block in it, -1 for a block that has
-        none; or None, if all L blocks have a row each, in their order.
-      ys: The same for each leaf that blocks return beside their carry.
+      kinds: A call for each kind; the first of a block's parameters is the index of its kind.
+      params: For each leaf of the parameters, the row of every block in the leaf, and -1 for a
+      block
+        without a row; or None, if the leaf has a row for each of the L blocks, in their order.
+      ys: For each leaf of the ys, the row of every block in the leaf, and -1 for a block without a
+        row; or None, if the leaf has a row for each of the L blocks, in their order.
     """
 
     kinds: tuple[Callable, ...]
@@ -76,9 +78,9 @@ class Blocks:
       how: Where slots live, the unrolling, the wrapper of a recorded block, the direction.
       ys: The types of the leaves that a block returns beside its carry.
       num_carry: The number of leaves of the carry.
-      places: Where rows are, for blocks of several kinds; None if row i is block i's.
-      moves_by_block: All moves are one loop over blocks, which stores every carry.
-      recorder_of: Returns the block's recorder for the leaves that are differentiated.
+      places: The rows of blocks of several kinds; None if block i reads row i of every leaf.
+      moves_by_block: Whether all moves are one loop over blocks, which stores every carry.
+      recorder_of: Returns the block's recorder for a `Moving`.
     """
 
     call: Callable
@@ -127,11 +129,11 @@ class Blocks:
           count: `stop - start` if it is a Python number, else None.
           body: `body(index, params, state) -> (params, state)`.
           state: The loop's first state.
-          told: As for `run_loop`.
+          told: The trips of this loop in a step, as `run_loop` takes them.
 
         Returns:
-          The parameters, unchanged, and the last state. With `casts_rows` these are to be used
-          from then on: the ones before would have to be copied.
+          The parameters, unchanged, and the last state. With `casts_rows` the caller goes on with
+          the returned parameters: reading the old ones again would make XLA copy them.
         """
         if not self.how.casts_rows:
             call = lambda index, state: body(index, params, state)[1]
@@ -144,7 +146,7 @@ class Blocks:
         return run_loop(start, stop, count, tied, (params, state), told)
 
     def tied(self, index, params) -> tuple[Any, list]:
-        """Returns both unchanged; to XLA the parameters of every trip are other ones."""
+        """Returns both unchanged, but XLA cannot assume that the parameters are those of before."""
         return lax.optimization_barrier((index, params))
 
     def sweep(self, params, consts, carry, start, stop, count: int | None, told):
@@ -162,7 +164,8 @@ class Blocks:
     def reverse(self, carry, params_i, consts, moving: Moving, grads) -> tuple:
         """Runs a block and reverses it at once; takes and returns what `differentiate` does.
 
-        Of several kinds, only the residuals of the block's own exist: it is reversed in its branch.
+        Blocks of several kinds are reversed inside the branch of their kind, so that only the
+        residuals of that kind are in memory.
         """
 
         def reversed_by(call: Callable) -> Callable:
@@ -177,7 +180,7 @@ class Blocks:
         return lax.switch(params_i[0], branches, carry, params_i, consts, grads)
 
     def params_of(self, params, index) -> list:
-        """Returns block `index`'s row of the parameters; any row of another kind's leaves."""
+        """Returns block `index`'s row of each leaf; any row of a leaf of another kind."""
         at = [place for place, _ in self._rows_of("params", index, len(params))]
         return [slots_of.row([x], place)[0] for x, place in zip(params, at, strict=True)]
 
@@ -187,17 +190,17 @@ class Blocks:
         made = []
         for x, leaf, grad in zip(grads, moving, of_params, strict=True):
             place, is_own = rows[leaf]
-            if is_own is not None:  # a block of another kind has a gradient of zero here
+            if is_own is not None:  # the gradient of a block without a row here is zero
                 grad = grad + slots_of.row([x], place)[0]
             made += slots_of.write([x], place, [grad])
         return made
 
     def y_rows(self, index) -> list[tuple]:
-        """Returns, for each y, block `index`'s row and whether it has one; None if all have."""
+        """Returns, for each y, the row of block `index`, and whether it has one: None if all do."""
         return self._rows_of("ys", index, len(self.ys))
 
     def y_count(self, place: int) -> int:
-        """Returns how many blocks return the y at a place."""
+        """Returns the number of blocks that return the y at a place."""
         rows = self.places and self.places.ys[place]
         return self.length if rows is None else max(rows) + 1
 
@@ -213,15 +216,15 @@ class Blocks:
         return [found[rows] for rows in of]
 
     def at(self, index):
-        """Returns the row of the parameters that block `index` reads, if all blocks have one."""
+        """Returns the row that block `index` reads, for a leaf with a row for every block."""
         return self.place(index) + self.how.first_row
 
     def place(self, index):
-        """Returns the row of the ys that block `index` writes, if all blocks have one."""
+        """Returns the row that block `index` writes, for a y that every block returns."""
         return self.length - 1 - index if self.how.reverse else index
 
     def emit(self, params, consts, state, index):
-        """Runs block `index`; returns its carry, and the stacked ys with its own written."""
+        """Runs block `index`; returns its carry, and the stacked ys with the block's ys written."""
         carry, ys = state
         out = self.next(params, consts, carry, index)
         return out[: self.num_carry], self._written(ys, out, index)
@@ -279,8 +282,8 @@ def run_loop(start, stop, count: int | None, body: Callable, state, told: tuple[
       count: `stop - start` if it is a Python number, else None.
       body: `body(index, state) -> state`.
       state: The loop's first state.
-      told: If `count` is None: all trips of this loop in a step, and in how many runs
-        (`jaxprs.trips`).
+      told: If `count` is None: the trips of all runs of this loop in a step, and the number of its
+        runs (`jaxprs.trips`).
     """
     if count is None:
         with trips(*told):

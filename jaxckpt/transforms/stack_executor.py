@@ -112,21 +112,19 @@ class Loops(Blocks):
     """
 
     def out_dim(self, place: int) -> int:
-        """Returns the batch axis of an output: 0 of a carry, 1 of a y, whose axis 0 is blocks."""
+        """Returns the batch axis of an output: 0 for a carry; 1 for a y, whose axis 0 is blocks."""
         return int(place >= self.num_carry)
 
     def batched(self, args: Sequence, dims: Sequence, axis) -> tuple["Loops", Sequence]:
         """Returns the loops over `jax.vmap` of the block, whose leaves all have the batch first."""
-        params, carry, consts = args
-        rest = iter(dims)
-        dims_of = [[next(rest) for _ in leaves] for leaves in args]
+        (params, carry, consts), (dims_params, dims_carry, dims_consts) = args, dims
         # Parameters have the blocks' axis before the batch. All carry leaves are batched, because
         # a block may mix them.
-        params = [moved(x, dim, 1) for x, dim in zip(params, dims_of[0], strict=True)]
-        carry = [widened(x, dim, axis) for x, dim in zip(carry, dims_of[1], strict=True)]
-        consts = [moved(x, dim, 0) for x, dim in zip(consts, dims_of[2], strict=True)]
+        params = [moved(x, dim, 1) for x, dim in zip(params, dims_params, strict=True)]
+        carry = [widened(x, dim, axis) for x, dim in zip(carry, dims_carry, strict=True)]
+        consts = [moved(x, dim, 0) for x, dim in zip(consts, dims_consts, strict=True)]
         first = lambda dims: [None if dim is None else 0 for dim in dims]
-        in_axes = ([0] * len(carry), first(dims_of[0]), first(dims_of[2]))
+        in_axes = ([0] * len(carry), first(dims_params), first(dims_consts))
         batched = lambda call: batched_call(call, in_axes, axis)
         places = self.places
         if places is not None:
@@ -134,8 +132,8 @@ class Loops(Blocks):
         args = (params, carry, consts)
         return Loops.of(batched(self.call), self.table, self.how, args, places), args
 
-    def run(self, params, carry, consts) -> list:
-        """Returns the output."""
+    def run(self, params, carry, consts, length: int | None = None) -> list:
+        """Returns the output of `length` blocks; by default of all blocks of the schedule."""
         if self.places is not None:
             emit = lambda i, state: self.emit(params, consts, state, i)
             carry, ys = lax.fori_loop(0, self.length, emit, (carry, self._empty_ys()))
@@ -145,7 +143,7 @@ class Loops(Blocks):
             out = self.call(carry, params_i, consts)
             return out[: self.num_carry], out[self.num_carry :]
 
-        carry, ys = lax.scan(body, carry, params, self.length, self.how.reverse)
+        carry, ys = lax.scan(body, carry, params, length or self.length, self.how.reverse)
         return [*carry, *ys]
 
     def forward(self, args, asked: Sequence[int]):
@@ -172,7 +170,7 @@ class Loops(Blocks):
         return [zeros(self.y_count(place), aval) for place, aval in enumerate(self.ys)]
 
     def _sweep_to_slots(self, params, consts, state, stop: int):
-        """Runs blocks `0..stop`: one store every trip.
+        """Runs blocks `0..stop` with one store in every trip.
 
         Returns:
           The parameters, as `loop` does, carry and ys, and the slots.
@@ -195,8 +193,8 @@ class Loops(Blocks):
     def _sweep_to_host(self, params, consts, state, stop: int):
         """Like `_sweep_to_slots`, but a trip stores one carry and runs up to the next store.
 
-        Only kept carries go over the link. Trips differ in their number of blocks, so these are
-        not unrolled.
+        Only kept carries go over the link. Trips differ in their number of blocks, so that blocks
+        are not unrolled.
         """
         stores = self.table.sweep_stores(stop)
         if not stores:

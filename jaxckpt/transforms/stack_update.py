@@ -1,13 +1,15 @@
-"""A stack whose backward pass uses each block's gradient as soon as it is whole.
+"""A stack whose backward pass uses each block's gradient as soon as it is complete.
 
-The reverse loop of `stack_backward.py` has parameters and optimizer state in its carry, where it
-replaces a block's rows; there is no array for the gradients of the stack. Or it has sums of
-gradients there, to which it adds. To JAX the new rows are the gradients: of the parameters and of
-the state, both arguments of the primitive. So everything around the stack is differentiated as
-ever. `update_in_backward.py` and `accumulate.py` are what callers use.
+There is no array for the gradients of the stack. For an update in the backward pass, the reverse
+loop of `stack_backward.py` carries parameters and optimizer state, and replaces the rows of a block
+in them. For gradient accumulation, the loop carries sums of gradients, and adds to a block's rows.
 
-`attached` marks a stack's parameters while a loss is traced. `scan.looped` finds the mark by the
-identity of its arrays.
+The parameters and the rows of the state are arguments of the primitive, which returns their new
+values in the place of their gradients. JAX differentiates everything outside the stack in its usual
+way. Callers use `update_in_backward.py` and `accumulate.py`.
+
+`attached` marks a stack's parameters while a loss is traced. `scan.looped` finds a marked array by
+its identity.
 """
 
 import contextlib
@@ -36,7 +38,7 @@ from jaxckpt.transforms.tables import make_table
 _REFUSAL = "a stack that is updated in its backward pass has one gradient; {} is refused"
 
 # `update(grads, params, rows) -> (params, rows)` of one block; all are lists of leaves `[1, ...]`.
-# Where parameters stay as they are, it is given none and returns none.
+# If parameters are not replaced, both lists of parameters are empty.
 UpdateBlock = Callable[[list, list, list], tuple[list, list]]
 
 
@@ -45,14 +47,15 @@ class Attached:
     """A stack's parameters, which are updated where the stack runs.
 
     Attributes:
-      marks: The arrays that stand for its parameters in the loss.
-      params: The parameters. If they are replaced, their gradients are the new ones.
-      replaces: Whether parameters are replaced; else only rows are.
-      rows: Leaves of the optimizer's state, `[L, ...]`; their gradients are the new ones.
-      told: Float32 `[2]`; its gradient is the sum of the squares of all gradients, and whether all
-        of them were finite.
-      update: The optimizer's update of a block.
-      skips: Whether a block is left as it is from the first gradient on that is not finite.
+      marks: The arrays that stand for the stack's parameters in the loss.
+      params: The parameters. If `replaces`, the new parameters are returned as their gradients.
+      replaces: Whether parameters are replaced; otherwise only rows are replaced.
+      rows: Arrays `[L, ...]`: leaves of the optimizer's state, or sums of gradients. The new rows
+        are returned as their gradients.
+      told: Float32 `[2]`. As its gradient are returned: the sum of squares of all gradients, and 1
+        if all gradients were finite.
+      update: The update of one block.
+      skips: Whether no block is updated after the first gradient that is not finite.
       is_used: Whether a stack has run.
     """
 
@@ -88,16 +91,19 @@ def is_attached(tree) -> bool:
 
 
 def _found(one: Attached, leaves: Sequence) -> dict[int, int]:
-    """Returns the place among the marks of each marked leaf, by its place among the leaves."""
+    """Returns, for the place of each marked leaf, the place of its mark among the marks."""
     marks = {id(mark): place for place, mark in enumerate(one.marks)}
     return {n: marks[id(leaf)] for n, leaf in enumerate(leaves) if id(leaf) in marks}
 
 
 def taken(leaves: Sequence) -> tuple[Attached, dict[int, int]] | None:
-    """Returns what is attached to a stack's parameters, and which are marked; None if none is.
+    """Returns the `Attached` of a stack's parameters, and their marks; None if no leaf is marked.
+
+    Returns:
+      The `Attached`, and a dict from the place of a marked leaf to the place of its mark.
 
     Raises:
-      ValueError: Only some of the marked parameters are there, or they were there before.
+      ValueError: The stack does not have all marked parameters, or a stack with them ran before.
     """
     one = _ATTACHED.get()
     found = {} if one is None else _found(one, leaves)
@@ -140,7 +146,7 @@ def run(
       consts: What all blocks share.
       of: What `taken` returned.
       unroll: Blocks unrolled in one trip of the forward pass.
-      reverse: The block of the last row runs first.
+      reverse: Whether the block of the last row runs first.
     """
     one, places = of
     params = [one.params[places[n]] if n in places else x for n, x in enumerate(params)]
@@ -164,7 +170,7 @@ def run(
 
 
 def _parts(plan: Plan | Schedule, given: GivenPolicy | None) -> list[tuple[Schedule, How]]:
-    """Returns the schedule of each stage, and how it is run; `none` and `full` have one here."""
+    """Returns the schedule of each stage, also of `none` and `full`, and how it is run."""
     if isinstance(plan, Schedule):
         return [(under_loss(plan), How())]
     return [_part(stage, given) for stage in plan.stages]
@@ -184,23 +190,23 @@ def _part(stage: Stage, given: GivenPolicy | None) -> tuple[Schedule, How]:
             raise PlanError(
                 f"{stage}: with update_in_backward offload:carry stands alone, without policies"
             )
-        # All blocks are recorded in the forward pass: with everything, or what the policies keep.
+        # All blocks are recorded in the forward pass, with all residuals or those of the policies.
         schedule = uniform(stage.bound_count, 1)
     return schedule, How(offload=stage.offloads_carry, checkpoint=checkpoint)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Update:
-    """What becomes of a block's gradients: new rows of parameters and state.
+    """A `stack_backward.Update`: turns a block's gradients into new rows of parameters and state.
 
-    `made` is the parameters, the state's rows, the sum of squares and whether all is finite, and
-    gradients of the parameters that are not updated.
+    `made` has four parts: the parameters; the rows of the state; the sum of squares and whether all
+    gradients were finite; gradients of the parameters that are not updated.
 
     Attributes:
-      places: The updated parameters: their place among all, and among those of the optimizer.
-      replaces: Whether they are replaced; else only rows of the state are.
-      update: The optimizer's update of a block.
-      skips: Whether a block is left as it is after a gradient that is not finite.
+      places: From the place of an updated parameter to its place among the optimizer's parameters.
+      replaces: Whether parameters are replaced; otherwise only rows of the state are replaced.
+      update: The update of one block.
+      skips: Whether no block is updated after the first gradient that is not finite.
       moving: The places of the parameters that have gradients.
     """
 
@@ -211,11 +217,11 @@ class _Update:
     moving: tuple[int, ...] = ()
 
     def params(self, given: list, made) -> list:
-        """Returns the parameters as they are now."""
+        """Returns the current parameters."""
         return made[0] if self.replaces else given
 
     def with_params(self, made, params: list):
-        """Returns `made` with the parameters that a loop handed on."""
+        """Returns `made` with the parameters that a loop returned."""
         return (params, *made[1:]) if self.replaces else made
 
     def write(self, made, place, grads: list):
@@ -250,14 +256,14 @@ class _Updating:
 
     Attributes:
       stages: The loops of each stage, which read the rows of the whole stack.
-      update: What becomes of a block's gradients.
+      update: The use of a block's gradients.
     """
 
     stages: tuple[Loops, ...]
     update: _Update
 
     def out_dim(self, place: int) -> int:
-        """Returns a batch axis; there is none."""
+        """Returns the batch axis of an output; never called, because `batched` raises."""
         return place
 
     def batched(self, args, dims, axis):
@@ -267,15 +273,8 @@ class _Updating:
     def run(self, params, carry, consts, rows, told) -> list:
         """Returns the output."""
         del rows, told
-        loops = self.stages[0]
         count = sum(stage.length for stage in self.stages)
-
-        def body(carry, params_i):
-            out = loops.call(carry, params_i, consts)
-            return out[: loops.num_carry], out[loops.num_carry :]
-
-        carry, ys = lax.scan(body, carry, params, count, loops.how.reverse)
-        return [*carry, *ys]
+        return self.stages[0].run(params, carry, consts, count)
 
     def forward(self, args, asked: Sequence[int]):
         """Returns the output, and the residuals for the backward pass."""
@@ -296,7 +295,7 @@ class _Updating:
         return [*carry, *ys], (params, consts, rows, kept, moving)
 
     def backward(self, residuals, grads) -> list:
-        """Returns new parameters, gradients, new rows of the state, and what is told."""
+        """Returns new parameters, gradients, new rows of the state, and the gradient of `told`."""
         params, consts, rows, kept, moving = residuals
         places = inexact(kept[0][0])
         grad_carry, of_ys = grads[: len(places)], grads[len(places) :]

@@ -20,14 +20,14 @@ BLOCKS = frozenset(("advance", "record", "stop", "start"))
 _COLUMNS = ("first_move", "last_move", "advance", "record", "stop")
 _MOVE = ("start", "stop", "slot")
 
-# Each loop compiles a reversal of the block of its own. A schedule that needs more loops than this
-# is run by one loop, which reads all its bounds from the table.
+# The reversal of the block is compiled once for each loop. A schedule that needs more loops than
+# this is run by one loop, which reads all its bounds from the table.
 _MOST_LOOPS = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Counts:
-    """How many blocks each trip of a loop runs, if all its trips run equally many.
+    """The number of blocks that each trip of a loop runs, if it is equal for all trips.
 
     Attributes:
       moves: Moves that the first row of a trip makes.
@@ -46,9 +46,9 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loop:
-    """Rows that one loop runs, the same number in every trip.
+    """Rows that one loop runs, with the same number of rows in every trip.
 
-    If a trip has several rows, only the first has moves and advances.
+    In a trip of several rows, only the first row has moves and advances.
 
     Attributes:
       rows: The slice of the table's columns that this loop runs.
@@ -116,7 +116,7 @@ class Table:
 
     @functools.cached_property
     def loops(self) -> tuple[Loop, ...]:
-        """The loops that run the rows: with known bounds if the schedule is regular, else one loop.
+        """The loops that run the rows: loops of known bounds if the schedule is regular, else one.
 
         On a GPU a loop whose bounds are read from a table waits for the host at every trip.
         """
@@ -183,8 +183,8 @@ class Table:
     def steps(self) -> dict[str, np.ndarray]:
         """The blocks that rows run before they record, one by one: columns `block` and `slot`.
 
-        A block's output goes to its move's slot, where the next block's output overwrites it; that
-        of an advance goes to a free slot. One unused entry stands at the end.
+        In a move, every block's output is written to the move's slot, and the next block's output
+        overwrites it. In an advance, outputs are written to a free slot. The last entry is unused.
         """
         moves = list(zip(*(self.moves[name].tolist() for name in _MOVE), strict=True))
         names = ("first_move", "last_move", "advance", "record", "free")

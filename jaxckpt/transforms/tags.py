@@ -119,8 +119,4 @@ def tags_of(fn: Callable, *args) -> Tags:
 
 def has_attention(jaxpr) -> bool:
     """Returns whether a linearized jaxpr runs an attention kernel that policies know."""
-    return any(
-        e.primitive.name in ATTENTION_PRIMITIVES
-        or (e.primitive.name == jaxprs.TAG and e.params["name"] == ATTENTION)
-        for e in jaxprs.equations(jaxpr)
-    )
+    return any(is_of_attention(e.primitive, **e.params) for e in jaxprs.equations(jaxpr))

@@ -2,13 +2,13 @@
 
     y = jaxckpt.tiled(mlp, num_tiles=8)(x, params)
 
-An MLP's hidden values are several times as wide as its input. At long rows they set the peak of a
-checkpointed block. The forward pass runs tile by tile. The backward pass runs a tile forward and
-reverses it at once, so under a checkpointed block the function runs twice in all: the block's own
-recomputation has no use for its output, and JAX leaves that out.
+An MLP's hidden values are several times as wide as its input. For long sequences they set the peak
+of a checkpointed block. The forward pass runs tile by tile. The backward pass runs a tile forward
+and reverses it at once. Under a checkpointed block the function therefore runs twice in all: JAX
+leaves the function out of the block's own recomputation, because nothing there reads its output.
 
-Limits: tags inside of the function are not seen by policies outside of it; reverse mode, and
-forward mode over it.
+Limits: policies outside the function do not see tags inside it. The only derivatives are reverse
+mode, and forward mode over reverse mode.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jax.core import ShapedArray
 
-from jaxckpt.plans.errors import shown
+from jaxckpt.plans.errors import check_count, shown
 from jaxckpt.transforms.block_vjp import Moving, differentiate
 from jaxckpt.transforms.custom_gradient import (
     batched_call,
@@ -38,31 +38,31 @@ _REFUSAL = (
     "tiled has reverse mode, and forward mode over it (jax.hessian); {} is refused: one tile has it"
 )
 
-# Positions that `check` computes on.
-_CHECKED = 4
+_CHECKED = 4  # positions that `check` computes on
 
 
 def tiled(fn: Callable, num_tiles: int, axis: int = 1, *, check: bool = False) -> Callable:
     """Returns a position-wise function that runs tile by tile along an axis.
 
-    Values and gradients stay the same up to rounding. The gradients of everything that all tiles
-    share, such as weights, are summed in float32.
+    Values and gradients stay the same up to rounding. Gradients of arrays that all tiles share,
+    such as weights, are summed in float32.
 
     Args:
-      fn: `fn(x, *args) -> y`, pure. A position of `y` depends on the same position of `x` alone,
-        as in an MLP, a norm, a projection or a head. What `fn` closes over gets gradients too.
-      num_tiles: Tiles along the axis. All are of one size, rounded up; the last may be shorter.
+      fn: `fn(x, *args) -> y`, pure. A position of `y` depends only on the same position of `x`, as
+        in an MLP, a norm, a projection or a head. Arrays that `fn` closes over get gradients too.
+      num_tiles: The number of tiles along the axis. All tiles have one size, rounded up; the last
+        tile may be shorter.
       axis: The axis of positions, in every leaf of `x` and of `y`.
-      check: Also looks at values: once per trace, `fn` is run on a few positions of random numbers,
-        whole and in two halves.
+      check: Also compares values: once per trace, `fn` runs on a few positions of random numbers,
+        whole and in two halves. A function that mixes positions is found this way.
 
     Returns:
-      A function of the same arguments, `x` first. `*args` are handed to every tile.
+      `tiled_fn(x, *args) -> y`. Each tile gets its positions of `x`, and all of `*args`.
 
     Raises:
-      ValueError: `num_tiles` is no positive whole number. When the function is called: `x` has no
-        such axis, or `fn` is not position-wise.
-      NotImplementedError: Forward mode by itself.
+      ValueError: `num_tiles` is no positive whole number. When the returned function is called:
+        `x` has no such axis, or `fn` is not position-wise.
+      NotImplementedError: Forward mode by itself, or a second reverse mode.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxckpt
@@ -74,8 +74,7 @@ def tiled(fn: Callable, num_tiles: int, axis: int = 1, *, check: bool = False) -
     """
     if not callable(fn):
         raise ValueError(f"tiled takes a function, not {shown(fn)}")
-    if isinstance(num_tiles, bool) or not isinstance(num_tiles, int) or num_tiles < 1:
-        raise ValueError(f"num_tiles is a whole number, at least 1, not {shown(num_tiles)}")
+    check_count("num_tiles", num_tiles)
 
     @functools.wraps(fn)
     def call(x, *args):
@@ -135,14 +134,14 @@ def _traced(fn: Callable, x, args, axis: int, size: int) -> tuple[TracedBlock, l
 
 
 def _with_part(traced: TracedBlock, number: int, others: Sequence) -> Callable:
-    """Returns a traced part's call, which takes its own consts out of those of all parts."""
+    """Returns a traced part's call, which picks its own consts from the consts of all parts."""
     start = sum(len(consts) for _, consts in others[:number])
     stop = start + len(others[number][1])
     return lambda x, args, consts: traced.call(x, args, consts[start:stop])
 
 
 def _check_shapes(whole: TracedBlock, part: TracedBlock, axis: int, length: int):
-    """Raises `ValueError` unless a part's output is the whole one's with fewer positions."""
+    """Raises `ValueError` unless a part's output is the whole output with fewer positions."""
     size = part.jaxpr.in_avals[0].shape[axis]
     for all_of_it, one in zip(whole.jaxpr.out_avals, part.jaxpr.out_avals, strict=False):
         wanted = list(one.shape)
@@ -156,7 +155,7 @@ def _check_shapes(whole: TracedBlock, part: TracedBlock, axis: int, length: int)
 
 
 def _check_values(trace: Callable, axis: int, count: int):
-    """Raises `ValueError` if some positions' values depend on whether others are there."""
+    """Raises `ValueError` if a position's values depend on whether other positions are there."""
     half = count // 2
     (whole, consts), (first, _), (last, _) = map(trace, (count, half, count - half))
     generator = np.random.default_rng(0)
@@ -184,7 +183,7 @@ def _check_values(trace: Callable, axis: int, count: int):
 
 
 def _random(aval, generator):
-    """Returns an array of a type: random numbers, or zeros for what is no number."""
+    """Returns an array of a type: random floats, zeros for integers, or copies of one key."""
     if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
         return jnp.broadcast_to(jax.random.key(0), aval.shape)
     if jnp.issubdtype(aval.dtype, jnp.inexact):
@@ -196,13 +195,14 @@ def _random(aval, generator):
 class _Tiles:
     """The forward and the backward pass of one tiled function; a `Walk` of `custom_gradient.py`.
 
-    Its arguments are what all tiles are handed, the leaves of x, and what the function closes over.
+    Its arguments are the leaves of `*args`, the leaves of x, and the arrays that the function
+    closes over.
 
     Attributes:
-      calls: `call(x, args, consts) -> y` over lists of leaves: of a tile, and of a shorter last one
-        if there is one.
+      calls: `call(x, args, consts) -> y` over lists of leaves: for a whole tile, and for a shorter
+        last tile if there is one.
       length: The number of positions.
-      size: The positions of a tile.
+      size: The number of positions in a tile.
       axis: The axis of positions.
       out: The types of the leaves of the output.
     """
@@ -270,13 +270,11 @@ class _Tiles:
 
     def batched(self, args, dims, axis) -> tuple["_Tiles", Sequence]:
         """Returns the tiles of `jax.vmap` of the function, whose leaves have the batch first."""
-        given, x, consts = args
-        rest = iter(dims)
-        dims_of = [[next(rest) for _ in leaves] for leaves in args]
+        (given, x, consts), (dims_given, dims_x, dims_consts) = args, dims
         first = lambda dims: [None if dim is None else 0 for dim in dims]
         pairs = lambda leaves, dims: [moved(x, d, 0) for x, d in zip(leaves, dims, strict=True)]
-        x = [widened(leaf, dim, axis) for leaf, dim in zip(x, dims_of[1], strict=True)]
-        in_axes = ([0] * len(x), first(dims_of[0]), first(dims_of[2]))
+        x = [widened(leaf, dim, axis) for leaf, dim in zip(x, dims_x, strict=True)]
+        in_axes = ([0] * len(x), first(dims_given), first(dims_consts))
         widen = lambda leaves: [widened(leaf, None, axis) for leaf in leaves]
         tiles = dataclasses.replace(
             self,
@@ -284,4 +282,4 @@ class _Tiles:
             axis=self.axis + 1 if self.axis >= 0 else self.axis,
             out=tuple(jax.make_jaxpr(widen)(list(self.out)).out_avals),
         )
-        return tiles, (pairs(given, dims_of[0]), x, pairs(consts, dims_of[2]))
+        return tiles, (pairs(given, dims_given), x, pairs(consts, dims_consts))

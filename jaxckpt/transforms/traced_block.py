@@ -24,9 +24,6 @@ from jax.core import ShapedArray, Tracer
 from jax.extend import core
 from jax.sharding import PartitionSpec
 
-# A jaxpr's text shows functions in parameters with their addresses, which differ in each trace.
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-
 
 def abstract(tree):
     """Returns `tree` with every array, abstract array or scalar as its type."""
@@ -41,8 +38,8 @@ def as_arrays(tree):
 def zeros(count: int, aval: ShapedArray) -> jax.Array:
     """Returns zeros `[count, ...]` with a type's memory, sharding and varying axes.
 
-    Zeros that are made on the device and then moved would fill the device first. Zeros on the host
-    are made there, from a single number that was moved.
+    For zeros on the host, only a single number is moved to the host and broadcast there: zeros that
+    are made on the device first would need its memory.
     """
     spec, varying = aval.sharding.spec, varying_axes(aval)
     is_sharded = any(axis is not None for axis in spec)
@@ -165,8 +162,13 @@ class TracedBlock:
 
 
 def text_of(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> str:
-    """Returns a jaxpr's text, equal for all that compute the same of their inputs and consts."""
-    return _ADDRESS.sub("", str(jaxpr))
+    """Returns a jaxpr's text; jaxprs of equal text compute the same from inputs and consts."""
+    return without_addresses(str(jaxpr))
+
+
+def without_addresses(text: str) -> str:
+    """Returns a text without the addresses of objects, which differ in each trace."""
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
 def identity(block: Callable) -> Hashable:

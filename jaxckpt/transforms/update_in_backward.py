@@ -3,18 +3,18 @@
     step = jaxckpt.update_in_backward(loss, optimizer, blocks=lambda params: params["layers"])
     done = step(params, state, batch)          # jit it, with params and state donated
 
-The gradients of a stack weigh as much as its parameters, and they are all there before an optimizer
-sees the first. Here a block is updated as soon as its gradient is whole, so that there is never
-more than one block's. What is beside the blocks, such as embedding and head, is updated after the
-backward pass.
+In a separate step, the gradients of all blocks are in memory before the optimizer reads the first
+one; they need the memory of the parameters. Here each block is updated as soon as its gradient is
+complete, so that the gradient of only one block is in memory. Other parameters, such as embedding
+and head, are updated after the backward pass.
 
-Limits: what needs all gradients before the first update: clipping by this step's norm (hand
-`gradient_scale` over, from the last step's norm), accumulation over several calls, skipping a whole
-step for a gradient that is not finite.
+Limits: an update that needs all gradients first is not possible. That is clipping by this step's
+norm (pass `gradient_scale`, from the last step's norm), accumulation over several calls, and
+skipping a whole step for a gradient that is not finite.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,10 +26,10 @@ from jaxckpt.transforms.optimizer_rows import OptimizerRows, check_blockwise
 
 
 class Updated(NamedTuple):
-    """What a step returns.
+    """The result of a step.
 
     Attributes:
-      value: What the loss returned.
+      value: The value of the loss; with `has_aux`, the pair `(scalar, aux)`.
       params: The new parameters.
       state: The new state of the optimizer.
       gradient_norm: The global norm of the gradients, before `gradient_scale`, a float32 scalar.
@@ -52,32 +52,35 @@ def update_in_backward(
     skip_nonfinite: bool = False,
     check: bool = True,
 ) -> Callable:
-    """Returns a training step that updates each block of a stack as soon as its gradient is whole.
+    """Returns a training step that updates each block of a stack when its gradient is complete.
 
-    Weights and state are those of the separate step: `jax.value_and_grad`, `optimizer.update` and
-    adding the updates. With jit, donate parameters and state, or both are there twice.
+    New parameters and state equal those of a separate step: `jax.value_and_grad`,
+    `optimizer.update` and adding the updates. Under `jax.jit`, donate parameters and state;
+    otherwise the old and the new ones are in memory together.
 
     Args:
-      loss: `loss(params, *args) -> scalar`. It runs `scan_blocks`, `scan` or a `Stack` under any
-        plan, once, on the arrays that `blocks` returns, as they are: a block casts its own row.
-      optimizer: With Optax's `init` and `update`. Its update of a block is of that block alone.
-      blocks: `blocks(params)` returns the part of the parameters that is stacked, leaves
-        `[L, ...]`.
-      has_aux: The loss returns `(scalar, aux)`.
-      skip_nonfinite: From the first gradient that is not finite on, going backward, blocks stay as
-        they are; so does everything beside the stack. Blocks that were done before keep their
-        update.
-      check: Runs the optimizer on a few numbers when the step is traced, to see whether a block's
-        update depends on anything else.
+      loss: `loss(params, *args) -> scalar`. It runs one stack, by `scan_blocks`, `scan` or a
+        `Stack` under any plan, on the arrays that `blocks` returns. The loss may not cast these
+        arrays; the block may cast its own row.
+      optimizer: An optimizer with Optax's `init` and `update`, whose update of a block depends on
+        that block only.
+      blocks: `blocks(params)` returns the stacked part of the parameters, leaves `[L, ...]`.
+      has_aux: Whether the loss returns `(scalar, aux)`.
+      skip_nonfinite: Whether updates stop at the first gradient that is not finite. The backward
+        pass goes from the last block to the first: blocks after that one keep their update, and
+        this block, all blocks before it and all other parameters are not updated.
+      check: Whether to run the optimizer on a few numbers when the step is traced, to find an
+        optimizer whose update of a block depends on other gradients.
 
     Returns:
-      `step(params, state, *args, gradient_scale=None) -> Updated`. `state` is what
-      `optimizer.init(params)` returns. Gradients are multiplied by `gradient_scale` before the
-      optimizer sees them.
+      `step(params, state, *args, gradient_scale=None) -> Updated`. `state` is the value of
+      `optimizer.init(params)`. Gradients are multiplied by `gradient_scale` before the optimizer
+      sees them.
 
     Raises:
-      ValueError: When the step is traced: the optimizer's update of a block depends on more; the
-        loss does not run the stack, runs it twice, or reads its parameters elsewhere too.
+      ValueError: `loss`, `optimizer` or `blocks` is of the wrong type. When the step is traced: the
+        optimizer's update of a block depends on other blocks or parameters; or the loss does not
+        run the stack, runs it twice, or reads its parameters elsewhere too.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxckpt, optax
@@ -128,11 +131,7 @@ def update_in_backward(
                 update=update_block,
                 skips=skip_nonfinite,
             )
-            given = dict(zip(rest, others, strict=True))
-            given |= dict(zip(places, one.marks, strict=True))
-            return value_with(
-                one, loss, jax.tree.unflatten(tree, [*map(given.get, range(len(given)))]), *args
-            )
+            return value_with(one, loss, tree, dict(zip(rest, others, strict=True)), places, *args)
 
         pick = lambda leaves, places: [leaves[n] for n in places]
         arguments = (pick(leaves, rest), pick(leaves, places), pick(state_leaves, cut.rows))
@@ -162,14 +161,25 @@ def update_in_backward(
     return step
 
 
-def value_with(one: stack_update.Attached, loss: Callable, *args):
-    """Returns the loss, whose stack uses its gradients as `one` says.
+def value_with(
+    one: stack_update.Attached, loss: Callable, tree, others: dict, places: Sequence[int], *args
+):
+    """Returns the value of the loss, whose stack uses its gradients as `one` says.
+
+    Args:
+      one: The stack's parameters, and how their gradients are used.
+      loss: `loss(params, *args)`.
+      tree: The structure of the parameters.
+      others: The parameters beside the stack, by their places.
+      places: The places of the stack's parameters.
+      *args: The other arguments of the loss.
 
     Raises:
       ValueError: The loss runs no stack over the marked parameters.
     """
+    given = others | dict(zip(places, one.marks, strict=True))
     with stack_update.attached(one):
-        value = loss(*args)
+        value = loss(tree.unflatten([given[n] for n in range(len(given))]), *args)
     if not one.is_used:
         raise ValueError(
             "the loss runs no stack over the arrays that blocks= returns; hand them to "
@@ -181,7 +191,7 @@ def value_with(one: stack_update.Attached, loss: Callable, *args):
 
 def places_of(blocks: Callable, tree) -> tuple[int, ...]:
     """Returns the places of the stack's leaves among those of the parameters."""
-    # Objects that have no arithmetic: a part that is computed cannot pass for one that is picked.
+    # Plain objects have no arithmetic, so that `blocks` can only pick arrays, not compute new ones.
     stand_ins = [object() for _ in range(tree.num_leaves)]
     places = {one: place for place, one in enumerate(stand_ins)}
     try:
@@ -212,8 +222,8 @@ def _mark_backward(_, grad):
         return (grad,)
     raise ValueError(
         "update_in_backward: the loss reads parameters of the blocks outside of their stack too "
-        "(tied weights, or a penalty on them), so that a block's gradient is not whole when the "
-        "block is done; use the separate step"
+        "(tied weights, or a penalty on them), so that a block's gradient is not complete "
+        "after the block's reversal; use a separate step"
     )
 
 

@@ -71,7 +71,7 @@ def named(block: Callable, wants: Callable[[str], bool], *, opens_remat: bool = 
 
 
 def counts(jaxpr: core.ClosedJaxpr) -> Counter:
-    """Returns how many names of each word a jaxpr has: the last number of `@dot` and so on."""
+    """Returns the number of names for each word, such as 3 for `dot` if `@dot.3` is the last."""
     namer = _Namer(lambda name: False, False, frozenset())
     namer.closed(jaxpr)
     return namer.counts

@@ -2,9 +2,10 @@
 
     carry = jaxckpt.while_loop(cond, body, init, max_steps=1000, remat="binomial:16")
 
-The schedule is made for `max_steps` steps. The forward pass stores carries by it until `cond` is
-false, and keeps the number of steps that ran. The backward pass follows the same schedule, with
-every bound cut at that number. It never calls `cond` again, so rounding cannot change its path.
+The schedule is made for `max_steps` steps. The forward pass stores carries as the schedule says
+until `cond` is false, and keeps the number of steps that ran. The backward pass follows the same
+schedule, with every bound cut at that number. It never calls `cond` again, so that rounding cannot
+change the number of steps.
 
 A loop that ends early has fewer carries near its end than a schedule of its own length would keep,
 and recomputes more steps. With 8 slots and `max_steps` of 1024, a loop of 512 steps takes 2807
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxckpt.plans import Plan, PlanError
-from jaxckpt.plans.errors import shown
+from jaxckpt.plans.errors import check_count, shown
 from jaxckpt.schedules.of_stage import schedule_of, under_loss
 from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms import rows as slots_of
@@ -48,10 +49,10 @@ def while_loop(
 
     Args:
       cond: `cond(carry) -> bool`, a scalar. It has no gradient.
-      body: `body(carry) -> carry`, pure. What it closes over gets gradients.
+      body: `body(carry) -> carry`, pure. Arrays that `body` closes over get gradients.
       init: The first carry, any pytree of arrays.
-      max_steps: The most steps; the loop ends there even if `cond` still holds. The plan is made
-        for this number.
+      max_steps: The largest number of steps: the loop ends there even if `cond` still holds. The
+        plan is made for this number.
       remat: A plan of a single schedule (`"sqrt"`, `"binomial:16"`, `"log"`), or a `Schedule` that
         records one step at a time. `"none"`, `"full"` and policies run all `max_steps` steps;
         steps after the end change nothing.
@@ -76,10 +77,7 @@ def while_loop(
             raise ValueError(
                 f"{name} of while_loop is a function of the carry, not {shown(function)}"
             )
-    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
-        raise ValueError(
-            f"max_steps is a whole number of steps, at least 1, not {shown(max_steps)}"
-        )
+    check_count("max_steps", max_steps, " of steps")
     asked = remat
     remat, given = (remat, None) if isinstance(remat, Schedule) else plan_and_policy(remat)
     init = as_arrays(init)
@@ -157,8 +155,7 @@ class _Until:
     def batched(self, args: Sequence, dims: Sequence, axis) -> tuple["_Until", Sequence]:
         """Returns the loop of a batch, which runs until the last example is done."""
         loops, args = self.loops.batched(args, dims, axis)
-        rest = list(dims)[len(args[1]) :]
-        first = [None if dim is None else 0 for dim in rest]
+        first = [None if dim is None else 0 for dim in dims[2]]
         each = batched_call(lambda carry, consts: [self.holds(carry, consts)], (0, first), axis)
 
         def call(carry, params_i, consts):

@@ -259,7 +259,7 @@ def test_bin_of_another_size_or_type(tmp_path):
     message = _refused(tmp_path / "tokens.bin", token_dtype="uint32")
     assert "has 6 bytes, not a multiple of the 4 bytes of uint32" in message
     message = _refused(tmp_path / "tokens.bin", token_dtype="uint23")
-    assert "'uint23' is not one of uint16, uint32 (did you mean 'uint32'?)" in message
+    assert "is 'uint23'; valid: uint16, uint32 (did you mean 'uint32'?)" in message
 
 
 def _batches(length=1000, **options) -> Batches:

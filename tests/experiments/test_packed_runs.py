@@ -178,7 +178,7 @@ REFUSED = [
     (["--pack", "--data={bad}"], "x.jsonl, line 2: Expecting"),
     (["--data={lines}"], "is JSON Lines; --pack reads its documents"),
     (["--pack", "--data={lines}", "--seq-len=5000"], "a window of --seq-len 5000 needs 5001"),
-    (["--end-token=3"], "end_token is 3; it is a token id, and of --pack alone"),
+    (["--end-token=3"], "end_token is 3; it is a token id, and needs --pack"),
     (["--pack", "--end-token=256"], "has token 256, the model's vocabulary ends at 255"),
 ]
 

@@ -92,7 +92,7 @@ def test_a_checkpoint_goes_on_with_or_without(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"accumulate": 2}, "after the last part alone"),
+        ({"accumulate": 2}, "after the last microbatch"),
         ({"mesh": "fsdp=2"}, "is for one device"),
         ({"model": dataclasses.replace(MODEL, dtype="float16")}, "as float16 needs"),
     ],

@@ -204,7 +204,7 @@ def test_a_partial_keeps_what_its_function_donates():
 
 def test_a_donation_that_would_be_lost_is_refused():
     jitted = jax.jit(lambda x, n: x + n, donate_argnums=0)
-    with pytest.raises(ValueError, match=r"what it donates is lost.*give measure its donate_arg"):
+    with pytest.raises(ValueError, match=r"cannot see which .*give measure its donate_argnums"):
         jaxckpt.measure(jitted, X, 3, static_argnums=1)
     report = jaxckpt.measure(jitted, X, 3, static_argnums=1, donate_argnums=0)
     assert report.alias_bytes == SIZE
@@ -247,7 +247,7 @@ def test_equinox_modules():
     assert plain.argument_bytes == 2 * SIZE
     assert jaxckpt.measure(eqx.filter_jit(loss), linear, X).peak_bytes == plain.peak_bytes
     assert jaxckpt.measure(eqx.filter_grad(loss), linear, X).output_bytes == SIZE
-    with pytest.raises(ValueError, match="what it donates is lost"):
+    with pytest.raises(ValueError, match="cannot see which arguments it donates"):
         add = eqx.filter_jit(lambda x: x + 1, donate="all")
         jaxckpt.measure(add, X)
     mlp = eqx.nn.MLP(4, 4, 4, 2, key=jax.random.key(0))

@@ -138,7 +138,7 @@ def test_streams_of_the_call_are_split_over_the_blocks():
     rngs = nnx.Rngs(noise=3)
     draws = [stack((jnp.zeros(NUM_BLOCKS), 0), rngs=rngs)[0] for _ in range(2)]
     assert len(jnp.unique(jnp.stack(draws))) == 2 * NUM_BLOCKS
-    with pytest.raises(ValueError, match=r"handed to a stack as rngs=nnx\.Rngs"):
+    with pytest.raises(ValueError, match=r"given to a stack as rngs=nnx\.Rngs"):
         stack(X, streams=rngs)
     with pytest.raises(ValueError, match=r"rngs is an nnx\.Rngs.*not Array"):
         stack(X, rngs=jax.random.key(0))

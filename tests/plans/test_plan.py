@@ -74,7 +74,7 @@ ERRORS = [
     ("names:carry", "'carry' is a reserved word, not a tag; did you mean offload:carry?"),
     ("names:q+offload:q", "name each value once"),
     ("names:q*+offload:qk", "name each value once"),
-    ("dots+dots_no_batch", "say different things of matmuls with batch dimensions"),
+    ("dots+dots_no_batch", "contradict each other for matmuls with batch dimensions"),
     ("full/dots", "stage 'full' needs a count, such as 4xfull"),
     ("auto/full", "auto chooses the whole plan, so it stands alone"),
     ("4xfull/auto", "it stands alone"),

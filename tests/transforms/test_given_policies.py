@@ -312,7 +312,7 @@ def test_what_is_no_policy(given, message):
     [
         (JAXS.dots_saveable, "give 'dots' instead"),
         (JAXS.dots_with_no_batch_dims_saveable, "give 'dots_no_batch' instead"),
-        (keeps_tanh, "keeps_tanh is a function, and what plans, prints or stores a plan takes no"),
+        (keeps_tanh, "keeps_tanh is a function; a plan that is planned, printed or stored has to"),
     ],
 )
 @pytest.mark.parametrize("takes", [as_plan, jaxckpt.Plan.parse])
