@@ -9,7 +9,7 @@ from flax import nnx
 
 import jaxckpt
 from jaxckpt import PlanError
-from tests.models.test_nnx import WIDTH, Mlp, X
+from tests.nnx.test_nnx import WIDTH, Mlp, X
 
 
 class Keeps(nnx.Module):
