@@ -16,6 +16,7 @@ Limits: stacks that follow one plan have the same number of blocks; seconds are 
 
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -64,7 +65,8 @@ def fit(
       block: `(block, params_i, carry, *consts)`, as for `jaxckpt.explain`, for a step that runs its
         blocks without `scan_blocks` or an adapter; for several stacks, one by each name, in the
         order in which they run.
-      progress: Called with a `Compilation` before and after each compilation; `print` will do.
+      progress: Called with a `Compilation` before and after each compilation, of which several may
+        run at once; `print` will do.
 
     Returns:
       A `FitResult`: the plan, the memory report of its compiled step, and the plans it was chosen
@@ -138,20 +140,30 @@ def solve(
 
 def _report(progress: Callable[[Compilation], Any], steps: Steps, budget: int):
     """Calls `progress` at the beginning and the end of every compilation."""
-    started: list[Any] = []
+    numbers: dict[Any, int] = {}
+    running: dict[Any, int] = {}
+    begun = time.perf_counter()
 
-    def watch(plan, report, seconds: float):
-        if report is None:
-            started.append(plan)
-        peak = None if report is None else report.peak_bytes
+    def watch(plan, report, seconds: float | None):
+        number = numbers.setdefault(plan, len(numbers) + 1)
+        if seconds is None:
+            running[plan] = number
+        else:
+            del running[plan]
+            if report is None:
+                return
+        most, done = max(len(numbers), MOST_COMPILES), len(numbers) - len(running)
+        spent = time.perf_counter() - begun
         progress(
             Compilation(
-                number=len(started),
-                most=max(len(started), MOST_COMPILES),
+                number=number,
+                most=most,
                 plan=str(plan),
                 budget_bytes=budget,
-                peak_bytes=peak,
-                seconds=seconds,
+                peak_bytes=None if report is None else report.peak_bytes,
+                seconds=seconds or 0.0,
+                running=tuple((number, str(plan)) for plan, number in running.items()),
+                most_left=spent / done * (most - done) if done else None,
             )
         )
 
@@ -211,6 +223,10 @@ def _searched(problem: Problem, rungs: Sequence[Draft], budget: int) -> int | No
     compiled = problem.steps.compiled
     peaks = [report.peak_bytes for report in compiled.values()]
 
+    def prepare(places: Sequence[int]):
+        with problem.steps.compiling(rungs[place].plan for place in places):
+            pass
+
     def compile_peak(place: int) -> int:
         try:
             return problem.peak(rungs[place].plan)
@@ -222,7 +238,6 @@ def _searched(problem: Problem, rungs: Sequence[Draft], budget: int) -> int | No
         for place, rung in enumerate(rungs)
         if rung.plan in compiled
     }
+    options: dict[str, Any] = {"is_answered": min(peaks) <= budget, "prepare": prepare}
     compiles = MOST_COMPILES - len(compiled)
-    return search(
-        rungs, budget, compile_peak, known, compiles, is_answered=min(peaks) <= budget
-    ).chosen
+    return search(rungs, budget, compile_peak, known, compiles, **options).chosen

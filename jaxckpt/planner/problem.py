@@ -29,8 +29,9 @@ from jaxckpt.planner.kinds import Kind
 from jaxckpt.planner.peak_model import Spread, all_under, as_compiled
 from jaxckpt.planner.result import BudgetError, Candidate, FitResult
 from jaxckpt.planner.search import ladder
+from jaxckpt.planner.stacks import Stack
 from jaxckpt.planner.steps import Steps, everywhere, find_stacks
-from jaxckpt.plans import Stage
+from jaxckpt.plans import Plan, Stage
 from jaxckpt.plans.plan_set import PlanSet
 from jaxckpt.targets.links import HostLink
 from jaxckpt.transforms import jaxprs
@@ -93,7 +94,9 @@ class Problem:
         clocks = {name: calibrate(found) for name, found in stacks.items()} if timed else {}
         for clock in clocks.values():  # all have timed the same link
             rates = clock.link(rates)
-        parts = [Part.of(name, found, rates, host_bytes) for name, found in stacks.items()]
+        staged = _staged(stacks)
+        with steps.compiling([full, none, *([] if staged is None else [staged])]):
+            parts = [Part.of(name, found, rates, host_bytes) for name, found in stacks.items()]
         traced = {plan: all_under(parts, plan) for plan in ("full", "none")}
         again = traced["full"].flops - traced["none"].flops
         step_flops = [count_flops(steps.trace(plan).jaxpr) for plan in (full, none)]
@@ -125,7 +128,7 @@ class Problem:
             )
             for one in together
         )
-        compiled = [one._as_compiled(*reports)._with_stages() for one in made]
+        compiled = [one._as_compiled(*reports)._with_stages(staged) for one in made]
         return min(compiled, key=lambda one: abs(one.stages_bytes))
 
     def _as_compiled(self, full: MemoryReport, none: MemoryReport) -> "Problem":
@@ -134,16 +137,15 @@ class Problem:
         parts = as_compiled(self.parts, none.peak_bytes - offset)
         return dataclasses.replace(self, parts=parts, offset_bytes=offset)
 
-    def _with_stages(self) -> "Problem":
-        """Returns the problem fitted to the peak of a plan of several stages, too."""
-        (part,) = self.parts
-        if not part.is_stack or part.num_blocks < (_LEAST_FOR_STAGES if part.turns == 1 else 2):
+    def _with_stages(self, plan: Plan | PlanSet | None) -> "Problem":
+        """Returns the problem fitted to the peak of a plan of several stages too, unless None."""
+        if plan is None:
             return self
-        half = part.num_blocks // 2
-        stages = run_of(part.kind("full"), half), run_of(part.kind("none"), part.num_blocks - half)
-        mixed = join(self.parts, [part.draft(*stages)])
-        extra = self.peak(mixed.plan) - self.offset_bytes - mixed.worst_bytes
-        return dataclasses.replace(self, stages_bytes=extra)
+        (part,) = self.parts
+        stages = plan[part.name].stages if isinstance(plan, PlanSet) else plan.stages
+        runs = (run_of(part.kind(stage.schedule), stage.bound_count) for stage in stages)
+        predicted = self.offset_bytes + part.draft(*runs).worst_bytes
+        return dataclasses.replace(self, stages_bytes=self.peak(plan) - predicted)
 
     def apart(self, plans: Iterable[Any]) -> "Problem":
         """Returns the problem with only some plans counted as compiled."""
@@ -234,6 +236,22 @@ class Problem:
         largest = max(part.kind("none").kept_bytes for part in self.parts)
         parts = peak_parts(self.steps.step(plan).args, report, largest)
         return BudgetError(budget_bytes=budget, plan=plan, report=report, parts=parts)
+
+
+def _staged(stacks: Mapping[str, Sequence[Stack]]) -> Plan | PlanSet | None:
+    """Returns the plan that shows what several stages cost; None if none is worth it.
+
+    Args:
+      stacks: The stacks that follow each plan, by name.
+    """
+    name, *others = stacks
+    count, turns = stacks[name][0].num_blocks, len(stacks[name])
+    if others or stacks[name][0].region is not None:
+        return None
+    if count < (_LEAST_FOR_STAGES if turns == 1 else 2):
+        return None
+    plan = Plan.parse(f"{count // 2}xfull/{count - count // 2}xnone")
+    return PlanSet({name: plan}) if name else plan
 
 
 def _on_one(part: Part, spread: Spread, clock: Calibration | None, rates: Rates) -> Part:

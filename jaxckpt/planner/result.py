@@ -1,6 +1,8 @@
 """The planner's answer: `FitResult`, or `BudgetError` with the least budget that works."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any, Self
 
 from jaxckpt.compiled.report import MemoryReport
@@ -55,6 +57,9 @@ class Compilation:
       budget_bytes: The budget.
       peak_bytes: The compiled peak; None while the compiler runs.
       seconds: The seconds that the compilation took; 0 while it runs.
+      running: The numbers and plans of all compilations that run now.
+      most_left: The most seconds that the search may still take, by those so far; None before the
+        first compilation has ended.
     """
 
     number: int
@@ -63,18 +68,34 @@ class Compilation:
     budget_bytes: int
     peak_bytes: int | None = None
     seconds: float = 0.0
+    running: Sequence[tuple[int, str]] = ()
+    most_left: float | None = None
 
     @property
     def is_done(self) -> bool:
         """Whether the compiler has ended."""
         return self.peak_bytes is not None
 
+    @property
+    def live(self) -> str:
+        """What is compiled now and the time left, as text; empty between two compilations."""
+        if not self.running:
+            return ""
+        numbers, plans = zip(*self.running, strict=True)
+        left = "" if self.most_left is None else f"; at most {math.ceil(self.most_left)} s left"
+        return (
+            f"compiling {' and '.join(map(str, numbers))} of at most {self.most}: "
+            f"{', '.join(map(_shortened, plans))}{left}"
+        )
+
     def __str__(self) -> str:
-        line = f"{self.number} of at most {self.most}: {self.plan}"
         if self.peak_bytes is None:
-            return f"compiling {line}"
+            return self.live
         verdict = "fits" if self.peak_bytes <= self.budget_bytes else "too large"
-        return f"{line} {iec(self.peak_bytes)}, {verdict}, {self.seconds:.1f} s"
+        return (
+            f"{self.number} of at most {self.most}: {_shortened(self.plan)} "
+            f"{iec(self.peak_bytes)}, {verdict}, {self.seconds:.1f} s"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -271,8 +292,11 @@ def _asked(plan: Plan | PlanSet) -> str:
 
 def _short(plan: Plan | PlanSet) -> str:
     """Returns a plan for a table; a graph's plan is shown by its beginning."""
-    text = str(plan)
-    return text if len(text) <= _LONGEST or isinstance(plan, PlanSet) else f"{text[:_LONGEST]}..."
+    return str(plan) if isinstance(plan, PlanSet) else _shortened(str(plan))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _largest(report: MemoryReport) -> str:
