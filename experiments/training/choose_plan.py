@@ -18,15 +18,16 @@ from experiments.config import ConfigError, TrainConfig
 from experiments.files import versions
 from experiments.training.build import build, plan_entry
 from experiments.training.display import Display
+from jaxckpt.absent.jobs import Entry
 from jaxckpt.compiled import cache
 from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.planner.absent import fit_entry
 from jaxckpt.planner.budgets import check_asked, given_bytes, host_bytes, more_than_usable
-from jaxckpt.planner.result import Compilation, FitResult
+from jaxckpt.planner.result import BudgetError, Compilation, FitResult
 from jaxckpt.plans import Plan
 from jaxckpt.targets.present import usable_bytes
 from jaxckpt.targets.target import LOCAL, parse_target
-from jaxckpt.units import iec
+from jaxckpt.units import iec, unit_of
 
 
 def choose(
@@ -56,7 +57,18 @@ def choose(
         raise ConfigError(f"plan 'auto': {error}") from None
     asked: dict[str, Any] = {"budget": budget, "host_budget": host_limit_bytes(config) or 0}
     asked["progress"] = progress
-    entry = plan_entry(config, target)
+    entry, unit = plan_entry(config, target), unit_of(config.budget or "")
+    try:
+        result = _chosen(config, target, entry, num_blocks, **asked)
+    except BudgetError as error:
+        raise error.replaced(unit=unit) from None
+    return dataclasses.replace(result, unit=unit)
+
+
+def _chosen(
+    config: TrainConfig, target: str, entry: Entry, num_blocks: int, **asked: Any
+) -> FitResult:
+    """Returns the planner's answer, from disk if it is known."""
     if parse_target(target).backend != "local":
         return fit_entry(entry, num_blocks=num_blocks, target=target, **asked)
     sources = cache.digest_of_sources({"jaxckpt", "experiments"})

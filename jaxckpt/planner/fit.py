@@ -30,6 +30,7 @@ from jaxckpt.planner.search import search
 from jaxckpt.planner.steps import Steps, check_blocks, everywhere
 from jaxckpt.targets.present import chip_of
 from jaxckpt.targets.target import Target, parse_target
+from jaxckpt.units import unit_of
 
 MOST_COMPILES = 6
 _LOG = logging.getLogger(__name__)
@@ -88,7 +89,8 @@ def fit(
     """
     check_asked(num_blocks)
     target = parse_target(target)
-    asked = {"budget": budget_bytes(budget, target), "host_budget": host_bytes(host_budget)}
+    asked: dict[str, Any] = {"budget": budget_bytes(budget, target), "unit": unit_of(budget)}
+    asked["host_budget"] = host_bytes(host_budget)
     check_blocks(block, num_blocks)
     if calibrate and target.backend != "local":
         raise ValueError(f"calibrate times the chip of this process; {target} is not it")
@@ -110,18 +112,21 @@ def solve(
     target: Target,
     budget: int,
     host_budget: int = 0,
+    unit: str = "",
     calibrate: bool = False,
     block: Sequence | Mapping[str, Sequence] | None = None,
     progress: Callable[[Compilation], Any] | None = None,
 ) -> FitResult:
-    """Does what `fit` does, for steps that another process may compile; budgets are in bytes.
+    """Does what `fit` does, for steps that another process may compile.
+
+    Budgets are in bytes; texts show bytes in `unit`, or in units that fit them.
 
     Raises:
       BudgetError: No plan fits.
       ValueError: The step ignores its plan, or runs stacks of another number of blocks.
     """
     if progress is not None:
-        _report(progress, steps, budget)
+        _report(progress, steps, budget, unit)
     num_devices = steps.num_devices(everywhere(num_blocks, "full"))
     rates = (rates_of(target) or UNKNOWN).times(num_devices)
     allowed = 0
@@ -134,11 +139,11 @@ def solve(
     try:
         result = answer(problem, problem.ladder(), budget)
     except BudgetError as error:
-        raise error.with_offload(found.get("offload", "")) from None
-    return dataclasses.replace(result, **found)
+        raise error.replaced(offload=found.get("offload", ""), unit=unit) from None
+    return dataclasses.replace(result, **found, unit=unit)
 
 
-def _report(progress: Callable[[Compilation], Any], steps: Steps, budget: int):
+def _report(progress: Callable[[Compilation], Any], steps: Steps, budget: int, unit: str):
     """Calls `progress` at the beginning and the end of every compilation."""
     numbers: dict[Any, int] = {}
     running: dict[Any, int] = {}
@@ -160,6 +165,7 @@ def _report(progress: Callable[[Compilation], Any], steps: Steps, budget: int):
                 most=most,
                 plan=str(plan),
                 budget_bytes=budget,
+                unit=unit,
                 peak_bytes=None if report is None else report.peak_bytes,
                 seconds=seconds or 0.0,
                 running=tuple((number, str(plan)) for plan, number in running.items()),

@@ -25,9 +25,8 @@ from jaxckpt.costs.roofline import Rates, estimate
 from jaxckpt.planner.across_blocks import Draft, run_of
 from jaxckpt.planner.across_stacks import Part, join, joints
 from jaxckpt.planner.calibrate import Calibration, calibrate
-from jaxckpt.planner.kinds import Kind
 from jaxckpt.planner.peak_model import Spread, all_under, as_compiled
-from jaxckpt.planner.result import BudgetError, Candidate, FitResult
+from jaxckpt.planner.result import BudgetError, Candidate, FitResult, Row
 from jaxckpt.planner.search import ladder
 from jaxckpt.planner.stacks import Stack
 from jaxckpt.planner.steps import Steps, everywhere, find_stacks
@@ -35,7 +34,6 @@ from jaxckpt.plans import Plan, Stage
 from jaxckpt.plans.plan_set import PlanSet
 from jaxckpt.targets.links import HostLink
 from jaxckpt.transforms import jaxprs
-from jaxckpt.units import iec
 
 _LEAST_FOR_STAGES = 4  # fewer blocks are hardly ever worth two stages
 _SHOWN_SHARE = 0.01  # arguments below this share of all bytes are not named one by one
@@ -220,12 +218,11 @@ class Problem:
             budget_bytes=budget,
             candidates=candidates,
             chosen=chosen,
-            keeps=tuple(
-                f"{name}: {text}" if name else text
+            rows=tuple(
+                dataclasses.replace(row, name=name)
                 for part, (name, one) in zip(self.parts, own, strict=True)
-                for text in one.keeps or [keeps_text(stage, part.kinds) for stage in one.stages]
+                for row in one.rows or [row_of(stage, part) for stage in one.stages]
             ),
-            why=why(candidates[place - 1] if place else None, budget),
             num_compiles=len(self.steps.compiled),
             notes=tuple(notes(self.steps.trace(chosen.plan).jaxpr)),
         )
@@ -314,17 +311,22 @@ def runs_of(step_flops: int, stack_flops: float) -> int:
     return max(1, round(step_flops / stack_flops)) if stack_flops > 0 else 1
 
 
-def keeps_text(stage: Stage, kinds: Sequence[Kind]) -> str:
-    """Returns a text of what a bound stage keeps, on the device and on the host."""
-    same = (k for k in kinds if k.policies == stage.policies and k.schedule == stage.schedule)
+def row_of(stage: Stage, part: Part) -> Row:
+    """Returns what a bound stage of a part's blocks keeps, moves and runs again."""
+    count, none = stage.bound_count, part.kind("none")
+    about: dict[str, Any] = {"stage": str(stage), "seconds": count * part.forward.seconds}
+    about["none_bytes"] = int(count * none.kept_bytes)
+    same = (k for k in part.kinds if k.policies == stage.policies and k.schedule == stage.schedule)
     kind = next(same, None)
     if kind is None:
-        slots = "slots on the host" if stage.offloads_carry else "slots"
-        return f"{stage}: carries in {slots}, a segment's residuals in turn"
-    host = (
-        f", {iec(int(stage.bound_count * kind.host_bytes))} on the host" if kind.host_bytes else ""
+        return Row(**about)
+    return Row(
+        **about,
+        kept_bytes=int(count * kind.kept_bytes),
+        host_bytes=int(count * kind.host_bytes),
+        held_bytes=int(kind.live_bytes),
+        again_seconds=count * max(kind.seconds - none.seconds, 0.0),
     )
-    return f"{stage}: {iec(int(stage.bound_count * kind.kept_bytes))} on the device{host}"
 
 
 def peak_parts(args: Sequence, report: MemoryReport, residual_bytes: float) -> dict[str, int]:
@@ -361,18 +363,3 @@ def argument_parts(args: Sequence, argument_bytes: int) -> dict[str, int]:
     if rest < 0 or not large:
         return {"arguments (weights, optimizer, batch)": argument_bytes}
     return large | ({"other arguments": rest} if rest else {})
-
-
-def why(faster: Candidate | None, budget: int) -> str:
-    """Returns why no faster plan was taken, from the candidate before it on the ladder."""
-    if faster is None:
-        return "it is the fastest plan there is"
-    if faster.compiled_bytes is None:
-        return (
-            f"the next faster plan, {faster.plan}, is predicted to need "
-            f"{iec(faster.predicted_bytes)} (not compiled)"
-        )
-    return (
-        f"the next faster plan, {faster.plan}, needs {iec(faster.compiled_bytes)} compiled, "
-        f"{iec(faster.compiled_bytes - budget)} too much"
-    )

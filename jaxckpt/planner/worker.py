@@ -54,7 +54,7 @@ def _run(progress: Callable[[Compilation], None], job: dict[str, Any]) -> dict[s
 
     steps = Steps.of_built(built, target, report_of)
     try:
-        budgets = {"budget": job["budget"], "host_budget": job["host_budget"]}
+        budgets = {name: job[name] for name in ("budget", "host_budget", "unit")}
         result = solve(steps, job["num_blocks"], target=target, progress=progress, **budgets)
     except BudgetError as error:
         return {"infeasible": error.as_json()}

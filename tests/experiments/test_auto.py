@@ -312,7 +312,7 @@ def plans_of_the_world(config, target, budget=None, progress=None):
         if peak <= limit:
             return FitResult(
                 **{"plan": jaxckpt.Plan.parse(plan), "report": report(peak), "num_compiles": 1},
-                **{"budget_bytes": limit << 30, "why": "", "keeps": (), "candidates": ()},
+                **{"budget_bytes": limit << 30, "rows": (), "candidates": ()},
                 chosen=None,
             )
     plan = min(peaks, key=peaks.get)

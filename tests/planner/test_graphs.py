@@ -84,8 +84,22 @@ def test_drafts_run_again_what_they_say():
     assert any("@div.10" in str(draft.plan) for draft in drafts)
     own = part().kind("none").flops
     for draft in drafts:
-        assert Plan.parse(str(draft.plan)) == draft.plan and len(draft.keeps) == len(draft.stages)
+        assert Plan.parse(str(draft.plan)) == draft.plan and len(draft.rows) == len(draft.stages)
+        assert [row.stage for row in draft.rows] == [str(stage) for stage in draft.stages]
         assert flops_of(draft.plan) - none == pytest.approx(draft.flops - own), str(draft.plan)
+
+
+def test_rows_add_up_to_their_draft():
+    none, turns = part().kind("none"), part().turns
+    for draft in part().graphs:
+        kept = [row.kept_bytes for row in draft.rows]
+        assert sum(kept) == pytest.approx(draft.kept_bytes, abs=len(kept))
+        begun = itertools.accumulate(kept)
+        held = [now + row.held_bytes for now, row in zip(begun, draft.rows, strict=True)]
+        assert turns == 1 and max(held) == pytest.approx(draft.worst_bytes, abs=len(kept))
+        again = sum(row.again_seconds for row in draft.rows)
+        assert none.seconds + again == pytest.approx(draft.seconds)
+        assert len({sum(row.none_bytes for row in one.rows) for one in part().graphs}) == 1
 
 
 def test_less_memory_takes_more_time():
