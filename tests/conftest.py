@@ -1,8 +1,13 @@
-"""What every test leaves as it found it."""
+"""What every test leaves as it found it, and which cases of slow tests the gate runs."""
+
+import collections
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+
+# The cases of a slow test that the gate runs; the others are `heavy` beside it.
+_GATE_CASES = 3
 
 _NAMES = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
@@ -19,3 +24,18 @@ def same_cache_of_executables():
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at marks
+def pytest_collection_modifyitems(items):
+    """Marks a slow test's cases `heavy`, but for a few that are spread over all of them."""
+    families = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("heavy"):
+            families[item.nodeid.partition("[")[0]].append(item)
+    for cases in families.values():
+        last = len(cases) - 1
+        kept = {round(n * last / (_GATE_CASES - 1)) for n in range(_GATE_CASES)}
+        for place, item in enumerate(cases):
+            if place not in kept:
+                item.add_marker("heavy")

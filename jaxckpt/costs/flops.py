@@ -4,7 +4,8 @@ XLA's own cost analysis counts a loop's body once; here a `scan` counts its body
 so recomputed blocks are counted. Matrix products, convolutions and attention kernels count, two
 operations per multiply-add, as the kernels run them. A causal kernel that skips masked blocks
 counts half, or all with `masked=True`. The backward pass of flash attention counts the product that
-it recomputes. Elementwise work is left out, as in the usual model-FLOPs figures.
+it recomputes. Elementwise work is left out, as in the usual model-FLOPs figures. So is a step whose
+result nobody reads: XLA leaves it out of the program.
 
 `_TABLE` has a counting function for each primitive; a new kernel is one entry and one function.
 """
@@ -86,7 +87,7 @@ def attention_shape(step: Step) -> AttentionShape | None:
 
 
 def _total(flat: Flat, masked: bool) -> Fraction | int:
-    return sum(step_flops(step, masked=masked) for step in flat.steps)
+    return sum(step_flops(step, masked=masked) for step in flat.live_steps())
 
 
 def _dot(step: Step, _) -> int:

@@ -19,10 +19,10 @@ def cudnn(monkeypatch):
 
 
 def traced(fn, *shapes, grad: bool = False, masked: bool = False):
-    """Returns the FLOPs of a bfloat16 function, or of its gradient."""
+    """Returns the FLOPs of a bfloat16 function, or of its value and its gradient."""
     args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     scalar = lambda *args: fn(*args).astype(jnp.float32).sum()
-    run = jax.grad(scalar, argnums=tuple(range(len(args)))) if grad else fn
+    run = jax.value_and_grad(scalar, argnums=tuple(range(len(args)))) if grad else fn
     return count_flops(jax.make_jaxpr(run)(*args), masked=masked)
 
 

@@ -71,14 +71,14 @@ def block(fn):
 
 @pytest.mark.parametrize("num_tiles", [2, 3, 5])
 def test_runs_twice_under_a_checkpointed_block(num_tiles):
-    """Forward once; then each tile forward and reversed at once: 2 + 2 + 4 products.
+    """Forward once; then each tile forward and reversed at once: 2 + 1 + 4 products.
 
-    The twin: whole under the block it runs its last product once, as JAX drops what has no use.
+    Nobody reads the last product of the second run. The twin: without a checkpoint there is none.
     """
     product = 2 * B * S * D * F
     flops = lambda fn: count_flops(jax.make_jaxpr(lambda: value_and_grads(fn))()) / product
-    assert flops(block(jaxckpt.tiled(mlp, num_tiles))) == 8
-    assert flops(jaxckpt.tiled(mlp, num_tiles)) == 8  # alone, it is its own checkpoint
+    assert flops(block(jaxckpt.tiled(mlp, num_tiles))) == 7
+    assert flops(jaxckpt.tiled(mlp, num_tiles)) == 7  # alone, it is its own checkpoint
     assert flops(block(mlp)) == 7
     assert flops(mlp) == 6
 
