@@ -183,6 +183,8 @@ class Draft:
       seconds: Forward, recomputation and backward.
       flops: FLOPs of forward, recomputation and backward.
       predicted_bytes: The peak of the whole step; 0 while figures are of the stacks alone.
+      doubt: The share by which the prediction may be too high, while nothing of its family is
+        compiled.
       graph: The digests of the function whose segments the stages are; empty for stages of blocks.
       rows: For each stage of a graph's plan, what it keeps and runs again.
     """
@@ -196,6 +198,7 @@ class Draft:
     seconds: float
     flops: float
     predicted_bytes: int = 0
+    doubt: float = 0.02
     graph: str = ""
     rows: tuple[Row, ...] = ()
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from jaxckpt.costs.roofline import UNKNOWN, rates_of
 from jaxckpt.planner.across_blocks import Draft
+from jaxckpt.planner.across_stacks import WORDS_GAIN
 from jaxckpt.planner.budgets import budget_bytes, check_asked, host_bytes
 from jaxckpt.planner.offload_check import verdict
 from jaxckpt.planner.problem import Problem
@@ -213,8 +214,25 @@ def answer(problem: Problem, rungs: Sequence[Draft], budget: int) -> FitResult:
         if least is None or problem.peak(least.plan) > budget:
             raise problem.infeasible(budget)
         rungs, chosen = (*rungs, least), len(rungs)
-    found = problem.result(rungs, chosen, budget)
+    found = problem.result(rungs, _in_words(problem, rungs, chosen, budget), budget)
     return dataclasses.replace(found, left_out=tuple(left_out))
+
+
+def _in_words(problem: Problem, rungs: Sequence[Draft], chosen: int, budget: int) -> int:
+    """Returns the place of a plan in words that fits and is hardly slower than a graph's plan.
+
+    It is the place of the chosen plan if there is none.
+    """
+    compiled, limit = problem.steps.compiled, (1 + WORDS_GAIN) * rungs[chosen].seconds
+    if not rungs[chosen].graph:
+        return chosen
+    in_words = (
+        place
+        for place, rung in enumerate(rungs)
+        if not rung.graph and rung.seconds <= limit and rung.plan in compiled
+    )
+    fitting = (place for place in in_words if compiled[rungs[place].plan].peak_bytes <= budget)
+    return min(fitting, key=lambda place: rungs[place].seconds, default=chosen)
 
 
 class _DoesNotRun(Exception):

@@ -263,9 +263,13 @@ class Region:
                 found.append(made)
         return found
 
-    def plans(self) -> Iterator["Found"]:
-        """Yields plans for falling peaks, each with its segments."""
-        runs = _Runs(self, self.treatments(), self._crossing)
+    def plans(self, scale: float = 1.0) -> Iterator["Found"]:
+        """Yields plans for falling peaks, each with its segments.
+
+        Args:
+          scale: What XLA holds of the function, as a share of `held_bytes`.
+        """
+        runs = _Runs(self, self.treatments(), self._crossing, scale)
         most, least = runs.most, runs.least
         for peak in np.geomspace(max(most, 1.0), max(least, 1.0), _PEAKS):
             found = runs.solve(peak * (1 + 1e-9))
@@ -297,13 +301,14 @@ class Region:
             staged.append((stage, [place]))
         return staged
 
-    def rows(self, found: "Found", turns: int, scale: float) -> tuple[Row, ...]:
+    def rows(self, found: "Found", *, again: float, held: float, share: float) -> tuple[Row, ...]:
         """Returns for each stage of a plan what it keeps and runs again, and where it is.
 
         Args:
           found: The plan.
-          turns: How many equal functions follow it.
-          scale: What the seconds of what runs again are multiplied by.
+          again: What the seconds of what runs again are multiplied by.
+          held: What `held_bytes` are multiplied by.
+          share: What all bytes are multiplied by.
         """
         rows = []
         for stage, places in self.staged(found):
@@ -314,11 +319,11 @@ class Region:
             rows.append(
                 Row(
                     stage=str(stage),
-                    kept_bytes=int(turns * kept),
-                    held_bytes=int(max(most - kept, 0.0)),
-                    none_bytes=int(turns * sum(atom.held_bytes for atom in atoms)),
-                    seconds=turns * sum(atom.seconds for atom in atoms),
-                    again_seconds=scale * turns * sum(one.seconds for one in shares),
+                    kept_bytes=int(share * kept),
+                    held_bytes=int(share * max(most - kept, 0.0)),
+                    none_bytes=int(share * held * sum(atom.held_bytes for atom in atoms)),
+                    seconds=again * sum(atom.seconds for atom in atoms),
+                    again_seconds=again * sum(one.seconds for one in shares),
                     lines=self._lines(self.cuts[start], self.cuts[stop]),
                 )
             )
@@ -380,10 +385,12 @@ class _Runs:
       least: The least peak of any plan.
     """
 
-    def __init__(self, region: Region, ways: Sequence[Treatment], crossing: np.ndarray):
+    def __init__(
+        self, region: Region, ways: Sequence[Treatment], crossing: np.ndarray, scale: float
+    ):
         self._ways, atoms = ways, region.atoms
         self._count = count = len(atoms)
-        held_ = np.array([atom.held_bytes for atom in atoms])
+        held_ = scale * np.array([atom.held_bytes for atom in atoms])
         ahead = np.array([atom.seconds for atom in atoms])
         alive = crossing.sum(axis=0)
         # [treatment, start, stop]; what is no run is infinite.
@@ -485,7 +492,9 @@ def _front(rows: np.ndarray) -> np.ndarray:
     return found
 
 
-def region_drafts(region: Region, none: Draft, full: Draft, turns: int) -> Iterator[Draft]:
+def region_drafts(
+    region: Region, none: Draft, full: Draft, turns: int, *, scale: float = 1.0, share: float = 1.0
+) -> Iterator[Draft]:
     """Yields the drafts of a function's graph, with the figures of all its places together.
 
     Args:
@@ -493,11 +502,13 @@ def region_drafts(region: Region, none: Draft, full: Draft, turns: int) -> Itera
       none: The draft that runs nothing again.
       full: The draft that runs everything again; the model's seconds are scaled to it.
       turns: How many equal functions follow the plan.
+      scale: What XLA holds of the function, as a share of its `held_bytes`.
+      share: The share of all bytes that one device holds.
     """
     again = turns * sum(atom.inner[-1].seconds for atom in region.atoms)
-    scale = max(full.seconds - none.seconds, 0.0) / again if again else 1.0
+    slope = max(full.seconds - none.seconds, 0.0) / again if again else 1.0
     seen = set()
-    for found in region.plans():
+    for found in region.plans(scale):
         stages = tuple(stage for stage, _ in region.staged(found))
         if stages in seen or (len(stages) == 1 and not stages[0].policies):  # words say it
             continue
@@ -505,10 +516,10 @@ def region_drafts(region: Region, none: Draft, full: Draft, turns: int) -> Itera
         yield Draft(
             stages=stages,
             graph="" if region.is_chain else region.opened.graph,
-            rows=region.rows(found, turns, scale),
-            kept_bytes=turns * found.kept_bytes,
-            worst_bytes=turns * found.worst_bytes,
+            rows=region.rows(found, again=slope * turns, held=scale, share=turns * share),
+            kept_bytes=share * turns * found.kept_bytes,
+            worst_bytes=share * turns * found.worst_bytes,
             host_bytes=0.0,
-            seconds=none.seconds + scale * turns * found.seconds,
+            seconds=none.seconds + slope * turns * found.seconds,
             flops=none.flops + turns * found.flops,
         )

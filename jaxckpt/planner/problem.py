@@ -25,7 +25,7 @@ from jaxckpt.costs.roofline import Rates, estimate
 from jaxckpt.planner.across_blocks import Draft, run_of
 from jaxckpt.planner.across_stacks import Part, join, joints
 from jaxckpt.planner.calibrate import Calibration, calibrate
-from jaxckpt.planner.peak_model import Spread, all_under, as_compiled
+from jaxckpt.planner.peak_model import Spread, all_under, as_compiled, functions_as_compiled
 from jaxckpt.planner.result import BudgetError, Candidate, FitResult, Row
 from jaxckpt.planner.search import ladder
 from jaxckpt.planner.stacks import Stack
@@ -117,6 +117,8 @@ class Problem:
         )
         if len(parts) > 1:
             return problem._as_compiled(*reports)
+        if not parts[0].is_stack and not stacks[parts[0].name][0].ends:
+            return problem._of_functions(*reports)
         # Whether equal stacks begin together is told by a plan of several stages: under the right
         # assumption its stages cost next to nothing.
         together = (False, True) if parts[0].turns > 1 else (False,)
@@ -133,7 +135,13 @@ class Problem:
         """Returns the problem fitted to the peaks of `full` and `none`."""
         offset = full.peak_bytes - all_under(self.parts, "full").worst_bytes
         parts = as_compiled(self.parts, none.peak_bytes - offset)
+        parts = tuple(part.with_graphs() for part in parts)
         return dataclasses.replace(self, parts=parts, offset_bytes=offset)
+
+    def _of_functions(self, full: MemoryReport, none: MemoryReport) -> "Problem":
+        """Returns the problem of functions under one plan, fitted to the peaks of two plans."""
+        part, offset = functions_as_compiled(*self.parts, full, none)
+        return dataclasses.replace(self, parts=(part,), offset_bytes=offset)
 
     def _with_stages(self, plan: Plan | PlanSet | None) -> "Problem":
         """Returns the problem fitted to the peak of a plan of several stages too, unless None."""
@@ -259,31 +267,9 @@ def _on_one(part: Part, spread: Spread, clock: Calibration | None, rates: Rates)
         known: dict[str, Any] = {"none": part.kind("none"), "forward": forward, "rates": rates}
         part = part.changed(lambda kind: clock.kind(kind, **known))
         forward = clock.forward(forward)
-    part = dataclasses.replace(part, forward=spread.forward(forward))
-    return dataclasses.replace(part, graphs=tuple(_like_kinds(traced, part)))
-
-
-def _like_kinds(traced: Part, part: Part) -> Iterator[Draft]:
-    """Yields the drafts of functions, changed as their part's `none` and `full` were.
-
-    Args:
-      traced: The part as traced.
-      part: The part with changed kinds.
-    """
-    (none, full), (own_none, own_full) = (
-        [run_of(one.kind(word), one.num_blocks) for word in ("none", "full")]
-        for one in (traced, part)
-    )
-    again = full.seconds - none.seconds
-    slope = (own_full.seconds - own_none.seconds) / again if again > 0 else 1.0
-    share = own_none.kept_bytes / none.kept_bytes if none.kept_bytes else 1.0
-    for draft in part.graphs:
-        yield dataclasses.replace(
-            draft,
-            kept_bytes=share * draft.kept_bytes,
-            worst_bytes=share * draft.worst_bytes,
-            seconds=own_none.seconds + slope * (draft.seconds - none.seconds),
-        )
+    kept, own = traced.kind("none").kept_bytes, part.kind("none").kept_bytes
+    share = own / kept if kept else 1.0
+    return dataclasses.replace(part, forward=spread.forward(forward), share=share)
 
 
 def notes(jaxpr) -> Iterator[str]:

@@ -83,9 +83,6 @@ def _thinned(rungs: Sequence[Draft]) -> Sequence[Draft]:
     return kept
 
 
-# The error allowed for the first prediction of a family. If it is too low, a plan that fits may be
-# passed over; if it is too high, one compilation is spent, which corrects the whole family.
-_DOUBT = 0.02
 # The margin to the budget that a rung needs to get the last compilation, if another plan fits
 # already. Peaks of plans with several stages are harder to predict and need more.
 _SAFE, _SAFE_MIXED = 0.01, 0.04
@@ -182,10 +179,14 @@ class _Search:
         return place not in self.peaks and self.expected(place) <= (1 - margin) * self.budget
 
     def corrected(self, place: int) -> float:
-        """Returns the expected peak, less the allowed error if its family was never compiled."""
+        """Returns the expected peak, less the allowed error if its family was never compiled.
+
+        If that is too low, a plan that fits may be passed over; if it is too high, one compilation
+        is spent, which corrects the whole family.
+        """
         family = self.rungs[place].family
         is_known = any(self.rungs[i].family == family for i in self.peaks)
-        return self.expected(place) * (1 if is_known else 1 - _DOUBT)
+        return self.expected(place) * (1 if is_known else 1 - self.rungs[place].doubt)
 
     def expected(self, place: int) -> float:
         """Returns the predicted peak, corrected by the error of compiled rungs of its family."""

@@ -56,7 +56,7 @@ def step_for(plan, fn=unet):
 
 @functools.cache
 def part() -> Part:
-    return Part.of("", find_stacks(Steps(step_for, LOCAL), None)[""], CHIP, 0)
+    return Part.of("", find_stacks(Steps(step_for, LOCAL), None)[""], CHIP, 0).with_graphs()
 
 
 def flops_of(plan) -> int:
@@ -123,7 +123,7 @@ def test_complex_values_are_left_out_of_what_is_proposed():
         return x
 
     stacks = find_stacks(Steps(functools.partial(step_for, fn=waves), LOCAL), None)[""]
-    found = Part.of("", stacks, CHIP, 0).graphs
+    found = Part.of("", stacks, CHIP, 0).with_graphs().graphs
     assert found
     for draft in found:
         fn, args = step_for(draft.plan, waves)
@@ -193,7 +193,7 @@ def chain_for(plan):
 def test_a_chain_is_planned_block_by_block():
     stacks = find_stacks(Steps(chain_for, LOCAL), None)[""]
     assert [stack.num_blocks for stack in stacks] == [len(SIZES) - 1]
-    found = Part.of("", stacks, CHIP, 0)
+    found = Part.of("", stacks, CHIP, 0).with_graphs()
 
     def flops(plan):
         fn, args = chain_for(plan)
