@@ -65,12 +65,15 @@ def in_unit(size: float, unit: str = "") -> str:
     """Returns bytes as text in a unit; without one, in the unit that `iec` takes.
 
     Example:
-      >>> in_unit(2**30, "MiB"), in_unit(2**30), in_unit(2**30, "GB")
-      ('1024.00 MiB', '1.00 GiB', '1.07 GB')
+      >>> in_unit(2**30, "MiB"), in_unit(2**30), in_unit(2**30, "GB"), in_unit(4864, "MiB")
+      ('1024.00 MiB', '1.00 GiB', '1.07 GB', '0.0046 MiB')
     """
     if unit in ("", "B"):
         return f"{size:.0f} B" if unit else iec(size)
-    return f"{size / _UNITS[unit]:.2f} {unit}"
+    value = size / _UNITS[unit]
+    # Of a small share of the unit two digits that are not 0 are shown.
+    zeros = -math.floor(math.log10(abs(value))) - 1 if 0 < abs(value) < 0.1 else 0
+    return f"{value:.{min(2 + zeros, 9)}f} {unit}"
 
 
 def iec(size: float) -> str:

@@ -140,7 +140,8 @@ class Problem:
 
     def _of_functions(self, full: MemoryReport, none: MemoryReport) -> "Problem":
         """Returns the problem of functions under one plan, fitted to the peaks of two plans."""
-        part, offset = functions_as_compiled(*self.parts, full, none)
+        (part,) = self.parts
+        part, offset = functions_as_compiled(part, full, none)
         return dataclasses.replace(self, parts=(part,), offset_bytes=offset)
 
     def _with_stages(self, plan: Plan | PlanSet | None) -> "Problem":
