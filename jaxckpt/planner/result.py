@@ -188,11 +188,11 @@ class FitResult:
         faster = self.candidates[place - 1]
         if faster.compiled_bytes is None:
             return (
-                f"the next faster plan, {faster.plan}, is predicted to need "
+                f"the next faster plan, {_short(faster.plan)}, is predicted to need "
                 f"{in_unit(faster.predicted_bytes, self.unit)} (not compiled)"
             )
         return (
-            f"the next faster plan, {faster.plan}, needs "
+            f"the next faster plan, {_short(faster.plan)}, needs "
             f"{in_unit(faster.compiled_bytes, self.unit)} compiled, "
             f"{in_unit(faster.compiled_bytes - self.budget_bytes, self.unit)} too much"
         )
