@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jaxckpt.absent import launch
 from jaxckpt.costs.roofline import UNKNOWN, rates_of
 from jaxckpt.planner.across_blocks import Draft
 from jaxckpt.planner.across_stacks import WORDS_GAIN
@@ -34,6 +35,7 @@ from jaxckpt.targets.target import Target, parse_target
 from jaxckpt.units import unit_of
 
 MOST_COMPILES = 6
+_CORES_TO_GUESS = 3  # the compiler of a plan that is asked for keeps a core or two busy
 _LOG = logging.getLogger(__name__)
 _CALIBRATED = "the roofline, calibrated by a block timed here"
 
@@ -248,7 +250,9 @@ def _searched(problem: Problem, rungs: Sequence[Draft], budget: int) -> int | No
     peaks = [report.peak_bytes for report in compiled.values()]
 
     def prepare(places: Sequence[int]):
-        with problem.steps.compiling(rungs[place].plan for place in places):
+        # The second is a guess, compiled only where cores would be idle.
+        sure = len(places) if launch.at_once() >= _CORES_TO_GUESS else 1
+        with problem.steps.compiling(rungs[place].plan for place in places[:sure]):
             pass
 
     def compile_peak(place: int) -> int:

@@ -71,12 +71,12 @@ def test_without_room_the_next_is_not_compiled_before_it_is_asked_for(monkeypatc
 @pytest.mark.slow
 def test_answers_do_not_depend_on_the_room(monkeypatch):
     found = []
-    for room in (1, 2):
+    for room in (1, 4):
         monkeypatch.setattr(launch, "at_once", lambda room=room: room)
         of = Steps(steps.step_for, LOCAL, jobs_of(peak_of))
         found.append((solve(of, **ASKED, budget=4 * 2**30), len(of.compiled)))
     (alone, compiled), (beside, with_next) = found
-    assert alone == beside and alone.num_compiles == compiled <= with_next
+    assert alone == beside and alone.num_compiles == compiled <= with_next <= compiled + 3
 
 
 def test_a_plan_that_does_not_compile_stops_no_other(monkeypatch):
