@@ -6,6 +6,9 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+# Compilers take half of the time without most optimizations. Peaks and values stay, up to rounding.
+jax.config.update("jax_disable_most_optimizations", True)
+
 # The cases of a slow test that the gate runs; the others are `heavy` beside it.
 _GATE_CASES = 3
 

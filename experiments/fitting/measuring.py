@@ -10,7 +10,7 @@ from experiments.config import ConfigError, TrainConfig
 from experiments.fitting.row import FitRow
 from experiments.fitting.waiting import Waiting
 from experiments.training.build import build, entry_of
-from experiments.training.choose_plan import choose, host_limit_bytes, limit_bytes
+from experiments.training.choose_plan import choose, host_limit_bytes, leaner, limit_bytes, planned
 from jaxckpt.absent import launch
 from jaxckpt.absent.jobs import measure_entry
 from jaxckpt.compiled.report import MemoryReport
@@ -117,15 +117,16 @@ def _row(config: TrainConfig, target: str, largest: str | None, compiler: _Compi
         if largest is not None:
             return _largest_row(FitRow(**asked), largest, compiler)
         if config.is_auto:
-            return _auto_row(FitRow(**asked), compiler.choose(config, target))
+            chosen = planned(config, lambda one: compiler.choose(one, target))
+            return _auto_row(FitRow(**asked), chosen)
         return FitRow(**asked, report=compiler.measure(config, target))
     except Exception as error:  # whatever it is, it is this row's and no other's
         return FitRow(**asked, failure=error)
 
 
-def _auto_row(row: FitRow, chosen: FitResult) -> FitRow:
-    config = dataclasses.replace(row.config, remat=str(chosen.plan))
-    return dataclasses.replace(row, config=config, report=chosen.report, auto=chosen)
+def _auto_row(row: FitRow, chosen: tuple[TrainConfig, FitResult]) -> FitRow:
+    config, result = chosen
+    return dataclasses.replace(row, config=config, report=result.report, auto=result)
 
 
 def _largest_row(row: FitRow, largest: str, compiler: _Compiler) -> FitRow:
@@ -140,7 +141,8 @@ def _largest_row(row: FitRow, largest: str, compiler: _Compiler) -> FitRow:
         return dataclasses.replace(row, config=config, size=count * unit)
 
     if config.is_auto:
-        return _largest_auto(sized, start, compiler)
+        ways = leaner if field == "seq_len" else lambda config: [config]
+        return _largest_auto(sized, start, ways, compiler)
     rows: dict[int, FitRow] = {}
 
     def peak(count: int) -> tuple[int, int | None]:
@@ -154,25 +156,48 @@ def _largest_row(row: FitRow, largest: str, compiler: _Compiler) -> FitRow:
     return dataclasses.replace(rows[max(count, 1)], size=count * unit)
 
 
-def _largest_auto(sized: Callable[[int], FitRow], start: int, compiler: _Compiler) -> FitRow:
+def _largest_auto(
+    sized: Callable[[int], FitRow],
+    start: int,
+    ways: Callable[[TrainConfig], list[TrainConfig]],
+    compiler: _Compiler,
+) -> FitRow:
     """Returns the row of the largest size that some plan fits, with the fastest plan that does.
 
-    The largest size is looked for under the plan of the least peak; then the planner itself is
-    asked at that size and at the next one.
+    The largest size is looked for under the plan of the least peak, in the leanest way; then the
+    planner itself is asked at that size and at the next one, in the first way that fits.
+
+    Args:
+      sized: Returns the row of a size, without a report.
+      start: The first size to try.
+      ways: Returns a configuration as given, then in ways that need less memory.
+      compiler: Compiles steps.
     """
-    least = _least_plan(sized(start), compiler)
+
+    def leanest(row: FitRow) -> FitRow:
+        return dataclasses.replace(row, config=ways(row.config)[-1])
+
+    least = _least_plan(leanest(sized(start)), compiler)
+
+    def peak_of(row: FitRow) -> int:
+        config = dataclasses.replace(row.config, remat=least)
+        what = f"size {row.size} under {least}"
+        return compiler.measure(config, row.target, what).peak_bytes
 
     def peak(count: int) -> tuple[int, int | None]:
-        one = sized(count)
-        config = dataclasses.replace(one.config, remat=least)
-        report = compiler.measure(config, one.target, f"size {one.size} under {least}")
-        return report.peak_bytes, one.budget_bytes
+        return peak_of(leanest(sized(count))), sized(count).budget_bytes
 
-    def plan(count: int) -> FitResult | None:
-        try:
-            return compiler.choose(sized(count).config, sized(count).target)
-        except BudgetError:
-            return None
+    def plan(count: int) -> tuple[TrainConfig, FitResult] | None:
+        row = sized(count)
+        *others, last = ways(row.config)
+        for config in (*others, last):
+            one = dataclasses.replace(row, config=config)
+            if config is not last and peak_of(one) > (row.budget_bytes or 0):
+                continue  # not even the plan of the least peak fits in this way
+            with contextlib.suppress(BudgetError):
+                result = compiler.choose(config, row.target)
+                return dataclasses.replace(config, remat=str(result.plan)), result
+        return None
 
     count, chosen = grown(plan, largest_that_fits(peak, start=start))
     if chosen is not None:

@@ -94,6 +94,8 @@ class FitRow:
         """Returns the row as JSON values."""
         found: dict[str, Any] = {"plan": self.config.remat, "target": self.target}
         found |= {"batch_size": self.config.batch_size, "seq_len": self.config.seq_len}
+        found |= {"mlp_tiles": self.config.model.mlp_tiles}
+        found |= {"update_in_backward": self.config.update_in_backward}
         if self.size is not None:
             found["largest"] = self.size
         if self.budget_bytes is not None:

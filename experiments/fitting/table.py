@@ -32,6 +32,8 @@ def show(rows: Sequence[FitRow], settings: TrainConfig, largest: str | None = No
             if row.auto is not None:
                 text = str(row.auto) if settings.explain else row.auto.summary
                 console.print(text, markup=False)
+                if flags := _more_flags(row.config, settings):
+                    console.print(f"  beside it    {flags}", markup=False)
         too_much = excess(mine[0].budget_bytes, target)
         if too_much is not None:
             console.print(f"warning: {too_much}", markup=False)
@@ -41,6 +43,16 @@ def show(rows: Sequence[FitRow], settings: TrainConfig, largest: str | None = No
             if row.error is not None:
                 where = "" if row.infeasible else f"{row.config.remat} on {target}: "
                 console.print(f"error: {where}{row.error}", markup=False)
+
+
+def _more_flags(config: TrainConfig, settings: TrainConfig) -> str:
+    """Returns the flags that make a step fit beside its plan, and that were not asked for."""
+    flags = []
+    if config.model.mlp_tiles != settings.model.mlp_tiles:
+        flags.append(f"--mlp-tiles={config.model.mlp_tiles}")
+    if config.update_in_backward and not settings.update_in_backward:
+        flags.append("--update-in-backward")
+    return " ".join(flags)
 
 
 def ranked(rows: Sequence[FitRow]) -> list[FitRow]:

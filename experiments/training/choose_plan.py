@@ -100,6 +100,61 @@ def _solved(config: TrainConfig, num_blocks: int, **asked: Any) -> FitResult:
     return solve(steps, num_blocks, target=LOCAL, calibrate=config.calibrate, **asked)
 
 
+# Tokens of a tile of the MLP. Its hidden values are few beside what a long sequence keeps.
+_TILE_TOKENS = 4096
+
+
+def in_tiles(config: TrainConfig) -> TrainConfig:
+    """Returns a configuration whose MLP runs in tiles, unless tiles were asked for.
+
+    A sequence of one tile stays whole.
+    """
+    tiles = -(-config.seq_len // _TILE_TOKENS)
+    if config.model.mlp_tiles > 1 or tiles == 1:
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, mlp_tiles=tiles))
+
+
+def leaner(config: TrainConfig) -> list[TrainConfig]:
+    """Returns a configuration as given, then in ways that need less memory; the last needs least.
+
+    First the MLP runs in tiles. Then blocks are also updated in the backward pass, unless the
+    configuration refuses that.
+    """
+    found = [config, in_tiles(config)]
+    with contextlib.suppress(ConfigError):
+        found.append(dataclasses.replace(found[-1], update_in_backward=True))
+    return list(dict.fromkeys(found))
+
+
+def planned(
+    config: TrainConfig, ask: Callable[[TrainConfig], FitResult]
+) -> tuple[TrainConfig, FitResult]:
+    """Returns a configuration with its plan, and the planner's answer.
+
+    If no plan fits, the MLP of a long sequence runs in tiles: then the values of one block are what
+    sets the peak, and no plan makes these fewer.
+
+    Args:
+      config: The configuration; its plan is not read.
+      ask: Returns the planner's answer for a configuration.
+
+    Raises:
+      BudgetError: No plan fits, in tiles or whole; it has the least budget of both.
+    """
+    try:
+        result = ask(config)
+    except BudgetError as whole:
+        tiled = in_tiles(config)
+        if tiled == config:
+            raise
+        try:
+            config, result = tiled, ask(tiled)
+        except BudgetError as error:
+            raise min(error, whole, key=lambda one: one.least_bytes) from None
+    return dataclasses.replace(config, remat=str(result.plan)), result
+
+
 def check_calibrated(config: TrainConfig, plans: Sequence[Plan], targets: Sequence[str]):
     """Raises `ConfigError` if `calibrate` has no plan `auto`, or a target that is not here."""
     if not config.calibrate:
@@ -184,8 +239,11 @@ def settle(
     assert limit is not None  # `auto` has a budget
     now = _occasion(config, limit)
     if about is not None and about.get("planned_for") == now:
-        plan = about["config"]["remat"]
-        display.print(f"plan    {plan}, as before; another --budget plans anew")
+        before = about["config"]
+        tiles = before["model"].get("mlp_tiles", config.model.mlp_tiles)
+        model = dataclasses.replace(config.model, mlp_tiles=tiles)
+        config = dataclasses.replace(config, remat=before["remat"], model=model)
+        display.print(f"plan    {config.remat}, as before; another --budget plans anew")
     else:
         display.print(f"plan    looked for within {iec(limit)}")
         started = time.perf_counter()
@@ -196,15 +254,19 @@ def settle(
                     display.print(f"        {one}")
                 waiting.update(one.live or "choosing among plans")
 
-            result = choose(config, "local", budget=limit, progress=tell)
+            asked, ask = config, lambda one: choose(one, "local", budget=limit, progress=tell)
+            config, result = planned(config, ask)
         display.print(str(result) if config.explain else result.summary)
         display.print(
             f"planned in {time.perf_counter() - started:.1f} s; {result.num_compiles} plans were "
             "compiled, or read from disk"
         )
-        plan = str(result.plan)
+        if config.model.mlp_tiles != asked.model.mlp_tiles:
+            display.print(
+                f"model   the MLP runs in {config.model.mlp_tiles} tiles: whole, no plan fits"
+            )
     done = {"budget": None, "host_budget": None, "calibrate": False}
-    return dataclasses.replace(config, remat=plan, **done), now
+    return dataclasses.replace(config, **done), now
 
 
 def _occasion(config: TrainConfig, limit: int) -> dict[str, Any]:

@@ -97,6 +97,9 @@ def _findings(step: BuiltStep, jaxpr, baseline, report, rates, compiled_text) ->
         yield from findings.findings_of_block(block, params_i, carry, *consts, plan=step.plan)
         if rates is not None:
             yield from findings.carry_slow_to_move(*step.block, plan=step.plan, rates=rates)
+        # A step that leaves half of the device free needs no cure.
+        if report.usable_bytes is not None and 2 * report.peak_bytes > report.usable_bytes:
+            yield from findings.block_sets_peak(*step.block, plan=step.plan, report=report)
         if step.vocab_size:
             sizes = {"tokens": step.tokens, "vocab_size": step.vocab_size}
             stack = stack_bytes(step.plan, *step.block)

@@ -13,13 +13,14 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import jax
 from jax.extend import core
 
 from jaxckpt.compiled.buffers import Buffer
 from jaxckpt.compiled.report import MemoryReport
-from jaxckpt.costs.flat import Flat, Step, bodies, flatten
+from jaxckpt.costs.flat import Flat, Step, bodies, flatten, where
 from jaxckpt.costs.fusion import is_view
 from jaxckpt.costs.residuals import Trace, check_arguments, checkpointed, is_identity, origin_of
 from jaxckpt.costs.roofline import Rates, estimate
@@ -36,7 +37,7 @@ class Finding:
 
     Attributes:
       code: `dots-save-nothing`, `tag-on-output`, `tag-not-needed`, `remat-undone`,
-        `peak-not-below-none`, `head-sets-peak` or `carry-slow-to-move`.
+        `peak-not-below-none`, `head-sets-peak`, `block-sets-peak` or `carry-slow-to-move`.
       message: One line with the fault and its cure.
     """
 
@@ -265,6 +266,42 @@ def _is_logits(buffer: Buffer, tokens: int, vocab_size: int) -> bool:
         return False
     *rows, last = map(int, found[1].split(","))
     return last == vocab_size and math.prod(rows) == tokens
+
+
+# The share of what is alive at the peak from which one block's own values are what sets it.
+_MOST_OF_PEAK = 0.5
+
+
+def block_sets_peak(
+    block: Callable, params_i, carry, *consts, plan: str | Plan, report: MemoryReport
+) -> tuple[Finding, ...]:
+    """Returns a finding if most of a checkpointed step's peak is made inside a single block.
+
+    Args:
+      block: `block(carry, params_i, *consts) -> carry`.
+      params_i: The parameters of one block, arrays or abstract.
+      carry: The block's input, arrays or abstract.
+      *consts: What all blocks share.
+      plan: The plan of `report` or its text; `none` has no finding, because a plan is its cure.
+      report: The report of the step under the plan.
+    """
+    if any(stage.schedule == "none" for stage in as_plan(plan).stages):
+        return ()
+    steps = _all_steps(flatten(jax.make_jaxpr(block)(carry, params_i, *consts)))
+    # XLA gives the values of a function with a rule of its own the line of its call.
+    calls = (Step(equation=call, inputs=()) for step in steps for call in step.calls)
+    lines = {where(step) for step in (*steps, *calls)} - {""}
+    made = [buffer for buffer in report.buffers if Path(buffer.source).name in lines]
+    size, alive = (sum(one.size_bytes for one in some) for some in (made, report.buffers))
+    if size <= _MOST_OF_PEAK * alive:
+        return ()
+    message = (
+        f"the values of one block set the peak: {iec(size)} of the {iec(alive)} that are alive "
+        f"there, the largest {made[0].shape} made at {Path(made[0].source).name}; no "
+        "plan for the stack helps, fewer positions at once do (jaxckpt.tiled, --mlp-tiles; "
+        "attention in chunks; fewer sequences a microbatch)"
+    )
+    return (Finding(code="block-sets-peak", message=message),)
 
 
 # A matrix product is a `dot`; on TPU it is a `convolution`, on GPU often a library call.

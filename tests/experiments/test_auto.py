@@ -18,7 +18,7 @@ from experiments.cli import main
 from experiments.config import ConfigError, OptimizerConfig, TrainConfig
 from experiments.data import Corpus
 from experiments.fit import fit
-from experiments.fitting import measuring
+from experiments.fitting import measuring, table
 from experiments.train import train
 from experiments.training import choose_plan, loop
 from experiments.training.build import build, entry_of
@@ -54,14 +54,12 @@ FLAGS = (
 
 @pytest.fixture(autouse=True, scope="module")
 def folders(tmp_path_factory):
-    """Own folders for what is kept on disk; programs are compiled fast, to the same peaks."""
+    """Own folders for what is kept on disk."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXCKPT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        jax.config.update("jax_disable_most_optimizations", True)
         jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def corpus() -> Corpus:
@@ -336,6 +334,60 @@ def test_the_largest_batch_with_the_plan_that_does_it(start, budget, size, plan,
     (row,) = measuring.measure_all([(config, "v5e-1")], largest="batch-size")
     assert row.error is None and (row.size, row.config.remat) == (size, plan)
     assert row.fits is (size > 0) and (row.auto is not None) == (size > 0)
+
+
+# Peaks by tokens in a world where the MLP's hidden values are most, then the gradients.
+def long_world(config) -> float:
+    hidden = 8 * config.seq_len / config.model.mlp_tiles
+    return (config.seq_len + hidden + (512 if config.update_in_backward else 2048)) / 1024
+
+
+def plans_of_the_long_world(config, target, budget=None, progress=None):
+    """Returns what a planner would whose only plan is full."""
+    limit = choose_plan.limit_bytes(config, target) if budget is None else budget
+    found = {"plan": jaxckpt.Plan.parse("full"), "report": report(long_world(config))}
+    if found["report"].peak_bytes > limit:
+        raise BudgetError(budget_bytes=limit, parts={}, **found)
+    found |= {"budget_bytes": limit, "why": "", "keeps": (), "candidates": (), "chosen": None}
+    return FitResult(**found, num_compiles=1)
+
+
+@pytest.fixture
+def long_steps(monkeypatch):
+    """Steps of `long_world`, with tiles of 512 tokens."""
+    monkeypatch.setattr(choose_plan, "_TILE_TOKENS", 512)
+    monkeypatch.setattr(measuring, "choose", plans_of_the_long_world)
+    monkeypatch.setattr(measuring, "_measure", lambda config, *_: report(long_world(config)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "length", "flags"),
+    [
+        ({}, 3840, "--mlp-tiles=8 --update-in-backward"),
+        ({"accumulate": 2, "batch_size": 2}, 2304, "--mlp-tiles=5"),  # refuses the update
+        ({"budget": "3GiB"}, 256, "--update-in-backward"),  # a single tile
+        ({"budget": "3200MiB", "accumulate": 2, "batch_size": 2}, 128, ""),
+    ],
+)
+def test_the_longest_sequence_with_all_that_reaches_it(changes, length, flags, long_steps):
+    config = TrainConfig(**{"remat": "auto", "budget": "8GiB", "seq_len": 1024} | changes)
+    (row,) = measuring.measure_all([(config, "v5e-1")], largest="seq-len")
+    assert row.error is None and row.fits and row.size == row.config.seq_len == length
+    assert table._more_flags(row.config, config) == flags
+    longer = dataclasses.replace(config, seq_len=length + 128)
+    assert all(long_world(one) > row.budget_bytes / 2**30 for one in choose_plan.leaner(longer))
+
+
+@pytest.mark.parametrize(("budget", "tiles"), [("8GiB", 2), ("12GiB", 1)])
+def test_tiles_where_no_plan_fits_without(budget, tiles, long_steps):
+    config = TrainConfig(remat="auto", budget=budget, seq_len=1024)
+    ask = lambda one: plans_of_the_long_world(one, "local")
+    found, _ = choose_plan.planned(config, ask)
+    assert (found.remat, found.model.mlp_tiles) == ("full", tiles)
+    ask = lambda one: plans_of_the_long_world(one, "local", 1)
+    with pytest.raises(BudgetError) as error:
+        choose_plan.planned(config, ask)
+    assert error.value.least_bytes == report(long_world(choose_plan.in_tiles(config))).peak_bytes
 
 
 def test_one_compilation_serves_every_spelling_of_a_plan():

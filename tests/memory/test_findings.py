@@ -13,6 +13,7 @@ from jaxckpt.costs.roofline import Rates
 from jaxckpt.memory.explain import explain
 from jaxckpt.memory.findings import (
     Finding,
+    block_sets_peak,
     carry_slow_to_move,
     count_products,
     findings_of_block,
@@ -303,3 +304,23 @@ def test_a_carry_that_takes_longer_to_move_than_its_block(plan):
     # A loop that moves nothing, and one whose carries stay in order.
     for other in (plan.removesuffix("+offload:carry"), "full+offload:carry"):
         assert carry_slow_to_move(cheap, None, x, plan=other, rates=rates) == ()
+
+
+def test_a_block_that_sets_the_peak(compiled_anew):
+    """The twins: in tiles, under none, and a stack that keeps more than one block makes."""
+
+    def finding_of(block, num_blocks=2, plan="full"):
+        params = {"up": jnp.ones([num_blocks, 8, 128]), "down": jnp.ones([num_blocks, 128, 8])}
+        x, one = jnp.ones([1024, 8]), jax.tree.map(lambda w: w[0], params)
+        loss = lambda w: jaxckpt.scan_blocks(block, w, x, remat=plan).sum()
+        report = jaxckpt.measure(jax.grad(loss), params)
+        return block_sets_peak(block, one, x, plan=plan, report=report)
+
+    wide = lambda x, w: x + jnp.tanh(x @ w["up"]) @ w["down"]
+    (finding,) = finding_of(wide)
+    assert finding.code == "block-sets-peak"
+    assert "f32[1024,128] made at test_findings.py:" in finding.message
+    assert "jaxckpt.tiled" in finding.message
+    assert finding_of(jaxckpt.tiled(wide, 16, axis=0)) == ()
+    assert finding_of(wide, plan="none") == ()
+    assert finding_of(wide, num_blocks=64) == ()

@@ -227,7 +227,7 @@ def test_split_and_merge_and_plan_assigned_later():
     again.layers.remat = "names:hidden"
     # The two share their variables, so each is at its first dropout masks in turn.
     got = pure(run(again, X, jnp.float32(1.1)))
-    assert relative_error(got, outcomes(Model("none"))[0]) <= 1e-6
+    assert relative_error(got, outcomes(Model("none"))[0]) <= 1e-5
     assert jaxckpt.Plan.parse("full+names:hidden") == jaxckpt.Plan.parse(again.layers.remat)
     abstract = nnx.eval_shape(lambda: Model("log"))
     assert abstract.layers.blocks.up.kernel.shape == (NUM_BLOCKS, WIDTH, 12)
