@@ -22,7 +22,7 @@ class Job:
     Attributes:
       compile: Compiles it; any thread may call it.
       report: Returns the report of what `compile` returned; for the thread that traces.
-      lowered: The program, for this process's backend; None if another process compiles it.
+      lowered: The program; None if another process lowers it.
     """
 
     compile: Callable[[], Any]

@@ -140,7 +140,8 @@ def _job(
 ) -> Job:
     lowered = traced.lower(lowering_platforms=(target.backend,))
     about: dict[str, Any] = {"target": target, "flops": flops, "options": options}
-    return Job(compile=lambda: peak.compile_lowered(lowered, **about)[1], report=report)
+    compiled = lambda: peak.compile_lowered(lowered, **about)[1]
+    return Job(compile=compiled, report=report, lowered=lowered)
 
 
 if __name__ == "__main__":

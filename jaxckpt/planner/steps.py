@@ -232,7 +232,7 @@ class Steps:
 
         Args:
           plan: The plan.
-          job: The step's job, for this process's backend.
+          job: The step's job, with its program.
           args: The step's arguments.
           **parts: JSON values that the report depends on, beside the program, the target and the
             values that `cache.key` and `cache.here` add.
