@@ -10,7 +10,7 @@ from jax.experimental.compilation_cache import compilation_cache
 jax.config.update("jax_disable_most_optimizations", True)
 
 # The cases of a slow test that the gate runs; the others are `heavy` beside it.
-_GATE_CASES = 3
+_GATE_CASES = 2
 
 _NAMES = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 

@@ -11,12 +11,14 @@ each device holds the whole array.
 """
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -79,30 +81,24 @@ def pack(jitted, args: Sequence[Any], platform: str) -> Traveler:
       TravelError: The function cannot be exported.
       PlacementError: Arguments are sharded over several meshes.
     """
-    if has_nnx(args):
-        raise TravelError(
-            "NNX modules cannot be handed to the process that compiles; hand over a function of "
-            "their state: graph, state = nnx.split(model), then measure a function of state that "
-            "calls nnx.merge(graph, state) and returns what it changes, nnx.state(model)"
-        )
     try:
         traced = trace(jitted, args)
     except RuntimeError as error:
         # Tracing cuDNN's attention looks for cuDNN, which a process of another backend lacks.
         raise (TravelError(_advice(error)) if "cuDNN" in str(error) else error) from error
-    is_info = lambda x: hasattr(x, "donated")
-    infos, _ = jax.tree_util.tree_flatten_with_path(traced.args_info, is_leaf=is_info)
+    infos = jax.tree.leaves(traced.args_info, is_leaf=lambda x: hasattr(x, "donated"))
     try:
-        exported = _export(jitted, args, platform)
+        exported = _export(traced, platform)
         program = bytes(_without_structure(exported).serialize(vjp_order=0))
     except Exception as error:  # the exporter and kernels may raise anything
         raise TravelError(_advice(error)) from error
+    leaves = _leaves(args, exported.in_avals)
     return Traveler(
         program=program,
         text=_LOCATION.sub("", exported.mlir_module()),
-        names=tuple(f"args{jax.tree_util.keystr(path[1:])}" for path, _ in infos),
-        donated=tuple(bool(info.donated) for _, info in infos),
-        placement=describe(_shardings(args, exported.in_avals)),
+        names=tuple(path for path, _ in leaves),
+        donated=tuple(bool(info.donated) for info in infos),
+        placement=describe([getattr(leaf, "sharding", None) for _, leaf in leaves]),
         flops=count_flops(traced.jaxpr),
     )
 
@@ -115,21 +111,43 @@ def trace(jitted, args: Sequence[Any]):
 
 def has_nnx(args: Sequence[Any]) -> bool:
     """Returns whether NNX modules, variables or optimizers are among the arguments."""
+    return any(map(_is_nnx, jax.tree.leaves(tuple(args), is_leaf=_is_nnx)))
+
+
+def _is_nnx(value) -> bool:
     nnx: Any = sys.modules.get("flax.nnx")  # imported by the maker of such an argument
-    if nnx is None:
-        return False
-    is_nnx = lambda x: isinstance(x, nnx.Pytree | nnx.Variable)
-    return any(map(is_nnx, jax.tree.leaves(tuple(args), is_leaf=is_nnx)))
+    return nnx is not None and isinstance(value, nnx.Pytree | nnx.Variable)
 
 
-def _export(jitted, args: Sequence[Any], platform: str) -> export.Exported:
+@dataclasses.dataclass(frozen=True)
+class _Traced:
+    """A traced function in the form that `jax.export` takes, which traces a jitted one.
+
+    The exported program has flat arguments and results, whatever trees were traced. What `nnx.jit`
+    returns cannot be exported, but what it traced can be.
+    """
+
+    traced: Any
+
+    def trace(self):
+        return self.traced
+
+    def lower(self):
+        return self.traced.lower()
+
+    def __call__(self, *args):
+        return self.traced(*args)
+
+
+def _export(traced, platform: str) -> export.Exported:
     """Returns the exported function, whatever kernels it calls.
 
     `jax.export` refuses kernels that may change between versions. Both processes have the same
     versions, so the check is turned off for the kernels that the refusal names.
     """
     checks = [export.DisabledSafetyCheck.platform()]
-    go = lambda: export.export(jitted, platforms=(platform,), disabled_checks=checks)(*args)
+    made: Any = _Traced(traced)
+    go = lambda: export.export(made, platforms=(platform,), disabled_checks=checks)()
     try:
         return go()
     except ValueError as error:
@@ -140,11 +158,29 @@ def _export(jitted, args: Sequence[Any], platform: str) -> export.Exported:
     return go()
 
 
-def _shardings(args: Sequence[Any], avals: Sequence[Any]) -> list[Any]:
-    """Returns the sharding of each flat argument, skipping leaves of static arguments."""
-    leaves = iter(jax.tree.leaves(tuple(args)))
-    matching = lambda aval: next((x for x in leaves if np.shape(x) == aval.shape), None)
-    return [getattr(matching(aval), "sharding", None) for aval in avals]
+def _leaves(args: Sequence[Any], avals: Sequence[Any]) -> list[tuple[str, Any]]:
+    """Returns the path and the leaf of each flat argument, skipping leaves of static arguments."""
+    leaves = iter(_all_leaves(args))
+    matching = lambda aval: (one for one in leaves if np.shape(one[1]) == aval.shape)
+    return [next(matching(aval), ("an argument", None)) for aval in avals]
+
+
+def _all_leaves(args: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """Yields the paths and leaves of arguments in the order in which they are traced.
+
+    `nnx.jit` takes a variable once, wherever it is first.
+    """
+    with_path = functools.partial(jax.tree_util.tree_leaves_with_path, is_leaf=_is_nnx)
+    found = [(f"args{jax.tree_util.keystr(path)}", leaf) for path, leaf in with_path(tuple(args))]
+    nodes = [leaf for _, leaf in found if _is_nnx(leaf)]
+    states = sys.modules["flax.nnx"].split(nodes)[1] if nodes else {}
+    number = itertools.count()
+    for path, leaf in found:
+        if not _is_nnx(leaf):
+            yield path, leaf
+            continue
+        for inner, array in jax.tree_util.tree_leaves_with_path(states.get(next(number))):
+            yield f"{path}{jax.tree_util.keystr(inner).removesuffix('.value')}", array
 
 
 def _without_structure(exported: export.Exported) -> export.Exported:

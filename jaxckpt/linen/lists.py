@@ -26,13 +26,13 @@ from jaxckpt.transforms.arguments import apart, part, put
 from jaxckpt.transforms.checks import check_carry
 from jaxckpt.transforms.layers import (
     KINDS,
+    all_differ,
     attributes_of,
     check_layers,
     differences,
     grouped,
     in_order,
     run_rows,
-    single,
     stacked,
 )
 from jaxckpt.transforms.traced_block import first_block
@@ -55,9 +55,9 @@ def run(
     that it draws in a Python loop. What the layers sow, and batch statistics, come back once.
 
     Args:
-      layers: Bound modules, of one kind or of several with at least two layers of each. Within a
-        kind they may differ in numbers, such as a rate, and in nothing else that they compute with.
-        Each is traced once, as in a loop; one of each kind is compiled.
+      layers: Bound modules, of one kind or of several. Within a kind they may differ in numbers,
+        such as a rate, and in nothing else that they compute with. Each is traced once, as in a
+        loop; one of each kind is compiled.
       carry: The first layer's input; `layer(carry, *args, **named, **each_i)` returns its like, or
         has it where `out` says.
       *args: Handed to every layer. Arrays get gradients; Python values, such as `True`, and None
@@ -70,8 +70,8 @@ def run(
 
     Raises:
       PlanError: As `jaxckpt.scan_blocks`.
-      ValueError: No layers, modules that are not bound, layers that differ (what differs is named),
-        an `out` that is not there, or a layer that changes its carry.
+      ValueError: No layers, modules that are not bound, layers that all differ (what differs is
+        named), an `out` that is not there, or a layer that changes its carry.
     """
     layers, each = check_layers(layers, each, "linen.run takes a list of Linen modules first, then")
     for place, layer in enumerate(layers):
@@ -98,8 +98,8 @@ def run(
     # One array for all layers, so that it is not stacked.
     arrays, _ = apart((args, named))
 
-    def step_of(program: core.ClosedJaxpr, made) -> Callable:
-        check_carry(carry, made[0])
+    def step_of(program: core.ClosedJaxpr, made, place: int) -> Callable:
+        check_carry(carry, made[0], f"layers[{place}]")
         call, tree = core.jaxpr_as_fun(program), jax.tree.structure(made)
 
         def step(carry, row, each_i):
@@ -115,7 +115,8 @@ def run(
     for kind in range(max(order) + 1):
         mine = {i: one for i, one in enumerate(traced) if order[i] == kind}
         program, numbers = programs.one_program([one.program for one in mine.values()])
-        steps.append(step_of(program, next(iter(mine.values())).made))
+        first, one = next(iter(mine.items()))
+        steps.append(step_of(program, one.made, first))
         for (i, one), row in zip(mine.items(), numbers, strict=True):
             inputs[i] = (one.inputs, row)
     has_rest = out is not None
@@ -214,18 +215,16 @@ def _kinds_of(layers: list, traced: list[core.ClosedJaxpr]) -> tuple[int, ...]:
     """Returns the kind of each layer; layers of a kind compute the same but for numbers.
 
     Raises:
-      ValueError: A kind has one layer only, and there are others; what differs is named.
+      ValueError: There are several layers, and no two are of a kind; what differs is named.
     """
     computed = [programs.without_numbers(program) for program in traced]
     order = grouped(len(layers), lambda i, k: computed[i] == computed[k])
-    place = single(order)
-    if place is None:
+    if not all_differ(order):
         return order
-    place = place or 1
-    pair = [layers[0]] * place + [layers[place]]
-    found = [text for text, _ in differences(pair, _attributes, place)]
+    found = [text for text, _ in differences(layers[:2], _attributes)]
     raise ValueError(
-        f"{'; '.join(found[:3]) or f'layers[0] and layers[{place}] compute differently'}; linen."
+        f"no two layers are equal: "
+        f"{'; '.join(found[:3]) or 'layers[0] and layers[1] compute differently'}; linen."
         f"{KINDS}, which may differ in numbers (random draws, a rate) outside of what nn.remat, "
         "nn.scan and nn.jit do inside a layer"
     )

@@ -59,8 +59,8 @@ def run(
     changes what a Python loop over the list would, once: counters of dropout, batch statistics.
 
     Args:
-      layers: An `nnx.List` or a Python list of modules, of one kind or of several with at least two
-        layers of each. Within a kind all have one class, equal shapes and equal Python values.
+      layers: An `nnx.List` or a Python list of modules, of one kind or of several. Within a kind
+        all have one class, equal shapes and equal Python values.
       carry: The first layer's input; `layer(carry, *args, **named, **each_i)` returns its like, or
         has it where `out` says.
       *args: Handed to every layer. Arrays get gradients, Python values and None stay what they
@@ -73,8 +73,8 @@ def run(
 
     Raises:
       PlanError: As `jaxckpt.scan_blocks`.
-      ValueError: No layers, no modules, layers that differ (what differs is named), an `out` that
-        is not there, a layer that changes its carry or makes variables when it is called.
+      ValueError: No layers, no modules, layers that all differ (what differs is named), an `out`
+        that is not there, a layer that changes its carry or makes variables when it is called.
 
     Example:
       >>> import jax.numpy as jnp, jaxckpt
@@ -109,7 +109,10 @@ def run(
         return part(layer(carry, *args, **named, **each_i), out)
 
     calls = [pure_call(wholes[k], use) for k in firsts]
-    changed = [_changed(call, carry, rows[k], each) for call, k in zip(calls, firsts, strict=True)]
+    changed = [
+        _changed(call, carry, rows[k], each, f"layers[{k}]")
+        for call, k in zip(calls, firsts, strict=True)
+    ]
     shared, own = _owned(changed, wholes, states, order)
 
     def step_of(kind: int) -> Callable:
@@ -140,7 +143,7 @@ def run(
     return put(carry, in_order([rest for rest, _ in ys], order), out)
 
 
-def _changed(call: Callable, carry, row: list, each) -> list[int]:
+def _changed(call: Callable, carry, row: list, each, name: str) -> list[int]:
     """Returns the places of the variables that a layer changes when it is called.
 
     Args:
@@ -148,6 +151,7 @@ def _changed(call: Callable, carry, row: list, each) -> list[int]:
       carry: The layer's input.
       row: The layer's values.
       each: What differs from layer to layer beside.
+      name: The layer's name for the user.
 
     Raises:
       ValueError: The carry changes.
@@ -159,7 +163,7 @@ def _changed(call: Callable, carry, row: list, each) -> list[int]:
         found.extend(replaced_places(row, after))
         return carry
 
-    check_carry(carry, jax.eval_shape(look, carry, row, first_block(each)))
+    check_carry(carry, jax.eval_shape(look, carry, row, first_block(each)), name)
     return found
 
 
@@ -194,7 +198,7 @@ def _owned(
     names: dict[int, str] = {}
     for of_kind, places in zip(columns, changed, strict=True):
         for place in places:
-            if is_one(of_kind[place]):
+            if is_one(of_kind[place]) and users[of_kind[place][0]] > 1:
                 names.setdefault(of_kind[place][0], str(len(names)))
     shared, own = [], []
     for kind, (of_kind, places) in enumerate(zip(columns, changed, strict=True)):

@@ -17,9 +17,17 @@ from jaxckpt.costs.flat import Flat, flatten
 from jaxckpt.costs.flops import count_flops
 from jaxckpt.costs.residuals import origin_of
 from jaxckpt.costs.roofline import Rates, estimate
-from jaxckpt.planner.inside_block import Graph, Passes, lean_proposals, offload_proposals, proposals
+from jaxckpt.planner.inside_block import (
+    Graph,
+    Passes,
+    Unit,
+    lean_proposals,
+    offload_proposals,
+    proposals,
+)
 from jaxckpt.planner.stacks import Stack
 from jaxckpt.plans import Plan, PlanError, Policy, Stage
+from jaxckpt.transforms import policies, value_names
 from jaxckpt.transforms.block_vjp import Moving, differentiate
 from jaxckpt.transforms.cuts import Opened
 from jaxckpt.transforms.region import run_region
@@ -280,12 +288,15 @@ def find_kinds(
     plain = [none, kind_cost(stacks, Stage(schedule="full"), rates, none.kept_bytes)]
     for text in PLAIN[2:]:
         plain += _costed(stacks, Plan.parse(text).stages[0], rates, none)
-    graphs = [_keepable(Graph.of(stack, rates), stacks, rates, none) for stack in stacks]
+    graphs = [Graph.of(stack, rates) for stack in stacks]
+    if len(stacks) > 1:
+        graphs = _shared(graphs, stacks)
+    graphs = [_keepable(graph, stacks, rates, none) for graph in graphs]
     seen = {kind.policies for kind in plain}
 
     def costed(*proposed: Iterable[tuple[Policy, ...]]) -> Iterator[Kind]:
-        for policies in itertools.chain(*proposed):
-            stage = Stage(schedule="full", policies=policies)
+        for found in itertools.chain(*proposed):
+            stage = Stage(schedule="full", policies=found)
             if stage.policies not in seen:
                 seen.add(stage.policies)
                 yield from _costed(stacks, stage, rates, none)
@@ -314,6 +325,29 @@ def _moving(
     for stack, graph in zip(stacks, graphs, strict=True):
         for most in (math.inf, host_bytes / stack.num_blocks):
             yield from offload_proposals(graph, passes, most)
+
+
+def _shared(graphs: Sequence[Graph], stacks: Sequence[Stack]) -> list[Graph]:
+    """Returns graphs without the values that another stack's blocks do not have by name.
+
+    The stacks follow one plan. To ask each for its names once is cheaper than to try each value.
+    """
+    asked = [unit.policy for graph in graphs for unit in graph.units]
+    offered = [
+        value_names.offered(stack.call, asked, stack.carry, stack.params_i, stack.consts)
+        for stack in stacks
+    ]
+
+    def is_everywhere(unit: Unit) -> bool:
+        try:
+            for found in offered:
+                policies.check((unit.policy,), found)
+        except PlanError:
+            return False
+        return True
+
+    keep = lambda graph: tuple(filter(is_everywhere, graph.units))
+    return [dataclasses.replace(graph, units=keep(graph)) for graph in graphs]
 
 
 def _keepable(graph: Graph, stacks: Sequence[Stack], rates: Rates, none: Kind) -> Graph:

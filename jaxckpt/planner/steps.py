@@ -81,6 +81,7 @@ class Steps:
         self._report_of = report_of or self._measured
         self._watch: Watch = lambda *_: None
         self._first = self
+        self._last: tuple[Any, Step] | None = None
         self._traced: dict[Plan | PlanSet, Trace] = {}
         self._failed: dict[Plan | PlanSet, Exception] = {}
         self.compiled: dict[Plan | PlanSet, MemoryReport] = {}
@@ -112,11 +113,18 @@ class Steps:
         self._first._watch = watch
 
     def step(self, plan: Plan | PlanSet) -> Step:
-        """Returns the step of a plan.
+        """Returns the step of a plan, the same one if it is asked for again at once.
+
+        JAX traces a function only once.
 
         Raises:
           ValueError: `step_for` returned something of another form.
         """
+        if self._last is None or self._last[0] != plan:
+            self._last = plan, self._made(plan)
+        return self._last[1]
+
+    def _made(self, plan: Plan | PlanSet) -> Step:
         made = self._step_for(plan)
         if not isinstance(made, tuple | list) or len(made) not in (2, 3) or not callable(made[0]):
             raise ValueError(

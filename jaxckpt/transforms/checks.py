@@ -134,31 +134,34 @@ def _shapes(tree) -> tuple:
     return tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def check_carry(given, made):
+def check_carry(given, made, block: str = "a block"):
     """Raises if a block's output differs in type from its input.
 
     Args:
       given: The block's input, arrays or abstract.
       made: The block's output, arrays or abstract.
+      block: The block's name for the user.
 
     Raises:
       ValueError: The structure, a shape or a dtype of the carry changes.
     """
     given, made = abstract((given, made))
     if jax.tree.structure(given) != jax.tree.structure(made):
-        is_pair = isinstance(made, tuple) and len(made) == 2
-        is_pair = is_pair and jax.tree.structure(made[0]) == jax.tree.structure(given)
+        parts = made.values() if isinstance(made, dict) else made
+        is_inside = isinstance(made, tuple | list | dict) and any(
+            jax.tree.structure(one) == jax.tree.structure(given) for one in parts
+        )
         raise ValueError(
-            "a block returns the carry it was given, but the structure changes from "
+            f"{block} returns the carry it was given, but the structure changes from "
             f"{jax.tree.structure(given)} to {jax.tree.structure(made)}"
-            + "; jaxckpt.scan takes a block that returns (carry, y)"
-            * is_pair
+            + "; jaxckpt.scan takes a block that returns (carry, y), and run and Stack take out=, "
+            "the place of the carry in the result" * is_inside
         )
     pairs = zip(jax.tree_util.tree_leaves_with_path(given), jax.tree.leaves(made), strict=True)
     for (path, before), after in pairs:
         if (before.shape, before.dtype) != (after.shape, after.dtype):
             raise ValueError(
-                f"a block returns the carry it was given, but carry{jax.tree_util.keystr(path)} "
+                f"{block} returns the carry it was given, but carry{jax.tree_util.keystr(path)} "
                 f"changes from {before.dtype}{list(before.shape)} to "
                 f"{after.dtype}{list(after.shape)}"
             )

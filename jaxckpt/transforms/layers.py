@@ -40,8 +40,8 @@ def run(
     """Runs a list of layers, checkpointed by a plan that counts them.
 
     Layers of one kind have one structure, equal shapes and equal Python values. A list may hold
-    several kinds in any order, at least two layers of each: five with a sliding window to each
-    without, say, or experts in every other layer.
+    several kinds in any order: five layers with a sliding window to each without, experts in every
+    other layer, or an odd first layer.
 
     Args:
       layers: Pytrees: Equinox modules, dataclasses of arrays, dicts.
@@ -64,8 +64,8 @@ def run(
 
     Raises:
       PlanError: The plan does not parse, does not fit L layers, or names what no layer has.
-      ValueError: There are no layers, layers differ (the error names the difference), `each` has
-        another length, `out` is not in the result, or `apply` changes the carry.
+      ValueError: There are no layers, no two of them are equal (the error names the difference),
+        `each` has another length, `out` is not in the result, or `apply` changes the carry.
       NotImplementedError: `auto`, or a second derivative through the executor.
 
     Example:
@@ -219,14 +219,28 @@ def check_layers(layers, each, order: str) -> tuple[list, dict[str, Any]]:
         raise ValueError(
             f"{order} the carry; got {shown(layers)} (jaxckpt.scan_blocks takes stacked parameters)"
         )
-    layers, each = list(layers), dict(each or {})
+    layers = list(layers)
     if not layers:
         raise ValueError("layers is an empty list; run needs at least one layer")
-    for name, values in each.items():
-        found = stack_length(values, f"each[{name!r}]")
-        if found != len(layers):
-            raise ValueError(f"each[{name!r}] has {found} rows, there are {len(layers)} layers")
-    return layers, each
+    if not isinstance(each, Mapping | None):
+        raise ValueError(
+            f"each is a dict from a keyword of the layers to [L, ...], not {shown(each)}"
+        )
+    for name, values in (each or {}).items():
+        _check_rows(f"each[{name!r}]", values, len(layers))
+    return layers, dict(each or {})
+
+
+def _check_rows(name: str, values, count: int):
+    """Raises `ValueError` unless all leaves of a pytree have a row for each layer."""
+    is_list = isinstance(values, list | tuple) and len(values) == count
+    advice = "; stack a list: jax.tree.map(lambda *leaves: jnp.stack(leaves), *values)" * is_list
+    try:
+        found = stack_length(values, name)
+    except ValueError as error:
+        raise ValueError(f"{error}{advice}") from None
+    if found != count:
+        raise ValueError(f"{name} has {found} rows, there are {count} layers{advice}")
 
 
 def kinds_of(
@@ -243,7 +257,7 @@ def kinds_of(
         a pytree.
 
     Raises:
-      ValueError: A kind has one layer only, and there are others; what differs is named.
+      ValueError: There are several layers, and no two are of a kind; what differs is named.
     """
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     attributes = attributes or attributes_of
@@ -251,17 +265,19 @@ def kinds_of(
         name in ignore for *_, name in differences([layers[k], layers[i]], attributes)
     )
     order = grouped(len(layers), is_same)
-    place = single(order)
-    if place is not None:
-        for text, name in differences(layers, attributes, place or 1):
+    if all_differ(order):
+        for text, name in differences(layers, attributes):
             if name not in ignore:
                 advice = f" (ignore={name!r} where it makes no difference)" if name else ""
-                raise ValueError(f"{text}; {KINDS}{advice}, jaxckpt.chain takes layers that differ")
+                raise ValueError(
+                    f"no two layers are equal: {text}; {KINDS}{advice}, jaxckpt.chain takes "
+                    "layers that all differ"
+                )
     return order
 
 
 # What a list may hold, for errors.
-KINDS = "run takes equal layers, or several kinds with at least two layers of each"
+KINDS = "run takes equal layers, or several kinds of which one has two layers"
 
 
 def grouped(count: int, is_same: Callable[[int, int], bool]) -> tuple[int, ...]:
@@ -280,23 +296,21 @@ def grouped(count: int, is_same: Callable[[int, int], bool]) -> tuple[int, ...]:
     return tuple(order)
 
 
-def single(order: Sequence[int]) -> int | None:
-    """Returns the first layer whose kind has no other layer; None if every kind has two layers."""
-    alone = (i for i, kind in enumerate(order) if order.count(kind) == 1)
-    return next(alone, None) if len(order) > 1 else None
+def all_differ(order: Sequence[int]) -> bool:
+    """Whether there are several layers, each of a kind of its own."""
+    return 1 < len(order) == max(order) + 1
 
 
 def differences(
-    layers: list, attributes: Callable[[Any], dict | None], start: int = 1
+    layers: list, attributes: Callable[[Any], dict | None]
 ) -> Iterator[tuple[str, str]]:
     """Yields what differs between the first layer and another: a clause, an attribute's name.
 
     Args:
       layers: At least one.
       attributes: As for `kinds_of`.
-      start: The first of the others.
     """
-    for place, layer in enumerate(layers[start:], start=start):
+    for place, layer in enumerate(layers[1:], start=1):
         for path, name, first, other in _differences(layers[0], layer, attributes):
             yield f"layers[0]{path} is {first} and layers[{place}]{path} is {other}", name
 

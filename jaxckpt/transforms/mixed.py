@@ -91,8 +91,8 @@ def run_mixed(
     if is_cast:
         traced = trace(carry)
     blocks, consts = [one for one, _ in traced], [consts for _, consts in traced]
-    for one in blocks:
-        check_carry(carry, one.out[0])
+    for kind, one in enumerate(blocks):
+        check_carry(carry, one.out[0], f"layers[{order.index(kind)}]")
         check_rerun(one, remat, given)
     if isinstance(remat, Plan):
         check_policies(remat, lambda asked: tags_of(blocks, asked))
@@ -101,8 +101,10 @@ def run_mixed(
     places = sorted({place for one in blocks for place in one.changed})
     held = [leaf for place, leaf in enumerate(leaves) if place not in places]
     alone = tuple(one.only_changed(places) for one in blocks)
-    # The planner costs one block, and corrects its costs by compiled steps.
-    heaviest = max(alone, key=_size)
+    # The planner costs one block, and corrects its costs by compiled steps. A layer that is the
+    # only one of its kind says little about the others.
+    repeated = [one for kind, one in enumerate(alone) if order.count(kind) > 1]
+    heaviest = max(repeated or alone, key=_size)
     call = observers.StackCall(
         block=heaviest,
         params=all_blocks(heaviest.inputs[1], len(order)),

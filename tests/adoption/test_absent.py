@@ -1,4 +1,10 @@
-"""Adopted models on a chip that is not here: temporaries under `full`, beside the loop's."""
+"""Adopted models on a chip that is not here: temporaries under `full`, beside the loop's.
+
+The models are those of the other files, with more layers and rows: the temporaries have to be many
+times the parameters, and larger than the chip's on-chip memory, which is not counted.
+"""
+
+import contextlib
 
 import jax
 import pytest
@@ -6,26 +12,49 @@ import pytest
 import jaxckpt
 from jaxckpt.absent import launch
 from jaxckpt.targets.target import parse_target
-from tests.adoption import test_data_parallel, test_equinox_list, test_experts, test_linen_list
+from tests.adoption import (
+    test_batch_norm,
+    test_data_parallel,
+    test_equinox_list,
+    test_experts,
+    test_kinds,
+    test_linen_list,
+    test_nnx_list,
+    test_two_stacks,
+)
 from tests.adoption.cases import WELL_BELOW
 
 TARGET = "v5e-1"
-# How many times the batch of the test that runs here: more where parameters would be most of it.
-TIMES = {test_data_parallel: 128, test_equinox_list: 1, test_experts: 128, test_linen_list: 1}
+_LONG = {"depth": 8, "batch": 128, "length": 128, "width": 128}
+SIZES = {
+    test_batch_norm: {"depth": 8, "batch": 64, "side": 64, "width": 64},
+    test_data_parallel: {"batch": 2**17},
+    test_equinox_list: _LONG,
+    test_experts: {"batch": 2**17},
+    test_kinds: _LONG | {"depth": 14, "batch": 32},
+    test_linen_list: _LONG,
+    test_nnx_list: _LONG,
+    test_two_stacks: _LONG | {"depth": 10, "batch": 32},
+}
+# Of a ResNet's block the loop keeps three arrays: what each convolution returns, and the sum. Under
+# `full` the sum is left, a third of them. The first block of each stage, which is not in its list,
+# and the block that is being reversed come to as much as six blocks' sums.
+MOST = {test_batch_norm: 0.55}
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("model", TIMES, ids=lambda model: model.__name__.rpartition("test_")[2])
+@pytest.mark.parametrize("model", SIZES, ids=lambda model: model.__name__.rpartition("test_")[2])
 def test_temporaries_under_full(model):
     try:
         launch.check_available(parse_target(TARGET))
     except launch.Unavailable as error:
         pytest.skip(str(error))
-    *losses, params, x = model.pair()
-    args = (params, jax.ShapeDtypeStruct((TIMES[model] * len(x), *x.shape[1:]), x.dtype))
-    before, after = (
-        jaxckpt.measure(jax.value_and_grad(loss, argnums=(0, 1)), *args, target=TARGET).temp_bytes
-        for loss in losses
-    )
+    with getattr(model, "mesh", contextlib.nullcontext)():
+        original, adopted, *args = model.pair(**SIZES[model])
+        numbers = tuple(range(len(args)))
+        before, after = (
+            jaxckpt.measure(jax.value_and_grad(loss, numbers), *args, target=TARGET).temp_bytes
+            for loss in (original, adopted)
+        )
     print(f"{model.__name__} {before} {after} {after / before:.3f}")
-    assert after <= WELL_BELOW * before, (before, after)
+    assert after <= MOST.get(model, WELL_BELOW) * before, (before, after)

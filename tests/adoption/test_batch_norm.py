@@ -6,11 +6,10 @@ import pytest
 from flax import linen as nn
 
 import jaxckpt
-from tests.adoption.cases import changed_lines, check, check_fit
+from tests.adoption.cases import changed_lines, check, check_fit, product
 from tests.transforms.cases import relative_error
 
-L, WIDTHS = 5, (8, 16)
-X = jax.random.normal(jax.random.key(0), (16, 16, 16, 3))
+L, BATCH, SIDE, WIDTH = 5, 16, 16, 8
 
 
 class Block(nn.Module):
@@ -28,11 +27,13 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
+    depth: int = L
+    width: int = WIDTH
     remat: str = "full"
 
     def setup(self):
-        make = lambda width: [Block(width, 1 + (i == 0)) for i in range(L)]
-        self.stages = [make(width) for width in WIDTHS]
+        make = lambda width: [Block(width, 1 + (i == 0)) for i in range(self.depth)]
+        self.stages = [make(width) for width in (self.width, 2 * self.width)]
 
     def __call__(self, x, train):
         for blocks in self.stages:
@@ -57,21 +58,29 @@ def loss_of(model, variables):
     return loss
 
 
-def pair():
+def arguments(depth=L, batch=BATCH, side=SIDE, width=WIDTH):
+    """Returns the variables of both models, and their input."""
+    x = jax.random.normal(jax.random.key(0), (batch, side, side, 3))
+    return Model(depth, width).init(jax.random.key(1), x, False), x
+
+
+def pair(depth=L, width=WIDTH, **sizes):
     """Returns the losses of both models under `full`, and their arguments."""
-    variables = Model().init(jax.random.key(1), X, False)
-    losses = [loss_of(model, variables) for model in (Model(), Adopted())]
-    return *losses, variables["params"], X
+    variables, x = arguments(depth, width=width, **sizes)
+    losses = [loss_of(kind(depth, width), variables) for kind in (Model, Adopted)]
+    return *losses, variables["params"], x
 
 
 @pytest.mark.slow
 def test_weights_and_statistics_are_the_models():
     assert changed_lines(Model.__call__, Adopted.__call__) <= 3
-    variables = Model().init(jax.random.key(1), X, False)
+    variables, x = arguments()
+    # Two stages of two convolutions, equal in cost: a fourth of the points, twice the channels.
+    again = 4 * product(BATCH, SIDE**2 // 4, 9, WIDTH, WIDTH)
     # Each stage's first block is not in its list, and keeps its residuals.
-    check(*pair(), well_below=0.6)
+    check(*pair(), again=(L - 1) * again, well_below=0.6)
     new = [
-        jax.jit(lambda v, m=m: m.apply(v, X, True, mutable=["batch_stats"])[1])(variables)
+        jax.jit(lambda v, m=m: m.apply(v, x, True, mutable=["batch_stats"])[1])(variables)
         for m in (Model(), Adopted())
     ]
     assert relative_error(*new) <= 1e-5
@@ -80,5 +89,5 @@ def test_weights_and_statistics_are_the_models():
 
 @pytest.mark.heavy
 def test_fit():
-    variables = Model().init(jax.random.key(1), X, False)
-    check_fit(lambda plan: loss_of(Adopted(remat=plan), variables), L - 1, variables["params"], X)
+    variables, x = arguments()
+    check_fit(lambda plan: loss_of(Adopted(remat=plan), variables), L - 1, variables["params"], x)

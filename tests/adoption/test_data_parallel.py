@@ -7,18 +7,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxckpt
-from tests.adoption.cases import changed_lines, check, check_fit
+from tests.adoption.cases import changed_lines, check, check_fit, product
 
-L, WIDTH = 8, 32
-X = jax.random.normal(jax.random.key(0), (1024, WIDTH))
-KEYS = jax.random.split(jax.random.key(1), L)
-LAYERS = [
-    {
-        "up": jax.random.normal(key, (WIDTH, 4 * WIDTH)) / WIDTH**0.5,
-        "down": 0.25 * jax.random.normal(key, (4 * WIDTH, WIDTH)) / WIDTH**0.5,
-    }
-    for key in jax.random.split(jax.random.key(2), L)
-]
+L, ROWS, WIDTH = 8, 1024, 32
 
 
 def layer(params, x, key):
@@ -30,13 +21,15 @@ def layer(params, x, key):
 
 
 def model(layers, x, remat):
+    keys = jax.random.split(jax.random.key(1), len(layers))
     for i, params in enumerate(layers):
-        x = layer(params, x, KEYS[i])
+        x = layer(params, x, keys[i])
     return jax.lax.pmean(jnp.square(x).mean(), "batch")
 
 
 def adopted(layers, x, remat):
-    x = jaxckpt.run(layers, layer, x, each={"key": KEYS}, remat=remat)
+    keys = jax.random.split(jax.random.key(1), len(layers))
+    x = jaxckpt.run(layers, layer, x, each={"key": keys}, remat=remat)
     return jax.lax.pmean(jnp.square(x).mean(), "batch")
 
 
@@ -46,17 +39,28 @@ def loss_of(run, remat="full"):
     return jax.shard_map(step, mesh=mesh, in_specs=(P(), P("batch")), out_specs=P())
 
 
-def pair():
+def arguments(depth=L, batch=ROWS, width=WIDTH):
+    """Returns the arguments of both losses."""
+
+    def layer_of(key):
+        up, down = (jax.random.normal(one, (width, 4 * width)) for one in jax.random.split(key))
+        return {"up": up / width**0.5, "down": 0.25 * down.T / width**0.5}
+
+    layers = [layer_of(key) for key in jax.random.split(jax.random.key(2), depth)]
+    return layers, jax.random.normal(jax.random.key(0), (batch, width))
+
+
+def pair(**sizes):
     """Returns the losses of both models under `full`, and their arguments."""
-    return loss_of(model), loss_of(adopted), LAYERS, X
+    return loss_of(model), loss_of(adopted), *arguments(**sizes)
 
 
 @pytest.mark.slow
 def test_weights_and_masks_are_the_models():
     assert changed_lines(model, adopted) <= 3
-    check(*pair())
+    check(*pair(), again=L * product(ROWS, WIDTH, 4 * WIDTH))
 
 
 @pytest.mark.slow
 def test_fit():
-    check_fit(lambda plan: loss_of(adopted, plan), L, LAYERS, X)
+    check_fit(lambda plan: loss_of(adopted, plan), L, *arguments())

@@ -6,11 +6,9 @@ import jax.numpy as jnp
 import pytest
 
 import jaxckpt
-from tests.adoption.cases import changed_lines, check, check_fit
+from tests.adoption.cases import attention, changed_lines, check, check_fit, product
 
-L, WIDTH, HEADS = 6, 32, 4
-X = jax.random.normal(jax.random.key(0), (32, 32, WIDTH))
-MASK = jnp.tril(jnp.ones([32, 32], bool))
+L, BATCH, LENGTH, WIDTH, HEADS = 6, 32, 32, 32, 4
 
 
 class Layer(eqx.Module):
@@ -19,11 +17,11 @@ class Layer(eqx.Module):
     mlp: eqx.nn.MLP
     dropout: eqx.nn.Dropout
 
-    def __init__(self, key):
+    def __init__(self, width, key):
         keys = jax.random.split(key)
-        self.attention = eqx.nn.MultiheadAttention(HEADS, WIDTH, dropout_p=0.1, key=keys[0])
-        self.norm = eqx.nn.LayerNorm(WIDTH)
-        self.mlp = eqx.nn.MLP(WIDTH, WIDTH, 4 * WIDTH, 1, jax.nn.gelu, key=keys[1])
+        self.attention = eqx.nn.MultiheadAttention(HEADS, width, dropout_p=0.1, key=keys[0])
+        self.norm = eqx.nn.LayerNorm(width)
+        self.mlp = eqx.nn.MLP(width, width, 4 * width, 1, jax.nn.gelu, key=keys[1])
         self.dropout = eqx.nn.Dropout(0.1)
 
     def __call__(self, x, mask, *, key, inference=False):
@@ -53,30 +51,39 @@ class Adopted(Encoder):
         return x
 
 
-LAYERS = [Layer(key) for key in jax.random.split(jax.random.key(2), L)]
-ARRAYS, STATIC = eqx.partition(LAYERS, eqx.is_array)
+def layers_of(depth=L, width=WIDTH):
+    """Returns the arrays of a list of layers, and the rest."""
+    layers = [Layer(width, key) for key in jax.random.split(jax.random.key(2), depth)]
+    return eqx.partition(layers, eqx.is_array)
 
 
-def loss_of(kind, *options):
+def loss_of(static, kind, *options):
     def loss(arrays, x):
         keys = jax.random.split(jax.random.key(1), len(x))
-        encoder = kind(eqx.combine(arrays, STATIC), *options)
-        return jnp.square(jax.vmap(lambda x, key: encoder(x, MASK, key))(x, keys)).mean()
+        encoder = kind(eqx.combine(arrays, static), *options)
+        mask = jnp.tril(jnp.ones(x.shape[1:2] * 2, bool))
+        return jnp.square(jax.vmap(lambda x, key: encoder(x, mask, key))(x, keys)).mean()
 
     return loss
 
 
-def pair():
+def pair(depth=L, batch=BATCH, length=LENGTH, width=WIDTH):
     """Returns the losses of both models under `full`, and their arguments."""
-    return loss_of(Encoder), loss_of(Adopted), ARRAYS, X
+    arrays, static = layers_of(depth, width)
+    x = jax.random.normal(jax.random.key(0), (batch, length, width))
+    return loss_of(static, Encoder), loss_of(static, Adopted), arrays, x
 
 
 @pytest.mark.slow
 def test_weights_and_masks_are_the_models():
     assert changed_lines(Encoder.__call__, Adopted.__call__) <= 3
-    check(*pair())
+    tokens = BATCH * LENGTH
+    again = attention(tokens, WIDTH, LENGTH) + product(tokens, WIDTH, 4 * WIDTH)
+    check(*pair(), again=L * again)
 
 
 @pytest.mark.heavy
 def test_fit():
-    check_fit(lambda plan: loss_of(Adopted, plan), L, ARRAYS, X)
+    *_, arrays, x = pair()
+    _, static = layers_of()
+    check_fit(lambda plan: loss_of(static, Adopted, plan), L, arrays, x)

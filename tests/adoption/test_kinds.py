@@ -6,19 +6,18 @@ import pytest
 from flax import nnx
 
 import jaxckpt
-from tests.adoption.cases import changed_lines, check, check_fit
+from tests.adoption.cases import attention, changed_lines, check, check_fit, product
 
-L, WIDTH, HEADS = 14, 32, 4
-X = jax.random.normal(jax.random.key(0), (16, 32, WIDTH))
+L, BATCH, LENGTH, WIDTH, HEADS = 14, 16, 32, 32, 4
 
 
 class Layer(nnx.Module):
-    def __init__(self, window, *, rngs):
-        self.norm = nnx.RMSNorm(WIDTH, rngs=rngs)
-        self.qkv = nnx.Linear(WIDTH, 3 * WIDTH, use_bias=False, rngs=rngs)
-        self.output = nnx.Linear(WIDTH, WIDTH, use_bias=False, rngs=rngs)
-        self.gate = nnx.Linear(WIDTH, 4 * WIDTH, use_bias=False, rngs=rngs)
-        self.down = nnx.Linear(4 * WIDTH, WIDTH, use_bias=False, rngs=rngs)
+    def __init__(self, width, window, *, rngs):
+        self.norm = nnx.RMSNorm(width, rngs=rngs)
+        self.qkv = nnx.Linear(width, 3 * width, use_bias=False, rngs=rngs)
+        self.output = nnx.Linear(width, width, use_bias=False, rngs=rngs)
+        self.gate = nnx.Linear(width, 4 * width, use_bias=False, rngs=rngs)
+        self.down = nnx.Linear(4 * width, width, use_bias=False, rngs=rngs)
         self.dropout = nnx.Dropout(0.1, rngs=rngs)
         self.window = window
 
@@ -37,9 +36,9 @@ class Layer(nnx.Module):
 
 
 class Model(nnx.Module):
-    def __init__(self, rngs):
-        windows = [None if i % 6 == 5 else 4 for i in range(L)]
-        self.layers = getattr(nnx, "List", list)([Layer(one, rngs=rngs) for one in windows])
+    def __init__(self, depth=L, width=WIDTH):
+        windows, rngs = [None if i % 6 == 5 else 4 for i in range(depth)], nnx.Rngs(0)
+        self.layers = getattr(nnx, "List", list)([Layer(width, one, rngs=rngs) for one in windows])
 
     def __call__(self, x):
         for layer in self.layers:
@@ -64,20 +63,36 @@ def loss_of(model):
     return loss
 
 
+def arguments(depth=L, batch=BATCH, length=LENGTH, width=WIDTH):
+    """Returns the arguments of both losses."""
+    x = jax.random.normal(jax.random.key(0), (batch, length, width))
+    return nnx.state(Model(depth, width), nnx.Param), x
+
+
+def pair(depth=L, width=WIDTH, **sizes):
+    """Returns the losses of both models under `full`, and their arguments."""
+    losses = [loss_of(kind(depth, width)) for kind in (Model, Adopted)]
+    return *losses, *arguments(depth, width=width, **sizes)
+
+
 @pytest.mark.slow
 def test_weights_and_masks_are_the_models():
     assert changed_lines(Model.__call__, Adopted.__call__) <= 3
-    models = [kind(nnx.Rngs(0)) for kind in (Model, Adopted)]
-    check(*map(loss_of, models), nnx.state(models[0], nnx.Param), X)
+    tokens = BATCH * LENGTH
+    again = attention(tokens, WIDTH, LENGTH) + product(tokens, WIDTH, 4 * WIDTH)
+    check(*pair(), again=L * again)
+    models = [kind() for kind in (Model, Adopted)]
+    for model in models:
+        model(arguments()[1])
     counts = [[int(x) for x in jax.tree.leaves(nnx.state(m, nnx.RngCount))] for m in models]
-    assert counts[0] == counts[1]
+    assert counts[0] == counts[1] and set(counts[0]) == {2}
 
 
 @pytest.mark.heavy
 def test_fit():
     def loss_under(plan):
-        model = Adopted(nnx.Rngs(0))
+        model = Adopted()
         model.remat = plan
         return loss_of(model)
 
-    check_fit(loss_under, L, nnx.state(Model(nnx.Rngs(0)), nnx.Param), X)
+    check_fit(loss_under, L, *arguments())

@@ -6,39 +6,42 @@ import pytest
 from flax import linen as nn
 
 import jaxckpt
-from tests.adoption.cases import changed_lines, check, check_fit
+from tests.adoption.cases import attention, changed_lines, check, check_fit, product
 
-L, WIDTH, HEADS = 6, 32, 4
-X = jax.random.normal(jax.random.key(0), (32, 32, WIDTH))
-MASK = jnp.tril(jnp.ones([1, 1, 32, 32], bool))
+L, BATCH, LENGTH, WIDTH, HEADS = 6, 32, 32, 32, 4
 DROPOUT = {"dropout": jax.random.key(1)}
 
 
 class Block(nn.Module):
     """Attention and an MLP; flags decide what is computed and what is returned."""
 
+    width: int
     rate: float = 0.1
 
     @nn.compact
     def __call__(self, x, mask=None, deterministic=True, output_attentions=False):
         y = nn.LayerNorm()(x)
         # A key's bias has no gradient but rounding errors.
-        project = lambda: nn.DenseGeneral((HEADS, WIDTH // HEADS), use_bias=False)
+        project = lambda: nn.DenseGeneral((HEADS, self.width // HEADS), use_bias=False)
         query, key, value = (project()(y) for _ in range(3))
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key)
-        weights = nn.softmax(jnp.where(mask, scores, -1e9))
+        scores = scores if mask is None else jnp.where(mask, scores, -1e9)
+        weights = nn.softmax(scores)
         weights = nn.Dropout(self.rate, deterministic=deterministic)(weights)
         y = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
-        y = nn.DenseGeneral(WIDTH, axis=(-2, -1))(y)
+        y = nn.DenseGeneral(self.width, axis=(-2, -1))(y)
         x = x + nn.Dropout(self.rate, deterministic=deterministic)(y)
-        y = nn.Dense(WIDTH)(nn.gelu(nn.Dense(4 * WIDTH)(nn.LayerNorm()(x))))
+        y = nn.Dense(self.width)(nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x))))
         x = x + nn.Dropout(self.rate, deterministic=deterministic)(y)
         return (x, weights) if output_attentions else (x,)
 
 
 class Model(nn.Module):
+    depth: int
+    width: int
+
     def setup(self):
-        self.h = [Block(name=str(i)) for i in range(L)]
+        self.h = [Block(self.width, name=str(i)) for i in range(self.depth)]
         self.head = nn.Dense(1)
 
     def __call__(self, x, mask, deterministic=True):
@@ -58,28 +61,36 @@ class Adopted(Model):
         return self.head(x)
 
 
-def loss_of(model, deterministic):
+def loss_of(model, deterministic=False):
     def loss(variables, x):
-        return jnp.square(model.apply(variables, x, MASK, deterministic, rngs=DROPOUT)).mean()
+        mask = jnp.tril(jnp.ones([1, 1, *x.shape[1:2] * 2], bool))
+        return jnp.square(model.apply(variables, x, mask, deterministic, rngs=DROPOUT)).mean()
 
     return loss
 
 
-def pair():
+def arguments(depth=L, batch=BATCH, length=LENGTH, width=WIDTH):
+    """Returns the arguments of both losses."""
+    x = jax.random.normal(jax.random.key(0), (batch, length, width))
+    return Model(depth, width).init(jax.random.key(2), x, None), x
+
+
+def pair(depth=L, width=WIDTH, **sizes):
     """Returns the losses of both models under `full`, and their arguments."""
-    losses = [loss_of(model, False) for model in (Model(), Adopted())]
-    return *losses, Model().init(jax.random.key(2), X, MASK), X
+    losses = [loss_of(kind(depth, width)) for kind in (Model, Adopted)]
+    return *losses, *arguments(depth, width=width, **sizes)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("deterministic", (True, False))
 def test_weights_and_masks_are_the_models(deterministic):
     assert changed_lines(Model.__call__, Adopted.__call__) <= 3
-    losses = [loss_of(model, deterministic) for model in (Model(), Adopted())]
-    check(*losses, Model().init(jax.random.key(2), X, MASK), X)
+    losses = [loss_of(kind(L, WIDTH), deterministic) for kind in (Model, Adopted)]
+    tokens = BATCH * LENGTH
+    again = L * (attention(tokens, WIDTH, LENGTH) + product(tokens, WIDTH, 4 * WIDTH))
+    check(*losses, *arguments(), again=again)
 
 
 @pytest.mark.slow
 def test_fit():
-    variables = Model().init(jax.random.key(2), X, MASK)
-    check_fit(lambda plan: loss_of(Adopted(remat=plan), False), L, variables, X)
+    check_fit(lambda plan: loss_of(Adopted(L, WIDTH, plan)), L, *arguments())

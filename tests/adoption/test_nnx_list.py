@@ -6,19 +6,20 @@ import pytest
 from flax import nnx
 
 import jaxckpt
-from tests.adoption.cases import changed_lines, check, check_fit
+from tests.adoption.cases import attention, changed_lines, check, check_fit, product
 
-L, WIDTH, HEADS = 6, 32, 4
-X = jax.random.normal(jax.random.key(0), (32, 32, WIDTH))
-POSITIONS = jnp.broadcast_to(jnp.arange(32), (32, 32))
-MASK = jnp.tril(jnp.ones([1, 1, 32, 32], bool))
+L, BATCH, LENGTH, WIDTH, HEADS = 6, 32, 32, 32, 4
+
+
+def mesh():
+    """Returns a context with the mesh that the layers' metadata names."""
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.set_mesh(jax.make_mesh((1,), ("fsdp",), axis_types=auto))
 
 
 @pytest.fixture(autouse=True)
-def mesh():
-    """One that the layers' metadata names."""
-    auto = (jax.sharding.AxisType.Auto,)
-    with jax.set_mesh(jax.make_mesh((1,), ("fsdp",), axis_types=auto)):
+def in_mesh():
+    with mesh():
         yield
 
 
@@ -28,12 +29,12 @@ def linear(*shape, rngs, names):
 
 
 class Layer(nnx.Module):
-    def __init__(self, *, rngs):
-        self.norm = nnx.RMSNorm(WIDTH, rngs=rngs)
-        self.qkv = linear(WIDTH, 3 * WIDTH, rngs=rngs, names=("fsdp", None))
-        self.output = linear(WIDTH, WIDTH, rngs=rngs, names=(None, "fsdp"))
-        self.gate = linear(WIDTH, 4 * WIDTH, rngs=rngs, names=("fsdp", None))
-        self.down = linear(4 * WIDTH, WIDTH, rngs=rngs, names=(None, "fsdp"))
+    def __init__(self, width, *, rngs):
+        self.norm = nnx.RMSNorm(width, rngs=rngs)
+        self.qkv = linear(width, 3 * width, rngs=rngs, names=("fsdp", None))
+        self.output = linear(width, width, rngs=rngs, names=(None, "fsdp"))
+        self.gate = linear(width, 4 * width, rngs=rngs, names=("fsdp", None))
+        self.down = linear(4 * width, width, rngs=rngs, names=(None, "fsdp"))
         self.dropout = nnx.Dropout(0.1, rngs=rngs)
 
     def __call__(self, x, positions, cache, mask):
@@ -52,8 +53,9 @@ class Layer(nnx.Module):
 
 
 class Model(nnx.Module):
-    def __init__(self, rngs):
-        self.layers = getattr(nnx, "List", list)([Layer(rngs=rngs) for _ in range(L)])
+    def __init__(self, depth=L, width=WIDTH):
+        rngs = nnx.Rngs(0)
+        self.layers = getattr(nnx, "List", list)([Layer(width, rngs=rngs) for _ in range(depth)])
 
     def __call__(self, x, positions, cache, mask):
         new_cache = None if cache is None else {}
@@ -86,33 +88,53 @@ def loss_of(model):
 
     def loss(params, x):
         rows = jax.tree.map(jnp.array, rest)
-        cache, x = nnx.merge(graph, params, rows)(x, POSITIONS, None, MASK)
+        cache, x = nnx.merge(graph, params, rows)(x, *positions_and_mask(x))
         assert cache is None
         return jnp.square(x).mean()
 
     return loss
 
 
+def positions_and_mask(x):
+    """Returns what a layer takes beside its input: positions, no cache and a mask."""
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    return positions, None, jnp.tril(jnp.ones([1, 1, *x.shape[1:2] * 2], bool))
+
+
+def arguments(depth=L, batch=BATCH, length=LENGTH, width=WIDTH):
+    """Returns the arguments of both losses."""
+    x = jax.random.normal(jax.random.key(0), (batch, length, width))
+    return nnx.state(Model(depth, width), nnx.Param), x
+
+
+def pair(depth=L, width=WIDTH, **sizes):
+    """Returns the losses of both models under `full`, and their arguments."""
+    losses = [loss_of(kind(depth, width)) for kind in (Model, Adopted)]
+    return *losses, *arguments(depth, width=width, **sizes)
+
+
 @pytest.mark.slow
 def test_fit():
     def loss_under(plan):
-        model = Adopted(nnx.Rngs(0))
+        model = Adopted()
         model.remat = plan
         return loss_of(model)
 
-    params = nnx.state(Adopted(nnx.Rngs(0)), nnx.Param)
-    check_fit(loss_under, L, params, X)
+    check_fit(loss_under, L, *arguments())
 
 
 @pytest.mark.slow
 def test_weights_metadata_and_masks_are_the_models():
     assert changed_lines(Model.__call__, Adopted.__call__) <= 3
-    models = [kind(nnx.Rngs(0)) for kind in (Model, Adopted)]
-    check(*map(loss_of, models), nnx.state(models[0], nnx.Param), X)
+    tokens = BATCH * LENGTH
+    again = attention(tokens, WIDTH, LENGTH) + product(tokens, WIDTH, 4 * WIDTH)
+    *losses, params, x = pair()
+    check(*losses, params, x, again=L * again)
+    models = [kind() for kind in (Model, Adopted)]
     specs = [nnx.get_partition_spec(nnx.state(model)) for model in models]
     assert jax.tree.leaves(specs[0]) == jax.tree.leaves(specs[1])
     # The counters of dropout go on as in the loop, and a cache takes the loop as before.
     for model in models:
-        model(X, POSITIONS, None, MASK)
+        model(x, *positions_and_mask(x))
     counts = [[int(x) for x in jax.tree.leaves(nnx.state(m, nnx.RngCount))] for m in models]
     assert counts[0] == counts[1] and set(counts[0]) == {2}

@@ -63,7 +63,7 @@ def taken_flags(command):
     return FitFlags() if command is fit else SweepFlags()
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_the_small_file_and_a_runs_record_run_under_every_command(tmp_path):
     cache = f"--compile-cache={tmp_path / 'cache'}"
     file = [f"--config={ROOT / 'configs/small.toml'}", *runs.SHAPE]

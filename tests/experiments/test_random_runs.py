@@ -48,6 +48,7 @@ def make(seeds, tmp_path, given, monkeypatch, killed) -> list[tuple[str, int]]:
     return codes
 
 
+@pytest.mark.heavy
 def test_some_random_commands(tmp_path, given, monkeypatch):
     made = make(range(IN_GATE), tmp_path, given, monkeypatch, lambda _: False)
     assert len({command for command, _ in made}) == 6

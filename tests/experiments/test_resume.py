@@ -143,6 +143,7 @@ def watched_run(folder, cache, count, kill_at: int) -> bool:
     return code != 0
 
 
+@pytest.mark.heavy
 def test_killed_at_random_moments(whole, cache, tmp_path):
     """SIGKILL between any two operations on files; every time the run goes on and ends equal."""
     count, rng = tmp_path / "count", random.Random(0)

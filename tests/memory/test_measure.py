@@ -2,20 +2,22 @@
 
 import functools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from jax import export
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import jaxckpt
 from jaxckpt.absent import exported
-from jaxckpt.absent.exported import TravelError
 from jaxckpt.compiled.peak import report_of
 from jaxckpt.memory.built_step import BuiltStep
-from jaxckpt.memory.measure import compile_step
+from jaxckpt.memory.measure import compile_step, jitted
 
 X = jnp.ones((256, 256))
 SIZE = 256 * 256 * 4
@@ -133,10 +135,63 @@ def test_options_belong_to_nnx_jit():
         jaxckpt.measure(nnx.jit(lambda model, x: model(x)), model, X, donate_argnums=0)
 
 
-def test_nnx_modules_do_not_travel():
-    model = nnx.Linear(256, 256, rngs=nnx.Rngs(0))
-    with pytest.raises(TravelError, match=r"graph, state = nnx\.split\(model\)"):
-        exported.pack(nnx.jit(lambda model, x: model(x)), (model, X), "tpu")
+@jax.tree_util.register_pytree_node_class
+class Node:
+    """A node that nobody but its own class can flatten; `jax.export` cannot write its name."""
+
+    def __init__(self, *arrays):
+        self.arrays = arrays
+
+    def tree_flatten(self):
+        return self.arrays, object()
+
+    @classmethod
+    def tree_unflatten(cls, _, arrays):
+        return cls(*arrays)
+
+
+MODEL = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+TREES = {
+    "module": MODEL,
+    "state": nnx.state(MODEL),
+    "variable": MODEL.kernel,
+    "shared": nnx.List([MODEL, MODEL.kernel, nnx.Linear(4, 2, rngs=nnx.Rngs(1))]),
+    "equinox": eqx.nn.LayerNorm(4),
+    "node": Node(jnp.ones(3), {"a": Node(jnp.arange(2))}),
+    "key": jax.random.split(jax.random.key(0)),
+}
+
+
+@pytest.mark.parametrize("kind", TREES)
+def test_every_tree_travels_as_its_leaves(kind):
+    """As argument and as result, each leaf under its own name."""
+    tree, x = TREES[kind], jnp.arange(4.0)
+    fn, args = jitted(lambda x, tree: (tree, 2 * x), (x, tree))
+    traveler = exported.pack(fn, args, "cpu")
+    program = export.deserialize(bytearray(traveler.program))
+    leaves = [x, *jax.tree.leaves(nnx.split(tree)[1] if kind in ("module", "shared") else tree)]
+    assert len(traveler.names) == len(leaves) == len(program.in_avals)
+    assert traveler.names[0] == "args[0]" and len({*traveler.names}) == len(leaves)
+    found = program.call(*leaves)
+    # Flax returns what it was given, too.
+    for leaf in (2 * x, *leaves[1:]):
+        assert any(one.dtype == leaf.dtype and one.shape == leaf.shape and (one == leaf).all()
+                   for one in found)  # fmt: skip
+
+
+def test_names_and_shardings_are_those_of_the_leaves():
+    mesh = AbstractMesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    spread = lambda *names: NamedSharding(mesh, PartitionSpec(*names))
+    state = nnx.state(nnx.List([nnx.Linear(4, 4, rngs=nnx.Rngs(0)) for _ in range(11)]))
+    place = lambda path, x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=spread(None, "x") if "kernel" in str(path) else spread()
+    )
+    state = jax.tree_util.tree_map_with_path(place, state)
+    fn, args = jitted(lambda state: state, (state,))
+    traveler = exported.pack(fn, args, "cpu")
+    assert traveler.names[-1] == "args[0][10]['kernel']"
+    for name, one in zip(traveler.names, traveler.placement["arguments"], strict=True):
+        assert one["spec"] == ([None, "x"] if "kernel" in name else [])
 
 
 def test_a_partial_keeps_what_its_function_donates():

@@ -51,10 +51,14 @@ class Model(nn.Module):
     plan: str | None = None
     rates: tuple[float, ...] = (0.3,) * L
     twice: bool = False
+    first_width: int = 2 * WIDTH
     block: type[nn.Module] | functools.partial = Block
 
     def setup(self):
-        self.blocks = [self.block(rate=rate, layer_idx=i) for i, rate in enumerate(self.rates)]
+        make = lambda i, rate: self.block(rate=rate, layer_idx=i)
+        if self.first_width != 2 * WIDTH:
+            make = lambda i, rate: Block(rate, 2 * WIDTH if i else self.first_width, i)
+        self.blocks = [make(i, rate) for i, rate in enumerate(self.rates)]
 
     def run(self, x, *args, **named):
         if self.plan is not None:
@@ -133,6 +137,15 @@ def test_numbers_may_differ():
     variables = Model().init(RNGS, X, 0.7)
     found, want = (gradients(Model(one, rates=rates), variables) for one in ("log", None))
     assert relative_error(found, want) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ("full", "sqrt"))
+def test_an_odd_layer_has_state_of_its_own(plan):
+    variables = Model(first_width=3).init(RNGS, X, 0.7)
+    found, want = (gradients(Model(one, first_width=3), variables) for one in (plan, None))
+    assert jax.tree.structure(found) == jax.tree.structure(want)
+    assert relative_error(found, want) <= 2e-5
 
 
 def test_without_dropout_and_rngs():

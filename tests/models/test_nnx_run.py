@@ -34,9 +34,10 @@ class Layer(nnx.Module):
 
 
 class Model(nnx.Module):
-    def __init__(self, run, **options):
+    def __init__(self, run, widths=(2 * WIDTH,) * L, **options):
         rngs = nnx.Rngs(0, dropout=1)
-        self.layers = getattr(nnx, "List", list)([Layer(i, rngs=rngs, **options) for i in range(L)])
+        layers = [Layer(i, rngs=rngs, width=width, **options) for i, width in enumerate(widths)]
+        self.layers = getattr(nnx, "List", list)(layers)
         self.run = run
 
     def __call__(self, x, scale):
@@ -72,9 +73,9 @@ def step(model, scale):
     return nnx.value_and_grad(loss, argnums=(0, 1))(model, scale)
 
 
-def outcomes(run):
+def outcomes(run, **options):
     """Returns two steps in a row, which differ in their dropout, and the state after them."""
-    model = Model(run)
+    model = Model(run, **options)
     steps = [step(model, jnp.float32(0.7)) for _ in range(2)]
     keys = jax.random.key_data
     plain = lambda x: keys(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
@@ -92,6 +93,14 @@ def of_the_loop():
 def test_a_list_equals_its_loop(plan, of_the_loop):
     """Loss, gradients, batch statistics and counters of dropout, in two calls."""
     assert relative_error(outcomes(ours(plan)), of_the_loop) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ("full", "sqrt"))
+def test_an_odd_layer_has_statistics_of_its_own(plan):
+    widths = (3, *(2 * WIDTH,) * (L - 1))
+    found, want = (outcomes(run, widths=widths) for run in (ours(plan), loop))
+    assert relative_error(found, want) <= 1e-5
 
 
 @pytest.mark.slow
@@ -198,9 +207,9 @@ def pair():
         (lambda: Layer(0, rngs=nnx.Rngs(0)), {}, "nnx.run takes a list of NNX modules first"),
         (lambda: [jnp.tanh], {}, r"layers\[0\] is .*tanh.*jaxckpt.run"),
         (
-            lambda: made(width=3),
+            lambda: made(width=3)[-2:],
             {},
-            r"layers\[0\].up.kernel.value is float32\[6, 12\] and layers\[4\].up.kernel.value is",
+            r"layers\[0\].up.kernel.value is float32\[6, 12\] and layers\[1\].up.kernel.value is",
         ),
         (lambda: Model(loop).layers, {"ignore": ()}, r"layer_idx is 0 .*ignore='layer_idx'"),
         (lambda: made(), {"each": {"a": jnp.ones(3)}}, r"each\['a'\] has 3 rows, there are 5"),

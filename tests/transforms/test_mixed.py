@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 import jaxckpt
 from jaxckpt.transforms.jaxprs import equations
 from jaxckpt.transforms.mixed import loops_of
+from jaxckpt.transforms.observers import observed
 from tests.transforms.cases import Counter, relative_error
 
 WIDTH, TOKENS = 8, 12
@@ -25,12 +26,14 @@ PLANS = (
     "4xfull/none",
     "2xfull/5xuniform:2/dots",
 )
-# The orders of kinds: five to one with a remainder, pairs, two halves, no period.
+# The orders of kinds: five to one with a remainder, pairs, two halves, no period, one odd layer.
 ORDERS = {
     "five to one": "aaaaabaaaaabaa",
     "pairs": "abababab",
     "halves": "aaabbb",
     "any": "aababbba",
+    "odd first": "baaaaa",
+    "odd inside": "aaabaa",
 }
 X = jnp.linspace(-1, 1, TOKENS * WIDTH).reshape(TOKENS, WIDTH)
 
@@ -109,7 +112,8 @@ def gradients(run, layers):
     ("order", "plan"),
     [
         *(("five to one", plan) for plan in PLANS),
-        *((order, plan) for order in ("pairs", "halves", "any") for plan in ("dots", "sqrt")),
+        *((order, plan) for order in [*ORDERS][1:] for plan in ("dots", "sqrt")),
+        *(("odd first", plan) for plan in ("none", "full", "log", "uniform:2", "1xnone/full")),
         ("any", "4xfull/none"),
     ],
 )
@@ -260,6 +264,35 @@ def test_outputs_that_cannot_be_stacked():
         jaxckpt.run(layers, apply, X, out=0, remat="full")
 
 
-def test_a_kind_of_one_layer_is_refused():
-    with pytest.raises(ValueError, match=r"layers\[0\] is Local.* and layers\[3\] is Experts.*two"):
-        ours("full")(layers_of("aaab"), X, jax.random.split(jax.random.key(0), 4))
+def test_the_layer_that_changes_the_carry_is_named():
+    layers = layers_of("aaab")
+    apply = lambda layer, x: x if isinstance(layer, Local) else x[1:]
+    with pytest.raises(ValueError, match=r"layers\[3\] returns the carry .* changes from"):
+        jaxckpt.run(layers, apply, X, remat="full")
+
+
+def test_an_odd_layer_is_planned_and_costed_by_the_others():
+    """Its parameters are not copied, and the planner sees a layer of those that repeat."""
+    layers = layers_of("baaaaa")
+    keys = jax.random.split(jax.random.key(1), len(layers))
+    calls = []
+    with observed(lambda call: (calls.append(call), call.carry)[1]):
+        jax.make_jaxpr(lambda layers: ours("full")(layers, X, keys))(layers)
+    (call,) = calls
+    assert call.num_blocks == 6
+    (_, (up, *_), _) = call.block.inputs
+    assert jax.tree.leaves(up)[0].shape == (WIDTH, WIDTH)
+
+
+@pytest.mark.slow
+def test_fit_plans_a_list_with_an_odd_layer():
+    layers, x = layers_of("baaaaa"), jnp.ones([4096, WIDTH])
+    keys = jax.random.split(jax.random.key(1), len(layers))
+
+    def step_for(plan):
+        loss = lambda layers, x: jnp.sin(ours(plan)(layers, x, keys)[0]).sum()
+        return jax.grad(loss), (layers, x)
+
+    none = jaxckpt.measure(*(lambda fn, args: (fn, *args))(*step_for("none"))).peak_bytes
+    result = jaxckpt.fit(step_for, num_blocks=6, budget=int(0.7 * none))
+    assert result.report.peak_bytes <= result.budget_bytes < none
