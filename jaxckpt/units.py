@@ -49,6 +49,33 @@ def _value(text: str) -> float | int:
     return (int(number) if number.isdigit() else float(number)) * units[unit.lower()]
 
 
+def unit_of(size: str | int | float) -> str:
+    """Returns the unit that a size spells, as the table of units does; `""` if it spells none.
+
+    Example:
+      >>> unit_of("900 mib"), unit_of("1.5e9"), unit_of("auto"), unit_of(12)
+      ('MiB', '', '', '')
+    """
+    found = _NUMBER.fullmatch(size) if isinstance(size, str) else None
+    spelled = found[2].lower() if found else ""
+    return next((unit for unit in _UNITS if unit.lower() == spelled), "")
+
+
+def in_unit(size: float, unit: str = "") -> str:
+    """Returns bytes as text in a unit; without one, in the unit that `iec` takes.
+
+    Example:
+      >>> in_unit(2**30, "MiB"), in_unit(2**30), in_unit(2**30, "GB"), in_unit(4864, "MiB")
+      ('1024.00 MiB', '1.00 GiB', '1.07 GB', '0.0046 MiB')
+    """
+    if unit in ("", "B"):
+        return f"{size:.0f} B" if unit else iec(size)
+    value = size / _UNITS[unit]
+    # Of a small share of the unit two digits that are not 0 are shown.
+    zeros = -math.floor(math.log10(abs(value))) - 1 if 0 < abs(value) < 0.1 else 0
+    return f"{value:.{min(2 + zeros, 9)}f} {unit}"
+
+
 def iec(size: float) -> str:
     """Returns bytes as text, in the largest of GiB, MiB, KiB and B that fits once.
 

@@ -1,5 +1,6 @@
 """`python -m benchmarks.functions`: its models, a small run, its bounds, its exit codes."""
 
+import functools
 import json
 
 import jax
@@ -8,8 +9,12 @@ import pytest
 from benchmarks import functions
 from benchmarks.functions_parts.bounds import check, table
 from benchmarks.functions_parts.models import MODELS
-from benchmarks.functions_parts.process import step_for
+from benchmarks.functions_parts.process import _by_hand, step_for
 from experiments.cli import main
+from jaxckpt.costs.roofline import UNKNOWN
+from jaxckpt.planner.steps import Steps
+from jaxckpt.targets.target import parse_target
+from tests.experiments.test_fit import report
 
 
 def test_every_model_traces_as_its_owner_would_place_checkpoints():
@@ -18,6 +23,17 @@ def test_every_model_traces_as_its_owner_would_place_checkpoints():
         case = {"model": name, "tiny": True}
         shapes = [jax.eval_shape(*_called(step_for(case, plan))) for plan in ("stages", "full")]
         assert jax.tree.structure(shapes[0]) == jax.tree.structure(shapes[1])
+
+
+def test_dots_is_no_plan_by_hand_for_complex_products():
+    case = {"model": "fourier", "tiny": True, "target": "v5e-1"}
+
+    def report_of(plan):
+        jax.eval_shape(*_called(step_for(case, plan)))
+        return report(1.0)
+
+    steps = Steps(functools.partial(step_for, case), parse_target("v5e-1"), report_of)
+    assert list(dict(_by_hand(case, steps, UNKNOWN))) == ["none", "stages", "full"]
 
 
 def _called(step):

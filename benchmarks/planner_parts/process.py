@@ -18,7 +18,8 @@ from experiments.training.build import build
 from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.costs.flops import count_flops
 from jaxckpt.costs.roofline import UNKNOWN, rates_of
-from jaxckpt.memory.worker import get_topology, measure_built
+from jaxckpt.memory.job import Job
+from jaxckpt.memory.worker import get_topology, job_of_built
 from jaxckpt.planner.fit import answer
 from jaxckpt.planner.problem import Problem
 from jaxckpt.planner.result import BudgetError
@@ -78,20 +79,29 @@ def _fixed(steps: Steps, budget: int) -> dict[str, Any]:
 
 
 def _steps_of(case: Case, spent: list[float]) -> Steps:
-    """Returns the steps of a case under plans; the seconds of compiling are added to `spent`."""
+    """Returns the steps of a case under plans; the seconds in which some compile go to `spent`."""
     target = parse_target(case["target"])
     topology = get_topology(target)
     built = lambda plan: build(config_of(case, str(plan)), case["target"])
 
-    def report_of(plan: Plan) -> MemoryReport:
-        started = time.perf_counter()
+    def report_of(plan: Plan) -> MemoryReport | Job:
         step = built(plan)
-        made = lambda: measure_built(step, target, topology)
-        report = steps.kept(plan, made, options=dict(step.compiler_options))
-        spent.append(time.perf_counter() - started)
-        return report
+        job = job_of_built(step, target, topology)
+        return steps.kept(plan, job, step.args, options=dict(step.compiler_options))
+
+    began: dict[Any, float] = {}
+
+    def watch(plan, report, seconds: float | None):
+        now = time.perf_counter()
+        if seconds is None:
+            began[plan] = min(began.values(), default=now)
+        elif len(began) == 1:
+            spent.append(now - began.pop(plan))
+        else:
+            del began[plan]
 
     steps = Steps.of_built(built, target, report_of)
+    steps.watched(watch)
     return steps
 
 

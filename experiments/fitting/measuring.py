@@ -85,8 +85,7 @@ class _Compiler:
         def progress(one: Compilation):
             if one.is_done:
                 self.say(f"{config.remat} on {target}, {one}")
-            else:
-                self.compiling(str(one).removeprefix("compiling "))
+            self.compiling(one.live.removeprefix("compiling "))
 
         with self.here if _is_local(target) else contextlib.nullcontext():
             return choose(config, target, budget=budget, progress=progress)

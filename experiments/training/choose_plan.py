@@ -18,6 +18,8 @@ from experiments.config import ConfigError, TrainConfig
 from experiments.files import versions
 from experiments.training.build import build, plan_entry
 from experiments.training.display import Display
+from jaxckpt.absent.jobs import Entry
+from jaxckpt.compiled import cache
 from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.planner.absent import fit_entry
 from jaxckpt.planner.budgets import check_asked, given_bytes, host_bytes, more_than_usable
@@ -25,7 +27,7 @@ from jaxckpt.planner.result import BudgetError, Compilation, FitResult
 from jaxckpt.plans import Plan
 from jaxckpt.targets.present import usable_bytes
 from jaxckpt.targets.target import LOCAL, parse_target
-from jaxckpt.units import iec
+from jaxckpt.units import iec, unit_of
 
 
 def choose(
@@ -55,20 +57,44 @@ def choose(
         raise ConfigError(f"plan 'auto': {error}") from None
     asked: dict[str, Any] = {"budget": budget, "host_budget": host_limit_bytes(config) or 0}
     asked["progress"] = progress
+    entry, unit = plan_entry(config, target), unit_of(config.budget or "")
+    try:
+        result = _chosen(config, target, entry, num_blocks, **asked)
+    except BudgetError as error:
+        raise error.replaced(unit=unit) from None
+    return dataclasses.replace(result, unit=unit)
+
+
+def _chosen(
+    config: TrainConfig, target: str, entry: Entry, num_blocks: int, **asked: Any
+) -> FitResult:
+    """Returns the planner's answer, from disk if it is known."""
     if parse_target(target).backend != "local":
-        entry = plan_entry(config, target)
         return fit_entry(entry, num_blocks=num_blocks, target=target, **asked)
-    from jaxckpt.memory.measure import compile_step
+    sources = cache.digest_of_sources({"jaxckpt", "experiments"})
+    about = {"entry": entry.as_json(), "calibrate": config.calibrate, "sources": sources}
+    budgets = {name: asked[name] for name in ("budget", "host_budget")}
+    name = cache.key(answer=about | budgets, **cache.here())
+    with contextlib.suppress(KeyError, TypeError, ValueError):  # missing, or cut short
+        return FitResult.from_json(cache.load_json(name))
+    result = _solved(config, num_blocks, **asked)
+    cache.store_json(name, result.as_json())
+    return result
+
+
+def _solved(config: TrainConfig, num_blocks: int, **asked: Any) -> FitResult:
+    """Returns the planner's answer for this process's device."""
+    from jaxckpt.memory.measure import job_of_step
     from jaxckpt.planner.fit import solve
     from jaxckpt.planner.steps import Steps
 
     built = lambda plan: build(dataclasses.replace(config, remat=str(plan)), "local")
 
-    def report_of(plan: Plan) -> MemoryReport:
-        """Compiles a step as it is run, so that its report has time and findings too."""
+    def report_of(plan: Plan):
+        """Returns the report of a step compiled as it is run, with its time and findings too."""
         step = built(plan)
         options = {"donated": step.donate_argnums, "xla": dict(step.compiler_options)}
-        return steps.kept(plan, lambda: compile_step(step)[1], options=options)
+        return steps.kept(plan, job_of_step(step), step.args, options=options)
 
     steps = Steps.of_built(built, LOCAL, report_of)
     return solve(steps, num_blocks, target=LOCAL, calibrate=config.calibrate, **asked)
@@ -227,8 +253,7 @@ def settle(
             def tell(one: Compilation):
                 if one.is_done:
                     display.print(f"        {one}")
-                else:
-                    waiting.update(str(one))
+                waiting.update(one.live or "choosing among plans")
 
             asked, ask = config, lambda one: choose(one, "local", budget=limit, progress=tell)
             config, result = planned(config, ask)

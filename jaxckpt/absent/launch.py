@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from contextvars import ContextVar
 from pathlib import Path
@@ -50,6 +50,8 @@ PROGRESS = "progress.jsonl"  # in a job's folder: its process's progress, as lin
 THREADS = "jaxckpt-compile"  # the beginning of the names of threads that compile
 _WATCHED_SECONDS = 0.2
 _ENDING_SECONDS = 1.0  # how long to wait for stopped processes to end
+_BYTES_OF_ONE = 4 << 30  # memory that a compilation may take
+_GROUP = Path("/sys/fs/cgroup")
 
 
 class Unavailable(UserError, RuntimeError):
@@ -132,7 +134,7 @@ def is_stopped() -> bool:
 
 def in_parallel(
     work: Callable[[Item], Answer],
-    items: Sequence[Item],
+    items: Iterable[Item],
     parallel: int,
     progress: Callable[[int, Answer], None] | None = None,
 ) -> list[Answer]:
@@ -141,9 +143,32 @@ def in_parallel(
     Args:
       work: A function of one item. It may start processes (`run_module`), which are ended if this
         call is interrupted.
-      items: The items.
+      items: The items; each is taken in this thread, while the items before it are worked on.
       parallel: The number of threads at once.
       progress: Called in this thread with an item's place and result as each ends.
+
+    Raises:
+      ValueError: `parallel` is less than 1.
+    """
+    with beside(work, items, parallel, progress) as futures:
+        pass
+    return [future.result() for future in futures]
+
+
+@contextlib.contextmanager
+def beside(
+    work: Callable[[Item], Answer],
+    items: Iterable[Item],
+    parallel: int,
+    progress: Callable[[int, Answer], None] | None = None,
+) -> Iterator[list[Future[Answer]]]:
+    """A context beside which `work` of each item runs in threads; all have run when it ends.
+
+    Args:
+      work: See `in_parallel`.
+      items: See `in_parallel`; all are taken before the context begins.
+      parallel: The number of threads at once.
+      progress: Called in this thread, at the context's end, with an item's place and result.
 
     Raises:
       ValueError: `parallel` is less than 1.
@@ -154,7 +179,9 @@ def in_parallel(
     places: dict[Future[Answer], int] = {}
     pool = ThreadPoolExecutor(parallel, THREADS, _PROCESSES.set, initargs=(processes,))
     try:
-        places |= {pool.submit(work, item): place for place, item in enumerate(items)}
+        for place, item in enumerate(items):
+            places[pool.submit(work, item)] = place
+        yield [*places]
         for future in as_completed(places):
             answer = future.result()
             if progress is not None:
@@ -163,7 +190,26 @@ def in_parallel(
         pool.shutdown(wait=False, cancel_futures=True)
         processes.stop()
         wait(places, _ENDING_SECONDS)
-    return [future.result() for future in places]
+
+
+def at_once() -> int:
+    """Returns how many compilations this machine has free cores and memory for, at least 1."""
+    is_known = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if is_known else os.cpu_count() or 1
+    free = _free_bytes()
+    return max(1, cores if free is None else min(cores, free // _BYTES_OF_ONE))
+
+
+def _free_bytes() -> int | None:
+    """Returns the free memory of this machine, or of this process's group; None if unknown."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        rows = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+        found.append(next(int(row[1]) << 10 for row in rows if row[0] == "MemAvailable:"))
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+        most, used = (int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        found.append(max(most - used, 0))
+    return min(found, default=None)
 
 
 def check_available(target: Target):

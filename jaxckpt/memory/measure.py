@@ -21,6 +21,7 @@ from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.costs.flops import count_flops
 from jaxckpt.costs.roofline import rates_of
 from jaxckpt.memory.built_step import BuiltStep, annotate
+from jaxckpt.memory.job import Job
 from jaxckpt.plans.errors import shown
 from jaxckpt.targets.target import LOCAL, Target, parse_target
 
@@ -71,16 +72,26 @@ def measure(
       >>> report.argument_bytes, report.output_bytes, report.flops
       (262144, 262144, 33554432)
     """
-    target = parse_target(target)
     made, args = jitted(fn, args, donate_argnums, static_argnums)
+    return job_of(made, args, parse_target(target)).run()
+
+
+def job_of(made, args: tuple, target: Target) -> Job:
+    """Returns a function and its arguments, as `jitted` returns them, to be compiled for a target.
+
+    Raises:
+      Unavailable, PlacementError, TravelError: See `measure`.
+    """
     if target.backend == "local":
-        return _compile_here(exported.trace(made, args))[0]
+        traced = exported.trace(made, args)
+        return _job_here(traced, lambda found: found[1])
     launch.check_available(target)
     traveler = exported.pack(made, args, target.backend)
-    job: dict[str, Any] = {"names": list(traveler.names), "donated": list(traveler.donated)}
-    job |= {"placement": traveler.placement, "flops": traveler.flops}
-    digest = traveler.digest()
-    return jobs.measure_program(traveler.program, target=target, digest=digest, **job)
+    asked: dict[str, Any] = {"names": list(traveler.names), "donated": list(traveler.donated)}
+    asked |= {"placement": traveler.placement, "flops": traveler.flops}
+    asked |= {"target": target, "digest": traveler.digest()}
+    compiled = functools.partial(jobs.measure_program, traveler.program, **asked)
+    return Job(compile=compiled, report=lambda report: report)
 
 
 def jitted(fn: Callable, args: tuple, donate_argnums=(), static_argnums=()) -> tuple[Any, tuple]:
@@ -163,26 +174,48 @@ def compile_step(step: BuiltStep):
     Returns:
       `(compiled, report)`: the executable, and its report with time and findings.
     """
+    job = job_of_step(step)
+    compiled, report = job.compile()
+    return compiled, job.report((compiled, report))
+
+
+def job_of_step(step: BuiltStep) -> Job:
+    """Returns a step to be compiled for this process's backend."""
     traced = jax.jit(step.fn, donate_argnums=step.donate_argnums).trace(*step.args)
-    report, compiled = _compile_here(traced, step.compiler_options)
-    # Only the CPU's compiler undoes unrolled remat, and only its text has products one to one.
-    text = compiled.as_text if jax.default_backend() == "cpu" else None
-    return compiled, annotate(step, traced.jaxpr, report, rates=rates_of(LOCAL), compiled_text=text)
+
+    def annotated(found) -> MemoryReport:
+        compiled, report = found
+        # Only the CPU's compiler undoes unrolled remat, and only its text has products one to one.
+        text = compiled.as_text if jax.default_backend() == "cpu" else None
+        rates = rates_of(LOCAL)
+        return annotate(step, traced.jaxpr, report, rates=rates, compiled_text=text)
+
+    return _job_here(traced, annotated, step.compiler_options)
 
 
-def _compile_here(traced, options: Mapping[str, int | str] | None = None):
+def _job_here(
+    traced,
+    report: Callable[[Any], MemoryReport],
+    options: Mapping[str, int | str] | None = None,
+) -> Job:
+    """Returns a traced function for this process's backend; `compile` returns program and report.
+
+    A program that JAX read from its own cache dumps no buffers, so its first report's are kept.
+    """
     lowered, flops = traced.lower(), count_flops(traced.jaxpr)
-    compiled, report = peak.compile_lowered(lowered, flops=flops, options=options)
-    if not getattr(jax.config, _EXECUTABLES):
-        return report, compiled
-    # A program that JAX read from its own cache dumps no buffers, so its first report's are kept.
-    name = program_key(lowered, kind="buffers", options=dict(options or {}))
-    if report.buffers:
-        cache.store(name, report)
-    elif first := cache.load(name):
-        changes = {"buffers": first.buffers, "understood": first.understood}
-        report = dataclasses.replace(report, **changes)
-    return report, compiled
+    is_kept = getattr(jax.config, _EXECUTABLES)
+    name = program_key(lowered, kind="buffers", options=dict(options or {})) if is_kept else None
+
+    def compiled():
+        made, report = peak.compile_lowered(lowered, flops=flops, options=options)
+        if name is not None and report.buffers:
+            cache.store(name, report)
+        elif name is not None and (first := cache.load(name)):
+            changes = {"buffers": first.buffers, "understood": first.understood}
+            report = dataclasses.replace(report, **changes)
+        return made, report
+
+    return Job(compile=compiled, report=report, lowered=lowered)
 
 
 def program_key(lowered, **parts: Any) -> str:

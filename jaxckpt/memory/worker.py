@@ -25,6 +25,7 @@ from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.costs.flops import count_flops
 from jaxckpt.costs.roofline import Rates
 from jaxckpt.memory.built_step import BuiltStep, annotate
+from jaxckpt.memory.job import Job
 from jaxckpt.plans.errors import UserError
 from jaxckpt.targets.gpu_config import target_config
 from jaxckpt.targets.target import HOST_GPUS, Target, parse_target
@@ -61,7 +62,7 @@ def _run(job: dict[str, Any], folder: Path) -> MemoryReport:
     donated = [at for at, flat in enumerate(kept) if job["donated"][flat]]
     jitted = jax.jit(_of_kept(exported, kept), donate_argnums=donated)
     args = [on_devices(exported.in_avals[at], shardings[at]) for at in sorted(kept)]
-    report = _compiled(jitted.trace(*args), target, job["flops"])
+    report = _job(jitted.trace(*args), target, job["flops"]).run()
     # The buffers of arguments get the user's names.
     ours = {f"arguments[{at}]": job["names"][flat] for at, flat in enumerate(kept)}
     rename = lambda one: dataclasses.replace(one, operation=ours.get(one.operation, one.operation))
@@ -94,13 +95,19 @@ def build_step(function: str, arguments: Mapping[str, Any]) -> BuiltStep:
 
 def measure_built(step: BuiltStep, target: Target, topology) -> MemoryReport:
     """Returns the report of a step, with time and findings, compiled for a topology's devices."""
+    return job_of_built(step, target, topology).run()
+
+
+def job_of_built(step: BuiltStep, target: Target, topology) -> Job:
+    """Returns a step to be compiled for a topology's devices."""
     leaves, tree = jax.tree.flatten(tuple(step.args))
     described = describe([getattr(leaf, "sharding", None) for leaf in leaves])
     placed = map(on_devices, leaves, rebuild(described, topology, target))
     step = dataclasses.replace(step, args=tree.unflatten(placed))
     traced = jax.jit(step.fn, donate_argnums=step.donate_argnums).trace(*step.args)
-    report = _compiled(traced, target, count_flops(traced.jaxpr), step.compiler_options)
-    return annotate(step, traced.jaxpr, report, rates=Rates.of_chip(target.known_chip))
+    rates = Rates.of_chip(target.known_chip)
+    annotated = lambda report: annotate(step, traced.jaxpr, report, rates=rates)
+    return _job(traced, target, count_flops(traced.jaxpr), step.compiler_options, annotated)
 
 
 def get_topology(target: Target):
@@ -124,11 +131,17 @@ def get_topology(target: Target):
     return topologies.get_topology_desc(platform="tpu", topology_name=target.topology, **options)
 
 
-def _compiled(
-    traced, target: Target, flops: int, options: Mapping[str, int | str] | None = None
-) -> MemoryReport:
+def _job(
+    traced,
+    target: Target,
+    flops: int,
+    options: Mapping[str, int | str] | None = None,
+    report: Callable[[MemoryReport], MemoryReport] = lambda report: report,
+) -> Job:
     lowered = traced.lower(lowering_platforms=(target.backend,))
-    return peak.compile_lowered(lowered, target=target, flops=flops, options=options)[1]
+    about: dict[str, Any] = {"target": target, "flops": flops, "options": options}
+    compiled = lambda: peak.compile_lowered(lowered, **about)[1]
+    return Job(compile=compiled, report=report, lowered=lowered)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ plan (`worker.py`). The answer and all reports are kept on disk, the reports und
 `measure_entry`: a plan that either function has compiled is not compiled again. No JAX import.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from jaxckpt.compiled import cache
 from jaxckpt.planner.budgets import budget_bytes, check_asked, host_bytes
 from jaxckpt.planner.result import BudgetError, Compilation, FitResult
 from jaxckpt.targets.target import Target, TargetError, parse_target
+from jaxckpt.units import unit_of
 
 
 def fit_entry(
@@ -55,19 +57,19 @@ def fit_entry(
     count = dict(num_blocks) if isinstance(num_blocks, Mapping) else num_blocks
     asked: dict[str, Any] = {"num_blocks": count, "budget": budget_bytes(budget, target)}
     asked["host_budget"] = host_bytes(host_budget)
-    name = entry_key(entry, target, **asked)
+    name, unit = entry_key(entry, target, **asked), unit_of(budget)
     found = _answer(cache.load_json(name))
     if found is None:
         launch.check_available(target)
-        job = {"entry": entry.as_json(), "target": target.name, **asked}
+        job = {"entry": entry.as_json(), "target": target.name, "unit": unit, **asked}
         say = None if progress is None else lambda values: progress(Compilation(**values))
         values = launch.run_module("jaxckpt.planner.worker", job, b"", target, say)
         cache.store_json(name, values)
         found = _answer(values)
     if isinstance(found, BudgetError):
-        raise found
+        raise found.replaced(unit=unit)
     assert found is not None  # a worker that fails has raised
-    return found
+    return dataclasses.replace(found, unit=unit)
 
 
 def _answer(values: Any) -> FitResult | BudgetError | None:

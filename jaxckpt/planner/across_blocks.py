@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxckpt.planner.kinds import Forward, Kind
+from jaxckpt.planner.result import Row
 from jaxckpt.plans import Plan, Policy, Stage, words
 from jaxckpt.plans.plan_set import PlanSet
 from jaxckpt.schedules.binomial import binomial_extra_forwards
@@ -182,8 +183,10 @@ class Draft:
       seconds: Forward, recomputation and backward.
       flops: FLOPs of forward, recomputation and backward.
       predicted_bytes: The peak of the whole step; 0 while figures are of the stacks alone.
+      doubt: The share by which the prediction may be too high, while nothing of its family is
+        compiled.
       graph: The digests of the function whose segments the stages are; empty for stages of blocks.
-      keeps: For each stage of a graph's plan, a text of what it keeps and runs again.
+      rows: For each stage of a graph's plan, what it keeps and runs again.
     """
 
     stages: tuple[Stage, ...]
@@ -195,8 +198,9 @@ class Draft:
     seconds: float
     flops: float
     predicted_bytes: int = 0
+    doubt: float = 0.02
     graph: str = ""
-    keeps: tuple[str, ...] = ()
+    rows: tuple[Row, ...] = ()
 
     @property
     def plan(self) -> Plan | PlanSet:

@@ -25,13 +25,16 @@ import numpy as np
 from jaxckpt.costs.roofline import Rates
 from jaxckpt.planner.across_blocks import Draft, Piece, draft, drafts, run_of, schedules
 from jaxckpt.planner.graphs import Region, region_drafts
-from jaxckpt.planner.kinds import Forward, Kind, find_kinds, forward_cost, plain_kinds
+from jaxckpt.planner.kinds import PLAIN, Forward, Kind, find_kinds, forward_cost, plain_kinds
 from jaxckpt.planner.stacks import Stack, in_place
 from jaxckpt.targets.links import HostLink
 
 MOST = 160
 # A graph's plan must save this share of the time of a plan in words that needs no more memory.
 WORDS_GAIN = 0.05
+# How much too high the peak of a function under policies may be predicted: `dots` of an MLP-Mixer
+# was, by a quarter, on an H200.
+_DOUBT = 0.3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,10 @@ class Part:
       forward: The cost of one forward run of a block.
       turns: The number of stacks, which are reversed one after another.
       begins_together: Whether the stacks' kept arrays exist before any stack has run.
-      graphs: The drafts of a function's graph, or of a chain's blocks; empty for stacks.
+      graphs: The drafts of a function's graph, or of a chain's blocks, from `with_graphs`.
+      region: The function or chain, if all that follow the plan are equal; else None.
+      share: The share of its bytes that one device holds.
+      most_bytes: What JAX keeps of a function under `none`, of which XLA holds a part.
       is_stack: Whether blocks are equal. Those of a chain are not: figures by kind are their means,
         so its plain drafts treat all of them in one way.
     """
@@ -59,6 +65,9 @@ class Part:
     turns: int = 1
     begins_together: bool = False
     graphs: tuple[Draft, ...] = ()
+    region: Region | None = None
+    share: float = 1.0
+    most_bytes: float = 0.0
     is_stack: bool = True
 
     @classmethod
@@ -86,7 +95,7 @@ class Part:
         largest = max(atom.held_bytes for region in regions for atom in region.atoms)
         count, is_chain = stacks[0].num_blocks, bool(stacks[0].ends)
         forward = forward_cost(stacks, rates)
-        kinds = plain_kinds(
+        kinds, most_bytes = plain_kinds(
             stacks,
             rates,
             forward,
@@ -95,29 +104,39 @@ class Part:
             part_bytes=0.0 if is_chain else largest,
             has_kernel=any(region.has_kernel for region in regions),
         )
-        part = cls(
+        return cls(
             name=name,
             num_blocks=count,
             kinds=kinds,
             plain=kinds,
             forward=forward,
             turns=len(stacks),
+            region=regions[0] if len({one.opened.graph for one in regions}) == 1 else None,
+            most_bytes=count * most_bytes,
             is_stack=False,
         )
-        if len({region.opened.graph for region in regions}) > 1:
-            return part
-        none, full = (draft([run_of(part.kind(word), count)]) for word in ("none", "full"))
-        plain_drafts = [draft([run_of(kind, count)]) for kind in kinds]
+
+    def with_graphs(self, scale: float = 1.0) -> "Part":
+        """Returns the part with the drafts of its graph that words cannot say as well.
+
+        Args:
+          scale: What XLA holds of the function, as a share of what `costs/held.py` tells.
+        """
+        if self.region is None:
+            return self
+        runs = [draft([run_of(kind, self.num_blocks)]) for kind in self.plain]
+        none, full = (draft([run_of(self.kind(word), self.num_blocks)]) for word in PLAIN[:2])
+        found = region_drafts(self.region, none, full, self.turns, scale=scale, share=self.share)
         graphs = (
             one
-            for one in region_drafts(regions[0], none, full, len(stacks))
+            for one in found
             if not any(
                 plain.worst_bytes <= one.worst_bytes
                 and plain.seconds <= (1 + WORDS_GAIN) * one.seconds
-                for plain in plain_drafts
+                for plain in runs
             )
         )
-        return dataclasses.replace(part, graphs=tuple(graphs))
+        return dataclasses.replace(self, graphs=tuple(graphs))
 
     def kind(self, schedule: str) -> Kind:
         """Returns the kind `none` or `full`."""
@@ -142,7 +161,10 @@ class Part:
         if self.is_stack:
             made = drafts(self.kinds, self.forward, self.num_blocks, link)
         else:
-            alike = (draft([run_of(kind, self.num_blocks)]) for kind in self.kinds)
+            alike = (
+                dataclasses.replace(draft([run_of(kind, self.num_blocks)]), doubt=_DOUBT)
+                for kind in self.kinds
+            )
             made = itertools.chain(alike, self.graphs)
             if self.num_blocks > 1:
                 plain = (self.kind("none"), self.kind("full"))

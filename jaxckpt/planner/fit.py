@@ -16,11 +16,14 @@ Limits: stacks that follow one plan have the same number of blocks; seconds are 
 
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jaxckpt.absent import launch
 from jaxckpt.costs.roofline import UNKNOWN, rates_of
 from jaxckpt.planner.across_blocks import Draft
+from jaxckpt.planner.across_stacks import WORDS_GAIN
 from jaxckpt.planner.budgets import budget_bytes, check_asked, host_bytes
 from jaxckpt.planner.offload_check import verdict
 from jaxckpt.planner.problem import Problem
@@ -29,8 +32,10 @@ from jaxckpt.planner.search import search
 from jaxckpt.planner.steps import Steps, check_blocks, everywhere
 from jaxckpt.targets.present import chip_of
 from jaxckpt.targets.target import Target, parse_target
+from jaxckpt.units import unit_of
 
 MOST_COMPILES = 6
+_CORES_TO_GUESS = 3  # the compiler of a plan that is asked for keeps a core or two busy
 _LOG = logging.getLogger(__name__)
 _CALIBRATED = "the roofline, calibrated by a block timed here"
 
@@ -64,7 +69,8 @@ def fit(
       block: `(block, params_i, carry, *consts)`, as for `jaxckpt.explain`, for a step that runs its
         blocks without `scan_blocks` or an adapter; for several stacks, one by each name, in the
         order in which they run.
-      progress: Called with a `Compilation` before and after each compilation; `print` will do.
+      progress: Called with a `Compilation` before and after each compilation, of which several may
+        run at once; `print` will do.
 
     Returns:
       A `FitResult`: the plan, the memory report of its compiled step, and the plans it was chosen
@@ -86,7 +92,8 @@ def fit(
     """
     check_asked(num_blocks)
     target = parse_target(target)
-    asked = {"budget": budget_bytes(budget, target), "host_budget": host_bytes(host_budget)}
+    asked: dict[str, Any] = {"budget": budget_bytes(budget, target), "unit": unit_of(budget)}
+    asked["host_budget"] = host_bytes(host_budget)
     check_blocks(block, num_blocks)
     if calibrate and target.backend != "local":
         raise ValueError(f"calibrate times the chip of this process; {target} is not it")
@@ -108,18 +115,21 @@ def solve(
     target: Target,
     budget: int,
     host_budget: int = 0,
+    unit: str = "",
     calibrate: bool = False,
     block: Sequence | Mapping[str, Sequence] | None = None,
     progress: Callable[[Compilation], Any] | None = None,
 ) -> FitResult:
-    """Does what `fit` does, for steps that another process may compile; budgets are in bytes.
+    """Does what `fit` does, for steps that another process may compile.
+
+    Budgets are in bytes; texts show bytes in `unit`, or in units that fit them.
 
     Raises:
       BudgetError: No plan fits.
       ValueError: The step ignores its plan, or runs stacks of another number of blocks.
     """
     if progress is not None:
-        _report(progress, steps, budget)
+        _report(progress, steps, budget, unit)
     num_devices = steps.num_devices(everywhere(num_blocks, "full"))
     rates = (rates_of(target) or UNKNOWN).times(num_devices)
     allowed = 0
@@ -132,26 +142,37 @@ def solve(
     try:
         result = answer(problem, problem.ladder(), budget)
     except BudgetError as error:
-        raise error.with_offload(found.get("offload", "")) from None
-    return dataclasses.replace(result, **found)
+        raise error.replaced(offload=found.get("offload", ""), unit=unit) from None
+    return dataclasses.replace(result, **found, unit=unit)
 
 
-def _report(progress: Callable[[Compilation], Any], steps: Steps, budget: int):
+def _report(progress: Callable[[Compilation], Any], steps: Steps, budget: int, unit: str):
     """Calls `progress` at the beginning and the end of every compilation."""
-    started: list[Any] = []
+    numbers: dict[Any, int] = {}
+    running: dict[Any, int] = {}
+    begun = time.perf_counter()
 
-    def watch(plan, report, seconds: float):
-        if report is None:
-            started.append(plan)
-        peak = None if report is None else report.peak_bytes
+    def watch(plan, report, seconds: float | None):
+        number = numbers.setdefault(plan, len(numbers) + 1)
+        if seconds is None:
+            running[plan] = number
+        else:
+            del running[plan]
+            if report is None:
+                return
+        most, done = max(len(numbers), MOST_COMPILES), len(numbers) - len(running)
+        spent = time.perf_counter() - begun
         progress(
             Compilation(
-                number=len(started),
-                most=max(len(started), MOST_COMPILES),
+                number=number,
+                most=most,
                 plan=str(plan),
                 budget_bytes=budget,
-                peak_bytes=peak,
-                seconds=seconds,
+                unit=unit,
+                peak_bytes=None if report is None else report.peak_bytes,
+                seconds=seconds or 0.0,
+                running=tuple((number, str(plan)) for plan, number in running.items()),
+                most_left=spent / done * (most - done) if done else None,
             )
         )
 
@@ -195,8 +216,25 @@ def answer(problem: Problem, rungs: Sequence[Draft], budget: int) -> FitResult:
         if least is None or problem.peak(least.plan) > budget:
             raise problem.infeasible(budget)
         rungs, chosen = (*rungs, least), len(rungs)
-    found = problem.result(rungs, chosen, budget)
+    found = problem.result(rungs, _in_words(problem, rungs, chosen, budget), budget)
     return dataclasses.replace(found, left_out=tuple(left_out))
+
+
+def _in_words(problem: Problem, rungs: Sequence[Draft], chosen: int, budget: int) -> int:
+    """Returns the place of a plan in words that fits and is hardly slower than a graph's plan.
+
+    It is the place of the chosen plan if there is none.
+    """
+    compiled, limit = problem.steps.compiled, (1 + WORDS_GAIN) * rungs[chosen].seconds
+    if not rungs[chosen].graph:
+        return chosen
+    in_words = (
+        place
+        for place, rung in enumerate(rungs)
+        if not rung.graph and rung.seconds <= limit and rung.plan in compiled
+    )
+    fitting = (place for place in in_words if compiled[rungs[place].plan].peak_bytes <= budget)
+    return min(fitting, key=lambda place: rungs[place].seconds, default=chosen)
 
 
 class _DoesNotRun(Exception):
@@ -211,6 +249,12 @@ def _searched(problem: Problem, rungs: Sequence[Draft], budget: int) -> int | No
     compiled = problem.steps.compiled
     peaks = [report.peak_bytes for report in compiled.values()]
 
+    def prepare(places: Sequence[int]):
+        # The second is a guess, compiled only where cores would be idle.
+        sure = len(places) if launch.at_once() >= _CORES_TO_GUESS else 1
+        with problem.steps.compiling(rungs[place].plan for place in places[:sure]):
+            pass
+
     def compile_peak(place: int) -> int:
         try:
             return problem.peak(rungs[place].plan)
@@ -222,7 +266,6 @@ def _searched(problem: Problem, rungs: Sequence[Draft], budget: int) -> int | No
         for place, rung in enumerate(rungs)
         if rung.plan in compiled
     }
+    options: dict[str, Any] = {"is_answered": min(peaks) <= budget, "prepare": prepare}
     compiles = MOST_COMPILES - len(compiled)
-    return search(
-        rungs, budget, compile_peak, known, compiles, is_answered=min(peaks) <= budget
-    ).chosen
+    return search(rungs, budget, compile_peak, known, compiles, **options).chosen

@@ -30,6 +30,7 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jax.extend import core
@@ -40,13 +41,13 @@ from jaxckpt.costs.held import held
 from jaxckpt.costs.roofline import Rates
 from jaxckpt.planner.across_blocks import Draft
 from jaxckpt.planner.inside_block import Graph, Program
+from jaxckpt.planner.result import Row
 from jaxckpt.planner.stacks import Stack
 from jaxckpt.plans import Policy, Stage, words
 from jaxckpt.transforms import jaxprs
 from jaxckpt.transforms.cuts import Opened
 from jaxckpt.transforms.traced_block import TracedBlock, text_of
 from jaxckpt.transforms.value_names import counts
-from jaxckpt.units import iec
 
 _MOST = 48  # atoms
 _PEAKS = 12  # peaks that plans are made for
@@ -262,58 +263,71 @@ class Region:
                 found.append(made)
         return found
 
-    def plans(self) -> Iterator["Found"]:
-        """Yields plans for falling peaks, each with its segments."""
-        runs = _Runs(self, self.treatments(), self._crossing)
+    def plans(self, scale: float = 1.0) -> Iterator["Found"]:
+        """Yields plans for falling peaks, each with its segments.
+
+        Args:
+          scale: What XLA holds of the function, as a share of `held_bytes`.
+        """
+        runs = _Runs(self, self.treatments(), self._crossing, scale)
         most, least = runs.most, runs.least
         for peak in np.geomspace(max(most, 1.0), max(least, 1.0), _PEAKS):
             found = runs.solve(peak * (1 + 1e-9))
             if found is not None:
                 yield found
 
-    def stages(self, found: "Found") -> tuple[Stage, ...]:
-        """Returns the stages of a plan; neighbors that are `none` are one stage."""
-        stages: list[Stage] = []
-        stage_of = lambda stage: dataclasses.replace(stage, count=None)
-        for start, stop, way in found.segments:
+    def staged(self, found: "Found") -> list[tuple[Stage, list[int]]]:
+        """Returns the stages of a plan, each with the places of its segments.
+
+        Neighbors that are `none` are one stage; so are equal neighbors of a chain.
+        """
+        staged: list[tuple[Stage, list[int]]] = []
+        for place, (start, stop, way) in enumerate(found.segments):
             count = stop - start if self.is_chain else self.cuts[stop] - self.cuts[start]
-            if not way.is_again:
-                if stages and stages[-1].schedule == "none":
-                    count += stages.pop().bound_count
-                stages.append(Stage(count=count, schedule="none"))
-                continue
-            policies, seen = [], Counter()
-            for atom in range(start, stop):
-                point = (way.last if atom == stop - 1 else way.inner)[atom]
-                policies += [_shifted(policy, seen) for policy in point.policies]
-                seen.update(self.atoms[atom].names)
-            stage = Stage(count=count, schedule="full", policies=tuple(policies))
-            if self.is_chain and stages and stage_of(stages[-1]) == stage_of(stage):
-                stage = dataclasses.replace(stage, count=count + stages.pop().bound_count)
-            stages.append(stage)
-        return tuple(stages)
+            stage = Stage(count=count, schedule="none")
+            if way.is_again:
+                policies, seen = [], Counter()
+                for atom in range(start, stop):
+                    point = (way.last if atom == stop - 1 else way.inner)[atom]
+                    policies += [_shifted(policy, seen) for policy in point.policies]
+                    seen.update(self.atoms[atom].names)
+                stage = Stage(count=count, schedule="full", policies=tuple(policies))
+            if staged and (self.is_chain or not way.is_again):
+                before, places = staged[-1]
+                if dataclasses.replace(before, count=count) == stage:
+                    stage = dataclasses.replace(stage, count=count + before.bound_count)
+                    staged[-1] = stage, [*places, place]
+                    continue
+            staged.append((stage, [place]))
+        return staged
 
-    def rows(self, found: "Found") -> tuple[str, ...]:
-        """Returns a text for each stage: where it is, what is kept, what runs again."""
-        rows: list[tuple[bool, int, int, float, float]] = []
-        for (start, stop, way), (kept, seconds) in zip(found.segments, found.shares, strict=True):
-            row = (way.is_again, start, stop, kept, seconds)
-            if rows and not way.is_again and not rows[-1][0]:
-                before = rows.pop()
-                row = (False, before[1], stop, before[3] + kept, 0.0)
-            rows.append(row)
-        texts = []
-        for _, start, stop, kept, seconds in rows:
-            one = dataclasses.replace(found, segments=self._within(found, start, stop))
-            (stage,) = self.stages(one)
-            lines = self._lines(self.cuts[start], self.cuts[stop])
-            again = f", {seconds * 1e3:.3f} ms again" if stage.schedule == "full" else ""
-            texts.append(f"{stage}: {iec(int(kept))}{again}{lines}")
-        return tuple(texts)
+    def rows(self, found: "Found", *, again: float, held: float, share: float) -> tuple[Row, ...]:
+        """Returns for each stage of a plan what it keeps and runs again, and where it is.
 
-    def _within(self, found: "Found", start: int, stop: int) -> tuple:
-        """Returns the segments of a plan between two atoms."""
-        return tuple(one for one in found.segments if start <= one[0] and one[1] <= stop)
+        Args:
+          found: The plan.
+          again: What the seconds of what runs again are multiplied by.
+          held: What `held_bytes` are multiplied by.
+          share: What all bytes are multiplied by.
+        """
+        rows = []
+        for stage, places in self.staged(found):
+            start, stop = found.segments[places[0]][0], found.segments[places[-1]][1]
+            atoms, shares = self.atoms[start:stop], [found.shares[place] for place in places]
+            *before, kept = itertools.accumulate((s.kept_bytes for s in shares), initial=0.0)
+            most = max(held + share.live_bytes for held, share in zip(before, shares, strict=True))
+            rows.append(
+                Row(
+                    stage=str(stage),
+                    kept_bytes=int(share * kept),
+                    held_bytes=int(share * max(most - kept, 0.0)),
+                    none_bytes=int(share * held * sum(atom.held_bytes for atom in atoms)),
+                    seconds=again * sum(atom.seconds for atom in atoms),
+                    again_seconds=again * sum(one.seconds for one in shares),
+                    lines=self._lines(self.cuts[start], self.cuts[stop]),
+                )
+            )
+        return tuple(rows)
 
     def _lines(self, start: int, stop: int) -> str:
         steps = (Step(equation=e, inputs=()) for e in self.opened.jaxpr.eqns[start:stop])
@@ -321,7 +335,7 @@ class Region:
         if not found:
             return ""
         first, last = found[0], found[-1]
-        return f"  ({first})" if first == last else f"  ({first} to {last})"
+        return first if first == last else f"{first} to {last}"
 
 
 def _shifted(policy: Policy, seen: Counter) -> Policy:
@@ -334,13 +348,21 @@ def _shifted(policy: Policy, seen: Counter) -> Policy:
     return dataclasses.replace(policy, names=tuple(names))
 
 
+class Share(NamedTuple):
+    """What a segment keeps, holds with it while it is reversed, and runs again."""
+
+    kept_bytes: float
+    live_bytes: float
+    seconds: float
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Found:
     """A plan of segments.
 
     Attributes:
       segments: For each segment its first atom, the atom after its last, and its treatment.
-      shares: For each segment its kept bytes and the seconds that run again.
+      shares: What each segment keeps, holds and runs again.
       kept_bytes: What all keep.
       worst_bytes: The most that is held while a segment is reversed.
       seconds: What runs again.
@@ -348,7 +370,7 @@ class Found:
     """
 
     segments: tuple[tuple[int, int, Treatment], ...]
-    shares: tuple[tuple[float, float], ...]
+    shares: tuple["Share", ...]
     kept_bytes: float
     worst_bytes: float
     seconds: float
@@ -363,10 +385,12 @@ class _Runs:
       least: The least peak of any plan.
     """
 
-    def __init__(self, region: Region, ways: Sequence[Treatment], crossing: np.ndarray):
+    def __init__(
+        self, region: Region, ways: Sequence[Treatment], crossing: np.ndarray, scale: float
+    ):
         self._ways, atoms = ways, region.atoms
         self._count = count = len(atoms)
-        held_ = np.array([atom.held_bytes for atom in atoms])
+        held_ = scale * np.array([atom.held_bytes for atom in atoms])
         ahead = np.array([atom.seconds for atom in atoms])
         alive = crossing.sum(axis=0)
         # [treatment, start, stop]; what is no run is infinite.
@@ -443,9 +467,10 @@ class _Runs:
             segments.append((n, start, stop))
             state, stop = before, start
         segments.reverse()
-        own = [(float(self._kept[s]), float(self._seconds[s])) for s in segments]
-        begun = itertools.accumulate((size for size, _ in own), initial=0.0)
-        worst = max(k + self._live[s] for k, s in zip(begun, segments, strict=False))
+        figures = (self._kept, self._live, self._seconds)
+        own = [Share(*(float(one[s]) for one in figures)) for s in segments]
+        begun = itertools.accumulate((one.kept_bytes for one in own), initial=0.0)
+        worst = max(k + one.live_bytes for k, one in zip(begun, own, strict=False))
         return Found(
             segments=tuple((start, stop, self._ways[n]) for n, start, stop in segments),
             shares=tuple(own),
@@ -467,7 +492,9 @@ def _front(rows: np.ndarray) -> np.ndarray:
     return found
 
 
-def region_drafts(region: Region, none: Draft, full: Draft, turns: int) -> Iterator[Draft]:
+def region_drafts(
+    region: Region, none: Draft, full: Draft, turns: int, *, scale: float = 1.0, share: float = 1.0
+) -> Iterator[Draft]:
     """Yields the drafts of a function's graph, with the figures of all its places together.
 
     Args:
@@ -475,22 +502,24 @@ def region_drafts(region: Region, none: Draft, full: Draft, turns: int) -> Itera
       none: The draft that runs nothing again.
       full: The draft that runs everything again; the model's seconds are scaled to it.
       turns: How many equal functions follow the plan.
+      scale: What XLA holds of the function, as a share of its `held_bytes`.
+      share: The share of all bytes that one device holds.
     """
     again = turns * sum(atom.inner[-1].seconds for atom in region.atoms)
-    scale = max(full.seconds - none.seconds, 0.0) / again if again else 1.0
+    slope = max(full.seconds - none.seconds, 0.0) / again if again else 1.0
     seen = set()
-    for found in region.plans():
-        stages = region.stages(found)
+    for found in region.plans(scale):
+        stages = tuple(stage for stage, _ in region.staged(found))
         if stages in seen or (len(stages) == 1 and not stages[0].policies):  # words say it
             continue
         seen.add(stages)
         yield Draft(
             stages=stages,
             graph="" if region.is_chain else region.opened.graph,
-            keeps=region.rows(found),
-            kept_bytes=turns * found.kept_bytes,
-            worst_bytes=turns * found.worst_bytes,
+            rows=region.rows(found, again=slope * turns, held=scale, share=turns * share),
+            kept_bytes=share * turns * found.kept_bytes,
+            worst_bytes=share * turns * found.worst_bytes,
             host_bytes=0.0,
-            seconds=none.seconds + scale * turns * found.seconds,
+            seconds=none.seconds + slope * turns * found.seconds,
             flops=none.flops + turns * found.flops,
         )

@@ -227,8 +227,10 @@ def plain_kinds(
     live_bytes: float,
     part_bytes: float,
     has_kernel: bool,
-) -> tuple[Kind, ...]:
+) -> tuple[tuple[Kind, ...], float]:
     """Returns the kinds of functions under `checkpoint`, or of chains, that a user would try first.
+
+    Beside them it returns the bytes that JAX keeps of one block of each under `none`.
 
     Args:
       stacks: The functions or chains.
@@ -246,7 +248,7 @@ def plain_kinds(
     full = found[0]
     # As JAX traces it, `none` writes and reads every residual. XLA holds fewer, so it is not slower
     # than what is left of `full` without its second forward pass.
-    least = full.seconds - forward.seconds
+    least, most_bytes = full.seconds - forward.seconds, none.kept_bytes
     none = dataclasses.replace(
         none,
         kept_bytes=min(kept_bytes, none.kept_bytes),
@@ -266,7 +268,7 @@ def plain_kinds(
         dataclasses.replace(kind, live_bytes=size, seconds=max(kind.seconds, least))
         for kind, size in zip(found, sizes, strict=True)
     )
-    return (none, *others)
+    return (none, *others), most_bytes
 
 
 def find_kinds(

@@ -75,6 +75,34 @@ def _compiled(part: Part, share: float) -> Part:
     return part.changed(change)
 
 
+def functions_as_compiled(part: Part, full: MemoryReport, none: MemoryReport) -> tuple[Part, float]:
+    """Returns the part of functions under one plan, fitted to two compiled peaks, and the offset.
+
+    `full` runs a whole function again and then holds what `none` holds, so the two peaks tell
+    nothing of the offset. It is taken to be as small as can be: arguments and results, and what
+    JAX's residuals cannot explain. The rest is what XLA holds of the function, by which `held`
+    bytes are scaled. What stands behind a barrier is held as JAX names it, and is not scaled.
+
+    Args:
+      part: The functions.
+      full: The report of the step whose functions are all `full`.
+      none: The report of the step whose functions are all `none`.
+    """
+    before = part.draft(run_of(part.kind("none"), part.num_blocks)).worst_bytes
+    inside = min(float(none.temp_bytes), max(part.share * part.most_bytes, before))
+    scale, offset = inside / max(before, 1.0), none.peak_bytes - inside
+
+    def change(kind: Kind) -> Kind:
+        if kind.schedule == "none":
+            return dataclasses.replace(kind, kept_bytes=scale * kind.kept_bytes)
+        live = scale * kind.live_bytes
+        if not kind.policies:
+            live = max(full.peak_bytes - offset - kind.kept_bytes, 0.0)
+        return dataclasses.replace(kind, live_bytes=live)
+
+    return part.changed(change).with_graphs(scale), offset
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spread:
     """How a step's devices share its arrays, and what their communication takes.

@@ -25,16 +25,15 @@ from jaxckpt.costs.roofline import Rates, estimate
 from jaxckpt.planner.across_blocks import Draft, run_of
 from jaxckpt.planner.across_stacks import Part, join, joints
 from jaxckpt.planner.calibrate import Calibration, calibrate
-from jaxckpt.planner.kinds import Kind
-from jaxckpt.planner.peak_model import Spread, all_under, as_compiled
-from jaxckpt.planner.result import BudgetError, Candidate, FitResult
+from jaxckpt.planner.peak_model import Spread, all_under, as_compiled, functions_as_compiled
+from jaxckpt.planner.result import BudgetError, Candidate, FitResult, Row
 from jaxckpt.planner.search import ladder
+from jaxckpt.planner.stacks import Stack
 from jaxckpt.planner.steps import Steps, everywhere, find_stacks
-from jaxckpt.plans import Stage
+from jaxckpt.plans import Plan, Stage
 from jaxckpt.plans.plan_set import PlanSet
 from jaxckpt.targets.links import HostLink
 from jaxckpt.transforms import jaxprs
-from jaxckpt.units import iec
 
 _LEAST_FOR_STAGES = 4  # fewer blocks are hardly ever worth two stages
 _SHOWN_SHARE = 0.01  # arguments below this share of all bytes are not named one by one
@@ -93,7 +92,9 @@ class Problem:
         clocks = {name: calibrate(found) for name, found in stacks.items()} if timed else {}
         for clock in clocks.values():  # all have timed the same link
             rates = clock.link(rates)
-        parts = [Part.of(name, found, rates, host_bytes) for name, found in stacks.items()]
+        staged = _staged(stacks)
+        with steps.compiling([full, none, *([] if staged is None else [staged])]):
+            parts = [Part.of(name, found, rates, host_bytes) for name, found in stacks.items()]
         traced = {plan: all_under(parts, plan) for plan in ("full", "none")}
         again = traced["full"].flops - traced["none"].flops
         step_flops = [count_flops(steps.trace(plan).jaxpr) for plan in (full, none)]
@@ -116,6 +117,8 @@ class Problem:
         )
         if len(parts) > 1:
             return problem._as_compiled(*reports)
+        if not parts[0].is_stack and not stacks[parts[0].name][0].ends:
+            return problem._of_functions(*reports)
         # Whether equal stacks begin together is told by a plan of several stages: under the right
         # assumption its stages cost next to nothing.
         together = (False, True) if parts[0].turns > 1 else (False,)
@@ -125,25 +128,31 @@ class Problem:
             )
             for one in together
         )
-        compiled = [one._as_compiled(*reports)._with_stages() for one in made]
+        compiled = [one._as_compiled(*reports)._with_stages(staged) for one in made]
         return min(compiled, key=lambda one: abs(one.stages_bytes))
 
     def _as_compiled(self, full: MemoryReport, none: MemoryReport) -> "Problem":
         """Returns the problem fitted to the peaks of `full` and `none`."""
         offset = full.peak_bytes - all_under(self.parts, "full").worst_bytes
         parts = as_compiled(self.parts, none.peak_bytes - offset)
+        parts = tuple(part.with_graphs() for part in parts)
         return dataclasses.replace(self, parts=parts, offset_bytes=offset)
 
-    def _with_stages(self) -> "Problem":
-        """Returns the problem fitted to the peak of a plan of several stages, too."""
+    def _of_functions(self, full: MemoryReport, none: MemoryReport) -> "Problem":
+        """Returns the problem of functions under one plan, fitted to the peaks of two plans."""
         (part,) = self.parts
-        if not part.is_stack or part.num_blocks < (_LEAST_FOR_STAGES if part.turns == 1 else 2):
+        part, offset = functions_as_compiled(part, full, none)
+        return dataclasses.replace(self, parts=(part,), offset_bytes=offset)
+
+    def _with_stages(self, plan: Plan | PlanSet | None) -> "Problem":
+        """Returns the problem fitted to the peak of a plan of several stages too, unless None."""
+        if plan is None:
             return self
-        half = part.num_blocks // 2
-        stages = run_of(part.kind("full"), half), run_of(part.kind("none"), part.num_blocks - half)
-        mixed = join(self.parts, [part.draft(*stages)])
-        extra = self.peak(mixed.plan) - self.offset_bytes - mixed.worst_bytes
-        return dataclasses.replace(self, stages_bytes=extra)
+        (part,) = self.parts
+        stages = plan[part.name].stages if isinstance(plan, PlanSet) else plan.stages
+        runs = (run_of(part.kind(stage.schedule), stage.bound_count) for stage in stages)
+        predicted = self.offset_bytes + part.draft(*runs).worst_bytes
+        return dataclasses.replace(self, stages_bytes=self.peak(plan) - predicted)
 
     def apart(self, plans: Iterable[Any]) -> "Problem":
         """Returns the problem with only some plans counted as compiled."""
@@ -218,12 +227,11 @@ class Problem:
             budget_bytes=budget,
             candidates=candidates,
             chosen=chosen,
-            keeps=tuple(
-                f"{name}: {text}" if name else text
+            rows=tuple(
+                dataclasses.replace(row, name=name)
                 for part, (name, one) in zip(self.parts, own, strict=True)
-                for text in one.keeps or [keeps_text(stage, part.kinds) for stage in one.stages]
+                for row in one.rows or [row_of(stage, part) for stage in one.stages]
             ),
-            why=why(candidates[place - 1] if place else None, budget),
             num_compiles=len(self.steps.compiled),
             notes=tuple(notes(self.steps.trace(chosen.plan).jaxpr)),
         )
@@ -236,6 +244,22 @@ class Problem:
         return BudgetError(budget_bytes=budget, plan=plan, report=report, parts=parts)
 
 
+def _staged(stacks: Mapping[str, Sequence[Stack]]) -> Plan | PlanSet | None:
+    """Returns the plan that shows what several stages cost; None if none is worth it.
+
+    Args:
+      stacks: The stacks that follow each plan, by name.
+    """
+    name, *others = stacks
+    count, turns = stacks[name][0].num_blocks, len(stacks[name])
+    if others or stacks[name][0].region is not None:
+        return None
+    if count < (_LEAST_FOR_STAGES if turns == 1 else 2):
+        return None
+    plan = Plan.parse(f"{count // 2}xfull/{count - count // 2}xnone")
+    return PlanSet({name: plan}) if name else plan
+
+
 def _on_one(part: Part, spread: Spread, clock: Calibration | None, rates: Rates) -> Part:
     """Returns a part with the figures of one device, and with measured seconds if clocked."""
     none, full, forward, traced = part.kind("none"), part.kind("full"), part.forward, part
@@ -244,31 +268,9 @@ def _on_one(part: Part, spread: Spread, clock: Calibration | None, rates: Rates)
         known: dict[str, Any] = {"none": part.kind("none"), "forward": forward, "rates": rates}
         part = part.changed(lambda kind: clock.kind(kind, **known))
         forward = clock.forward(forward)
-    part = dataclasses.replace(part, forward=spread.forward(forward))
-    return dataclasses.replace(part, graphs=tuple(_like_kinds(traced, part)))
-
-
-def _like_kinds(traced: Part, part: Part) -> Iterator[Draft]:
-    """Yields the drafts of functions, changed as their part's `none` and `full` were.
-
-    Args:
-      traced: The part as traced.
-      part: The part with changed kinds.
-    """
-    (none, full), (own_none, own_full) = (
-        [run_of(one.kind(word), one.num_blocks) for word in ("none", "full")]
-        for one in (traced, part)
-    )
-    again = full.seconds - none.seconds
-    slope = (own_full.seconds - own_none.seconds) / again if again > 0 else 1.0
-    share = own_none.kept_bytes / none.kept_bytes if none.kept_bytes else 1.0
-    for draft in part.graphs:
-        yield dataclasses.replace(
-            draft,
-            kept_bytes=share * draft.kept_bytes,
-            worst_bytes=share * draft.worst_bytes,
-            seconds=own_none.seconds + slope * (draft.seconds - none.seconds),
-        )
+    kept, own = traced.kind("none").kept_bytes, part.kind("none").kept_bytes
+    share = own / kept if kept else 1.0
+    return dataclasses.replace(part, forward=spread.forward(forward), share=share)
 
 
 def notes(jaxpr) -> Iterator[str]:
@@ -296,17 +298,22 @@ def runs_of(step_flops: int, stack_flops: float) -> int:
     return max(1, round(step_flops / stack_flops)) if stack_flops > 0 else 1
 
 
-def keeps_text(stage: Stage, kinds: Sequence[Kind]) -> str:
-    """Returns a text of what a bound stage keeps, on the device and on the host."""
-    same = (k for k in kinds if k.policies == stage.policies and k.schedule == stage.schedule)
+def row_of(stage: Stage, part: Part) -> Row:
+    """Returns what a bound stage of a part's blocks keeps, moves and runs again."""
+    count, none = stage.bound_count, part.kind("none")
+    about: dict[str, Any] = {"stage": str(stage), "seconds": count * part.forward.seconds}
+    about["none_bytes"] = int(count * none.kept_bytes)
+    same = (k for k in part.kinds if k.policies == stage.policies and k.schedule == stage.schedule)
     kind = next(same, None)
     if kind is None:
-        slots = "slots on the host" if stage.offloads_carry else "slots"
-        return f"{stage}: carries in {slots}, a segment's residuals in turn"
-    host = (
-        f", {iec(int(stage.bound_count * kind.host_bytes))} on the host" if kind.host_bytes else ""
+        return Row(**about)
+    return Row(
+        **about,
+        kept_bytes=int(count * kind.kept_bytes),
+        host_bytes=int(count * kind.host_bytes),
+        held_bytes=int(kind.live_bytes),
+        again_seconds=count * max(kind.seconds - none.seconds, 0.0),
     )
-    return f"{stage}: {iec(int(stage.bound_count * kind.kept_bytes))} on the device{host}"
 
 
 def peak_parts(args: Sequence, report: MemoryReport, residual_bytes: float) -> dict[str, int]:
@@ -343,18 +350,3 @@ def argument_parts(args: Sequence, argument_bytes: int) -> dict[str, int]:
     if rest < 0 or not large:
         return {"arguments (weights, optimizer, batch)": argument_bytes}
     return large | ({"other arguments": rest} if rest else {})
-
-
-def why(faster: Candidate | None, budget: int) -> str:
-    """Returns why no faster plan was taken, from the candidate before it on the ladder."""
-    if faster is None:
-        return "it is the fastest plan there is"
-    if faster.compiled_bytes is None:
-        return (
-            f"the next faster plan, {faster.plan}, is predicted to need "
-            f"{iec(faster.predicted_bytes)} (not compiled)"
-        )
-    return (
-        f"the next faster plan, {faster.plan}, needs {iec(faster.compiled_bytes)} compiled, "
-        f"{iec(faster.compiled_bytes - budget)} too much"
-    )

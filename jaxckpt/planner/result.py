@@ -1,13 +1,15 @@
 """The planner's answer: `FitResult`, or `BudgetError` with the least budget that works."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any, Self
 
 from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.plans import Plan
 from jaxckpt.plans.errors import UserError
 from jaxckpt.plans.plan_set import PlanSet, plan_json, plan_of_json
-from jaxckpt.units import iec
+from jaxckpt.units import in_unit
 
 _SHOWN = 3
 _LONGEST = 60  # letters of a plan in the table of candidates
@@ -45,6 +47,48 @@ class Candidate:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """A stage of the answer: what it keeps, moves and runs again, by the planner's model.
+
+    Attributes:
+      stage: The stage as text.
+      name: The name of its plan; empty if one plan is for all stacks.
+      kept_bytes: What it keeps on the device until it is reversed; None for a schedule, whose
+        carries come and go.
+      host_bytes: What it keeps on the host.
+      held_bytes: What its reversal holds beside `kept_bytes`.
+      none_bytes: What it would keep under `none`.
+      seconds: Its forward pass.
+      again_seconds: What runs again.
+      lines: Where its operations stand in the user's code; empty for blocks.
+    """
+
+    stage: str
+    name: str = ""
+    kept_bytes: int | None = None
+    host_bytes: int = 0
+    held_bytes: int = 0
+    none_bytes: int = 0
+    seconds: float = 0.0
+    again_seconds: float = 0.0
+    lines: str = ""
+
+    def text(self, unit: str = "") -> str:
+        """Returns the row as a line, with bytes in a unit."""
+        head = f"{self.name}: {self.stage}" if self.name else self.stage
+        if self.kept_bytes is None:
+            is_moved = Plan.parse(self.stage).stages[0].offloads_carry
+            where = "slots on the host" if is_moved else "slots"
+            return f"{head}: carries in {where}, a segment's residuals in turn"
+        parts = [f"{in_unit(self.kept_bytes, unit)} on the device"]
+        if self.host_bytes:
+            parts.append(f"{in_unit(self.host_bytes, unit)} on the host")
+        if self.again_seconds > 0:
+            parts.append(f"{seconds_text(self.again_seconds)} again")
+        return f"{head}: {', '.join(parts)}" + (f"  ({self.lines})" if self.lines else "")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Compilation:
     """One compilation of a search, at its beginning or at its end.
 
@@ -53,28 +97,49 @@ class Compilation:
       most: The most compilations that the search may take.
       plan: The compiled plan, as text.
       budget_bytes: The budget.
+      unit: The unit in which the budget was given; empty for one that fits the bytes.
       peak_bytes: The compiled peak; None while the compiler runs.
       seconds: The seconds that the compilation took; 0 while it runs.
+      running: The numbers and plans of all compilations that run now.
+      most_left: The most seconds that the search may still take, by those so far; None before the
+        first compilation has ended.
     """
 
     number: int
     most: int
     plan: str
     budget_bytes: int
+    unit: str = ""
     peak_bytes: int | None = None
     seconds: float = 0.0
+    running: Sequence[tuple[int, str]] = ()
+    most_left: float | None = None
 
     @property
     def is_done(self) -> bool:
         """Whether the compiler has ended."""
         return self.peak_bytes is not None
 
+    @property
+    def live(self) -> str:
+        """What is compiled now and the time left, as text; empty between two compilations."""
+        if not self.running:
+            return ""
+        numbers, plans = zip(*self.running, strict=True)
+        left = "" if self.most_left is None else f"; at most {math.ceil(self.most_left)} s left"
+        return (
+            f"compiling {' and '.join(map(str, numbers))} of at most {self.most}: "
+            f"{', '.join(map(_shortened, plans))}{left}"
+        )
+
     def __str__(self) -> str:
-        line = f"{self.number} of at most {self.most}: {self.plan}"
         if self.peak_bytes is None:
-            return f"compiling {line}"
+            return self.live
         verdict = "fits" if self.peak_bytes <= self.budget_bytes else "too large"
-        return f"{line} {iec(self.peak_bytes)}, {verdict}, {self.seconds:.1f} s"
+        return (
+            f"{self.number} of at most {self.most}: {_shortened(self.plan)} "
+            f"{in_unit(self.peak_bytes, self.unit)}, {verdict}, {self.seconds:.1f} s"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,8 +153,7 @@ class FitResult:
       budget_bytes: The budget per device.
       candidates: The ladder: plans from the fastest to the plan with the least peak.
       chosen: The plan's entry in `candidates`.
-      keeps: For each stage of the plan, a text of what it keeps, on the device and on the host.
-      why: Why no faster plan was taken.
+      rows: For each stage of the plan, what it keeps, moves and runs again.
       num_compiles: The number of compiled steps.
       host_budget_bytes: The host's budget per device; 0 if none was given.
       clock: Where the seconds come from: the roofline, or a timed block.
@@ -97,6 +161,8 @@ class FitResult:
         host budget was given.
       left_out: Plans under which the step does not run, each with its error, as text.
       notes: What the figures do not know, as text.
+      unit: The unit in which the budget was given, in which bytes are shown; empty for one that
+        fits the bytes.
     """
 
     plan: Plan | PlanSet
@@ -104,14 +170,37 @@ class FitResult:
     budget_bytes: int
     candidates: tuple[Candidate, ...]
     chosen: Candidate
-    keeps: tuple[str, ...]
-    why: str
+    rows: tuple[Row, ...]
     num_compiles: int
     host_budget_bytes: int = 0
     clock: str = "the roofline"
     offload: str = ""
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    unit: str = ""
+
+    @property
+    def why(self) -> str:
+        """Why no faster plan was taken, as text."""
+        place = self.candidates.index(self.chosen)
+        if not place:
+            return "it is the fastest plan there is"
+        faster = self.candidates[place - 1]
+        if faster.compiled_bytes is None:
+            return (
+                f"the next faster plan, {_short(faster.plan)}, is predicted to need "
+                f"{in_unit(faster.predicted_bytes, self.unit)} (not compiled)"
+            )
+        return (
+            f"the next faster plan, {_short(faster.plan)}, needs "
+            f"{in_unit(faster.compiled_bytes, self.unit)} compiled, "
+            f"{in_unit(faster.compiled_bytes - self.budget_bytes, self.unit)} too much"
+        )
+
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """For each stage of the plan, a text of what it keeps, moves and runs again."""
+        return tuple(row.text(self.unit) for row in self.rows)
 
     @property
     def table(self) -> tuple[Candidate, ...]:
@@ -126,14 +215,14 @@ class FitResult:
             "budget_bytes": self.budget_bytes,
             "candidates": [one.as_json() for one in self.candidates],
             "chosen": self.candidates.index(self.chosen),
-            "keeps": list(self.keeps),
-            "why": self.why,
+            "rows": [dataclasses.asdict(row) for row in self.rows],
             "num_compiles": self.num_compiles,
             "host_budget_bytes": self.host_budget_bytes,
             "clock": self.clock,
             "offload": self.offload,
             "left_out": list(self.left_out),
             "notes": list(self.notes),
+            "unit": self.unit,
         }
 
     @classmethod
@@ -149,7 +238,7 @@ class FitResult:
             "report": MemoryReport.from_json(values["report"]),
             "candidates": candidates,
             "chosen": candidates[values["chosen"]],
-            "keeps": tuple(values["keeps"]),
+            "rows": tuple(Row(**row) for row in values["rows"]),
             "left_out": tuple(values["left_out"]),
             "notes": tuple(values["notes"]),
         }
@@ -159,13 +248,14 @@ class FitResult:
     def summary(self) -> str:
         """The decision and its reasons as text, without the candidates."""
         one, report = self.chosen, self.report
+        size = lambda nbytes: in_unit(nbytes, self.unit)
         left = self.budget_bytes - report.peak_bytes
         off = (one.predicted_bytes - report.peak_bytes) / report.peak_bytes
         lines = [
             *_asked(self.plan).splitlines(),
-            f"  budget     {iec(self.budget_bytes)} on {report.target}",
-            f"  peak       {iec(report.peak_bytes)} compiled, {iec(left)} left; "
-            f"{iec(one.predicted_bytes)} predicted ({off:+.1%})",
+            f"  budget     {size(self.budget_bytes)} on {report.target}",
+            f"  peak       {size(report.peak_bytes)} compiled, {size(left)} left; "
+            f"{size(one.predicted_bytes)} predicted ({off:+.1%})",
             f"  time       {seconds_text(one.seconds)} a step by {self.clock}, "
             f"{one.flops:.3e} matmul FLOPs",
             *(f"  keeps      {text}" for text in self.keeps),
@@ -181,21 +271,23 @@ class FitResult:
         """Returns lines on the host's memory; none if no host budget was given."""
         if not self.offload:
             return []
-        host = f"{iec(self.report.host_bytes)} compiled of {iec(self.host_budget_bytes)}"
+        size = lambda nbytes: in_unit(nbytes, self.unit)
+        host = f"{size(self.report.host_bytes)} compiled of {size(self.host_budget_bytes)}"
         return [f"  host       {host}", f"  offload    {self.offload}"]
 
     def __str__(self) -> str:
-        return "\n".join([self.summary, *self._rows()])
+        return "\n".join([self.summary, *self._nearest()])
 
-    def _rows(self) -> list[str]:
+    def _nearest(self) -> list[str]:
         place = self.candidates.index(self.chosen)
         shown = self.candidates[max(0, place - _SHOWN) : place + _SHOWN + 1]
         lines = ["  nearest candidates, fastest first:"]
         for one in shown:
-            compiled = "not compiled" if one.compiled_bytes is None else iec(one.compiled_bytes)
+            size = lambda nbytes: in_unit(nbytes, self.unit)
+            compiled = "not compiled" if one.compiled_bytes is None else size(one.compiled_bytes)
             mark = ">" if one is self.chosen else " "
             lines.append(
-                f"  {mark} {seconds_text(one.seconds):>10}  {iec(one.predicted_bytes):>11} "
+                f"  {mark} {seconds_text(one.seconds):>10}  {size(one.predicted_bytes):>11} "
                 f"predicted  {compiled:>12}  {_short(one.plan)}"
             )
         return lines
@@ -212,6 +304,7 @@ class BudgetError(UserError, ValueError):
       report: The memory report of the plan's compiled step.
       offload: Whether values may be moved to the host on the target, and why, as text; empty if no
         host budget was given.
+      unit: The unit in which the budget was given, in which bytes are shown.
     """
 
     def __init__(
@@ -222,24 +315,26 @@ class BudgetError(UserError, ValueError):
         report: MemoryReport,
         parts: dict,
         offload: str = "",
+        unit: str = "",
     ):
-        self.offload = offload
+        size = lambda nbytes: in_unit(int(nbytes), unit)
+        self.offload, self.unit = offload, unit
         self.budget_bytes = budget_bytes
         self.least_bytes = report.peak_bytes
         self.plan = plan
         self.report = report
         self.parts = dict(parts)
-        shares = ", ".join(f"{iec(int(size))} {name}" for name, size in parts.items())
+        shares = ", ".join(f"{size(nbytes)} {name}" for name, nbytes in parts.items())
         super().__init__(
-            f"no plan fits {iec(budget_bytes)} ({budget_bytes} bytes) on {report.target}; the "
-            f"least budget is {iec(self.least_bytes)} ({self.least_bytes} bytes), with "
-            f"{'; '.join(_asked(plan).splitlines())}: {shares}{_largest(report)}"
+            f"no plan fits {size(budget_bytes)} ({budget_bytes} bytes) on {report.target}; the "
+            f"least budget is {size(self.least_bytes)} ({self.least_bytes} bytes), with "
+            f"{'; '.join(_asked(plan).splitlines())}: {shares}{_largest(report, unit)}"
             + (f"; offload: {offload}" if offload else "")
         )
 
-    def with_offload(self, text: str) -> Self:
-        """Returns the error with a text on whether values may be moved to the host."""
-        return type(self).from_json(self.as_json() | {"offload": text})
+    def replaced(self, **changes: str) -> Self:
+        """Returns the error with another `offload` or `unit`."""
+        return type(self).from_json(self.as_json() | changes)
 
     def as_json(self) -> dict[str, Any]:
         """Returns the error as JSON values, from which `from_json` makes one of the same text."""
@@ -249,6 +344,7 @@ class BudgetError(UserError, ValueError):
             "report": self.report.as_json(),
             "parts": {name: int(size) for name, size in self.parts.items()},
             "offload": self.offload,
+            "unit": self.unit,
         }
 
     @classmethod
@@ -271,17 +367,21 @@ def _asked(plan: Plan | PlanSet) -> str:
 
 def _short(plan: Plan | PlanSet) -> str:
     """Returns a plan for a table; a graph's plan is shown by its beginning."""
-    text = str(plan)
-    return text if len(text) <= _LONGEST or isinstance(plan, PlanSet) else f"{text[:_LONGEST]}..."
+    return str(plan) if isinstance(plan, PlanSet) else _shortened(str(plan))
 
 
-def _largest(report: MemoryReport) -> str:
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _largest(report: MemoryReport, unit: str) -> str:
     """Returns a text on the largest buffer at the peak; empty if the compiler does not name it."""
     if not report.buffers:
         return ""
     one = report.buffers[0]
     where = "/".join(one.operation.split("/")[-3:])
-    return f"; the largest buffer there is {iec(one.size_bytes)}, {one.shape} of {where}"
+    size = in_unit(one.size_bytes, unit)
+    return f"; the largest buffer there is {size}, {one.shape} of {where}"
 
 
 def seconds_text(seconds: float) -> str:

@@ -16,7 +16,8 @@ fastest rung whose compiled peak fits, with the rung before it compiled too, as 
 does not fit. A prediction is corrected by the error of the nearest compiled rung of its family. If
 nothing of a family is compiled, its first rung that may fit is. The number of compilations is
 limited. If one is left and nothing fits yet, it goes to the rung with the least peak, so a budget
-that this peak fits is never refused.
+that this peak fits is never refused. A rung that will be needed next, if predictions hold, may be
+compiled beside another: that changes no answer, only how long it takes.
 """
 
 import dataclasses
@@ -82,9 +83,6 @@ def _thinned(rungs: Sequence[Draft]) -> Sequence[Draft]:
     return kept
 
 
-# The error allowed for the first prediction of a family. If it is too low, a plan that fits may be
-# passed over; if it is too high, one compilation is spent, which corrects the whole family.
-_DOUBT = 0.02
 # The margin to the budget that a rung needs to get the last compilation, if another plan fits
 # already. Peaks of plans with several stages are harder to predict and need more.
 _SAFE, _SAFE_MIXED = 0.01, 0.04
@@ -111,6 +109,7 @@ def search(
     compiles: int,
     *,
     is_answered: bool = False,
+    prepare: Callable[[Sequence[int]], None] = lambda places: None,
 ) -> Found:
     """Returns the fastest rung within a budget.
 
@@ -121,12 +120,15 @@ def search(
       known: Peaks by place of rungs that are already compiled.
       compiles: The most compilations that may follow.
       is_answered: Whether a plan that is not on the ladder is known to fit.
+      prepare: Called before a compilation with its place and, if there is one, the place that will
+        be compiled after it should its peak be as expected.
     """
     state = _Search(rungs=rungs, budget=budget, peaks=dict(known), is_answered=is_answered)
     for left in range(compiles, 0, -1):
         place = state.next_place(left)
         if place is None:
             break
+        prepare([place, *state.likely_after(place, left)])
         state.peaks[place] = compile_peak(place)
     return Found(chosen=state.fitting, peaks=state.peaks)
 
@@ -165,16 +167,26 @@ class _Search:
         # The rung before the answer is compiled as the proof that nothing faster fits.
         return high - 1 if high - 1 in unknown else None
 
+    def likely_after(self, place: int, left: int) -> list[int]:
+        """Returns the place to compile next if the peak at a place is as expected; or nothing."""
+        peaks = self.peaks | {place: round(self.expected(place))}
+        after = dataclasses.replace(self, peaks=peaks).next_place(left - 1) if left > 1 else None
+        return [] if after is None else [after]
+
     def is_safe(self, place: int) -> bool:
         """Returns whether a rung is not compiled yet and nearly sure to fit."""
         margin = _SAFE_MIXED if self.rungs[place].is_mixed else _SAFE
         return place not in self.peaks and self.expected(place) <= (1 - margin) * self.budget
 
     def corrected(self, place: int) -> float:
-        """Returns the expected peak, less the allowed error if its family was never compiled."""
+        """Returns the expected peak, less the allowed error if its family was never compiled.
+
+        If that is too low, a plan that fits may be passed over; if it is too high, one compilation
+        is spent, which corrects the whole family.
+        """
         family = self.rungs[place].family
         is_known = any(self.rungs[i].family == family for i in self.peaks)
-        return self.expected(place) * (1 if is_known else 1 - _DOUBT)
+        return self.expected(place) * (1 if is_known else 1 - self.rungs[place].doubt)
 
     def expected(self, place: int) -> float:
         """Returns the predicted peak, corrected by the error of compiled rungs of its family."""

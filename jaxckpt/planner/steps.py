@@ -4,20 +4,22 @@
 with this name's plan `none` and the others `full`. Stacks run in the order of the traced calls.
 """
 
+import contextlib
 import copy
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 from jax.extend import core
 from jax.sharding import Mesh
 
-from jaxckpt.absent import exported
+from jaxckpt.absent import launch
 from jaxckpt.compiled import cache
 from jaxckpt.compiled.report import MemoryReport
-from jaxckpt.memory.measure import jitted, measure, program_key
+from jaxckpt.memory.job import Job
+from jaxckpt.memory.measure import jitted, job_of, program_key
 from jaxckpt.planner.places import Finder, Phases, following, held_together, places
 from jaxckpt.planner.stacks import Stack, given_stack
 from jaxckpt.plans import Plan, PlanError
@@ -29,6 +31,9 @@ from jaxckpt.transforms.observers import observed
 # A jaxpr's text shows functions in parameters with their addresses, which differ in each trace.
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _OPTIONS = ("donate_argnums", "static_argnums")
+
+
+Watch: TypeAlias = Callable[[Plan | PlanSet, MemoryReport | None, float | None], None]
 
 
 class Step(NamedTuple):
@@ -57,14 +62,15 @@ class Steps:
         self,
         step_for: Callable,
         target: Target,
-        report_of: Callable[[Any], MemoryReport] | None = None,
+        report_of: Callable[[Any], MemoryReport | Job] | None = None,
     ):
         """Takes a user's function.
 
         Args:
           step_for: `step_for(plan)` returns a step, as for `jaxckpt.fit`.
           target: The chip to compile for.
-          report_of: Compiles the step of a plan; None to compile by `measure`.
+          report_of: Returns the report of a plan's step if it is known, else the job that compiles
+            the step; None to compile as `measure` does.
         """
         if not callable(step_for):
             raise ValueError(
@@ -73,10 +79,11 @@ class Steps:
         self._step_for = step_for
         self._target = target
         self._report_of = report_of or self._measured
-        self._watch: Callable[[Plan | PlanSet, MemoryReport | None, float], None] | None = None
+        self._watch: Watch = lambda *_: None
         self._first = self
         self._last: tuple[Any, Step] | None = None
         self._traced: dict[Plan | PlanSet, Trace] = {}
+        self._failed: dict[Plan | PlanSet, Exception] = {}
         self.compiled: dict[Plan | PlanSet, MemoryReport] = {}
 
     @classmethod
@@ -96,12 +103,14 @@ class Steps:
         """
         made = copy.copy(self)
         made.compiled = {plan: self.report(plan) for plan in plans}
-        made._report_of, made._watch = self._first.report, None
         return made
 
-    def watched(self, watch: Callable[[Plan | PlanSet, MemoryReport | None, float], None]):
-        """Calls `watch(plan, report, seconds)` before (with None as report) and after compiling."""
-        self._watch = watch
+    def watched(self, watch: "Watch"):
+        """Calls `watch(plan, report, seconds)` before and after compiling.
+
+        Before, the report and the seconds are None. After a compilation that failed, the report is.
+        """
+        self._first._watch = watch
 
     def step(self, plan: Plan | PlanSet) -> Step:
         """Returns the step of a plan, the same one if it is asked for again at once.
@@ -157,50 +166,93 @@ class Steps:
     def report(self, plan: Plan | PlanSet) -> MemoryReport:
         """Returns the memory report of a plan's step, compiled unless it has been."""
         if plan not in self.compiled:
-            watch, started = self._watch or (lambda *_: None), time.perf_counter()
-            watch(plan, None, 0.0)
-            self.compiled[plan] = self._report_of(plan)
-            watch(plan, self.compiled[plan], time.perf_counter() - started)
+            with self.compiling([plan]):
+                pass
+            if plan in self._failed:
+                raise self._failed[plan]
+            self.compiled[plan] = self._first.compiled[plan]
         return self.compiled[plan]
 
-    def _measured(self, plan: Plan | PlanSet) -> MemoryReport:
-        """Returns a report by `measure`, or from disk if the program was compiled before.
+    @contextlib.contextmanager
+    def compiling(self, plans: Iterable[Plan | PlanSet]) -> Iterator[None]:
+        """A context beside which plans are compiled, at once if the machine has room.
 
-        `measure` itself reads reports of absent chips from disk; here this is done for the chip of
-        this process.
+        All are traced before the context begins. After it `report` takes no time; of a plan whose
+        step does not run it raises the error. Without room for two, only the first is compiled.
         """
-        step = self.step(plan)
-        measured = lambda: measure(step.fn, *step.args, target=self._target, **step.options)
-        return measured() if self._target.backend != "local" else self.kept(plan, measured)
+        first = self._first
+        known = first.compiled.keys() | first._failed
+        asked = [plan for plan in dict.fromkeys(plans) if plan not in known]
+        # Compilers of several processes may wait for one another, in the order of their programs.
+        room = launch.at_once() if jax.process_count() == 1 else 1
+        begun: list[tuple[Plan | PlanSet, Job, float]] = []
 
-    def kept(
-        self, plan: Plan | PlanSet, made: Callable[[], MemoryReport], **parts: Any
-    ) -> MemoryReport:
-        """Returns the report of a plan's step from disk; if it is missing, makes and writes it.
+        def jobs() -> Iterator[tuple[Plan | PlanSet, Job, float]]:
+            for plan in asked if room > 1 else asked[:1]:
+                started = time.perf_counter()
+                first._watch(plan, None, None)
+                try:
+                    made = first._report_of(plan)
+                except Exception as error:  # the user's step may raise anything
+                    made = error
+                if isinstance(made, Job):
+                    begun.append((plan, made, started))
+                    yield begun[-1]
+                else:
+                    ended(plan, made, started)
+
+        def compiled(item: tuple[Plan | PlanSet, Job, float]) -> tuple[Any, float]:
+            try:
+                found = item[1].compile()
+            except Exception as error:  # the compiler may raise anything
+                found = error
+            return found, time.perf_counter()
+
+        def ended(plan, found: MemoryReport | Exception, started: float, stopped=None):
+            seconds = (stopped or time.perf_counter()) - started
+            if isinstance(found, Exception):
+                first._failed[plan] = found
+                first._watch(plan, None, seconds)
+            else:
+                first.compiled[plan] = found
+                first._watch(plan, found, seconds)
+
+        def reported(place: int, answer: tuple[Any, float]):
+            (plan, job, started), (found, stopped) = begun[place], answer
+            report = found if isinstance(found, Exception) else job.report(found)
+            ended(plan, report, started, stopped)
+
+        with launch.beside(compiled, jobs(), room, reported):
+            yield
+
+    def _measured(self, plan: Plan | PlanSet) -> MemoryReport | Job:
+        """Returns a step's report from disk if its program was compiled before, or its job.
+
+        A job for an absent chip reads its report from disk itself.
+        """
+        fn, args, options = self.step(plan)
+        made, args = jitted(fn, args, **options)
+        job = job_of(made, args, self._target)
+        return job if job.lowered is None else self.kept(plan, job, args)
+
+    def kept(self, plan: Plan | PlanSet, job: Job, args: Sequence, **parts: Any):
+        """Returns the report of a plan's step from disk, or the job that makes and writes it.
 
         Args:
           plan: The plan.
-          made: Compiles the step and returns its report.
+          job: The step's job, with its program.
+          args: The step's arguments.
           **parts: JSON values that the report depends on, beside the program, the target and the
             values that `cache.key` and `cache.here` add.
         """
-        fn, args, options = self.step(plan)
-        program, args = jitted(fn, args, **options)
-        traced = exported.trace(program, args)
-        is_here = self._target.backend == "local"
-        backend = None if is_here else (self._target.backend,)
         name = program_key(
-            traced.lower(lowering_platforms=backend),
+            job.lowered,
             plan=plan_json(plan),
             target=self._target.name,
             devices_of_arguments=_devices(args),
             **parts,
         )
-        report = cache.load(name)
-        if report is None:
-            report = made()
-            cache.store(name, report)
-        return report
+        return cache.load(name) or job.storing(name)
 
 
 def _devices(args: Sequence) -> list[list[int]]:

@@ -16,7 +16,8 @@ from jaxckpt.absent import launch
 from jaxckpt.absent.jobs import Entry, entry_key
 from jaxckpt.compiled import cache
 from jaxckpt.compiled.report import MemoryReport
-from jaxckpt.memory.worker import answer, build_step, get_topology, measure_built
+from jaxckpt.memory.job import Job
+from jaxckpt.memory.worker import answer, build_step, get_topology, job_of_built
 from jaxckpt.planner.fit import solve
 from jaxckpt.planner.result import BudgetError, Compilation
 from jaxckpt.planner.steps import Steps
@@ -46,18 +47,14 @@ def _run(progress: Callable[[Compilation], None], job: dict[str, Any]) -> dict[s
 
     built = lambda plan: build_step(**entry_of(plan).as_json())
 
-    def report_of(plan: Plan | PlanSet) -> MemoryReport:
-        entry = entry_of(plan)
-        name = entry_key(entry, target)
-        report = cache.load(name)
-        if report is None:
-            report = measure_built(built(plan), target, topology)
-            cache.store(name, report)
-        return report
+    def report_of(plan: Plan | PlanSet) -> MemoryReport | Job:
+        name = entry_key(entry_of(plan), target)
+        known = cache.load(name)
+        return known or job_of_built(built(plan), target, topology).storing(name)
 
     steps = Steps.of_built(built, target, report_of)
     try:
-        budgets = {"budget": job["budget"], "host_budget": job["host_budget"]}
+        budgets = {name: job[name] for name in ("budget", "host_budget", "unit")}
         result = solve(steps, job["num_blocks"], target=target, progress=progress, **budgets)
     except BudgetError as error:
         return {"infeasible": error.as_json()}

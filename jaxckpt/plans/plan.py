@@ -24,6 +24,7 @@ to their errors the place in the text.
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Self
 
 from jaxckpt.plans import words
@@ -237,7 +238,7 @@ class Plan:
         head, slash, _ = text.partition("/")
         if not head.startswith(_GRAPH):
             return cls(stages=parse_stages(text))
-        stages = parse_stages(text, len(head) + 1) if slash else ()
+        stages = parse_stages(text, len(head) + 1, _check_segment) if slash else ()
         return _at(text, (0, len(head)), cls, stages=stages, graph=head.removeprefix(_GRAPH))
 
     def _check_graph(self):
@@ -247,11 +248,7 @@ class Plan:
                 f"{_GRAPH}3f9a01-c4427e; jaxckpt.fit makes such plans"
             )
         for stage in self.stages:
-            if stage.schedule not in ("none", "full") or stage.offloads_carry:
-                raise PlanError(
-                    f"{str(stage)!r} cannot be a segment of a function; a segment is none, full or "
-                    "policies such as names:q or dots, with the number of its steps before it"
-                )
+            _check_segment(stage)
 
     @property
     def num_blocks(self) -> int | None:
@@ -369,6 +366,16 @@ def _refuse_function(given):
         )
 
 
+def _check_segment(stage: Stage) -> Stage:
+    """Returns a stage that can be a segment of a function; raises `PlanError` for another."""
+    if stage.schedule not in ("none", "full") or stage.offloads_carry:
+        raise PlanError(
+            f"{str(stage)!r} cannot be a segment of a function; a segment is none, full or "
+            "policies such as names:q or dots, with the number of its steps before it"
+        )
+    return stage
+
+
 def _blocks(count: int) -> str:
     return "block" if count == 1 else "blocks"
 
@@ -404,15 +411,18 @@ _GRAPH = "graph:"
 _DIGESTS = re.compile(r"[0-9a-f]{6}-[0-9a-f]{6}")
 
 
-def parse_stages(text: str, start: int = 0) -> tuple[Stage, ...]:
-    """Returns the stages that a text spells from its letter `start` on.
+def parse_stages(
+    text: str, start: int = 0, check: Callable[[Stage], Stage] = lambda stage: stage
+) -> tuple[Stage, ...]:
+    """Returns the stages that a text spells from its letter `start` on, each checked.
 
     Raises:
       PlanError: The text is no plan; the error marks the place and names what is valid.
     """
     stages = []
     for piece in text[start:].split("/"):
-        stages.append(_parse_stage(text, start, start + len(piece)))
+        place = start, start + len(piece)
+        stages.append(_at(text, place, check, stage=_parse_stage(text, *place)))
         start += len(piece) + 1
     return tuple(stages)
 
@@ -466,7 +476,8 @@ def _refuse(text: str, place: tuple[int, int], head: str, position: int):
     valid = [*words.SCHEDULES, *words.POLICIES] if position == 0 else list(words.POLICIES)
     kind = "schedule or policy" if position == 0 else "policy"
     what = f"{head!r} is not a {kind}" if head else f"an empty {kind}"
-    raise _error(text, place, f"{what}{nearest(head, valid)}; valid: {', '.join(valid)}")
+    guesses = [*valid, _GRAPH] if text[: place[1]].startswith(f"{head}:") else valid
+    raise _error(text, place, f"{what}{nearest(head, guesses)}; valid: {', '.join(valid)}")
 
 
 def _at(text: str, place: tuple[int, int], make, **fields):

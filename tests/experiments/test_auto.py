@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import jaxckpt
 from experiments.cli import main
@@ -19,10 +20,11 @@ from experiments.data import Corpus
 from experiments.fit import fit
 from experiments.fitting import measuring, table
 from experiments.train import train
-from experiments.training import choose_plan
+from experiments.training import choose_plan, loop
 from experiments.training.build import build, entry_of
 from experiments.training.loop import run
 from jaxckpt.absent import launch
+from jaxckpt.compiled.peak import compile_lowered
 from jaxckpt.memory.measure import compile_step
 from jaxckpt.models import TransformerConfig
 from jaxckpt.planner.result import BudgetError, FitResult
@@ -120,7 +122,7 @@ def result(chosen, budget) -> FitResult:
     """What the planner chose for the run, asked again: from disk."""
     config = dataclasses.replace(CONFIG, remat="auto", budget=str(budget))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxckpt.memory.measure.compile_step", None)
+        patch.setattr(choose_plan, "_solved", None)
         return choose_plan.choose(config, "local")
 
 
@@ -142,6 +144,36 @@ def test_what_is_verified_is_compiled_with_the_options_of_what_runs(monkeypatch)
     config = dataclasses.replace(CONFIG, remat="auto", budget="1MiB")
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_not_there"):
         choose_plan.choose(config, "local")
+
+
+def test_what_was_compiled_to_plan_is_what_runs(budget, tmp_path, monkeypatch):
+    """JAX's own cache has the program of the chosen plan when the run asks for it."""
+    monkeypatch.setenv("JAXCKPT_CACHE", str(tmp_path / "cache"))
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    compilation_cache.reset_cache()
+    monkeypatch.setattr(loop, "keep_compiled", lambda *_: None)
+    read, asked = [], []
+
+    def compiled(lowered, **options):
+        before = len(read)
+        made = compile_lowered(lowered, **options)
+        asked.append((lowered.as_text(), len(read) > before))
+        return made
+
+    def listen(event, **_):
+        if event == "/jax/compilation_cache/cache_hits":
+            read.append(event)
+
+    monkeypatch.setattr("jaxckpt.compiled.peak.compile_lowered", compiled)
+    jax.monitoring.register_event_listener(listen)
+    try:
+        trained(tmp_path / "run", remat="auto", budget=str(budget))
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+    (text, is_read), *others = [one for one in asked if one[1]]
+    assert is_read and not others, "the planner compiles every program once"
+    assert [one == text for one, _ in asked].count(True) == 2, "once to plan, once to run"
 
 
 def test_flops_are_those_of_the_whole_accumulated_step(result):
@@ -278,7 +310,7 @@ def plans_of_the_world(config, target, budget=None, progress=None):
         if peak <= limit:
             return FitResult(
                 **{"plan": jaxckpt.Plan.parse(plan), "report": report(peak), "num_compiles": 1},
-                **{"budget_bytes": limit << 30, "why": "", "keeps": (), "candidates": ()},
+                **{"budget_bytes": limit << 30, "rows": (), "candidates": ()},
                 chosen=None,
             )
     plan = min(peaks, key=peaks.get)

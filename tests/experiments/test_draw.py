@@ -1,5 +1,6 @@
 """`experiments.draw`: timelines are what runs, pictures are theirs, bad input is one line."""
 
+import json
 import re
 import subprocess
 import sys
@@ -21,9 +22,23 @@ from experiments.drawing.timeline import (
     timeline,
 )
 from jaxckpt import scan_blocks
+from jaxckpt.planner.result import Candidate, FitResult, Row
 from jaxckpt.plans import Plan
+from tests.experiments.test_fit import report
 
 ROOT = Path(__file__).parents[2]
+ROWS = (
+    Row(
+        stage="12xfull",
+        kept_bytes=2**20,
+        held_bytes=3 * 2**20,
+        none_bytes=4 * 2**20,
+        seconds=1.0,
+        again_seconds=0.5,
+        lines="unet.py:3 to unet.py:9",
+    ),
+    Row(stage="5xnone", kept_bytes=2 * 2**20, none_bytes=2 * 2**20, seconds=2.0),
+)
 MIXED = "4xsqrt/3xuniform:2+dots/5xfull+attention/none"
 
 
@@ -53,6 +68,66 @@ def test_it_is_what_runs():
     stack = lambda block, params, carry: scan_blocks(block, params, carry, remat=plan)
     drawn = [run.block for run in line_of(plan, 16).runs if run.kind != BACKWARD]
     assert [drawn.count(block) for block in range(16)] == evaluations.count(stack, 16)
+
+
+def answer(rows=ROWS) -> FitResult:
+    own = report(2**-7)
+    one = Candidate(
+        plan=Plan.parse("full"), predicted_bytes=2**23, compiled_bytes=2**23, seconds=1.0, flops=1
+    )
+    return FitResult(
+        plan=one.plan,
+        report=own,
+        budget_bytes=2**23,
+        candidates=(one,),
+        chosen=one,
+        rows=rows,
+        num_compiles=1,
+        unit="MiB",
+    )
+
+
+def test_an_answer_is_drawn_as_what_its_stages_hold(tmp_path, capsys):
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(answer().as_json()))
+    main(draw, [str(path)])
+    lines = capsys.readouterr().out.splitlines()
+    sizes = [re.findall(r"(\S+) MiB", line) for line in lines[1:-1]]
+    assert sizes == [["1.00", "4.00"], ["3.00", "6.00"], ["3.00", "6.00"], ["4.00", "4.00"]]
+    assert [line.split()[:2] for line in lines[1:-1]] == [
+        ["forward", "12xfull"],
+        ["forward", "5xnone"],
+        ["backward", "5xnone"],
+        ["backward", "12xfull"],
+    ]
+    assert lines[1].endswith("unet.py:3 to unet.py:9")
+    assert [line.count("#") for line in lines[1:3]] == [5, 16] and lines[2].count(".") > 15
+    assert lines[-1].startswith("the plan holds 4.00 MiB at most in 9500.000 ms, none 6.00 MiB")
+    pytest.importorskip("matplotlib")
+    main(draw, [str(path), "-o", str(tmp_path / "memory.svg")])
+    svg = (tmp_path / "memory.svg").read_text()
+    assert "held for the backward pass, MiB" in svg and "none" in svg
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        ("[]", [], "is no result of jaxckpt.fit"),
+        ("", [], "is no result of jaxckpt.fit"),
+        (None, [], "cannot read"),
+        (ROWS, ["--blocks=3"], "--blocks is for a plan"),
+        ((Row(stage="8xsqrt"),), [], "draw it by its plan, such as python -m experiments.draw 8x"),
+    ],
+)
+def test_what_is_no_answer(text, flags, message, tmp_path, capsys):
+    path = tmp_path / "result.json"
+    if text is not None:
+        is_rows = isinstance(text, tuple)
+        path.write_text(json.dumps(answer(text).as_json()) if is_rows else text)
+    with pytest.raises(SystemExit):
+        main(draw, [str(path), *flags])
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
 
 
 STAGES = st.tuples(

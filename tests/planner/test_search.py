@@ -49,6 +49,30 @@ def test_four_compiles_find_one_that_fits(seed):
     assert peaks[found.chosen] <= budget
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_what_is_prepared_is_asked_for_next_if_predictions_hold(seed):
+    """And what is prepared changes no answer."""
+    rungs, peaks = make(60, seed)
+    exact = [rung.predicted_bytes for rung in rungs]
+    budget = random.Random(seed).randint(min(exact), max(exact))
+    for peaks_ in (exact, peaks):
+        asked, prepared = [], []
+
+        def compile_peak(place, asked=asked, peaks_=peaks_):
+            asked.append(place)
+            return peaks_[place]
+
+        found = search(rungs, budget, compile_peak, {}, 60, prepare=prepared.append)
+        assert found == search(rungs, budget, peaks_.__getitem__, {}, 60)
+        assert [places[0] for places in prepared] == asked
+        if peaks_ is exact:
+            pairs = [
+                (places[1:], after) for places, after in zip(prepared, asked[1:], strict=False)
+            ]
+            assert all(not beside or beside == [after] for beside, after in pairs)
+            assert any(beside for beside, _ in pairs) or len(asked) == 1
+
+
 def test_a_budget_below_all_compiles_the_last():
     rungs, peaks = make(20, 0)
     found = search(rungs, 10, peaks.__getitem__, {}, 4)
