@@ -1,14 +1,14 @@
-"""Any function under a byte budget: seven models that are no stack, planned, compiled and timed.
+"""Any function under a byte budget: plans, compiles and times seven models without a stack.
 
     python -m benchmarks.functions --target v5e-1 --target h100 --output FILE   # absent chips
     python -m benchmarks.functions --limit 60 --output FILE                     # the present chip
 
 The models are a U-Net, a graph network, ResNet-50, MLP-Mixer, a Fourier neural operator, an
 encoder-decoder and a plain loop of GPT's layers. For each model and target, budgets are spread
-evenly from what `none` needs to the least that works. The planner's answer to each budget is
-compared with checkpoints that were placed by hand. Times are measured on an accelerator of this
-process, and estimated by the roofline elsewhere. A model is one process with a time limit. Rows are
-written as they finish, and the same command continues an interrupted run.
+evenly from the peak of `none` to the least budget that works. The planner's answer to each budget
+is compared with checkpoints placed by hand. Seconds are measured if this process has an
+accelerator, and otherwise estimated by the roofline. Each model has its own process with a time
+limit. Each row is written as soon as it is finished. The same command continues an interrupted run.
 
 Exits with 1 if a bound fails.
 """

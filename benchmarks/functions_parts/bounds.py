@@ -1,22 +1,22 @@
-"""What is promised of plans for any function, checked on rows of `process`; and their table."""
+"""Checks the promises about plans for any function on rows of `process`, and makes their table."""
 
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 Row = dict[str, Any]
-EXACT = 1e-6  # of a leaf's largest value, in float32
-SLOWER = 1.02  # timings of one program differ by so much
+EXACT = 1e-6  # the allowed error, as a share of a leaf's largest value, in float32
+SLOWER = 1.02  # timings of one program differ by this factor
 _MIB = 2**20
 
 
 def check(rows: Sequence[Row]) -> list[str]:
-    """Returns a line for each bound that does not hold."""
+    """Returns one line for each bound that does not hold."""
     return [f"{name}: {text}" for name, mine in _models(rows) for text in _failures(mine)]
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
-    """Yields a line for each budget: peak, time, and the best plan by hand that fits."""
+    """Yields one line for each budget: the peak, the time, and the fastest fitting plan by hand."""
     unit = lambda size: f"{size / _MIB:8.0f}"
     yield "model     budget     peak  time ms | best by hand that fits | compiles  plan"
     for name, mine in _models(rows):

@@ -1,8 +1,9 @@
-"""Seven models that are no stack of equal blocks, in plain JAX: what `benchmarks.functions` plans.
+"""The models of `benchmarks.functions`: seven models in plain JAX without a stack of equal blocks.
 
-A model is a function `run(params, inputs, key, wrap)`; `wrap(stage)` is what its owner would place
-by hand around each stage, `jax.checkpoint` or nothing. Convolutions and products run in the dtype
-of the inputs. `MODELS` has two sizes of each: that of the benchmark, and a small one for a CPU.
+A model is a function `run(params, inputs, key, wrap)`. It applies `wrap` to each stage: either
+`jax.checkpoint`, placed as a user would place it by hand, or the identity. Convolutions and
+products run in the dtype of the inputs. `MODELS` has two sizes of each model: the size of the
+benchmark, and a small size for a CPU.
 """
 
 import dataclasses
@@ -65,7 +66,7 @@ def _dropped(x, key, rate: float):
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
-# --- U-Net: skips over everything between them ---------------------------------------------------
+# --- U-Net: its skips are alive over all stages between them -------------------------------------
 
 
 def unet_params(key, size: Size):
@@ -91,7 +92,7 @@ def unet_params(key, size: Size):
 
 
 def unet(params, inputs, key, wrap):
-    """Returns an image from an image; each stage down is read again by one stage up."""
+    """Returns an image from an image; each stage up reads the result of one stage down."""
 
     def stage(p, x):
         h = _conv(jax.nn.silu(_group_norm(x, p["norms"][0])), p["convs"][0])
@@ -187,7 +188,7 @@ def mesh_graph(size: Size, dtype):
     }
 
 
-# --- ResNet-50 with BatchNorm's statistics handed from stage to stage ----------------------------
+# --- ResNet-50 with BatchNorm's statistics passed from stage to stage ----------------------------
 
 
 def resnet_params(key, size: Size):
@@ -277,11 +278,11 @@ def mixer(params, inputs, key, wrap):
     return x
 
 
-# --- A Fourier neural operator: complex values, no product is the largest cost -------------------
+# --- A Fourier neural operator: complex values, and products are not the largest cost ------------
 
 
 def fourier_params(key, size: Size):
-    """Returns complex weights as pairs of real ones, and a skip for each layer."""
+    """Returns complex weights as pairs of real weights, and a skip for each layer."""
     width, modes = size["width"], size["modes"]
     keys = iter(_keys(key, 3 * size["depth"] + 1))
     layers = [
@@ -359,7 +360,7 @@ def t5_params(key, size: Size):
 
 
 def t5(params, inputs, key, wrap, heads: int):
-    """Returns the decoder's features; every layer of it reads the encoder's result."""
+    """Returns the decoder's features; every layer of the decoder reads the encoder's result."""
     x, y = inputs["source"], inputs["made"]
     for n, p in enumerate(params["encoder"]):
         layer = functools.partial(_layer, heads=heads, is_causal=False, rate=0.1)
@@ -396,10 +397,10 @@ class Model:
     """A model of the benchmark.
 
     Attributes:
-      run: `run(params, inputs, key, wrap)`, or with the number of heads.
-      params: `params(key, size)`, in float32.
-      inputs: `inputs(size, dtype)`.
-      size: Its size in the benchmark.
+      run: `run(params, inputs, key, wrap)` returns the model's result.
+      params: `params(key, size)` returns the parameters, in float32.
+      inputs: `inputs(size, dtype)` returns the inputs.
+      size: The model's size in the benchmark.
       small: A size for a CPU.
     """
 

@@ -1,8 +1,8 @@
-"""The process of one model of `benchmarks.functions`: budgets from what `none` needs to the least.
+"""The process of one model of `benchmarks.functions`: budgets from the peak of `none` to the least.
 
-`python -m benchmarks.functions_parts.process CASE DONE` prints a row as a line of JSON as soon as
-it is known, but for the places of budgets that are done. The process ends itself when its time is
-up, also inside a compiler; what is compiled is kept on disk by program.
+`python -m benchmarks.functions_parts.process CASE DONE` prints each row as a line of JSON as soon
+as the row is known. It skips the budgets whose places are in DONE. When the time limit is over, the
+process ends itself, even inside a compiler. Compiled programs are kept on disk.
 """
 
 import functools
@@ -33,12 +33,18 @@ from jaxckpt.targets.target import parse_target
 
 Case = dict[str, Any]
 _TIMES = 10
-# What an owner would write by hand: around each stage, around the whole, the products of the whole.
+# The checkpoints that a user would write by hand: none, one around each stage, one around the whole
+# function, and `dots` around the whole function.
 _BY_HAND = ("none", "stages", "full", "dots")
 
 
 def step_for(case: Case, plan: Any) -> tuple[Callable, tuple]:
-    """Returns the gradient of a model under a plan, or with every stage under `jax.checkpoint`."""
+    """Returns a model's gradient function and its abstract arguments.
+
+    Args:
+      case: The model, target and size.
+      plan: A plan, or `"stages"` for a `jax.checkpoint` around every stage.
+    """
     model = MODELS[case["model"]]
     size = model.small if case["tiny"] else model.size
     dtype = jnp.float32 if case["tiny"] else jnp.bfloat16
@@ -56,7 +62,12 @@ def step_for(case: Case, plan: Any) -> tuple[Callable, tuple]:
 
 
 def rows(case: Case, done: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a model but for places that are done, the largest budget first."""
+    """Yields the rows of a model, the largest budget first.
+
+    Args:
+      case: The model, target and size.
+      done: The places of budgets whose rows exist already; -1 for the row of plans by hand.
+    """
     target, is_here = parse_target(case["target"]), case["target"] == "local"
     steps = Steps(functools.partial(step_for, case), target)
     rates = rates_of(target) or UNKNOWN
@@ -65,7 +76,7 @@ def rows(case: Case, done: Sequence[int]) -> Iterator[dict[str, Any]]:
     started = time.perf_counter()
     problem = Problem.of(steps, None, rates)
     rungs = problem.ladder()
-    planned = time.perf_counter() - started  # what it compiles is compiled
+    planned = time.perf_counter() - started  # without compilations, which are all made above
     top, least = steps.report(Plan.parse("none")).peak_bytes, _least_bytes(problem, rungs)
     exact = _gradients(case, "none") if is_here and case["tiny"] else None
     if -1 not in done:
@@ -106,9 +117,10 @@ def _plan_of(name: str) -> Any:
 
 
 def _by_hand(case: Case, steps: Steps, rates) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields each plan by hand with its figures, but for `dots` where products are complex.
+    """Yields each plan by hand with its figures.
 
-    `jax.checkpoint` keeps no complex value.
+    The plan `dots` is left out if products are complex, because `jax.checkpoint` cannot keep a
+    complex value.
     """
     for name in _BY_HAND:
         try:
@@ -120,7 +132,7 @@ def _by_hand(case: Case, steps: Steps, rates) -> Iterator[tuple[str, dict[str, A
 
 
 def _time_of(case: Case, plan: Any, rates, is_here: bool) -> dict[str, float]:
-    """Returns a step's seconds by the roofline, its FLOPs, and on an accelerator its real time."""
+    """Returns a step's roofline seconds, its FLOPs, and on an accelerator its measured seconds."""
     fn, args = step_for(case, plan)
     jaxpr = jax.make_jaxpr(fn)(*args)
     made: dict[str, float] = {"roofline": estimate(jaxpr, rates).seconds}
@@ -143,7 +155,7 @@ def _arrays(case: Case) -> tuple:
 
 
 class _Frozen(dict):
-    """A size that `jit` takes as a static argument."""
+    """A model's size with a hash, so that `jit` takes it as a static argument."""
 
     def __hash__(self):  # pyright: ignore[reportIncompatibleVariableOverride]
         return hash(tuple(self.items()))
@@ -175,8 +187,8 @@ def _error(exact, case: Case, plan: Any) -> float:
 
 if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
-    # What was compiled to plan is what is timed, and what a run cut short goes on with.
+    # Programs compiled for planning are timed too, and a continued run reads them from disk.
     keep_compiled(None, print)
-    signal.alarm(asked["limit"])  # its default is to end the process, inside a compiler too
+    signal.alarm(asked["limit"])  # by default the signal ends the process, even inside a compiler
     for row in rows(asked, json.loads(sys.argv[2])):
         print(json.dumps(row), flush=True)

@@ -1,12 +1,12 @@
-"""What a planner's answer holds over a step, beside `none`: as text and as a figure.
+"""Draws the bytes that a planner's answer and `none` hold over a step, as text and as a figure.
 
     line = timeline(result.rows)          # of a `jaxckpt.fit` result
     print(as_text(line, result.unit))
 
-Bytes are those that the answer's stages keep and hold, by the planner's model: the arguments,
-gradients and the rest of the step are left out. Each stage runs forward; then, from the last to the
-first, it is reversed: it runs again what it did not keep, and its backward pass takes two forward
-passes. No JAX import.
+Bytes are what the answer's stages hold by the planner's model. The arguments, the gradients and the
+rest of the step are left out. All stages run forward, and then they are reversed from the last to
+the first. A reversal recomputes the values that the stage did not keep. Its backward pass counts
+as two forward passes. No JAX import.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from jaxckpt.units import in_unit
 
 _BACKWARD_TIME = 2
 _BAR = 32  # columns of the longest bar
-_LONGEST = 40  # letters of a stage in a line
+_LONGEST = 40  # the most letters of a stage in a line
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,11 +28,13 @@ class Moment:
 
     Attributes:
       label: `"forward"` or `"backward"`, and the stage.
-      lines: Where the stage stands in the user's code.
-      plan_bytes: What all stages hold, under the plan, at its end or during its reversal.
-      none_bytes: The same under `none`.
-      plan_seconds: How long it takes under the plan.
-      none_seconds: How long it takes under `none`.
+      lines: The stage's lines in the user's code.
+      plan_bytes: The bytes that all stages hold under the plan, at the end of the forward pass or
+        during the reversal.
+      none_bytes: The bytes that all stages hold under `none`, at the end of the forward pass or
+        during the reversal.
+      plan_seconds: Seconds under the plan.
+      none_seconds: Seconds under `none`.
     """
 
     label: str
@@ -44,7 +46,10 @@ class Moment:
 
 
 def timeline(rows: Sequence[Row]) -> tuple[Moment, ...]:
-    """Returns what the stages of an answer hold over a step.
+    """Returns the moments of a step: each stage's forward pass, then each stage's reversal.
+
+    Args:
+      rows: The rows of a `FitResult`.
 
     Raises:
       ConfigError: A stage has a schedule, whose carries come and go.
@@ -80,7 +85,12 @@ def _moment(word: str, row: Row, plan_bytes: int, none_bytes: int) -> Moment:
 
 
 def as_text(line: Sequence[Moment], unit: str = "") -> str:
-    """Returns a line for each moment: its bytes under the plan and under `none`, and bars."""
+    """Returns a line for each moment: the bytes under the plan and under `none`, and bars.
+
+    Args:
+      line: The moments, from `timeline`.
+      unit: The unit of bytes; empty for units that fit the sizes.
+    """
     most = max(max(one.plan_bytes, one.none_bytes) for one in line) or 1
     width = max(len(one.label) for one in line)
     size = lambda nbytes: f"{in_unit(nbytes, unit):>12}"
@@ -94,7 +104,7 @@ def as_text(line: Sequence[Moment], unit: str = "") -> str:
 
 
 def peaks(line: Sequence[Moment], unit: str = "") -> str:
-    """Returns the most that is held under the plan and under `none`, and the time of both."""
+    """Returns a text: the most bytes held under the plan and under `none`, and the time of each."""
     ways = []
     for word in ("plan", "none"):
         most = max(getattr(one, f"{word}_bytes") for one in line)
@@ -104,7 +114,13 @@ def peaks(line: Sequence[Moment], unit: str = "") -> str:
 
 
 def draw(line: Sequence[Moment], title: str, unit: str = ""):
-    """Returns the figure: time across, held bytes up, the plan over `none`."""
+    """Returns the figure of held bytes over time, with the plan drawn over `none`.
+
+    Args:
+      line: The moments, from `timeline`.
+      title: The figure's title.
+      unit: The unit of bytes; empty for a unit that fits the sizes.
+    """
     plotting.import_matplotlib()
     from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]  an extra
 

@@ -1,4 +1,4 @@
-"""Measuring configurations for targets, several at once, and the largest size that fits."""
+"""Measures configurations for targets, several at once, and finds the largest size that fits."""
 
 import contextlib
 import dataclasses
@@ -18,15 +18,21 @@ from jaxckpt.models.mesh import MeshShape
 from jaxckpt.planner.result import BudgetError, Compilation, FitResult
 from jaxckpt.targets.target import parse_target
 
-# A sequence grows by whole blocks of the attention kernels.
+# Sequence lengths are multiples of the attention kernels' blocks.
 _SEQUENCE_UNIT = 128
 
 
 def check_targets(targets: Sequence[str], mesh: MeshShape | None = None):
-    """Raises for a target that does not exist, has no compiler, or has other devices than the mesh.
+    """Checks targets before anything is compiled.
+
+    Args:
+      targets: The names of targets.
+      mesh: The mesh of the configuration; None for a configuration without a mesh.
 
     Raises:
-      TargetError, MeshError, Unavailable: In one line, before anything is compiled.
+      TargetError: A target does not exist.
+      MeshError: The mesh and a target have different numbers of devices.
+      Unavailable: A target's compiler is not installed.
     """
     for target in map(parse_target, targets):
         if target.backend != "local":
@@ -45,12 +51,14 @@ def measure_all(
     """Returns a row for each configuration and target, in their order.
 
     Args:
-      cases: Configurations and targets.
-      largest: `"batch-size"` or `"seq-len"` to find the largest that fits; None for the given size.
-      parallel: Compilations at once. This process compiles for `local`, one after another.
-      done: Called with each row as it is done, by the thread that made it.
+      cases: Pairs of a configuration and a target's name.
+      largest: `"batch-size"` or `"seq-len"` to find the largest size that fits; None for the size
+        of the configuration.
+      parallel: The number of compilations at once. For `local`, this process compiles one step
+        after another.
+      done: Called with each row when it is done, by the thread that made the row.
     """
-    here = threading.Lock()  # two steps that are traced at once are no faster than in turn
+    here = threading.Lock()  # tracing two steps at once is no faster than one after another
     with Waiting(len(cases), parallel) as waiting:
 
         def work(case: tuple[TrainConfig, str]) -> FitRow:
@@ -70,9 +78,9 @@ class _Compiler:
     """Compiles the steps of a row.
 
     Attributes:
-      here: Held while this process compiles.
-      compiling: Shows the name of the compilation that runs.
-      say: Prints a line that stays.
+      here: A lock that is held while this process compiles.
+      compiling: Shows the name of the running compilation.
+      say: Prints a line that stays on the screen.
     """
 
     here: threading.Lock
@@ -91,7 +99,13 @@ class _Compiler:
             return choose(config, target, budget=budget, progress=progress)
 
     def measure(self, config: TrainConfig, target: str, what: str = "") -> MemoryReport:
-        """Returns the memory of a configuration's step; `what` names it among the row's steps."""
+        """Returns the memory of a configuration's step.
+
+        Args:
+          config: The configuration.
+          target: The target's name.
+          what: The name that is shown while the step is compiled.
+        """
         with self.here if _is_local(target) else contextlib.nullcontext():
             self.compiling(what)
             return _measure(config, target)
@@ -130,7 +144,7 @@ def _auto_row(row: FitRow, chosen: tuple[TrainConfig, FitResult]) -> FitRow:
 
 
 def _largest_row(row: FitRow, largest: str, compiler: _Compiler) -> FitRow:
-    """Returns the row of the largest size that fits, verified on both sides by compiling."""
+    """Returns the row of the largest size that fits; this and the next size are compiled."""
     config, field = row.config, largest.replace("-", "_")
     parts = 1 if config.mesh_shape is None else config.mesh_shape.batch_parts
     unit = config.accumulate * parts if field == "batch_size" else _SEQUENCE_UNIT
@@ -164,9 +178,9 @@ def _largest_auto(
 ) -> FitRow:
     """Returns the row of the largest size for which a plan fits, with the fastest such plan.
 
-    The largest size is searched under the plan with the least peak and the configuration that needs
-    the least memory. Then the planner is asked at that size and at the next one, with the first
-    configuration that fits.
+    First, the largest size is searched under the plan with the least peak and the configuration
+    that needs the least memory. Then the planner is asked for this size and for the next size, with
+    the first configuration that fits.
 
     Args:
       sized: Returns the row of a size, without a report.
@@ -194,7 +208,7 @@ def _largest_auto(
         for config in (*others, last):
             one = dataclasses.replace(row, config=config)
             if config is not last and peak_of(one) > (row.budget_bytes or 0):
-                continue  # not even the plan of the least peak fits in this way
+                continue  # even the plan with the least peak does not fit this configuration
             with contextlib.suppress(BudgetError):
                 result = compiler.choose(config, row.target)
                 return dataclasses.replace(config, remat=str(result.plan)), result
@@ -203,7 +217,7 @@ def _largest_auto(
     count, chosen = grown(plan, largest_that_fits(peak, start=start))
     if chosen is not None:
         return _auto_row(sized(count), chosen)
-    # No plan fits the least size: its row has the plan with the least peak.
+    # No plan fits the least size. The row shows the plan with the least peak at this size.
     row = sized(1)
     config = dataclasses.replace(row.config, remat=_least_plan(row, compiler))
     report = compiler.measure(config, row.target)
@@ -211,7 +225,7 @@ def _largest_auto(
 
 
 def _least_plan(row: FitRow, compiler: _Compiler) -> str:
-    """Returns the plan of the least peak, which the planner names if no plan fits."""
+    """Returns the plan with the least peak; the planner names it if no plan fits."""
     try:
         return str(compiler.choose(row.config, row.target, budget=1).plan)
     except BudgetError as error:
@@ -219,7 +233,7 @@ def _least_plan(row: FitRow, compiler: _Compiler) -> str:
 
 
 Answer = TypeVar("Answer")
-_MOST_GROWTH = 8  # in one step, where the line through two sizes promises more
+_MOST_GROWTH = 8  # the largest factor between two sizes that are tried one after another
 _MOST = 1 << 20
 
 
@@ -258,7 +272,9 @@ def largest_that_fits(peak: Callable[[int], tuple[int, int | None]], *, start: i
 def grown(plan: Callable[[int], Answer | None], count: int) -> tuple[int, Answer | None]:
     """Returns the largest size for which `plan` has an answer, and the answer.
 
-    The search begins at `count`, a size that is likely to be the largest; 0 if unknown.
+    Args:
+      plan: Returns the answer for a size; None if no plan fits.
+      count: The size at which the search begins, likely the largest; 0 if unknown.
     """
     found, last = None, count
     while last > 0 and (found := plan(last)) is None:
@@ -271,19 +287,29 @@ def grown(plan: Callable[[int], Answer | None], count: int) -> tuple[int, Answer
 
 
 def _next(seen: dict[int, int], usable: int, fits: int, fails: int | None) -> int:
-    """Returns a size between the largest that fits and the least that does not."""
+    """Returns the next size to try.
+
+    Args:
+      seen: The peaks of the sizes tried so far, in bytes.
+      usable: The bytes that a step may use.
+      fits: The largest size that fits; 0 if no size is known to fit.
+      fails: The least size that does not fit; None if every size tried so far fits.
+    """
     guess = _on_the_line(seen, usable)
     if guess is None:
         guess = 2 * fits if fails is None else fails // 2
     highest = fits * _MOST_GROWTH if fails is None else fails - 1
     guess = min(max(guess, fits + 1), highest)
-    if len(seen) > 8 and fails is not None:  # no line after all
+    if len(seen) > 8 and fails is not None:  # peaks are not linear in the size after all
         guess = (fits + fails) // 2
     return guess
 
 
 def _on_the_line(seen: dict[int, int], usable: int) -> int | None:
-    """Returns where the line through the two sizes nearest to the limit meets it."""
+    """Returns the size at which a line through the two sizes nearest to the limit meets the limit.
+
+    Returns None if fewer than two sizes were tried, or if the line does not rise.
+    """
     if len(seen) < 2:
         return None
     (one, low), (two, high) = sorted(seen.items(), key=lambda item: abs(item[1] - usable))[:2]

@@ -1,11 +1,11 @@
-"""`auto` as a configuration's plan: the planner chooses for the whole step that trains.
+"""The plan `auto` of a configuration: the planner chooses a plan for the whole training step.
 
     result = choose(config, "v5e-1")     # config.remat is auto, config.budget says how much
     config = dataclasses.replace(config, remat=str(result.plan))
 
-Optimizer, donation, accumulation, loss head and frozen parameters are part of the step, so they are
-part of the peak that is compared with the budget. Reports of compiled steps are kept on disk, for
-absent targets and for this process's device.
+Optimizer, donation, accumulation, loss head and frozen parameters are part of the step. So they are
+part of the peak that is compared with the budget. Reports of compiled steps are kept on disk, both
+for absent targets and for this process's device.
 """
 
 import contextlib
@@ -37,13 +37,16 @@ def choose(
     budget: int | None = None,
     progress: Callable[[Compilation], Any] | None = None,
 ) -> FitResult:
-    """Returns the fastest plan for a configuration's step within its budget.
+    """Returns the fastest plan for a configuration's step within a budget.
 
     Args:
       config: The configuration; its plan is not read.
-      target: `"local"`, or a chip that need not be there.
-      budget: The budget in bytes; by default the configuration's.
+      target: `"local"`, or the name of a chip, which may be absent.
+      budget: The budget in bytes; by default the budget of the configuration.
       progress: As for `jaxckpt.fit`.
+
+    Returns:
+      The plan, its memory report and the other candidates.
 
     Raises:
       BudgetError: No plan fits.
@@ -68,14 +71,14 @@ def choose(
 def _chosen(
     config: TrainConfig, target: str, entry: Entry, num_blocks: int, **asked: Any
 ) -> FitResult:
-    """Returns the planner's answer, from disk if it is known."""
+    """Returns the planner's answer; a known answer is read from disk."""
     if parse_target(target).backend != "local":
         return fit_entry(entry, num_blocks=num_blocks, target=target, **asked)
     sources = cache.digest_of_sources({"jaxckpt", "experiments"})
     about = {"entry": entry.as_json(), "calibrate": config.calibrate, "sources": sources}
     budgets = {name: asked[name] for name in ("budget", "host_budget")}
     name = cache.key(answer=about | budgets, **cache.here())
-    with contextlib.suppress(KeyError, TypeError, ValueError):  # missing, or cut short
+    with contextlib.suppress(KeyError, TypeError, ValueError):  # the file is missing or incomplete
         return FitResult.from_json(cache.load_json(name))
     result = _solved(config, num_blocks, **asked)
     cache.store_json(name, result.as_json())
@@ -91,7 +94,7 @@ def _solved(config: TrainConfig, num_blocks: int, **asked: Any) -> FitResult:
     built = lambda plan: build(dataclasses.replace(config, remat=str(plan)), "local")
 
     def report_of(plan: Plan):
-        """Returns the report of a step compiled as it is run, with its time and findings too."""
+        """Returns the report, with seconds and findings, of a step compiled as in training."""
         step = built(plan)
         options = {"donated": step.donate_argnums, "xla": dict(step.compiler_options)}
         return steps.kept(plan, job_of_step(step), step.args, options=options)
@@ -100,7 +103,8 @@ def _solved(config: TrainConfig, num_blocks: int, **asked: Any) -> FitResult:
     return solve(steps, num_blocks, target=LOCAL, calibrate=config.calibrate, **asked)
 
 
-# Tokens of a tile of the MLP: the hidden values of a tile are small compared with a long sequence.
+# The tokens of one tile of the MLP. The hidden values of so many tokens are small compared with the
+# values of a long sequence.
 _TILE_TOKENS = 4096
 
 
@@ -118,8 +122,8 @@ def in_tiles(config: TrainConfig) -> TrainConfig:
 def leaner(config: TrainConfig) -> list[TrainConfig]:
     """Returns a configuration, then variants of it that need less memory, the leanest last.
 
-    In the first variant the MLP runs in tiles. In the second variant blocks are also updated in the
-    backward pass; it is left out if the configuration does not allow this.
+    In the first variant the MLP runs in tiles. In the second variant, blocks are also updated in
+    the backward pass. The second variant is left out if the configuration does not allow this.
     """
     found = [config, in_tiles(config)]
     with contextlib.suppress(ConfigError):
@@ -132,15 +136,15 @@ def planned(
 ) -> tuple[TrainConfig, FitResult]:
     """Returns a configuration with its plan, and the planner's answer.
 
-    If no plan fits, the planner is asked again with the MLP of a long sequence in tiles: then the
-    values of one block may set the peak, and a plan does not change these.
+    If no plan fits, the values of one block may set the peak, which a plan does not change. So the
+    planner is asked again with the MLP of a long sequence in tiles.
 
     Args:
       config: The configuration; its plan is not read.
       ask: Returns the planner's answer for a configuration.
 
     Raises:
-      BudgetError: No plan fits, with tiles or without; the error has the lesser of both budgets.
+      BudgetError: No plan fits, with tiles or without. The error names the smaller least budget.
     """
     try:
         result = ask(config)
@@ -156,7 +160,16 @@ def planned(
 
 
 def check_calibrated(config: TrainConfig, plans: Sequence[Plan], targets: Sequence[str]):
-    """Raises `ConfigError` if `calibrate` has no plan `auto`, or a target that is not here."""
+    """Checks the option `calibrate` of a configuration.
+
+    Args:
+      config: The configuration.
+      plans: All plans that are asked for.
+      targets: The names of all targets that are asked for.
+
+    Raises:
+      ConfigError: `calibrate` is given, but no plan is `auto`, or a target is absent.
+    """
     if not config.calibrate:
         return
     if not any(stage.schedule == "auto" for plan in plans for stage in plan.stages):
@@ -167,7 +180,7 @@ def check_calibrated(config: TrainConfig, plans: Sequence[Plan], targets: Sequen
 
 
 def limit_bytes(config: TrainConfig, target: str) -> int | None:
-    """Returns a configuration's budget in bytes; None if it has none.
+    """Returns a configuration's budget in bytes; None for a configuration without a budget.
 
     Raises:
       ConfigError: The budget is `auto`, and the usable bytes of the device are unknown.
@@ -191,14 +204,24 @@ def host_limit_bytes(config: TrainConfig) -> int | None:
 
 
 def excess(limit: int | None, target: str) -> str | None:
-    """Returns a line if a budget is more than the target has, else None."""
+    """Returns a line of text if a budget is more than a program may fill on a target, else None."""
     return None if limit is None else more_than_usable(limit, parse_target(target))
 
 
 def check_within(
     config: TrainConfig, report: MemoryReport, limit: int | None, host_limit: int | None
 ):
-    """Raises `ConfigError` for a step that needs more than a budget of the device or the host."""
+    """Checks that a step is within the budgets of the device and the host.
+
+    Args:
+      config: The configuration of the step.
+      report: The memory report of the step.
+      limit: The budget of a device in bytes; None for no budget.
+      host_limit: The budget of the host in bytes; None for no budget.
+
+    Raises:
+      ConfigError: The step needs more than a budget.
+    """
     needs = ((report.peak_bytes, limit, ""), (report.host_bytes, host_limit, "host "))
     for size, most, where in needs:
         if most is not None and size > most:
@@ -208,8 +231,8 @@ def check_within(
             )
 
 
-# Settings that a resumed run may change, and that change a step's memory. Settings of
-# `checkpoints.identity` cannot change.
+# Settings that change a step's memory and that a resumed run may change. A resumed run cannot
+# change the settings of `checkpoints.identity`.
 _OF_MEMORY = ("accumulate", "unroll", "loss_chunk_tokens", "update_in_backward")
 
 
@@ -219,16 +242,16 @@ def settle(
     about: Mapping[str, Any] | None,
     display: Display,
 ) -> tuple[TrainConfig, dict[str, Any] | None]:
-    """Returns a run's configuration with the plan that `auto` stands for on this device.
+    """Returns a run's configuration with the planner's plan for this device in place of `auto`.
 
     A resumed run keeps its plan if its budget, device, versions and settings of memory are
-    unchanged; otherwise it is planned anew. The returned configuration has no budget, so that it
-    repeats the run without the planner.
+    unchanged. Otherwise the planner chooses a new plan. The returned configuration has no budget,
+    so the configuration repeats the run without the planner.
 
     Args:
       config: The run's configuration.
       limit: The budget in bytes.
-      about: The JSON of the checkpoint that the run goes on from; None for a new run.
+      about: The JSON values of the checkpoint that the run resumes; None for a new run.
       display: Shows the compilations.
 
     Returns:

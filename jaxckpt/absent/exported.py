@@ -1,13 +1,13 @@
-"""A user's function made ready for another process, by `jax.export`: bytes and JSON, no pickle.
+"""Packs a user's function for another process by `jax.export`, as bytes and JSON, without pickle.
 
 The other process compiles the program for the target, with the same donations and argument
-shardings (`memory/worker.py`). A function that cannot be exported raises an error of one line; such
-a step is built in the other process by an `Entry` (`jobs.py`) instead.
+shardings (`memory/worker.py`). A function that cannot be exported raises an error of one line. The
+user can then build the step in the other process by an `Entry` (`jobs.py`).
 
-Shardings travel as JSON, because only the other process has the devices. A `NamedSharding` becomes
-its mesh's axis names and sizes and its partition spec; the other process makes the mesh. The mesh
-here may be of this process's devices or a `jax.sharding.AbstractMesh`. With any other sharding,
-each device holds the whole array.
+Shardings are sent as JSON, because only the other process has the devices. A `NamedSharding` is
+sent as its mesh's axis names and sizes and its partition spec, and the other process makes the
+mesh. The mesh in this process may consist of devices, or be a `jax.sharding.AbstractMesh`. With any
+other sharding, each device holds the whole array.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ from jaxckpt.costs.flops import count_flops
 from jaxckpt.plans.errors import UserError
 from jaxckpt.targets.target import Target
 
-# Source locations, as references and in a table. A digest leaves them out: equal programs are equal
-# wherever they are written.
+# Source locations, as references and in a table. A digest leaves them out, so that equal programs
+# from different lines of code have one digest.
 _STRING = r'"(?:[^"\\]|\\.)*"'
 _LOCATION = re.compile(
     rf'^#loc.*\n|\s*\bloc\((?:{_STRING}|[^()"]|\((?:{_STRING}|[^()"])*\))*\)', re.MULTILINE
@@ -40,18 +40,18 @@ _CUSTOM_CALL = re.compile(r"custom_call @([\w.$]+)\(")
 
 
 class TravelError(RuntimeError):
-    """A function cannot be handed to the process that compiles: one line, with a way out."""
+    """A function cannot be sent to the process that compiles: one line, with another way."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traveler:
-    """A function in the form that another process can read.
+    """A function in a form that another process can read.
 
     Attributes:
       program: The exported function, in `jax.export`'s format.
       text: The lowered module as text, without source locations.
-      names: For each flat argument, its path: `args[0].params['w']`.
-      donated: For each flat argument, whether outputs may reuse its memory.
+      names: The path of each flat argument, such as `args[0].params['w']`.
+      donated: For each flat argument, whether outputs may reuse the argument's memory.
       placement: The arguments' shardings, from `describe`.
       flops: The FLOPs of one call.
     """
@@ -64,13 +64,13 @@ class Traveler:
     flops: int
 
     def digest(self) -> str:
-        """Returns a digest of all that the compiled program depends on, except the target."""
+        """Returns a digest of what the compiled program depends on, except the target."""
         rest = json.dumps([self.text, self.donated, self.placement], sort_keys=True)
         return hashlib.sha256(rest.encode()).hexdigest()
 
 
 def pack(jitted, args: Sequence[Any], platform: str) -> Traveler:
-    """Returns a jitted function and its abstract arguments, ready to travel.
+    """Returns a jitted function and its abstract arguments, ready to be sent to another process.
 
     Args:
       jitted: A result of `jax.jit`, with its donations and static arguments.
@@ -104,27 +104,27 @@ def pack(jitted, args: Sequence[Any], platform: str) -> Traveler:
 
 
 def trace(jitted, args: Sequence[Any]):
-    """Returns `jitted.trace(*args)`, unwrapped if `jitted` is of `nnx.jit`."""
+    """Returns `jitted.trace(*args)`, unwrapped if `jitted` is a result of `nnx.jit`."""
     traced = jitted.trace(*args)
     return traced if hasattr(traced, "jaxpr") else traced.traced
 
 
 def has_nnx(args: Sequence[Any]) -> bool:
-    """Returns whether NNX modules, variables or optimizers are among the arguments."""
+    """Returns whether the arguments contain an NNX module, variable or optimizer."""
     return any(map(_is_nnx, jax.tree.leaves(tuple(args), is_leaf=_is_nnx)))
 
 
 def _is_nnx(value) -> bool:
-    nnx: Any = sys.modules.get("flax.nnx")  # imported by the maker of such an argument
+    nnx: Any = sys.modules.get("flax.nnx")  # imported already if a user made an NNX argument
     return nnx is not None and isinstance(value, nnx.Pytree | nnx.Variable)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Traced:
-    """A traced function in the form that `jax.export` takes, which traces a jitted one.
+    """A traced function in the form that `jax.export` takes, which traces a jitted function.
 
-    The exported program has flat arguments and results, whatever trees were traced. What `nnx.jit`
-    returns cannot be exported, but what it traced can be.
+    The exported program has flat arguments and results. A result of `nnx.jit` cannot be exported,
+    but its trace can be exported.
     """
 
     traced: Any
@@ -140,7 +140,7 @@ class _Traced:
 
 
 def _export(traced, platform: str) -> export.Exported:
-    """Returns the exported function, whatever kernels it calls.
+    """Returns the exported function; it may call any kernels.
 
     `jax.export` refuses kernels that may change between versions. Both processes have the same
     versions, so the check is turned off for the kernels that the refusal names.
@@ -168,7 +168,7 @@ def _leaves(args: Sequence[Any], avals: Sequence[Any]) -> list[tuple[str, Any]]:
 def _all_leaves(args: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     """Yields the paths and leaves of arguments in the order in which they are traced.
 
-    `nnx.jit` takes a variable once, wherever it is first.
+    `nnx.jit` takes a variable once, at its first place.
     """
     with_path = functools.partial(jax.tree_util.tree_leaves_with_path, is_leaf=_is_nnx)
     found = [(f"args{jax.tree_util.keystr(path)}", leaf) for path, leaf in with_path(tuple(args))]
@@ -191,7 +191,7 @@ def _without_structure(exported: export.Exported) -> export.Exported:
 
 
 def _advice(error: Exception) -> str:
-    """Returns one line: why the export failed, and that an `Entry` has no such limit."""
+    """Returns one line: why the export failed, and the advice to use an `Entry`."""
     first = " ".join(str(error).split())[:300]
     return (
         f"the function cannot be handed to the process that compiles ({first}); build it there: "
@@ -204,7 +204,10 @@ class PlacementError(UserError, ValueError):
 
 
 def describe(shardings: Sequence[Any]) -> dict[str, Any]:
-    """Returns shardings as JSON values: one mesh, and a spec and memory kind for each.
+    """Returns shardings as JSON values: one mesh, and a spec and memory kind for each sharding.
+
+    Args:
+      shardings: The sharding of each argument; None for an argument without a sharding.
 
     Raises:
       PlacementError: The shardings are over several meshes.
@@ -221,7 +224,7 @@ def describe(shardings: Sequence[Any]) -> dict[str, Any]:
                         f"partition spec entry {entry!r} cannot be compiled for an absent target"
                     )
         kind = getattr(sharding, "memory_kind", None)
-        # Backends name memory kinds differently; only pinned_host is on CPU, GPU and TPU alike.
+        # Backends name memory kinds differently. Only pinned_host exists on CPU, GPU and TPU.
         kind = kind if kind == "pinned_host" else None
         arguments.append({"spec": spec, "memory_kind": kind})
     if len(meshes) > 1:
@@ -234,7 +237,12 @@ def describe(shardings: Sequence[Any]) -> dict[str, Any]:
 def rebuild(described: dict[str, Any], topology, target: Target, num_devices: int = 1) -> list:
     """Returns the shardings that `describe` described, on the devices of the target's topology.
 
-    Without a mesh, one device stands for all `num_devices` that the program was traced for.
+    Args:
+      described: The result of `describe`.
+      topology: JAX's topology of the target.
+      target: The target.
+      num_devices: The number of devices that the program was traced for. If it is above 1 and no
+        mesh is described, the devices form a mesh of one axis.
 
     Raises:
       PlacementError: The mesh does not have the target's number of devices.
@@ -252,7 +260,8 @@ def rebuild(described: dict[str, Any], topology, target: Target, num_devices: in
             f"the step is sharded over {count} devices ({shape}); "
             f"target {target} has {target.num_devices}"
         )
-    # Made as for present devices: a mesh's axis may be several axes of a torus, or part of one.
+    # `make_mesh` works as for present devices: it may map an axis of the mesh to several axes of a
+    # torus, or to a part of one axis.
     types = (AxisType.Auto,) * len(names)
     mesh = jax.make_mesh(sizes, names, axis_types=types, devices=topology.devices)
     entry = lambda names: tuple(names) if isinstance(names, list) else names

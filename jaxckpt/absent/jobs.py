@@ -3,13 +3,13 @@
     step = Entry(function="experiments.training.step:abstract_step", arguments={"remat": "sqrt"})
     print(measure_entry(step, "v5e-1"))
 
-A compiler of absent chips reads its environment when it is loaded, and a process can load only one.
-So each job gets a process with the right environment. This works from a notebook that has started
-JAX long ago, and several jobs run at once. Reports are kept (`cache.py`): an entry that was
-measured before takes milliseconds and loads no JAX.
+A compiler for absent chips reads its environment when it is loaded, and a process can load only one
+such compiler. So each job gets its own process with the right environment. This also works from a
+notebook that has started JAX already, and several jobs run at once. Reports are kept on disk
+(`cache.py`): an entry that was measured before takes milliseconds and does not load JAX.
 
 Needed: libtpu for TPUs (`pip install 'jaxckpt[tpu]'`), JAX's CUDA plugin for NVIDIA GPUs
-(`pip install 'jaxckpt[cuda13]'`); no chip, no driver.
+(`pip install 'jaxckpt[cuda13]'`). Neither a chip nor a driver is needed.
 """
 
 import dataclasses
@@ -28,14 +28,14 @@ class Entry:
     """A function that builds a step in the process that compiles it.
 
     Attributes:
-      function: `"package.module:function"`, importable in that process. It returns
-        `(fn, args, donate_argnums)`, or a `BuiltStep`, with abstract arguments. These may have
-        `NamedSharding`s over a `jax.sharding.AbstractMesh` as large as the target; without them
-        each device holds everything.
-      arguments: Its keyword arguments, JSON values.
+      function: `"package.module:function"`, importable in the process that compiles. The function
+        returns `(fn, args, donate_argnums)`, or a `BuiltStep`, with abstract arguments. Arguments
+        may have a `NamedSharding` over a `jax.sharding.AbstractMesh` of the target's size. Each
+        device holds every argument without a sharding as a whole.
+      arguments: The keyword arguments of the call, JSON values.
 
     Raises:
-      ValueError: The name has another form, or the arguments are no JSON.
+      ValueError: `function` has another form, or `arguments` are not JSON values.
     """
 
     function: str
@@ -59,7 +59,7 @@ class Entry:
 
 
 class JobFailure(NamedTuple):
-    """A job of `measure_many` that failed, and its error."""
+    """A failed job of `measure_many` with its error."""
 
     entry: Entry
     target: str
@@ -72,8 +72,15 @@ class JobFailure(NamedTuple):
 def measure_entry(entry: Entry, target: str | Target) -> MemoryReport:
     """Returns the memory of the step that an entry builds, compiled for an absent target.
 
-    Settings of JAX and XLA in the environment hold in the other process; settings by
-    `jax.config.update` do not.
+    The other process inherits settings of JAX and XLA from the environment. It does not inherit
+    settings by `jax.config.update`.
+
+    Args:
+      entry: The function that builds the step.
+      target: An absent chip.
+
+    Returns:
+      The memory report, in bytes per device.
 
     Raises:
       TargetError: The target is unknown, or it is `local`.
@@ -85,9 +92,12 @@ def measure_entry(entry: Entry, target: str | Target) -> MemoryReport:
 
 
 def entry_key(entry: Entry, target: Target, **asked: Any) -> str:
-    """Returns the name under which answers on an entry's step are kept.
+    """Returns the name under which answers about an entry's step are kept on disk.
 
-    It depends on the entry's sources, the target and `asked`, JSON values.
+    Args:
+      entry: The entry; the name depends on the sources of its package, too.
+      target: The target.
+      **asked: JSON values that the answer depends on.
 
     Raises:
       ValueError: The entry's package is not installed.
@@ -101,7 +111,7 @@ def entry_key(entry: Entry, target: Target, **asked: Any) -> str:
 
 
 def _key(target: Target, **parts: Any) -> str:
-    """Returns the name of a report made by a target's process, with that process's settings."""
+    """Returns the name of a report that a target's process makes, for that process's settings."""
     return cache.key(environment=launch.environment(target), target=target.name, **parts)
 
 
@@ -110,7 +120,14 @@ def measure_program(
 ) -> MemoryReport:
     """Returns the memory of an exported program, compiled for an absent target.
 
-    The program, its `digest` and the fields of `job` are of an `exported.Traveler`.
+    Args:
+      program: `Traveler.program`.
+      target: An absent chip.
+      digest: `Traveler.digest()`.
+      **job: The fields `names`, `donated`, `placement` and `flops` of the `Traveler`.
+
+    Returns:
+      The memory report, in bytes per device.
 
     Raises:
       Unavailable: The target's compiler is not installed.
@@ -130,15 +147,17 @@ def measure_many(
     parallel: int = 2,
     progress: Callable[[int, MemoryReport | JobFailure], None] | None = None,
 ) -> list[MemoryReport | JobFailure]:
-    """Measures several entries, a fresh process for each, some at once.
+    """Measures several entries, each in a fresh process, some of them at once.
 
     Args:
-      jobs: Entries and targets.
-      parallel: Processes at once; each takes a core, and some GB for a model of 1e9 parameters.
-      progress: Called with a job's place in `jobs` and its result as each ends, one at a time.
+      jobs: Pairs of an entry and a target.
+      parallel: The number of processes at once. Each process takes a core, and a few GB for a model
+        of 1e9 parameters.
+      progress: Called with a job's place in `jobs` and its result when a job ends. The calls do
+        not overlap.
 
     Returns:
-      For each job its report, or a `JobFailure`; a failed job does not stop the others.
+      For each job, its report or a `JobFailure`. A failed job does not stop the other jobs.
 
     Raises:
       ValueError: `parallel` is less than 1.
@@ -150,7 +169,7 @@ def _try(job: tuple[Entry, str | Target]) -> MemoryReport | JobFailure:
     entry, target = job
     try:
         return measure_entry(entry, target)
-    except Exception as error:  # one job's error is its result and must not stop the others
+    except Exception as error:  # an error is the job's result and must not stop other jobs
         return JobFailure(entry=entry, target=str(target), error=error)
 
 

@@ -1,8 +1,9 @@
-"""Starting the process that compiles for an absent chip (`memory/worker.py`). No JAX import.
+"""Starts the process that compiles for an absent chip (`memory/worker.py`). No JAX import.
 
-The process inherits this process's environment, except for variables of the target's compiler, and
-its import path. Its output is caught: libtpu writes banners to file descriptor 2 that mean nothing
-here. Its errors come back as results. If it dies without a result, the end of its output is shown.
+The process inherits this process's import path and its environment, except for variables of the
+target's compiler. Its output is caught, because libtpu writes banners to file descriptor 2 that a
+user does not need. Its errors come back as results. If the process dies without a result, the error
+shows the end of its output.
 """
 
 import contextlib
@@ -26,12 +27,12 @@ from jaxckpt.plans.errors import UserError
 from jaxckpt.targets.target import Target
 
 _SHARED = {
-    "JAX_PLATFORMS": "cpu",  # the process has no chip and looks for none
+    "JAX_PLATFORMS": "cpu",  # the process has no chip, so JAX must not look for a chip
     "JAX_ENABLE_COMPILATION_CACHE": "false",  # programs for absent chips are never run
 }
-# libtpu would ask a Cloud machine's metadata server for these values. The accelerator type may be
-# any valid one: the topology to compile for is given separately. libtpu locks the machine for
-# processes that use its chip, which a compiler does not.
+# Without these values libtpu would ask a Cloud machine's metadata server. Any valid accelerator
+# type works, because the topology to compile for is given separately. libtpu locks the machine for
+# one process that uses its chip, but a compiler does not use the chip.
 _TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -46,7 +47,7 @@ _NEEDED = {
     "cuda": (("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"), "cuda13"),
 }
 
-PROGRESS = "progress.jsonl"  # in a job's folder: its process's progress, as lines of JSON
+PROGRESS = "progress.jsonl"  # a file in a job's folder: the progress, as lines of JSON
 THREADS = "jaxckpt-compile"  # the beginning of the names of threads that compile
 _WATCHED_SECONDS = 0.2
 _ENDING_SECONDS = 1.0  # how long to wait for stopped processes to end
@@ -62,8 +63,8 @@ class WorkerError(RuntimeError):
     """The process that compiles failed: one line, with the process's traceback as a note.
 
     Attributes:
-      kind: The class of the error in the process, or `"died"`.
-      detail: The whole text of that error.
+      kind: The class of the error in the process; `"died"` if the process left no result.
+      detail: The whole text of the error; the process's output if it left no result.
     """
 
     def __init__(self, message: str, *, kind: str, detail: str, traceback: str = ""):
@@ -78,10 +79,10 @@ class WorkerRefusal(UserError, WorkerError):
 
 
 class Processes:
-    """The processes of one caller, who can end them all from another thread.
+    """The processes of one caller, who can end all of them from another thread.
 
     Attributes:
-      stopped: Whether the processes were ended; then no more are started.
+      stopped: Whether the processes were ended. After that no process is started.
     """
 
     def __init__(self):
@@ -94,7 +95,10 @@ class Processes:
     ) -> int:
         """Runs a command to its end and returns its exit code, negative if a signal ended it.
 
-        Meanwhile `watch` is called about every `_WATCHED_SECONDS`.
+        Args:
+          command: The command and its arguments.
+          watch: Called about every `_WATCHED_SECONDS` while the command runs.
+          **options: Options of `subprocess.Popen`.
         """
         with self._lock:  # `stop` either sees this process or prevents its start
             if self.stopped:
@@ -127,7 +131,7 @@ Answer = TypeVar("Answer")
 
 
 def is_stopped() -> bool:
-    """Whether this is a thread of an `in_parallel` that was interrupted."""
+    """Whether this thread belongs to a call of `in_parallel` that was interrupted."""
     processes = _PROCESSES.get()
     return processes is not None and processes.stopped
 
@@ -138,14 +142,17 @@ def in_parallel(
     parallel: int,
     progress: Callable[[int, Answer], None] | None = None,
 ) -> list[Answer]:
-    """Returns the result of `work` for each item in order; several run at once, in threads.
+    """Returns the result of `work` for each item, in order; several calls run at once, in threads.
 
     Args:
-      work: A function of one item. It may start processes (`run_module`), which are ended if this
-        call is interrupted.
-      items: The items; each is taken in this thread, while the items before it are worked on.
+      work: A function of one item. It may start processes (`run_module`). If this call is
+        interrupted, these processes are ended.
+      items: The items. This thread takes an item while threads work on earlier items.
       parallel: The number of threads at once.
-      progress: Called in this thread with an item's place and result as each ends.
+      progress: Called in this thread with an item's place and result when an item is done.
+
+    Returns:
+      The results, in the order of the items.
 
     Raises:
       ValueError: `parallel` is less than 1.
@@ -162,13 +169,16 @@ def beside(
     parallel: int,
     progress: Callable[[int, Answer], None] | None = None,
 ) -> Iterator[list[Future[Answer]]]:
-    """A context beside which `work` of each item runs in threads; all have run when it ends.
+    """A context during which `work` of each item runs in threads; the end waits for all items.
 
     Args:
-      work: See `in_parallel`.
-      items: See `in_parallel`; all are taken before the context begins.
+      work: As for `in_parallel`.
+      items: As for `in_parallel`; all items are taken before the context begins.
       parallel: The number of threads at once.
-      progress: Called in this thread, at the context's end, with an item's place and result.
+      progress: Called in this thread at the context's end, with an item's place and result.
+
+    Yields:
+      The future of each item, in order.
 
     Raises:
       ValueError: `parallel` is less than 1.
@@ -186,14 +196,14 @@ def beside(
             answer = future.result()
             if progress is not None:
                 progress(places[future], answer)
-    finally:  # interrupted, or `progress` raised: leave no process behind
+    finally:  # after an interrupt, or an error of `progress`, no process may be left running
         pool.shutdown(wait=False, cancel_futures=True)
         processes.stop()
         wait(places, _ENDING_SECONDS)
 
 
 def at_once() -> int:
-    """Returns how many compilations this machine has free cores and memory for, at least 1."""
+    """Returns how many compilations fit this machine's free cores and memory, at least 1."""
     is_known = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if is_known else os.cpu_count() or 1
     free = _free_bytes()
@@ -201,12 +211,12 @@ def at_once() -> int:
 
 
 def _free_bytes() -> int | None:
-    """Returns the free memory of this machine, or of this process's group; None if unknown."""
+    """Returns the free bytes of this machine or this process's control group; None if unknown."""
     found = []
     with contextlib.suppress(OSError, ValueError, StopIteration):
         rows = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
         found.append(next(int(row[1]) << 10 for row in rows if row[0] == "MemAvailable:"))
-    with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+    with contextlib.suppress(OSError, ValueError):  # "max" means no limit and is not a number
         most, used = (int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
         found.append(max(most - used, 0))
     return min(found, default=None)
@@ -228,9 +238,12 @@ def _is_there(module: str) -> bool:
 
 
 def run(job: Mapping[str, Any], program: bytes, target: Target) -> MemoryReport:
-    """Compiles a job, JSON values that `memory/worker.py` reads, in a fresh process.
+    """Compiles a job in a fresh process and returns its report.
 
-    `program` is an exported program; it is empty for a job with an entry.
+    Args:
+      job: JSON values that `memory/worker.py` reads.
+      program: An exported program; empty for a job with an entry.
+      target: The absent target.
 
     Raises:
       WorkerError: The job failed, or the process died.
@@ -246,15 +259,18 @@ def run_module(
     target: Target,
     progress: Callable[[dict[str, Any]], Any] | None = None,
 ) -> dict[str, Any]:
-    """Does a job in a fresh process with a target's environment, and returns its result as JSON.
+    """Runs a job in a fresh process with a target's environment, and returns its result as JSON.
 
     Args:
-      module: The module to run. Its argument is a folder, where it reads `job.json` and
-        `program.bin` and writes `result.json`, with the key `error` if it failed.
+      module: The module to run. Its argument is a folder. The module reads `job.json` and
+        `program.bin` in the folder and writes `result.json`, with the key `error` if it failed.
       job: The job, JSON values.
       program: The content of `program.bin`; may be empty.
       target: The absent target.
       progress: Called in this process with each line of `PROGRESS`, as JSON values.
+
+    Returns:
+      The content of `result.json`.
 
     Raises:
       WorkerError: The job failed, or the process died.

@@ -1,10 +1,10 @@
-"""`run`: a list of Linen modules as it is, under a plan that counts them.
+"""`run`: an unchanged list of Linen modules under a plan that counts the modules.
 
     x = jaxckpt.linen.run(self.blocks, x, mask, remat="sqrt")  # a list that setup() made
 
-Every layer is traced once as a function of its variables and keys. Layers whose programs are equal
-but for numbers are of one kind, and one program of each kind runs for all of its layers. The list
-keeps its parameter tree, its random streams and its state.
+Every layer is traced once as a function of its variables and keys. Layers are of one kind if their
+programs are equal except for numbers. One program of each kind runs all layers of the kind. The
+list keeps its parameter tree, its random streams and its state.
 """
 
 import dataclasses
@@ -48,30 +48,30 @@ def run(
     unroll: int = 1,
     **named,
 ):
-    """Runs a list of Linen modules as it is, checkpointed by a plan that counts them.
+    """Runs an unchanged list of Linen modules, checkpointed by a plan that counts the modules.
 
-    The list is one that `setup()` made, and the parameter tree stays a list's (`blocks_0`,
-    `blocks_1`, ...). Random streams are the list's own too: every layer draws the dropout masks
-    that it draws in a Python loop. What the layers sow, and batch statistics, come back once.
+    `setup()` makes the list, and the parameter tree keeps the list's names (`blocks_0`, `blocks_1`,
+    ...). Every layer draws the dropout masks that it draws in a Python loop. Sown values and batch
+    statistics come back once.
 
     Args:
-      layers: Bound modules, of one kind or of several. Within a kind they may differ in numbers,
-        such as a rate, and in nothing else that they compute with. Each is traced once, as in a
-        loop; one of each kind is compiled.
-      carry: The first layer's input; `layer(carry, *args, **named, **each_i)` returns its like, or
-        has it where `out` says.
-      *args: Handed to every layer. Arrays get gradients; Python values, such as `True`, and None
-        stay what they are.
+      layers: Bound modules of one or several kinds. Within a kind, modules may only differ in
+        numbers, such as a rate. Each layer is traced once, as in a loop. One layer of each kind is
+        compiled.
+      carry: The first layer's input. `layer(carry, *args, **named, **each_i)` returns a carry of
+        the same structure, shapes and dtypes, or a result that holds the carry at `out`.
+      *args: Passed to every layer. Arrays get gradients. Python values, such as `True` and None,
+        are passed unchanged.
       out, each, remat, unroll: As for `jaxckpt.run`.
-      **named: As `args`, by keyword, such as `deterministic=True`.
+      **named: Passed to every layer by keyword, such as `deterministic=True`.
 
     Returns:
-      The last layer's carry; with `out`, what a layer returns, its rest stacked.
+      The last layer's carry; with `out`, the result of a layer with its other parts stacked.
 
     Raises:
-      PlanError: As `jaxckpt.scan_blocks`.
-      ValueError: No layers, modules that are not bound, layers that all differ (what differs is
-        named), an `out` that is not there, or a layer that changes its carry.
+      PlanError: As for `jaxckpt.scan_blocks`.
+      ValueError: The list is empty, a module is not bound, all layers differ (the error names the
+        difference), `out` is not in the result, or a layer changes the carry's shapes.
     """
     layers, each = check_layers(layers, each, "linen.run takes a list of Linen modules first, then")
     for place, layer in enumerate(layers):
@@ -95,7 +95,7 @@ def run(
 
     traced = [_trace(layer, out, carry, first_block(each), args, named) for layer in layers]
     order = _kinds_of(layers, [one.program for one in traced])
-    # One array for all layers, so that it is not stacked.
+    # All layers read these arrays, so they are not stacked.
     arrays, _ = apart((args, named))
 
     def step_of(program: core.ClosedJaxpr, made, place: int) -> Callable:
@@ -135,10 +135,11 @@ class _Layer:
     """A bound module that was traced once.
 
     Attributes:
-      program: From `inputs`, the carry, `each_i` and the call's arrays to the leaves of `made`.
+      program: A function of `inputs`, the carry, `each_i` and the call's arrays. It returns the
+        leaves of `made`.
       inputs: The leaves of the module's variables and keys.
-      made: The carry, the rest of the result and the variables that changed, abstract.
-      publish: Stores those variables in the module's scope.
+      made: The carry, the other parts of the result and the changed variables, abstract.
+      publish: Stores the changed variables in the module's scope.
     """
 
     program: core.ClosedJaxpr
@@ -189,12 +190,12 @@ def _changed(before, after) -> tuple[Callable, list]:
     """Returns the leaves of a module's variables that a call changed or made.
 
     Args:
-      before: The variables.
-      after: Those that may be written, after the call.
+      before: The variables before the call.
+      after: The writable variables after the call.
 
     Returns:
-      A function that returns `after` with other leaves, from other variables and what changed of
-      them; and the leaves that changed.
+      A function and the changed leaves. The function takes variables before a call and their
+      changed leaves, and returns the writable variables after that call.
     """
     given = dict(jax.tree_util.tree_leaves_with_path(before))
     paths, tree = jax.tree_util.tree_flatten_with_path(after)
@@ -212,10 +213,10 @@ def _changed(before, after) -> tuple[Callable, list]:
 
 
 def _kinds_of(layers: list, traced: list[core.ClosedJaxpr]) -> tuple[int, ...]:
-    """Returns the kind of each layer; layers of a kind compute the same but for numbers.
+    """Returns the kind of each layer; programs of one kind are equal except for numbers.
 
     Raises:
-      ValueError: There are several layers, and no two are of a kind; what differs is named.
+      ValueError: There are several layers, and no two layers are of one kind.
     """
     computed = [programs.without_numbers(program) for program in traced]
     order = grouped(len(layers), lambda i, k: computed[i] == computed[k])
@@ -231,7 +232,7 @@ def _kinds_of(layers: list, traced: list[core.ClosedJaxpr]) -> tuple[int, ...]:
 
 
 def _attributes(value) -> dict | None:
-    """Returns what two equal layers have in common: a module's fields and variables."""
+    """Returns the values that are equal in equal layers: a module's fields and variables."""
     if isinstance(value, nn.Module):
         variables = {} if value.scope is None else {"variables": value.variables}
         return dict(fields(value)) | variables

@@ -1,11 +1,11 @@
-"""A step with its plan and block, so that its report has time, recomputed FLOPs and findings.
+"""A step with its plan and block; its report has seconds, recomputed FLOPs and findings.
 
     step = BuiltStep(fn=train_step, args=(state, tokens), donate_argnums=0, plan="sqrt",
                      baseline=step_without_remat, block=(block, params_i, x))
     report = annotate(step, jaxpr, report, rates)
 
-`annotate` adds to a report the step's estimated time, the FLOPs that its plan recomputes, and the
-parts of the plan that do nothing. A function that an `Entry` names may return a `BuiltStep`.
+`annotate` adds to a report the step's estimated seconds, the FLOPs that its plan recomputes, and
+findings about parts of the plan that do nothing. An `Entry`'s function may return a `BuiltStep`.
 """
 
 import dataclasses
@@ -31,14 +31,15 @@ class BuiltStep:
 
     Attributes:
       fn: The step.
-      args: Its arguments, arrays or abstract.
-      donate_argnums: Arguments whose memory outputs may reuse.
-      plan: The plan of its stack, bound to the number of blocks; None for no findings.
-      baseline: The step without remat, at the same unroll; None to leave out its checks.
-      block: `(block, params_i, carry, *consts)` of the stack; None to leave out its checks.
-      unroll: Blocks unrolled in one trip of the stack's loop.
+      args: The step's arguments, arrays or abstract.
+      donate_argnums: The positions of arguments whose memory outputs may reuse.
+      plan: The plan of the step's stack, bound to the number of blocks; None for no findings.
+      baseline: The step without remat, at the same unroll; None to leave out checks against it.
+      block: `(block, params_i, carry, *consts)` of the stack; None to leave out checks of the
+        block.
+      unroll: The number of blocks unrolled in one trip of the stack's loop.
       compiler_options: XLA's options by name.
-      tokens: The rows of the loss head: the tokens of one part of the batch.
+      tokens: The rows of the loss head: the tokens of one microbatch.
       vocab_size: The columns of the loss head.
     """
 
@@ -62,15 +63,15 @@ def annotate(
     rates: Rates | None,
     compiled_text: Callable[[], str | None] | None = None,
 ) -> MemoryReport:
-    """Returns a report with time, recomputation and findings of its step.
+    """Returns a report with seconds, recomputed FLOPs and findings of its step.
 
     Args:
       step: The step.
       jaxpr: The jaxpr that was compiled.
       report: The report of the compiled step.
-      rates: The rates of the chip; None if they are unknown.
+      rates: The rates of the chip; None if the rates are unknown.
       compiled_text: Returns the compiled program's text, in which matrix products are counted; None
-        if the backend's text does not show them. Called only for unrolled blocks.
+        if the backend's text does not show every product. Called only for unrolled blocks.
     """
     baseline = seconds = recomputed = None
     if step.baseline is not None:
@@ -78,7 +79,8 @@ def annotate(
         if report.flops is not None:
             recomputed = report.flops - count_flops(baseline)
     if rates is not None:
-        # A jaxpr is of all devices together. Communication is taken not to overlap computation.
+        # A jaxpr covers all devices together. The estimate assumes that communication does not
+        # overlap computation.
         seconds = estimate(jaxpr, rates.times(report.num_devices)).seconds
         seconds += report.collective_seconds or 0.0
     return dataclasses.replace(
@@ -97,7 +99,7 @@ def _findings(step: BuiltStep, jaxpr, baseline, report, rates, compiled_text) ->
         yield from findings.findings_of_block(block, params_i, carry, *consts, plan=step.plan)
         if rates is not None:
             yield from findings.carry_slow_to_move(*step.block, plan=step.plan, rates=rates)
-        # A step that leaves half of the device free needs no cure.
+        # A step that leaves half of the device's memory free needs no advice.
         if report.usable_bytes is not None and 2 * report.peak_bytes > report.usable_bytes:
             yield from findings.block_sets_peak(*step.block, plan=step.plan, report=report)
         if step.vocab_size:
@@ -116,7 +118,7 @@ def stack_bytes(plan: str | Plan, block: Callable, params_i, carry, *consts) -> 
       block: `block(carry, params_i, *consts) -> carry`; arguments may be abstract.
       params_i: One block's parameters.
       carry: The block's input.
-      *consts: What all blocks share.
+      *consts: Arrays that all blocks share.
     """
     kept = sum(_kept_bytes(s, block, params_i, carry, consts) for s in as_plan(plan).stages)
     return kept + explain(block, params_i, carry, *consts).residual_bytes

@@ -2,9 +2,9 @@
 
     print(jaxckpt.explain(block, params_i, x, num_blocks=28, plan="dots"))
 
-The block is traced, never run, so arguments may be `jax.ShapeDtypeStruct`s. The list has the
-residuals that `jax.vjp` keeps; XLA may drop a copy or merge equal arrays. The answer is an
-`Explanation`: frozen data that prints as a table.
+The block is traced, never run, so an argument may be a `jax.ShapeDtypeStruct`. The list has the
+residuals that `jax.vjp` keeps. XLA may drop a copy or merge equal arrays. The result is an
+`Explanation`, frozen data that prints as a table.
 """
 
 import dataclasses
@@ -31,13 +31,13 @@ class Row:
 
     Attributes:
       name: The user's tag, `carry` for the block's input, `attention`, or the primitive.
-      source: The line that makes it, `file.py:123`; `""` if unknown.
+      source: The line that makes the residual, such as `file.py:123`; `""` if unknown.
       shape: The shape of the row's largest array.
       dtype: The dtype of the row's largest array.
       num_arrays: The number of arrays in the row.
       residual_bytes: Bytes kept without remat; 0 if only the plan keeps the array.
-      recompute_flops: Matrix-product FLOPs to compute it from the block's inputs.
-      recompute: The primitives that compute it, from the last one back to an input.
+      recompute_flops: Matrix-product FLOPs of computing the residual from the block's inputs.
+      recompute: The primitives that compute the residual, from the last primitive to an input.
       decision: The plan's decision on the residual: `saved`, `host`, `recomputed`, `saved+host`, or
         `partly saved` (some of a kernel's arrays); None without a plan.
       saved_bytes: Bytes of the residual that the plan keeps on the device; None without a plan.
@@ -62,9 +62,10 @@ class Explanation:
     """The residuals of one block, largest first; `print` shows a table.
 
     Attributes:
-      rows: The residuals. The block's parameters, consts and unchanged carry leaves are not listed:
-        they are in memory anyway and are read again. A cast or transposed copy of them is listed.
-      carry_bytes: a, the bytes of the block's input without leaves that it returns unchanged.
+      rows: The residuals. Parameters, consts and unchanged carry leaves of the block are not
+        listed, because they are always in memory. A cast or transposed copy of one is listed.
+      carry_bytes: a, the bytes of the block's input without leaves that the block returns
+        unchanged.
       shared_bytes: The bytes of unlisted arrays that the backward pass reads.
       num_blocks: The number of blocks, L; None if it was not given.
       plan: The plan's text, or the policy's name; None if none was given.
@@ -165,9 +166,10 @@ def explain(
     num_blocks: int | None = None,
     plan: str | Plan | Callable | None = None,
 ) -> Explanation:
-    """Lists every residual of one block, and a plan's decision on each.
+    """Lists every residual of one block, and a plan's decision on each residual.
 
-    A residual has its tag's name, or an invented name such as `@tanh.1`; `names:` takes both.
+    A residual's name is its tag, or an invented name such as `@tanh.1`. The policy `names:` takes
+    names of both sorts.
 
     Args:
       block: `block(carry, params_i, *consts) -> carry`, as for `jaxckpt.scan_blocks`.
@@ -175,14 +177,14 @@ def explain(
       carry: The block's input, arrays or abstract.
       *consts: Arrays that all blocks share.
       num_blocks: The number of blocks, L; adds a column for the whole stack.
-      plan: A plan of one stage, or a policy of `jax.checkpoint`; adds its decision on each
-        residual. For `uniform` and `every` the block is one of the live segment.
+      plan: A plan of one stage, or a policy of `jax.checkpoint`; adds the plan's decision on each
+        residual. For `uniform` and `every`, the decision holds for a block of the live segment.
 
     Returns:
       An `Explanation`: the residuals as rows, largest first, in bytes; `print` shows a table.
 
     Raises:
-      PlanError: The plan does not parse, has several stages, or names what the block lacks.
+      PlanError: The plan does not parse, has several stages, or names a value that the block lacks.
       ValueError: `num_blocks` is below 1, the parameters are of a whole stack, or the arguments are
         in another order.
 
@@ -222,7 +224,7 @@ def explain(
 def _matched(
     trace: Trace, kept: Trace | None
 ) -> Iterator[tuple[Trace, list[Residual], list[Residual] | None]]:
-    """Yields `(trace, residuals, residuals under the plan)` for each row."""
+    """Yields `(trace, residuals, residuals under the plan)` for each row of the table."""
     under = None if kept is None else _grouped(kept)
     for key, residuals in _grouped(trace).items():
         yield trace, residuals, None if under is None else under.pop(key, [])
@@ -285,7 +287,7 @@ def _decision(residuals: list[Residual], under: list[Residual]) -> str:
 def _name(trace: Trace, largest: Value, invented: str | None) -> str:
     if largest in trace.carry:
         return trace.labels[largest]
-    if largest in trace.kernels and invented is None:  # a Pallas kernel may have an invented name
+    if largest in trace.kernels and invented is None:  # an invented name of a Pallas kernel wins
         return "attention"
     if largest in trace.tags:
         return trace.tags[largest][0]

@@ -1,11 +1,11 @@
-"""Findings: checks for remat that does nothing; each finding is one line, with its cure.
+"""Findings: checks for remat that does nothing; each finding is one line with advice.
 
     for finding in findings_of_block(block, params_i, x, plan="dots_no_batch"):
         print(finding)
 
-Checks of a block trace it and run nothing. Checks of a step read reports and programs that the
-caller has compiled. A finding is about a plan that is valid but misses its purpose; a plan that
-makes no sense raises `PlanError` instead.
+Checks of a block trace the block and run nothing. Checks of a step read reports and programs that
+the caller has compiled. A finding is about a valid plan that misses its purpose. A plan that is not
+valid raises `PlanError` instead.
 """
 
 import dataclasses
@@ -33,12 +33,12 @@ from jaxckpt.units import iec
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finding:
-    """A plan, or a part of it, that does nothing.
+    """A plan, or a part of a plan, that does nothing.
 
     Attributes:
       code: `dots-save-nothing`, `tag-on-output`, `tag-not-needed`, `remat-undone`,
         `peak-not-below-none`, `head-sets-peak`, `block-sets-peak` or `carry-slow-to-move`.
-      message: One line with the fault and its cure.
+      message: One line with the fault and the advice.
     """
 
     code: str
@@ -60,11 +60,11 @@ def findings_of_block(
       block: `block(carry, params_i, *consts) -> carry`.
       params_i: The parameters of one block, arrays or abstract.
       carry: The block's input, arrays or abstract.
-      *consts: What all blocks share.
+      *consts: Arrays that all blocks share.
       plan: A plan or its text.
 
     Raises:
-      PlanError: The plan does not parse, or names what the block lacks.
+      PlanError: The plan does not parse, or names a value that the block lacks.
     """
     plan = as_plan(plan)
     check_arguments(block, params_i, carry, consts)
@@ -106,7 +106,7 @@ def _why_no_dots(policy: Policy, flat: Flat) -> str:
 
 
 def _tags_that_save_nothing(block: Callable, args: tuple, stage: Stage) -> Iterator[Finding]:
-    """Yields a finding for every name of a stage whose value spares no recomputed step."""
+    """Yields a finding for every name of a stage whose value saves no recomputation."""
     patterns = [policy for policy in stage.inner_policies if policy.names]
     if not patterns:
         return
@@ -143,7 +143,7 @@ def _tags_that_save_nothing(block: Callable, args: tuple, stage: Stage) -> Itera
 
 
 def _is_useful(num_steps: Callable[[Stage], int], stage: Stage, kind: str, name: str, offered):
-    """Whether keeping `name` spares a step, alone or in addition to the stage's other values."""
+    """Whether keeping `name` saves a step, alone or in addition to the stage's other values."""
     alone = dataclasses.replace(_FULL, policies=(Policy(kind=kind, names=(name,)),))
     if num_steps(alone) < num_steps(_FULL):
         return True
@@ -152,7 +152,13 @@ def _is_useful(num_steps: Callable[[Stage], int], stage: Stage, kind: str, name:
 
 
 def _exact(stage: Stage, offered, without: tuple[str, str] | None = None) -> Stage:
-    """Returns a `full` stage that keeps a stage's tags, spelled out, except `(kind, tag)`."""
+    """Returns a `full` stage with a stage's policies, with whole names instead of patterns.
+
+    Args:
+      stage: The stage.
+      offered: The names that the block has.
+      without: The policy kind and the name that are left out; None to leave out nothing.
+    """
     policies = []
     for policy in stage.inner_policies:
         names = tuple(n for n in _matching(policy, offered) if (policy.kind, n) != without)
@@ -189,7 +195,7 @@ def peak_not_below_none(
     """Returns a finding if a plan's compiled peak is not below the peak of `none`.
 
     Args:
-      plan: The plan of `report`; `none` itself has no finding.
+      plan: The plan of the step; `none` itself has no finding.
       report: The report of the step under the plan.
       none_report: The report of the step under `none`, on the same target.
     """
@@ -208,13 +214,13 @@ def peak_not_below_none(
 def carry_slow_to_move(
     block: Callable, params_i, carry, *consts, plan: str | Plan, rates: Rates
 ) -> tuple[Finding, ...]:
-    """Returns a finding if a schedule moves carries to the host and a move outlasts a block.
+    """Returns a finding if moving a schedule's carry to the host takes longer than a block.
 
     Args:
       block: `block(carry, params_i, *consts) -> carry`.
       params_i: The parameters of one block, arrays or abstract.
       carry: The block's input, arrays or abstract.
-      *consts: What all blocks share.
+      *consts: Arrays that all blocks share.
       plan: A plan or its text.
       rates: The rates of the chip.
     """
@@ -241,11 +247,11 @@ def head_sets_peak(
     """Returns a finding if the logits at the peak have more bytes than the plan can change.
 
     Args:
-      buffers: `MemoryReport.buffers`, which share no memory.
+      buffers: `MemoryReport.buffers`; the buffers do not share memory.
       tokens: The number of tokens of one step on one device.
       vocab_size: The size of the vocabulary on one device.
-      stack_bytes: Bytes that the stack keeps on one device, plus one block's residuals: L times
-        `Explanation.saved_bytes`, plus `Explanation.residual_bytes`.
+      stack_bytes: Bytes that the stack keeps on one device, plus one block's residuals. This is L
+        times `Explanation.saved_bytes`, plus `Explanation.residual_bytes`.
     """
     logits = [buffer for buffer in buffers if _is_logits(buffer, tokens, vocab_size)]
     size = sum(buffer.size_bytes for buffer in logits)
@@ -260,7 +266,7 @@ def head_sets_peak(
 
 
 def _is_logits(buffer: Buffer, tokens: int, vocab_size: int) -> bool:
-    """Whether a buffer is `[..., vocab_size]` whose leading axes hold all tokens, in any layout."""
+    """Whether a buffer has shape `[..., vocab_size]` and its leading axes hold all tokens."""
     found = re.fullmatch(r"\w+\[([\d,]+)\].*", buffer.shape)
     if not found:
         return False
@@ -268,7 +274,7 @@ def _is_logits(buffer: Buffer, tokens: int, vocab_size: int) -> bool:
     return last == vocab_size and math.prod(rows) == tokens
 
 
-# The values of one block set the peak if they are more than this share of the live bytes there.
+# The values of one block set the peak if they are more than this share of the bytes at the peak.
 _MOST_OF_PEAK = 0.5
 
 
@@ -282,13 +288,14 @@ def block_sets_peak(
       params_i: The parameters of one block, arrays or abstract.
       carry: The block's input, arrays or abstract.
       *consts: Arrays that all blocks share.
-      plan: The plan of the step, or its text. Under `none` there is no finding: a plan is the cure.
+      plan: The plan of the step, or its text. Under `none` there is no finding, because another
+        plan helps.
       report: The report of the step under the plan.
     """
     if any(stage.schedule == "none" for stage in as_plan(plan).stages):
         return ()
     steps = _all_steps(flatten(jax.make_jaxpr(block)(carry, params_i, *consts)))
-    # XLA gives the values inside a function with a custom derivative the line of the call.
+    # Values inside a function with a custom derivative have the line of the call in XLA.
     calls = (Step(equation=call, inputs=()) for step in steps for call in step.calls)
     lines = {where(step) for step in (*steps, *calls)} - {""}
     made = [buffer for buffer in report.buffers if Path(buffer.source).name in lines]
@@ -304,7 +311,8 @@ def block_sets_peak(
     return (Finding(code="block-sets-peak", message=message),)
 
 
-# A matrix product is a `dot`; on TPU it is a `convolution`, on GPU often a library call.
+# XLA's text shows a matrix product as `dot`, on TPU as `convolution`, on GPU often as a library
+# call.
 _PRODUCT = re.compile(r"=\s+\S+\s+(?:dot|convolution)\(")
 _LIBRARY = re.compile(r'custom_call_target="[^"]*(?:gemm|matmul)[^"]*"')
 
@@ -315,7 +323,7 @@ def undone_remat(
     jaxpr: core.ClosedJaxpr,
     none_jaxpr: core.ClosedJaxpr,
 ) -> tuple[Finding, ...]:
-    """Returns a finding if the jaxpr recomputes matrix products and the compiled step does not.
+    """Returns a finding if the compiled step lacks the matrix products that the jaxpr recomputes.
 
     Args:
       plan: The plan of the step.
@@ -336,7 +344,7 @@ def undone_remat(
 
 
 def count_products(jaxpr: core.ClosedJaxpr) -> int:
-    """Returns how many matrix products a program has when compiled; a loop's body counts once.
+    """Returns how many matrix products a compiled program has; a loop's body counts once.
 
     The body of an unrolled scan counts once for each copy in a trip.
     """

@@ -1,10 +1,11 @@
-"""A program that is traced and lowered, to be compiled in any thread.
+"""A traced and lowered program that any thread can compile.
 
     job = ...                               # in the thread that traces
     report = job.report(job.compile())      # `compile` may run in another thread
 
-Tracing and lowering belong to one thread: JAX's contexts (`jax.enable_x64`, a mesh) hold for a
-thread alone. The compiler needs none of them, so several programs are compiled at once.
+Tracing and lowering happen in one thread, because JAX's contexts (`jax.enable_x64`, a mesh) hold
+for one thread only. The compiler does not need these contexts, so several programs are compiled at
+once.
 """
 
 import dataclasses
@@ -20,9 +21,10 @@ class Job:
     """A program that is ready to be compiled.
 
     Attributes:
-      compile: Compiles it; any thread may call it.
-      report: Returns the report of what `compile` returned; for the thread that traces.
-      lowered: The program; None if another process lowers it.
+      compile: Compiles the program. Any thread may call this function.
+      report: Returns the report, given the result of `compile`. Only the thread that traced the
+        program may call this function.
+      lowered: The program; None if another process lowers the program.
     """
 
     compile: Callable[[], Any]
@@ -34,7 +36,7 @@ class Job:
         return self.report(self.compile())
 
     def storing(self, name: str) -> "Job":
-        """Returns the same job, which also keeps its report on disk under a name."""
+        """Returns a copy of the job that also keeps the report on disk under `name`."""
 
         def stored(found: Any) -> MemoryReport:
             report = self.report(found)

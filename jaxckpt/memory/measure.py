@@ -3,8 +3,8 @@
     print(jaxckpt.measure(train_step, state, batch, donate_argnums=0))
     print(jaxckpt.measure(train_step, state, batch, donate_argnums=0, target="v5e-1"))
 
-Arguments may be arrays, or `jax.ShapeDtypeStruct`s, for which nothing is allocated. The chip may be
-absent (`absent/jobs.py`).
+Arguments may be arrays, or a `jax.ShapeDtypeStruct` each, for which nothing is allocated. The chip
+may be absent (`absent/jobs.py`).
 """
 
 import dataclasses
@@ -40,17 +40,17 @@ def measure(
     For an absent chip a fresh process compiles, and the report is kept on disk, so a program is
     compiled once. A step that does not fit has a report too, with negative `headroom_bytes`.
 
-    On a target of several devices the report is per device. Arguments with a `NamedSharding` (its
-    mesh may be a `jax.sharding.AbstractMesh`) are spread over a mesh of the target's devices with
-    the same axes. Without shardings each device holds everything.
+    On a target of several devices the report is per device. Arguments with a `NamedSharding` are
+    spread over a mesh of the target's devices with the same axes. The argument's mesh may be a
+    `jax.sharding.AbstractMesh`. Each device holds every argument without a sharding as a whole.
 
     Args:
-      fn: A function, or a result of `jax.jit` or `nnx.jit`. The donations of a jitted function are
-        used if none are given here. A function of NNX modules is compiled by `nnx.jit`; the state
-        that it changes is then an output.
+      fn: A function, or a result of `jax.jit` or `nnx.jit`. Without `donate_argnums`, the donations
+        of a jitted function are used. A function of NNX modules is compiled by `nnx.jit`, and state
+        that the function changes is then an output.
       *args: Arrays or abstract values.
-      target: `"local"`, the backend of this process, or a chip: `"v5e-1"`, `"h100"`; see
-        `jaxckpt.targets.target` for all.
+      target: `"local"`, the backend of this process, or a chip, such as `"v5e-1"` or `"h100"`;
+        `jaxckpt.targets.target` lists all targets.
       donate_argnums: The positions of arguments whose memory outputs may reuse. Without donation
         the peak of a training step has parameters and optimizer state twice.
       static_argnums: The positions of arguments that are compile-time constants.
@@ -59,7 +59,7 @@ def measure(
       A `MemoryReport`, in bytes per device; `print` shows a table.
 
     Raises:
-      ValueError: `fn` is no function or holds arrays of its own, or an argument is no array.
+      ValueError: `fn` is not a function or holds arrays, or an argument is not an array.
       TargetError: The target is unknown.
       Unavailable: The target's compiler is not installed; the error names the command to install.
       PlacementError: Arguments are sharded over more or fewer devices than the target has.
@@ -77,10 +77,15 @@ def measure(
 
 
 def job_of(made, args: tuple, target: Target) -> Job:
-    """Returns a function and its arguments, as `jitted` returns them, to be compiled for a target.
+    """Returns the job that compiles a function for a target.
+
+    Args:
+      made: The function that `jitted` returned.
+      args: The arguments that `jitted` returned.
+      target: The target.
 
     Raises:
-      Unavailable, PlacementError, TravelError: See `measure`.
+      Unavailable, PlacementError, TravelError: As for `measure`.
     """
     if target.backend == "local":
         traced = exported.trace(made, args)
@@ -95,12 +100,23 @@ def job_of(made, args: tuple, target: Target) -> Job:
 
 
 def jitted(fn: Callable, args: tuple, donate_argnums=(), static_argnums=()) -> tuple[Any, tuple]:
-    """Returns a function under `jax.jit` or `nnx.jit`, and its arguments."""
+    """Returns a function under `jax.jit` or `nnx.jit`, and its arguments.
+
+    Args:
+      fn: As for `measure`. A partial of a jitted function is unwrapped.
+      args: The arguments.
+      donate_argnums: As for `measure`.
+      static_argnums: As for `measure`.
+
+    Raises:
+      ValueError: As for `measure`.
+    """
     if not callable(fn):
         raise ValueError(f"measure takes a function and its arguments, not {shown(fn)} first")
     has_options = donate_argnums != () or static_argnums != ()
     if isinstance(fn, functools.partial) and hasattr(fn.func, "trace") and not fn.keywords:
-        # A partial of a jitted function is unwrapped: under a new `jit` it would donate nothing.
+        # A partial of a jitted function is unwrapped, because it would lose its donations under a
+        # new `jit`.
         return jitted(fn.func, (*fn.args, *args), donate_argnums, static_argnums)
     if hasattr(fn, "trace") and not has_options:
         return fn, args
@@ -135,7 +151,7 @@ def _check_holds_nothing(fn: Callable):
     leaves = jax.tree.leaves(holder)
     is_tree = not jax.tree_util.all_leaves([holder])
     holds_arrays = is_tree and any(hasattr(leaf, "dtype") for leaf in leaves)
-    # A bound Linen module is no tree, but it has no hash because it holds variables.
+    # A bound Linen module is not a pytree, but it has no hash because it holds variables.
     if holds_arrays or not (is_tree or _has_hash(holder)):
         raise ValueError(
             f"{shown(holder)} holds arrays, which would be constants of the program; hand them "
@@ -171,8 +187,11 @@ def _check_arrays(args: tuple, static_argnums: int | Sequence[int]):
 def compile_step(step: BuiltStep):
     """Compiles a step for this process's backend.
 
+    Args:
+      step: The step.
+
     Returns:
-      `(compiled, report)`: the executable, and its report with time and findings.
+      `(compiled, report)`: the executable, and its report with seconds and findings.
     """
     job = job_of_step(step)
     compiled, report = job.compile()
@@ -180,12 +199,12 @@ def compile_step(step: BuiltStep):
 
 
 def job_of_step(step: BuiltStep) -> Job:
-    """Returns a step to be compiled for this process's backend."""
+    """Returns the job that compiles a step for this process's backend."""
     traced = jax.jit(step.fn, donate_argnums=step.donate_argnums).trace(*step.args)
 
     def annotated(found) -> MemoryReport:
         compiled, report = found
-        # Only the CPU's compiler undoes unrolled remat, and only its text has products one to one.
+        # Only the CPU's compiler undoes unrolled remat, and only its text shows every product.
         text = compiled.as_text if jax.default_backend() == "cpu" else None
         rates = rates_of(LOCAL)
         return annotate(step, traced.jaxpr, report, rates=rates, compiled_text=text)
@@ -198,9 +217,10 @@ def _job_here(
     report: Callable[[Any], MemoryReport],
     options: Mapping[str, int | str] | None = None,
 ) -> Job:
-    """Returns a traced function for this process's backend; `compile` returns program and report.
+    """Returns the job of a traced function; its `compile` returns the program and a report.
 
-    A program that JAX read from its own cache dumps no buffers, so its first report's are kept.
+    If JAX reads a program from its own cache, the compiler dumps no buffers. So the buffers of the
+    first report are kept on disk.
     """
     lowered, flops = traced.lower(), count_flops(traced.jaxpr)
     is_kept = getattr(jax.config, _EXECUTABLES)
@@ -219,12 +239,12 @@ def _job_here(
 
 
 def program_key(lowered, **parts: Any) -> str:
-    """Returns the name under which a result of a program of this process's backend is kept.
+    """Returns the name under which a result of a program for this process's backend is kept.
 
     Args:
       lowered: The program, from `jax.jit(f).lower(...)`. Its text has the shardings of arguments
         and results, donations, and the values of static arguments.
-      **parts: JSON values that the result depends on too.
+      **parts: Further JSON values that the result depends on.
     """
     sources = cache.digest_of_sources({"jaxckpt"})
     return cache.key(program=lowered.as_text(), sources=sources, **cache.here(), **parts)

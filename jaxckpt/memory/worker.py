@@ -1,8 +1,9 @@
 """The process that compiles for an absent chip: `python -m jaxckpt.memory.worker FOLDER`.
 
-`absent/jobs.py` starts it with the environment that the target's compiler reads when it is loaded.
-It reads `job.json` (and `program.bin`) in the folder and writes `result.json` there: the report, or
-the error's class, message and traceback. Not to be run by hand. The planner's worker shares parts.
+`absent/jobs.py` starts this process with the environment that the target's compiler reads when it
+is loaded. The process reads `job.json` (and `program.bin`) in the folder and writes `result.json`:
+the report, or the error's class, message and traceback. It is not meant to be run by hand. The
+planner's worker uses functions of this module.
 """
 
 import dataclasses
@@ -33,12 +34,17 @@ from jaxckpt.transforms.traced_block import on_devices
 
 
 def main(folder: Path):
-    """Compiles the job of a folder and writes its report there."""
+    """Compiles the job of a folder and writes the report into the folder."""
     answer(folder, lambda job: {"report": _run(job, folder).as_json()})
 
 
 def answer(folder: Path, work: Callable[[dict[str, Any]], dict[str, Any]]):
-    """Writes the result of `work` on a folder's job; an error is a result too."""
+    """Writes the result of `work` on a folder's job; an error also is a result.
+
+    Args:
+      folder: The folder with `job.json`, where `result.json` is written.
+      work: Returns the result of a job; both are JSON values.
+    """
     job = json.loads((folder / "job.json").read_text())
     try:
         result = work(job)
@@ -57,13 +63,13 @@ def _run(job: dict[str, Any], folder: Path) -> MemoryReport:
         return measure_built(build_step(**job["entry"]), target, topology)
     exported = export.deserialize(bytearray((folder / "program.bin").read_bytes()))
     shardings = rebuild(job["placement"], topology, target, exported.nr_devices)
-    # Arguments that the program never reads are dropped, as `jax.jit` drops them.
+    # `jax.jit` drops arguments that the program never reads, so they are dropped here too.
     kept = exported.module_kept_var_idx
     donated = [at for at, flat in enumerate(kept) if job["donated"][flat]]
     jitted = jax.jit(_of_kept(exported, kept), donate_argnums=donated)
     args = [on_devices(exported.in_avals[at], shardings[at]) for at in sorted(kept)]
     report = _job(jitted.trace(*args), target, job["flops"]).run()
-    # The buffers of arguments get the user's names.
+    # The report shows the buffers of arguments under the user's names.
     ours = {f"arguments[{at}]": job["names"][flat] for at, flat in enumerate(kept)}
     rename = lambda one: dataclasses.replace(one, operation=ours.get(one.operation, one.operation))
     return dataclasses.replace(report, buffers=tuple(map(rename, report.buffers)))
@@ -77,14 +83,19 @@ def _of_kept(exported: export.Exported, kept):
         every = dict(zip(kept, arguments, strict=True))
         for at in unread:
             aval = exported.in_avals[at]
-            every[at] = jax.lax.full(aval.shape, 0, aval.dtype)  # works for typed keys too
+            every[at] = jax.lax.full(aval.shape, 0, aval.dtype)  # `full` makes typed keys too
         return exported.call(*(every[at] for at in sorted(every)))
 
     return step
 
 
 def build_step(function: str, arguments: Mapping[str, Any]) -> BuiltStep:
-    """Builds, in this process, the step of an `Entry` with these fields."""
+    """Builds the step of an `Entry` in this process.
+
+    Args:
+      function: `Entry.function`.
+      arguments: `Entry.arguments`.
+    """
     module, _, name = function.partition(":")
     step = getattr(importlib.import_module(module), name)(**arguments)
     if isinstance(step, BuiltStep):
@@ -94,12 +105,12 @@ def build_step(function: str, arguments: Mapping[str, Any]) -> BuiltStep:
 
 
 def measure_built(step: BuiltStep, target: Target, topology) -> MemoryReport:
-    """Returns the report of a step, with time and findings, compiled for a topology's devices."""
+    """Returns the report of a step compiled for a topology's devices, with seconds and findings."""
     return job_of_built(step, target, topology).run()
 
 
 def job_of_built(step: BuiltStep, target: Target, topology) -> Job:
-    """Returns a step to be compiled for a topology's devices."""
+    """Returns the job that compiles a step for a topology's devices."""
     leaves, tree = jax.tree.flatten(tuple(step.args))
     described = describe([getattr(leaf, "sharding", None) for leaf in leaves])
     placed = map(on_devices, leaves, rebuild(described, topology, target))
@@ -122,10 +133,10 @@ def get_topology(target: Target):
             topology=f"1x{hosts}x{target.num_devices // hosts}",
         )
     options: dict[str, Any] = {}
-    assert target.topology is not None  # every TPU target has one
-    if target.topology.endswith(":1x1"):  # one chip; libtpu's default host has four
+    assert target.topology is not None  # every TPU target has a topology
+    if target.topology.endswith(":1x1"):  # one chip; libtpu's default host has four chips
         options["chips_per_host_bounds"] = [1, 1, 1]
-    # JAX joins a v4's two cores into one device; libtpu does so only if asked.
+    # JAX joins a v4's two cores into one device; libtpu joins them only with this option.
     if target.known_chip.name == "v4":
         options["chip_config_name"] = "megacore"
     return topologies.get_topology_desc(platform="tpu", topology_name=target.topology, **options)

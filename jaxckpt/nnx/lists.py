@@ -1,9 +1,10 @@
-"""`run`: a list of NNX modules as it is, under a plan that counts them.
+"""`run`: an unchanged list of NNX modules under a plan that counts the modules.
 
     x = jaxckpt.nnx.run(self.layers, x, mask, remat="sqrt")      # self.layers is a list
 
-The list keeps what it has: its layers' parameters, their metadata, random streams and other state.
-What layers share and change, such as one `nnx.Rngs`, goes on from layer to layer.
+The list keeps its layers' parameters, metadata, random streams and other state. If layers share and
+change a variable, such as the counter of one `nnx.Rngs`, each layer continues from the value that
+the previous layer left.
 """
 
 import collections
@@ -38,7 +39,7 @@ from jaxckpt.transforms.layers import (
 )
 from jaxckpt.transforms.traced_block import first_block
 
-# Attributes that Flax keeps for itself.
+# The beginnings of attributes that only Flax uses.
 _FLAX = ("_pytree__", "_object__")
 
 
@@ -53,28 +54,30 @@ def run(
     unroll: int = 1,
     **named,
 ):
-    """Runs a list of NNX modules as it is, checkpointed by a plan that counts them.
+    """Runs an unchanged list of NNX modules, checkpointed by a plan that counts the modules.
 
-    The layers stay what they are: paths of parameters, metadata, random streams. A call draws and
-    changes what a Python loop over the list would, once: counters of dropout, batch statistics.
+    Paths of parameters, metadata and random streams stay unchanged. A call draws the random numbers
+    of a Python loop over the list, and changes variables once as the loop does: counters of
+    dropout, batch statistics.
 
     Args:
-      layers: An `nnx.List` or a Python list of modules, of one kind or of several. Within a kind
-        all have one class, equal shapes and equal Python values.
-      carry: The first layer's input; `layer(carry, *args, **named, **each_i)` returns its like, or
-        has it where `out` says.
-      *args: Handed to every layer. Arrays get gradients, Python values and None stay what they
-        are, and modules and `nnx.Rngs` are shared by the layers.
+      layers: An `nnx.List` or a Python list of modules of one or several kinds. Layers of one kind
+        have one class, equal shapes and equal Python values.
+      carry: The first layer's input. `layer(carry, *args, **named, **each_i)` returns a carry of
+        the same structure, shapes and dtypes, or a result that holds the carry at `out`.
+      *args: Passed to every layer. Arrays get gradients. Python values and None are passed
+        unchanged. Layers share modules and `nnx.Rngs`.
       out, each, ignore, remat, unroll: As for `jaxckpt.run`.
-      **named: As `args`, by keyword.
+      **named: Passed to every layer by keyword.
 
     Returns:
-      The last layer's carry; with `out`, what a layer returns, its rest stacked.
+      The last layer's carry; with `out`, the result of a layer with its other parts stacked.
 
     Raises:
-      PlanError: As `jaxckpt.scan_blocks`.
-      ValueError: No layers, no modules, layers that all differ (what differs is named), an `out`
-        that is not there, a layer that changes its carry or makes variables when it is called.
+      PlanError: As for `jaxckpt.scan_blocks`.
+      ValueError: The list is empty, an element is not a module, all layers differ (the error names
+        the difference), `out` is not in the result, or a layer changes the carry's shapes or makes
+        variables when it is called.
 
     Example:
       >>> import jax.numpy as jnp, jaxckpt
@@ -138,7 +141,7 @@ def run(
         row = order[:i].count(kind)
         mine = jax.tree.map(lambda x, row=row: x[row], ys[kind][1])
         mine |= {at: held[name] for at, name in shared[kind].items()}
-        if mine:  # a call that changes nothing can be made anywhere
+        if mine:  # NNX refuses an update at another trace level, so none is made without changes
             nnx.update(whole, with_values(state, mine))
     return put(carry, in_order([rest for rest, _ in ys], order), out)
 
@@ -147,14 +150,14 @@ def _changed(call: Callable, carry, row: list, each, name: str) -> list[int]:
     """Returns the places of the variables that a layer changes when it is called.
 
     Args:
-      call: `call(values, carry, each_i)`, which returns a pair with the carry, and the values.
+      call: `call(values, carry, each_i)`, which returns `((carry, rest), values)`.
       carry: The layer's input.
       row: The layer's values.
-      each: What differs from layer to layer beside.
-      name: The layer's name for the user.
+      each: Keyword arguments that differ from layer to layer, `[L, ...]`.
+      name: The layer's name in errors.
 
     Raises:
-      ValueError: The carry changes.
+      ValueError: The layer changes the carry's structure, shapes or dtypes.
     """
     found = []
 
@@ -170,20 +173,21 @@ def _changed(call: Callable, carry, row: list, each, name: str) -> list[int]:
 def _owned(
     changed: list[list[int]], wholes: list, states: list[list], order: Sequence[int]
 ) -> tuple[list[dict[int, str]], list[list[int]]]:
-    """Returns which of the variables that change are shared, and which belong to one layer.
+    """Returns the changed variables that layers share, and the changed variables of single layers.
 
     Args:
-      changed: For each kind of layer, the places of the variables that it changes.
-      wholes: Every layer, with what all are handed.
-      states: The flat state of each.
+      changed: For each kind of layer, the places of the variables that a layer changes.
+      wholes: Every layer, together with the arguments that all layers share.
+      states: The flat state of each element of `wholes`.
       order: The kind of each layer.
 
     Returns:
-      For each kind, a name for each place of a variable that layers share: the same name for the
-      same variable. And for each kind, the places of the variables that belong to one layer.
+      Two lists. The first has, for each kind, a mapping from the places of shared variables to
+      names; a variable has one name in all kinds. The second has, for each kind, the places of
+      variables that belong to one layer.
 
     Raises:
-      ValueError: Some layers of a kind share a variable that changes, and others do not.
+      ValueError: Some layers of a kind share a changed variable, and other layers do not.
     """
     ids = []
     for whole, state in zip(wholes, states, strict=True):
@@ -216,7 +220,7 @@ def _owned(
 
 
 def _attributes(value) -> dict | None:
-    """Returns what two equal layers have in common: a node's attributes, a variable's metadata."""
+    """Returns the values that are equal in equal layers: attributes, or a variable's metadata."""
     if isinstance(value, nnx.Variable):
         return {**value.get_metadata(), "value": jax.tree.leaves(value)[0]}
     if isinstance(value, Mapping):
@@ -224,7 +228,7 @@ def _attributes(value) -> dict | None:
     attributes = getattr(value, "__dict__", {})
     if not any(name.startswith(_FLAX) for name in attributes):
         return None
-    # Flax 0.11 keeps initializers, made anew for every layer; a call has no use for them.
+    # Flax 0.11 keeps initializers, which differ in every layer. A call does not use initializers.
     is_init = lambda name: name.endswith("_init") and callable(attributes[name])
     names = [name for name in attributes if not name.startswith(_FLAX) and not is_init(name)]
     return {name: attributes[name] for name in names}

@@ -1,12 +1,13 @@
-"""`fit` for an absent chip and a step that is built in the process that compiles it.
+"""`fit` for an absent chip; the process that compiles a step also builds it.
 
     step = Entry(function="experiments.training.build:built_step", arguments={...})
     print(fit_entry(step, num_blocks=28, target="h100", budget="70GiB"))
 
-`jaxckpt.fit` traces a step in its own process. Some steps cannot be traced there (cuDNN's attention
-looks for its chip) or handed to another process. For these a fresh process builds the step for each
-plan (`worker.py`). The answer and all reports are kept on disk, the reports under the names of
-`measure_entry`: a plan that either function has compiled is not compiled again. No JAX import.
+`jaxckpt.fit` traces a step in its own process. Some steps cannot be traced there, because cuDNN's
+attention looks for its chip. Others cannot be handed to another process. For such a step a fresh
+process builds the step of each plan (`worker.py`). The answer and all reports are kept on disk.
+Reports have the names that `measure_entry` uses, so neither function compiles a plan that the other
+has compiled. This module does not import JAX.
 """
 
 import dataclasses
@@ -34,13 +35,16 @@ def fit_entry(
     """Returns the fastest plan of an entry's step whose compiled peak is within a budget.
 
     Args:
-      entry: A step without its plan. Its function gets the plan as text beside the entry's own
-        arguments: `plan="sqrt"`, or by name for several stacks, `plan={"encoder": "sqrt", ...}`.
-      num_blocks: The blocks of the stack, or a number for each stack by name.
+      entry: A step without its plan. Its function gets the entry's own arguments and the plan as
+        text: `plan="sqrt"`, or by name for several stacks, `plan={"encoder": "sqrt", ...}`.
+      num_blocks: The number of blocks of the stack, or a mapping from stack names to numbers.
       target: An absent chip.
-      budget: Bytes per device, such as `"15GiB"`; `"auto"` for all that the target can use.
+      budget: Bytes per device, such as `"15GiB"`; `"auto"` for all memory that a program may fill.
       host_budget: Bytes of pinned host memory per device that a plan may use.
       progress: Called with a `Compilation` before and after each compilation.
+
+    Returns:
+      The plan, its memory report and the other candidates.
 
     Raises:
       BudgetError: No plan fits.
@@ -73,7 +77,7 @@ def fit_entry(
 
 
 def _answer(values: Any) -> FitResult | BudgetError | None:
-    """Returns a worker's answer; None if the values are missing or incomplete."""
+    """Returns a worker's answer, or None if values are missing or incomplete."""
     try:
         if "infeasible" in values:
             return BudgetError.from_json(values["infeasible"])

@@ -1,17 +1,17 @@
-"""Plans across blocks: every draft of one stack, with what it keeps, holds and costs.
+"""Plans across blocks: every draft of one stack, with its kept bytes, peak bytes and seconds.
 
-A draft is put together from two sorts of stages:
+A draft is made of two sorts of stages:
 
-- runs of blocks of one kind (`kinds.Kind`). The stage that holds most while it is reversed stands
-  first, the stage that keeps most last: a stage's residuals are freed before the stages in front
-  of it are reversed, and swapping two neighbors out of this order never lowers the peak. At most
-  three kinds are mixed; two would do if blocks were divisible.
-- schedules of the executor (`uniform`, `sqrt`, `log`, `binomial`), alone or before a run of kept
-  blocks; with their carries on the device, or on the host if a plan may use it.
+- Runs of blocks of one kind (`kinds.Kind`). The stage whose reversal holds the most bytes comes
+  first. The stage that keeps the most bytes comes last, because its residuals are freed before
+  earlier stages are reversed. Swapping two neighboring stages never lowers the peak. At most three
+  kinds are mixed; two would be enough if blocks were divisible.
+- Schedules of the executor (`uniform`, `sqrt`, `log`, `binomial`), alone or before a run of kept
+  blocks. Their carries are on the device, or on the host if a plan may use the host.
 
-Carries on the host take no device memory, except the few that are on their way. Each pass of such a
-stage takes as long as its work or its transfers, whichever is longer. Figures are of the stacks
-alone; `peak_model.py` says what the rest of the step adds.
+Carries on the host take no device memory, except for the few carries in transfer. Each pass of such
+a stage takes as long as its work or its transfers, whichever is longer. All figures are of the
+stacks alone; `peak_model.py` adds the rest of the step.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ from jaxckpt.schedules.of_stage import HANDED_OVER, log_slots
 from jaxckpt.schedules.segments import segment_sizes, two_level
 from jaxckpt.targets.links import HostLink
 
-# Carries on the device of a schedule whose slots are on the host: the carry that blocks run forward
-# from, and one on its way. A v5e's and an H100's compilers need no more.
+# A schedule whose slots are on the host has two carries on the device: the carry that blocks run
+# forward from, and a carry in transfer. The compilers for v5e and H100 need no more.
 _IN_FLIGHT = 2
 _TO_HOST = Policy(kind="offload", names=(words.CARRY,))
 
@@ -41,12 +41,12 @@ class Piece:
 
     Attributes:
       stage: The bound stage.
-      kept_bytes: Bytes that it keeps on the device until it is reversed.
-      largest_bytes: The largest kept array of one stack.
-      host_bytes: Bytes that it keeps on the host until it is reversed.
-      live_bytes: Bytes that its reversal holds beside `kept_bytes`.
-      seconds: Forward, recomputation and backward.
-      flops: FLOPs of forward, recomputation and backward.
+      kept_bytes: Bytes that the stage keeps on the device until it is reversed.
+      largest_bytes: Bytes of the largest kept array of one stack.
+      host_bytes: Bytes that the stage keeps on the host until it is reversed.
+      live_bytes: Bytes that the stage's reversal holds in addition to `kept_bytes`.
+      seconds: Seconds of the forward pass, recomputation and the backward pass.
+      flops: FLOPs of the forward pass, recomputation and the backward pass.
     """
 
     stage: Stage
@@ -61,7 +61,8 @@ class Piece:
 def run_of(kind: Kind, count: int) -> Piece:
     """Returns the stage of `count` blocks of a kind.
 
-    A loop copies a block's kept values when it reads them; one block is no loop and copies nothing.
+    A loop copies a block's kept values when it reads them. A single block runs without a loop, so
+    nothing is copied.
     """
     is_copied = count > 1 or kind.schedule != "none"
     return Piece(
@@ -78,10 +79,10 @@ def run_of(kind: Kind, count: int) -> Piece:
 def schedules(
     kinds: Sequence[Kind], forward: Forward, count: int, link: HostLink | None = None
 ) -> Iterator[Piece]:
-    """Yields the stages of `count` blocks under a schedule of the executor.
+    """Yields the stages of `count` blocks under each schedule of the executor.
 
     Args:
-      kinds: Kinds to record blocks by, among them `none` and `full`.
+      kinds: Kinds by which blocks are recorded, including `none` and `full`.
       forward: The cost of one forward run of a block.
       count: The number of blocks.
       link: A device's link to the host; None if plans may not use the host.
@@ -93,7 +94,7 @@ def schedules(
         ("binomial", slots, slots, binomial_extra_forwards(count, slots))
         for slots in range(1, count)
     ]
-    # No schedule keeps more than the inputs of all blocks but the last.
+    # No schedule keeps more carries than the inputs of all blocks except the last.
     slots, two = min(log_slots(count), max(count - 1, 1)), two_level(count)
     singles.append(("log", None, slots, binomial_extra_forwards(count, slots)))
     singles.append(("sqrt", None, two.peak_slots, two.extra_forwards))
@@ -124,21 +125,21 @@ def _scheduled(
     again: int,
     kept: int = 0,
 ) -> Iterator[Piece]:
-    """Yields a stage under a schedule; with a link, also the stage with its carries on the host.
+    """Yields a stage under a schedule; with a link, also the same stage with carries on the host.
 
     Args:
       full: The kind `full`, which keeps only a block's input.
       forward: The cost of one forward run of a block.
       count: The number of blocks.
       link: A device's link to the host; None if plans may not use the host.
-      kind: The kind that blocks are recorded by.
+      kind: The kind by which blocks are recorded.
       schedule: The word of the schedule.
-      argument: The number of the schedule; None if it has none.
-      slots: Carries that the schedule keeps at once; all are stored in the forward pass.
-      loaded: Carries loaded in the backward pass. It stores fewer, and the link carries both
-        directions at once, so stores there are not counted.
-      again: Blocks that are recomputed.
-      kept: Blocks whose residuals are kept at once, beside the block that is reversed.
+      argument: The number after the schedule's word; None for a schedule without a number.
+      slots: Carries that the schedule keeps at once. The forward pass stores all of them.
+      loaded: Carries loaded in the backward pass. The backward pass stores fewer carries, and the
+        link moves both directions at once, so its stores are not counted.
+      again: The number of block recomputations.
+      kept: Blocks whose residuals are kept at once, in addition to the block that is reversed.
     """
     carry_bytes, rows_bytes = full.kept_bytes, kept * kind.largest_bytes
     piece = Piece(
@@ -173,20 +174,21 @@ class Draft:
     """A plan with its figures, at first of the stacks alone, then of the whole step.
 
     Attributes:
-      stages: The bound stages; for plans by name, the stages of all of them.
-      by_name: Pairs of a name and its draft, in the order in which the stacks run; empty for one
-        plan without a name.
+      stages: The bound stages; for plans by name, the stages of all plans.
+      by_name: Pairs of a name and a draft, in the order in which the stacks run; empty for one plan
+        without a name.
       kept_bytes: Bytes kept on the device when the last block has run.
-      worst_bytes: The most bytes kept and held while a stage is reversed.
-      largest_bytes: The largest kept array of one stack.
+      worst_bytes: The most bytes that the device holds while a stage is reversed.
+      largest_bytes: Bytes of the largest kept array of one stack.
       host_bytes: Bytes kept on the host.
-      seconds: Forward, recomputation and backward.
-      flops: FLOPs of forward, recomputation and backward.
+      seconds: Seconds of the forward pass, recomputation and the backward pass.
+      flops: FLOPs of the forward pass, recomputation and the backward pass.
       predicted_bytes: The peak of the whole step; 0 while figures are of the stacks alone.
-      doubt: The share by which the prediction may be too high, while nothing of its family is
-        compiled.
-      graph: The digests of the function whose segments the stages are; empty for stages of blocks.
-      rows: For each stage of a graph's plan, what it keeps and runs again.
+      doubt: The share by which the prediction may be too high, as long as no plan of the same
+        family is compiled.
+      graph: The digests of the function that the stages are segments of; empty for stages of
+        blocks.
+      rows: What each stage of a graph's plan keeps and recomputes.
     """
 
     stages: tuple[Stage, ...]
@@ -204,7 +206,7 @@ class Draft:
 
     @property
     def plan(self) -> Plan | PlanSet:
-        """The plan without a count if it has one stage, or the plans by name."""
+        """The plan, or the plans by name; a plan of one stage has no count."""
         if self.by_name:
             plans: Any = {name: one.plan for name, one in self.by_name}
             return PlanSet(plans)
@@ -221,7 +223,7 @@ class Draft:
 
     @property
     def family(self) -> tuple:
-        """A key that is equal for drafts that compile alike, whose predictions err alike."""
+        """A key that is equal for drafts whose predictions have similar errors."""
         if self.by_name:
             return tuple(one.family for _, one in self.by_name)
         is_loop = all(stage.schedule in ("none", "full") for stage in self.stages)
@@ -231,7 +233,7 @@ class Draft:
 
 
 def draft(pieces: Sequence[Piece]) -> Draft:
-    """Returns the draft of some stages in order."""
+    """Returns the draft of the given stages, in their order."""
     kept = worst = 0.0
     for piece in pieces:
         kept += piece.kept_bytes
@@ -250,10 +252,10 @@ def draft(pieces: Sequence[Piece]) -> Draft:
 def drafts(
     kinds: Sequence[Kind], forward: Forward, num_blocks: int, link: HostLink | None = None
 ) -> Iterator[Draft]:
-    """Yields the drafts of one stack over some kinds.
+    """Yields the drafts of one stack.
 
     Args:
-      kinds: The kinds to mix, among them `none` and `full`.
+      kinds: The kinds to mix, including `none` and `full`.
       forward: The cost of one forward run of a block.
       num_blocks: The number of blocks, L.
       link: A device's link to the host; None if plans may not use the host.
@@ -277,9 +279,9 @@ def drafts(
 
 
 def hull(kinds: Sequence[Kind]) -> list[Kind]:
-    """Returns the kinds that no mix of two others beats in bytes and seconds, in the given order.
+    """Returns the kinds that no mix of two other kinds beats in bytes and seconds, in given order.
 
-    `none` and `full` are always among them.
+    The result always contains `none` and `full`.
     """
     fastest = sorted(kinds, key=lambda kind: (kind.kept_bytes, kind.seconds))
     kept: list[Kind] = []
@@ -304,11 +306,11 @@ def _splits(total: int, parts: int) -> Iterator[tuple[int, ...]]:
 
 
 def _is_run(kind: Kind, count: int, num_blocks: int) -> bool:
-    """Whether a run of blocks is worth a draft: XLA unrolls the loop of a single block.
+    """Whether a run of blocks is worth a draft.
 
-    Nothing keeps recomputation apart from the forward pass there. And under `none` a TPU v5e held
-    0.7 to 0.9 GiB for one block of 28 whose residuals are 0.33 GiB. So a single block is worth it
-    only under `none` in a small stack, of which one block is a large share.
+    XLA unrolls the loop of a single block, and may then merge recomputation with the forward pass.
+    Under `none` a TPU v5e held 0.7 to 0.9 GiB for one block of 28 whose residuals are 0.33 GiB. So
+    a single block is worth a draft only under `none`, in a stack of few blocks.
     """
     return count > 1 or (kind.schedule == "none" and num_blocks <= _FEW_BLOCKS)
 

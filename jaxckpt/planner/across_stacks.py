@@ -1,19 +1,19 @@
 """Plans across stacks: parts, and the drafts of several parts under one budget.
 
 Stacks run one after another and are reversed in the opposite order. While stack i is reversed, the
-device holds what the stacks before it keep, but no longer what the stacks after it kept. Gradients
-exist for its own parameters and for those of later stacks, not yet for earlier ones. So, beside an
-offset that counts all gradients:
+device holds the kept values of earlier stacks. The kept values of later stacks are already freed.
+Gradients exist for the parameters of stack i and of later stacks, but not yet of earlier stacks. An
+offset counts all gradients, so without the offset:
 
     peak = max over stacks i of (kept of all j < i) + worst_i - (parameters of all j < i)
 
-Equal stacks that do not wait for each other may begin together. XLA for CPUs then makes the zeros
-of their kept arrays once and copies them for each stack. So everything that these stacks will keep
-exists before any has run, and the zeros besides.
+Equal stacks that do not wait for each other may begin together. XLA for CPUs then makes zeros for
+their kept arrays once and copies the zeros for each stack. So all kept arrays of these stacks, and
+the zeros, exist before any of the stacks has run.
 
-Parts are joined one by one. A joint draft is dropped if another beats it in kept bytes, worst
-bytes, seconds, FLOPs and host bytes at once, or if it needs too much of the host: this loses no
-optimum. If more than `MOST` are left, near equals are dropped too.
+Parts are joined one by one. A joint draft is dropped if another joint draft beats it in kept bytes,
+worst bytes, seconds, FLOPs and host bytes at once, or if it needs more host memory than is allowed.
+This loses no optimum. If more than `MOST` joint drafts are left, near equals are dropped too.
 """
 
 import dataclasses
@@ -32,14 +32,16 @@ from jaxckpt.targets.links import HostLink
 MOST = 160
 # A graph's plan must save this share of the time of a plan in words that needs no more memory.
 WORDS_GAIN = 0.05
-# How much too high the peak of a function under policies may be predicted: `dots` of an MLP-Mixer
-# was, by a quarter, on an H200.
+# The share by which the predicted peak of a function under policies may be too high. On an H200 the
+# prediction for an MLP-Mixer under `dots` was a quarter too high.
 _DOUBT = 0.3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """The stacks of a step that follow one plan; "a block" is here one block of each stack.
+    """The stacks of a step that follow one plan.
+
+    Figures of "a block" are the sum over one block of each stack.
 
     Attributes:
       name: The plan's name in `num_blocks`; empty if one plan is for all stacks.
@@ -47,14 +49,14 @@ class Part:
       kinds: The kinds that are worth mixing.
       plain: The kinds that a user would try first.
       forward: The cost of one forward run of a block.
-      turns: The number of stacks, which are reversed one after another.
+      turns: The number of stacks. They are reversed one after another.
       begins_together: Whether the stacks' kept arrays exist before any stack has run.
-      graphs: The drafts of a function's graph, or of a chain's blocks, from `with_graphs`.
-      region: The function or chain, if all that follow the plan are equal; else None.
-      share: The share of its bytes that one device holds.
-      most_bytes: What JAX keeps of a function under `none`, of which XLA holds a part.
-      is_stack: Whether blocks are equal. Those of a chain are not: figures by kind are their means,
-        so its plain drafts treat all of them in one way.
+      graphs: Drafts of a function's graph, or of a chain's blocks; `with_graphs` sets them.
+      region: The function or chain, if all functions that follow the plan are equal; else None.
+      share: The share of the part's bytes that one device holds.
+      most_bytes: Bytes that JAX keeps of a function under `none`. XLA holds a share of them.
+      is_stack: Whether the blocks are equal. The blocks of a chain differ: the figures of a kind
+        are then means over the blocks, and a plain draft treats all blocks by one kind.
     """
 
     name: str = ""
@@ -72,7 +74,17 @@ class Part:
 
     @classmethod
     def of(cls, name: str, stacks: Sequence[Stack], rates: Rates, host_bytes: float) -> "Part":
-        """Costs the blocks of equally long stacks, which may keep `host_bytes` on the host."""
+        """Costs the blocks of stacks of one length.
+
+        Args:
+          name: The plan's name; empty if one plan is for all stacks.
+          stacks: The stacks that follow the plan.
+          rates: The rates of the chip.
+          host_bytes: The most bytes that the stacks may keep on the host.
+
+        Returns:
+          The part with its kinds.
+        """
         regions = [stack.region for stack in stacks]
         if None not in regions:
             return cls._of_regions(name, stacks, rates)
@@ -88,7 +100,7 @@ class Part:
 
     @classmethod
     def _of_regions(cls, name: str, stacks: Sequence[Stack], rates: Rates) -> "Part":
-        """Costs functions under `checkpoint`, or chains; equal ones have drafts of their own."""
+        """Costs functions under `checkpoint`, or chains; only equal ones get a graph's drafts."""
         given = [(stack.region, stack.ends) for stack in stacks if stack.region is not None]
         regions = [Region(region, rates, ends) for region, ends in given]
         held_bytes = sum(region.held_bytes for region in regions)
@@ -117,10 +129,13 @@ class Part:
         )
 
     def with_graphs(self, scale: float = 1.0) -> "Part":
-        """Returns the part with the drafts of its graph that words cannot say as well.
+        """Returns the part with the drafts of its graph that no plan in words matches.
 
         Args:
-          scale: What XLA holds of the function, as a share of what `costs/held.py` tells.
+          scale: The bytes that XLA holds of the function, divided by the figure of `costs/held.py`.
+
+        Returns:
+          The part; without a common function, the part as it is.
         """
         if self.region is None:
             return self
@@ -153,11 +168,11 @@ class Part:
         return self.num_blocks * self.kind("full").params_bytes
 
     def draft(self, *pieces: Piece) -> Draft:
-        """Returns the draft of some stages."""
+        """Returns the draft of the given stages."""
         return self._in_turns(draft(pieces))
 
     def drafts(self, link: HostLink | None) -> Iterator[Draft]:
-        """Yields every draft of the part; without a link, none moves carries to the host."""
+        """Yields every draft of the part; without a link, no draft moves carries to the host."""
         if self.is_stack:
             made = drafts(self.kinds, self.forward, self.num_blocks, link)
         else:
@@ -177,10 +192,10 @@ class Part:
         return [self.draft(run_of(kind, self.num_blocks)) for kind in self.plain]
 
     def _in_turns(self, one: Draft) -> Draft:
-        """Returns a draft with the bytes that all stacks hold while one of them is reversed.
+        """Returns a draft with the bytes that all stacks hold while one stack is reversed.
 
-        The worst moment is the last stack's reversal: the other stacks' residuals still exist, and
-        their gradients do not yet. Each stack is taken to be an equal share of the part.
+        The worst moment is the reversal of the last stack. The residuals of the other stacks still
+        exist then, but their gradients do not exist yet. All stacks count as equally large.
         """
         if self.turns == 1:
             return one
@@ -192,13 +207,19 @@ class Part:
 
 
 def join(parts: Sequence[Part], chosen: Sequence[Draft]) -> Draft:
-    """Returns the joint draft of all parts, from one draft of each."""
+    """Returns the joint draft of all parts, from one chosen draft of each part."""
     names, params = zip(*((part.name, part.params_bytes) for part in parts), strict=True)
     return joined(names, chosen, params)
 
 
 def joined(names: Sequence[str], chosen: Sequence[Draft], params_bytes: Sequence[float]) -> Draft:
-    """Returns the joint draft of one chosen draft per name; see `joints` for the arguments."""
+    """Returns the joint draft of one chosen draft per name.
+
+    Args:
+      names: The parts' names, in the order in which their stacks run.
+      chosen: The chosen draft of each part.
+      params_bytes: The bytes of each part's parameters.
+    """
     if names[0] == "":  # one plan for all stacks
         return chosen[0]
     before, worst = 0.0, -np.inf
@@ -222,13 +243,13 @@ def joints(
     params_bytes: Sequence[float],
     host_bytes: float = 0.0,
 ) -> list[Draft]:
-    """Returns the joint drafts that no other beats in peak, seconds and FLOPs.
+    """Returns the joint drafts that no other joint draft beats in peak, seconds and FLOPs.
 
     Args:
       names: The parts' names, in the order in which their stacks run.
-      drafts: For each part, its drafts; at least one keeps nothing on the host.
-      params_bytes: For each part, the bytes of its parameters.
-      host_bytes: The most that a joint draft may keep on the host.
+      drafts: The drafts of each part; at least one draft keeps nothing on the host.
+      params_bytes: The bytes of each part's parameters.
+      host_bytes: The most bytes that a joint draft may keep on the host.
     """
     # Columns: bytes before the next stack, worst bytes, seconds, FLOPs, bytes on the host.
     rows = np.array([[0.0, -np.inf, 0.0, 0.0, 0.0]])
@@ -261,23 +282,24 @@ def _unbeaten(drafts: Sequence[Draft]) -> tuple[list[Draft], np.ndarray]:
 
 
 def unbeaten(rows: np.ndarray) -> list[int]:
-    """Returns the places of the rows that no other beats or equals in all columns, at most `MOST`.
+    """Returns the places of at most `MOST` rows that no other row beats or equals in all columns.
 
-    Of equal rows the first is kept. If too many rows are left, columns are rounded ever coarser.
+    The first of several equal rows is kept. If too many rows are left, columns are rounded to a
+    coarser grain until few enough are left.
     """
     places = _front(rows, range(len(rows)))
     span = np.ptp(rows[places], axis=0) if len(places) else 0.0
     grain = 1 / 1024
     while len(places) > MOST:
         step = np.maximum(span * grain, 1e-300)
-        # Up, so that a plan is never taken for smaller or faster than it is.
+        # Rounded up, so that no plan counts as smaller or faster than it is.
         places = _front(np.ceil(rows / step), places)
         grain *= 2
     return sorted(places)
 
 
 def _front(rows: np.ndarray, places) -> list[int]:
-    """Returns the places whose rows no row of another of the places beats or equals."""
+    """Returns the places, out of `places`, whose rows no other row beats or equals."""
     order = sorted(places, key=lambda place: (*rows[place], place))
     front = np.empty((len(order), rows.shape[1]))
     found: list[int] = []

@@ -1,4 +1,4 @@
-"""Budgets and numbers of blocks that `fit` is given: checked, and turned into bytes."""
+"""Checks the budgets and numbers of blocks that a user gives to `fit`; turns budgets into bytes."""
 
 import warnings
 from collections.abc import Mapping
@@ -12,10 +12,12 @@ def check_asked(num_blocks: int | Mapping[str, int] | None):
     """Raises unless `num_blocks` is valid.
 
     Args:
-      num_blocks: The number of blocks of one stack, or of several stacks by name; None to find it.
+      num_blocks: The number of blocks of one stack, or a mapping from stack names to numbers; None
+        if tracing finds the number.
 
     Raises:
-      ValueError: A number is no whole number above 0, or the mapping is empty or has bad names.
+      ValueError: A number is not a positive whole number, or the mapping is empty or has a name
+        that is not a non-empty string.
     """
     if num_blocks is None:
         return
@@ -37,10 +39,14 @@ def _check_count(what: str, count):
 
 
 def budget_bytes(budget: str | int | float, target: Target) -> int:
-    """Returns a budget in bytes; warns if a program cannot fill so much of the target.
+    """Returns a budget in bytes; warns if a program cannot fill so much of the target's memory.
+
+    Args:
+      budget: Bytes per device, such as `"15GiB"`, or `"auto"` for all usable memory.
+      target: The target whose memory the budget is for.
 
     Raises:
-      ValueError: The budget is no size, or `"auto"` for a target whose memory is not known.
+      ValueError: The budget is not a size, or it is `"auto"` and the target's memory is not known.
     """
     if budget == "auto":
         usable = usable_bytes(target)
@@ -61,7 +67,7 @@ def host_bytes(host_budget: str | int | float) -> int:
     """Returns the bytes of host memory that a plan may use.
 
     Raises:
-      ValueError: `host_budget` is no size.
+      ValueError: `host_budget` is not a size.
     """
     if host_budget == 0 or host_budget == "0":
         return 0
@@ -75,7 +81,7 @@ def given_bytes(budget: str | int | float) -> int:
     """Returns the bytes of a budget that is not `"auto"`.
 
     Raises:
-      ValueError: The budget is no size.
+      ValueError: The budget is not a size.
     """
     try:
         return parse_bytes(budget)
@@ -84,7 +90,7 @@ def given_bytes(budget: str | int | float) -> int:
 
 
 def more_than_usable(size: int, target: Target) -> str | None:
-    """Returns a warning if a program cannot fill so much of the target's memory, else None."""
+    """Returns a warning if a program cannot fill `size` bytes of the target's memory, else None."""
     usable = usable_bytes(target)
     if usable is None or size <= usable:
         return None

@@ -1,9 +1,9 @@
-"""How long a block really takes on the chip of this process: timed once, kept on disk.
+"""Times a block on the chip of this process once, and keeps the seconds on disk.
 
-The roofline orders kinds by speed, but its seconds are estimates. Here a block's forward pass, its
-backward pass and the link to the host are timed on arrays of the block's shapes. The results scale
-the roofline's seconds: one factor for forward passes, recomputed ones too, another for the backward
-pass.
+The roofline orders kinds by speed, but its seconds are estimates. This module times a block's
+forward pass, its backward pass and the link to the host, on arrays of the block's shapes. The
+results scale the roofline's seconds. One factor is for forward passes and recomputation, another
+factor is for backward passes.
 
 Limits: a block is timed alone, on one device. The rest of the step keeps the roofline's seconds.
 """
@@ -32,9 +32,9 @@ class Calibration:
     """Measured seconds of one block of every stack together.
 
     Attributes:
-      forward_seconds: The forward pass alone.
-      backward_seconds: The backward pass of a block that kept all its residuals.
-      host_bytes_per_second: The link to the host, in its slower direction; None on a CPU.
+      forward_seconds: Seconds of the forward pass alone.
+      backward_seconds: Seconds of the backward pass of a block that kept all its residuals.
+      host_bytes_per_second: Speed of the link to the host in its slower direction; None on a CPU.
     """
 
     forward_seconds: float
@@ -72,7 +72,8 @@ class Calibration:
 def calibrate(stacks: Sequence[Stack]) -> Calibration:
     """Returns the measured seconds of one block of every stack on this process's device.
 
-    Programs timed before on this kind of device, with these versions, are read from disk.
+    If a program was timed before on this kind of device and with these versions of JAX and jaxckpt,
+    its seconds are read from disk.
     """
     found = [_of_block(stack) for stack in stacks]
     is_cpu = jax.default_backend() == "cpu"
@@ -98,14 +99,14 @@ def _of_block(stack: Stack) -> dict[str, float]:
         forward = _seconds(jax.jit(stack.call), *args)
         both = _seconds(jax.jit(backward), *args)
         found = {"forward": forward, "backward": max(both - forward, 0.0)}
-        # A chain is timed as a whole; figures are of one of its blocks.
+        # A chain is timed as a whole, but figures are of one block.
         return {name: seconds / max(len(stack.ends) - 1, 1) for name, seconds in found.items()}
 
     return _kept(jax.jit(backward).lower(*groups), timed)
 
 
 def _kept(lowered, timed: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Returns a program's seconds from disk; if they are missing, times it and writes them."""
+    """Returns a program's seconds from disk; if they are missing, times and stores the program."""
     name = program_key(lowered, timed="seconds", by=cache.digest_of_sources({"jaxckpt"}))
     found = cache.load_json(name)
     is_whole = isinstance(found, dict) and all(isinstance(x, float) for x in found.values())
@@ -116,7 +117,7 @@ def _kept(lowered, timed: Callable[[], dict[str, float]]) -> dict[str, float]:
 
 
 def _array(abstract) -> jax.Array:
-    """Returns an array of an abstract array's type, of small numbers so that nothing overflows."""
+    """Returns an array of an abstract array's type; its numbers are small, so nothing overflows."""
     if jnp.issubdtype(abstract.dtype, jax.dtypes.prng_key):
         return jax.random.split(jax.random.key(0), abstract.shape)
     if not jnp.issubdtype(abstract.dtype, jnp.inexact):

@@ -3,15 +3,15 @@
     result = jaxckpt.fit(step_for, target="v5e-1", budget="15GiB")
     print(result)                # --remat=..., its compiled peak, why nothing faster fits
 
-`step_for(plan)` returns the step as a function and its (abstract) arguments. Its stacks, chains and
-functions under `jaxckpt.checkpoint` are found by tracing (`places.py`). Kinds of blocks are costed
-(`kinds.py`), drafts are put together (`across_blocks.py`, `across_stacks.py`; of functions and
-chains, `graphs.py`), and a few are compiled (`search.py`). A plan is returned only if the compiled
-peak of its step is within the budget.
+`step_for(plan)` returns the step as a function and its (abstract) arguments. Tracing finds the
+step's stacks, chains and functions under `jaxckpt.checkpoint` (`places.py`). Kinds of blocks are
+costed (`kinds.py`). Drafts are made for stacks (`across_blocks.py`, `across_stacks.py`), functions
+and chains (`graphs.py`). A few drafts are compiled (`search.py`). A plan is returned only if the
+compiled peak of its step is within the budget.
 
-Stacks that are given by name get a plan each (`problem.py`).
+Each stack that is given by name gets its own plan (`problem.py`).
 
-Limits: stacks that follow one plan have the same number of blocks; seconds are a roofline's.
+Limits: stacks that follow one plan have the same number of blocks. Seconds are roofline estimates.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from jaxckpt.targets.target import Target, parse_target
 from jaxckpt.units import unit_of
 
 MOST_COMPILES = 6
-_CORES_TO_GUESS = 3  # the compiler of a plan that is asked for keeps a core or two busy
+_CORES_TO_GUESS = 3  # compiling the plan that is needed for sure keeps one or two cores busy
 _LOG = logging.getLogger(__name__)
 _CALIBRATED = "the roofline, calibrated by a block timed here"
 
@@ -56,25 +56,26 @@ def fit(
     Args:
       step_for: `step_for(plan) -> (fn, args)`, the step under a `Plan`; or `(fn, args, options)`
         with `donate_argnums` and `static_argnums`. Arguments may be abstract.
-      num_blocks: The number of blocks of each stack that follows the plan, L; by default the number
-        that is found. Or a number for each stack by name, such as `{"encoder": 12, "head": 1}`:
-        then `step_for` gets a mapping from names to plans, the result has one, and all stacks share
-        the budget. A function under `jaxckpt.checkpoint` counts as 1.
-      target: The chip: `"local"`, or an absent one, such as `"v5e-4"` or `"h100"`.
-      budget: Bytes per device, such as `"15GiB"`; `"auto"` for all that the target can use.
+      num_blocks: The number of blocks of each stack that follows the plan, L; by default tracing
+        finds the number. A mapping from stack names to numbers, such as `{"encoder": 12, "head":
+        1}`, gives each stack its own plan: `step_for` gets a mapping from names to plans, the
+        result has such a mapping, and all stacks share the budget. A function under
+        `jaxckpt.checkpoint` counts as 1 block.
+      target: The chip: `"local"`, or an absent chip, such as `"v5e-4"` or `"h100"`.
+      budget: Bytes per device, such as `"15GiB"`; `"auto"` for all memory that a program may fill.
       host_budget: Bytes of pinned host memory per device that a plan may use, such as `"32GiB"`;
         by default nothing is moved to the host.
-      calibrate: Times a block once on this process's device and plans with its seconds; only for
-        the target `local`.
+      calibrate: Whether to time a block once on this process's device and to plan with the measured
+        seconds; only for the target `local`.
       block: `(block, params_i, carry, *consts)`, as for `jaxckpt.explain`, for a step that runs its
-        blocks without `scan_blocks` or an adapter; for several stacks, one by each name, in the
-        order in which they run.
-      progress: Called with a `Compilation` before and after each compilation, of which several may
-        run at once; `print` will do.
+        blocks without `scan_blocks` or an adapter; for several stacks, a mapping from names to such
+        tuples, in the order in which the stacks run.
+      progress: Called with a `Compilation` before and after each compilation; `print` is a valid
+        function. Several compilations may run at once.
 
     Returns:
-      A `FitResult`: the plan, the memory report of its compiled step, and the plans it was chosen
-      from. `print` shows it.
+      A `FitResult`: the plan, the memory report of its compiled step, and the other candidates.
+      `print` shows it.
 
     Raises:
       BudgetError: No plan fits; the error names the least budget that works, and its plan.
@@ -120,13 +121,25 @@ def solve(
     block: Sequence | Mapping[str, Sequence] | None = None,
     progress: Callable[[Compilation], Any] | None = None,
 ) -> FitResult:
-    """Does what `fit` does, for steps that another process may compile.
+    """Finds the fastest plan as `fit` does, for steps that another process may compile.
 
-    Budgets are in bytes; texts show bytes in `unit`, or in units that fit them.
+    Args:
+      steps: Returns, traces and compiles the step of a plan.
+      num_blocks: As for `fit`.
+      target: The chip.
+      budget: The budget per device, in bytes.
+      host_budget: The host's budget per device, in bytes.
+      unit: The unit in which texts show bytes; empty for units that fit the sizes.
+      calibrate: As for `fit`.
+      block: As for `fit`.
+      progress: As for `fit`.
+
+    Returns:
+      The plan, its memory report and the other candidates.
 
     Raises:
       BudgetError: No plan fits.
-      ValueError: The step ignores its plan, or runs stacks of another number of blocks.
+      ValueError: The step ignores its plan, or runs a stack of another number of blocks.
     """
     if progress is not None:
         _report(progress, steps, budget, unit)
@@ -147,7 +160,7 @@ def solve(
 
 
 def _report(progress: Callable[[Compilation], Any], steps: Steps, budget: int, unit: str):
-    """Calls `progress` at the beginning and the end of every compilation."""
+    """Calls `progress` before and after every compilation."""
     numbers: dict[Any, int] = {}
     running: dict[Any, int] = {}
     begun = time.perf_counter()
@@ -180,15 +193,18 @@ def _report(progress: Callable[[Compilation], Any], steps: Steps, budget: int, u
 
 
 def answer(problem: Problem, rungs: Sequence[Draft], budget: int) -> FitResult:
-    """Returns the answer of a problem for one budget; the ladder serves every budget.
+    """Returns the answer of a problem for one budget.
 
-    A plan compiled for one budget is not compiled again for another. Otherwise budgets do not
-    influence each other: a new problem would give the same answer.
+    A plan that was compiled for one budget is not compiled again for another budget. Otherwise
+    budgets do not influence each other: a new problem would give the same answer.
 
     Args:
       problem: A step with its compiled anchors.
-      rungs: `problem.ladder()`.
+      rungs: The result of `problem.ladder()`, which is the same for every budget.
       budget: The budget in bytes.
+
+    Returns:
+      The plan, its memory report and the other candidates.
 
     Raises:
       BudgetError: No plan fits.
@@ -200,7 +216,7 @@ def answer(problem: Problem, rungs: Sequence[Draft], budget: int) -> FitResult:
         try:
             chosen = _searched(problem, rungs, budget)
         except _DoesNotRun as error:
-            if len(left_out) == MOST_COMPILES:  # so many failures are the step's fault
+            if len(left_out) == MOST_COMPILES:  # the step itself must be at fault
                 raise error.cause from None
             plan = rungs[error.place].plan
             left_out.append(f"{plan}: {type(error.cause).__name__}: {error.cause}".splitlines()[0])
@@ -209,8 +225,8 @@ def answer(problem: Problem, rungs: Sequence[Draft], budget: int) -> FitResult:
         else:
             break
     if chosen is None:
-        # If predictions were wrong, an anchor may still fit. The last rung is compiled whenever
-        # nothing else fits, so a budget that the error names does work.
+        # If predictions were wrong, an anchor may still fit. The last rung is compiled whenever no
+        # other rung fits, so the least budget that the error names does work.
         problem = problem.apart([*anchors, rungs[-1].plan])
         least = problem.least()
         if least is None or problem.peak(least.plan) > budget:
@@ -221,9 +237,9 @@ def answer(problem: Problem, rungs: Sequence[Draft], budget: int) -> FitResult:
 
 
 def _in_words(problem: Problem, rungs: Sequence[Draft], chosen: int, budget: int) -> int:
-    """Returns the place of a plan in words that fits and is hardly slower than a graph's plan.
+    """Returns the place of the fastest plan in words that fits and is hardly slower.
 
-    It is the place of the chosen plan if there is none.
+    If the chosen plan is not a graph's plan, or no such plan fits, returns the chosen place.
     """
     compiled, limit = problem.steps.compiled, (1 + WORDS_GAIN) * rungs[chosen].seconds
     if not rungs[chosen].graph:
@@ -238,19 +254,19 @@ def _in_words(problem: Problem, rungs: Sequence[Draft], chosen: int, budget: int
 
 
 class _DoesNotRun(Exception):
-    """The step does not trace or compile under the plan of a rung."""
+    """The step cannot be traced or compiled under the plan of a rung."""
 
     def __init__(self, place: int, cause: Exception):
         self.place, self.cause = place, cause
 
 
 def _searched(problem: Problem, rungs: Sequence[Draft], budget: int) -> int | None:
-    """Returns the place of the fastest rung that is known to fit; None if no rung is."""
+    """Returns the place of the fastest rung that is known to fit, or None if no rung fits."""
     compiled = problem.steps.compiled
     peaks = [report.peak_bytes for report in compiled.values()]
 
     def prepare(places: Sequence[int]):
-        # The second is a guess, compiled only where cores would be idle.
+        # The second place is a guess, compiled only on cores that would be idle.
         sure = len(places) if launch.at_once() >= _CORES_TO_GUESS else 1
         with problem.steps.compiling(rungs[place].plan for place in places[:sure]):
             pass

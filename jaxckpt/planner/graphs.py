@@ -4,22 +4,23 @@
 
 The function's steps (`transforms/cuts.py`) are cut where few bytes are alive, into at most `_MOST`
 atoms. For each atom the program of `inside_block.py` gives the sets of values that are worth
-keeping. A plan is a list of segments, each a run of atoms: `none`, or run again but for its sets.
-Of a chain the blocks are the atoms, each a segment of its own.
+keeping. A plan is a list of segments, and a segment is a run of atoms. A segment is either `none`,
+or it is recomputed except for the values of its sets. The atoms of a chain are its blocks, and each
+block is a segment.
 
-A segment that starts at atom s and ends before atom t keeps, until it is reversed, the values that
-later atoms read and the values of its sets. Its reversal holds besides what it makes again. So
+A segment that starts at atom s and ends before atom t keeps the values that later atoms read and
+the values of its sets, until it is reversed. Its reversal also holds the recomputed values. So
 
-    peak = max over segments of (kept by segments before it + held by its reversal + alive(t))
+    peak = max over segments of (kept by earlier segments + held by its reversal + alive(t))
 
-where alive(t) stands for the gradients of the values at the cut. Of all plans within a peak,
-dynamic programming over the cuts finds the plan that runs the fewest seconds again, for a few peaks
-from that of `none` down to the least.
+where alive(t) stands for the gradients of the values at the cut. Dynamic programming over the cuts
+finds the plan within a peak that recomputes for the fewest seconds. It does so for a few peaks,
+from the peak of `none` down to the least peak.
 
-Bytes are what XLA will hold (`costs/held.py`), as far as a jaxpr tells. Where every value that a
-segment makes again comes from near by, XLA makes it when it is needed; where the whole segment runs
-again, all of it is held. In between, the share of its work that runs again interpolates. Compiled
-peaks correct the rest.
+Bytes are an estimate, from a jaxpr, of the bytes that XLA will hold (`costs/held.py`). If a segment
+recomputes only values that are near their inputs, XLA makes each value when it is needed. If the
+whole segment is recomputed, XLA holds all of it. Between the two, the estimate interpolates by the
+recomputed share of the work. Compiled peaks correct the rest.
 
 References:
   Beaumont et al. 2019, "Optimal checkpointing for heterogeneous chains" (rotor).
@@ -50,21 +51,21 @@ from jaxckpt.transforms.traced_block import TracedBlock, text_of
 from jaxckpt.transforms.value_names import counts
 
 _MOST = 48  # atoms
-_PEAKS = 12  # peaks that plans are made for
-_FRONT = 24  # the most states of one cut: kept bytes and seconds
-_SHARES = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 64)  # of an atom's bytes; see `_points`
-_PRICES = 6  # prices of a byte, at which each atom chooses its set
+_PEAKS = 12  # the number of peaks that plans are made for
+_FRONT = 24  # the most states of one cut; a state is a pair of kept bytes and seconds
+_SHARES = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 64)  # bounds in `_points`, as shares of the bytes
+_PRICES = 6  # the number of prices per byte at which each atom chooses its set
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Point:
-    """A set of values that an atom keeps when it is run again.
+    """A set of values that an atom keeps when the rest of the atom is recomputed.
 
     Attributes:
-      policies: The policies that keep them.
-      kept_bytes: Their bytes.
-      seconds: What runs again.
-      flops: FLOPs that run again.
+      policies: The policies that keep the values.
+      kept_bytes: The bytes of the values.
+      seconds: Seconds of recomputation.
+      flops: FLOPs of recomputation.
     """
 
     policies: tuple[Policy, ...] = ()
@@ -78,14 +79,14 @@ _NOTHING = (Point(),)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What an atom costs, wherever it stands.
+    """The costs of an atom, at any place in the function.
 
     Attributes:
-      held_bytes: What XLA holds of it if nothing runs again.
-      seconds: Its forward pass.
-      last: Its sets, if it ends a segment: from most kept bytes to least.
-      inner: Its sets, if later atoms of its segment read its results again.
-      names: How many invented names it has, by word.
+      held_bytes: Bytes that XLA holds of the atom if nothing is recomputed.
+      seconds: Seconds of the forward pass.
+      last: The atom's sets if it ends a segment, from most kept bytes to least.
+      inner: The atom's sets if later atoms of the segment read its results in recomputation.
+      names: The number of the atom's invented names, by word.
     """
 
     held_bytes: float
@@ -96,7 +97,7 @@ class Figures:
 
 
 def cuts(opened: Opened) -> tuple[int, ...]:
-    """Returns the steps before which a function is cut, from 0 to the number of its steps."""
+    """Returns the places where a function is cut: step numbers, from 0 to the number of steps."""
     steps, alive = opened.jaxpr.eqns, alive_bytes(opened)
     sizes = [sum(_nbytes(var) for var in step.outvars) for step in steps]
     total = max(sum(sizes), 1)
@@ -104,7 +105,7 @@ def cuts(opened: Opened) -> tuple[int, ...]:
     gap, ends = 2 / _MOST, [done[0], done[-1]]
     chosen = []
     for place in sorted(range(1, len(steps)), key=lambda n: (alive[n], n)):
-        # A tag stays with the value that it names.
+        # No cut stands between a tag and the value that the tag names.
         if steps[place].primitive.name == jaxprs.TAG:
             continue
         near = bisect.bisect(ends, done[place])
@@ -116,7 +117,7 @@ def cuts(opened: Opened) -> tuple[int, ...]:
 
 
 def alive_bytes(opened: Opened) -> list[int]:
-    """Returns, for each place before a step, the bytes that later steps read of earlier ones."""
+    """Returns, for each place before a step, the bytes of earlier results that later steps read."""
     change = [0] * (opened.num_steps + 2)
     for place, step in enumerate(opened.jaxpr.eqns):
         for var in step.outvars:
@@ -128,7 +129,7 @@ def alive_bytes(opened: Opened) -> list[int]:
 
 
 def _depends(opened: Opened, var: core.Var) -> bool:
-    """Whether a value depends on an array; XLA makes the others (zeros, masks) where it likes."""
+    """Whether a value depends on an array; XLA can make other values (zeros, masks) anywhere."""
     return var in opened.dependent
 
 
@@ -138,7 +139,7 @@ def _nbytes(var) -> int:
 
 
 def _crossing(opened: Opened, at: Sequence[int]) -> np.ndarray:
-    """Returns `[atoms, cuts]`: the bytes that an atom makes and that are read at or after a cut."""
+    """Returns `[atoms, cuts]`: the bytes of an atom's results that are read at or after a cut."""
     found = np.zeros((len(at) - 1, len(at)))
     for place, step in enumerate(opened.jaxpr.eqns):
         atom = bisect.bisect(at, place) - 1
@@ -151,7 +152,7 @@ def _crossing(opened: Opened, at: Sequence[int]) -> np.ndarray:
 
 
 def _figures(block: TracedBlock, rates: Rates) -> Figures:
-    if not block.jaxpr.eqns:  # a block of a chain may only hand on
+    if not block.jaxpr.eqns:  # a block of a chain may return its inputs unchanged
         return Figures(held_bytes=0.0, seconds=0.0, last=_NOTHING, inner=_NOTHING, names=Counter())
     carry, _, _ = block.inputs
     stack = Stack(call=block.call, carry=carry, params=[], consts=[], num_blocks=1)
@@ -167,7 +168,7 @@ def _figures(block: TracedBlock, rates: Rates) -> Figures:
 
 
 def _points(graph: Graph) -> tuple[Point, ...]:
-    """Returns the sets that no other beats, from most kept bytes to none."""
+    """Returns the sets that no other set beats, from most kept bytes to none."""
     if not graph.steps:
         return _NOTHING
     program, found = Program(graph), []
@@ -178,7 +179,7 @@ def _points(graph: Graph) -> tuple[Point, ...]:
             continue  # the same answer
         room = min(room, share * most)
         solution = program.solve(room)
-        assert solution is not None  # everything may run again
+        assert solution is not None  # recomputing every step is always a solution
         again = np.round(solution.again, 6)
         point = Point(
             policies=solution.policies,
@@ -195,12 +196,12 @@ def _points(graph: Graph) -> tuple[Point, ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Treatment:
-    """How the atoms of a segment may be treated: `none`, or again with a set for each atom.
+    """A way to treat the atoms of a segment: `none`, or recompute except for each atom's set.
 
     Attributes:
-      is_again: Whether the segment runs again.
-      last: The set of each atom if it ends the segment.
-      inner: The set of each atom before the end.
+      is_again: Whether the segment is recomputed.
+      last: For each atom, its set if it ends the segment.
+      inner: For each atom, its set if it does not end the segment.
     """
 
     is_again: bool
@@ -209,9 +210,10 @@ class Treatment:
 
 
 class Region:
-    """A function cut into atoms, each costed; equal atoms are costed once.
+    """A function cut into costed atoms; equal atoms are costed once.
 
-    The atoms of a chain are its blocks, and each is a segment: a plan of blocks cannot join them.
+    The atoms of a chain are its blocks. Each block is a segment, because a plan of blocks cannot
+    join two blocks into one segment.
     """
 
     def __init__(self, block: TracedBlock, rates: Rates, ends: tuple[int, ...] = ()):
@@ -230,7 +232,7 @@ class Region:
 
     @property
     def held_bytes(self) -> float:
-        """What XLA holds of the function if nothing runs again."""
+        """Bytes that XLA holds of the function if nothing is recomputed."""
         return sum(atom.held_bytes for atom in self.atoms)
 
     @property
@@ -240,7 +242,7 @@ class Region:
         return any(policy.kind == "attention" for point in points for policy in point.policies)
 
     def treatments(self) -> list[Treatment]:
-        """Returns `none`, nothing kept, and sets at some prices of a byte."""
+        """Returns `none`, recomputing everything, and sets of values at several prices per byte."""
         slopes = sorted(
             (less.seconds - more.seconds) / (more.kept_bytes - less.kept_bytes)
             for atom in self.atoms
@@ -264,10 +266,10 @@ class Region:
         return found
 
     def plans(self, scale: float = 1.0) -> Iterator["Found"]:
-        """Yields plans for falling peaks, each with its segments.
+        """Yields plans for falling peaks.
 
         Args:
-          scale: What XLA holds of the function, as a share of `held_bytes`.
+          scale: The bytes that XLA holds of the function, divided by `held_bytes`.
         """
         runs = _Runs(self, self.treatments(), self._crossing, scale)
         most, least = runs.most, runs.least
@@ -279,7 +281,8 @@ class Region:
     def staged(self, found: "Found") -> list[tuple[Stage, list[int]]]:
         """Returns the stages of a plan, each with the places of its segments.
 
-        Neighbors that are `none` are one stage; so are equal neighbors of a chain.
+        Neighboring `none` segments form one stage. Equal neighboring segments of a chain also form
+        one stage.
         """
         staged: list[tuple[Stage, list[int]]] = []
         for place, (start, stop, way) in enumerate(found.segments):
@@ -302,13 +305,13 @@ class Region:
         return staged
 
     def rows(self, found: "Found", *, again: float, held: float, share: float) -> tuple[Row, ...]:
-        """Returns for each stage of a plan what it keeps and runs again, and where it is.
+        """Returns the kept bytes, recomputation and source lines of each stage of a plan.
 
         Args:
           found: The plan.
-          again: What the seconds of what runs again are multiplied by.
-          held: What `held_bytes` are multiplied by.
-          share: What all bytes are multiplied by.
+          again: The factor of all seconds.
+          held: The factor of `held_bytes`.
+          share: The factor of all bytes.
         """
         rows = []
         for stage, places in self.staged(found):
@@ -339,7 +342,12 @@ class Region:
 
 
 def _shifted(policy: Policy, seen: Counter) -> Policy:
-    """Returns a policy of an atom for a segment in which other atoms come first."""
+    """Returns an atom's policy with names numbered for a segment in which other atoms come first.
+
+    Args:
+      policy: The policy as it names values of the atom alone.
+      seen: How many invented names the earlier atoms of the segment have, by word.
+    """
     names = []
     for name in policy.names:
         word, _, number = name.rpartition(".")
@@ -349,7 +357,7 @@ def _shifted(policy: Policy, seen: Counter) -> Policy:
 
 
 class Share(NamedTuple):
-    """What a segment keeps, holds with it while it is reversed, and runs again."""
+    """A segment's kept bytes, bytes held while it is reversed, and seconds of recomputation."""
 
     kept_bytes: float
     live_bytes: float
@@ -361,12 +369,12 @@ class Found:
     """A plan of segments.
 
     Attributes:
-      segments: For each segment its first atom, the atom after its last, and its treatment.
-      shares: What each segment keeps, holds and runs again.
-      kept_bytes: What all keep.
-      worst_bytes: The most that is held while a segment is reversed.
-      seconds: What runs again.
-      flops: FLOPs that run again.
+      segments: For each segment, its first atom, the atom after its last atom, and its treatment.
+      shares: For each segment, its figures.
+      kept_bytes: Bytes that all segments keep.
+      worst_bytes: The most bytes held while a segment is reversed.
+      seconds: Seconds of recomputation.
+      flops: FLOPs of recomputation.
     """
 
     segments: tuple[tuple[int, int, Treatment], ...]
@@ -393,13 +401,13 @@ class _Runs:
         held_ = scale * np.array([atom.held_bytes for atom in atoms])
         ahead = np.array([atom.seconds for atom in atoms])
         alive = crossing.sum(axis=0)
-        # [treatment, start, stop]; what is no run is infinite.
+        # [treatment, start, stop]; entries that are not a run stay infinite.
         shape = (len(ways), count, count + 1)
         self._kept, self._live, self._seconds, self._flops = np.full((4, *shape), np.inf)
         for n, way in enumerate(ways):
             for stop in range(1, count + 1):
                 first = stop - 1 if region.is_chain else 0
-                if not way.is_again:  # longer runs are several runs of one atom
+                if not way.is_again:  # a longer `none` run is several runs of one atom
                     self._kept[n, stop - 1, stop] = held_[stop - 1]
                     self._live[n, stop - 1, stop] = held_[stop - 1] + alive[stop]
                     self._seconds[n, stop - 1, stop] = self._flops[n, stop - 1, stop] = 0.0
@@ -424,7 +432,7 @@ class _Runs:
         self.least = self._least()
 
     def _least(self) -> float:
-        """Returns the least peak of any plan, by bisection over feasible peaks."""
+        """Returns the least peak that some plan reaches, by bisection."""
         low, high = 0.0, self.most
         while self.solve(high) is None:
             high *= 2
@@ -434,10 +442,10 @@ class _Runs:
         return high
 
     def solve(self, peak: float) -> Found | None:
-        """Returns the plan within a peak that runs the fewest seconds again; None if none is."""
-        # For each cut its states: kept bytes, seconds, FLOPs, and where they come from.
+        """Returns the plan within a peak with the least recomputation; None if no plan fits."""
+        # The states of each cut: kept bytes, seconds, FLOPs. `origins` says how each is reached.
         fronts = [np.zeros((1, 3))]
-        origins: list[np.ndarray] = [np.zeros((1, 3), int)]  # treatment, start, state there
+        origins: list[np.ndarray] = [np.zeros((1, 3), int)]  # treatment, start, state at the start
         for stop in range(1, self._count + 1):
             figures, places = [], []
             for start in range(stop):
@@ -482,7 +490,7 @@ class _Runs:
 
 
 def _front(rows: np.ndarray) -> np.ndarray:
-    """Returns the places of rows that none beats in bytes and seconds, at most `_FRONT` of them."""
+    """Returns the places of at most `_FRONT` rows that no row beats in bytes and seconds."""
     order = np.lexsort((rows[:, 1], rows[:, 0]))
     best = np.minimum.accumulate(rows[order, 1])
     first = np.concatenate([[True], rows[order[1:], 1] < best[:-1]])
@@ -495,14 +503,14 @@ def _front(rows: np.ndarray) -> np.ndarray:
 def region_drafts(
     region: Region, none: Draft, full: Draft, turns: int, *, scale: float = 1.0, share: float = 1.0
 ) -> Iterator[Draft]:
-    """Yields the drafts of a function's graph, with the figures of all its places together.
+    """Yields the drafts of a function's graph, with the figures of all equal functions together.
 
     Args:
       region: The function.
-      none: The draft that runs nothing again.
-      full: The draft that runs everything again; the model's seconds are scaled to it.
-      turns: How many equal functions follow the plan.
-      scale: What XLA holds of the function, as a share of its `held_bytes`.
+      none: The draft that recomputes nothing.
+      full: The draft that recomputes everything; seconds are scaled to match this draft.
+      turns: The number of equal functions that follow the plan.
+      scale: The bytes that XLA holds of the function, divided by `region.held_bytes`.
       share: The share of all bytes that one device holds.
     """
     again = turns * sum(atom.inner[-1].seconds for atom in region.atoms)
@@ -510,7 +518,7 @@ def region_drafts(
     seen = set()
     for found in region.plans(scale):
         stages = tuple(stage for stage, _ in region.staged(found))
-        if stages in seen or (len(stages) == 1 and not stages[0].policies):  # words say it
+        if stages in seen or (len(stages) == 1 and not stages[0].policies):  # `none` or `full`
             continue
         seen.add(stages)
         yield Draft(

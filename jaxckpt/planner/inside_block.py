@@ -7,30 +7,32 @@ The steps of a block's forward pass, as `jax.vjp` runs it, form a graph. For a n
                 rerun[maker(v)] + kept[v] >= rerun[s]   for each input v of each step s
                 sum of bytes[v] * kept[v] <= M,         kept[v] in {0, 1}
 
-`rerun[s]` says that the backward pass recomputes step s. Values that a plan can only name together
-(one tag, an attention kernel's arrays, one step's outputs) share one `kept`; `keeping` is the time
-of copying them for the backward pass. Block inputs, parameters and constants exist anyway. Solving
-for many M gives the frontier. Steps are costed one by one, without fusion, so the solutions are
-only proposals; `kinds.kind_cost` costs them again by the roofline of the whole block.
+`rerun[s]` says that the backward pass recomputes step s. Some values can only be named together:
+the values of one tag, an attention kernel's arrays, one step's outputs. Such values share one
+`kept`. `keeping` is the time of copying values for the backward pass. Block inputs, parameters and
+constants always exist. Solving for many M gives the frontier. Steps are costed one by one, without
+fusion, so the solutions are only proposals. `kinds.kind_cost` costs each proposal by the roofline
+of the whole block.
 
 References:
   Jain et al. 2020, Checkmate: Breaking the memory wall with optimal tensor rematerialization.
 
-Three sweeps use the program.
+Three functions solve the program for many M.
 
-- `proposals`: all values that a plan can name.
-- `lean_proposals`: tags and attention kernels only, at the cost of the recomputed matrix products.
-  These are the best plans that a user could write by hand, and count as plain, like `dots`.
-  `search.py` puts no plan before a plain plan that needs no more memory and multiplies less.
+- `proposals`: over all values that a plan can name.
+- `lean_proposals`: over tags and attention kernels only, at the cost of the recomputed matrix
+  products. These are the best plans that a user could write by hand. They count as plain plans,
+  like `dots`: `search.py` puts no plan before a plain plan that needs no more memory and recomputes
+  fewer matrix products.
 - `offload_proposals`: each value, and the block's input, may also be moved to the host in the
-  forward pass and back in the backward pass. There it serves as a kept value does, at the same
-  cost:
+  forward pass and back in the backward pass. A moved value serves the backward pass like a kept
+  value, at the same cost:
 
     kept[v] + moved[v] <= 1
     kept bytes, with the block's input unless it is moved, <= M
     moved bytes <= H
 
-  If the link runs beside the computation, each pass waits until its transfers are done. Both waits
+  If the link runs during the computation, each pass waits until its transfers are done. Both waits
   are added to the seconds that are minimized:
 
     waited[forward]  >= moved bytes / link - F
@@ -40,9 +42,9 @@ Three sweeps use the program.
   Otherwise each pass waits for `moved bytes / link`. An attention kernel's arrays have no name of
   their own, so they are kept or recomputed, never moved.
 
-HiGHS allows a bound to be missed by 1e-6 of its unit. A block's arrays have from bytes to GiB: in
-bytes the numbers would differ too much, and in MiB HiGHS could not tell one byte less. So the unit
-of each program is chosen by its own sizes (`grain`).
+HiGHS allows a bound to be missed by 1e-6 of the program's unit. The sizes of a block's arrays range
+from bytes to GiB. With bytes as the unit, numbers would differ too much for HiGHS. With MiB, HiGHS
+could not see a difference of one byte. So each program's unit depends on its sizes (`grain`).
 """
 
 import dataclasses
@@ -69,14 +71,15 @@ _LOG = logging.getLogger(__name__)
 # The memory traffic of a recomputed elementwise step, as a share of the bytes that it returns:
 # fused values rarely go to memory.
 _FUSED_SHARE = 0.25
-# The memory traffic of keeping a value, in its own bytes: one copy, and one read in the backward.
+# The memory traffic of keeping a value, as a multiple of its bytes: one copy, and one read in the
+# backward pass.
 _KEEPING_SHARE = 2.0
-# The values of M that are solved for, as shares of the bytes kept without a bound.
+# The values of M, as shares of the bytes that the solution without a bound keeps.
 _SHARES = (1, 7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4, 1 / 8, 1 / 16, 1 / 64)
-_MOST_POINTS = 8  # values of M that `offload_proposals` solves for
-# The weight of seconds in `lean_proposals`: it breaks ties, but never outweighs a product.
+_MOST_POINTS = 8  # the most values of M in `offload_proposals`
+# The weight of seconds in `lean_proposals`. It breaks ties, but never outweighs a matrix product.
 _TIE = 1e-4
-# What all bytes, and each name, add to the cost, in the program's unit of time: they break ties.
+# The cost of all bytes, and of each name, in the program's unit of time. These costs break ties.
 _BYTES_TIE, _NAMES_TIE = 1e-6, 1e-8
 
 
@@ -86,8 +89,8 @@ class Unit:
 
     Attributes:
       policy: The policy.
-      values: The values that it keeps.
-      seconds: The time that keeping them takes.
+      values: The values that the policy keeps.
+      seconds: Seconds that keeping the values takes.
     """
 
     policy: Policy
@@ -96,7 +99,7 @@ class Unit:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all its values."""
+        """The bytes of all values."""
         return sum(value.nbytes for value in self.values)
 
 
@@ -106,9 +109,9 @@ class Graph:
 
     Attributes:
       steps: The steps that some residual depends on, in order.
-      seconds: For each step, the time of recomputing it.
+      seconds: Seconds of recomputing each step.
       residuals: The values that the backward pass reads, except inputs of the block.
-      results: The values that the block returns, except its inputs.
+      results: The values that the block returns, except inputs of the block.
       units: The values that a plan can keep.
     """
 
@@ -120,7 +123,13 @@ class Graph:
 
     @classmethod
     def of(cls, stack: Stack, rates: Rates, *, with_results: bool = False) -> "Graph":
-        """Returns the graph of a stack's block, with the steps of its results if they are asked."""
+        """Returns the graph of a stack's block.
+
+        Args:
+          stack: The stack.
+          rates: The rates of the chip.
+          with_results: Whether the graph also has the block's results and their steps.
+        """
         block = lambda carry, params_i, consts: stack.call(carry, params_i, consts)
         given = (stack.params_i, stack.carry, (stack.consts,))
         try:
@@ -144,11 +153,11 @@ class Graph:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Passes:
-    """The times of a block's passes, and what moving its input takes.
+    """The seconds of a block's passes, and the figures of moving its input to the host.
 
     Attributes:
-      forward_seconds: The forward pass.
-      backward_seconds: The backward pass without recomputation.
+      forward_seconds: Seconds of the forward pass.
+      backward_seconds: Seconds of the backward pass without recomputation.
       carry_bytes: The bytes of the block's input.
       link: The device's link to the host.
     """
@@ -193,7 +202,7 @@ def lean_proposals(graph: Graph, rates: Rates) -> Iterator[tuple[Policy, ...]]:
 def offload_proposals(
     graph: Graph, passes: Passes, most_bytes: float
 ) -> Iterator[tuple[Policy, ...]]:
-    """Yields sets of policies that move something, from most kept bytes to least.
+    """Yields sets of policies that move a value to the host, from most kept bytes to least.
 
     Args:
       graph: The graph of a block.
@@ -214,12 +223,12 @@ def offload_proposals(
 
 
 class Solution(NamedTuple):
-    """What the program finds: policies, the device bytes that they keep, the steps that run again.
+    """A solution of the program.
 
     Attributes:
       policies: The policies.
-      used: The bytes on the device.
-      again: For each step of the graph, the share of it that runs again: 0 or 1.
+      used: The bytes kept on the device.
+      again: For each step of the graph, 1 if it is recomputed, else 0.
     """
 
     policies: tuple[Policy, ...]
@@ -228,13 +237,13 @@ class Solution(NamedTuple):
 
 
 class Program:
-    """The program's matrix, built once; only M changes.
+    """The program's matrix, built once; only M changes between solutions.
 
-    Columns: recomputed steps, kept units and, with `passes`, the moved input, moved units and the
-    wait of each pass for the link.
+    The columns are recomputed steps and kept units. With `passes`, further columns are the moved
+    input, moved units and the wait of each pass for the link.
 
     Attributes:
-      all_bytes: The bytes of all units and of the input.
+      all_bytes: The bytes of all units and of the block's input.
       grain: The bytes of the program's unit.
     """
 
@@ -251,7 +260,7 @@ class Program:
         first, host = len(graph.steps), len(graph.steps) + len(graph.units)
         end = first + len(self._choices)
         self._chosen = slice(first, end)
-        # What each column adds: device bytes, host bytes, seconds of the backward pass.
+        # Each column's device bytes, host bytes and seconds of the backward pass.
         self._device, on_host, seconds = np.zeros((3, end + 2 * bool(moved)))
         self._device[first:host] = [unit.nbytes for unit in graph.units]
         on_host[host:end] = [unit.nbytes for unit in moved]
@@ -274,13 +283,13 @@ class Program:
             scale = passes.forward_seconds + passes.backward_seconds
             waits, self._at_most = _waits(passes, on_host, seconds, scale)
             self._at_most.append((on_host / self.grain, most_bytes / self.grain))
-        # Among sets of equal cost the smallest is taken, then the one with the fewest names.
+        # Of sets with equal cost, the solver takes the smallest, then the set with fewest names.
         size = np.maximum(self._device, 0.0) + 2 * on_host
         tie = _BYTES_TIE * size / max(self.all_bytes, 1.0) + _NAMES_TIE * self._whole
         self._cost = seconds / scale + waits + tie
 
     def _needs(self, graph: Graph) -> list[tuple[dict[int, float], float]]:
-        """Returns rows with their lower bounds: a value that is read is kept or recomputed."""
+        """Returns rows with lower bounds, which say that each value read is kept or recomputed."""
         place: dict[Step | None, int] = {step: n for n, step in enumerate(graph.steps)}
         serving: dict[Value, list[int]] = {}
         for n, unit in enumerate(self._choices, len(place)):
@@ -297,10 +306,7 @@ class Program:
         return rows
 
     def solve(self, room: float) -> Solution | None:
-        """Returns the best policies within `room` bytes on the device.
-
-        None if no set of policies fits.
-        """
+        """Returns the best policies within `room` bytes on the device; None if no set fits."""
         from scipy.optimize import LinearConstraint
 
         within = (self._device / self.grain, (room - self._carry_bytes) / self.grain)
@@ -324,8 +330,8 @@ def _waits(passes: Passes, on_host: np.ndarray, seconds: np.ndarray, scale: floa
 
     Args:
       passes: The passes of the block.
-      on_host: For each column, its bytes on the host; the last two columns are the waits.
-      seconds: For each column, the seconds that it adds to the backward pass.
+      on_host: Bytes on the host of each column; the last two columns are the waits.
+      seconds: Seconds that each column adds to the backward pass.
       scale: The seconds of the program's unit of time.
     """
     link = on_host / passes.link.bytes_per_second / scale
@@ -340,7 +346,7 @@ def _waits(passes: Passes, on_host: np.ndarray, seconds: np.ndarray, scale: floa
 
 
 def _at_least(rows: Sequence[tuple[dict[int, float], float]], width: int) -> list[Any]:
-    """Returns the constraint that sparse rows have lower bounds; an empty list without rows."""
+    """Returns a list with the constraint of rows' lower bounds; an empty list without rows."""
     from scipy.optimize import LinearConstraint
     from scipy.sparse import csr_array
 
@@ -414,19 +420,19 @@ _FINEST = 2.0**-20  # the least unit, as a share of all bytes
 def grain(sizes: Sequence[float]) -> float:
     """Returns the bytes of a program's unit: the greatest common divisor of sizes, unless tiny.
 
-    To the program, sets of values are equal if their bytes differ by less than one unit.
+    For the program, two sets of values are equal if their bytes differ by less than one unit.
     """
     common = math.gcd(*map(round, sizes)) if len(sizes) else 1
     return max(float(common), _FINEST * sum(sizes), 1.0)
 
 
 def minimize(cost, constraints, *, upper: Any, integrality) -> np.ndarray | None:
-    """Returns a cheapest point of `0 <= x <= upper`; None if the constraints allow no point.
+    """Returns a point of least cost with `0 <= x <= upper`; None if no point meets the constraints.
 
     Args:
-      cost: For each column, its cost.
-      constraints: `scipy.optimize.LinearConstraint`s.
-      upper: One bound of all columns, or an array with a bound for each.
+      cost: The cost of each column.
+      constraints: A list of `scipy.optimize.LinearConstraint`.
+      upper: One bound for all columns, or an array with a bound for each column.
       integrality: For each column, 1 if it is a whole number, else 0.
 
     Raises:
@@ -437,7 +443,7 @@ def minimize(cost, constraints, *, upper: Any, integrality) -> np.ndarray | None
     options = {"mip_rel_gap": 0.0}
     asked: dict[str, Any] = {"bounds": Bounds(0, upper), "integrality": integrality}
     found = milp(cost, constraints=constraints, options=options, **asked)
-    if found.status == _FAILED:  # presolving can fail by its own tolerance
+    if found.status == _FAILED:  # the tolerance of presolving can make it fail
         options["presolve"] = False
         found = milp(cost, constraints=constraints, options=options, **asked)
     if found.status == _INFEASIBLE:

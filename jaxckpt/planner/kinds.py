@@ -1,7 +1,7 @@
-"""Kinds, the ways to treat one block: which there are, what each keeps and costs.
+"""Kinds, the ways to treat one block: a list of kinds, with the bytes and seconds of each.
 
-A stack is traced under `scan_blocks` with the kind's policies, never compiled. The leaves of its
-`jax.vjp` are what a block keeps; the roofline of its gradient is what it costs. Kinds worth mixing
+A stack is traced under `scan_blocks` with the kind's policies, but never compiled. A block keeps
+the leaves of its `jax.vjp`. Its seconds are the roofline of its gradient. The kinds worth mixing
 are `none`, `full` and the sets of policies that `inside_block.py` proposes.
 """
 
@@ -40,16 +40,17 @@ class Kind:
 
     Attributes:
       schedule: `"none"` or `"full"`.
-      policies: What `full` keeps.
+      policies: The policies of `full`, which say what is kept.
       kept_bytes: Bytes kept on the device from the forward to the backward pass.
-      largest_bytes: The largest kept array of one stack.
+      largest_bytes: Bytes of the largest kept array of one stack.
       host_bytes: Bytes kept on the host from the forward to the backward pass.
-      live_bytes: Bytes that the block's reversal holds: all its residuals, recomputed ones and
-        copies of kept ones.
-      params_bytes: Bytes of its parameters, and so of their gradients.
-      seconds: Forward, recomputation and backward, with transfers to the host.
-      flops: FLOPs of matrix products and attention kernels in the three.
-      device_seconds: If something is moved to the host, `seconds` without transfers; else 0.
+      live_bytes: Bytes of all residuals that the block's reversal holds: recomputed residuals and
+        copies of kept residuals.
+      params_bytes: Bytes of the block's parameters, and so of the parameters' gradients.
+      seconds: Seconds of forward pass, recomputation and backward pass, with transfers to the host.
+      flops: FLOPs of matrix products and attention kernels in forward pass, recomputation and
+        backward pass.
+      device_seconds: If values are moved to the host, `seconds` without transfers; else 0.
     """
 
     schedule: str
@@ -97,7 +98,7 @@ def kind_cost(stacks: Sequence[Stack], stage: Stage, rates: Rates, residual_byte
       stacks: Stacks with the same number of blocks.
       stage: `none`, or `full` with policies; its count is not read.
       rates: The rates of the chip.
-      residual_bytes: The bytes that `none` keeps of one block; None if `stage` is `none`.
+      residual_bytes: The bytes that one block keeps under `none`; None if `stage` is `none`.
     """
     kept = largest = host = seconds = flops = 0.0
     for stack in stacks:
@@ -157,7 +158,7 @@ def _run(stack: Stack, stage: Stage, carry, params, consts, unroll: int = 1):
 
 
 def _plan_of_ends(stack: Stack, stage: Stage) -> Plan:
-    """Returns the plan of a chain's function that treats each of its blocks by a stage."""
+    """Returns the plan of a chain's function that treats every block of the chain by one stage."""
     assert stack.region is not None
     sizes = (stop - start for start, stop in itertools.pairwise(stack.ends) if stop > start)
     stages = tuple(dataclasses.replace(stage, count=size) for size in sizes)
@@ -167,7 +168,7 @@ def _plan_of_ends(stack: Stack, stage: Stage) -> Plan:
 def _unroll(stack: Stack, stage: Stage) -> int:
     """Returns how many blocks to unroll in a trip of the traced loop.
 
-    A loop copies kept values in and out, and unrolled blocks do not. Kinds that move values to the
+    A loop copies kept values in and out, but unrolled blocks do not. Kinds that move values to the
     host are always costed in a loop.
     """
     is_moving = any(policy.kind == "offload" for policy in stage.policies)
@@ -177,7 +178,8 @@ def _unroll(stack: Stack, stage: Stage) -> int:
 def _gradient(stack: Stack, stage: Stage):
     """Returns the jaxpr of a stack's gradient and residuals, and the number of residuals.
 
-    Residuals are its last outputs. Outputs cost nothing, so one trace serves bytes and seconds.
+    The residuals are the jaxpr's last outputs. Outputs cost nothing, so one trace is enough for
+    both bytes and seconds.
     """
     count = []
 
@@ -195,7 +197,7 @@ def _gradient(stack: Stack, stage: Stage):
 
 
 def _kept(flat: Flat, count: int) -> tuple[list[int], list[int]]:
-    """Returns the bytes of the last `count` outputs, except inputs: on the device, on the host."""
+    """Returns the device bytes and host bytes of the last `count` outputs, except inputs."""
     device, host = [], []
     for value in dict.fromkeys(flat.outputs[len(flat.outputs) - count :]):
         origin = origin_of(value)
@@ -210,7 +212,8 @@ def _kept(flat: Flat, count: int) -> tuple[list[int], list[int]]:
 
 # The plans that a user would try first. A block without an attention kernel refuses `attention`.
 PLAIN = ("none", "full", "dots", "dots_no_batch", "attention")
-# Keeping more must save this share of a block's time; less is below the model's precision.
+# Keeping more must save this share of a block's time. A smaller share is below the model's
+# precision.
 _LEAST_GAIN = 0.001
 _LOG = logging.getLogger(__name__)
 
@@ -228,26 +231,27 @@ def plain_kinds(
     part_bytes: float,
     has_kernel: bool,
 ) -> tuple[tuple[Kind, ...], float]:
-    """Returns the kinds of functions under `checkpoint`, or of chains, that a user would try first.
-
-    Beside them it returns the bytes that JAX keeps of one block of each under `none`.
+    """Returns the kinds that a user would try first, of functions under `checkpoint` or of chains.
 
     Args:
       stacks: The functions or chains.
       rates: The rates of the chip.
-      forward: Their forward passes.
-      kept_bytes: What XLA holds of one block of each if nothing runs again.
-      live_bytes: What a reversal holds if all of it runs again.
-      part_bytes: What it holds if hardly anything runs again.
-      has_kernel: Whether one of them runs an attention kernel.
+      forward: The cost of one forward run of a block of each stack.
+      kept_bytes: Bytes that XLA holds of one block of each stack if nothing is recomputed.
+      live_bytes: Bytes that a reversal holds if everything is recomputed.
+      part_bytes: Bytes that a reversal holds if hardly anything is recomputed.
+      has_kernel: Whether a stack runs an attention kernel.
+
+    Returns:
+      The kinds, and the bytes that JAX keeps of one block of each stack under `none`.
     """
     none = kind_cost(stacks, Stage(schedule="none"), rates)
     found = []
     for text in ("full", "dots", *["attention"] * has_kernel):  # each trace takes seconds
         found += _costed(stacks, Plan.parse(text).stages[0], rates, none)
     full = found[0]
-    # As JAX traces it, `none` writes and reads every residual. XLA holds fewer, so it is not slower
-    # than what is left of `full` without its second forward pass.
+    # As JAX traces it, `none` writes and reads every residual. XLA holds fewer residuals, so `none`
+    # is not slower than `full` without its second forward pass.
     least, most_bytes = full.seconds - forward.seconds, none.kept_bytes
     none = dataclasses.replace(
         none,
@@ -261,7 +265,7 @@ def plain_kinds(
         share = min(max(again, 0.0), 1.0)
         return share * live_bytes + (1 - share) * part_bytes
 
-    # What runs again takes time, also where the roofline sees none: `none` comes first of equals.
+    # Recomputation takes time even if the roofline sees no difference, so `none` comes first.
     least = none.seconds * (1 + _LEAST_AGAIN)
     sizes = [live_bytes, *map(live, found[1:])]
     others = (
@@ -282,7 +286,7 @@ def find_kinds(
       host_bytes: The most bytes that all blocks together may keep on the host.
 
     Returns:
-      `(kinds, plain)`. Plain kinds are what a user could write: `PLAIN` and `lean_proposals`.
+      `(kinds, plain)`. A user could write plain kinds by hand: `PLAIN` and `lean_proposals`.
     """
     none = kind_cost(stacks, Stage(schedule="none"), rates)
     plain = [none, kind_cost(stacks, Stage(schedule="full"), rates, none.kept_bytes)]
@@ -314,7 +318,7 @@ def _moving(
     none: Kind,
     host_bytes: float,
 ) -> Iterator[tuple[Policy, ...]]:
-    """Yields policies that move something to the host, for `host_bytes` and for unlimited bytes."""
+    """Yields policies that move values to the host, for `host_bytes` and for unlimited bytes."""
     forward = forward_cost(stacks, rates).seconds
     passes = Passes(
         forward_seconds=forward,
@@ -328,9 +332,10 @@ def _moving(
 
 
 def _shared(graphs: Sequence[Graph], stacks: Sequence[Stack]) -> list[Graph]:
-    """Returns graphs without the values that another stack's blocks do not have by name.
+    """Returns graphs with only the values whose names the blocks of every stack have.
 
-    The stacks follow one plan. To ask each for its names once is cheaper than to try each value.
+    The stacks follow one plan. Reading the names of each stack once is cheaper than trying a plan
+    for each value.
     """
     asked = [unit.policy for graph in graphs for unit in graph.units]
     offered = [
@@ -351,7 +356,7 @@ def _shared(graphs: Sequence[Graph], stacks: Sequence[Stack]) -> list[Graph]:
 
 
 def _keepable(graph: Graph, stacks: Sequence[Stack], rates: Rates, none: Kind) -> Graph:
-    """Returns a graph without the values under whose policy some block does not run."""
+    """Returns a graph without the values whose policy makes a block fail."""
     stage = lambda *units: Stage(schedule="full", policies=tuple(unit.policy for unit in units))
     if not graph.units or _costed(stacks, stage(*graph.units), rates, none):
         return graph
@@ -360,7 +365,7 @@ def _keepable(graph: Graph, stacks: Sequence[Stack], rates: Rates, none: Kind) -
 
 
 def _costed(stacks: Sequence[Stack], stage: Stage, rates: Rates, none: Kind) -> list[Kind]:
-    """Returns the kind of a stage in a list; an empty list if some stack does not run under it."""
+    """Returns a list with the kind of a stage; an empty list if a stack fails under the stage."""
     try:
         return [kind_cost(stacks, stage, rates, none.kept_bytes)]
     except Exception as error:  # a user's block, or JAX under its policy, may raise anything
@@ -374,7 +379,7 @@ def _gain(less: Kind, more: Kind) -> float:
 
 
 def _frontier(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
-    """Drops kinds that another kind beats in bytes, seconds and FLOPs; `none` and `full` stay."""
+    """Returns the kinds that no kind beats in bytes, seconds and FLOPs, and `none` and `full`."""
     kept = []
     for kind in kinds:
         beaten = any(

@@ -1,8 +1,9 @@
-"""Whether a plan may move values to the host on a target, checked before one is proposed.
+"""Checks whether plans may move values to the host on a target, before such a plan is proposed.
 
 Some JAX releases moved values to the host and brought wrong values back, without an error. So if
-the chip is present, a small stack is run once for each version and backend: its gradients under
-plans that move values must equal those under `none`. Known bad releases are refused without a run.
+the chip is present, a small stack is run once for each version and backend. Its gradients under
+plans that move values must equal its gradients under `none`. Releases that are known to be bad are
+refused without a run.
 """
 
 import dataclasses
@@ -18,8 +19,8 @@ from jaxckpt.transforms.policies import bad_offload
 from jaxckpt.transforms.stack import scan_blocks
 from jaxckpt.transforms.tags import tag
 
-# One plan for each way in which the planner moves values: inputs of blocks, named values, both, and
-# the carries of a schedule.
+# One plan for each way in which the planner moves values: inputs of blocks, named values, inputs
+# and named values, and the carries of a schedule.
 PLANS = (
     "full+offload:carry",
     "full+offload:kept",
@@ -28,14 +29,14 @@ PLANS = (
     "uniform:3+offload:carry",
 )
 _NUM_BLOCKS, _ROWS, _WIDTH = 5, 16, 32
-# The most error, as a share of a leaf's largest value. All plans multiply the same numbers, so only
-# a wrong value, such as another block's, exceeds it.
+# The largest allowed error, as a share of a leaf's largest value. All plans multiply the same
+# numbers, so only a wrong value exceeds it, such as a value of another block.
 _TOLERANCE = 1e-2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Whether values may be moved to the host on a target, and why, as text."""
+    """Whether values may be moved to the host on a target, with the reason as text."""
 
     allowed: bool
     text: str
@@ -77,7 +78,7 @@ def _verdict_of(errors: dict[str, float], where: str) -> Verdict:
 
 
 def checked(backend: str) -> dict[str, float]:
-    """Returns the error of the gradients under each plan; measured once, then kept on disk.
+    """Returns the error of the gradients under each plan, measured once and then kept on disk.
 
     Args:
       backend: The backend of this process.

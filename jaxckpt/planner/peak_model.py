@@ -1,19 +1,20 @@
-"""The peak of a whole step, from the peaks of a few compiled ones.
+"""Predicts the peak of a whole step under a plan from the peaks of a few compiled plans.
 
-    peak = offset + the most that is kept and held while a stage is reversed
+    peak = offset + the most bytes held while a stage is reversed
 
-Compiled plans, the anchors, fit the model. The peak of `full` gives `offset`: weights, optimizer,
+The compiled plans are called anchors. The peak of `full` gives `offset`: weights, optimizer,
 gradients and the loss. The peak of `none` gives the share of kept residuals that XLA copies when a
-block is reversed, one share for all stacks; XLA fuses most of the reads. If there is one part, a
+block is reversed; XLA fuses most of the reads. All stacks have one share. If there is one part, a
 plan of two stages gives `stages_bytes`: plans of several stages slice the parameters and join their
 gradients, which costs or saves bytes. Blocks keep the bytes that JAX keeps.
 
-On a TPU v5e, 28 blocks of Qwen3-0.6B's width, the error is within 0.1 % for plans of one or two
-stages, whatever the split.
+On a TPU v5e, with 28 blocks of Qwen3-0.6B's width, the error is within 0.1 % for plans of one or
+two stages, for every split.
 
 Several devices (`Spread`): blocks are traced as if one device ran them. The partitioner chooses how
-many devices share the kept values, and what they send. Its choice for carries is read from the
-arrays that the compiled `full` holds; the peaks and collectives of `none` and `full` give the rest.
+many devices share the kept values, and what the devices send. Its choice for carries is read from
+the arrays that the compiled `full` holds. The peaks and collectives of `none` and `full` give its
+other choices.
 """
 
 import dataclasses
@@ -39,10 +40,14 @@ def all_under(parts: Sequence[Part], schedule: str) -> Draft:
 
 
 def as_compiled(parts: Sequence[Part], worst_bytes: float) -> tuple[Part, ...]:
-    """Returns the parts with one share for all, at which they hold `worst_bytes` under `none`.
+    """Returns the parts with one common share, fitted so that they hold `worst_bytes` under `none`.
 
     If the peak of `none` is not inside a reversal, many shares give `worst_bytes`. The share is
-    then 1: XLA is taken to keep what JAX keeps.
+    then 1: the model assumes that XLA keeps the bytes that JAX keeps.
+
+    Args:
+      parts: The parts, with the bytes that JAX keeps.
+      worst_bytes: The peak of `none` without the offset.
     """
     worst = lambda share: all_under([_compiled(part, share) for part in parts], "none").worst_bytes
     is_plain = math.isclose(worst(1.0), worst_bytes, rel_tol=_SAME)
@@ -56,9 +61,9 @@ def as_compiled(parts: Sequence[Part], worst_bytes: float) -> tuple[Part, ...]:
 def _compiled(part: Part, share: float) -> Part:
     """Returns a part whose `none` keeps a share of the bytes that JAX keeps.
 
-    A share below 1 means that XLA drops some residuals, but never a block's input. The excess of a
-    share above 1 is held while a block is reversed; in a stack of one block it is kept. The other
-    kinds change in proportion to what they keep beside the input.
+    A share below 1 means that XLA drops some residuals, but never a block's input. With a share
+    above 1, the excess is held while a block is reversed; a stack of one block keeps the excess.
+    The other kinds change in proportion to the bytes that they keep in addition to the input.
     """
     none, full = part.kind("none"), part.kind("full")
     kept_share = share if part.num_blocks == 1 else min(share, 1.0)
@@ -78,10 +83,11 @@ def _compiled(part: Part, share: float) -> Part:
 def functions_as_compiled(part: Part, full: MemoryReport, none: MemoryReport) -> tuple[Part, float]:
     """Returns the part of functions under one plan, fitted to two compiled peaks, and the offset.
 
-    `full` runs a whole function again and then holds what `none` holds, so the two peaks tell
-    nothing of the offset. It is taken to be as small as can be: arguments and results, and what
-    JAX's residuals cannot explain. The rest is what XLA holds of the function, by which `held`
-    bytes are scaled. What stands behind a barrier is held as JAX names it, and is not scaled.
+    `full` recomputes a whole function and then holds the same bytes as `none`. So the two peaks do
+    not determine the offset. The model takes the smallest possible offset: arguments, results, and
+    the bytes that JAX's residuals cannot explain. XLA holds the rest of the peak for the function,
+    and `held` bytes are scaled to it. XLA holds recomputed values behind a barrier as JAX names
+    them, so their bytes are not scaled.
 
     Args:
       part: The functions.
@@ -105,15 +111,15 @@ def functions_as_compiled(part: Part, full: MemoryReport, none: MemoryReport) ->
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spread:
-    """How a step's devices share its arrays, and what their communication takes.
+    """How a step's devices share its arrays, and the seconds of their communication.
 
     Attributes:
-      num_devices: The number of devices, which share the parameters.
-      carry_parts: How many devices share a block's input.
-      parts: How many devices share the other residuals; a divisor of `num_devices`.
-      sent_seconds: Communication of a step that recomputes no block.
-      again_seconds_per_flop: Communication of recomputation, per FLOP recomputed: parameters are
-        gathered once more.
+      num_devices: The number of devices. All devices share the parameters.
+      carry_parts: The number of devices that share a block's input.
+      parts: The number of devices that share the other residuals; a divisor of `num_devices`.
+      sent_seconds: Seconds of communication of a step that recomputes no block.
+      again_seconds_per_flop: Seconds of communication per recomputed FLOP. Recomputation gathers
+        the parameters a second time.
     """
 
     num_devices: int = 1
@@ -135,8 +141,8 @@ class Spread:
 
         Args:
           stacks: All stacks that follow a plan.
-          traced_bytes: The bytes that all stacks, as traced, hold under `none` beyond `full`.
-          again_flops: The FLOPs that a step recomputes under `full`, in all stacks.
+          traced_bytes: The bytes that all stacks, as traced, hold under `none` minus under `full`.
+          again_flops: The FLOPs that all stacks of a step recompute under `full`.
           full: The report of the step whose blocks are all `full`.
           none: The report of the step whose blocks are all `none`.
         """
@@ -145,8 +151,8 @@ class Spread:
         ratio = traced_bytes / max(none.peak_bytes - full.peak_bytes, 1)
         sizes = [n for n in range(1, full.num_devices + 1) if full.num_devices % n == 0]
         parts = min(sizes, key=lambda n: abs(math.log(max(ratio, 1e-9) / n)))
-        # The report of a step that was refused for its size has no collectives. It is taken to send
-        # as much as the other; if both were refused, nothing.
+        # If the compiler refused a step for its size, the report has no collectives. The step then
+        # counts as sending as much as the other step, or nothing if both steps were refused.
         told = [report.collective_seconds for report in (none, full)]
         sent = [one if one is not None else next(filter(None, told), 0.0) for one in told]
         again = max(sent[1] - sent[0], 0.0)
@@ -163,8 +169,8 @@ class Spread:
 
         Args:
           kind: A kind as traced.
-          none: The kind `none` of the same block, as traced.
-          full: The kind `full`, which keeps only a block's input.
+          none: The kind `none` of the block, as traced.
+          full: The kind `full` of the block, which keeps only a block's input.
         """
         carry = full.kept_bytes
         share = lambda size: min(size, carry) / self.carry_parts + max(size - carry, 0) / self.parts
@@ -187,7 +193,7 @@ class Spread:
 def _carry_parts(stacks: Iterable[Stack], full: MemoryReport) -> float | None:
     """Returns how many devices share the carries of stacks, from the arrays that `full` holds.
 
-    None if no array has the shape of the carries of all blocks.
+    The result is None if no array has the shape of the carries of all blocks.
     """
     dims = (re.findall(r"\d+", buffer.shape.partition("[")[2]) for buffer in full.buffers)
     held = [tuple(map(int, own)) for own in dims]
@@ -205,7 +211,10 @@ def _carry_parts(stacks: Iterable[Stack], full: MemoryReport) -> float | None:
 
 
 def _parts_of(shape: tuple[int, ...], own: tuple[int, ...], num_devices: int) -> int:
-    """Returns how many devices share an array of `shape` if one has `own`; 0 if it is no part."""
+    """Returns how many devices share an array of `shape` if each holds a part of shape `own`.
+
+    The result is 0 if no equal parts of the array have the shape `own`.
+    """
     if len(shape) != len(own) or shape[0] != own[0] or 0 in own:
         return 0
     if any(all_of % one for all_of, one in zip(shape, own, strict=True)):

@@ -1,9 +1,9 @@
-"""Where a step runs its stacks, and which of them follow a plan.
+"""Finds the places where a step runs its stacks, and the stacks that follow a plan.
 
-`scan_blocks` tells observers of its calls (`transforms.observers`), so a stack is found however
-deep in a model it runs, and through Linen's and NNX's adapters. The observer marks each stack's
-input, and the marks in the final jaxpr show the places: a call that was traced only for its shapes
-has no place, a call that was traced once for two places has both.
+`scan_blocks` tells observers of its calls (`transforms.observers`). So a stack is found at any
+depth of a model, and through Linen's and NNX's adapters. The observer marks each stack's input, and
+the marks in the final jaxpr show the places. A call that was traced only for its shapes has no
+place. A call that was traced once for two places has both places.
 
 A stack follows a plan if its own plan changed between two traces under two plans.
 """
@@ -36,9 +36,9 @@ class Call:
     """One call of `scan_blocks`.
 
     Attributes:
-      stack: The stack that it runs.
-      remat: The plan, schedule or policy that it was asked for, as text.
-      plan: The bound plan; None for a schedule or the user's own policy.
+      stack: The stack that the call runs.
+      remat: The `remat` argument of the call as text: a plan, schedule or policy.
+      plan: The bound plan; None for a schedule or a policy that is the user's function.
     """
 
     stack: Stack
@@ -46,7 +46,7 @@ class Call:
     plan: Plan | None
 
     def is_under(self, plan: Plan) -> bool:
-        """Returns whether the stack was asked for a plan."""
+        """Returns whether the call was made with the given plan."""
         try:
             return self.plan is not None and self.plan == plan.bind(self.stack.num_blocks)
         except PlanError:  # the plan is for another number of blocks
@@ -58,16 +58,16 @@ class Place:
     """A place of a program where a stack runs; places are compared by identity.
 
     Attributes:
-      call: The call of `scan_blocks` that runs there.
-      is_again: Whether `jax.checkpoint` recomputes the stack there for a backward pass.
+      call: The call of `scan_blocks` that runs at the place.
+      is_again: Whether `jax.checkpoint` recomputes the stack at the place for a backward pass.
     """
 
     call: Call
     is_again: bool
 
 
-# A program's phases, one after the other. The items of a phase hold their memory at the same time:
-# places, and loops whose bodies have phases of their own.
+# A program's phases, one after the other. The items of a phase hold their memory at the same time.
+# An item is a place, or a loop whose body has phases.
 Phases: TypeAlias = "list[list[Place | Phases]]"
 
 
@@ -101,8 +101,8 @@ class Finder:
             remat=str(call.remat),
             plan=_plan_of(call),
         )
-        # A leaf that has a gradient and is read is marked, if there is one: the mark of an unread
-        # leaf is dropped with it. A stack without a carry computes nothing.
+        # If possible, the marked leaf has a gradient and is read: JAX drops an unread leaf together
+        # with its mark. A stack without a carry computes nothing.
         read = {v for e in call.block.jaxpr.jaxpr.eqns for v in e.invars if is_var(v)}
         variables = call.block.jaxpr.jaxpr.invars
         moving = inexact(call.carry)
@@ -133,7 +133,7 @@ class Finder:
         return phases
 
     def _found(self, step: Step) -> "Place | Phases | None":
-        """Returns the place or the phases of a step; None if it runs no stack."""
+        """Returns the place or the phases of a step; None if the step runs no stack."""
         if step.name == jaxprs.TAG:
             name = step.params["name"]
             if not name.startswith(_MARK):
@@ -141,20 +141,20 @@ class Finder:
             is_again = any(call.params.get("differentiated") for call in step.calls)
             return Place(self._calls[int(name.removeprefix(_MARK))], is_again)
         inner = [self._phases(body) for body in bodies(step)]
-        if step.name == jaxprs.COND:  # only one branch runs: the branch with most places is taken
+        if step.name == jaxprs.COND:  # only one branch runs; the branch with most places counts
             inner = [max(inner, key=lambda phases: len(list(places(phases))))]
         return list(itertools.chain(*inner)) or None
 
 
 def _computes(block: TracedBlock) -> bool:
-    """Whether some result of a function is made from its inputs."""
+    """Whether a result of a function is computed from the function's inputs."""
     opened = Opened.of(block.jaxpr)
     made = opened.dependent.difference(opened.jaxpr.invars)
     return any(is_var(out) and out in made for out in opened.jaxpr.outvars)
 
 
 def _plan_of(call: StackCall) -> Plan | None:
-    """Returns the bound plan of a call; None for a schedule or the user's own policy."""
+    """Returns the bound plan of a call; None for a schedule or a policy that is a function."""
     if isinstance(call.remat, Schedule | GivenPolicy):
         return None
     plan = as_plan(call.remat)
@@ -162,7 +162,11 @@ def _plan_of(call: StackCall) -> Plan | None:
 
 
 def _forward(steps: Sequence[Step]) -> Step | None:
-    """Returns the loop that runs a stack, from the steps after its mark; None if unrolled."""
+    """Returns the loop that runs a stack; None if the stack's blocks are unrolled.
+
+    Args:
+      steps: The step of the stack's mark, and the steps after the mark.
+    """
     reached = set(steps[0].outputs)
     for step in steps:
         if not reached.isdisjoint(step.inputs):
@@ -184,8 +188,12 @@ def places(phases: Phases) -> Iterator[Place]:
 def held_together(phases: Phases, chosen: Collection[Place]) -> list[Place]:
     """Returns the chosen places whose stacks hold memory at the same time.
 
-    Phases reuse each other's memory, as the parts of an accumulated batch do. So if several phases
+    A later phase reuses the memory of an earlier phase, as microbatches do. So if several phases
     run equal stacks, only the places of one phase are returned.
+
+    Args:
+      phases: The phases of a program.
+      chosen: The places to choose from.
     """
     kept: list[Place] = []
     for phase in phases:

@@ -1,10 +1,10 @@
 """A step as the planner's problem: traced, its kinds costed, its anchors compiled.
 
-A problem is independent of the budget. `Problem.ladder` returns the plans worth compiling,
-`Problem.peak` compiles one, `result` and `infeasible` make the answer for a budget.
+A problem is independent of the budget. `Problem.ladder` returns the plans worth compiling, and
+`Problem.peak` compiles one plan. `result` and `infeasible` make the answer for a budget.
 
-Stacks that are given by name are one part each, with a plan of its own. All parts share the budget
-and the host's memory:
+Each stack that is given by name is a part with its own plan. All parts share the budget and the
+host's memory:
 
     jaxckpt.fit(step_for, num_blocks={"encoder": 12, "decoder": 24}, budget="15GiB")
 
@@ -35,7 +35,7 @@ from jaxckpt.plans.plan_set import PlanSet
 from jaxckpt.targets.links import HostLink
 from jaxckpt.transforms import jaxprs
 
-_LEAST_FOR_STAGES = 4  # fewer blocks are hardly ever worth two stages
+_LEAST_FOR_STAGES = 4  # with fewer blocks, two stages are hardly ever worth it
 _SHOWN_SHARE = 0.01  # arguments below this share of all bytes are not named one by one
 
 
@@ -46,11 +46,11 @@ class Problem:
     Attributes:
       steps: Returns, traces and compiles the step of a plan.
       parts: The parts, in the order in which their stacks run.
-      offset_bytes: The bytes of the peak beside what the stacks keep and hold.
-      stages_bytes: Added to the peak of a plan of several stages; may be negative.
-      seconds: The seconds of the step beside its stacks.
-      flops: The FLOPs of the step beside its stacks.
-      runs: How often a step runs its stacks: once for each part of an accumulated batch.
+      offset_bytes: The bytes of the peak without the bytes that the stacks hold.
+      stages_bytes: Bytes added to the peak of a plan of several stages; may be negative.
+      seconds: The seconds of the step without its stacks.
+      flops: The FLOPs of the step without its stacks.
+      runs: How often a step runs its stacks: once for each microbatch.
       host_bytes: The most bytes that a plan may keep on the host.
       link: A device's link to the host.
     """
@@ -80,9 +80,11 @@ class Problem:
 
         Args:
           steps: Returns, traces and compiles the step of a plan.
-          num_blocks: The number of blocks of each stack, L, or a number by name; None to find it.
+          num_blocks: The number of blocks of each stack, L, or a mapping from names to numbers;
+            None if tracing finds the number.
           rates: The rates of all devices together.
-          block: `(block, params_i, carry, *consts)`, or one by name; None to trace for stacks.
+          block: `(block, params_i, carry, *consts)`, or a mapping from names to such tuples; None
+            if tracing finds the stacks.
           host_bytes: The most bytes that a plan may keep on the host.
           timed: Whether blocks are timed on this process's device.
         """
@@ -90,7 +92,7 @@ class Problem:
         full, none = (everywhere(num_blocks, plan) for plan in ("full", "none"))
         stacks = find_stacks(steps, num_blocks, block)
         clocks = {name: calibrate(found) for name, found in stacks.items()} if timed else {}
-        for clock in clocks.values():  # all have timed the same link
+        for clock in clocks.values():  # every clock has timed the same link
             rates = clock.link(rates)
         staged = _staged(stacks)
         with steps.compiling([full, none, *([] if staged is None else [staged])]):
@@ -119,8 +121,8 @@ class Problem:
             return problem._as_compiled(*reports)
         if not parts[0].is_stack and not stacks[parts[0].name][0].ends:
             return problem._of_functions(*reports)
-        # Whether equal stacks begin together is told by a plan of several stages: under the right
-        # assumption its stages cost next to nothing.
+        # A plan of several stages shows whether equal stacks begin together: under the right
+        # assumption, `stages_bytes` is close to 0.
         together = (False, True) if parts[0].turns > 1 else (False,)
         made = (
             dataclasses.replace(
@@ -139,13 +141,18 @@ class Problem:
         return dataclasses.replace(self, parts=parts, offset_bytes=offset)
 
     def _of_functions(self, full: MemoryReport, none: MemoryReport) -> "Problem":
-        """Returns the problem of functions under one plan, fitted to the peaks of two plans."""
+        """Returns the problem of functions under one plan, fitted to the peaks of two plans.
+
+        Args:
+          full: The report of the step under `full`.
+          none: The report of the step under `none`.
+        """
         (part,) = self.parts
         part, offset = functions_as_compiled(part, full, none)
         return dataclasses.replace(self, parts=(part,), offset_bytes=offset)
 
     def _with_stages(self, plan: Plan | PlanSet | None) -> "Problem":
-        """Returns the problem fitted to the peak of a plan of several stages too, unless None."""
+        """Returns the problem, also fitted to the peak of a plan of several stages unless None."""
         if plan is None:
             return self
         (part,) = self.parts
@@ -155,7 +162,7 @@ class Problem:
         return dataclasses.replace(self, stages_bytes=self.peak(plan) - predicted)
 
     def apart(self, plans: Iterable[Any]) -> "Problem":
-        """Returns the problem with only some plans counted as compiled."""
+        """Returns the problem in which only the given plans count as compiled."""
         return dataclasses.replace(self, steps=self.steps.apart(plans))
 
     def peak(self, plan: Any) -> int:
@@ -171,7 +178,7 @@ class Problem:
         )
 
     def least(self) -> Draft | None:
-        """Returns the draft of the compiled plan with the least peak; None if no draft has it."""
+        """Returns the draft of the compiled plan with the least peak; None if no draft matches."""
         plan, _ = self._least()
         plans = plan if isinstance(plan, PlanSet) else {"": plan}
         chosen = []
@@ -195,7 +202,7 @@ class Problem:
         return joints(names, list(map(list, own)), params, self.host_bytes)
 
     def _of_step(self, one: Draft) -> Draft:
-        """Returns a draft of the stacks with the figures of the whole step."""
+        """Returns a draft of the stacks, changed to the figures of the whole step."""
         extra = self.stages_bytes if one.is_mixed else 0.0
         return dataclasses.replace(
             one,
@@ -205,7 +212,7 @@ class Problem:
         )
 
     def candidate(self, rung: Draft) -> Candidate:
-        """Returns a rung as the candidate that a user sees."""
+        """Returns the candidate of a rung, which a user sees."""
         report = self.steps.compiled.get(rung.plan)
         return Candidate(
             plan=rung.plan,
@@ -245,7 +252,7 @@ class Problem:
 
 
 def _staged(stacks: Mapping[str, Sequence[Stack]]) -> Plan | PlanSet | None:
-    """Returns the plan that shows what several stages cost; None if none is worth it.
+    """Returns the plan that shows the cost of several stages; None if it is not worth compiling.
 
     Args:
       stacks: The stacks that follow each plan, by name.
@@ -261,7 +268,7 @@ def _staged(stacks: Mapping[str, Sequence[Stack]]) -> Plan | PlanSet | None:
 
 
 def _on_one(part: Part, spread: Spread, clock: Calibration | None, rates: Rates) -> Part:
-    """Returns a part with the figures of one device, and with measured seconds if clocked."""
+    """Returns a part with the figures of one device, and with measured seconds if timed."""
     none, full, forward, traced = part.kind("none"), part.kind("full"), part.forward, part
     part = part.changed(lambda kind: spread.kind(kind, none, full))
     if clock is not None:
@@ -274,7 +281,7 @@ def _on_one(part: Part, spread: Spread, clock: Calibration | None, rates: Rates)
 
 
 def notes(jaxpr) -> Iterator[str]:
-    """Yields what the figures of a step do not know: how often its `while` loops run."""
+    """Yields a text for each `while` loop of a step, whose number of trips is not known."""
     loops = filter(jaxprs.is_unknown, jaxprs.equations(jaxpr))
     lines = dict.fromkeys(where(Step(equation=loop, inputs=())) for loop in loops)
     for line in lines:
@@ -286,7 +293,7 @@ def link_of(rates: Rates, num_devices: int) -> HostLink:
     """Returns a device's link to the host.
 
     Args:
-      rates: The rates of all devices together; a measured link is already of one device.
+      rates: The rates of all devices together; a measured link already is the link of one device.
       num_devices: The number of devices that share the link.
     """
     share = rates.host_bytes_per_second / num_devices
@@ -294,12 +301,17 @@ def link_of(rates: Rates, num_devices: int) -> HostLink:
 
 
 def runs_of(step_flops: int, stack_flops: float) -> int:
-    """Returns how often a step runs its stacks, from the FLOPs that `full` adds to step and run."""
+    """Returns how often a step runs its stacks.
+
+    Args:
+      step_flops: The FLOPs that `full` adds to the step.
+      stack_flops: The FLOPs that `full` adds to one run of the stacks.
+    """
     return max(1, round(step_flops / stack_flops)) if stack_flops > 0 else 1
 
 
 def row_of(stage: Stage, part: Part) -> Row:
-    """Returns what a bound stage of a part's blocks keeps, moves and runs again."""
+    """Returns a row of the bytes and recomputation of a part's bound stage."""
     count, none = stage.bound_count, part.kind("none")
     about: dict[str, Any] = {"stage": str(stage), "seconds": count * part.forward.seconds}
     about["none_bytes"] = int(count * none.kept_bytes)
@@ -317,7 +329,7 @@ def row_of(stage: Stage, part: Part) -> Row:
 
 
 def peak_parts(args: Sequence, report: MemoryReport, residual_bytes: float) -> dict[str, int]:
-    """Returns the parts that a peak consists of, in bytes by name.
+    """Returns the parts of a peak: a mapping from names to bytes.
 
     Args:
       args: The step's arguments.
@@ -330,15 +342,19 @@ def peak_parts(args: Sequence, report: MemoryReport, residual_bytes: float) -> d
     block, rest = "one block's residuals", "gradients, head, carries and working memory"
     if residual_bytes < body:
         return parts | {block: residual_bytes, rest: body - residual_bytes}
-    # The compiler holds less at once than JAX would keep, so the two cannot be told apart.
+    # The compiler holds less at once than JAX would keep, so the two parts cannot be separated.
     return parts | {f"{block}, {rest}": body}
 
 
 def argument_parts(args: Sequence, argument_bytes: int) -> dict[str, int]:
-    """Returns the bytes of a step's arguments by name: `arguments[0].params`.
+    """Returns the bytes of a step's arguments by name, such as `arguments[0].params`.
 
-    Small arguments are one entry. If the sizes do not add up to the compiled ones, all are one
-    entry: some are spread over devices, or the step never reads them.
+    Small arguments form one entry. The sizes may exceed the compiled size, because arguments are
+    spread over devices or never read. Then all arguments form one entry.
+
+    Args:
+      args: The step's arguments.
+      argument_bytes: The compiled size of all arguments.
     """
     parts: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tuple(args)):

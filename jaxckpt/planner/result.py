@@ -12,20 +12,20 @@ from jaxckpt.plans.plan_set import PlanSet, plan_json, plan_of_json
 from jaxckpt.units import in_unit
 
 _SHOWN = 3
-_LONGEST = 60  # letters of a plan in the table of candidates
+_LONGEST = 60  # the most letters of a plan in the table of candidates
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One rung of the planner's ladder, as a user sees it.
+    """One rung of the planner's ladder, in the form that a user sees.
 
     Attributes:
       plan: The plan, or plans by name.
       predicted_bytes: The step's peak by the planner's model.
-      compiled_bytes: The step's peak by the compiler; None if it was not compiled.
+      compiled_bytes: The step's peak by the compiler; None if the plan was not compiled.
       seconds: The step's seconds by the target's roofline.
       flops: The step's FLOPs of matrix products and attention kernels.
-      host_bytes: The bytes kept on the host, by the model.
+      host_bytes: The bytes kept on the host, by the planner's model.
     """
 
     plan: Plan | PlanSet
@@ -41,26 +41,26 @@ class Candidate:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """Returns the candidate of the values that `as_json` returned."""
+        """Returns the candidate whose values `as_json` returned."""
         plan: Any = plan_of_json(values["plan"])
         return cls(**(values | {"plan": plan}))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """A stage of the answer: what it keeps, moves and runs again, by the planner's model.
+    """A stage of the answer, with its bytes and recomputation by the planner's model.
 
     Attributes:
       stage: The stage as text.
-      name: The name of its plan; empty if one plan is for all stacks.
-      kept_bytes: What it keeps on the device until it is reversed; None for a schedule, whose
-        carries come and go.
-      host_bytes: What it keeps on the host.
-      held_bytes: What its reversal holds beside `kept_bytes`.
-      none_bytes: What it would keep under `none`.
-      seconds: Its forward pass.
-      again_seconds: What runs again.
-      lines: Where its operations stand in the user's code; empty for blocks.
+      name: The name of the stage's plan; empty if one plan is for all stacks.
+      kept_bytes: Bytes that the stage keeps on the device until it is reversed; None for a
+        schedule, whose carries come and go.
+      host_bytes: Bytes that the stage keeps on the host.
+      held_bytes: Bytes that the stage's reversal holds in addition to `kept_bytes`.
+      none_bytes: Bytes that the stage would keep under `none`.
+      seconds: Seconds of the forward pass.
+      again_seconds: Seconds of recomputation.
+      lines: The lines of the stage's operations in the user's code; empty for blocks.
     """
 
     stage: str
@@ -74,7 +74,11 @@ class Row:
     lines: str = ""
 
     def text(self, unit: str = "") -> str:
-        """Returns the row as a line, with bytes in a unit."""
+        """Returns the row as one line of text.
+
+        Args:
+          unit: The unit of bytes; empty for a unit that fits the size.
+        """
         head = f"{self.name}: {self.stage}" if self.name else self.stage
         if self.kept_bytes is None:
             is_moved = Plan.parse(self.stage).stages[0].offloads_carry
@@ -97,12 +101,12 @@ class Compilation:
       most: The most compilations that the search may take.
       plan: The compiled plan, as text.
       budget_bytes: The budget.
-      unit: The unit in which the budget was given; empty for one that fits the bytes.
+      unit: The unit in which the budget was given; empty for a unit that fits the size.
       peak_bytes: The compiled peak; None while the compiler runs.
       seconds: The seconds that the compilation took; 0 while it runs.
       running: The numbers and plans of all compilations that run now.
-      most_left: The most seconds that the search may still take, by those so far; None before the
-        first compilation has ended.
+      most_left: An estimate of the most seconds that the search still takes, from the seconds so
+        far; None before the first compilation has ended.
     """
 
     number: int
@@ -122,7 +126,7 @@ class Compilation:
 
     @property
     def live(self) -> str:
-        """What is compiled now and the time left, as text; empty between two compilations."""
+        """The running compilations and the time left, as text; empty between two compilations."""
         if not self.running:
             return ""
         numbers, plans = zip(*self.running, strict=True)
@@ -147,22 +151,22 @@ class FitResult:
     """The fastest plan found whose compiled peak is within a budget; `print` shows it.
 
     Attributes:
-      plan: The plan; `str(plan)` is what `remat=` takes. For several stacks, a mapping from names
-        to plans.
+      plan: The plan; `remat=` takes the plan or `str(plan)`. For several stacks, a mapping from
+        names to plans.
       report: The memory report of the plan's compiled step.
       budget_bytes: The budget per device.
       candidates: The ladder: plans from the fastest to the plan with the least peak.
       chosen: The plan's entry in `candidates`.
-      rows: For each stage of the plan, what it keeps, moves and runs again.
+      rows: For each stage of the plan, its bytes and its recomputation.
       num_compiles: The number of compiled steps.
-      host_budget_bytes: The host's budget per device; 0 if none was given.
-      clock: Where the seconds come from: the roofline, or a timed block.
-      offload: Whether values may be moved to the host on the target, and why, as text; empty if no
-        host budget was given.
-      left_out: Plans under which the step does not run, each with its error, as text.
-      notes: What the figures do not know, as text.
-      unit: The unit in which the budget was given, in which bytes are shown; empty for one that
-        fits the bytes.
+      host_budget_bytes: The host's budget per device; 0 if no host budget was given.
+      clock: The source of the seconds: the roofline, or a timed block.
+      offload: Whether values may be moved to the host on the target, with the reason as text; empty
+        if no host budget was given.
+      left_out: Plans under which the step fails, each with its error, as text.
+      notes: Facts that the figures leave out, as text.
+      unit: The unit in which the budget was given and bytes are shown; empty for a unit that fits
+        the size.
     """
 
     plan: Plan | PlanSet
@@ -181,7 +185,7 @@ class FitResult:
 
     @property
     def why(self) -> str:
-        """Why no faster plan was taken, as text."""
+        """The reason why no faster plan was taken, as text."""
         place = self.candidates.index(self.chosen)
         if not place:
             return "it is the fastest plan there is"
@@ -199,7 +203,7 @@ class FitResult:
 
     @property
     def keeps(self) -> tuple[str, ...]:
-        """For each stage of the plan, a text of what it keeps, moves and runs again."""
+        """For each stage of the plan, its bytes and recomputation as text."""
         return tuple(row.text(self.unit) for row in self.rows)
 
     @property
@@ -227,10 +231,10 @@ class FitResult:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """Returns the result of the values that `as_json` returned.
+        """Returns the result whose values `as_json` returned.
 
         Raises:
-          KeyError, TypeError, PlanError: The values are of something else.
+          KeyError, TypeError, PlanError: The values do not describe a result.
         """
         candidates = tuple(map(Candidate.from_json, values["candidates"]))
         made = {
@@ -268,7 +272,7 @@ class FitResult:
         return "\n".join(lines)
 
     def _of_host(self) -> list[str]:
-        """Returns lines on the host's memory; none if no host budget was given."""
+        """Returns lines about the host's memory; an empty list if no host budget was given."""
         if not self.offload:
             return []
         size = lambda nbytes: in_unit(nbytes, self.unit)
@@ -294,17 +298,17 @@ class FitResult:
 
 
 class BudgetError(UserError, ValueError):
-    """No plan fits a budget: one line with the least budget, its plan and what sets it.
+    """No plan fits a budget: one line with the least budget, its plan and the parts of its peak.
 
     Attributes:
       budget_bytes: The budget that was given.
-      least_bytes: The least compiled peak that was found: a budget that works.
-      plan: The plan with this peak.
-      parts: The parts of this peak, in bytes by name.
+      least_bytes: The least compiled peak that was found; a budget of this size works.
+      plan: The plan with the least compiled peak.
+      parts: The parts of the least compiled peak, in bytes by name.
       report: The memory report of the plan's compiled step.
-      offload: Whether values may be moved to the host on the target, and why, as text; empty if no
-        host budget was given.
-      unit: The unit in which the budget was given, in which bytes are shown.
+      offload: Whether values may be moved to the host on the target, with the reason as text; empty
+        if no host budget was given.
+      unit: The unit in which the budget was given and bytes are shown.
     """
 
     def __init__(
@@ -333,11 +337,11 @@ class BudgetError(UserError, ValueError):
         )
 
     def replaced(self, **changes: str) -> Self:
-        """Returns the error with another `offload` or `unit`."""
+        """Returns a copy of the error with another `offload` or `unit`."""
         return type(self).from_json(self.as_json() | changes)
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the error as JSON values, from which `from_json` makes one of the same text."""
+        """Returns the error as JSON values, from which `from_json` makes an error of equal text."""
         return {
             "budget_bytes": self.budget_bytes,
             "plan": plan_json(self.plan),
@@ -349,24 +353,24 @@ class BudgetError(UserError, ValueError):
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """Returns the error of the values that `as_json` returned.
+        """Returns the error whose values `as_json` returned.
 
         Raises:
-          KeyError, TypeError, PlanError: The values are of something else.
+          KeyError, TypeError, PlanError: The values do not describe such an error.
         """
         plan, report = plan_of_json(values["plan"]), MemoryReport.from_json(values["report"])
         return cls(**(values | {"plan": plan, "report": report}))
 
 
 def _asked(plan: Plan | PlanSet) -> str:
-    """Returns a plan as an option of a command line; plans by name, one a line."""
+    """Returns a plan as an option of a command line; plans by name have one line each."""
     if isinstance(plan, PlanSet):
         return "\n".join(f"{name}: {one}" for name, one in plan.items())
     return f"--remat={plan}"
 
 
 def _short(plan: Plan | PlanSet) -> str:
-    """Returns a plan for a table; a graph's plan is shown by its beginning."""
+    """Returns a plan as text for a table; of a long plan only the beginning."""
     return str(plan) if isinstance(plan, PlanSet) else _shortened(str(plan))
 
 
@@ -375,7 +379,7 @@ def _shortened(text: str) -> str:
 
 
 def _largest(report: MemoryReport, unit: str) -> str:
-    """Returns a text on the largest buffer at the peak; empty if the compiler does not name it."""
+    """Returns a text about the largest buffer at the peak; empty if the report has no buffers."""
     if not report.buffers:
         return ""
     one = report.buffers[0]
@@ -385,7 +389,7 @@ def _largest(report: MemoryReport, unit: str) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """Returns seconds as text with a unit of fitting size."""
+    """Returns seconds as text, in seconds, milliseconds or microseconds."""
     if seconds >= 1:
         return f"{seconds:.2f} s"
     return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"

@@ -1,23 +1,25 @@
-"""Searching the ladder: which drafts are worth compiling, and which to compile for a budget.
+"""Searches the ladder: chooses the drafts worth compiling, and the drafts to compile for a budget.
 
-**The ladder** is the list of drafts worth compiling, fastest first; its drafts are called rungs.
-Each rung is slower than the rung before it and needs less memory. There are also rungs of one
-stage, of the drafts that no other draft of one stage beats: a compiler may give stages of unequal
-length more memory than the model predicts, and then a plan that treats all blocks alike is next
-best. The ladder depends on the step, never on a budget. A budget only sets how far to climb down,
+**The ladder** is the list of drafts worth compiling, fastest first. Its drafts are called rungs.
+Each rung is slower than the rung before it and needs less memory. The ladder also has the drafts of
+one stage that no other draft of one stage beats. A compiler may give stages of unequal length more
+memory than the model predicts, and then a plan that treats all blocks alike is the next best. The
+ladder depends on the step, never on a budget. A budget only decides how far the search climbs down,
 so a smaller budget never gets a plan with a larger peak.
 
-Speed is the roofline's, with one rule above it: a plan never recomputes more matrix products than
-a plain plan (`none`, `full`, `dots`, ...) whose peak is not larger. Seconds closer than the model's
-precision count as equal; then fewer stages go first, and then the plan that keeps more.
+The roofline orders plans by speed, but one rule comes first. A plan never recomputes more matrix
+products than a plain plan (`none`, `full`, `dots`, ...) whose peak is not larger. Seconds closer
+than the model's precision count as equal. Of equally fast plans, the plan with fewer stages comes
+first, then the plan that keeps more.
 
 **The search** compiles a rung, reads its peak, corrects the predictions and goes on. It ends at the
-fastest rung whose compiled peak fits, with the rung before it compiled too, as the proof that it
-does not fit. A prediction is corrected by the error of the nearest compiled rung of its family. If
-nothing of a family is compiled, its first rung that may fit is. The number of compilations is
-limited. If one is left and nothing fits yet, it goes to the rung with the least peak, so a budget
-that this peak fits is never refused. A rung that will be needed next, if predictions hold, may be
-compiled beside another: that changes no answer, only how long it takes.
+fastest rung whose compiled peak fits. The rung before it is compiled too, as the proof that the
+faster rung does not fit. The error of the nearest compiled rung of a family corrects the
+predictions of that family. If no rung of a family is compiled, the first rung that may fit is
+compiled. The number of compilations is limited. If one compilation is left and no rung fits yet,
+the rung with the least peak is compiled, so a budget above this peak is never refused. The rung
+that will be needed next, if predictions hold, may be compiled at the same time as another rung.
+That changes no answer, only the time until the answer.
 """
 
 import dataclasses
@@ -30,28 +32,29 @@ from jaxckpt.planner.across_blocks import Draft
 
 # Seconds closer than this share count as equal.
 _PRECISION = 0.002
-# Rungs whose peaks are closer than this share are thinned: their compiled peaks may swap order.
+# If the peaks of two rungs are closer than this share, one rung is dropped: compiled peaks that
+# are so close may have another order.
 _LEAST_STEP = 0.004
 
 
 def ladder(rungs: Iterable[Draft], plain: Sequence[Draft]) -> tuple[Draft, ...]:
-    """Returns the rungs that no other beats, fastest first.
+    """Returns the rungs that no other rung beats, fastest first.
 
     Args:
       rungs: All drafts, with predicted peaks.
-      plain: Drafts of the plans that a user would try first; they bound recomputation.
+      plain: Drafts of the plans that a user would try first; these drafts bound recomputation.
     """
     levels = sorted({rung.flops for rung in plain})
 
     def rank(rung: Draft) -> tuple:
         above = sum(level < rung.flops * (1 - 1e-9) for level in levels)
         speed = math.ceil(math.log(rung.seconds) / math.log1p(_PRECISION))
-        # Rungs that are equal in all of these keep their order.
+        # Rungs with equal ranks keep their order.
         return above, speed, len(rung.stages), -rung.worst_bytes, rung.predicted_bytes
 
     ranked = sorted(rungs, key=rank)
     found = _thinned(_falling(ranked))
-    # Looked up by identity: comparing tens of thousands of drafts by value takes seconds.
+    # The keys are identities: comparing tens of thousands of drafts by value takes seconds.
     place = {id(rung): n for n, rung in enumerate(ranked)}
     ranked = ranked[: 1 + place[id(found[-1])]]
     alike = _thinned(_falling(rung for rung in ranked if not rung.is_mixed))
@@ -60,7 +63,7 @@ def ladder(rungs: Iterable[Draft], plain: Sequence[Draft]) -> tuple[Draft, ...]:
 
 
 def _falling(rungs: Iterable[Draft]) -> list[Draft]:
-    """Drops rungs that need no less memory than a rung before them."""
+    """Returns the rungs that need less memory than all earlier rungs."""
     kept: list[Draft] = []
     for rung in rungs:
         if not kept or rung.predicted_bytes < kept[-1].predicted_bytes:
@@ -69,7 +72,7 @@ def _falling(rungs: Iterable[Draft]) -> list[Draft]:
 
 
 def _thinned(rungs: Sequence[Draft]) -> Sequence[Draft]:
-    """Drops rungs that save next to no memory; the first and the last stay."""
+    """Returns the rungs without rungs that save hardly any memory; the first and last rung stay."""
     if not rungs:
         return rungs
     kept = [rungs[0]]
@@ -83,8 +86,8 @@ def _thinned(rungs: Sequence[Draft]) -> Sequence[Draft]:
     return kept
 
 
-# The margin to the budget that a rung needs to get the last compilation, if another plan fits
-# already. Peaks of plans with several stages are harder to predict and need more.
+# If another plan fits already, a rung needs this margin to the budget to get the last compilation.
+# Peaks of plans with several stages are harder to predict, so such a plan needs a larger margin.
 _SAFE, _SAFE_MIXED = 0.01, 0.04
 
 
@@ -93,7 +96,7 @@ class Found:
     """The result of a search.
 
     Attributes:
-      chosen: The place of the fastest rung that is known to fit; None if no rung is.
+      chosen: The place of the fastest rung that is known to fit; None if no rung fits.
       peaks: The compiled peaks by place.
     """
 
@@ -117,11 +120,14 @@ def search(
       rungs: The ladder.
       budget: The budget in bytes.
       compile_peak: Compiles the rung at a place and returns its peak.
-      known: Peaks by place of rungs that are already compiled.
-      compiles: The most compilations that may follow.
+      known: The peaks of rungs that are already compiled, by place.
+      compiles: The most compilations that the search may still make.
       is_answered: Whether a plan that is not on the ladder is known to fit.
-      prepare: Called before a compilation with its place and, if there is one, the place that will
-        be compiled after it should its peak be as expected.
+      prepare: Called before a compilation with a list of places: the place to compile, and the next
+        place to compile if the peak is as expected. The list has one place if no rung follows.
+
+    Returns:
+      The chosen place and all compiled peaks.
     """
     state = _Search(rungs=rungs, budget=budget, peaks=dict(known), is_answered=is_answered)
     for left in range(compiles, 0, -1):
@@ -144,7 +150,7 @@ class _Search:
 
     @property
     def fitting(self) -> int | None:
-        """The place of the fastest rung that is known to fit; None if no rung is."""
+        """The place of the fastest rung that is known to fit; None if no rung fits."""
         return min((i for i, peak in self.peaks.items() if peak <= self.budget), default=None)
 
     def next_place(self, left: int) -> int | None:
@@ -164,11 +170,11 @@ class _Search:
             return hopeful[0]
         if high is None:
             return unknown[-1]
-        # The rung before the answer is compiled as the proof that nothing faster fits.
+        # The rung before the answer is compiled as the proof that no faster rung fits.
         return high - 1 if high - 1 in unknown else None
 
     def likely_after(self, place: int, left: int) -> list[int]:
-        """Returns the place to compile next if the peak at a place is as expected; or nothing."""
+        """Returns a list of the next place to compile if the peak at `place` is as expected."""
         peaks = self.peaks | {place: round(self.expected(place))}
         after = dataclasses.replace(self, peaks=peaks).next_place(left - 1) if left > 1 else None
         return [] if after is None else [after]
@@ -179,10 +185,10 @@ class _Search:
         return place not in self.peaks and self.expected(place) <= (1 - margin) * self.budget
 
     def corrected(self, place: int) -> float:
-        """Returns the expected peak, less the allowed error if its family was never compiled.
+        """Returns the expected peak, reduced by `doubt` if no rung of its family is compiled.
 
-        If that is too low, a plan that fits may be passed over; if it is too high, one compilation
-        is spent, which corrects the whole family.
+        With too small a doubt, the search may pass over a plan that fits. With too large a doubt,
+        the search spends one compilation, which corrects the whole family.
         """
         family = self.rungs[place].family
         is_known = any(self.rungs[i].family == family for i in self.peaks)

@@ -1,7 +1,7 @@
 """A stack of a step as data for the planner: found by tracing the step (`places.py`), or given.
 
-A block becomes a closed function of abstract leaves at once, while the tracers that it closes over
-are still alive.
+A block becomes a closed function of abstract leaves immediately, while the tracers that it closes
+over are still alive.
 """
 
 import dataclasses
@@ -25,16 +25,18 @@ class Stack:
     """A stack as data for the planner: a pure block over lists of abstract leaves.
 
     Attributes:
-      call: `call(carry, params_i, consts) -> [*carry, *ys]`, all of them lists of leaves.
+      call: `call(carry, params_i, consts) -> [*carry, *ys]`; every argument and the result are
+        lists of leaves.
       carry: The leaves of the block's input.
-      params: Leaves `[L, ...]`.
-      consts: Leaves that all blocks share, with arrays that the block closed over.
+      params: The leaves of all blocks' parameters, `[L, ...]`.
+      consts: Leaves that all blocks share, including arrays that the block closed over.
       num_blocks: The number of blocks, L.
-      unroll: Blocks unrolled in one trip of its loop.
-      region: The function under `checkpoint`, a stack of one block without parameters, or a chain;
-        else None.
-      ends: Of a chain, the steps of the region before each block, and all of them.
-      mesh: The mesh around it; its Manual axes are those of a `jax.shard_map`.
+      unroll: The number of blocks unrolled in one trip of the loop.
+      region: The function under `checkpoint`, which is a stack of one block without parameters, or
+        a chain; else None.
+      ends: For a chain, the number of the region's steps before each block, and the number of all
+        steps; else empty.
+      mesh: The mesh around the stack; its Manual axes are the axes of a `jax.shard_map`.
     """
 
     call: Callable
@@ -64,7 +66,7 @@ class Stack:
 
     @property
     def shape(self) -> tuple:
-        """A key that is equal for stacks of the same number of blocks, shapes and dtypes."""
+        """A key that is equal for stacks with equal numbers of blocks, shapes and dtypes."""
         text = lambda leaves: tuple((tuple(x.shape), str(x.dtype)) for x in leaves)
         return (self.num_blocks, text(self.carry), text(self.params), text(self.consts))
 
@@ -79,7 +81,17 @@ class Stack:
         ends: tuple[int, ...] = (),
         mesh: AbstractMesh | None = None,
     ) -> "Stack":
-        """Returns the stack of a block; `params` are leaves `[L, ...]`, arrays or abstract."""
+        """Returns the stack of a block.
+
+        Args:
+          block: The traced block.
+          params: A pytree of leaves `[L, ...]`, arrays or abstract.
+          num_blocks: The number of blocks, L.
+          unroll: The number of blocks unrolled in one trip of the loop.
+          is_region: Whether the block is a function under `checkpoint` or a chain.
+          ends: As for the attribute `ends`.
+          mesh: As for the attribute `mesh`.
+        """
         carry, _, consts = block.inputs
         return cls(
             call=block.call,
@@ -95,9 +107,13 @@ class Stack:
 
 
 def in_place(stacks: Sequence[Stack], fn: Callable[[], Any]):
-    """Returns `fn()`, called where the named axes of the stacks' blocks are known.
+    """Returns `fn()`, called inside a `jax.shard_map` if the stacks' blocks ran inside one.
 
-    Blocks that ran inside of a `jax.shard_map` can be traced again only inside of one.
+    Such blocks use named axes, so they can be traced again only inside a `jax.shard_map`.
+
+    Args:
+      stacks: The stacks whose blocks `fn` traces.
+      fn: A function without arguments.
     """
     meshes = [stack.mesh for stack in stacks if stack.mesh is not None and stack.mesh.manual_axes]
     if not meshes:
@@ -116,7 +132,12 @@ def in_place(stacks: Sequence[Stack], fn: Callable[[], Any]):
 
 
 def given_stack(block: Sequence, num_blocks: int, name: str = "block") -> Stack:
-    """Returns the stack of `(block, params_i, carry, *consts)`, as `jaxckpt.explain` takes them.
+    """Returns the stack of `(block, params_i, carry, *consts)`, the arguments of `jaxckpt.explain`.
+
+    Args:
+      block: A tuple or list of these values.
+      num_blocks: The number of blocks, L.
+      name: The name of the argument in errors.
 
     Raises:
       ValueError: `block` has another form.

@@ -1,7 +1,7 @@
-"""The step of a plan, from a user's `step_for`: traced and compiled once for each plan.
+"""The step of each plan, from a user's `step_for`: traced and compiled once for each plan.
 
-`find_stacks` tells which stacks of a step follow which plan: it traces the step once for each name,
-with this name's plan `none` and the others `full`. Stacks run in the order of the traced calls.
+`find_stacks` finds the stacks that follow each plan. It traces the step once for each name, with
+`none` as this name's plan and `full` as the other plans. Stacks run in the order of traced calls.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from jaxckpt.plans.plan_set import PlanSet, plan_json
 from jaxckpt.targets.target import Target
 from jaxckpt.transforms.observers import observed
 
-# A jaxpr's text shows functions in parameters with their addresses, which differ in each trace.
+# A jaxpr's text shows the addresses of functions in parameters, which differ in each trace.
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _OPTIONS = ("donate_argnums", "static_argnums")
 
@@ -52,7 +52,7 @@ class Trace(NamedTuple):
 
 
 class Steps:
-    """A step under any plan, for one target: returned, traced and compiled when asked for.
+    """A step under any plan for one target; each plan's step is traced and compiled when needed.
 
     Attributes:
       compiled: The reports of compiled plans, by plan.
@@ -69,8 +69,8 @@ class Steps:
         Args:
           step_for: `step_for(plan)` returns a step, as for `jaxckpt.fit`.
           target: The chip to compile for.
-          report_of: Returns the report of a plan's step if it is known, else the job that compiles
-            the step; None to compile as `measure` does.
+          report_of: Returns the report of a plan's step if the report is known, else the job that
+            compiles the step; None to compile as `measure` does.
         """
         if not callable(step_for):
             raise ValueError(
@@ -88,7 +88,13 @@ class Steps:
 
     @classmethod
     def of_built(cls, built: Callable, target: Target, report_of: Callable) -> "Steps":
-        """Returns the steps that `built(plan)` returns as a `BuiltStep`."""
+        """Returns the steps of a function that returns a `BuiltStep` for each plan.
+
+        Args:
+          built: `built(plan)` returns a `BuiltStep`.
+          target: The chip to compile for.
+          report_of: As for `Steps`.
+        """
 
         def step_for(plan: Plan | PlanSet) -> Step:
             step = built(plan)
@@ -97,28 +103,29 @@ class Steps:
         return cls(step_for, target, report_of)
 
     def apart(self, plans: Iterable[Plan | PlanSet] = ()) -> "Steps":
-        """Returns the same steps with only some plans counted as compiled.
+        """Returns a copy in which only the given plans count as compiled.
 
-        All of them share one store of reports, so no plan is compiled twice.
+        All copies share one store of reports, so no plan is compiled twice.
         """
         made = copy.copy(self)
         made.compiled = {plan: self.report(plan) for plan in plans}
         return made
 
     def watched(self, watch: "Watch"):
-        """Calls `watch(plan, report, seconds)` before and after compiling.
+        """Calls `watch(plan, report, seconds)` before and after each compilation.
 
-        Before, the report and the seconds are None. After a compilation that failed, the report is.
+        Before a compilation, the report and the seconds are None. After a failed compilation, only
+        the report is None.
         """
         self._first._watch = watch
 
     def step(self, plan: Plan | PlanSet) -> Step:
-        """Returns the step of a plan, the same one if it is asked for again at once.
+        """Returns the step of a plan.
 
-        JAX traces a function only once.
+        The last step is kept, because JAX traces the same function only once.
 
         Raises:
-          ValueError: `step_for` returned something of another form.
+          ValueError: The result of `step_for` has another form.
         """
         if self._last is None or self._last[0] != plan:
             self._last = plan, self._made(plan)
@@ -141,7 +148,7 @@ class Steps:
         return Step(fn=fn, args=tuple(args), options=options)
 
     def num_devices(self, plan: Plan | PlanSet) -> int:
-        """Returns the number of devices that the arguments of a plan's step are spread over."""
+        """Returns the number of devices over which the arguments of a plan's step are spread."""
         args = jax.tree.leaves(self.step(plan).args)
         meshes = [getattr(getattr(leaf, "sharding", None), "mesh", None) for leaf in args]
         return max((mesh.size for mesh in meshes if mesh is not None), default=1)
@@ -164,7 +171,7 @@ class Steps:
         return self._traced[plan]
 
     def report(self, plan: Plan | PlanSet) -> MemoryReport:
-        """Returns the memory report of a plan's step, compiled unless it has been."""
+        """Returns the memory report of a plan's step; compiles the step if no report is known."""
         if plan not in self.compiled:
             with self.compiling([plan]):
                 pass
@@ -175,15 +182,20 @@ class Steps:
 
     @contextlib.contextmanager
     def compiling(self, plans: Iterable[Plan | PlanSet]) -> Iterator[None]:
-        """A context beside which plans are compiled, at once if the machine has room.
+        """A context during which plans are compiled, several at once if the machine has room.
 
-        All are traced before the context begins. After it `report` takes no time; of a plan whose
-        step does not run it raises the error. Without room for two, only the first is compiled.
+        All plans are traced before the context begins. After the context, `report` takes no time.
+        If a plan's step failed, `report` raises its error. If the machine has room for only one
+        compilation, only the first plan is compiled.
+
+        Args:
+          plans: The plans to compile.
         """
         first = self._first
         known = first.compiled.keys() | first._failed
         asked = [plan for plan in dict.fromkeys(plans) if plan not in known]
-        # Compilers of several processes may wait for one another, in the order of their programs.
+        # With several processes, compilers may wait for one another in the order of programs, so
+        # every process must compile in the same order.
         room = launch.at_once() if jax.process_count() == 1 else 1
         begun: list[tuple[Plan | PlanSet, Job, float]] = []
 
@@ -226,9 +238,9 @@ class Steps:
             yield
 
     def _measured(self, plan: Plan | PlanSet) -> MemoryReport | Job:
-        """Returns a step's report from disk if its program was compiled before, or its job.
+        """Returns the report from disk if the step's program was compiled before, else the job.
 
-        A job for an absent chip reads its report from disk itself.
+        A job for an absent chip itself reads its report from disk.
         """
         fn, args, options = self.step(plan)
         made, args = jitted(fn, args, **options)
@@ -236,14 +248,14 @@ class Steps:
         return job if job.lowered is None else self.kept(plan, job, args)
 
     def kept(self, plan: Plan | PlanSet, job: Job, args: Sequence, **parts: Any):
-        """Returns the report of a plan's step from disk, or the job that makes and writes it.
+        """Returns the report of a plan's step from disk, or the job that makes and stores it.
 
         Args:
           plan: The plan.
           job: The step's job, with its program.
           args: The step's arguments.
-          **parts: JSON values that the report depends on, beside the program, the target and the
-            values that `cache.key` and `cache.here` add.
+          **parts: Further JSON values that the report depends on. The program, the target and the
+            values of `cache.key` and `cache.here` are included without them.
         """
         name = program_key(
             job.lowered,
@@ -256,7 +268,7 @@ class Steps:
 
 
 def _devices(args: Sequence) -> list[list[int]]:
-    """Returns the ids of the devices of the arguments' meshes; a program's text has no ids."""
+    """Returns the device ids of the arguments' meshes; a program's text does not have these ids."""
     leaves = jax.tree.leaves(tuple(args))
     meshes = {getattr(getattr(leaf, "sharding", None), "mesh", None) for leaf in leaves}
     ids = {tuple(one.id for one in mesh.devices.flat) for mesh in meshes if isinstance(mesh, Mesh)}
@@ -264,12 +276,12 @@ def _devices(args: Sequence) -> list[list[int]]:
 
 
 def is_same_program(one: Trace, other: Trace) -> bool:
-    """Returns whether two traces are of one program."""
+    """Returns whether two traces have equal programs."""
     return program_text(one.jaxpr) == program_text(other.jaxpr)
 
 
 def program_text(jaxpr) -> str:
-    """Returns a jaxpr as text, equal for equal programs."""
+    """Returns a jaxpr as text; equal programs have equal texts."""
     return _ADDRESS.sub("", str(jaxpr))
 
 
@@ -279,7 +291,11 @@ _FULL, _NONE = Plan.parse("full"), Plan.parse("none")
 def check_blocks(
     blocks: Sequence | Mapping[str, Sequence] | None, num_blocks: int | Mapping[str, int] | None
 ):
-    """Raises `ValueError` if blocks of several stacks are given, but not one for each name."""
+    """Checks the argument `block` of `fit` against its `num_blocks`.
+
+    Raises:
+      ValueError: `block` is given without `num_blocks`, or the names of the two arguments differ.
+    """
     if blocks is not None and num_blocks is None:
         raise ValueError("block is given for a stack of num_blocks; give num_blocks too")
     if blocks is None or not isinstance(num_blocks, Mapping):
@@ -311,16 +327,17 @@ def find_stacks(
 
     Args:
       steps: Returns and traces the step of a plan.
-      num_blocks: The number of blocks of each stack, or a number by name; None for the number that
-        the stacks have.
-      blocks: `(block, params_i, carry, *consts)`, or one by name; None to trace for stacks.
+      num_blocks: The number of blocks of each stack, or a mapping from names to numbers; None if
+        tracing finds the number.
+      blocks: `(block, params_i, carry, *consts)`, or a mapping from names to such tuples; None if
+        tracing finds the stacks.
 
     Returns:
       Lists of stacks by name, in the order in which they first run; the name is `""` for one plan.
 
     Raises:
-      ValueError: The step does not trace, no stack follows a plan, or one has another number of
-        blocks.
+      ValueError: The step does not trace, no stack follows a plan, or a stack has another number
+        of blocks.
     """
     is_named = isinstance(num_blocks, Mapping)
     counts: dict[str, Any] = dict(num_blocks) if is_named else {"": num_blocks}
@@ -355,7 +372,7 @@ def find_stacks(
 
 
 def _check_alike(stacks: Sequence[Stack]):
-    """Raises `ValueError` unless one plan can speak of all stacks."""
+    """Raises `ValueError` unless one plan can be for all stacks."""
     kinds = dict.fromkeys((stack.region is not None, stack.num_blocks) for stack in stacks)
     if len(kinds) > 1:
         texts = ("a function" if is_region else f"a stack of {n}" for is_region, n in kinds)

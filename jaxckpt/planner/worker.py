@@ -1,7 +1,8 @@
 """The process that plans for an absent chip: `python -m jaxckpt.planner.worker FOLDER`.
 
-`absent/jobs.py` starts it, as it starts `jaxckpt.memory.worker`. It traces and compiles every plan
-itself, because the target's topology exists only in this process. Not to be run by hand.
+`planner/absent.py` starts this process, as `absent/jobs.py` starts `jaxckpt.memory.worker`. The
+process traces and compiles every plan itself, because the target's topology exists only in this
+process. It is not meant to be run by hand.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from jaxckpt.targets.target import parse_target
 
 
 def main(folder: Path):
-    """Plans the job of a folder and writes its answer there."""
+    """Plans the job of a folder and writes the answer into the folder."""
     with (folder / launch.PROGRESS).open("w") as lines:
 
         def progress(one: Compilation):

@@ -1,11 +1,11 @@
-"""`run`: a list of layers as it is, under any plan.
+"""`run`: an unchanged list of layers under any plan.
 
     x = jaxckpt.run(model.layers, lambda layer, x, mask: layer(x, mask), x, mask, remat="sqrt")
 
-For a model whose list of layers, checkpoints and optimizer state must stay as they are. Equal
+This is for a model whose list of layers, checkpoints and optimizer state must stay unchanged. Equal
 layers are stacked inside the step and run by one loop, and their gradients come back in a list. The
-stack is a copy of the layers' parameters, and its gradients are a second copy; parameters that are
-stacked already (`scan_blocks`) need neither.
+stack is a copy of the layers' parameters, and its gradients are a second copy. Parameters that are
+stacked already (`scan_blocks`) need no copies.
 """
 
 import dataclasses
@@ -37,33 +37,35 @@ def run(
     remat: str | Plan | Schedule | Callable = "sqrt",
     unroll: int = 1,
 ):
-    """Runs a list of layers, checkpointed by a plan that counts them.
+    """Runs a list of layers, checkpointed by a plan that counts the layers.
 
     Layers of one kind have one structure, equal shapes and equal Python values. A list may hold
-    several kinds in any order: five layers with a sliding window to each without, experts in every
-    other layer, or an odd first layer.
+    several kinds in any order. Examples are five layers with a sliding window before each layer
+    without a window, experts in every other layer, and a special first layer.
 
     Args:
       layers: Pytrees: Equinox modules, dataclasses of arrays, dicts.
       apply: `apply(layer, carry, *consts, **each_i)`, pure. It returns a carry of the same
         structure, shapes and dtypes, or a result that holds the carry at `out`.
       carry: The first layer's input, any pytree of arrays.
-      *consts: Handed to every layer; arrays get gradients, Python values stay what they are.
+      *consts: Passed to every layer. Arrays get gradients; Python values are passed unchanged.
       each: Keyword arguments that differ from layer to layer: pytrees of `[L, ...]`, such as
         `{"key": jax.random.split(key, L)}`.
-      out: The place of the carry in the result of `apply`: an index, a key, or a function. The rest
-        of a tuple or dict comes back stacked, `[L, ...]`. None if the result is the carry.
-      ignore: Names of attributes that may differ within a kind, such as `"layer_idx"`; every layer
-        runs with the value of the first of its kind.
+      out: The place of the carry in the result of `apply`: an index, a key, or a function. The
+        other parts of a tuple or dict come back stacked, `[L, ...]`. None if the result is the
+        carry.
+      ignore: Names of attributes that may differ within a kind, such as `"layer_idx"`. Every layer
+        runs with the value that the first layer of its kind has.
       remat: A plan or its text, a schedule for L blocks, or a policy of `jax.checkpoint`.
-      unroll: Layers unrolled in one trip of the loop; whole periods if there are several kinds.
-        With L or more, and `out` None, there is no loop and no copy of the parameters.
+      unroll: The number of layers unrolled in one trip of the loop, in whole periods if there are
+        several kinds. If it is at least L and `out` is None, there is no loop and no copy of the
+        parameters.
 
     Returns:
-      The last layer's carry; with `out`, the result of `apply`, its rest stacked.
+      The last layer's carry; with `out`, the result of `apply` with its other parts stacked.
 
     Raises:
-      PlanError: The plan does not parse, does not fit L layers, or names what no layer has.
+      PlanError: The plan does not parse, does not fit L layers, or names a value that no layer has.
       ValueError: There are no layers, no two of them are equal (the error names the difference),
         `each` has another length, `out` is not in the result, or `apply` changes the carry.
       NotImplementedError: `auto`, or a second derivative through the executor.
@@ -110,17 +112,17 @@ def run_rows(
     remat: str | Plan | Schedule | Callable,
     unroll: int,
 ) -> tuple[Any, list]:
-    """Runs a step for every row; what every sort of list is run by.
+    """Runs a step for every row; `run` of pytrees, Linen and NNX all call this function.
 
     Args:
       steps: For each kind of layer, `step(carry, row, each_i) -> (carry, y)`.
-      carry: The first step's.
-      rows: A pytree of arrays for each layer, all of one structure within a kind. An array that is
+      carry: The first step's input.
+      rows: A pytree of arrays for each layer, with one structure within a kind. An array that is
         the same object in every row of a kind is not copied.
-      each: What differs from layer to layer beside the row, `[L, ...]`.
+      each: Keyword arguments that differ from layer to layer, `[L, ...]`.
       order: The kind of each layer.
-      has_rest: Whether the ys are worth a loop even if all is unrolled: without a loop, what the
-        carry is kept with grows by them.
+      has_rest: Whether layers return values beside the carry. If so, there is a loop even if all
+        layers are unrolled: without a loop, these values would be kept together with every carry.
       remat: As for `run`.
       unroll: As for `run`.
 
@@ -151,7 +153,10 @@ def run_rows(
 
 
 def _own(step: Callable, rows: Sequence[Any]) -> tuple[Callable, list[list]]:
-    """Returns a step for the arrays that are not the same object in every row, and these arrays."""
+    """Returns a step over the arrays that differ between rows, and each row's such arrays.
+
+    Arrays differ unless they are the same object in every row.
+    """
     structure = jax.tree.structure(rows[0])
     columns = list(zip(*map(jax.tree.leaves, rows), strict=True))
     own = [i for i, column in enumerate(columns) if any(x is not column[0] for x in column)]
@@ -166,12 +171,12 @@ def _own(step: Callable, rows: Sequence[Any]) -> tuple[Callable, list[list]]:
 
 
 def stacked(trees: Sequence[Any]):
-    """Returns trees of one structure as one tree, its leaves stacked."""
+    """Returns one tree from trees of one structure, with stacked leaves."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def first_places(order: Sequence[int]) -> list[int]:
-    """Returns the first layer of each kind."""
+    """Returns the place of the first layer of each kind."""
     return [layers[0] for layers in _layers_of(order)]
 
 
@@ -181,7 +186,11 @@ def _layers_of(order: Sequence[int]) -> list[list[int]]:
 
 
 def in_order(ys: Sequence[Any], order: Sequence[int]):
-    """Returns what layers return beside the carry, `[L, ...]`, from that of each kind.
+    """Returns the values that layers return beside the carry, `[L, ...]`, in the order of layers.
+
+    Args:
+      ys: For each kind, the values of its layers, stacked.
+      order: The kind of each layer.
 
     Raises:
       ValueError: The kinds return values of different structures or shapes.
@@ -205,15 +214,15 @@ def _types(tree) -> str:
 
 
 def check_layers(layers, each, order: str) -> tuple[list, dict[str, Any]]:
-    """Returns the layers and what differs between them beside, checked.
+    """Checks the arguments `layers` and `each` of `run`, and returns them as a list and a dict.
 
     Args:
-      layers: What the user gave for a list of layers.
-      each: What the user gave for it.
-      order: The beginning of a sentence on what comes first, which ends with the carry.
+      layers: The user's list of layers.
+      each: The user's keyword arguments that differ from layer to layer; None for no such argument.
+      order: The beginning of an error's sentence on the order of arguments.
 
     Raises:
-      ValueError: No list, an empty one, or an `each` of another length.
+      ValueError: `layers` is not a list or is empty, or `each` is not a dict or has another length.
     """
     if not hasattr(layers, "__iter__") or isinstance(layers, Mapping | jax.Array | np.ndarray):
         raise ValueError(
@@ -248,16 +257,17 @@ def kinds_of(
     ignore: str | Sequence[str],
     attributes: Callable[[Any], dict | None] | None = None,
 ) -> tuple[int, ...]:
-    """Returns the kind of each layer: 0, 1, ... in the order in which kinds are first there.
+    """Returns the kind of each layer: 0, 1, ... in the order in which kinds first occur.
 
     Args:
-      layers: At least one.
+      layers: At least one layer.
       ignore: Names of attributes that may differ within a kind.
-      attributes: Returns the attributes of a node, and None for what is none; by default those of
-        a pytree.
+      attributes: Returns the attributes of a node, and None for a value that is not a node; by
+        default `attributes_of`.
 
     Raises:
-      ValueError: There are several layers, and no two are of a kind; what differs is named.
+      ValueError: There are several layers, and no two layers are of one kind. The error names the
+        difference.
     """
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     attributes = attributes or attributes_of
@@ -276,16 +286,16 @@ def kinds_of(
     return order
 
 
-# What a list may hold, for errors.
+# The clause of errors that says which lists are valid.
 KINDS = "run takes equal layers, or several kinds of which one has two layers"
 
 
 def grouped(count: int, is_same: Callable[[int, int], bool]) -> tuple[int, ...]:
-    """Returns the kind of each of some layers.
+    """Returns the kind of each layer.
 
     Args:
       count: The number of layers.
-      is_same: Whether layer i is of the kind of layer k, which comes before it.
+      is_same: `is_same(i, k)` says whether layer i has the kind of the earlier layer k.
     """
     firsts, order = [], []
     for i in range(count):
@@ -297,17 +307,17 @@ def grouped(count: int, is_same: Callable[[int, int], bool]) -> tuple[int, ...]:
 
 
 def all_differ(order: Sequence[int]) -> bool:
-    """Whether there are several layers, each of a kind of its own."""
+    """Whether there are several layers, and no two layers are of one kind."""
     return 1 < len(order) == max(order) + 1
 
 
 def differences(
     layers: list, attributes: Callable[[Any], dict | None]
 ) -> Iterator[tuple[str, str]]:
-    """Yields what differs between the first layer and another: a clause, an attribute's name.
+    """Yields each difference between the first layer and another: a clause and an attribute's name.
 
     Args:
-      layers: At least one.
+      layers: At least one layer.
       attributes: As for `kinds_of`.
     """
     for place, layer in enumerate(layers[1:], start=1):
@@ -349,7 +359,7 @@ def _is_array(value) -> bool:
 
 
 def attributes_of(value) -> dict | None:
-    """Returns the attributes of a node, of a module or a dataclass, or the items of a mapping."""
+    """Returns a dict of a module's or dataclass's attributes or a mapping's items; else None."""
     if isinstance(value, Mapping):
         return dict(value)
     is_node = not jax.tree_util.all_leaves([value]) or dataclasses.is_dataclass(value)

@@ -4,11 +4,11 @@
 
 `order[i]` is the kind of layer i, such as `(0, 0, 0, 0, 0, 1) * 4 + (0, 0)`.
 
-Under `none`, `full` and policies a loop runs one period in each trip. Every layer of the period is
-a checkpointed block of its own, so one layer's residuals are live at a time; equal ones in a row
-are an inner loop. Layers before and after the periods are not in the loop. Under a schedule the
-executor's loops run one layer in each trip, and `lax.switch` chooses its kind. So the program grows
-with the period or with the number of kinds, and not with the number of layers.
+Under `none`, `full` and policies, a loop runs one period in each trip. Every layer of the period is
+a separate checkpointed block, so one layer's residuals are live at a time. Consecutive equal layers
+form an inner loop. Layers before and after the periods are not in the loop. Under a schedule, the
+executor's loops run one layer in each trip, and `lax.switch` chooses the layer's kind. So the
+program grows with the period or the number of kinds, but not with the number of layers.
 """
 
 import itertools
@@ -56,16 +56,19 @@ def run_mixed(
     remat: str | Plan | Schedule | Callable,
     unroll: int,
 ) -> tuple[Any, list]:
-    """Returns the last layer's carry, and for each kind what its layers return beside it, stacked.
+    """Runs layers of several kinds, one after another.
 
     Args:
       steps: For each kind, `step(carry, row, each_i) -> (carry, y)`.
       carry: The first layer's input.
-      rows: For each layer, a pytree of arrays; of one structure and equal shapes within a kind.
-      each: What differs from layer to layer beside the row, `[L, ...]`.
+      rows: A pytree of arrays for each layer, with one structure and equal shapes within a kind.
+      each: Keyword arguments that differ from layer to layer, `[L, ...]`.
       order: The kind of each layer.
       remat: A plan or its text, a schedule for L layers, or a policy of `jax.checkpoint`.
-      unroll: Layers unrolled in one trip of a loop.
+      unroll: The number of layers unrolled in one trip of a loop.
+
+    Returns:
+      The last layer's carry, and for each kind the ys of its layers, stacked.
     """
     rows, each, carry = as_arrays((list(rows), each, carry))
     remat, given = (remat, None) if isinstance(remat, Schedule) else plan_and_policy(remat)
@@ -96,13 +99,13 @@ def run_mixed(
         check_rerun(one, remat, given)
     if isinstance(remat, Plan):
         check_policies(remat, lambda asked: tags_of(blocks, asked))
-    # As in `scan.looped`: leaves that no layer changes are kept once, and not with every carry.
+    # As in `scan.looped`, leaves that no layer changes are kept once, and not with every carry.
     leaves, tree = jax.tree.flatten(carry)
     places = sorted({place for one in blocks for place in one.changed})
     held = [leaf for place, leaf in enumerate(leaves) if place not in places]
     alone = tuple(one.only_changed(places) for one in blocks)
-    # The planner costs one block, and corrects its costs by compiled steps. A layer that is the
-    # only one of its kind says little about the others.
+    # The planner costs one block, and corrects its costs by compiled steps. A kind with a single
+    # layer says little about the other layers.
     repeated = [one for kind, one in enumerate(alone) if order.count(kind) > 1]
     heaviest = max(repeated or alone, key=_size)
     call = observers.StackCall(
@@ -125,18 +128,19 @@ def run_mixed(
 
 
 def _size(block: TracedBlock) -> int:
-    """Returns the elements of all values that a block computes."""
+    """Returns the number of elements of all values that a block computes."""
     return sum(var.aval.size for one in block.jaxpr.eqns for var in one.outvars)
 
 
 def loops_of(order: Sequence[int], unroll: int = 1) -> list[tuple[int, int, int]]:
     """Returns loops that run all layers in order: `(first layer, layers in a trip, trips)`.
 
-    The fewest layers are traced: a loop of one trip is no loop.
+    The loops are chosen so that the fewest layers are traced. Layers in a loop of one trip run
+    without a loop.
 
     Args:
       order: The kind of each layer.
-      unroll: Layers unrolled in one trip, at least; a trip has whole periods.
+      unroll: The number of layers unrolled in one trip. A trip has at least one whole period.
     """
 
     def cut(start: int, stop: int) -> Iterator[tuple[int, int, int]]:
@@ -178,7 +182,7 @@ def _run(
     carry: list,
     consts: list[list],
 ) -> tuple[list, list]:
-    """Returns the last carry, and each kind's ys; everything is lists of leaves."""
+    """Returns the last carry, and each kind's ys, as lists of leaves."""
     policies = () if isinstance(plan, Schedule) else all_of(plan)
     stack = _Layers(
         calls=[value_names.resolved(block.call, policies) for block in blocks],
@@ -204,7 +208,7 @@ def _run(
 
 
 def _joined(parts: Sequence[list]) -> list:
-    """Returns each kind's ys of all parts, one after another; None for a kind without layers."""
+    """Returns each kind's ys of all parts, concatenated; None for a kind without layers."""
 
     def join(found: list):
         if len(found) < 2:
@@ -216,7 +220,7 @@ def _joined(parts: Sequence[list]) -> list:
 
 
 class _Layers:
-    """The layers of one call, which run a range of them at a time."""
+    """The layers of one call; a method runs a range of these layers."""
 
     def __init__(self, *, calls, types, order, rows, each, consts):
         self.calls, self.types, self.order = calls, types, order
@@ -235,8 +239,9 @@ class _Layers:
         self, carry, first: int, period: int, trips: int, remat, *, in_row: bool
     ) -> tuple[list, list]:
         kinds = self.order[first : first + period]
-        # Layers of one kind in a row are a loop of their own, which keeps the recomputation of each
-        # apart without barriers. Without recomputation it would only copy residuals once more.
+        # Consecutive layers of one kind form an inner loop, which separates each layer's
+        # recomputation without barriers. Without recomputation, the inner loop would only copy
+        # residuals one more time.
         sizes = [len(list(run)) for _, run in itertools.groupby(kinds)]
         sizes = sizes if in_row and remat is not None else [1] * period
         starts = [sum(sizes[:n]) for n in range(len(sizes))]
@@ -252,7 +257,7 @@ class _Layers:
                 out = self.calls[kind](carry, [*item[0], *item[1]], self.consts[kind])
                 return out[: len(carry)], out[len(carry) :]
 
-            # XLA unrolls a loop of one trip.
+            # XLA unrolls a loop of one trip, so recomputation there needs a barrier.
             alone = size == 1 and (period > 1 or trips == 1)
             one = apply if remat is None else remat(apply, prevent_cse=alone)
             if size > 1:
@@ -282,12 +287,12 @@ class _Layers:
         return carry, ys
 
     def _stacked(self, layers: range, start: int, size: int, period: int) -> tuple[list, list]:
-        """Returns rows `[trips, size, ...]` of some layers of each period, and what differs beside.
+        """Returns rows and `each` of some layers of each period, `[trips, size, ...]`.
 
         Args:
           layers: The layers of all periods.
-          start: The first of the layers, counted in its period.
-          size: The number of layers in a period; they are of one kind.
+          start: The place in the period of the first layer to return.
+          size: The number of layers to return in each period; all are of one kind.
           period: The number of all layers in a period.
         """
         mine = [i for i in layers if start <= (i - layers.start) % period < start + size]
@@ -303,10 +308,10 @@ class _Layers:
         """Runs layers by the executor.
 
         Args:
-          carry: The first one's input.
+          carry: The first layer's input.
           layers: The layers.
           stage: A bound stage, or a schedule.
-          how: How a schedule is run; its `unroll` counts for a stage, too.
+          how: The options of a schedule's run; a stage only uses the option `unroll`.
         """
         order = self.order[layers.start : layers.stop]
         kinds = sorted(set(order))
@@ -320,7 +325,7 @@ class _Layers:
         which = jnp.asarray([kinds.index(kind) for kind in order], jnp.int32)
         each = [x[layers.start : layers.stop] for x in self.each]
         params = [which, *each, *itertools.chain(*stacks)]
-        # A const that several kinds read is one const.
+        # A const that several kinds read is passed once.
         unique = {id(x): x for kind in kinds for x in self.consts[kind]}
         reads = [[list(unique).index(id(x)) for x in self.consts[kind]] for kind in kinds]
         lead, counts = 1 + len(each), list(map(len, stacks))
