@@ -1,8 +1,8 @@
 """The models of `benchmarks.functions`: seven models in plain JAX without a stack of equal blocks.
 
-A model is a function `run(params, inputs, key, wrap)`. It applies `wrap` to each stage: either
-`jax.checkpoint`, placed as a user would place it by hand, or the identity. Convolutions and
-products run in the dtype of the inputs. `MODELS` has two sizes of each model: the size of the
+A model is a function `run(params, inputs, key, wrap)`. The model applies `wrap` to each stage. The
+function `wrap` is the identity or `jax.checkpoint`, as a user would write it by hand. Convolutions
+and products run in the dtype of the inputs. `MODELS` has two sizes of each model: the size of the
 benchmark, and a small size for a CPU.
 """
 

@@ -104,7 +104,12 @@ def as_text(line: Sequence[Moment], unit: str = "") -> str:
 
 
 def peaks(line: Sequence[Moment], unit: str = "") -> str:
-    """Returns a text: the most bytes held under the plan and under `none`, and the time of each."""
+    """Returns a text: the most bytes held under the plan and under `none`, and the time of each.
+
+    Args:
+      line: The moments, from `timeline`.
+      unit: The unit of bytes; empty for units that fit the sizes.
+    """
     ways = []
     for word in ("plan", "none"):
         most = max(getattr(one, f"{word}_bytes") for one in line)

@@ -182,6 +182,10 @@ def check_calibrated(config: TrainConfig, plans: Sequence[Plan], targets: Sequen
 def limit_bytes(config: TrainConfig, target: str) -> int | None:
     """Returns a configuration's budget in bytes; None for a configuration without a budget.
 
+    Args:
+      config: The configuration.
+      target: The name of the target whose memory the budget `auto` stands for.
+
     Raises:
       ConfigError: The budget is `auto`, and the usable bytes of the device are unknown.
     """

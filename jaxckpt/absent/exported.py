@@ -104,7 +104,12 @@ def pack(jitted, args: Sequence[Any], platform: str) -> Traveler:
 
 
 def trace(jitted, args: Sequence[Any]):
-    """Returns `jitted.trace(*args)`, unwrapped if `jitted` is a result of `nnx.jit`."""
+    """Returns the trace of a jitted function.
+
+    Args:
+      jitted: A result of `jax.jit` or `nnx.jit`.
+      args: The arguments.
+    """
     traced = jitted.trace(*args)
     return traced if hasattr(traced, "jaxpr") else traced.traced
 

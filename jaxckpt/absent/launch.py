@@ -223,7 +223,11 @@ def _free_bytes() -> int | None:
 
 
 def check_available(target: Target):
-    """Raises `Unavailable` if the compiler for a target is not installed."""
+    """Checks that the compiler for a target is installed.
+
+    Raises:
+      Unavailable: The compiler is not installed.
+    """
     modules, extra = _NEEDED[target.backend]
     if any(_is_there(module) for module in modules) and _is_there("flatbuffers"):
         return

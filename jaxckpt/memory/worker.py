@@ -105,12 +105,21 @@ def build_step(function: str, arguments: Mapping[str, Any]) -> BuiltStep:
 
 
 def measure_built(step: BuiltStep, target: Target, topology) -> MemoryReport:
-    """Returns the report of a step compiled for a topology's devices, with seconds and findings."""
+    """Returns the report of a step, with seconds and findings; the arguments of `job_of_built`."""
     return job_of_built(step, target, topology).run()
 
 
 def job_of_built(step: BuiltStep, target: Target, topology) -> Job:
-    """Returns the job that compiles a step for a topology's devices."""
+    """Returns the job that compiles a step for a topology's devices.
+
+    Args:
+      step: The step.
+      target: The target.
+      topology: The result of `get_topology`.
+
+    Raises:
+      PlacementError: The step's arguments are sharded over another number of devices.
+    """
     leaves, tree = jax.tree.flatten(tuple(step.args))
     described = describe([getattr(leaf, "sharding", None) for leaf in leaves])
     placed = map(on_devices, leaves, rebuild(described, topology, target))

@@ -141,7 +141,7 @@ def run(
         row = order[:i].count(kind)
         mine = jax.tree.map(lambda x, row=row: x[row], ys[kind][1])
         mine |= {at: held[name] for at, name in shared[kind].items()}
-        if mine:  # NNX refuses an update at another trace level, so none is made without changes
+        if mine:  # without changes no update is needed, which NNX refuses at another trace level
             nnx.update(whole, with_values(state, mine))
     return put(carry, in_order([rest for rest, _ in ys], order), out)
 

@@ -135,7 +135,7 @@ class Part:
           scale: The bytes that XLA holds of the function, divided by the figure of `costs/held.py`.
 
         Returns:
-          The part; without a common function, the part as it is.
+          The part with the drafts; the unchanged part if it has no common function.
         """
         if self.region is None:
             return self
@@ -172,7 +172,11 @@ class Part:
         return self._in_turns(draft(pieces))
 
     def drafts(self, link: HostLink | None) -> Iterator[Draft]:
-        """Yields every draft of the part; without a link, no draft moves carries to the host."""
+        """Yields every draft of the part.
+
+        Args:
+          link: A device's link to the host; None if plans may not use the host.
+        """
         if self.is_stack:
             made = drafts(self.kinds, self.forward, self.num_blocks, link)
         else:
@@ -207,7 +211,12 @@ class Part:
 
 
 def join(parts: Sequence[Part], chosen: Sequence[Draft]) -> Draft:
-    """Returns the joint draft of all parts, from one chosen draft of each part."""
+    """Returns the joint draft of all parts.
+
+    Args:
+      parts: The parts, in the order in which their stacks run.
+      chosen: One draft of each part.
+    """
     names, params = zip(*((part.name, part.params_bytes) for part in parts), strict=True)
     return joined(names, chosen, params)
 

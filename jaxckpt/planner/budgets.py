@@ -66,6 +66,9 @@ def budget_bytes(budget: str | int | float, target: Target) -> int:
 def host_bytes(host_budget: str | int | float) -> int:
     """Returns the bytes of host memory that a plan may use.
 
+    Args:
+      host_budget: Bytes per device, such as `"32GiB"`; 0 for no host memory.
+
     Raises:
       ValueError: `host_budget` is not a size.
     """

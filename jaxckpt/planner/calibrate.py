@@ -74,6 +74,9 @@ def calibrate(stacks: Sequence[Stack]) -> Calibration:
 
     If a program was timed before on this kind of device and with these versions of JAX and jaxckpt,
     its seconds are read from disk.
+
+    Args:
+      stacks: The stacks that follow one plan.
     """
     found = [_of_block(stack) for stack in stacks]
     is_cpu = jax.default_backend() == "cpu"

@@ -57,10 +57,10 @@ def fit(
       step_for: `step_for(plan) -> (fn, args)`, the step under a `Plan`; or `(fn, args, options)`
         with `donate_argnums` and `static_argnums`. Arguments may be abstract.
       num_blocks: The number of blocks of each stack that follows the plan, L; by default tracing
-        finds the number. A mapping from stack names to numbers, such as `{"encoder": 12, "head":
-        1}`, gives each stack its own plan: `step_for` gets a mapping from names to plans, the
-        result has such a mapping, and all stacks share the budget. A function under
-        `jaxckpt.checkpoint` counts as 1 block.
+        finds the number. A mapping from names to numbers, such as `{"encoder": 12, "head": 1}`,
+        gives each stack its own plan: `step_for` gets a mapping from names to plans, the result
+        has such a mapping, and all stacks share the budget. A function under `jaxckpt.checkpoint`
+        counts as 1 block.
       target: The chip: `"local"`, or an absent chip, such as `"v5e-4"` or `"h100"`.
       budget: Bytes per device, such as `"15GiB"`; `"auto"` for all memory that a program may fill.
       host_budget: Bytes of pinned host memory per device that a plan may use, such as `"32GiB"`;

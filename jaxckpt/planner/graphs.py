@@ -1,6 +1,6 @@
 """Plans of one function's graph, or of a chain's blocks: what each segment keeps.
 
-    drafts = graph_drafts(region, rates)        # fastest first, one for each of a few peaks
+    drafts = region_drafts(Region(block, rates), none, full, turns)     # one for each of a few peaks
 
 The function's steps (`transforms/cuts.py`) are cut where few bytes are alive, into at most `_MOST`
 atoms. For each atom the program of `inside_block.py` gives the sets of values that are worth
@@ -50,7 +50,7 @@ from jaxckpt.transforms.cuts import Opened
 from jaxckpt.transforms.traced_block import TracedBlock, text_of
 from jaxckpt.transforms.value_names import counts
 
-_MOST = 48  # atoms
+_MOST = 48  # the most atoms of a function
 _PEAKS = 12  # the number of peaks that plans are made for
 _FRONT = 24  # the most states of one cut; a state is a pair of kept bytes and seconds
 _SHARES = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 64)  # bounds in `_points`, as shares of the bytes
@@ -342,11 +342,11 @@ class Region:
 
 
 def _shifted(policy: Policy, seen: Counter) -> Policy:
-    """Returns an atom's policy with names numbered for a segment in which other atoms come first.
+    """Returns an atom's policy, renumbered for a segment in which other atoms come first.
 
     Args:
-      policy: The policy as it names values of the atom alone.
-      seen: How many invented names the earlier atoms of the segment have, by word.
+      policy: A policy whose invented names count values of the atom only.
+      seen: The number of invented names of the segment's earlier atoms, by word.
     """
     names = []
     for name in policy.names:

@@ -74,7 +74,7 @@ class Kind:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Forward:
-    """The cost of one forward run of a block that keeps nothing."""
+    """The seconds and FLOPs of one forward run of a block that keeps nothing."""
 
     seconds: float
     flops: float

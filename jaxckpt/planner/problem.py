@@ -224,7 +224,13 @@ class Problem:
         )
 
     def result(self, rungs: Sequence[Draft], place: int, budget: int) -> FitResult:
-        """Returns the result for a budget whose fastest plan is the rung at `place`."""
+        """Returns the result for a budget.
+
+        Args:
+          rungs: The ladder.
+          place: The place of the rung of the chosen plan.
+          budget: The budget in bytes.
+        """
         candidates = tuple(map(self.candidate, rungs))
         chosen = candidates[place]
         own = rungs[place].by_name or (("", rungs[place]),)
@@ -311,7 +317,12 @@ def runs_of(step_flops: int, stack_flops: float) -> int:
 
 
 def row_of(stage: Stage, part: Part) -> Row:
-    """Returns a row of the bytes and recomputation of a part's bound stage."""
+    """Returns the bytes and the recomputation of a stage.
+
+    Args:
+      stage: A bound stage.
+      part: The part whose blocks the stage is for.
+    """
     count, none = stage.bound_count, part.kind("none")
     about: dict[str, Any] = {"stage": str(stage), "seconds": count * part.forward.seconds}
     about["none_bytes"] = int(count * none.kept_bytes)

@@ -41,7 +41,7 @@ class Candidate:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """Returns the candidate whose values `as_json` returned."""
+        """Returns the candidate whose JSON values `as_json` returned."""
         plan: Any = plan_of_json(values["plan"])
         return cls(**(values | {"plan": plan}))
 
@@ -231,7 +231,10 @@ class FitResult:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """Returns the result whose values `as_json` returned.
+        """Returns the result whose JSON values `as_json` returned.
+
+        Args:
+          values: The JSON values.
 
         Raises:
           KeyError, TypeError, PlanError: The values do not describe a result.
@@ -353,7 +356,10 @@ class BudgetError(UserError, ValueError):
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """Returns the error whose values `as_json` returned.
+        """Returns the error whose JSON values `as_json` returned.
+
+        Args:
+          values: The JSON values.
 
         Raises:
           KeyError, TypeError, PlanError: The values do not describe such an error.

@@ -171,7 +171,11 @@ class Steps:
         return self._traced[plan]
 
     def report(self, plan: Plan | PlanSet) -> MemoryReport:
-        """Returns the memory report of a plan's step; compiles the step if no report is known."""
+        """Returns the memory report of a plan's step; compiles the step if no report is known.
+
+        Raises:
+          Exception: The error of tracing or compiling the step.
+        """
         if plan not in self.compiled:
             with self.compiling([plan]):
                 pass
@@ -291,7 +295,11 @@ _FULL, _NONE = Plan.parse("full"), Plan.parse("none")
 def check_blocks(
     blocks: Sequence | Mapping[str, Sequence] | None, num_blocks: int | Mapping[str, int] | None
 ):
-    """Checks the argument `block` of `fit` against its `num_blocks`.
+    """Checks the arguments `block` and `num_blocks` of `fit`.
+
+    Args:
+      blocks: The argument `block`.
+      num_blocks: The argument `num_blocks`.
 
     Raises:
       ValueError: `block` is given without `num_blocks`, or the names of the two arguments differ.
@@ -313,7 +321,12 @@ def check_blocks(
 
 
 def everywhere(num_blocks: int | Mapping[str, int] | None, plan: str) -> Plan | PlanSet:
-    """Returns one plan for all blocks, in the form that `step_for` takes."""
+    """Returns one plan for all blocks, in the form that `step_for` takes.
+
+    Args:
+      num_blocks: A mapping by name for plans by name; else the result is one plan.
+      plan: The plan's text, without counts.
+    """
     is_named = isinstance(num_blocks, Mapping)
     return PlanSet.same(num_blocks, plan) if is_named else Plan.parse(plan)
 
