@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping
 
+from jaxckpt.plans.errors import check_count
 from jaxckpt.targets.present import usable_bytes
 from jaxckpt.targets.target import Target
 from jaxckpt.units import iec, parse_bytes
@@ -28,14 +29,9 @@ def check_asked(num_blocks: int | Mapping[str, int] | None):
                 "{'encoder': 12, 'decoder': 24}"
             )
         for name, count in num_blocks.items():
-            _check_count(f"num_blocks[{name!r}]", count)
+            check_count(f"num_blocks[{name!r}]", count, " of blocks")
     else:
-        _check_count("num_blocks", num_blocks)
-
-
-def _check_count(what: str, count):
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"{what} is {count!r}; a stack has a whole number, at least 1")
+        check_count("num_blocks", num_blocks, " of blocks")
 
 
 def budget_bytes(budget: str | int | float, target: Target) -> int:

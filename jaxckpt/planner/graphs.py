@@ -1,6 +1,6 @@
 """Plans of one function's graph, or of a chain's blocks: what each segment keeps.
 
-    drafts = region_drafts(Region(block, rates), none, full, turns)     # one for each of a few peaks
+    drafts = region_drafts(Region(block, rates), none, full, turns)  # one for each of a few peaks
 
 The function's steps (`transforms/cuts.py`) are cut where few bytes are alive, into at most `_MOST`
 atoms. For each atom the program of `inside_block.py` gives the sets of values that are worth

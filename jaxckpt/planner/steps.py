@@ -6,7 +6,6 @@
 
 import contextlib
 import copy
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -27,9 +26,8 @@ from jaxckpt.plans.errors import nearest
 from jaxckpt.plans.plan_set import PlanSet, plan_json
 from jaxckpt.targets.target import Target
 from jaxckpt.transforms.observers import observed
+from jaxckpt.transforms.traced_block import text_of
 
-# A jaxpr's text shows the addresses of functions in parameters, which differ in each trace.
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _OPTIONS = ("donate_argnums", "static_argnums")
 
 
@@ -281,12 +279,7 @@ def _devices(args: Sequence) -> list[list[int]]:
 
 def is_same_program(one: Trace, other: Trace) -> bool:
     """Returns whether two traces have equal programs."""
-    return program_text(one.jaxpr) == program_text(other.jaxpr)
-
-
-def program_text(jaxpr) -> str:
-    """Returns a jaxpr as text; equal programs have equal texts."""
-    return _ADDRESS.sub("", str(jaxpr))
+    return text_of(one.jaxpr) == text_of(other.jaxpr)
 
 
 _FULL, _NONE = Plan.parse("full"), Plan.parse("none")

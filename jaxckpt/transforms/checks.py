@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxckpt.plans import Plan, PlanError, Policy, words
-from jaxckpt.plans.errors import check_count, shown
+from jaxckpt.plans.errors import shown
 from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms import jaxprs, policies, tags, value_names
 from jaxckpt.transforms.traced_block import TracedBlock, abstract
@@ -63,11 +63,6 @@ def steps_of(xs, length: int | None) -> int:
     if length is not None and operator.index(length) != found:
         raise ValueError(f"length is {length}, but the leading size of xs is {found}")
     return found
-
-
-def check_unroll(unroll):
-    """Raises `ValueError` unless `unroll` is a positive whole number."""
-    check_count("unroll", unroll, " of blocks")
 
 
 def check_pair(made):

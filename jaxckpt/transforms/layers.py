@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxckpt.plans import Plan
-from jaxckpt.plans.errors import shown
+from jaxckpt.plans.errors import check_count, shown
 from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms.arguments import apart, part, put
 from jaxckpt.transforms.chain import chain
-from jaxckpt.transforms.checks import check_consts, check_unroll, stack_length
+from jaxckpt.transforms.checks import check_consts, stack_length
 from jaxckpt.transforms.mixed import run_mixed
 from jaxckpt.transforms.scan import scan
 
@@ -129,7 +129,7 @@ def run_rows(
     Returns:
       The last carry, and for each kind the ys of its layers, stacked.
     """
-    check_unroll(unroll)
+    check_count("unroll", unroll, " of blocks")
     if unroll >= len(rows) and not has_rest:
 
         def block(state, i):

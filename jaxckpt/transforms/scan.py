@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxckpt.plans import Plan
-from jaxckpt.plans.errors import shown
+from jaxckpt.plans.errors import check_count, shown
 from jaxckpt.schedules.of_stage import under_loss
 from jaxckpt.schedules.schedule import Schedule
 from jaxckpt.transforms import checkpointed as reference
@@ -25,7 +25,6 @@ from jaxckpt.transforms.checks import (
     check_policies,
     check_rerun,
     check_schedule,
-    check_unroll,
     steps_of,
 )
 from jaxckpt.transforms.policies import GivenPolicy, all_of, plan_and_policy
@@ -113,7 +112,7 @@ def looped(
       reverse: Runs from the last x to the first.
       nested: Runs schedules by nested `jax.checkpoint` instead of the executor.
     """
-    check_unroll(unroll)
+    check_count("unroll", unroll, " of blocks")
     xs, carry, consts = as_arrays((xs, init, consts))
     remat, given = (remat, None) if isinstance(remat, Schedule) else plan_and_policy(remat)
     if isinstance(remat, Schedule):

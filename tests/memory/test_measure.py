@@ -151,11 +151,19 @@ class Node:
 
 
 MODEL = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+
+
+class Shared(nnx.Module):
+    def __init__(self):
+        self.first, self.kernel = MODEL, MODEL.kernel
+        self.last = nnx.Linear(4, 2, rngs=nnx.Rngs(1))
+
+
 TREES = {
     "module": MODEL,
     "state": nnx.state(MODEL),
     "variable": MODEL.kernel,
-    "shared": nnx.List([MODEL, MODEL.kernel, nnx.Linear(4, 2, rngs=nnx.Rngs(1))]),
+    "shared": Shared(),
     "equinox": eqx.nn.LayerNorm(4),
     "node": Node(jnp.ones(3), {"a": Node(jnp.arange(2))}),
     "key": jax.random.split(jax.random.key(0)),
@@ -182,7 +190,7 @@ def test_every_tree_travels_as_its_leaves(kind):
 def test_names_and_shardings_are_those_of_the_leaves():
     mesh = AbstractMesh((2,), ("x",), axis_types=(AxisType.Auto,))
     spread = lambda *names: NamedSharding(mesh, PartitionSpec(*names))
-    state = nnx.state(nnx.List([nnx.Linear(4, 4, rngs=nnx.Rngs(0)) for _ in range(11)]))
+    state = [nnx.state(nnx.Linear(4, 4, rngs=nnx.Rngs(0))) for _ in range(11)]
     place = lambda path, x: jax.ShapeDtypeStruct(
         x.shape, x.dtype, sharding=spread(None, "x") if "kernel" in str(path) else spread()
     )
