@@ -348,7 +348,7 @@ def plans_of_the_long_world(config, target, budget=None, progress=None):
     found = {"plan": jaxckpt.Plan.parse("full"), "report": report(long_world(config))}
     if found["report"].peak_bytes > limit:
         raise BudgetError(budget_bytes=limit, parts={}, **found)
-    found |= {"budget_bytes": limit, "why": "", "keeps": (), "candidates": (), "chosen": None}
+    found |= {"budget_bytes": limit, "rows": (), "candidates": (), "chosen": None}
     return FitResult(**found, num_compiles=1)
 
 
