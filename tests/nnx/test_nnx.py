@@ -86,7 +86,7 @@ def without_remat():
 @pytest.mark.heavy
 @pytest.mark.parametrize("plan", PLANS)
 def test_values_and_gradients_with_dropout_equal_none(plan, without_remat):
-    assert relative_error(outcomes(Model(plan)), without_remat) <= 1e-6
+    assert relative_error(outcomes(Model(plan)), without_remat) <= 1e-5
 
 
 @pytest.mark.slow
@@ -99,7 +99,7 @@ def test_a_stack_equals_the_loop_of_its_blocks(plan):
         blocks = [loop_grads[0][f"block_{i}"] for i in range(NUM_BLOCKS)]
         stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *blocks)
         loop_grads[0] = {"head": loop_grads[0]["head"], "layers": {"blocks": stacked}}
-        assert relative_error((loss, grads), (loop_loss, loop_grads)) <= 1e-6
+        assert relative_error((loss, grads), (loop_loss, loop_grads)) <= 1e-5
 
 
 @pytest.mark.slow

@@ -120,9 +120,9 @@ def test_gradients_equal_those_without_remat(place):
     plan = fitted(budgets()[place]).plan
     loss, grads = jax.jit(steps.step_for(plan)[0])(*args)
     expected_loss, expected = jax.jit(steps.step_for("none")[0])(*args)
-    assert loss == expected_loss
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
     for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-6 * np.abs(other).max(), rtol=0)
+        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max(), rtol=0)
 
 
 @pytest.mark.slow
