@@ -6,9 +6,6 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-# Compilers take half of the time without most optimizations. Peaks and values stay, up to rounding.
-jax.config.update("jax_disable_most_optimizations", True)
-
 # The cases of a slow test that the gate runs; the others are `heavy` beside it.
 _GATE_CASES = 2
 
@@ -27,6 +24,15 @@ def same_cache_of_executables():
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
+
+
+def pytest_configure(config):
+    """Compiles quick tests without most optimizations, in half of the time.
+
+    Peaks stay, and values up to rounding. Slow tests compare values more closely.
+    """
+    if "not slow" in config.option.markexpr:
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at marks
