@@ -10,7 +10,7 @@ MaxText has its own names for saved values. The same values have these tags in
 | --- | --- |
 | `query_proj`, `key_proj`, `value_proj` | `q`, `k`, `v` |
 | `context` (the attention kernel's output and softmax statistics) | the policy `attention` |
-| `out_proj` | `mid`: the residual stream after adding `out_proj`, of the same size |
+| `out_proj` | `mid`: the residual stream after adding `out_proj`; both have one size |
 | `mlpwi_0`, `mlpwi_1` | `gate`, `up` |
 | `mlpwo` | none: no backward pass reads it, so that JAX does not keep it |
 

@@ -91,7 +91,7 @@ def abstract_block(config: TrainConfig, params):
 
     It is the block that the stack runs, so untagged values have the same names: the plan decides
     whether parameters are cast outside of the block or inside. On a mesh the block has the
-    sequences of one device, but all heads and widths, also those that `tensor` shards.
+    sequences of one device, but all heads and whole widths, although `tensor` shards them.
 
     Args:
       config: A configuration that is resolved for its target.

@@ -153,7 +153,7 @@ def make_train_step(config: TrainConfig):
     """Returns `train_step(state, batch) -> (state, metrics)`, to be jitted with `state` donated.
 
     `batch` is tokens, `[batch_size, seq_len + 1]` integers: inputs and, shifted by one, targets.
-    With `config.pack` it is a pair: tokens, and segment ids of the same shape. The metrics are
+    With `config.pack` it is a pair: tokens, and segment ids in the shape of tokens. The metrics are
     scalars: `loss` in nats per token, `gradient_norm` before clipping, `skipped` and
     `skipped_in_row`. If gradients are not finite, only the two counts and the step's number change,
     so that the next step reads new data. In float16 the loss scale is halved as well.

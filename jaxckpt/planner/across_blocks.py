@@ -184,8 +184,8 @@ class Draft:
       seconds: Seconds of the forward pass, recomputation and the backward pass.
       flops: FLOPs of the forward pass, recomputation and the backward pass.
       predicted_bytes: The peak of the whole step; 0 while figures are of the stacks alone.
-      doubt: The share by which the prediction may be too high, as long as no plan of the same
-        family is compiled.
+      doubt: The share by which the prediction may be too high. It counts until a plan of this
+        draft's family is compiled.
       graph: The digests of the function that the stages are segments of; empty for stages of
         blocks.
       rows: What each stage of a graph's plan keeps and recomputes.

@@ -370,7 +370,7 @@ def _check_segment(stage: Stage) -> Stage:
     """Returns a stage that can be a segment of a function; raises `PlanError` for another."""
     if stage.schedule not in ("none", "full") or stage.offloads_carry:
         raise PlanError(
-            f"{str(stage)!r} cannot be a segment of a function; a segment is none, full or "
+            f"{str(stage)!r} cannot be a segment of a function; valid segments are none, full and "
             "policies such as names:q or dots, with the number of its steps before it"
         )
     return stage

@@ -36,8 +36,8 @@ class GivenPolicy:
       function: `function(primitive, *avals, **params)`.
 
     Raises:
-      PlanError: The function does not take these arguments or has no hash. When it is called: its
-        answer is none of the answers that `jax.checkpoint` knows.
+      PlanError: The function does not take these arguments or has no hash. When it is called: it
+        returns a value that `jax.checkpoint` does not take.
     """
 
     function: Callable

@@ -272,7 +272,7 @@ def test_the_layer_that_changes_the_carry_is_named():
 
 
 def test_an_odd_layer_is_planned_and_costed_by_the_others():
-    """Its parameters are not copied, and the planner sees a layer of those that repeat."""
+    """The odd layer's parameters are not copied, and the planner costs a layer that repeats."""
     layers = layers_of("baaaaa")
     keys = jax.random.split(jax.random.key(1), len(layers))
     calls = []
