@@ -6,9 +6,6 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-# The cases of a slow test that the gate runs; the others are `heavy` beside it.
-_GATE_CASES = 2
-
 _NAMES = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
 
@@ -37,14 +34,11 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at marks
 def pytest_collection_modifyitems(items):
-    """Marks a slow test's cases `heavy`, but for a few that are spread over all of them."""
+    """Marks a slow test's cases `heavy`, except for the first and the last case."""
     families = collections.defaultdict(list)
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("heavy"):
             families[item.nodeid.partition("[")[0]].append(item)
     for cases in families.values():
-        last = len(cases) - 1
-        kept = {round(n * last / (_GATE_CASES - 1)) for n in range(_GATE_CASES)}
-        for place, item in enumerate(cases):
-            if place not in kept:
-                item.add_marker("heavy")
+        for item in cases[1:-1]:
+            item.add_marker("heavy")

@@ -33,7 +33,7 @@ def show(rows: Sequence[FitRow], settings: TrainConfig, largest: str | None = No
                 text = str(row.auto) if settings.explain else row.auto.summary
                 console.print(text, markup=False)
                 if flags := _more_flags(row.config, settings):
-                    console.print(f"  more flags   {flags}", markup=False)
+                    console.print(f"  flags      {flags}", markup=False)
         too_much = excess(mine[0].budget_bytes, target)
         if too_much is not None:
             console.print(f"warning: {too_much}", markup=False)
