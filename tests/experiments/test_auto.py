@@ -57,7 +57,7 @@ def folders(tmp_path_factory):
     """Own folders for what is kept on disk; programs are compiled fast, to the same peaks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXCKPT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        before = jax.config.jax_disable_most_optimizations
+        before = jax.config.values["jax_disable_most_optimizations"]
         jax.config.update("jax_disable_most_optimizations", True)
         jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
