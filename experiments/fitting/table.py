@@ -8,7 +8,7 @@ from rich.table import Table
 from experiments.config import TrainConfig
 from experiments.fitting.row import FitRow
 from experiments.training.choose_plan import excess
-from jaxckpt.memory.findings import peak_not_below_none
+from jaxckpt.memory.finding import peak_not_below_none
 from jaxckpt.targets.target import parse_target
 from jaxckpt.units import iec
 

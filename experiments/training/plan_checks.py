@@ -6,7 +6,7 @@ from dataclasses import replace
 from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.memory.built_step import BuiltStep, stack_bytes
 from jaxckpt.memory.explain import explain
-from jaxckpt.memory.findings import peak_not_below_none
+from jaxckpt.memory.finding import peak_not_below_none
 from jaxckpt.memory.measure import compile_step
 from jaxckpt.plans import as_plan
 from jaxckpt.units import iec

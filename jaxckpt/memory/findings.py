@@ -24,29 +24,12 @@ from jaxckpt.costs.flat import Flat, Step, bodies, flatten, where
 from jaxckpt.costs.fusion import is_view
 from jaxckpt.costs.residuals import Trace, check_arguments, checkpointed, is_identity, origin_of
 from jaxckpt.costs.roofline import Rates, estimate
+from jaxckpt.memory.finding import Finding
 from jaxckpt.plans import Plan, Policy, Stage, as_plan, words
 from jaxckpt.transforms import jaxprs, value_names
 from jaxckpt.transforms.checks import check_policies
 from jaxckpt.transforms.traced_block import abstract
 from jaxckpt.units import iec
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Finding:
-    """A plan, or a part of a plan, that does nothing.
-
-    Attributes:
-      code: `dots-save-nothing`, `tag-on-output`, `tag-not-needed`, `remat-undone`,
-        `peak-not-below-none`, `head-sets-peak`, `block-sets-peak` or `carry-slow-to-move`.
-      message: One line with the fault and the advice.
-    """
-
-    code: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.message} [{self.code}]"
-
 
 _FULL = Stage(schedule="full")
 
@@ -187,28 +170,6 @@ def _num_steps(block: Callable, args, stage: Stage) -> int:
 def _all_steps(flat: Flat) -> list[Step]:
     inner = [found for step in flat.steps for body in bodies(step) for found in _all_steps(body)]
     return [*flat.steps, *inner]
-
-
-def peak_not_below_none(
-    plan: str | Plan, report: MemoryReport, none_report: MemoryReport
-) -> tuple[Finding, ...]:
-    """Returns a finding if a plan's compiled peak is not below the peak of `none`.
-
-    Args:
-      plan: The plan of the step; `none` itself has no finding.
-      report: The report of the step under the plan.
-      none_report: The report of the step under `none`, on the same target.
-    """
-    if all(stage.schedule == "none" for stage in as_plan(plan).stages):
-        return ()
-    if report.peak_bytes < none_report.peak_bytes:
-        return ()
-    message = (
-        f"plan {str(plan)!r} saves no memory: its peak is {iec(report.peak_bytes)}, that of none "
-        f"is {iec(none_report.peak_bytes)}; use none, which is faster, or look for what else sets "
-        "the peak (optimizer state, the loss head, a single block)"
-    )
-    return (Finding(code="peak-not-below-none", message=message),)
 
 
 def carry_slow_to_move(

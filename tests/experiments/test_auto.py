@@ -222,9 +222,10 @@ def test_a_plan_that_moves_more_than_the_hosts_budget_is_refused():
 def refused(command, flags, capsys) -> str:
     with pytest.raises(SystemExit) as stop:
         main(command, flags)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
-    return err
+    *progress, error = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and error.startswith("error: "), error
+    assert all(line.startswith("auto on ") for line in progress), progress
+    return error
 
 
 def out_of(command, folder) -> list[str]:

@@ -373,3 +373,10 @@ def test_what_cannot_be_calibrated_is_refused(flags, message, capsys):
         main(fit, ["--calibrate", *flags])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_table_for_an_absent_chip_imports_no_jax():
+    """Two processes with JAX would share the memory of a present chip."""
+    code = "import sys, experiments.fitting.table\nprint('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -11,14 +11,13 @@ from jaxckpt import PlanError
 from jaxckpt.compiled.buffers import read_buffers
 from jaxckpt.costs.roofline import Rates
 from jaxckpt.memory.explain import explain
+from jaxckpt.memory.finding import Finding, peak_not_below_none
 from jaxckpt.memory.findings import (
-    Finding,
     block_sets_peak,
     carry_slow_to_move,
     count_products,
     findings_of_block,
     head_sets_peak,
-    peak_not_below_none,
     undone_remat,
 )
 from tests.transforms import cases
