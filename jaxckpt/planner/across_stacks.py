@@ -157,6 +157,25 @@ class Part:
         """Returns the kind `none` or `full`."""
         return next(k for k in self.plain if not k.policies and k.schedule == schedule)
 
+    @property
+    def keeping(self) -> Kind:
+        """The kind whose policies keep most on the device; `full` if no kind has policies."""
+        kinds = (kind for kind in self.kinds if kind.policies and not kind.host_bytes)
+        own = max(kinds, key=lambda kind: kind.kept_bytes, default=None)
+        return own if own is not None and self.is_stack else self.kind("full")
+
+    def holding(self, more_bytes: float) -> "Part":
+        """Returns the part with more bytes held in reverse by kinds that keep as much as `keeping`."""
+        keeping = self.keeping
+
+        def change(kind: Kind) -> Kind:
+            if not keeping.policies or kind.kept_bytes < keeping.kept_bytes or not kind.policies:
+                return kind
+            live = kind.live_bytes + self.turns * more_bytes
+            return dataclasses.replace(kind, live_bytes=max(live, 0.0))
+
+        return self.changed(change)
+
     def changed(self, change: Callable[[Kind], Kind]) -> "Part":
         """Returns the part with `change` applied to every kind."""
         kinds, plain = (tuple(map(change, found)) for found in (self.kinds, self.plain))
