@@ -165,16 +165,14 @@ class Part:
         return own if own is not None and self.is_stack else self.kind("full")
 
     def holding(self, more_bytes: float) -> "Part":
-        """Returns the part with more bytes held in reverse by kinds that keep as much as `keeping`."""
-        keeping = self.keeping
+        """Returns the part whose reversal holds more bytes under `keeping` and its equals."""
+        keeping, live = self.keeping, lambda kind: kind.live_bytes + self.turns * more_bytes
 
         def change(kind: Kind) -> Kind:
-            if not keeping.policies or kind.kept_bytes < keeping.kept_bytes or not kind.policies:
-                return kind
-            live = kind.live_bytes + self.turns * more_bytes
-            return dataclasses.replace(kind, live_bytes=max(live, 0.0))
+            is_equal = kind.policies and kind.kept_bytes == keeping.kept_bytes
+            return dataclasses.replace(kind, live_bytes=max(live(kind), 0.0)) if is_equal else kind
 
-        return self.changed(change)
+        return self.changed(change) if keeping.policies else self
 
     def changed(self, change: Callable[[Kind], Kind]) -> "Part":
         """Returns the part with `change` applied to every kind."""
