@@ -70,7 +70,7 @@ def run_of(kind: Kind, count: int) -> Piece:
         kept_bytes=count * kind.kept_bytes,
         largest_bytes=count * kind.largest_bytes,
         host_bytes=count * kind.host_bytes,
-        live_bytes=kind.live_bytes if is_copied else 0.0,
+        live_bytes=kind.live_bytes if is_copied else kind.gathered_bytes,
         seconds=count * kind.seconds,
         flops=count * kind.flops,
     )

@@ -157,6 +157,23 @@ class Part:
         """Returns the kind `none` or `full`."""
         return next(k for k in self.plain if not k.policies and k.schedule == schedule)
 
+    @property
+    def keeping(self) -> Kind:
+        """The kind whose policies keep most on the device; `full` if no kind has policies."""
+        kinds = (kind for kind in self.kinds if kind.policies and not kind.host_bytes)
+        own = max(kinds, key=lambda kind: kind.kept_bytes, default=None)
+        return own if own is not None and self.is_stack else self.kind("full")
+
+    def holding(self, more_bytes: float) -> "Part":
+        """Returns the part whose reversal holds more bytes under `keeping` and its equals."""
+        keeping, live = self.keeping, lambda kind: kind.live_bytes + self.turns * more_bytes
+
+        def change(kind: Kind) -> Kind:
+            is_equal = kind.policies and kind.kept_bytes == keeping.kept_bytes
+            return dataclasses.replace(kind, live_bytes=max(live(kind), 0.0)) if is_equal else kind
+
+        return self.changed(change) if keeping.policies else self
+
     def changed(self, change: Callable[[Kind], Kind]) -> "Part":
         """Returns the part with `change` applied to every kind."""
         kinds, plain = (tuple(map(change, found)) for found in (self.kinds, self.plain))

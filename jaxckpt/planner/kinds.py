@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 
-from jaxckpt.costs.flat import Flat, flatten
+from jaxckpt.costs.flat import Flat, Value, flatten
 from jaxckpt.costs.flops import count_flops
 from jaxckpt.costs.residuals import origin_of
 from jaxckpt.costs.roofline import Rates, estimate
@@ -43,9 +43,11 @@ class Kind:
       policies: The policies of `full`, which say what is kept.
       kept_bytes: Bytes kept on the device from the forward to the backward pass.
       largest_bytes: Bytes of the largest kept array of one stack.
+      shapes: The shapes `[L, ...]` of the arrays that are kept of all blocks of a stack.
       host_bytes: Bytes kept on the host from the forward to the backward pass.
       live_bytes: Bytes of all residuals that the block's reversal holds: recomputed residuals and
         copies of kept residuals.
+      gathered_bytes: The part of `live_bytes` that comes from other devices, also for one block.
       params_bytes: Bytes of the block's parameters, and so of the parameters' gradients.
       seconds: Seconds of forward pass, recomputation and backward pass, with transfers to the host.
       flops: FLOPs of matrix products and attention kernels in forward pass, recomputation and
@@ -57,8 +59,10 @@ class Kind:
     policies: tuple[Policy, ...] = ()
     kept_bytes: float
     largest_bytes: float = 0.0
+    shapes: frozenset[tuple[int, ...]] = frozenset()
     host_bytes: float = 0.0
     live_bytes: float
+    gathered_bytes: float = 0.0
     params_bytes: float = 0.0
     seconds: float
     flops: float
@@ -101,9 +105,14 @@ def kind_cost(stacks: Sequence[Stack], stage: Stage, rates: Rates, residual_byte
       residual_bytes: The bytes that one block keeps under `none`; None if `stage` is `none`.
     """
     kept = largest = host = seconds = flops = 0.0
+    shapes = set()
     for stack in stacks:
         jaxpr, num_kept = _gradient(stack, stage)
-        on_device, on_host = _kept(flatten(jaxpr), num_kept)
+        arrays, on_host = _kept(flatten(jaxpr), num_kept)
+        on_device = [value.nbytes for value in arrays]
+        if stack.num_blocks > 1:
+            found = {tuple(value.aval.shape) for value in arrays}
+            shapes |= {shape for shape in found if shape[:1] == (stack.num_blocks,)}
         kept += sum(on_device) / stack.num_blocks
         largest = max(largest, max(on_device, default=0) / stack.num_blocks)
         host += sum(on_host) / stack.num_blocks
@@ -119,6 +128,7 @@ def kind_cost(stacks: Sequence[Stack], stage: Stage, rates: Rates, residual_byte
         policies=stage.policies,
         kept_bytes=kept,
         largest_bytes=largest,
+        shapes=frozenset(shapes),
         host_bytes=host,
         live_bytes=kept if residual_bytes is None else residual_bytes,
         params_bytes=sum(stack.params_bytes / stack.num_blocks for stack in stacks),
@@ -196,8 +206,8 @@ def _gradient(stack: Stack, stage: Stage):
     return jaxpr, count[-1]
 
 
-def _kept(flat: Flat, count: int) -> tuple[list[int], list[int]]:
-    """Returns the device bytes and host bytes of the last `count` outputs, except inputs."""
+def _kept(flat: Flat, count: int) -> tuple[list[Value], list[int]]:
+    """Returns the device values and host bytes of the last `count` outputs, except inputs."""
     device, host = [], []
     for value in dict.fromkeys(flat.outputs[len(flat.outputs) - count :]):
         origin = origin_of(value)
@@ -206,7 +216,7 @@ def _kept(flat: Flat, count: int) -> tuple[list[int], list[int]]:
         if getattr(value.aval, "memory_space", None) == jax.memory.Space.Host:
             host.append(value.nbytes)
         else:
-            device.append(value.nbytes)
+            device.append(value)
     return device, host
 
 

@@ -12,21 +12,24 @@ On a TPU v5e, with 28 blocks of Qwen3-0.6B's width, the error is within 0.1 % fo
 two stages, for every split.
 
 Several devices (`Spread`): blocks are traced as if one device ran them. The partitioner chooses how
-many devices share the kept values, and what the devices send. Its choice for carries is read from
-the arrays that the compiled `full` holds. The peaks and collectives of `none` and `full` give its
-other choices.
+many devices share the kept values, and what the devices send. Its choices are read from the
+arrays that compiled plans hold: carries from `full`, residuals from `none`, and what policies keep
+from a third anchor, whose blocks keep most under policies. If no array is recognized, the peaks of
+`none` and `full` tell. Their collectives tell what is sent. The peak of the third anchor also gives
+what a reversal holds under its policies.
 """
 
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from jaxckpt.compiled.buffers import Buffer
 from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.planner.across_blocks import Draft, run_of
 from jaxckpt.planner.across_stacks import Part, join
 from jaxckpt.planner.kinds import Forward, Kind
-from jaxckpt.planner.stacks import Stack
 
 _BISECTIONS = 120
 _SAME = 1e-3  # peaks closer than this share are equal to the model
@@ -39,7 +42,14 @@ def all_under(parts: Sequence[Part], schedule: str) -> Draft:
     return join(parts, [part.draft(run(part)) for part in parts])
 
 
-def as_compiled(parts: Sequence[Part], worst_bytes: float) -> tuple[Part, ...]:
+def all_keeping(parts: Sequence[Part]) -> Draft:
+    """Returns the draft that treats every block by the kind whose policies keep most."""
+    return join(parts, [part.draft(run_of(part.keeping, part.num_blocks)) for part in parts])
+
+
+def as_compiled(
+    parts: Sequence[Part], worst_bytes: float, *, is_spread: bool = False
+) -> tuple[Part, ...]:
     """Returns the parts with one common share, fitted so that they hold `worst_bytes` under `none`.
 
     If the peak of `none` is not inside a reversal, many shares give `worst_bytes`. The share is
@@ -48,34 +58,42 @@ def as_compiled(parts: Sequence[Part], worst_bytes: float) -> tuple[Part, ...]:
     Args:
       parts: The parts, with the bytes that JAX keeps.
       worst_bytes: The peak of `none` without the offset.
+      is_spread: Whether several devices run the step together.
     """
-    worst = lambda share: all_under([_compiled(part, share) for part in parts], "none").worst_bytes
+    made = lambda share: tuple(_compiled(part, share, is_spread) for part in parts)
+    worst = lambda share: all_under(made(share), "none").worst_bytes
     is_plain = math.isclose(worst(1.0), worst_bytes, rel_tol=_SAME)
     low, high = (1.0, 1.0) if is_plain else (0.0, _MOST_SHARE)
     for _ in range(_BISECTIONS):
         share = (low + high) / 2
         low, high = (low, share) if worst(share) > worst_bytes else (share, high)
-    return tuple(_compiled(part, high) for part in parts)
+    return made(high)
 
 
-def _compiled(part: Part, share: float) -> Part:
+def _compiled(part: Part, share: float, is_spread: bool) -> Part:
     """Returns a part whose `none` keeps a share of the bytes that JAX keeps.
 
     A share below 1 means that XLA drops some residuals, but never a block's input. With a share
     above 1, the excess is held while a block is reversed; a stack of one block keeps the excess.
-    The other kinds change in proportion to the bytes that they keep in addition to the input.
+    The other kinds change in proportion to the bytes that they keep in addition to the input. On
+    several devices an excess above what one block keeps is more than copies: a reversal gathers
+    arrays from other devices. It gathers them under every kind; what `full` gathers is in the
+    offset.
     """
     none, full = part.kind("none"), part.kind("full")
     kept_share = share if part.num_blocks == 1 else min(share, 1.0)
     kept = max(kept_share * none.kept_bytes, full.kept_bytes)
     held = (share - kept_share) * max(none.kept_bytes, 1.0)
+    gathered = held if is_spread and held > none.kept_bytes else 0.0
     fused_share = (none.live_bytes - held) / max(none.kept_bytes - full.kept_bytes, 1.0)
 
     def change(kind: Kind) -> Kind:
         if kind.schedule == "none":
-            return dataclasses.replace(kind, kept_bytes=kept, live_bytes=held)
+            own = {"live_bytes": held, "gathered_bytes": gathered}
+            return dataclasses.replace(kind, kept_bytes=kept, **own)
         read = fused_share * (kind.kept_bytes - full.kept_bytes)
-        return dataclasses.replace(kind, live_bytes=max(kind.live_bytes - read, 0.0))
+        least = gathered if kind.policies else 0.0
+        return dataclasses.replace(kind, live_bytes=max(kind.live_bytes - read, least))
 
     return part.changed(change)
 
@@ -116,7 +134,8 @@ class Spread:
     Attributes:
       num_devices: The number of devices. All devices share the parameters.
       carry_parts: The number of devices that share a block's input.
-      parts: The number of devices that share the other residuals; a divisor of `num_devices`.
+      parts: The number of devices that share the other residuals under `none`.
+      policy_parts: The number of devices that share what policies keep besides a block's input.
       sent_seconds: Seconds of communication of a step that recomputes no block.
       again_seconds_per_flop: Seconds of communication per recomputed FLOP. Recomputation gathers
         the parameters a second time.
@@ -124,33 +143,42 @@ class Spread:
 
     num_devices: int = 1
     carry_parts: float = 1
-    parts: int = 1
+    parts: float = 1
+    policy_parts: float = 1
     sent_seconds: float = 0.0
     again_seconds_per_flop: float = 0.0
 
     @classmethod
     def of(
         cls,
-        stacks: Iterable[Stack],
+        parts: Sequence[Part],
         traced_bytes: float,
         again_flops: float,
         full: MemoryReport,
         none: MemoryReport,
+        keeping: MemoryReport | None = None,
     ) -> "Spread":
-        """Returns the spread that the reports of two compiled plans show.
+        """Returns the spread that the reports of compiled plans show.
 
         Args:
-          stacks: All stacks that follow a plan.
+          parts: The parts of the step, as traced.
           traced_bytes: The bytes that all stacks, as traced, hold under `none` minus under `full`.
           again_flops: The FLOPs that all stacks of a step recompute under `full`.
           full: The report of the step whose blocks are all `full`.
           none: The report of the step whose blocks are all `none`.
+          keeping: The report of the step whose blocks all keep most under policies.
         """
         if full.num_devices == 1:
             return cls()
         ratio = traced_bytes / max(none.peak_bytes - full.peak_bytes, 1)
         sizes = [n for n in range(1, full.num_devices + 1) if full.num_devices % n == 0]
-        parts = min(sizes, key=lambda n: abs(math.log(max(ratio, 1e-9) / n)))
+        likely = _nearest(sizes, ratio)
+        kinds = lambda schedule: [part.kind(schedule) for part in parts]
+        kept_parts = _parts_of_kept(kinds("none"), none, likely, full.buffers)
+        policy_parts = kept_parts
+        if keeping is not None:
+            kept = [part.keeping for part in parts]
+            policy_parts = _parts_of_kept(kept, keeping, kept_parts, full.buffers)
         # If the compiler refused a step for its size, the report has no collectives. The step then
         # counts as sending as much as the other step, or nothing if both steps were refused.
         told = [report.collective_seconds for report in (none, full)]
@@ -158,8 +186,9 @@ class Spread:
         again = max(sent[1] - sent[0], 0.0)
         return cls(
             num_devices=full.num_devices,
-            carry_parts=_carry_parts(stacks, full) or parts,
-            parts=parts,
+            carry_parts=_parts_of_kept(kinds("full"), full, kept_parts),
+            parts=kept_parts,
+            policy_parts=policy_parts,
             sent_seconds=sent[0],
             again_seconds_per_flop=again / again_flops if again_flops else 0.0,
         )
@@ -172,14 +201,17 @@ class Spread:
           none: The kind `none` of the block, as traced.
           full: The kind `full` of the block, which keeps only a block's input.
         """
-        carry = full.kept_bytes
-        share = lambda size: min(size, carry) / self.carry_parts + max(size - carry, 0) / self.parts
+        carry, kept_parts = full.kept_bytes, self.policy_parts if kind.policies else self.parts
+
+        def share(size: float, parts: float) -> float:
+            return min(size, carry) / self.carry_parts + max(size - carry, 0) / parts
+
         return dataclasses.replace(
             kind,
-            kept_bytes=share(kind.kept_bytes),
-            host_bytes=kind.host_bytes / self.parts,
-            live_bytes=share(kind.live_bytes),
-            largest_bytes=share(kind.largest_bytes),
+            kept_bytes=share(kind.kept_bytes, kept_parts),
+            host_bytes=kind.host_bytes / kept_parts,
+            live_bytes=share(kind.live_bytes, self.parts),
+            largest_bytes=share(kind.largest_bytes, kept_parts),
             params_bytes=kind.params_bytes / self.num_devices,
             seconds=kind.seconds + (kind.flops - none.flops) * self.again_seconds_per_flop,
         )
@@ -190,24 +222,33 @@ class Spread:
         return dataclasses.replace(forward, seconds=forward.seconds + sent)
 
 
-def _carry_parts(stacks: Iterable[Stack], full: MemoryReport) -> float | None:
-    """Returns how many devices share the carries of stacks, from the arrays that `full` holds.
+def _nearest(numbers: Iterable[int], number: float) -> int:
+    """Returns the number whose ratio to another number is nearest to 1."""
+    return min(numbers, key=lambda n: abs(math.log(max(number, 1e-9) / n)))
 
-    The result is None if no array has the shape of the carries of all blocks.
+
+def _parts_of_kept(
+    kinds: Iterable[Kind], report: MemoryReport, likely: float, known: Sequence[Buffer] = ()
+) -> float:
+    """Returns how many devices share the kept arrays of all blocks, from the arrays of a report.
+
+    Args:
+      kinds: The kind of each part, as traced.
+      report: The report of the step whose blocks are all of these kinds.
+      likely: The result if no array has the shape of a part of a kept array. If an array may be a
+        part of several kept arrays, the number of parts nearest to it counts.
+      known: Arrays of another report, which are not counted.
     """
-    dims = (re.findall(r"\d+", buffer.shape.partition("[")[2]) for buffer in full.buffers)
-    held = [tuple(map(int, own)) for own in dims]
-    whole = parted = 0.0
-    for stack in stacks:
-        for leaf in stack.carry:
-            shape = (stack.num_blocks, *leaf.shape)
-            shares = [
-                1 / parts for own in held if (parts := _parts_of(shape, own, full.num_devices))
-            ]
-            if shares:
-                size = math.prod(shape) * leaf.dtype.itemsize
-                whole, parted = whole + size, parted + size * sum(shares) / len(shares)
-    return whole / parted if parted else None
+    shapes = set().union(*(kind.shapes for kind in kinds))
+    left, whole, own_bytes = Counter(one.shape for one in known), 0.0, 0.0
+    for buffer in report.buffers:
+        own = tuple(map(int, re.findall(r"\d+", buffer.shape.partition("[")[2])))
+        shares = [n for shape in shapes if (n := _parts_of(shape, own, report.num_devices))]
+        left[buffer.shape] -= 1
+        if shares and left[buffer.shape] < 0:
+            whole += _nearest(shares, likely) * buffer.size_bytes
+            own_bytes += buffer.size_bytes
+    return whole / own_bytes if own_bytes else likely
 
 
 def _parts_of(shape: tuple[int, ...], own: tuple[int, ...], num_devices: int) -> int:

@@ -13,6 +13,7 @@ One plan for all stacks is a single part without a name.
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,13 @@ from jaxckpt.costs.roofline import Rates, estimate
 from jaxckpt.planner.across_blocks import Draft, run_of
 from jaxckpt.planner.across_stacks import Part, join, joints
 from jaxckpt.planner.calibrate import Calibration, calibrate
-from jaxckpt.planner.peak_model import Spread, all_under, as_compiled, functions_as_compiled
+from jaxckpt.planner.peak_model import (
+    Spread,
+    all_keeping,
+    all_under,
+    as_compiled,
+    functions_as_compiled,
+)
 from jaxckpt.planner.result import BudgetError, Candidate, FitResult, Row
 from jaxckpt.planner.search import ladder
 from jaxckpt.planner.stacks import Stack
@@ -35,6 +42,7 @@ from jaxckpt.plans.plan_set import PlanSet
 from jaxckpt.targets.links import HostLink
 from jaxckpt.transforms import jaxprs
 
+_LOG = logging.getLogger(__name__)
 _LEAST_FOR_STAGES = 4  # with fewer blocks, two stages are hardly ever worth it
 _SHOWN_SHARE = 0.01  # arguments below this share of all bytes are not named one by one
 
@@ -101,10 +109,9 @@ class Problem:
         again = traced["full"].flops - traced["none"].flops
         step_flops = [count_flops(steps.trace(plan).jaxpr) for plan in (full, none)]
         runs = runs_of(step_flops[0] - step_flops[1], again)
-        reports = [steps.report(plan) for plan in (full, none)]
+        reports = (steps.report(full), steps.report(none), _keeping(steps, parts))
         more_bytes = traced["none"].worst_bytes - traced["full"].worst_bytes
-        every = itertools.chain(*stacks.values())
-        spread = Spread.of(every, more_bytes, runs * again, *reports)
+        spread = Spread.of(parts, more_bytes, runs * again, *reports)
         parts = [_on_one(part, spread, clocks.get(part.name), rates) for part in parts]
         seconds = estimate(steps.trace(full).jaxpr, rates).seconds
         problem = cls(
@@ -120,7 +127,7 @@ class Problem:
         if len(parts) > 1:
             return problem._as_compiled(*reports)
         if not parts[0].is_stack and not stacks[parts[0].name][0].ends:
-            return problem._of_functions(*reports)
+            return problem._of_functions(*reports[:2])
         # A plan of several stages shows whether equal stacks begin together: under the right
         # assumption, `stages_bytes` is close to 0.
         together = (False, True) if parts[0].turns > 1 else (False,)
@@ -133,10 +140,16 @@ class Problem:
         compiled = [one._as_compiled(*reports)._with_stages(staged) for one in made]
         return min(compiled, key=lambda one: abs(one.stages_bytes))
 
-    def _as_compiled(self, full: MemoryReport, none: MemoryReport) -> "Problem":
-        """Returns the problem fitted to the peaks of `full` and `none`."""
+    def _as_compiled(
+        self, full: MemoryReport, none: MemoryReport, keeping: MemoryReport | None
+    ) -> "Problem":
+        """Returns the problem fitted to the peaks of its anchors."""
         offset = full.peak_bytes - all_under(self.parts, "full").worst_bytes
-        parts = as_compiled(self.parts, none.peak_bytes - offset)
+        is_spread = full.num_devices > 1
+        parts = as_compiled(self.parts, none.peak_bytes - offset, is_spread=is_spread)
+        if keeping is not None:
+            rest = keeping.peak_bytes - offset - all_keeping(parts).worst_bytes
+            parts = tuple(part.holding(rest) for part in parts)
         parts = tuple(part.with_graphs() for part in parts)
         return dataclasses.replace(self, parts=parts, offset_bytes=offset)
 
@@ -255,6 +268,21 @@ class Problem:
         largest = max(part.kind("none").kept_bytes for part in self.parts)
         parts = peak_parts(self.steps.step(plan).args, report, largest)
         return BudgetError(budget_bytes=budget, plan=plan, report=report, parts=parts)
+
+
+def _keeping(steps: Steps, parts: Sequence[Part]) -> MemoryReport | None:
+    """Returns the report of the plan whose policies keep most.
+
+    The result is None on one device, and if the step does not run under the plan.
+    """
+    plan = all_keeping(parts).plan
+    if steps.num_devices(plan) == 1:
+        return None
+    try:
+        return steps.report(plan)
+    except Exception:  # the user's step and the compiler may raise anything
+        _LOG.debug("%s does not run", plan, exc_info=True)
+        return None
 
 
 def _staged(stacks: Mapping[str, Sequence[Stack]]) -> Plan | PlanSet | None:

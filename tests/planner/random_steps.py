@@ -24,8 +24,6 @@ from jaxckpt.planner.result import FitResult
 WIDTH, ROWS = 64, 1 << 15
 LEAST_BYTES = 16 << 20  # smaller steps are hard to predict: the compiler's own scratch counts
 MEDIAN, WORST = 0.03, 0.10
-# Columns of weights on each device: some of what a block keeps is whole there, which nothing tells.
-WORST_OF_COLUMNS = 0.15
 LAYOUTS = {  # of the weights [L, in, out], of the batch [rows, width]
     "one device": None,
     "batch": (P(), P("d")),
@@ -257,8 +255,7 @@ def main(examples: int, seed: int):
         median = statistics.median(errors)
         shown = ", ".join(f"{off:.1%} with {layout}" for layout, off in worst.items())
         print(f"{len(errors)} predictions: median {median:.1%}, worst {shown}")
-        assert median <= MEDIAN and worst.pop("weights") <= WORST_OF_COLUMNS
-        assert max(worst.values()) <= WORST
+        assert median <= MEDIAN and max(worst.values()) <= WORST
 
 
 if __name__ == "__main__":
