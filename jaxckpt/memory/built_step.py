@@ -120,19 +120,20 @@ def stack_bytes(plan: str | Plan, block: Callable, params_i, carry, *consts) -> 
       carry: The block's input.
       *consts: Arrays that all blocks share.
     """
-    kept = sum(_kept_bytes(s, block, params_i, carry, consts) for s in as_plan(plan).stages)
-    return kept + explain(block, params_i, carry, *consts).residual_bytes
+    found = [_kept_bytes(stage, block, params_i, carry, consts) for stage in as_plan(plan).stages]
+    return sum(kept for kept, _ in found) + found[0][1]
 
 
-def _kept_bytes(stage: Stage, block: Callable, params_i, carry, consts) -> int:
-    """Returns the device bytes that a stage keeps when its last block has run."""
+def _kept_bytes(stage: Stage, block: Callable, params_i, carry, consts) -> tuple[int, int]:
+    """Returns the bytes that a stage keeps when its last block has run, and a block's residuals."""
     plan = str(dataclasses.replace(stage, count=None))
     found = explain(block, params_i, carry, *consts, plan=plan)
     assert found.saved_bytes is not None  # a plan was given
     schedule = stack_schedule_of(stage)
     if schedule is None:
-        return stage.bound_count * found.saved_bytes
+        return stage.bound_count * found.saved_bytes, found.residual_bytes
     recorded = next(a for a in schedule.actions if isinstance(a, Load | Record))
     segment = recorded.stop - recorded.start if isinstance(recorded, Record) else 1
     slots = 0 if stage.offloads_carry else schedule.peak_slots
-    return slots * found.carry_bytes + (segment - 1) * found.saved_bytes
+    kept = slots * found.carry_bytes + (segment - 1) * found.saved_bytes
+    return kept, found.residual_bytes
