@@ -1,10 +1,19 @@
-"""What every test leaves as it found it, and which cases of slow tests the gate runs."""
+"""What every test leaves as it found it, and which cases of slow tests the gate runs.
+
+No test depends on how fast the machine is.
+"""
 
 import collections
 
+import hypothesis
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+
+hypothesis.settings.register_profile(
+    "any-speed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any-speed")
 
 _NAMES = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 

@@ -31,7 +31,7 @@ def sizes(gate: int, heavy: int):
 
 def fuzz(count: int, strategy, check):
     """Calls `check` with so many inputs, the same ones every time."""
-    fixed = settings(max_examples=count, deadline=None, derandomize=True, database=None)
+    fixed = settings(max_examples=count, derandomize=True, database=None)
     fixed(given(strategy)(check))()
 
 

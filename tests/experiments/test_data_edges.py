@@ -276,7 +276,7 @@ def test_a_batch_depends_on_seed_and_step_alone():
         assert not np.array_equal(first, _batches(seed=seed).at(3))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 40), st.integers(0, 3000), st.integers(1, 9), st.integers(1, 6))
 def test_validation_windows_do_not_overlap_where_there_is_room(seq_len, beyond, batch_size, most):
     tokens = np.arange(seq_len + 1 + beyond, dtype=np.uint16)

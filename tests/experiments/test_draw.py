@@ -137,7 +137,7 @@ STAGES = st.tuples(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(STAGES, min_size=1, max_size=4))
 def test_every_plan_is_drawn_in_a_legal_order(stages):
     numbered = ("uniform", "every", "binomial")

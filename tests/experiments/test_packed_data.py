@@ -21,7 +21,7 @@ def rows_of(lengths, seq_len) -> PackedRows:
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=30), st.integers(1, 20))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_rows_hold_every_token_once_and_know_its_document(lengths, seq_len):
     if sum(lengths) < seq_len + 1:
         with pytest.raises(DataError, match="fill no row"):

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxckpt.losses import chunks, linear_cross_entropy, plain_linear_cross_entropy
@@ -39,9 +39,7 @@ def problems(draw):
 @pytest.mark.slow
 @settings(
     max_examples=8,
-    deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
 )
 @given(problems())
 def test_all_options_together(problem):

@@ -241,7 +241,11 @@ def main(examples: int, seed: int):
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
-        max_examples=examples, deadline=None, database=None, phases=[hypothesis.Phase.generate]
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
     )
     @hypothesis.given(CASES)
     def run(case):

@@ -160,7 +160,7 @@ def plans(draw):
 
 
 @given(plans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_every_plan_prints_what_parses_back(plan):
     assert Plan.parse(str(plan)) == plan
     if plan.num_blocks is not None:
@@ -168,7 +168,7 @@ def test_every_plan_prints_what_parses_back(plan):
 
 
 @given(st.text(alphabet="fulnoeqrtsdamx:/+,*0123456789 .-_\n", max_size=30))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_any_text_parses_or_is_refused_in_one_line(text):
     try:
         plan = Plan.parse(text)

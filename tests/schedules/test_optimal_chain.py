@@ -157,7 +157,7 @@ def cost_or_none(chain, budget):
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(chains(max_blocks=5), st.integers(0, 24))
 def test_no_persistent_schedule_is_cheaper(chain, beyond):
     least = least_budget(chain)
@@ -203,7 +203,6 @@ def test_giving_a_carry_up_early_can_be_cheaper():
 # --- properties
 
 
-@settings(deadline=None)
 @given(chains(max_blocks=9, max_size=40), st.data())
 def test_within_the_budget_and_never_worse_with_more(chain, data):
     least = least_budget(chain)
@@ -216,7 +215,6 @@ def test_within_the_budget_and_never_worse_with_more(chain, data):
     assert cost_or_none(chain, schedule.peak_bytes) == schedule.extra_forward_cost
 
 
-@settings(deadline=None)
 @given(chains(max_blocks=7), st.integers(0, 20), st.integers(2, 10**9))
 def test_sizes_with_a_common_divisor_are_planned_exactly(chain, beyond, divisor):
     budget = least_budget(chain) + beyond

@@ -59,7 +59,7 @@ def promised(num_blocks: int, plan: str) -> int:
 
 
 @pytest.mark.slow
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=10, derandomize=True)
 @given(plans())
 def test_gradients_with_dropout_equal_none(case):
     num_blocks, plan = case
@@ -71,7 +71,7 @@ def test_gradients_with_dropout_equal_none(case):
 
 
 @pytest.mark.slow
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20, derandomize=True)
 @given(plans())
 def test_blocks_run_as_often_as_the_schedules_say(case):
     num_blocks, plan = case

@@ -177,7 +177,7 @@ def check(program: Program):
     assert error_of(program) <= 1, program
 
 
-SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
+SETTINGS = {"suppress_health_check": list(HealthCheck), "derandomize": True}
 
 
 @pytest.mark.slow
