@@ -26,6 +26,9 @@ from jaxckpt.plans.errors import shown
 from jaxckpt.targets.target import LOCAL, Target, parse_target
 
 _EXECUTABLES = "jax_compilation_cache_dir"  # an attribute that JAX's types do not have
+# XLA for CPUs assigns buffers before LLVM runs, so a program that only a report needs is compiled
+# without LLVM's optimizations, which take most of the time.
+_REPORT_ONLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def measure(
@@ -89,7 +92,8 @@ def job_of(made, args: tuple, target: Target) -> Job:
     """
     if target.backend == "local":
         traced = exported.trace(made, args)
-        return _job_here(traced, lambda found: found[1])
+        options = _REPORT_ONLY if jax.default_backend() == "cpu" else None
+        return _job_here(traced, lambda found: found[1], options)
     launch.check_available(target)
     traveler = exported.pack(made, args, target.backend)
     asked: dict[str, Any] = {"names": list(traveler.names), "donated": list(traveler.donated)}

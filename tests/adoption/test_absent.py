@@ -27,7 +27,7 @@ from tests.adoption.cases import WELL_BELOW
 TARGET = "v5e-1"
 _LONG = {"depth": 8, "batch": 128, "length": 128, "width": 128}
 SIZES = {
-    test_batch_norm: {"depth": 8, "batch": 64, "side": 64, "width": 64},
+    test_batch_norm: {"depth": 6, "batch": 64, "side": 32, "width": 128},
     test_data_parallel: {"batch": 2**17},
     test_equinox_list: _LONG,
     test_experts: {"batch": 2**17},
@@ -36,10 +36,6 @@ SIZES = {
     test_nnx_list: _LONG,
     test_two_stacks: _LONG | {"depth": 10, "batch": 32},
 }
-# Of a ResNet's block the loop keeps three arrays: what each convolution returns, and the sum. Under
-# `full` the sum is left, a third of them. The first block of each stage, which is not in its list,
-# and the block that is being reversed come to as much as six blocks' sums.
-MOST = {test_batch_norm: 0.55}
 
 
 @pytest.mark.heavy
@@ -57,4 +53,4 @@ def test_temporaries_under_full(model):
             for loss in (original, adopted)
         )
     print(f"{model.__name__} {before} {after} {after / before:.3f}")
-    assert after <= MOST.get(model, WELL_BELOW) * before, (before, after)
+    assert after <= WELL_BELOW * before, (before, after)

@@ -69,6 +69,19 @@ def test_an_executable_that_was_read_from_jaxs_cache_has_its_buffers(executables
     assert jaxckpt.measure(fn, X).buffers == ()  # it was read indeed
 
 
+@pytest.mark.slow  # quick tests compile every program without LLVM's optimizations
+def test_the_peak_is_that_of_the_program_that_users_run():
+    def step(w, x, key):
+        block = lambda x, w: x + jnp.tanh(x @ w) * jax.random.bernoulli(key, 0.9, x.shape)
+        return jax.value_and_grad(lambda w: jaxckpt.scan_blocks(block, w, x, remat="sqrt").sum())(w)
+
+    args = jnp.ones((6, 256, 256)), X, jax.random.key(0)
+    report = jaxckpt.measure(step, *args)
+    run = report_of(jax.jit(step).lower(*args).compile())
+    numbers = ("peak_bytes", "argument_bytes", "output_bytes", "alias_bytes", "temp_bytes")
+    assert [getattr(report, name) for name in numbers] == [getattr(run, name) for name in numbers]
+
+
 def test_donation_counts_once():
     def step(x):
         return x + 1
