@@ -149,6 +149,7 @@ def test_what_is_verified_is_compiled_with_the_options_of_what_runs(monkeypatch)
         choose_plan.choose(config, "local")
 
 
+@pytest.mark.heavy
 def test_what_was_compiled_to_plan_is_what_runs(budget, tmp_path, monkeypatch):
     """JAX's own cache has the program of the chosen plan when the run asks for it."""
     monkeypatch.setenv("JAXCKPT_CACHE", str(tmp_path / "cache"))
