@@ -91,6 +91,6 @@ def test_weights_and_masks_are_the_models(deterministic):
     check(*losses, *arguments(), again=again)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_fit():
     check_fit(lambda plan: loss_of(Adopted(L, WIDTH, plan)), L, *arguments())

@@ -113,7 +113,7 @@ def pair(depth=L, width=WIDTH, **sizes):
     return *losses, *arguments(depth, width=width, **sizes)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_fit():
     def loss_under(plan):
         model = Adopted()
