@@ -3,8 +3,6 @@
 No test depends on how fast the machine is.
 """
 
-import collections
-
 import hypothesis
 import jax
 import pytest
@@ -43,11 +41,11 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at marks
 def pytest_collection_modifyitems(items):
-    """Marks a slow test's cases `heavy`, except for the first and the last case."""
-    families = collections.defaultdict(list)
+    """Marks a slow test's cases `heavy`, except for the first case."""
+    seen = set()
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("heavy"):
-            families[item.nodeid.partition("[")[0]].append(item)
-    for cases in families.values():
-        for item in cases[1:-1]:
-            item.add_marker("heavy")
+            test = item.nodeid.partition("[")[0]
+            if test in seen:
+                item.add_marker("heavy")
+            seen.add(test)
