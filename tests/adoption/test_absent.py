@@ -27,7 +27,7 @@ from tests.adoption.cases import WELL_BELOW
 TARGET = "v5e-1"
 _LONG = {"depth": 8, "batch": 128, "length": 128, "width": 128}
 SIZES = {
-    test_batch_norm: {"depth": 6, "batch": 64, "side": 32, "width": 128},
+    test_batch_norm: {"depth": 8, "batch": 32, "side": 32, "width": 128},
     test_data_parallel: {"batch": 2**17},
     test_equinox_list: _LONG,
     test_experts: {"batch": 2**17},
