@@ -109,7 +109,8 @@ class Problem:
         again = traced["full"].flops - traced["none"].flops
         step_flops = [count_flops(steps.trace(plan).jaxpr) for plan in (full, none)]
         runs = runs_of(step_flops[0] - step_flops[1], again)
-        reports = (steps.report(full), steps.report(none), _keeping(steps, parts))
+        ends = steps.report(full), steps.report(none)
+        reports = (*ends, _keeping(steps, parts) if ends[0].num_devices > 1 else None)
         more_bytes = traced["none"].worst_bytes - traced["full"].worst_bytes
         spread = Spread.of(parts, more_bytes, runs * again, *reports)
         parts = [_on_one(part, spread, clocks.get(part.name), rates) for part in parts]
@@ -127,7 +128,7 @@ class Problem:
         if len(parts) > 1:
             return problem._as_compiled(*reports)
         if not parts[0].is_stack and not stacks[parts[0].name][0].ends:
-            return problem._of_functions(*reports[:2])
+            return problem._of_functions(*ends)
         # A plan of several stages shows whether equal stacks begin together: under the right
         # assumption, `stages_bytes` is close to 0.
         together = (False, True) if parts[0].turns > 1 else (False,)
@@ -271,13 +272,8 @@ class Problem:
 
 
 def _keeping(steps: Steps, parts: Sequence[Part]) -> MemoryReport | None:
-    """Returns the report of the plan whose policies keep most.
-
-    The result is None on one device, and if the step does not run under the plan.
-    """
+    """Returns the report of the plan whose policies keep most; None if the step does not run."""
     plan = all_keeping(parts).plan
-    if steps.num_devices(plan) == 1:
-        return None
     try:
         return steps.report(plan)
     except Exception:  # the user's step and the compiler may raise anything
