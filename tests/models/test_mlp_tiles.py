@@ -51,7 +51,7 @@ def test_the_mlp_runs_twice_in_all():
     assert products(1, "none") == 9
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_the_working_set_on_an_absent_tpu():
     """At long rows the hidden values of an MLP are most of a checkpointed block's working set."""
 
