@@ -87,10 +87,8 @@ def _chosen(
 
 def _solved(config: TrainConfig, num_blocks: int, **asked: Any) -> FitResult:
     """Returns the planner's answer for this process's device."""
-    import jax
-
     from jaxckpt.costs.roofline import rates_of
-    from jaxckpt.memory.built_step import annotate
+    from jaxckpt.memory.built_step import block_findings
     from jaxckpt.memory.measure import job_of_step
     from jaxckpt.planner.fit import solve
     from jaxckpt.planner.steps import Steps
@@ -98,18 +96,17 @@ def _solved(config: TrainConfig, num_blocks: int, **asked: Any) -> FitResult:
     built = lambda plan: build(dataclasses.replace(config, remat=str(plan)), "local")
 
     def report_of(plan: Plan):
-        """Returns the report, without findings, of a step compiled as in training."""
-        step = dataclasses.replace(built(plan), plan=None, baseline=None)
+        """Returns the report of a step compiled as in training, without findings of its block."""
+        step = dataclasses.replace(built(plan), block=None)
         options = {"donated": step.donate_argnums, "xla": dict(step.compiler_options)}
         return steps.kept(plan, job_of_step(step), step.args, options=options)
 
     steps = Steps.of_built(built, LOCAL, report_of)
     result = solve(steps, num_blocks, target=LOCAL, calibrate=config.calibrate, **asked)
-    # Findings take as long as tracing a step, so only the chosen plan's report has them.
-    step = built(result.plan)
-    jaxpr = jax.make_jaxpr(step.fn)(*step.args)
-    report = annotate(step, jaxpr, result.report, rates=rates_of(LOCAL))
-    return dataclasses.replace(result, report=report)
+    # These findings take several traces of a block, so only the chosen plan's report has them.
+    found = block_findings(built(result.plan), result.report, rates_of(LOCAL))
+    findings = (*result.report.findings, *map(str, found))
+    return dataclasses.replace(result, report=dataclasses.replace(result.report, findings=findings))
 
 
 # The tokens of one tile of the MLP. The hidden values of so many tokens are small compared with the

@@ -83,31 +83,40 @@ def annotate(
         # overlap computation.
         seconds = estimate(jaxpr, rates.times(report.num_devices)).seconds
         seconds += report.collective_seconds or 0.0
+    found = list(block_findings(step, report, rates))
+    text = compiled_text() if compiled_text is not None and step.unroll > 1 else None
+    if step.plan is not None and baseline is not None and text is not None:
+        found += findings.undone_remat(step.plan, text, jaxpr, baseline)
     return dataclasses.replace(
         report,
         estimated_seconds=seconds,
         recomputed_flops=recomputed,
-        findings=tuple(map(str, _findings(step, jaxpr, baseline, report, rates, compiled_text))),
+        findings=tuple(map(str, found)),
     )
 
 
-def _findings(step: BuiltStep, jaxpr, baseline, report, rates, compiled_text) -> Iterator:
-    if step.plan is None:
+def block_findings(
+    step: BuiltStep, report: MemoryReport, rates: Rates | None
+) -> Iterator[findings.Finding]:
+    """Yields the findings about a step's plan and block; none without a plan and a block.
+
+    Args:
+      step: The step.
+      report: The report of the compiled step.
+      rates: The rates of the chip; None if the rates are unknown.
+    """
+    if step.plan is None or step.block is None:
         return
-    if step.block is not None:
-        block, params_i, carry, *consts = step.block
-        yield from findings.findings_of_block(block, params_i, carry, *consts, plan=step.plan)
-        if rates is not None:
-            yield from findings.carry_slow_to_move(*step.block, plan=step.plan, rates=rates)
-        # A step that leaves half of the device's memory free needs no advice.
-        if report.usable_bytes is not None and 2 * report.peak_bytes > report.usable_bytes:
-            yield from findings.block_sets_peak(*step.block, plan=step.plan, report=report)
-        if step.vocab_size:
-            sizes = {"tokens": step.tokens, "vocab_size": step.vocab_size}
-            stack = stack_bytes(step.plan, *step.block)
-            yield from findings.head_sets_peak(report.buffers, **sizes, stack_bytes=stack)
-    if step.unroll > 1 and baseline is not None and compiled_text is not None:
-        yield from findings.undone_remat(step.plan, compiled_text(), jaxpr, baseline)
+    yield from findings.findings_of_block(*step.block, plan=step.plan)
+    if rates is not None:
+        yield from findings.carry_slow_to_move(*step.block, plan=step.plan, rates=rates)
+    # A step that leaves half of the device's memory free needs no advice.
+    if report.usable_bytes is not None and 2 * report.peak_bytes > report.usable_bytes:
+        yield from findings.block_sets_peak(*step.block, plan=step.plan, report=report)
+    if step.vocab_size:
+        sizes = {"tokens": step.tokens, "vocab_size": step.vocab_size}
+        stack = stack_bytes(step.plan, *step.block)
+        yield from findings.head_sets_peak(report.buffers, **sizes, stack_bytes=stack)
 
 
 def stack_bytes(plan: str | Plan, block: Callable, params_i, carry, *consts) -> int:
