@@ -107,6 +107,7 @@ class _Namer:
         self._opens_remat = opens_remat
         self.counts = Counter()
         self._in_rule = False
+        self._literals: set[core.Var] = set()
 
     def closed(self, closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
         """Returns a closed jaxpr with tags; the same object if nothing in it is wanted."""
@@ -158,7 +159,12 @@ class _Namer:
     def _tagged(self, jaxpr, equation, unnamed) -> list:
         """Returns an equation, followed by the tags of its outputs if its name is wanted."""
         primitive = equation.primitive.name
-        if primitive in _VIEWS or not any(map(is_var, equation.invars)):
+        if not any(is_var(atom) and atom not in self._literals for atom in equation.invars):
+            # The next trace folds the cast of a literal, and must count the same values.
+            if primitive == jaxprs.CAST:
+                self._literals.update(equation.outvars)
+            return [equation]
+        if primitive in _VIEWS:
             return [equation]
         if primitive == jaxprs.CAST and self._params.intersection(equation.invars):
             return [equation]

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend import core
 
 import jaxckpt
 from jaxckpt.costs.flops import count_flops
 from jaxckpt.transforms import value_names
-from jaxckpt.transforms.traced_block import first_block
+from jaxckpt.transforms.cuts import Opened
+from jaxckpt.transforms.traced_block import first_block, trace_block
 from tests.transforms.invented_cases import (
     ARRAY,
     DOT,
@@ -254,3 +256,14 @@ def test_forward_mode_works_through_invented_names():
     plain = lambda x: jaxckpt.scan_blocks(run, rows, x, remat="full").sum()
     (found, expected) = (jax.jvp(f, (x,), (x,))[1] for f in (fn, plain))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_names_are_the_same_after_the_cast_of_a_literal_is_folded():
+    """The variance subtracts the cast of a literal, which the next trace folds."""
+    closed, _ = trace_block(
+        lambda carry, _: [jnp.tanh(carry[0].var())], [jnp.ones([4], jnp.bfloat16)], ()
+    )
+    opened = Opened.of(closed.jaxpr).segment(0, Opened.of(closed.jaxpr).num_steps).block.jaxpr
+    again = jax.make_jaxpr(core.jaxpr_as_fun(opened))(*opened.in_avals)
+    assert len(again.jaxpr.eqns) < len(opened.jaxpr.eqns), "the cast was folded"
+    assert value_names.counts(again) == value_names.counts(opened)
