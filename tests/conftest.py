@@ -3,6 +3,8 @@
 No test depends on how fast the machine is.
 """
 
+import os
+
 import hypothesis
 import jax
 import pytest
@@ -30,13 +32,27 @@ def same_cache_of_executables():
         compilation_cache.reset_cache()
 
 
-def pytest_configure(config):
-    """Compiles quick tests without most optimizations, in half of the time.
+_LESS_OPTIMIZED = "jax_disable_most_optimizations"
 
-    Peaks stay, and values up to rounding. Slow tests compare values more closely.
+
+def pytest_configure(config):
+    """Compiles without most optimizations, in half of the time, also in a test's own processes.
+
+    Peaks stay, and values up to rounding. This is for the quick tests and for the gate's slow ones;
+    the gate's smoke set and the heavy tests compile with all optimizations.
     """
-    if "not slow" in config.option.markexpr:
-        jax.config.update("jax_disable_most_optimizations", True)
+    if "slow" in config.option.markexpr:
+        os.environ[_LESS_OPTIMIZED.upper()] = "1"
+        jax.config.update(_LESS_OPTIMIZED, True)
+
+
+@pytest.fixture
+def optimized():
+    """Compiles with all optimizations, for a test whose tolerance is that of optimized programs."""
+    before = jax.config.values[_LESS_OPTIMIZED]
+    jax.config.update(_LESS_OPTIMIZED, False)
+    yield
+    jax.config.update(_LESS_OPTIMIZED, before)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at marks

@@ -78,6 +78,7 @@ def test_a_table_that_is_not_asked_for_leaves_no_residuals():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_an_output_without_a_gradient_is_zero():
     params, table, x = inputs()
     for place in (0, 1):

@@ -80,6 +80,7 @@ def test_gradients_equal_none_with_dropout(budget):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("plan", ["binomial:1", "binomial:3", "log", "uniform:2+dots"])
 def test_plans_equal_none_with_dropout(plan):
     assert relative_error(gradients(plan), gradients("none")) <= TOLERANCE
