@@ -246,7 +246,7 @@ class TrainConfig:
     calibrate: bool = False
     unroll: int = 0
     mesh: str | None = None
-    steps: int = 150
+    steps: int = 100
     batch_size: int = 16
     accumulate: int = 1
     update_in_backward: Annotated[bool, Parameter(negative="")] = False
