@@ -25,6 +25,7 @@ from jaxckpt.compiled.cache import write_whole
 from jaxckpt.compiled.report import MemoryReport
 from jaxckpt.costs.flops import count_flops
 from jaxckpt.costs.roofline import Rates
+from jaxckpt.memory import workspace
 from jaxckpt.memory.built_step import BuiltStep, annotate
 from jaxckpt.memory.job import Job
 from jaxckpt.plans.errors import UserError
@@ -159,6 +160,8 @@ def _job(
     report: Callable[[MemoryReport], MemoryReport] = lambda report: report,
 ) -> Job:
     lowered = traced.lower(lowering_platforms=(target.backend,))
+    if target.backend == "cuda":
+        workspace.reserve(lowered.compiler_ir())
     about: dict[str, Any] = {"target": target, "flops": flops, "options": options}
     compiled = lambda: peak.compile_lowered(lowered, **about)[1]
     return Job(compile=compiled, report=report, lowered=lowered)
