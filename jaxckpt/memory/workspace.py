@@ -4,8 +4,8 @@
 
 The backward kernel needs a buffer of its own. With a GPU, XLA asks cuDNN for its size. Without one,
 XLA keeps the 0 bytes that JAX writes, so the compiled peak of a long sequence is too low. The size
-here is read off the kernel's results. On an H200, peaks of two models at 131,072 and 250,880 tokens
-are 3 % and 10 % above the peak without this buffer, and 1 % and 0.5 % above the peak with it.
+here is computed from the kernel's shapes. Qwen3-8B over 250,880 tokens took 62.15 GiB on an H200;
+compiled for an absent h100, it takes 56.06 GiB without this buffer and 61.86 GiB with it.
 """
 
 import math
