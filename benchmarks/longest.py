@@ -17,8 +17,9 @@ from benchmarks.cases import QWEN3
 from benchmarks.record import Record
 from benchmarks.result import Result, Row, console
 from experiments.cli import main
-from experiments.config import OptimizerConfig, TrainConfig
-from experiments.fitting.measuring import measure_all
+from experiments.config import ConfigError, OptimizerConfig, TrainConfig
+from experiments.fitting.measuring import check_targets, measure_all
+from jaxckpt.plans.errors import check_word
 from jaxckpt.targets.target import parse_target
 
 _4B = dataclasses.replace(QWEN3, num_blocks=36, d_model=2560, num_heads=32, d_ff=9728)
@@ -45,6 +46,9 @@ def longest(
       parallel: Number of compilations at once.
       output: JSON file to write.
     """
+    for name in model:
+        check_word("model", name, tuple(MODELS), ConfigError)
+    check_targets([target])
     budget = str(int(_FRACTION * parse_target(target).known_chip.memory_bytes))
     cases = [(_config(name, one, budget), target) for name in model for one in plan]
     names = [(name, one) for name in model for one in plan]
